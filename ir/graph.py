@@ -1,0 +1,163 @@
+"""The graph of one training step: flat SSA with loop regions.
+
+Everything else (rules, planner, backends) speaks about these few types. They
+know no solver and no framework, and every one of them is frozen.
+
+    graph {
+      in  %0 w: f32[16, 4] %1 x: f32[8, 16]
+      %2: f32[8, 4] = dot_general %1 %0 ...
+      out %2
+    }
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import TypeAlias
+
+Attr: TypeAlias = "None | bool | int | float | str | tuple[Attr, ...]"
+
+ITEM_BYTES = {
+    "bool": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,
+    "s64": 8, "u64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8,
+    "c64": 8, "c128": 16, "key": 8, "token": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """Element type and shape: `TensorType("f32", (8, 4))` prints `f32[8, 4]`."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * ITEM_BYTES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """The body of a loop or branch: its own inputs, ops and outputs.
+
+    Value ids are unique over the whole graph, so a region never shadows. It
+    reads only its own inputs, its own results and the graph's constants.
+    """
+
+    inputs: tuple[int, ...]
+    ops: tuple[Op, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation: `outputs = kind(inputs, **attrs)`.
+
+    `attrs` is a sorted tuple of (name, value), hashable and JSON-able; it is
+    enough to know the op's dim rule. `where` is the user's `file:line`.
+    `fold` gives ops at the same place of repeated layers one `tag`; in a folded
+    graph an op stands for `count` ops of the whole one.
+    Loops are ops too. `scan` has one region with inputs `consts + carry + xs`
+    and outputs `carry + ys`; attrs `length`, `num_consts`, `num_carry`, `reverse`.
+    """
+
+    kind: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    attrs: tuple[tuple[str, Attr], ...] = ()
+    regions: tuple[Region, ...] = ()
+    where: str = ""
+    tag: str = ""
+    count: int = 1
+
+    def attr(self, name: str) -> Attr:
+        return dict(self.attrs)[name]
+
+    @property
+    def trips(self) -> int:
+        """How often the regions run: the length of a scan, else once."""
+        length = dict(self.attrs).get("length", 1) if self.kind == "scan" else 1
+        return length if isinstance(length, int) else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """A value fixed at capture. Scalars carry their number; arrays live in the
+    backend's binding and carry a content digest instead."""
+
+    value: int
+    data: bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One op met on a walk: its index in walk order, how many times it runs per
+    step (trip counts around it, times `count`), and the indices of the loops around it."""
+
+    index: int
+    op: Op
+    times: int
+    parents: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A whole step.
+
+    Invariants (`verify` checks them): every value is defined once, before its
+    uses; types cover every value; `state` pairs inputs and outputs of equal type.
+    """
+
+    types: Mapping[int, TensorType]
+    inputs: tuple[int, ...]
+    ops: tuple[Op, ...]
+    outputs: tuple[int, ...]
+    constants: tuple[Constant, ...] = ()
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
+    state: tuple[tuple[int, int], ...] = ()  # (input position, output position) of carried state
+    donated: frozenset[int] = frozenset()  # input positions
+    input_tags: tuple[str, ...] = ()  # given by `fold`, like `Op.tag`
+    input_counts: tuple[int, ...] = ()
+
+    @cached_property
+    def visits(self) -> tuple[Visit, ...]:
+        """Every op, those inside regions right after their loop, with trip counts."""
+        return tuple(_walk(self.ops, 1, (), [0]))
+
+    @cached_property
+    def constant_ids(self) -> frozenset[int]:
+        return frozenset(c.value for c in self.constants)
+
+    def input_name(self, position: int) -> str:
+        return self.input_names[position] if self.input_names else f"input{position}"
+
+    def output_name(self, position: int) -> str:
+        return self.output_names[position] if self.output_names else f"output{position}"
+
+
+def _walk(
+    ops: tuple[Op, ...], times: int, parents: tuple[int, ...], next_index: list[int]
+) -> Iterator[Visit]:
+    for op in ops:
+        index = next_index[0]
+        next_index[0] += 1
+        runs = times * op.count
+        yield Visit(index, op, runs, parents)
+        trips = op.trips
+        for region in op.regions:
+            yield from _walk(region.ops, runs * trips, (*parents, index), next_index)

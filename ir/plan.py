@@ -1,0 +1,107 @@
+"""A plan: what the planner decided for one graph on one cluster, and what it can claim.
+
+`planner` writes it, `backends` lower it, `view` and `cli` print it; none of
+them needs another. A plan is a versioned JSON file that can be read, compared
+and reviewed without the graph it was made for.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from .cluster import Cluster
+from .mesh import Mesh
+
+PLAN_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Proof(_Part):
+    """What the search can claim, in predicted seconds per step."""
+
+    status: Literal["optimal", "feasible"]
+    stopped_by: Literal["proof", "time", "interrupt"]
+    objective: float
+    lower_bound: float  # no plan in the modelled space is faster
+    seed: int
+    cost_model: str
+    band: str  # what is known about the error of the cost model
+    left_out: tuple[str, ...]  # what the search did not look at
+    searched: tuple[str, ...]  # one line per (mesh, microbatches, recompute) candidate
+    seconds: float  # how long the search took
+
+    @property
+    def gap(self) -> float:
+        """Relative distance between the plan and the bound: 0.01 is 1 %."""
+        return 0.0 if self.objective == 0 else max(0.0, 1 - self.lower_bound / self.objective)
+
+
+class Estimate(_Part):
+    """Predicted time and memory of one step on one device."""
+
+    step_seconds: float
+    compute_seconds: float
+    communication_seconds: float
+    peak_bytes: float
+    limit_bytes: float
+    memory: dict[str, float]  # cause -> bytes at the peak
+    flop: float  # of the whole step over all devices
+
+
+class Tensor(_Part):
+    """One row of the sharding table. `count` equal tensors (one per layer) share it."""
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    sharding: str
+    count: int
+    local_bytes: float  # of all `count` together on one device
+    where: str = ""
+
+
+class Collective(_Part):
+    """One predicted communication. It runs `count` times per step and each time
+    moves `nbytes` (size of the larger of the local operand and result)."""
+
+    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+    axes: tuple[str, ...]
+    nbytes: float
+    count: int
+    seconds: float  # of all `count` together
+    what: str
+    phase: str
+
+
+class Plan(_Part):
+    """The decision and its evidence.
+
+    `strategies[c]` belongs to op class c of `fold(graph)` and has one code per
+    mesh axis (see `rule.Strategy`); `slots[s]` is the layout of slot class s
+    (graph inputs, loop boundaries) as axis names per dim plus the owed axes.
+    Both refer to the graph after `recompute` was applied.
+    """
+
+    version: int = PLAN_VERSION
+    meshwright: str
+    name: str
+    graph: str  # fingerprint of the captured graph
+    cluster: Cluster
+    mesh: Mesh
+    microbatches: int
+    recompute: str
+    strategies: tuple[tuple[int, ...], ...]
+    slots: tuple[tuple[tuple[tuple[str, ...], ...], tuple[str, ...]], ...]
+    estimate: Estimate
+    proof: Proof
+    tensors: tuple[Tensor, ...]
+    collectives: tuple[Collective, ...]
+    opaque: tuple[str, ...]  # ops kept whole because no dim rule describes them
+    notes: tuple[str, ...] = ()

@@ -1,0 +1,135 @@
+"""Dim rules: which dims of an op's operands and results are the same thing.
+
+A matrix product `f32[8, 16] · f32[16, 4]` has three factors, m=8, n=4, k=16:
+
+    operands (m, k) (k, n)   results (m, n)   k is reduced by sum
+
+Cutting a factor over mesh axes cuts every dim it appears in. Everything a
+planner needs (strategies, shardings, partial sums, local shapes) follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .mesh import Mesh
+from .sharding import Sharding
+
+FactorKind = Literal["parallel", "reduced", "whole", "halo"]
+Dim = tuple[int, ...]  # factor numbers of one dim, major to minor
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One independent direction of an op.
+
+    parallel  shards compute their part alone
+    reduced   each shard computes a partial result; `reduction` combines them
+    whole     must not be cut
+    halo      could be cut with exchange of borders; not cut today
+    """
+
+    size: int
+    kind: FactorKind = "parallel"
+    reduction: Literal["", "sum", "max", "min", "and", "or"] = ""
+
+    @property
+    def divisible(self) -> bool:
+        return self.kind in ("parallel", "reduced") and self.size > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Factors of an op and where they appear.
+
+    `linear` lists sets of operands in which the op is linear, the others held
+    fixed: when every operand of one set owes a sum over an axis (and no other
+    does), the results owe it too. add: ((0, 1),); mul: ((0,), (1,)).
+
+    A dim of several factors is their row-major product; only its first factor
+    larger than one may be cut, so that a shard stays one contiguous piece.
+    `opaque` rules describe nothing: all whole.
+    """
+
+    factors: tuple[Factor, ...]
+    operands: tuple[tuple[Dim, ...], ...]
+    results: tuple[tuple[Dim, ...], ...]
+    linear: tuple[tuple[int, ...], ...] = ()
+    opaque: bool = False
+
+
+NONE = -1  # an axis that cuts nothing: the op runs replicated over it
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """What each mesh axis does to one op.
+
+    `axes[i]` belongs to the mesh's i-th axis: a factor number, `NONE`, or
+    `owing(j)`: the operands of `rule.linear[j]` owe a sum over it, and so do the results.
+    """
+
+    axes: tuple[int, ...]
+
+
+def owing(alternative: int) -> int:
+    """The code of "carry a sum owed through `rule.linear[alternative]`"."""
+    return -2 - alternative
+
+
+def operand_sharding(rule: Rule, strategy: Strategy, mesh: Mesh, operand: int) -> Sharding:
+    """How the op wants this operand."""
+    owed = frozenset(
+        name
+        for name, code in zip(mesh.names, strategy.axes, strict=True)
+        if code <= -2 and operand in rule.linear[-2 - code]
+    )
+    return Sharding(_dims(rule.operands[operand], strategy, mesh), owed)
+
+
+def result_sharding(rule: Rule, strategy: Strategy, mesh: Mesh, result: int) -> Sharding:
+    """How the op leaves this result. Sums are left owed; other reductions
+    (max, min, and, or) are settled inside the op by an all-reduce."""
+    owed = frozenset(
+        name
+        for name, code in zip(mesh.names, strategy.axes, strict=True)
+        if code <= -2 or (code >= 0 and rule.factors[code].reduction == "sum")
+    )
+    return Sharding(_dims(rule.results[result], strategy, mesh), owed)
+
+
+def settled_axes(rule: Rule, strategy: Strategy, mesh: Mesh) -> dict[str, tuple[str, ...]]:
+    """Axes over which the op itself all-reduces its results: {"max": ("x",)}."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, code in zip(mesh.names, strategy.axes, strict=True):
+        if code >= 0 and rule.factors[code].reduction not in ("", "sum"):
+            reduction = rule.factors[code].reduction
+            found[reduction] = (*found.get(reduction, ()), name)
+    return found
+
+
+def _dims(dims: tuple[Dim, ...], strategy: Strategy, mesh: Mesh) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        tuple(name for name, code in zip(mesh.names, strategy.axes, strict=True) if code in dim)
+        for dim in dims
+    )
+
+
+def cuttable(rule: Rule) -> tuple[int, ...]:
+    """Factors that a mesh axis may cut: divisible, and leading in every dim they appear in."""
+    return tuple(
+        number
+        for number, factor in enumerate(rule.factors)
+        if factor.divisible and all(_leads(rule, number, dim) for dim in _all_dims(rule))
+    )
+
+
+def _all_dims(rule: Rule) -> list[Dim]:
+    return [dim for dims in (*rule.operands, *rule.results) for dim in dims]
+
+
+def _leads(rule: Rule, number: int, dim: Dim) -> bool:
+    if number not in dim:
+        return True
+    return all(rule.factors[before].size == 1 for before in dim[: dim.index(number)])

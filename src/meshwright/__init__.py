@@ -1,0 +1,1 @@
+"""meshwright: an automatic parallelization compiler for training steps."""
