@@ -1,0 +1,122 @@
+"""Explicit copies: places where a value may change its layout once for several readers.
+
+A `copy` is an identity op. The planner may give it a layout of its own, so one
+all-gather serves the query, key and value products, gathered weights of FSDP
+have a name and a lifetime, and a gradient is reduced once for clipping and for
+both moments. A copy that keeps the layout of its source costs nothing.
+
+    prepared values (parameters, casts)   one copy for the step, then one per phase
+    sums (products, reductions)           one per phase with two or more readers
+    other values                          one per phase with two or more heavy readers
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .graph import Graph, Op, Region
+from .values import Fresh
+
+SUMS = frozenset({"dot_general", "conv_general_dilated", "reduce_sum", "scatter-add", "gather", "scan"})
+LAYOUT_BOUND = frozenset({"dot_general", "conv_general_dilated", "gather", "scatter-add", "scatter", "scan"})
+SMALLEST = 1024  # elements; a smaller value is not worth a decision of its own
+
+
+def insert_copies(graph: Graph, phases: Sequence[str]) -> Graph:
+    """Give the planner its layout changes; `phases` has one entry per top-level op."""
+    fresh = Fresh(graph)
+    ops = tuple(_inside(op, phase, fresh) for op, phase in zip(graph.ops, phases, strict=True))
+    tags = dict(zip(graph.inputs, graph.input_tags, strict=True)) if graph.input_tags else {}
+    writer = {v: (op, phase) for op, phase in zip(ops, phases, strict=True) for v in op.outputs}
+    prepared = {v for v, (_, phase) in writer.items() if phase == "prepare"} | set(graph.inputs)
+    placer = _Placer(fresh, {v: op for v, (op, _) in writer.items()}, prepared, tags)
+    new_ops = placer.place(ops, phases)
+    return replace(graph, types=fresh.types, ops=new_ops)
+
+
+def _inside(op: Op, phase: str, fresh: Fresh) -> Op:
+    if op.kind != "scan":
+        return op
+    region = op.regions[0]
+    body = tuple(_inside(o, phase, fresh) for o in region.ops)
+    consts, carry = op.attr("num_consts"), op.attr("num_carry")
+    given = {
+        v: f"{op.tag}/in{i}"
+        for i, v in enumerate(region.inputs)
+        if i < int(consts) or i >= int(consts) + int(carry)  # type: ignore[arg-type]
+    }
+    placer = _Placer(fresh, {v: o for o in body for v in o.outputs}, set(given), given)
+    ops = placer.place(body, [phase] * len(body))
+    return replace(op, regions=(Region(region.inputs, ops, region.outputs),))
+
+
+class _Placer:
+    """Decides, for one list of ops, which values get copies, and rewrites the readers."""
+
+    def __init__(self, fresh: Fresh, writer: dict[int, Op], prepared: set[int], tags: dict[int, str]):
+        self.fresh, self.writer, self.prepared, self.tags = fresh, writer, prepared, tags
+
+    def place(self, ops: Sequence[Op], phases: Sequence[str]) -> tuple[Op, ...]:
+        readers: dict[tuple[int, str], list[int]] = defaultdict(list)
+        for position, (op, phase) in enumerate(zip(ops, phases, strict=True)):
+            for value in dict.fromkeys(op.inputs):
+                readers[value, phase].append(position)
+        before: dict[int, list[Op]] = defaultdict(list)
+        rename: dict[tuple[int, int], int] = {}
+        shared = self._shared_copies(ops, readers, before)
+        for (value, phase), positions in readers.items():
+            chosen = self._readers(ops, value, phase, positions)
+            if not chosen:
+                continue
+            source = shared.get(value, value)
+            copy = self._copy(source, f"{self._tag(value)}~{phase}", ops[chosen[0]].count)
+            before[chosen[0]].append(copy)
+            rename.update({(position, value): copy.outputs[0] for position in chosen})
+        return tuple(
+            new for i, op in enumerate(ops) for new in (*before[i], self._reading(op, i, rename))
+        )
+
+    def _shared_copies(self, ops, readers, before) -> dict[int, int]:
+        """One copy for the whole step of each prepared value that both passes read heavily."""
+        shared: dict[int, int] = {}
+        for value in self.prepared:
+            phases = [p for p in ("forward", "backward") if self._heavy(ops, readers.get((value, p), []))]
+            if len(phases) == 2 and self._large(value):
+                first = readers[value, "forward"][0]
+                copy = self._copy(value, f"{self._tag(value)}~step", ops[first].count)
+                before[first].append(copy)
+                shared[value] = copy.outputs[0]
+        return shared
+
+    def _readers(self, ops, value: int, phase: str, positions: list[int]) -> list[int]:
+        """Positions that should read a copy of the value in this phase."""
+        if not self._large(value) or (value in self.writer and self.writer[value].kind == "copy"):
+            return []
+        heavy = self._heavy(ops, positions)
+        if value in self.prepared:
+            return heavy if phase != "prepare" else []
+        if self.writer.get(value) is not None and self.writer[value].kind in SUMS and len(positions) > 1:
+            return positions
+        if phase == "update" and len(positions) > 1:
+            return positions
+        return heavy if len(heavy) > 1 else []
+
+    def _heavy(self, ops, positions: list[int]) -> list[int]:
+        return [p for p in positions if ops[p].kind in LAYOUT_BOUND]
+
+    def _large(self, value: int) -> bool:
+        return self.fresh.types[value].size >= SMALLEST
+
+    def _tag(self, value: int) -> str:
+        if value in self.writer:
+            op = self.writer[value]
+            return f"{op.tag}:{op.outputs.index(value)}"
+        return self.tags.get(value, f"in{value}")
+
+    def _copy(self, source: int, tag: str, count: int) -> Op:
+        return Op("copy", (source,), (self.fresh.like(source),), tag=tag, count=count)
+
+    def _reading(self, op: Op, position: int, rename: dict[tuple[int, int], int]) -> Op:
+        return replace(op, inputs=tuple(rename.get((position, v), v) for v in op.inputs))

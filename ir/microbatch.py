@@ -1,0 +1,209 @@
+"""The time axis: which ops run once per microbatch, and where their sums are taken.
+
+A microbatch is the batch factor cut over *time* instead of over devices. A
+value that carries the factor exists once per microbatch (`split`, with the dim
+it is cut in). Contracting the factor leaves a sum over time (`totals`), which
+is gradient accumulation. What uses totals (clipping, optimizer) runs once, after.
+
+    before   ops that never see the batch           casts of parameters
+    body     ops on split values                    forward, backward
+    after    ops on totals                          clipping, optimizer
+
+An op of the body that needs a total cannot run before the last microbatch has
+(batch norm; a loss divided by a count summed over the batch). Such a graph has
+no time axis, and `Refusal` names the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .graph import Graph, Op, Region
+from .rule import Factor, Rule, cuttable
+from .rules import rule_of
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a graph cannot be cut into microbatches."""
+
+    reason: str
+    where: str
+
+
+@dataclass(frozen=True)
+class TimeAxis:
+    """`split`: value -> dim cut over time. `totals`: value -> reduction that joins its
+    parts ("sum", "max", ...). `body`: positions of top-level ops run per microbatch.
+    `batch`: the size of the factor; microbatch counts divide it."""
+
+    batch: int
+    split: Mapping[int, int]
+    totals: Mapping[int, str]
+    body: frozenset[int]
+
+
+def batch_dims(graph: Graph) -> dict[int, int]:
+    """Input position -> batch dim, for the inputs that are not carried state.
+
+    The batch is dim 0 of the array inputs that share the most common dim-0 size;
+    other inputs (a learning rate, a random key) are the same for every microbatch.
+    """
+    carried = {i for i, _ in graph.state}
+    sizes = {
+        p: graph.types[v].shape[0]
+        for p, v in enumerate(graph.inputs)
+        if p not in carried and graph.types[v].rank and graph.types[v].dtype != "key"
+    }
+    common = max(sorted(set(sizes.values())), key=list(sizes.values()).count, default=0)
+    return {p: 0 for p, size in sizes.items() if size == common > 1}
+
+
+def time_axis(graph: Graph, batch: Mapping[int, int]) -> TimeAxis | Refusal:
+    """Follow the batch dims of the inputs through the whole step."""
+    if not batch:
+        return Refusal("no input of the step carries a batch dim", "step arguments")
+    split = {graph.inputs[p]: dim for p, dim in batch.items()}
+    size = graph.types[next(iter(split))].shape[next(iter(split.values()))]
+    flow = _Flow(graph, split, {}, set())
+    try:
+        body = frozenset(i for i, op in enumerate(graph.ops) if flow.visit(op))
+    except _Stop as stop:
+        return stop.refusal
+    return TimeAxis(size, flow.split, flow.totals, body)
+
+
+class _Stop(Exception):
+    def __init__(self, op: Op, reason: str):
+        self.refusal = Refusal(f"{op.kind} {reason}", op.where)
+
+
+@dataclass
+class _Flow:
+    """Facts gathered on the way; `late` holds values known only after the last microbatch."""
+
+    graph: Graph
+    split: dict[int, int]
+    totals: dict[int, str]
+    late: set[int]
+
+    def visit(self, op: Op) -> bool:
+        """Classify one top-level op; True when it belongs to the body."""
+        if not any(v in self.split for v in op.inputs):
+            if any(v in self.totals or v in self.late for v in op.inputs):
+                self.late.update(op.outputs)
+            return False
+        self.cut(op)
+        return True
+
+    def cut(self, op: Op) -> None:
+        if op.kind == "optimization_barrier":
+            self._pass_through(op)
+            return
+        if any(v in self.totals or v in self.late for v in op.inputs):
+            raise _Stop(op, "mixes one microbatch with a value summed over the whole batch")
+        if op.kind == "scan":
+            self._scan(op)
+        else:
+            self._simple(op, rule_of(op, self.graph.types))
+
+    def _pass_through(self, op: Op) -> None:
+        for source, result in zip(op.inputs, op.outputs, strict=True):
+            if source in self.totals or source in self.late:
+                raise _Stop(op, "holds back a value summed over the whole batch")
+            if source in self.split:
+                self.split[result] = self.split[source]
+
+    def _simple(self, op: Op, rule: Rule) -> None:
+        number = self._factor(op, rule)
+        factor = rule.factors[number]
+        for dims, result in zip(rule.results, op.outputs, strict=True):
+            dim = next((d for d, factors in enumerate(dims) if number in factors), None)
+            if dim is not None:
+                self.split[result] = dim
+            elif factor.kind == "reduced":
+                self.totals[result] = factor.reduction
+            else:
+                raise _Stop(op, "drops the batch dim")
+
+    def _factor(self, op: Op, rule: Rule) -> int:
+        """The one factor that is the batch, or a refusal."""
+        found = {
+            _leading(rule.factors, dims[self.split[v]])
+            for v, dims in zip(op.inputs, rule.operands, strict=True)
+            if v in self.split
+        }
+        if len(found) != 1 or next(iter(found)) is None:
+            raise _Stop(op, "uses the batch dim in two ways")
+        number = found.pop()
+        assert number is not None
+        if number not in cuttable(rule):
+            raise _Stop(op, "needs the whole batch at once")
+        return number
+
+    def _scan(self, op: Op) -> None:
+        """A loop in the body: what its carry is settles after at most two rounds."""
+        region, consts, carry = op.regions[0], int(op.attr("num_consts")), int(op.attr("num_carry"))  # type: ignore[arg-type]
+        inner = _Flow(self.graph, {}, {}, set())
+        for i, (outside, inside) in enumerate(zip(op.inputs, region.inputs, strict=True)):
+            if outside in self.split:
+                dim = self.split[outside] - (1 if i >= consts + carry else 0)
+                if dim < 0:
+                    raise _Stop(op, "loops over the batch dim")
+                inner.split[inside] = dim
+        for _ in range(carry + 1):
+            inner.run(region)
+            if not inner.join_carry(op, region, consts, carry):
+                break
+        self.split.update(inner.split)
+        for i, (result, inside) in enumerate(zip(op.outputs, region.outputs, strict=True)):
+            if inside in inner.split:
+                self.split[result] = inner.split[inside] + (0 if i < carry else 1)
+            elif inside in inner.totals:
+                self.totals[result] = inner.totals[inside]
+
+    def run(self, region: Region) -> None:
+        for op in region.ops:
+            sums = [v for v in op.inputs if v in self.totals]
+            if sums:
+                self._add_totals(op, sums)
+            elif any(v in self.split for v in op.inputs):
+                self.cut(op)
+
+    def _add_totals(self, op: Op, sums: list[int]) -> None:
+        """Inside a loop a sum may only be carried on by linear ops."""
+        alternatives = rule_of(op, self.graph.types).linear if op.kind != "scan" else ()
+        owed = {i for i, v in enumerate(op.inputs) if v in self.totals}
+        others = [v for i, v in enumerate(op.inputs) if i not in owed]
+        if any(v in self.split for v in others) or not any(owed == set(a) for a in alternatives):
+            raise _Stop(op, "needs a value summed over the whole batch inside a loop")
+        self.totals.update(dict.fromkeys(op.outputs, "sum"))
+
+    def join_carry(self, op: Op, region: Region, consts: int, carry: int) -> bool:
+        """Make each carry the same at both ends; True when something changed."""
+        changed = False
+        for i in range(carry):
+            start, end = region.inputs[consts + i], region.outputs[i]
+            if end in self.split and start not in self.split:
+                self.split[start] = self.split[end]
+                changed = True
+            if end in self.totals and start not in self.totals:
+                if not self._starts_at_zero(op.inputs[consts + i]):
+                    raise _Stop(op, "adds up a sum over the batch that does not start at zero")
+                self.totals[start] = "sum"
+                changed = True
+            if start in self.split and end not in self.split and end not in self.totals:
+                self.split[end] = self.split[start]
+        return changed
+
+    def _starts_at_zero(self, value: int) -> bool:
+        zeros = {c.value for c in self.graph.constants if c.data == 0}
+        writers = {v: op for op in self.graph.ops for v in op.outputs}
+        while value in writers and writers[value].kind in ("broadcast_in_dim", "convert_element_type"):
+            value = writers[value].inputs[0]
+        return value in zeros
+
+
+def _leading(factors: tuple[Factor, ...], dim: tuple[int, ...]) -> int | None:
+    return next((number for number in dim if factors[number].size > 1), None)

@@ -1,0 +1,64 @@
+"""A graph made ready for planning or lowering: recompute applied, copies placed, time cut.
+
+The planner prepares the small graph of a `Folded` pair, the backends the whole
+one; equal tags then mean equal decisions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from .copies import insert_copies
+from .graph import Graph, Op
+from .microbatch import Refusal, TimeAxis, batch_dims, time_axis
+from .recompute import Policy, recompute
+from .roles import phases as find_phases
+
+
+@dataclass(frozen=True)
+class Program:
+    """`phases` has one entry per top-level op of `graph`."""
+
+    graph: Graph
+    phases: tuple[str, ...]
+    time: TimeAxis | Refusal
+
+    @cached_property
+    def value_tags(self) -> dict[int, str]:
+        """A name for every value that is the same in the small and the whole graph."""
+        return value_tags(self.graph)
+
+
+def prepare(graph: Graph, policy: Policy) -> Program:
+    """Apply a recompute policy and place copies, on a graph tagged by `fold`."""
+    batch = batch_dims(graph)
+    base = find_phases(graph, batch)
+    top = [base[visit.index] for visit in graph.visits if not visit.parents]
+    phase_of = {op.outputs[0]: phase for op, phase in zip(graph.ops, top, strict=True)}
+    again = recompute(graph, top, policy)
+    middle = [_phase(op, phase_of) for op in again.ops]
+    phase_of |= {op.outputs[0]: phase for op, phase in zip(again.ops, middle, strict=True)}
+    ready = insert_copies(again, middle)
+    return Program(ready, tuple(_phase(op, phase_of) for op in ready.ops), time_axis(ready, batch))
+
+
+def _phase(op: Op, known: dict[int, str]) -> str:
+    """Phase of an op; a loop rebuilt by a pass keeps its first result; copies say theirs in the tag."""
+    if op.kind == "copy":
+        name = op.tag.rpartition("~")[2]
+        return "prepare" if name == "step" else name
+    return known.get(op.outputs[0], "backward")
+
+
+def value_tags(graph: Graph) -> dict[int, str]:
+    tags = {c.value: f"const{c.value}" for c in graph.constants}
+    names = graph.input_tags or tuple(f"in{i}" for i in range(len(graph.inputs)))
+    tags.update(zip(graph.inputs, names, strict=True))
+    for visit in graph.visits:
+        for k, value in enumerate(visit.op.outputs):
+            tags[value] = f"{visit.op.tag}:{k}"
+        for region in visit.op.regions:
+            for k, value in enumerate(region.inputs):
+                tags[value] = f"{visit.op.tag}/in{k}"
+    return tags

@@ -1,0 +1,293 @@
+"""Recompute: drop forward values after use and compute them again in the backward pass.
+
+    none         keep everything the backward pass reads
+    elementwise  keep results of heavy ops; redo elementwise chains
+    selective    also redo products of activations with activations (attention scores)
+    full         keep only what one block hands to the next
+
+`recompute(graph, phases, policy)` returns a graph in which backward readers of a
+dropped value read a copy of the op instead, placed before its first reader behind
+an `optimization_barrier` on a value of the backward pass, so that a compiler
+neither merges it with the original nor starts it early. Loops over layers: the
+forward loop hands over fewer stacked values and the backward loop redoes its body.
+
+Source of `selective`: Korthikanti et al., "Reducing Activation Recomputation in
+Large Transformer Models", MLSys 2023, section 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from .graph import Graph, Op, Region, TensorType
+from .values import Fresh, block_instances
+
+Policy = Literal["none", "elementwise", "selective", "full"]
+POLICIES: tuple[Policy, ...] = ("none", "elementwise", "selective", "full")
+
+PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
+COSTLY = PRODUCTS | {
+    "scan", "while", "cond", "gather", "scatter", "scatter-add", "sort", "top_k", "cumsum",
+    "reduce_sum", "reduce_max", "reduce_min", "argmax", "random_bits", "threefry2x32",
+}  # fmt: skip
+
+
+def recompute(graph: Graph, phases: Sequence[str], policy: Policy) -> Graph:
+    """Apply one policy; `phases` has one entry per top-level op. See the module's docstring."""
+    if policy == "none":
+        return graph
+    fresh = Fresh(graph)
+    graph = _recompute_loops(graph, phases, policy, fresh)
+    graph = _recompute_flat(graph, phases, policy, fresh)
+    return replace(graph, types=fresh.types)
+
+
+# ---------------------------------------------------------------- ops outside loops
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """The facts one policy is decided on."""
+
+    writer: dict[int, int]  # value -> position of the top-level op that makes it
+    group: Sequence[tuple[str, int] | None]  # block instance of each op
+    kept: frozenset[int]
+
+
+def _recompute_flat(graph: Graph, phases: Sequence[str], policy: Policy, fresh: Fresh) -> Graph:
+    facts = _facts(graph, phases, policy)
+    wanted: dict[tuple[str, int] | None, list[int]] = {}
+    readers: dict[tuple[str, int] | None, int] = {}
+    for position, op in enumerate(graph.ops):
+        if phases[position] != "backward":
+            continue
+        for value in op.inputs:
+            at = facts.writer.get(value)
+            if at is not None and phases[at] == "forward" and value not in facts.kept:
+                wanted.setdefault(facts.group[at], []).append(value)
+                readers.setdefault(facts.group[at], position)
+    return _splice(graph, phases, facts, wanted, readers, fresh) if wanted else graph
+
+
+def _facts(graph: Graph, phases: Sequence[str], policy: Policy) -> _Flat:
+    writer = {v: i for i, op in enumerate(graph.ops) for v in op.outputs}
+    group = block_instances(graph.ops)
+    forward = [i for i, phase in enumerate(phases) if phase == "forward"]
+    products = _activation_products(graph, forward)
+    kept = set(graph.outputs)
+    for i in forward:
+        if _stays(graph.ops[i], policy, i in products, group[i] is not None):
+            kept.update(graph.ops[i].outputs)
+        for value in graph.ops[i].inputs:
+            at = writer.get(value)
+            if at is not None and group[at] != group[i]:
+                kept.add(value)
+    return _Flat(writer, group, frozenset(kept))
+
+
+def _stays(op: Op, policy: Policy, activations_only: bool, in_block: bool) -> bool:
+    if policy == "full" and in_block:
+        return op.kind in ("scan", "while", "cond")
+    if policy != "elementwise" and activations_only:
+        return False
+    return op.kind in COSTLY
+
+
+def _activation_products(graph: Graph, forward: list[int]) -> set[int]:
+    """Forward products none of whose operands comes straight from a parameter."""
+    made = {v for i in forward for v in graph.ops[i].outputs}
+    return {
+        i
+        for i in forward
+        if graph.ops[i].kind in PRODUCTS and all(v in made for v in graph.ops[i].inputs)
+    }
+
+
+def _splice(graph: Graph, phases, facts: _Flat, wanted, readers, fresh: Fresh) -> Graph:
+    """Put each group's copies before its first backward reader and redirect the readers."""
+    starts = {position: group for group, position in readers.items()}
+    redirect: dict[int, int] = {}
+    gate: int | None = None
+    ops: list[Op] = []
+    for position, op in enumerate(graph.ops):
+        if position in starts:
+            again, names = _again(graph, phases, facts, wanted[starts[position]], gate, op, fresh)
+            ops.extend(again)
+            redirect.update(names)
+        if phases[position] == "backward":
+            op = replace(op, inputs=tuple(redirect.get(v, v) for v in op.inputs))
+            gate = op.outputs[0]
+        ops.append(op)
+    return replace(graph, ops=tuple(ops))
+
+
+def _again(
+    graph: Graph, phases, facts: _Flat, wanted: Iterable[int], gate: int | None, reader: Op, fresh: Fresh
+) -> tuple[list[Op], dict[int, int]]:
+    needed: set[int] = set()
+    frontier: dict[int, None] = {}
+    stack = list(wanted)
+    while stack:
+        value = stack.pop()
+        at = facts.writer.get(value)
+        if at is None or phases[at] != "forward":
+            continue
+        if value in facts.kept:
+            frontier[value] = None
+        elif at not in needed:
+            needed.add(at)
+            stack.extend(graph.ops[at].inputs)
+    held = tuple(frontier) if gate is None else (*frontier, gate)
+    barrier = fresh.barrier(held, f"{reader.tag}~hold", reader.count)
+    names = dict(zip(frontier, barrier.outputs, strict=False))
+    clones = [fresh.clone(graph.ops[i], names, "~again", reader.count) for i in sorted(needed)]
+    kept_names = {v: n for v, n in names.items() if v not in frontier}
+    return ([barrier, *clones] if frontier else clones), kept_names
+
+
+# ---------------------------------------------------------------- loops over layers
+
+
+def _recompute_loops(graph: Graph, phases: Sequence[str], policy: Policy, fresh: Fresh) -> Graph:
+    ops = list(graph.ops)
+    writer = {v: i for i, op in enumerate(ops) for v in op.outputs}
+    for position, op in enumerate(graph.ops):
+        if phases[position] != "backward" or op.kind != "scan":
+            continue
+        sources = {writer[v] for v in _xs(op) if v in writer}
+        for at in sorted(sources):
+            if ops[at].kind == "scan" and phases[at] == "forward" and ops[at].trips == op.trips:
+                others = _read_elsewhere(graph, at, position)
+                ops[at], ops[position] = _redo_loop(ops[at], ops[position], others, policy, fresh)
+    return replace(graph, ops=tuple(ops))
+
+
+def _xs(op: Op) -> tuple[int, ...]:
+    return op.inputs[_consts(op) + _carry(op) :]
+
+
+def _consts(op: Op) -> int:
+    return int(op.attr("num_consts"))  # type: ignore[arg-type]
+
+
+def _carry(op: Op) -> int:
+    return int(op.attr("num_carry"))  # type: ignore[arg-type]
+
+
+def _read_elsewhere(graph: Graph, forward: int, backward: int) -> set[int]:
+    """Results of the forward loop that someone other than the backward loop's xs reads."""
+    read = set(graph.outputs) | set(graph.ops[backward].inputs[: -len(_xs(graph.ops[backward]))])
+    for i, op in enumerate(graph.ops):
+        if i != backward:
+            read.update(op.inputs)
+    return read & set(graph.ops[forward].outputs)
+
+
+def _redo_loop(
+    forward: Op, backward: Op, read_elsewhere: set[int], policy: Policy, fresh: Fresh
+) -> tuple[Op, Op]:
+    body, carry = forward.regions[0], _carry(forward)
+    handed = dict(zip(forward.outputs[carry:], body.outputs[carry:], strict=True))  # stacked -> inner
+    kept = _kept_in_loop(body, policy)
+    dropped = {s: v for s, v in handed.items() if v not in kept and s in _xs(backward)}
+    if not dropped:
+        return forward, backward
+    needed, frontier = _trace_back(body, list(dropped.values()), kept)
+    stay = [s for s in handed if s not in dropped or s in read_elsewhere]
+    have = {handed[s]: s for s in stay}
+    save = [v for v in frontier if v not in have and v not in _given(forward)]
+    stacks = {v: fresh.value(_stacked(fresh.types[v], forward.trips)) for v in save}
+    new_forward = replace(
+        forward,
+        outputs=(*forward.outputs[:carry], *stay, *stacks.values()),
+        regions=(replace(body, outputs=(*body.outputs[:carry], *(handed[s] for s in stay), *save)),),
+    )
+    return new_forward, _redo_in_backward(forward, backward, dropped, needed, frontier, {**have, **stacks}, fresh)
+
+
+def _kept_in_loop(body: Region, policy: Policy) -> frozenset[int]:
+    made = {v for op in body.ops for v in op.outputs}
+    kept = set(body.inputs)
+    for op in body.ops:
+        activations = op.kind in PRODUCTS and all(v in made for v in op.inputs)
+        if _stays(op, policy, activations, True):
+            kept.update(op.outputs)
+    return frozenset(kept)
+
+
+def _trace_back(body: Region, wanted: list[int], kept: frozenset[int]) -> tuple[list[Op], list[int]]:
+    """Ops to redo, in order, and the kept values they start from."""
+    writer = {v: op for op in body.ops for v in op.outputs}
+    redo: set[int] = set()
+    frontier: dict[int, None] = {}
+    while wanted:
+        value = wanted.pop()
+        if value in kept:
+            frontier[value] = None
+        elif value in writer and id(writer[value]) not in redo:
+            redo.add(id(writer[value]))
+            wanted.extend(writer[value].inputs)
+    return [op for op in body.ops if id(op) in redo], list(frontier)
+
+
+def _given(loop: Op) -> dict[int, tuple[str, int]]:
+    """Inner name -> how it is handed in: a constant or an xs of the loop, by outer value."""
+    consts, first_xs = _consts(loop), _consts(loop) + _carry(loop)
+    pairs = list(zip(loop.regions[0].inputs, loop.inputs, strict=True))
+    return {
+        **{inner: ("const", outer) for inner, outer in pairs[:consts]},
+        **{inner: ("xs", outer) for inner, outer in pairs[first_xs:]},
+    }
+
+
+def _redo_in_backward(
+    forward: Op, backward: Op, dropped: dict[int, int], needed: list[Op], frontier: list[int],
+    stacks: dict[int, int], fresh: Fresh,
+) -> Op:  # fmt: skip
+    given, body = _given(forward), backward.regions[0]
+    consts, first_xs = _consts(backward), _consts(backward) + _carry(backward)
+    new_consts: list[tuple[int, int]] = []  # (outer, inner)
+    new_xs: list[tuple[int, int]] = []
+    names: dict[int, int] = {}
+    for value in frontier:
+        kind, outer = given.get(value, ("xs", stacks.get(value, -1)))
+        inner = fresh.value(fresh.types[value])
+        (new_consts if kind == "const" else new_xs).append((outer, inner))
+        names[value] = inner
+    saved = [names[v] for v in frontier if v not in given]
+    gate = body.inputs[consts : consts + 1]
+    barrier = fresh.barrier((*saved, *gate), f"{backward.tag}/hold", 1)
+    held = dict(zip(saved, barrier.outputs, strict=False))
+    names = {v: held.get(n, n) for v, n in names.items()}
+    clones = [fresh.clone(op, names, "~again", 1) for op in needed]
+    outer_xs = list(zip(_xs(backward), body.inputs[first_xs:], strict=True))
+    swap = {inner: names[dropped[outer]] for outer, inner in outer_xs if outer in dropped}
+    left = [(outer, inner) for outer, inner in outer_xs if outer not in dropped]
+    ops = (*([barrier] if saved else []), *clones, *(_renamed(op, swap) for op in body.ops))
+    old_consts = list(zip(backward.inputs[:consts], body.inputs[:consts], strict=True))
+    old_carry = list(zip(backward.inputs[consts:first_xs], body.inputs[consts:first_xs], strict=True))
+    pairs = [*old_consts, *new_consts, *old_carry, *left, *new_xs]
+    return replace(
+        backward,
+        inputs=tuple(outer for outer, _ in pairs),
+        attrs=tuple(
+            (k, len(old_consts) + len(new_consts)) if k == "num_consts" else (k, v) for k, v in backward.attrs
+        ),
+        regions=(
+            Region(
+                tuple(inner for _, inner in pairs),
+                ops,
+                tuple(swap.get(v, v) for v in body.outputs),
+            ),
+        ),
+    )
+
+
+def _renamed(op: Op, names: dict[int, int]) -> Op:
+    return replace(op, inputs=tuple(names.get(v, v) for v in op.inputs))
+
+
+def _stacked(kind: TensorType, trips: int) -> TensorType:
+    return TensorType(kind.dtype, (trips, *kind.shape))

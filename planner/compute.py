@@ -1,0 +1,87 @@
+"""Seconds of one op on one device: a roofline.
+
+    seconds = launch + max(FLOP / achieved FLOP/s, bytes moved / memory bandwidth)
+
+Elementwise chains are taken as fused: they move only what enters and leaves the
+chain. Source of the model: Williams, Waterman & Patterson, CACM 52(4), 2009.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from ..ir.cluster import Device
+from ..ir.graph import Op, TensorType
+from ..ir.rule import Rule
+
+# Ops that start a kernel of their own and read and write memory. Everything
+# else is fused into its neighbours.
+KERNELS = frozenset({
+    "dot_general", "conv_general_dilated", "gather", "scatter", "scatter-add", "sort", "top_k",
+    "cumsum", "reduce_window_max", "reduce_window_sum", "select_and_scatter_add", "concatenate",
+    "random_bits", "threefry2x32", "dynamic_update_slice", "while", "cond",
+})  # fmt: skip
+CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated"})
+FREE = frozenset({"copy", "optimization_barrier", "reshape", "squeeze", "broadcast_in_dim"})  # no kernel
+
+
+def flop(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> float:
+    """Floating-point operations of one op on whole tensors.
+
+    A contraction does one multiplication and one addition per combination of
+    its factors; a convolution per output element and kernel element. Others: one
+    per result element.
+    """
+    if op.kind == "dot_general" and not rule.opaque:
+        return 2.0 * prod(factor.size for factor in rule.factors)
+    if op.kind == "conv_general_dilated":
+        return 2.0 * _convolution_terms(op, types)
+    return float(sum(types[v].size for v in op.outputs))
+
+
+def _convolution_terms(op: Op, types: Mapping[int, TensorType]) -> float:
+    """Output elements times kernel elements per output feature, less what dilation skips."""
+    kernel, result = types[op.inputs[1]], types[op.outputs[0]]
+    numbers = dict(op.attrs)["dimension_numbers"]
+    out_feature = kernel.shape[numbers[1][0]]  # type: ignore[index]
+    dilation = dict(op.attrs).get("lhs_dilation") or ()
+    holes = prod(d for d in dilation if isinstance(d, int))  # type: ignore[union-attr]
+    return result.size * kernel.size / out_feature / holes
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Which part of each operand, result and of the work one device has, in (0, 1]."""
+
+    operands: tuple[float, ...]
+    results: tuple[float, ...]
+    work: float
+
+
+def op_seconds(
+    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, shares: Shares, in_memory: frozenset[int]
+) -> float:
+    """Seconds on one device, with operands, results and work cut to `shares`.
+
+    A kernel reads all operands and writes all results. A fused op writes only
+    results that are kept in memory (`in_memory`), and costs nothing otherwise.
+    """
+    moved = sum(types[v].nbytes * s for v, s in zip(op.outputs, shares.results, strict=True) if v in in_memory)
+    if op.kind in KERNELS:
+        moved += sum(types[v].nbytes * s for v, s in zip(op.inputs, shares.operands, strict=True))
+    elif op.kind in FREE or not moved:
+        return 0.0
+    seconds = moved / device.memory_bandwidth
+    if op.kind in CONTRACTIONS:
+        work = flop(op, rule, types) * shares.work
+        seconds = max(seconds, work / _peak(device, types[op.inputs[0]].dtype))
+    return device.launch + seconds
+
+
+def _peak(device: Device, dtype: str) -> float:
+    """Achieved FLOP/s of large products in this element type."""
+    peaks = device.peak_flops
+    best = peaks.get(dtype) or peaks.get({"f32": "tf32", "f16": "bf16", "bf16": "f16"}.get(dtype, ""))
+    return (best or min(peaks.values())) * device.efficiency

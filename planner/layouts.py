@@ -1,0 +1,86 @@
+"""All layouts on one mesh, numbered, and the price of every change between them.
+
+The price of a change is a straight line in the tensor's bytes that does not
+depend on its shape, so it is worked out once per pair and mesh.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+from ..ir.mesh import Mesh
+from ..ir.sharding import Sharding
+from .collectives import Collectives
+
+
+class Layouts:
+    """Numbers layouts as they are met; `seconds` prices whole matrices of changes."""
+
+    def __init__(self, collectives: Collectives):
+        self.collectives = collectives
+        self.mesh: Mesh = collectives.mesh
+        self.known: list[Sharding] = []
+        self._numbers: dict[Sharding, int] = {}
+        self._fixed = np.full((64, 64), np.nan)
+        self._slope = np.full((64, 64), np.nan)
+        self._ways: list[int] = []
+
+    def number(self, layout: Sharding) -> int:
+        if layout not in self._numbers:
+            self._numbers[layout] = len(self.known)
+            self.known.append(layout)
+            self._ways.append(layout.ways(self.mesh))
+        return self._numbers[layout]
+
+    def numbers(self, layouts: list[Sharding]) -> np.ndarray:
+        return np.array([self.number(layout) for layout in layouts], np.int64)
+
+    def ways(self, numbers: np.ndarray) -> np.ndarray:
+        """Number of different shards of each layout."""
+        return np.array(self._ways)[numbers]
+
+    def seconds(self, sources: np.ndarray, targets: np.ndarray, nbytes: float) -> np.ndarray:
+        """Seconds to change a tensor of `nbytes` from each source to each target layout."""
+        rows, row_of = np.unique(sources, return_inverse=True)
+        columns, column_of = np.unique(targets, return_inverse=True)
+        self._fill(rows, columns)
+        cell = np.ix_(rows, columns)
+        with np.errstate(invalid="ignore"):
+            unique = self._fixed[cell] + self._slope[cell] * nbytes
+        return unique[np.ix_(row_of, column_of)]
+
+    def _fill(self, rows: np.ndarray, columns: np.ndarray) -> None:
+        self._grow(max(int(rows.max()), int(columns.max())) + 1)
+        missing = np.argwhere(np.isnan(self._fixed[np.ix_(rows, columns)]))
+        for i, j in missing:
+            source, target = rows[i], columns[j]
+            line = self.collectives.resharding(self.known[source], self.known[target])
+            self._fixed[source, target] = np.inf if line is None else line.fixed
+            self._slope[source, target] = 0.0 if line is None else line.slope
+
+    def _grow(self, size: int) -> None:
+        while self._fixed.shape[0] < size:
+            extra = self._fixed.shape[0]
+            pad = ((0, extra), (0, extra))
+            self._fixed = np.pad(self._fixed, pad, constant_values=np.nan)
+            self._slope = np.pad(self._slope, pad, constant_values=np.nan)
+
+
+def layouts_of(shape: tuple[int, ...], mesh: Mesh, owed: bool = False) -> list[Sharding]:
+    """Every way to lay a tensor of this shape on the mesh, in a fixed order.
+
+    Each axis cuts one dim (if the dim divides), or none, or, when `owed`, is owed a sum.
+    """
+    places = [*range(len(shape)), -1, *([-2] if owed else [])]
+    found = []
+    for choice in product(places, repeat=len(mesh.axes)):
+        dims = tuple(
+            tuple(name for name, place in zip(mesh.names, choice, strict=True) if place == dim)
+            for dim in range(len(shape))
+        )
+        if all(size % mesh.ways(axes) == 0 for size, axes in zip(shape, dims, strict=True)):
+            partial = frozenset(name for name, place in zip(mesh.names, choice, strict=True) if place == -2)
+            found.append(Sharding(dims, partial))
+    return found
