@@ -1,0 +1,199 @@
+"""GPT-2 and GPT-3: pre-norm decoder with learnt positions and tied embeddings.
+
+Plain JAX: parameters are nested dicts. `layers` is a list of one dict per
+layer (unrolled), or one dict of stacked arrays (scanned). No dropout.
+
+Dims: B batch, T position, V vocabulary, L layers, D width, F feed-forward
+width, N heads, H head width, 3 query-key-value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .example import Example, abstract, count
+from .layers import cast, causal_attention, counting_batch, layer_norm, token_batch, token_loss
+from .optimizers import clipped_adamw, clipped_sgd
+
+Params = dict[str, Any]
+Batch = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of one GPT.
+
+    The vocabulary of 50 257 is padded to 50 304, a multiple of 128, as
+    Megatron-LM does (`--make-vocab-size-divisible-by 128`).
+    """
+
+    layers: int
+    width: int
+    heads: int
+    learning_rate: float
+    batch: int
+    seq: int = 2048
+    vocab: int = 50_304
+    optimizer: str = "adamw"
+    dtype: str = "bf16"
+    scan: bool = False
+    remat: bool = False
+    corpus: str = "counting"  # what `make_batch` draws from: "counting" or "source"
+
+
+# GPT-2: Radford et al. 2019, table 2: layers, width; batch 512 and 1024 tokens
+# (§2.3). Heads as released: github.com/openai/gpt-2. The learning rates were not
+# published: those of GPT-3 at the same size.
+# GPT-3: Brown et al. 2020 (arXiv 2005.14165), table 2.1: layers, width, heads,
+# learning rate; batches of 0.5, 1, 2 and 3.2 million tokens as sequences of 2048.
+# Two of its entries do not multiply out: 1.3B has 16 heads (not 24) of 128, and
+# 13B is 5120 wide (not 5140).
+CONFIGS = {
+    "gpt2": GPTConfig(12, 768, 12, 6.0e-4, 512, seq=1024),
+    "gpt2-medium": GPTConfig(24, 1024, 16, 3.0e-4, 512, seq=1024),
+    "gpt2-large": GPTConfig(36, 1280, 20, 2.5e-4, 512, seq=1024),
+    "gpt2-xl": GPTConfig(48, 1600, 25, 2.0e-4, 512, seq=1024),
+    "gpt3-125m": GPTConfig(12, 768, 12, 6.0e-4, 256),
+    "gpt3-350m": GPTConfig(24, 1024, 16, 3.0e-4, 256),
+    "gpt3-760m": GPTConfig(24, 1536, 16, 2.5e-4, 256),
+    "gpt3-1.3b": GPTConfig(24, 2048, 16, 2.0e-4, 512),
+    "gpt3-2.7b": GPTConfig(32, 2560, 32, 1.6e-4, 512),
+    "gpt3-6.7b": GPTConfig(32, 4096, 32, 1.2e-4, 1024),
+    "gpt3-13b": GPTConfig(40, 5120, 40, 1.0e-4, 1024),
+    "gpt3-175b": GPTConfig(96, 12_288, 96, 0.6e-4, 1536),
+    # Ours: small enough for tests, and for a demo on CPU.
+    "gpt-tiny": GPTConfig(4, 64, 8, 1e-2, 16, seq=32, vocab=128),
+    "gpt-bytes": GPTConfig(6, 256, 8, 1e-3, 32, seq=128, vocab=256, dtype="f32", corpus="source"),
+}
+
+
+class TrainState(NamedTuple):
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+def init_layer(config: GPTConfig, key: jax.Array) -> Params:
+    """Normal weights of 0.02; residual outputs scaled by 1/sqrt(2L) (GPT-2 §2.3)."""
+    width, heads, head = config.width, config.heads, config.width // config.heads
+    qkv_key, out_key, up_key, down_key = jax.random.split(key, 4)
+    residual = 0.02 * (2 * config.layers) ** -0.5
+    return {
+        "norm1": {"scale": jnp.ones(width), "bias": jnp.zeros(width)},
+        "qkv_D3NH": 0.02 * jax.random.normal(qkv_key, (width, 3, heads, head)),
+        "qkv_bias_3NH": jnp.zeros((3, heads, head)),
+        "out_NHD": residual * jax.random.normal(out_key, (heads, head, width)),
+        "out_bias_D": jnp.zeros(width),
+        "norm2": {"scale": jnp.ones(width), "bias": jnp.zeros(width)},
+        "up_DF": 0.02 * jax.random.normal(up_key, (width, 4 * width)),
+        "up_bias_F": jnp.zeros(4 * width),
+        "down_FD": residual * jax.random.normal(down_key, (4 * width, width)),
+        "down_bias_D": jnp.zeros(width),
+    }
+
+
+def init_params(config: GPTConfig, key: jax.Array) -> Params:
+    token_key, position_key, *layer_keys = jax.random.split(key, 2 + config.layers)
+    layers = [init_layer(config, layer_key) for layer_key in layer_keys]
+    return {
+        "token_VD": 0.02 * jax.random.normal(token_key, (config.vocab, config.width)),
+        "position_TD": 0.01 * jax.random.normal(position_key, (config.seq, config.width)),
+        "layers": stack(layers) if config.scan else layers,
+        "norm": {"scale": jnp.ones(config.width), "bias": jnp.zeros(config.width)},
+    }
+
+
+def stack(layers: list[Params]) -> Params:
+    """One dict whose arrays have a leading dim L, for `jax.lax.scan`."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def attention(layer: Params, x_BTD: jax.Array) -> jax.Array:
+    qkv_BT3NH = jnp.einsum("btd,dcnh->btcnh", x_BTD, layer["qkv_D3NH"]) + layer["qkv_bias_3NH"]
+    q_BTNH, k_BTNH, v_BTNH = (qkv_BT3NH[:, :, i] for i in range(3))
+    mixed_BTNH = causal_attention(q_BTNH, k_BTNH, v_BTNH)
+    return jnp.einsum("btnh,nhd->btd", mixed_BTNH, layer["out_NHD"]) + layer["out_bias_D"]
+
+
+def feed_forward(layer: Params, x_BTD: jax.Array) -> jax.Array:
+    hidden_BTF = jax.nn.gelu(x_BTD @ layer["up_DF"] + layer["up_bias_F"])
+    return hidden_BTF @ layer["down_FD"] + layer["down_bias_D"]
+
+
+def block(x_BTD: jax.Array, layer: Params) -> jax.Array:
+    x_BTD = x_BTD + attention(layer, layer_norm(x_BTD, **layer["norm1"]))
+    return x_BTD + feed_forward(layer, layer_norm(x_BTD, **layer["norm2"]))
+
+
+def run_layers(config: GPTConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+    layer_fn = jax.checkpoint(block) if config.remat else block
+    if config.scan:
+        x_BTD, _ = jax.lax.scan(
+            lambda x, layer: (layer_fn(x, layer), None), x_BTD, params["layers"]
+        )
+        return x_BTD
+    for layer in params["layers"]:
+        x_BTD = layer_fn(x_BTD, layer)
+    return x_BTD
+
+
+def loss_fn(params: Params, batch: Batch, config: GPTConfig) -> jax.Array:
+    params = cast(params, config.dtype)
+    x_BTD = params["token_VD"][batch["tokens"]] + params["position_TD"]
+    x_BTD = run_layers(config, params, x_BTD)
+    x_BTD = layer_norm(x_BTD, **params["norm"])
+    logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, params["token_VD"])
+    return token_loss(logits_BTV, batch["targets"])
+
+
+def train_step(
+    config: GPTConfig, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, config)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def source_batch(rng: np.random.Generator, batch: int, seq: int) -> dict[str, np.ndarray]:
+    """Windows of the bytes of this folder's own source files."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    text = np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
+    start_B1 = rng.integers(0, len(text) - seq, (batch, 1))
+    window_BT = text[start_B1 + np.arange(seq + 1)].astype(np.int32)
+    return {"tokens": window_BT[:, :-1], "targets": window_BT[:, 1:]}
+
+
+def make(name: str, config: GPTConfig) -> Example:
+    make_optimizer = {"adamw": clipped_adamw, "sgd": clipped_sgd}[config.optimizer]
+    optimizer = make_optimizer(config.learning_rate)
+
+    def init(key: jax.Array) -> TrainState:
+        params = init_params(config, key)
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    def make_batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        if config.corpus == "source":
+            return source_batch(rng, config.batch, config.seq)
+        return counting_batch(rng, config.batch, config.seq, config.vocab)
+
+    state = abstract(init)
+    return Example(
+        name=name,
+        step=partial(train_step, config, optimizer),
+        state=state,
+        batch=token_batch(config.batch, config.seq),
+        init=init,
+        make_batch=make_batch,
+        description=f"GPT, {config.layers} layers of width {config.width}, {config.heads} heads",
+        params=count(state.params),
+    )

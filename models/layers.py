@@ -1,0 +1,107 @@
+"""Layers that several language models share.
+
+No model in the zoo uses dropout: large models are trained without it.
+
+Dims: B batch, T query position, S key position, D width, V vocabulary,
+N heads, K key-value heads, G query heads per key-value head, H head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
+
+
+def cast(params: Any, dtype: str) -> Any:
+    """Copy fp32 parameters to the compute dtype (mixed precision)."""
+    return jax.tree.map(lambda leaf: leaf.astype(DTYPES[dtype]), params)
+
+
+def layer_norm(x_BTD: jax.Array, *, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """Ba, Kiros & Hinton 2016 (arXiv 1607.06450); statistics in fp32."""
+    x32_BTD = x_BTD.astype(jnp.float32)
+    centred_BTD = x32_BTD - x32_BTD.mean(axis=-1, keepdims=True)
+    variance_BT1 = jnp.square(centred_BTD).mean(axis=-1, keepdims=True)
+    normed_BTD = centred_BTD * jax.lax.rsqrt(variance_BT1 + 1e-5)
+    return normed_BTD.astype(x_BTD.dtype) * scale + bias
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array) -> jax.Array:
+    """Zhang & Sennrich 2019 (arXiv 1910.07467); statistics in fp32."""
+    x32_BTD = x_BTD.astype(jnp.float32)
+    mean_square_BT1 = jnp.square(x32_BTD).mean(axis=-1, keepdims=True)
+    normed_BTD = x32_BTD * jax.lax.rsqrt(mean_square_BT1 + 1e-5)
+    return normed_BTD.astype(x_BTD.dtype) * scale_D
+
+
+def rotate(x_BTNH: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding, Su et al. 2021 (arXiv 2104.09864).
+
+    Pairs dim h with dim h + H/2, as GPT-NeoX and the published Llama weights
+    on Hugging Face do.
+    """
+    _, seq, _, head = x_BTNH.shape
+    frequency_h = theta ** (-np.arange(0, head, 2, dtype=np.float32) / head)
+    angle_Th = jnp.arange(seq, dtype=jnp.float32)[:, None] * frequency_h
+    cos_T1h, sin_T1h = jnp.cos(angle_Th)[:, None], jnp.sin(angle_Th)[:, None]
+    low_BTNh, high_BTNh = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated_BTNH = jnp.concatenate(
+        [low_BTNh * cos_T1h - high_BTNh * sin_T1h, high_BTNh * cos_T1h + low_BTNh * sin_T1h],
+        axis=-1,
+    )
+    return rotated_BTNH.astype(x_BTNH.dtype)
+
+
+def causal_mask(seq: int) -> jax.Array:
+    """True where query t may look at key s ≤ t."""
+    shape = (seq, seq)
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 0) >= jax.lax.broadcasted_iota(
+        jnp.int32, shape, 1
+    )
+
+
+def causal_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> jax.Array:
+    """Softmax attention of Vaswani et al. 2017 (arXiv 1706.03762), fp32 softmax."""
+    _, seq, _, head = q_BTNH.shape
+    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH) * head**-0.5
+    masked_BNTS = jnp.where(causal_mask(seq), scores_BNTS.astype(jnp.float32), -jnp.inf)
+    weights_BNTS = jax.nn.softmax(masked_BNTS, axis=-1).astype(v_BSNH.dtype)
+    return jnp.einsum("bnts,bsnh->btnh", weights_BNTS, v_BSNH)
+
+
+def grouped_causal_attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> jax.Array:
+    """Grouped-query attention, Ainslie et al. 2023 (arXiv 2305.13245)."""
+    batch, seq, heads, head = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(batch, seq, kv_heads, heads // kv_heads, head)
+    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH) * head**-0.5
+    masked_BKGTS = jnp.where(causal_mask(seq), scores_BKGTS.astype(jnp.float32), -jnp.inf)
+    weights_BKGTS = jax.nn.softmax(masked_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    mixed_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH)
+    return mixed_BTKGH.reshape(q_BTNH.shape)
+
+
+def token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """Cross-entropy averaged over all tokens, in fp32."""
+    logits32_BTV = logits_BTV.astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits32_BTV, targets_BT).mean()
+
+
+def token_batch(batch: int, seq: int) -> dict[str, jax.ShapeDtypeStruct]:
+    tokens_BT = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
+    return {"tokens": tokens_BT, "targets": tokens_BT}
+
+
+def counting_batch(
+    rng: np.random.Generator, batch: int, seq: int, vocab: int
+) -> dict[str, np.ndarray]:
+    """Sequences that count upwards from a random token: quickly learnt."""
+    start_B1 = rng.integers(0, vocab, (batch, 1))
+    count_BT = ((start_B1 + np.arange(seq + 1)) % vocab).astype(np.int32)
+    return {"tokens": count_BT[:, :-1], "targets": count_BT[:, 1:]}
