@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .cluster import Cluster
 from .mesh import Mesh
+from .sharding import Sharding
 
 PLAN_VERSION = 1
 
@@ -80,13 +81,27 @@ class Collective(_Part):
     phase: str
 
 
+class Layout(_Part):
+    """A sharding as plain data: mesh axes per dim, and axes whose sum is owed."""
+
+    dims: tuple[tuple[str, ...], ...]
+    owed: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, sharding: Sharding) -> Layout:
+        return cls(dims=sharding.dims, owed=tuple(sorted(sharding.partial)))
+
+    @property
+    def sharding(self) -> Sharding:
+        return Sharding(self.dims, frozenset(self.owed))
+
+
 class Plan(_Part):
     """The decision and its evidence.
 
-    `strategies[c]` belongs to op class c of `fold(graph)` and has one code per
-    mesh axis (see `rule.Strategy`); `slots[s]` is the layout of slot class s
-    (graph inputs, loop boundaries) as axis names per dim plus the owed axes.
-    Both refer to the graph after `recompute` was applied.
+    `strategies[tag]` has one code per mesh axis (see `rule.Strategy`) for the ops
+    of that tag (see `fold`); `slots[tag]` is the layout of an input of the step or
+    of a loop. Both speak of the graph after `program.prepare(graph, recompute)`.
     """
 
     version: int = PLAN_VERSION
@@ -97,8 +112,8 @@ class Plan(_Part):
     mesh: Mesh
     microbatches: int
     recompute: str
-    strategies: tuple[tuple[int, ...], ...]
-    slots: tuple[tuple[tuple[tuple[str, ...], ...], tuple[str, ...]], ...]
+    strategies: dict[str, tuple[int, ...]]
+    slots: dict[str, Layout]
     estimate: Estimate
     proof: Proof
     tensors: tuple[Tensor, ...]

@@ -1,0 +1,318 @@
+"""Bytes alive on one device at every moment of a step, by liveness.
+
+Time is counted in ticks, one per op in program order (ops of a loop's body
+follow the loop). Each value is alive over some ticks; for a folded graph a tick
+of a middle layer stands for many layers, so every segment of a life has two
+weights: how many of the value's layers are alive when the *first* and when the
+*last* of those layers runs. Between the two the total is a straight line, so
+its maximum is at one of them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ..ir.graph import ITEM_BYTES, Graph, Op
+from ..ir.microbatch import TimeAxis
+from ..ir.program import Program
+from ..ir.values import block_instances
+from .space import Space, memory_values
+
+FIRST, LAST = 0, 1  # the two moments of a tick that stands for many layers
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Ticks `start..end` (both included) of a value's life, and how many are alive."""
+
+    value: int
+    start: int
+    end: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Ticks of one repeat of a block (or one op outside blocks) and how many it stands for."""
+
+    start: int
+    end: int
+    count: int
+    name: tuple[str, int] | None
+
+
+@dataclass(frozen=True)
+class Lifetimes:
+    """Who is alive when, for one program and microbatch count; independent of any mesh."""
+
+    program: Program
+    microbatches: int
+    segments: tuple[Segment, ...]
+    ticks: int
+    causes: dict[int, str]
+    scale: dict[int, float]  # value -> factor on its bytes (microbatches, wider accumulators)
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        table = np.array([(s.value, s.start, s.end, s.first, s.last) for s in self.segments], np.int64)
+        return tuple(table.reshape(-1, 5).T)
+
+    def profile(self, nbytes: dict[int, float]) -> np.ndarray:
+        """Bytes alive, shape (2 moments, ticks), given local bytes per value."""
+        values, start, end, first, last = self.arrays
+        size = np.array([nbytes[int(v)] for v in values])
+        total = np.zeros((2, self.ticks + 1))
+        for moment, weight in ((FIRST, first), (LAST, last)):
+            np.add.at(total[moment], start, size * weight)
+            np.add.at(total[moment], end + 1, -size * weight)
+        return np.cumsum(total, axis=1)[:, :-1]
+
+    def alive(self, moment: int, tick: int) -> dict[int, int]:
+        """Value -> how many are alive at one moment."""
+        values, start, end, first, last = self.arrays
+        weight = last if moment == LAST else first
+        here = np.flatnonzero((start <= tick) & (tick <= end) & (weight > 0))
+        counts: dict[int, int] = defaultdict(int)
+        for i in here:
+            counts[int(values[i])] += int(weight[i])
+        return counts
+
+
+def lifetimes(program: Program, microbatches: int, roles: dict[int, str]) -> Lifetimes:
+    """Work out every value's life; `roles` names the part of each input position."""
+    return _Analysis(program, microbatches, roles).run()
+
+
+class _Analysis:
+    def __init__(self, program: Program, microbatches: int, roles: dict[int, str]):
+        self.program, self.microbatches, self.roles = program, microbatches, roles
+        self.graph: Graph = program.graph
+        self.time = program.time if microbatches > 1 and isinstance(program.time, TimeAxis) else None
+        self.kept = memory_values(program)
+        self.defined: dict[int, int] = {}
+        self.used: dict[int, list[int]] = defaultdict(list)
+        self.spans: list[Span] = []  # one per top-level op
+        self.position: dict[int, int] = {}  # value -> top-level op that makes it
+
+    def run(self) -> Lifetimes:
+        ticks = self._tick()
+        segments = [s for v in self.defined if v in self.kept for s in self._life(v, ticks - 1)]
+        causes = {s.value: self._cause(s.value) for s in segments}
+        scale = {v: self._scale(v) for v in causes}
+        return Lifetimes(self.program, self.microbatches, tuple(segments), ticks, causes, scale)
+
+    # ------------------------------------------------------------ ticks
+
+    def _tick(self) -> int:
+        tick = 1  # tick 0: the step has its inputs
+        for value in self.graph.inputs:
+            self.defined[value] = 0
+        bounds = []
+        for position, op in enumerate(self.graph.ops):
+            start = tick
+            tick = self._visit(op, tick)
+            self.position.update(dict.fromkeys(op.outputs, position))
+            bounds.append((start, tick - 1))
+        for value in self.graph.outputs:
+            self.used[value].append(tick - 1)
+        self._make_spans(bounds)
+        return tick
+
+    def _visit(self, op: Op, tick: int) -> int:
+        end = tick + 1
+        for region in op.regions if op.kind == "scan" else ():
+            self.defined.update(dict.fromkeys(region.inputs, tick))
+            for inner in region.ops:
+                end = self._visit(inner, end)
+            for value in (*region.inputs, *region.outputs):
+                self.used[value].append(end - 1)
+        for value in op.outputs:
+            self.defined[value] = tick
+            self.used[value].append(end - 1)
+        for value in op.inputs:
+            self.used[value].append(end - 1)
+        return end
+
+    def _make_spans(self, bounds: list[tuple[int, int]]) -> None:
+        groups = block_instances(self.graph.ops)
+        edge: dict[tuple[str, int], tuple[int, int]] = {}
+        for group, (start, end) in zip(groups, bounds, strict=True):
+            if group:
+                low, high = edge.get(group, (start, end))
+                edge[group] = (min(low, start), max(high, end))
+        current: tuple[str, int] | None = None
+        for op, group, (start, end) in zip(self.graph.ops, groups, bounds, strict=True):
+            current = group or (current if current and start <= edge[current][1] else None)
+            low, high = edge[current] if current else (start, end)
+            self.spans.append(Span(low, high, op.count, current))
+
+    # ------------------------------------------------------------ lives
+
+    def _life(self, value: int, last_tick: int) -> Iterator[Segment]:
+        if value in self.graph.inputs:
+            position = self.graph.inputs.index(value)
+            count = self.graph.input_counts[position] if self.graph.input_counts else 1
+            yield Segment(value, 0, last_tick, count, count)
+            return
+        start, end = self.defined[value], max(self.used[value], default=self.defined[value])
+        if value not in self.position:
+            yield Segment(value, start, end, 1, 1)  # inside a loop's body
+            return
+        if self._reuses_input(value):
+            return
+        span = self.spans[self.position[value]]
+        start, end = self._across_time(value, start, end)
+        yield from self._weighted(value, start, end, span)
+
+    def _across_time(self, value: int, start: int, end: int) -> tuple[int, int]:
+        """With microbatches, what the loop reads or adds up lives as long as the loop."""
+        if self.time is None:
+            return start, end
+        inside = [self.spans[p] for p in self.time.body]
+        first, last = min(s.start for s in inside), max(s.end for s in inside)
+        if value in self.time.totals and self.position[value] in self.time.body:
+            return first, max(end, last)
+        if self.position[value] not in self.time.body and start <= last and end >= first:
+            return min(start, first), max(end, last)
+        return start, end
+
+    def _weighted(self, value: int, start: int, end: int, own: Span) -> Iterator[Segment]:
+        many = own.count
+        if many == 1 or end <= own.end or self._handed_on(value, own):
+            yield Segment(value, start, end, 1, 1)
+            return
+        if start < own.start:
+            yield Segment(value, start, own.start - 1, many, many)
+            start = own.start
+        if start > own.start:
+            yield Segment(value, own.start, start - 1, 0, many - 1)
+        yield Segment(value, start, own.end, 1, many)
+        reader = self._span_at(end)
+        if reader is None or reader.count == 1:
+            yield Segment(value, own.end + 1, end, many, many)
+            return
+        if own.end + 1 < reader.start:
+            yield Segment(value, own.end + 1, reader.start - 1, many, many)
+        yield Segment(value, max(reader.start, own.end + 1), end, many, 1)
+        if end < reader.end:
+            yield Segment(value, end + 1, reader.end, many - 1, 0)
+
+    def _span_at(self, tick: int) -> Span | None:
+        low, high = 0, len(self.spans) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._op_end(middle) < tick:
+                low = middle + 1
+            else:
+                high = middle
+        return self.spans[low] if self.spans else None
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        tick, ends = 1, []
+        for op in self.graph.ops:
+            tick += _length(op)
+            ends.append(tick - 1)
+        return ends
+
+    def _op_end(self, position: int) -> int:
+        return self._ends[position]
+
+    def _handed_on(self, value: int, own: Span) -> bool:
+        """Read only by the next repeat of its own block: one is alive at a time."""
+        if own.name is None or value in self.graph.outputs:
+            return False
+        following = (own.name[0], own.name[1] + 1)
+        spans = (self._span_at(tick) for tick in self.used[value] if tick > own.end)
+        return all(span is not None and span.name == following for span in spans)
+
+    def _reuses_input(self, value: int) -> bool:
+        """New state is written over the donated old state."""
+        return value in self._donated_outputs
+
+    @cached_property
+    def _donated_outputs(self) -> frozenset[int]:
+        return frozenset(self.graph.outputs[o] for i, o in self.graph.state if i in self.graph.donated)
+
+    # ------------------------------------------------------------ labels
+
+    def _cause(self, value: int) -> str:
+        if value in self.graph.inputs:
+            return self.roles.get(self.graph.inputs.index(value), "inputs")
+        if value not in self.position:
+            return "loop bodies"
+        op = self.graph.ops[self.position[value]]
+        phase = self.program.phases[self.position[value]]
+        if op.kind == "copy" and phase != "update":
+            return "gathered"
+        return {"forward": "activations", "backward": "gradients", "prepare": "casts"}.get(phase, "update")
+
+    def _scale(self, value: int) -> float:
+        if self.time is None:
+            return 1.0
+        if value in self.time.split:
+            return 1.0 / self.microbatches
+        if value in self.time.totals and self.position.get(value) in self.time.body:
+            return max(1.0, 4 / max(1, ITEM_BYTES[self.graph.types[value].dtype]))
+        return 1.0
+
+
+def _length(op: Op) -> int:
+    inner = sum(_length(o) for region in op.regions for o in region.ops) if op.kind == "scan" else 0
+    return 1 + inner
+
+
+# ---------------------------------------------------------------- on a space
+
+
+class Ledger:
+    """Lifetimes joined with a space: rows for the solver, peaks of solutions."""
+
+    def __init__(self, space: Space, lives: Lifetimes):
+        self.space, self.lives = space, lives
+        self.types = space.program.graph.types
+        self.tags = space.program.value_tags
+        self._bytes: dict[int, tuple[int | None, np.ndarray]] = {}
+        for value in lives.causes:
+            home = space.homes[self.tags[value]]
+            full = self.types[value].nbytes * lives.scale[value]
+            self._bytes[value] = (home.node, full / space.layouts.ways(home.layouts))
+
+    def local_bytes(self, choices: tuple[int, ...]) -> dict[int, float]:
+        return {
+            value: float(sizes[choices[node]] if node is not None else sizes[0])
+            for value, (node, sizes) in self._bytes.items()
+        }
+
+    def smallest(self) -> dict[int, float]:
+        return {value: float(sizes.min()) for value, (_, sizes) in self._bytes.items()}
+
+    def peak(self, nbytes: dict[int, float]) -> tuple[float, tuple[int, int]]:
+        """Largest total, and the (moment, tick) where it is reached."""
+        profile = self.lives.profile(nbytes)
+        moment, tick = np.unravel_index(int(profile.argmax()), profile.shape)
+        return float(profile[moment, tick]), (int(moment), int(tick))
+
+    def row(self, moment: int, tick: int) -> tuple[float, dict[int, np.ndarray]]:
+        """Bytes that do not depend on any choice, and bytes per choice of each node."""
+        fixed, usage = 0.0, {}
+        for value, count in self.lives.alive(moment, tick).items():
+            node, sizes = self._bytes[value]
+            if node is None:
+                fixed += count * float(sizes[0])
+            else:
+                usage[node] = usage.get(node, 0.0) + count * sizes
+        return fixed, usage
+
+    def by_cause(self, choices: tuple[int, ...], at: tuple[int, int]) -> dict[str, float]:
+        nbytes, causes = self.local_bytes(choices), self.lives.causes
+        found: dict[str, float] = defaultdict(float)
+        for value, count in self.lives.alive(*at).items():
+            found[causes[value]] += count * nbytes[value]
+        return dict(sorted(found.items(), key=lambda item: -item[1]))

@@ -1,0 +1,40 @@
+"""Logical meshes worth planning on: factorisations of the cluster along its hosts."""
+
+from __future__ import annotations
+
+from ..ir.cluster import Cluster
+from ..ir.mesh import Axis, Mesh
+
+NAMES = ("x", "y", "z")
+
+
+def meshes(cluster: Cluster) -> tuple[Mesh, ...]:
+    """One-, two- and three-axis meshes, fewest axes first.
+
+    The devices of one host are cut in up to two factors, the hosts likewise; an
+    axis never straddles a host boundary unless it takes all devices.
+    """
+    hosts, per_host = cluster.hosts, cluster.per_host
+    shapes = {(hosts * per_host,)}
+    inner = [d for d in _divisors(per_host) if 1 < d < per_host]
+    shapes.update((hosts * per_host // d, d) for d in [*inner, per_host])
+    shapes.update((hosts, per_host // d, d) for d in inner)
+    shapes.update((hosts // d, d, per_host) for d in _outer(hosts))
+    if hosts == 1:
+        shapes.update((a, b, per_host // a // b) for a in inner for b in _divisors(per_host // a) if 1 < b < per_host // a)
+    kept = {tuple(n for n in shape if n > 1) or (1,) for shape in shapes}
+    return tuple(mesh_of(shape) for shape in sorted(kept, key=lambda s: (len(s), s)))
+
+
+def mesh_of(shape: tuple[int, ...]) -> Mesh:
+    return Mesh(tuple(Axis(name, size) for name, size in zip(NAMES, shape, strict=False)))
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _outer(hosts: int) -> list[int]:
+    """How many hosts to shard over when the rest replicate: at most three sizes."""
+    inside = [d for d in _divisors(hosts) if 1 < d < hosts]
+    return inside if len(inside) <= 3 else [inside[0], inside[len(inside) // 2], inside[-1]]

@@ -1,0 +1,220 @@
+"""Write down a search's answer as a `Plan`: decisions, tables, estimate and proof."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from ..ir.plan import Collective, Estimate, Layout, Plan, Proof, Tensor
+from ..ir.roles import roles
+from ..ir.rule import Strategy, result_sharding, settled_axes
+from ..ir.rules import rule_of
+from ..ir.sharding import Sharding, reshard
+from ..ir.version import VERSION
+from .compute import flop
+from .space import Space, Transfer
+
+if TYPE_CHECKING:
+    from .search import Search
+
+LEFT_OUT = (
+    "pipeline stages",
+    "offload to host memory",
+    "overlap of communication with compute",
+    "meshes of more than three axes, and axes that straddle hosts",
+    "layouts that do not divide evenly, or cut a dim across a reshape's minor factor",
+    "different recompute for blocks of one step",
+)
+
+
+def write_plan(search: Search) -> Plan:
+    """The plan of the search's incumbent."""
+    best = search.best
+    assert best.candidate and best.space and best.lives and best.answer and best.answer.solution.choices is not None
+    space, choices = best.space, best.answer.solution.choices
+    collectives = find_collectives(space, choices)
+    return Plan(
+        meshwright=VERSION,
+        name=search.name,
+        graph=search.fingerprint,
+        cluster=search.cluster,
+        mesh=space.mesh,
+        microbatches=best.candidate.microbatches,
+        recompute=best.candidate.policy,
+        strategies={tag: found[choices[space.op_node[tag]]].axes for tag, found in space.strategies.items()},
+        slots=_slots(space, choices),
+        estimate=_estimate(search, collectives),
+        proof=_proof(search),
+        tensors=tuple(_tensors(space, choices)),
+        collectives=tuple(collectives),
+        opaque=_opaque(space),
+        notes=_notes(search),
+    )
+
+
+def _slots(space: Space, choices: tuple[int, ...]) -> dict[str, Layout]:
+    return {
+        node.tag: Layout.of(choice)
+        for node, index in zip(space.nodes, choices, strict=True)
+        if isinstance(choice := node.choices[index], Sharding)
+    }
+
+
+def _estimate(search: Search, collectives: list[Collective]) -> Estimate:
+    from .memory import Ledger
+
+    best = search.best
+    assert best.space and best.lives and best.answer and best.answer.solution.choices is not None
+    total = best.seconds
+    communication = sum(c.seconds for c in collectives)
+    ledger = Ledger(best.space, best.lives)
+    graph = best.space.program.graph
+    work = sum(
+        v.times * flop(v.op, rule_of(v.op, graph.types), graph.types)
+        for v in graph.visits
+        if v.op.kind in ("dot_general", "conv_general_dilated")
+    )
+    return Estimate(
+        step_seconds=total,
+        compute_seconds=total - communication,
+        communication_seconds=communication,
+        peak_bytes=best.answer.peak,
+        limit_bytes=search.limit,
+        memory=ledger.by_cause(best.answer.solution.choices, best.answer.moment),
+        flop=work,
+    )
+
+
+def _proof(search: Search) -> Proof:
+    objective, bound = search.best.seconds, min(search.lower_bound(), search.best.seconds)
+    proven = bound >= objective * (1 - max(1e-6, search.request.gap))
+    status: Literal["optimal", "feasible"] = "optimal" if proven else "feasible"
+    stopped = "proof" if proven else ("time" if search.stopped_by == "proof" else search.stopped_by)
+    return Proof(
+        status=status,
+        stopped_by=stopped,  # type: ignore[arg-type]
+        objective=objective,
+        lower_bound=bound,
+        seed=search.request.seed,
+        cost_model=search.cost.name,
+        band=search.cost.band,
+        left_out=LEFT_OUT,
+        searched=tuple(search.log),
+        seconds=round(time.monotonic() - search.started, 3),
+    )
+
+
+def _notes(search: Search) -> tuple[str, ...]:
+    axis = search.program("none").time
+    reason = getattr(axis, "reason", None)
+    return (f"microbatches are not possible: {reason} ({axis.where})",) if reason else ()  # type: ignore[union-attr]
+
+
+def _opaque(space: Space) -> tuple[str, ...]:
+    graph = space.program.graph
+    found = {
+        f"{v.op.kind} at {v.op.where or v.op.tag}"
+        for v in graph.visits
+        if v.op.kind != "scan" and rule_of(v.op, graph.types).opaque
+    }
+    return tuple(sorted(found))
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _tensors(space: Space, choices: tuple[int, ...]) -> list[Tensor]:
+    """Inputs by tag, then the results of the forward pass's products."""
+    graph, known = space.program.graph, roles(space.program.graph)
+    counts: dict[str, int] = defaultdict(int)
+    rows: dict[str, Tensor] = {}
+    for position, value in enumerate(graph.inputs):
+        tag = graph.input_tags[position]
+        counts[tag] += graph.input_counts[position]
+        rows[tag] = _row(space, choices, tag, value, known.get(position, "input"), counts[tag], "")
+    for position, op in enumerate(graph.ops):
+        if op.kind in ("dot_general", "conv_general_dilated") and space.program.phases[position] == "forward":
+            counts[op.tag] += op.count
+            tag = space.program.value_tags[op.outputs[0]]
+            rows[op.tag] = _row(space, choices, tag, op.outputs[0], "activation", counts[op.tag], op.where)
+    return list(rows.values())
+
+
+def _row(space: Space, choices: tuple[int, ...], tag: str, value: int, role: str, count: int, where: str) -> Tensor:
+    kind, layout = space.program.graph.types[value], _layout(space, choices, tag)
+    local = layout.local_shape(kind.shape, space.mesh)
+    return Tensor(
+        name=tag, role=role, dtype=kind.dtype, shape=kind.shape, local_shape=local, sharding=str(layout),
+        count=count, local_bytes=count * kind.nbytes / layout.ways(space.mesh), where=where,
+    )  # fmt: skip
+
+
+def _layout(space: Space, choices: tuple[int, ...], tag: str) -> Sharding:
+    home = space.homes[tag]
+    return space.layouts.known[home.layouts[0 if home.node is None else choices[home.node]]]
+
+
+def find_collectives(space: Space, choices: tuple[int, ...]) -> list[Collective]:
+    """Every communication that the chosen layouts imply, equal ones added up."""
+    found: dict[tuple, Collective] = {}
+    for item in space.transfers:
+        for entry in _moves(space, choices, item):
+            _count(found, entry)
+    for entry in _settlements(space, choices):
+        _count(found, entry)
+    return sorted(found.values(), key=lambda c: -c.seconds)
+
+
+def _count(found: dict[tuple, Collective], entry: Collective) -> None:
+    key = (entry.kind, entry.axes, entry.nbytes, entry.what, entry.phase)
+    old = found.get(key)
+    if old is not None:
+        entry = entry.model_copy(update={"count": old.count + entry.count, "seconds": old.seconds + entry.seconds})
+    found[key] = entry
+
+
+def _moves(space: Space, choices: tuple[int, ...], item: Transfer) -> list[Collective]:
+    source = _chosen(space, choices, item.have, item.producer)
+    target = _chosen(space, choices, item.wanted, item.consumer if item.consumer is not None else item.producer)
+    prices, share, entries = space.layouts.collectives, 1.0 / source.ways(space.mesh), []
+    for step in reshard(source, target) or ():
+        larger, share = prices._shares(step, share)
+        if step.kind != "slice":
+            nbytes = item.nbytes * larger
+            seconds = item.runs * prices.line(step.kind, step.axes)(nbytes)
+            entries.append(
+                Collective(
+                    kind=step.kind, axes=step.axes, nbytes=nbytes, count=item.runs, seconds=seconds,
+                    what=f"{item.source} -> {item.reader}", phase=item.phase,
+                )  # fmt: skip
+            )
+    return entries
+
+
+def _chosen(space: Space, choices: tuple[int, ...], numbers: np.ndarray, node: int | None) -> Sharding:
+    index = 0 if node is None or len(numbers) == 1 else choices[node]
+    return space.layouts.known[numbers[index]]
+
+
+def _settlements(space: Space, choices: tuple[int, ...]) -> list[Collective]:
+    """All-reduces inside ops whose reduction is not a sum (max, min, and, or)."""
+    graph, entries, phase = space.program.graph, [], "forward"
+    for visit in graph.visits:
+        op = visit.op
+        if op.tag not in space.op_node:
+            continue
+        rule = rule_of(op, graph.types)
+        strategy: Strategy = space.strategies[op.tag][choices[space.op_node[op.tag]]]
+        for axes in settled_axes(rule, strategy, space.mesh).values():
+            nbytes = graph.types[op.outputs[0]].nbytes / result_sharding(rule, strategy, space.mesh, 0).ways(space.mesh)
+            seconds = visit.times * space.layouts.collectives.line("all_reduce", axes)(nbytes)
+            entries.append(
+                Collective(
+                    kind="all_reduce", axes=axes, nbytes=nbytes, count=visit.times, seconds=seconds,
+                    what=f"{op.kind} {op.tag}", phase=phase,
+                )  # fmt: skip
+            )
+    return entries
