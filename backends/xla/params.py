@@ -1,0 +1,182 @@
+"""A jax equation's parameters as attributes: plain, sorted, hashable, JSON-able.
+
+    {"axes": (np.int64(0),), "out_sharding": None}  ->  (("axes", (0,)), ("out_sharding", None))
+
+Equal attributes mean equal parameters, so a backend may key its binding by them:
+
+    dtype                  its short name, "bf16"; "<key>key<fry>" for PRNG keys
+    enum                   "Class.NAME"
+    named tuple            a plain tuple of its fields
+    float                  itself; integral, negative zero or not finite: "<float>2.0", "<float>nan"
+                           (Python calls 2.0 == 2 == True equal; attributes must not)
+    text                   itself; "<str>..." where it could be mistaken for one of the above
+    jaxpr, array, object   "<kind>digest" of the content if it has one, else of the object itself
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+
+from ...ir.graph import Attr
+
+_SHORT = {
+    "bool": "bool", "int4": "s4", "uint4": "u4", "int8": "s8", "uint8": "u8", "int16": "s16",
+    "uint16": "u16", "int32": "s32", "uint32": "u32", "int64": "s64", "uint64": "u64",
+    "float8_e4m3fn": "f8e4m3fn", "float8_e5m2": "f8e5m2", "bfloat16": "bf16", "float16": "f16",
+    "float32": "f32", "float64": "f64", "complex64": "c64", "complex128": "c128",
+}  # fmt: skip
+_PLAIN = re.compile(r"[\w /:+-]*")
+
+
+def dtype_name(dtype: Any) -> str:
+    """`float32` -> "f32"; a PRNG key's type -> "key"; one we have no name for keeps jax's."""
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return "key"
+    name = np.dtype(dtype).name
+    return _SHORT.get(name, name)
+
+
+def attrs_of(primitive_name: str, params: Mapping[str, Any]) -> tuple[tuple[str, Attr], ...]:
+    """The parameters of one equation of `primitive_name`, sorted by name."""
+    del primitive_name  # no primitive needs a special case today
+    return tuple(sorted((name, _attr(value)) for name, value in params.items()))
+
+
+def _attr(value: Any) -> Attr:
+    match value:
+        case None | bool():
+            return value
+        case enum.Enum():
+            return f"{type(value).__name__}.{value.name}"
+        case int():
+            return int(value)
+        case float() if type(value) is float:
+            return _number(value)
+        case str():
+            return value if _is_plain(value) else f"<str>{value}"
+        case np.integer():
+            return int(value)
+        case np.bool_():
+            return bool(value)
+    return _container(value)
+
+
+def _is_plain(text: str) -> bool:
+    return bool(_PLAIN.fullmatch(text)) and text not in _DTYPE_WORDS
+
+
+_DTYPE_WORDS = {*_SHORT, *_SHORT.values(), "key"}
+
+
+def _number(value: float) -> Attr:
+    return value if np.isfinite(value) and value != int(value) else f"<float>{value!r}"
+
+
+def _container(value: Any) -> Attr:
+    if _is_prng_impl(value):
+        return f"<prng>{value.name}"
+    match value:
+        case tuple():
+            return tuple(_attr(item) for item in value)
+        case list():
+            return ("<list>", *(_attr(item) for item in value))
+        case set() | frozenset():
+            return ("<set>", *sorted((_attr(item) for item in value), key=repr))
+        case dict():
+            return ("<dict>", *((_attr(k), _attr(v)) for k, v in value.items()))
+    if _is_extended(value):
+        return f"<key>{value}"
+    if isinstance(value, np.dtype) or _is_scalar_type(value):
+        return dtype_name(value)
+    return _digest(value)
+
+
+def _is_extended(value: Any) -> bool:
+    return hasattr(value, "type") and jnp.issubdtype(value, jax.dtypes.extended)
+
+
+def _is_scalar_type(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, np.generic)
+
+
+def _is_prng_impl(value: Any) -> bool:
+    """Names of PRNG implementations are unique: jax refuses to register one twice."""
+    return (
+        isinstance(value, tuple) and hasattr(value, "key_shape") and hasattr(value, "random_bits")
+    )
+
+
+def _digest(value: Any) -> Attr:
+    """What has no plain form: content where we can see it, else the object's identity.
+
+    An identity holds as long as the object lives; a binding keeps its params alive.
+    """
+    if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+        return f"<jaxpr>{_hash(_jaxpr(value))}"
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return _array(value)
+    if isinstance(value, jax.extend.core.Primitive):
+        return f"<primitive>{value.name}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = (getattr(value, field.name) for field in dataclasses.fields(value))
+        return (f"<{type(value).__name__}>", *map(_attr, fields))
+    if (path := _import_path(value)) is not None:
+        return f"<import>{path}"
+    return _identity(value)
+
+
+def _array(value: Any) -> str:
+    try:
+        host = np.asarray(value)
+    except (TypeError, jax.errors.TracerArrayConversionError):  # PRNG keys, values being traced
+        return _identity(value)
+    return f"<{dtype_name(host.dtype)}{list(host.shape)}>{_hash(host.tobytes())}"
+
+
+def _identity(value: Any) -> str:
+    return f"<object>{type(value).__name__}@{id(value):x}"
+
+
+def _import_path(value: Any) -> str | None:
+    """`module.name` of a function or class that can be found again under it."""
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    if not (isinstance(module, str) and isinstance(name, str)):
+        return None
+    found = getattr(sys.modules.get(module), name, None)
+    return f"{module}.{name}" if found is value else None
+
+
+def _jaxpr(value: Any) -> bytes:
+    """The program with its variables numbered in order of appearance."""
+    jaxpr = value if hasattr(value, "eqns") else value.jaxpr
+    numbers: dict[Any, int] = {}
+
+    def name(atom: Any) -> Attr:
+        if hasattr(atom, "val"):
+            return ("literal", str(atom.aval), _attr(np.asarray(atom.val)))
+        return numbers.setdefault(atom, len(numbers))
+
+    def names(atoms: Iterable[Any]) -> list[Attr]:
+        return [(name(atom), str(atom.aval)) for atom in atoms]
+
+    lines: list[Any] = [names(jaxpr.constvars), names(jaxpr.invars)]
+    lines += [_attr(const) for const in getattr(value, "consts", ())]
+    for eqn in jaxpr.eqns:
+        attrs = attrs_of(eqn.primitive.name, eqn.params)
+        lines.append((eqn.primitive.name, names(eqn.invars), attrs, names(eqn.outvars)))
+    return repr((lines, names(jaxpr.outvars), sorted(map(str, jaxpr.effects)))).encode()
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:24]

@@ -1,0 +1,82 @@
+"""The dim rule of every op: `rule_of(op, types)`.
+
+One file per family; each registers its kinds. An unknown kind, or a known one
+with parameters its family does not cover, gets an opaque all-whole rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from math import prod
+
+from ..graph import Attr, Op, TensorType
+from ..rule import Rule
+from . import contraction, elementwise, indexing, misc, random, reduction, shape, sort
+from .factors import FLOATS, NUMBERS, WRITERS, Call, Dims, Unusual, opaque_rule
+
+__all__ = ["rule_of", "vocabulary"]
+
+_FAMILIES = (contraction, elementwise, indexing, misc, random, reduction, shape, sort)
+
+
+def rule_of(op: Op, types: Mapping[int, TensorType]) -> Rule:
+    """The op's rule; never an error. Ops with regions (loops, branches) are opaque."""
+    operands = tuple(types[value] for value in op.inputs)
+    results = tuple(types[value] for value in op.outputs)
+    if op.regions:
+        return opaque_rule(operands, results)
+    return _rule(op.kind, op.attrs, operands, results)
+
+
+def vocabulary() -> frozenset[str]:
+    """The kinds that have a rule."""
+    return frozenset(WRITERS)
+
+
+@lru_cache(maxsize=1 << 16)
+def _rule(
+    kind: str,
+    attrs: tuple[tuple[str, Attr], ...],
+    operands: tuple[TensorType, ...],
+    results: tuple[TensorType, ...],
+) -> Rule:
+    call = Call(kind, dict(attrs), operands, results)
+    try:
+        rule = _written(call)
+    except (Unusual, LookupError):  # LookupError: an attr or a dim this jax does not have
+        return opaque_rule(operands, results)
+    return Rule(rule.factors, rule.operands, rule.results, _float_only(rule, call))
+
+
+def _written(call: Call) -> Rule:
+    if call.kind not in WRITERS or any(
+        call.attrs.get(name) is not None for name in ("sharding", "out_sharding")
+    ):
+        raise Unusual
+    rule = WRITERS[call.kind](call)
+    if not (_fits(rule, rule.operands, call.operands) and _fits(rule, rule.results, call.results)):
+        raise Unusual
+    sums = any(factor.reduction == "sum" for factor in rule.factors)
+    if sums and any(kind.dtype not in NUMBERS for kind in call.results):
+        raise Unusual
+    return rule
+
+
+def _fits(rule: Rule, dims: tuple[Dims, ...], kinds: tuple[TensorType, ...]) -> bool:
+    """Whether the factors of every dim multiply to its size."""
+    return len(dims) == len(kinds) and all(
+        tuple(prod(rule.factors[f].size for f in dim) for dim in tensor) == kind.shape
+        for tensor, kind in zip(dims, kinds, strict=True)
+    )
+
+
+def _float_only(rule: Rule, call: Call) -> tuple[tuple[int, ...], ...]:
+    """Sums are owed by floats only: drop alternatives that touch anything else."""
+    if any(kind.dtype not in FLOATS for kind in call.results):
+        return ()
+    return tuple(
+        operands
+        for operands in rule.linear
+        if operands and all(call.operands[o].dtype in FLOATS for o in operands)
+    )

@@ -1,0 +1,125 @@
+"""Ops that multiply and sum: dot_general, ragged_dot_general, conv_general_dilated."""
+
+from __future__ import annotations
+
+from ..graph import Attr
+from ..rule import Dim, Rule
+from .factors import Call, Dims, Factors, attr_tuple, integers, require, rule_for
+
+
+@rule_for("dot_general")
+def dot_general(call: Call) -> Rule:
+    """Batch and free dims are parallel, contracted dims reduced.
+
+    [b, m, k] · [b, k, n] -> [b, m, n]
+    """
+    (left_sum, right_sum), (left_batch, right_batch) = _pairs(call.attrs["dimension_numbers"])
+    factors = Factors()
+    left: dict[int, Dim] = {}
+    right: dict[int, Dim] = {}
+    for i, j in zip(left_batch, right_batch, strict=True):
+        left[i] = right[j] = factors.new(call.operands[0].shape[i])
+    batch = [left[i] for i in left_batch]
+    for i, j in zip(left_sum, right_sum, strict=True):
+        left[i] = right[j] = factors.new(call.operands[0].shape[i], "sum")
+    free = [*_rest(factors, call, 0, left), *_rest(factors, call, 1, right)]
+    return factors.rule([_ordered(left), _ordered(right)], [(*batch, *free)], [(0,), (1,)])
+
+
+def _rest(factors: Factors, call: Call, operand: int, known: dict[int, Dim]) -> list[Dim]:
+    """Give the dims not yet known a parallel factor; return them in order."""
+    free = [d for d in range(call.operands[operand].rank) if d not in known]
+    for d in free:
+        known[d] = factors.new(call.operands[operand].shape[d])
+    return [known[d] for d in free]
+
+
+def _ordered(dims: dict[int, Dim]) -> Dims:
+    return tuple(dims[d] for d in range(len(dims)))
+
+
+def _pairs(value: Attr) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    summed, batch = attr_tuple(value)
+    return tuple(map(integers, attr_tuple(summed))), tuple(map(integers, attr_tuple(batch)))
+
+
+@rule_for("ragged_dot_general")
+def ragged_dot_general(call: Call) -> Rule:
+    """Grouped matmul (experts): the ragged dim and the groups are whole, the rest as in a dot.
+
+    lhs [m, k], rhs [g, k, n], group_sizes [g] -> [m, n]   m ragged: k reduced, n parallel
+    lhs [m, k], rhs [m, n],    group_sizes [g] -> [g, k, n]   m ragged and contracted
+    """
+    _, dot, ragged, groups = attr_tuple(call.attrs["ragged_dot_dimension_numbers"])
+    (left_sum, right_sum), (left_batch, right_batch) = _pairs(dot)
+    ragged, groups = integers(ragged), integers(groups)
+    require(not left_batch and not right_batch and len(ragged) == 1 and call.operands[2].rank == 1)
+    require(len(call.operands) == 3 and call.attrs.get("group_offset") is None)
+    factors = Factors()
+    left: dict[int, Dim] = {}
+    right: dict[int, Dim] = {}
+    left[ragged[0]] = factors.whole(call.operands[0].shape[ragged[0]])
+    group = factors.whole(call.operands[2].shape[0])
+    right.update(dict.fromkeys(groups, group))
+    for i, j in zip(left_sum, right_sum, strict=True):
+        if i not in left:
+            left[i] = factors.new(call.operands[0].shape[i], "sum")
+        right[j] = left[i]
+    contracted = ragged[0] in left_sum
+    head = [group] if contracted else []
+    left_free = [d for d in range(call.operands[0].rank) if d not in left_sum]
+    _rest(factors, call, 0, left)
+    right_free = _rest(factors, call, 1, right)
+    result = (*head, *(left[d] for d in left_free), *right_free)
+    return factors.rule([_ordered(left), _ordered(right), (group,)], [result], [(0,), (1,)])
+
+
+@rule_for("conv_general_dilated")
+def conv_general_dilated(call: Call) -> Rule:
+    """Images and output features are parallel, input features reduced.
+
+    A dim split into groups is (group, rest): only the groups may be cut there.
+    Weight and input gradients are convolutions with permuted dims, so the same
+    rule gives them theirs: a weight gradient sums over the images.
+    """
+    x, w, y = call.tuples("dimension_numbers")
+    (x_shape, w_shape), y_shape = (kind.shape for kind in call.operands), call.results[0].shape
+    by_feature, by_batch = call.integer("feature_group_count"), call.integer("batch_group_count")
+    require(1 in (by_feature, by_batch))
+    factors = Factors()
+    of_feature, of_batch = factors.new(by_feature), factors.new(by_batch)
+    batch = factors.new(y_shape[y[0]])
+    summed = factors.new(w_shape[w[1]], "sum")
+    made = factors.new(w_shape[w[0]] // (by_feature * by_batch))
+    left, right, result = {}, {}, {}
+    left[x[0]], left[x[1]] = of_batch + batch, of_feature + summed
+    right[w[0]], right[w[1]] = of_feature + of_batch + made, summed
+    result[y[0]], result[y[1]] = batch, of_feature + of_batch + made
+    for n, dims in enumerate(zip(x[2:], w[2:], y[2:], strict=True)):
+        sizes = x_shape[dims[0]], w_shape[dims[1]], y_shape[dims[2]]
+        found = _spatial(factors, call, n, sizes)
+        left[dims[0]], right[dims[1]], result[dims[2]] = found
+    return factors.rule([_ordered(left), _ordered(right)], [_ordered(result)], [(0,), (1,)])
+
+
+def _spatial(
+    factors: Factors, call: Call, n: int, sizes: tuple[int, int, int]
+) -> tuple[Dim, Dim, Dim]:
+    """Image, window and result along one spatial dim.
+
+    A window of 1 is a map, a window over everything a contraction; otherwise
+    neighbours meet: halo where the size is kept, whole elsewhere.
+    """
+    image, window, made = sizes
+    plain = (call.integers("lhs_dilation")[n], call.integers("rhs_dilation")[n]) == (1, 1)
+    padding = call.tuples("padding")[n]
+    if plain and padding == (0, 0) and window == 1 and made == image:
+        dim = factors.new(image)
+        return dim, (), dim
+    if plain and padding == (0, 0) and window == image and made == 1:
+        dim = factors.new(image, "sum")
+        return dim, dim, ()
+    if plain and made == image:
+        dim = factors.halo(image)
+        return dim, factors.whole(window), dim
+    return factors.whole(image), factors.whole(window), factors.whole(made)

@@ -1,0 +1,31 @@
+"""Sorting and selecting along one dim; the others are independent."""
+
+from __future__ import annotations
+
+from ..rule import Rule
+from .factors import Call, Factors, rule_for
+
+
+@rule_for("sort")
+def sort(call: Call) -> Rule:
+    axis = call.integer("dimension")
+    factors = Factors()
+    dims = tuple(
+        factors.whole(size) if d == axis else factors.new(size)
+        for d, size in enumerate(call.operands[0].shape)
+    )
+    return factors.rule([dims] * len(call.operands), [dims] * len(call.results))
+
+
+@rule_for("top_k")
+def top_k(call: Call) -> Rule:
+    rank = call.operands[0].rank
+    axis = call.integer("axis") % rank if "axis" in call.attrs else rank - 1
+    factors = Factors()
+    operand = tuple(
+        factors.whole(size) if d == axis else factors.new(size)
+        for d, size in enumerate(call.operands[0].shape)
+    )
+    kept = factors.whole(call.results[0].shape[axis])
+    result = tuple(kept if d == axis else dim for d, dim in enumerate(operand))
+    return factors.rule([operand], [result, result])
