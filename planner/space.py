@@ -130,6 +130,10 @@ class _Builder:
         if op.kind == "scan":
             self._scan(op, runs, phase)
             return
+        if op.kind == "optimization_barrier":
+            for source, result in zip(op.inputs, op.outputs, strict=True):
+                self.space.homes[self.tags[result]] = self._home(source)
+            return
         rule = rule_of(op, self.types)
         if op.tag not in self.space.op_node and not self._is_free(op):
             self._decide(op, rule)

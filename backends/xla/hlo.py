@@ -1,0 +1,132 @@
+"""Read the collectives out of a compiled XLA program's text.
+
+Only what an audit needs: kind, groups of devices, bytes of the larger local
+side, and how often each runs (loops carry their trip count in the text).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from ...ir.mesh import Mesh
+
+KINDS = {
+    "all-reduce": "all_reduce",
+    "all-gather": "all_gather",
+    "reduce-scatter": "reduce_scatter",
+    "all-to-all": "all_to_all",
+    "collective-permute": "permute",
+}
+_OP = re.compile(
+    r"= (?P<result>\(.*?\)|\S+) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+    r"(?P<start>-start)?\((?P<operands>.*?)\)(?:,|$)(?P<rest>.*)$"
+)
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations|called_computations)=\{?%?([\w.\-, %]+)\}?")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_ITEM = {"pred": 1, "s4": 1, "u4": 1, "c64": 8, "c128": 16, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One collective of the compiled program. `count` is None if a loop's trip count is unknown."""
+
+    kind: str
+    axes: tuple[str, ...]  # mesh axes its groups span; () when they match none
+    nbytes: float
+    count: int
+
+
+def collectives(text: str, mesh: Mesh) -> list[Found]:
+    """Every collective of the program with the number of times it runs per step."""
+    bodies = _computations(text)
+    runs = _runs(bodies)
+    return [
+        Found(kind, _axes(groups, mesh), nbytes, runs[name])
+        for name, lines in bodies.items()
+        if runs.get(name)
+        for kind, groups, nbytes in _in_lines(lines)
+    ]
+
+
+def _computations(text: str) -> dict[str, list[str]]:
+    bodies: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = bodies.setdefault(("ENTRY " if line.startswith("ENTRY") else "") + match[1], [])
+        else:
+            current.append(line)
+    return bodies
+
+
+def _runs(bodies: dict[str, list[str]]) -> dict[str, int]:
+    """How often each computation runs: trip counts multiply along calls from the entry."""
+    entry = next(name for name in bodies if name.startswith("ENTRY "))
+    runs: dict[str, int] = {}
+    stack = [(entry, 1)]
+    while stack:
+        name, times = stack.pop()
+        runs[name] = runs.get(name, 0) + times
+        for line in bodies[name]:
+            trips = int(m[1]) if (m := _TRIPS.search(line)) else 1
+            for called in _called(line):
+                if called in bodies:
+                    stack.append((called, times * trips))
+    return runs
+
+
+def _called(line: str) -> Iterator[str]:
+    for match in _CALLED.finditer(line):
+        for name in match[1].split(","):
+            yield name.strip().lstrip("%")
+
+
+def _in_lines(lines: list[str]) -> Iterator[tuple[str, np.ndarray, float]]:
+    for line in lines:
+        match = _OP.search(line)
+        if not match:
+            continue
+        result, operands = _bytes(match["result"], bool(match["start"])), _bytes(match["operands"], False)
+        yield KINDS[match["kind"]], _groups(match["rest"]), max(result, operands)
+
+
+def _bytes(text: str, started: bool) -> float:
+    """Bytes of all shapes in a piece of HLO; an async start lists operand and result, count the larger."""
+    sizes = [prod(map(int, dims.split(","))) * _item(kind) if dims else _item(kind) for kind, dims in _SHAPE.findall(text)]
+    if not sizes:
+        return 0.0
+    return float(max(sizes) if started else sum(sizes))
+
+
+def _item(kind: str) -> int:
+    return _ITEM.get(kind) or int(re.sub(r"\D", "", kind[1:].split("e")[0] if kind.startswith("f8") else kind) or 8) // 8 or 1
+
+
+def _groups(rest: str) -> np.ndarray:
+    """replica_groups as rows of device numbers, from either notation."""
+    if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", rest):
+        return np.array([[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", match[1])])
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        rows, dims = ([int(n) for n in match[i].split(",")] for i in (1, 2))
+        order = np.arange(prod(dims)).reshape(dims)
+        if match[3]:
+            order = order.transpose([int(n) for n in match[3].split(",")])
+        return order.reshape(rows)
+    return np.zeros((0, 0), int)
+
+
+def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes along which the members of a group differ, if groups are whole sub-meshes."""
+    if groups.size == 0:
+        return ()
+    places = np.array(np.unravel_index(groups[0], mesh.shape)).T
+    moving = [i for i in range(len(mesh.axes)) if len(set(places[:, i])) > 1]
+    names = tuple(mesh.names[i] for i in moving)
+    return names if prod(mesh.shape[i] for i in moving) == groups.shape[1] else ()

@@ -1,0 +1,117 @@
+"""From a plan and a captured step to a jitted program on this process's devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ...ir.blocks import fold
+from ...ir.errors import LoweringError, MismatchError
+from ...ir.fingerprint import fingerprint
+from ...ir.plan import Plan
+from ...ir.program import prepare
+from ...ir.sharding import Sharding
+from .capture import Captured
+from .spmd import LocalStep
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A sharded step on flat leaves.
+
+    `jitted(*leaves)` takes global arrays (they are laid out as `input_shardings`
+    say) and returns the flat results. Donated leaves are given up.
+    """
+
+    plan: Plan
+    captured: Captured
+    jitted: Callable[..., Sequence[Any]]
+    mesh: jax.sharding.Mesh
+    input_shardings: tuple[NamedSharding, ...]
+    output_shardings: tuple[NamedSharding, ...]
+
+    @cached_property
+    def compiled(self) -> Any:
+        """The XLA executable, compiled from abstract inputs."""
+        avals = [
+            jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
+            for aval, sharding in zip(self.captured.binding.in_avals, self.input_shardings, strict=True)
+        ]
+        return self.jitted.lower(*avals).compile()  # type: ignore[attr-defined]
+
+    def hlo(self) -> str:
+        """The compiled program as text."""
+        return self.compiled.as_text()
+
+
+def lower(plan: Plan, captured: Captured, devices: Sequence[jax.Device] | None = None) -> Lowered:
+    """Build the sharded program of a plan.
+
+    Args:
+        plan: made for this very graph (fingerprints are compared).
+        captured: the step, from `capture`.
+        devices: as many as the plan's mesh has; by default this process sees them.
+
+    Raises:
+        MismatchError: the plan was made for another graph.
+        LoweringError: too few devices, or the plan misses a decision.
+    """
+    _check_graph(plan, captured)
+    mesh = _device_mesh(plan, devices)
+    program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
+    local = LocalStep(plan, program, captured.binding.ops, captured.binding.arrays)
+    in_specs = tuple(map(partition_spec, local.input_layouts()))
+    out_specs = tuple(map(partition_spec, local.output_layouts()))
+    sharded = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    in_shardings = tuple(NamedSharding(mesh, spec) for spec in in_specs)
+    out_shardings = tuple(NamedSharding(mesh, spec) for spec in out_specs)
+    jitted = jax.jit(
+        sharded,
+        in_shardings=in_shardings,
+        out_shardings=out_shardings,
+        donate_argnums=tuple(sorted(captured.graph.donated)),
+    )
+    return Lowered(plan, captured, jitted, mesh, in_shardings, out_shardings)
+
+
+def _check_graph(plan: Plan, captured: Captured) -> None:
+    found = fingerprint(captured.graph)
+    if found != plan.graph:
+        raise MismatchError(
+            f"the plan was made for graph {plan.graph[:12]}, this step is graph {found[:12]}.",
+            where=f"plan `{plan.name}`, mesh {plan.mesh}",
+            fix="plan this step again, with the shapes and options it will run with",
+        )
+
+
+def _device_mesh(plan: Plan, devices: Sequence[jax.Device] | None) -> jax.sharding.Mesh:
+    found = list(devices if devices is not None else jax.devices())
+    if len(found) < plan.mesh.size:
+        raise LoweringError(
+            f"the plan needs {plan.mesh.size} devices, this process has {len(found)}.",
+            where=f"mesh {plan.mesh}",
+            origin=f"cluster {plan.cluster.name}",
+            fix=_more_devices(plan.mesh.size, found),
+        )
+    return jax.sharding.Mesh(np.array(found[: plan.mesh.size]).reshape(plan.mesh.shape), plan.mesh.names)
+
+
+def _more_devices(needed: int, found: list[jax.Device]) -> str:
+    if found and found[0].platform == "cpu":
+        return f'jax.config.update("jax_num_cpu_devices", {needed}) before jax is first used, or a plan for {len(found)} devices'
+    return f"run where {needed} devices are visible, or plan for {len(found)} devices"
+
+
+def partition_spec(layout: Sharding) -> PartitionSpec:
+    """A layout without owed sums as JAX writes it."""
+    return PartitionSpec(*(_entry(axes) for axes in layout.dims))
+
+
+def _entry(axes: tuple[str, ...]) -> Any:
+    return None if not axes else axes[0] if len(axes) == 1 else axes

@@ -1,0 +1,323 @@
+"""The sharded step as one local program per device.
+
+`LocalStep` walks the graph op by op on local shards: bring each operand to the
+layout the plan wants (an explicit collective), run the op on the shard, leave
+the result as the plan says. With microbatches the body of the time axis runs
+under `lax.scan` and adds up the totals. Shardy sees one manual computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ...ir.errors import LoweringError
+from ...ir.graph import Graph, Op
+from ...ir.mesh import Mesh
+from ...ir.microbatch import TimeAxis
+from ...ir.plan import Plan
+from ...ir.program import Program
+from ...ir.rule import NONE, Rule, Strategy, operand_sharding, result_sharding, settled_axes
+from ...ir.rules import rule_of
+from ...ir.sharding import Sharding, replicated, reshard
+from .collectives import move, settle, shard_index, take_part
+from .emit import Cut, emit
+
+JOIN: dict[str, Callable[[Any, Any], Any]] = {"sum": jnp.add, "max": jnp.maximum, "min": jnp.minimum}
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A local shard and how the whole lies."""
+
+    array: Any
+    layout: Sharding
+
+
+@dataclass
+class Scope:
+    """Values known so far; `moment` is the microbatch being run, None outside the body."""
+
+    values: dict[int, Held] = field(default_factory=dict)
+    moment: Any = None
+
+
+class LocalStep:
+    """Callable on the local shards of the graph's inputs; returns those of its outputs."""
+
+    def __init__(self, plan: Plan, program: Program, bound: Mapping, arrays: Mapping[int, Any]):
+        self.plan, self.program, self.bound, self.arrays = plan, program, bound, arrays
+        self.graph: Graph = program.graph
+        self.mesh: Mesh = plan.mesh
+        self.types = self.graph.types
+        self.tags = program.value_tags
+        self.time = program.time if plan.microbatches > 1 and isinstance(program.time, TimeAxis) else None
+
+    # ------------------------------------------------------------ layouts at the border
+
+    def input_layouts(self) -> list[Sharding]:
+        return [self._slot(self.tags[v]) for v in self.graph.inputs]
+
+    def output_layouts(self) -> list[Sharding]:
+        """Carried state leaves as it came in, the rest as its op left it, sums settled."""
+        source = {o: self.graph.inputs[i] for i, o in self.graph.state}
+        return [
+            self._slot(self.tags[source[position]])
+            if position in source
+            else Sharding(self._left_as[value].dims)
+            for position, value in enumerate(self.graph.outputs)
+        ]
+
+    @cached_property
+    def _left_as(self) -> dict[int, Sharding]:
+        """The layout in which the step's inputs, constants and top-level ops leave each value."""
+        layouts = dict(zip(self.graph.inputs, self.input_layouts(), strict=True))
+        layouts |= {c.value: replicated(self.types[c.value].rank) for c in self.graph.constants}
+        for op in self.graph.ops:
+            for k, value in enumerate(op.outputs):
+                layouts[value] = self._leaves(op, k, layouts)
+        return layouts
+
+    def _leaves(self, op: Op, k: int, layouts: Mapping[int, Sharding]) -> Sharding:
+        if op.kind == "optimization_barrier":
+            return layouts[op.inputs[k]]
+        if op.kind != "scan":
+            return result_sharding(rule_of(op, self.types), self._strategy(op), self.mesh, k)
+        consts, carry = int(op.attr("num_consts")), int(op.attr("num_carry"))  # type: ignore[arg-type]
+        if k < carry:
+            return self._slot(f"{op.tag}/in{consts + k}")
+        return _stacked(self._slot(f"{op.tag}/out{k}"))
+
+    def _slot(self, tag: str) -> Sharding:
+        if tag not in self.plan.slots:
+            raise LoweringError(f"the plan has no layout for `{tag}`.", fix="plan this step again with this version")
+        return self.plan.slots[tag].sharding
+
+    # ------------------------------------------------------------ the whole step
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        scope = Scope()
+        for value, array, layout in zip(self.graph.inputs, inputs, self.input_layouts(), strict=True):
+            scope.values[value] = Held(array, layout)
+        for constant in self.graph.constants:
+            scope.values[constant.value] = self._constant(constant.value, constant.data)
+        if self.time is None:
+            self._run(self.graph.ops, scope)
+        else:
+            self._run_in_time(scope, self.time)
+        return self._results(scope)
+
+    def _constant(self, value: int, data: Any) -> Held:
+        kind = self.types[value]
+        array = self.arrays[value] if value in self.arrays else jnp.asarray(data, jax_dtype(kind.dtype))
+        return Held(array, replicated(kind.rank))
+
+    def _results(self, scope: Scope) -> tuple[Any, ...]:
+        return tuple(
+            self._bring(scope.values[value], target)
+            for value, target in zip(self.graph.outputs, self.output_layouts(), strict=True)
+        )
+
+    def _bring(self, held: Held, target: Sharding) -> Any:
+        steps = reshard(held.layout, target)
+        if steps is None:
+            raise LoweringError(f"no way from layout {held.layout} to {target}.", fix="plan this step again")
+        return move(held.array, steps, self.mesh)
+
+    # ------------------------------------------------------------ ops
+
+    def _run(self, ops: Sequence[Op], scope: Scope) -> None:
+        for op in ops:
+            if op.kind == "scan":
+                self._scan(op, scope)
+            elif op.kind == "optimization_barrier":
+                self._barrier(op, scope)
+            else:
+                self._simple(op, scope)
+
+    def _strategy(self, op: Op) -> Strategy:
+        return Strategy(self.plan.strategies.get(op.tag, (NONE,) * len(self.mesh.axes)))
+
+    def _simple(self, op: Op, scope: Scope) -> None:
+        rule, strategy = rule_of(op, self.types), self._strategy(op)
+        now = self._time_factor(op, rule) if scope.moment is not None else None
+        operands = [self._operand(op, k, rule, strategy, now, scope) for k in range(len(op.inputs))]
+        if op.kind == "copy":
+            results = operands
+        else:
+            cuts = self._cuts(rule, strategy, now, scope)
+            results = emit(op, self._primitive(op), operands, rule, cuts)
+        for k, (value, array) in enumerate(zip(op.outputs, results, strict=True)):
+            for reduction, axes in settled_axes(rule, strategy, self.mesh).items():
+                array = settle(array, reduction, axes)
+            scope.values[value] = Held(array, result_sharding(rule, strategy, self.mesh, k))
+
+    def _primitive(self, op: Op) -> Any:
+        return self.bound.get((op.kind, op.attrs))
+
+    def _operand(self, op: Op, k: int, rule: Rule, strategy: Strategy, now: int | None, scope: Scope) -> Any:
+        held = scope.values[op.inputs[k]]
+        x = self._bring(held, operand_sharding(rule, strategy, self.mesh, k))
+        if now is None or op.inputs[k] in self._split:
+            return x
+        dim = next((d for d, factors in enumerate(rule.operands[k]) if now in factors), None)
+        return x if dim is None else take_part(x, dim, scope.moment, self.plan.microbatches)
+
+    @property
+    def _split(self) -> Mapping[int, int]:
+        return self.time.split if self.time else {}
+
+    def _time_factor(self, op: Op, rule: Rule) -> int | None:
+        """The factor that is cut over time, for an op that reads the current microbatch."""
+        for value, dims in zip(op.inputs, rule.operands, strict=True):
+            if value in self._split:
+                return next((f for f in dims[self._split[value]] if rule.factors[f].size > 1), None)
+        return None
+
+    def _cuts(self, rule: Rule, strategy: Strategy, now: int | None, scope: Scope) -> dict[int, Cut]:
+        """Which part of each factor this shard has: device by device, then microbatch by microbatch."""
+        axes: dict[int, list[str]] = {}
+        for name, code in zip(self.mesh.names, strategy.axes, strict=True):
+            if code >= 0:
+                axes.setdefault(code, []).append(name)
+        cuts = {f: Cut(shard_index(names, self.mesh), self.mesh.ways(tuple(names))) for f, names in axes.items()}
+        if now is not None:
+            parts, before = self.plan.microbatches, cuts.get(now, Cut(0, 1))
+            cuts[now] = Cut(before.index * parts + scope.moment, before.ways * parts)
+        return cuts
+
+    def _barrier(self, op: Op, scope: Scope) -> None:
+        held = [scope.values[v] for v in op.inputs]
+        results = lax.optimization_barrier(tuple(h.array for h in held))
+        for value, before, array in zip(op.outputs, held, results, strict=True):
+            scope.values[value] = Held(array, before.layout)
+
+    # ------------------------------------------------------------ loops of the user
+
+    def _scan(self, op: Op, scope: Scope) -> None:
+        region, attrs = op.regions[0], dict(op.attrs)
+        consts, carry = int(attrs["num_consts"]), int(attrs["num_carry"])  # type: ignore[arg-type]
+        layouts = [self._slot(f"{op.tag}/in{i}") for i in range(len(op.inputs))]
+        given = [self._loop_input(op, i, layouts[i], i >= consts + carry, scope) for i in range(len(op.inputs))]
+        ends = layouts[consts : consts + carry]
+        ends += [self._slot(f"{op.tag}/out{i}") for i in range(carry, len(region.outputs))]
+
+        def body(state, xs):
+            inner = Scope(dict(self._constants(scope)), scope.moment)
+            arrays = (*given[:consts], *state, *xs)
+            for value, array, layout in zip(region.inputs, arrays, layouts, strict=True):
+                inner.values[value] = Held(array, layout)
+            self._run(region.ops, inner)
+            results = [self._bring(inner.values[v], end) for v, end in zip(region.outputs, ends, strict=True)]
+            return tuple(results[:carry]), tuple(results[carry:])
+
+        final, stacked = lax.scan(
+            body, tuple(given[consts : consts + carry]), tuple(given[consts + carry :]),
+            length=op.trips, reverse=bool(attrs.get("reverse", False)),
+        )  # fmt: skip
+        for i, (value, array) in enumerate(zip(op.outputs, (*final, *stacked), strict=True)):
+            layout = ends[i] if i < carry else _stacked(ends[i])
+            scope.values[value] = Held(array, layout)
+
+    def _loop_input(self, op: Op, i: int, layout: Sharding, stacked: bool, scope: Scope) -> Any:
+        outside, inside = op.inputs[i], op.regions[0].inputs[i]
+        x = self._bring(scope.values[outside], _stacked(layout) if stacked else layout)
+        if scope.moment is None or inside not in self._split or outside in self._split:
+            return x
+        dim = self._split[inside] + (1 if stacked else 0)
+        return take_part(x, dim, scope.moment, self.plan.microbatches)
+
+    def _constants(self, scope: Scope) -> dict[int, Held]:
+        return {c.value: scope.values[c.value] for c in self.graph.constants}
+
+    # ------------------------------------------------------------ the time axis
+
+    def _run_in_time(self, scope: Scope, time: TimeAxis) -> None:
+        """Before the body once, the body per microbatch, after it once."""
+        ops = self.graph.ops
+        late = self._late(time)
+        self._run([op for i, op in enumerate(ops) if i not in time.body and i not in late], scope)
+        body = [op for i, op in enumerate(ops) if i in time.body]
+        made = {v for op in body for v in op.outputs}
+        outside = {v for i, op in enumerate(ops) if i not in time.body for v in op.inputs} | set(self.graph.outputs)
+        totals = [v for v in made & outside if v in time.totals]
+        parts = [v for v in made & outside if v in time.split]
+        layouts: dict[int, Sharding] = {}
+
+        def run_body(moment):
+            inner = Scope(dict(scope.values), moment)
+            for value in self.graph.inputs:
+                if value in time.split:
+                    held = inner.values[value]
+                    part = take_part(held.array, time.split[value], moment, self.plan.microbatches)
+                    inner.values[value] = Held(part, held.layout)
+            self._run(body, inner)
+            layouts.update({v: inner.values[v].layout for v in (*totals, *parts)})
+            return [inner.values[v].array for v in totals], [inner.values[v].array for v in parts]
+
+        def one(state, moment):
+            sums, pieces = run_body(moment)
+            joined = [
+                JOIN[time.totals[v]](a, s.astype(a.dtype)) for v, a, s in zip(totals, state, sums, strict=True)
+            ]
+            return joined, pieces
+
+        shapes, _ = jax.eval_shape(run_body, jax.ShapeDtypeStruct((), jnp.int32))
+        start = [_start(time.totals[v], s) for v, s in zip(totals, shapes, strict=True)]
+        sums, pieces = lax.scan(one, start, jnp.arange(self.plan.microbatches, dtype=jnp.int32))
+        for value, array in zip(totals, sums, strict=True):
+            scope.values[value] = Held(array.astype(jax_dtype(self.types[value].dtype)), layouts[value])
+        for value, array in zip(parts, pieces, strict=True):
+            scope.values[value] = Held(_rejoin(array, time.split[value]), layouts[value])
+        self._run([op for i, op in enumerate(ops) if i in late], scope)
+
+    def _late(self, time: TimeAxis) -> set[int]:
+        """Positions of ops that need something the body made."""
+        made: set[int] = set()
+        late: set[int] = set()
+        for i, op in enumerate(self.graph.ops):
+            if i in time.body:
+                made.update(op.outputs)
+            elif not made.isdisjoint(op.inputs):
+                late.add(i)
+                made.update(op.outputs)
+        return late
+
+
+def _stacked(layout: Sharding) -> Sharding:
+    return Sharding(((), *layout.dims), layout.partial)
+
+
+def _start(reduction: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """The neutral element of a total. Sums of short floats are kept in float32."""
+    dtype = jnp.promote_types(shape.dtype, jnp.float32) if jnp.issubdtype(shape.dtype, jnp.floating) else shape.dtype
+    if reduction == "sum":
+        return jnp.zeros(shape.shape, dtype)
+    bounds = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype)
+    return jnp.full(shape.shape, bounds.min if reduction == "max" else bounds.max, dtype)
+
+
+def _rejoin(pieces: jax.Array, dim: int) -> jax.Array:
+    """Microbatch results (stacked in front) back into one dim."""
+    moved = jnp.moveaxis(pieces, 0, dim)
+    shape = (*moved.shape[:dim], moved.shape[dim] * moved.shape[dim + 1], *moved.shape[dim + 2 :])
+    return moved.reshape(shape)
+
+
+def jax_dtype(name: str) -> Any:
+    """The numpy dtype of one of our element type names."""
+    long = {"f": "float", "bf": "bfloat", "s": "int", "u": "uint", "c": "complex"}
+    if name == "bool":
+        return jnp.dtype("bool")
+    letters = name.rstrip("0123456789")
+    if letters not in long:
+        return jnp.dtype({"f8e4m3fn": "float8_e4m3fn", "f8e5m2": "float8_e5m2"}.get(name, name))
+    return jnp.dtype(long[letters] + name[len(letters) :])
+
+

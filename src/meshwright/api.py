@@ -1,0 +1,261 @@
+"""The front door: `plan`, `lower`, `parallelize`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .backends.xla.audit import Audit, audit
+from .backends.xla.capture import Captured, capture
+from .backends.xla.lower import Lowered, lower as lower_flat
+from .backends.xla.verify import verify_outputs
+from .ir.blocks import fold
+from .ir.cluster import Cluster
+from .ir.errors import UsageError
+from .ir.fingerprint import fingerprint
+from .ir.plan import Plan
+from .planner.search import Request, search
+
+REQUEST_KEYS = tuple(Request.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a step is traced: jit's own static and donated arguments."""
+
+    static_argnums: tuple[int, ...] = ()
+    static_argnames: tuple[str, ...] = ()
+    donate_argnums: tuple[int, ...] = ()
+    donate_argnames: tuple[str, ...] = ()
+
+    def capture(self, step: Callable, args: tuple, kwargs: dict) -> Captured:
+        return capture(
+            step, *args, static_argnums=self.static_argnums, static_argnames=self.static_argnames,
+            donate_argnums=self.donate_argnums, donate_argnames=self.donate_argnames, **kwargs,
+        )  # fmt: skip
+
+
+def plan(
+    step: Callable,
+    *args: Any,
+    cluster: Cluster | str | Path | None = None,
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
+    donate_argnums: int | Sequence[int] = (),
+    donate_argnames: str | Sequence[str] = (),
+    request: Request | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+    **kwargs: Any,
+) -> Plan:
+    """Plan a training step for a cluster, without running anything.
+
+    Args:
+        step: an ordinary single-device JAX function.
+        args, kwargs: its arguments, arrays or `jax.ShapeDtypeStruct`s.
+        cluster: a `Cluster`, a shorthand (`"4xh100x8@ib400"`), a file; this process's devices when None.
+        static_*, donate_*: as for `jax.jit`.
+        request: pins and limits of the search.
+        tell: hears one line per event of the search.
+
+    Raises:
+        CaptureError, ClusterError, PlanError, InfeasibleError: each says what to try.
+    """
+    options = Options(_ints(static_argnums), _strings(static_argnames), _ints(donate_argnums), _strings(donate_argnames))
+    captured = options.capture(step, args, kwargs)
+    return plan_captured(captured, cluster, request or Request(), _name(step), tell)
+
+
+def plan_captured(
+    captured: Captured, cluster: Cluster | str | Path | None, request: Request, name: str,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Plan:  # fmt: skip
+    """Plan a step that was captured before."""
+    where = Cluster.local() if cluster is None else Cluster.parse(cluster)
+    return search(
+        fold(captured.graph), where, request, name=name, fingerprint=fingerprint(captured.graph), tell=tell
+    )
+
+
+def lower(plan: Plan, step: Callable, *args: Any, devices: Sequence[jax.Device] | None = None, **options: Any) -> RunningStep:
+    """The runnable program of a plan, for the same step and argument shapes.
+
+    Raises:
+        MismatchError: the plan belongs to another step or other shapes.
+        LoweringError: this process has too few devices.
+    """
+    trace = {key: options.pop(key) for key in Options.__dataclass_fields__ if key in options}
+    chosen = Options(
+        _ints(trace.get("static_argnums", ())), _strings(trace.get("static_argnames", ())),
+        _ints(trace.get("donate_argnums", ())), _strings(trace.get("donate_argnames", ())),
+    )  # fmt: skip
+    return RunningStep(lower_flat(plan, chosen.capture(step, args, options), devices))
+
+
+@dataclass(frozen=True)
+class RunningStep:
+    """A lowered step with the user's own signature (static arguments left out)."""
+
+    lowered: Lowered
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = jax.tree.leaves((args, kwargs))
+        return self.run(leaves)
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        lowered = self.lowered
+        try:
+            results = lowered.jitted(*leaves)
+        except ValueError as error:
+            if "device" not in str(error):
+                raise
+            results = lowered.jitted(*jax.device_put(leaves, list(lowered.input_shardings)))
+        return jax.tree.unflatten(lowered.captured.binding.out_tree, results)
+
+    @property
+    def plan(self) -> Plan:
+        return self.lowered.plan
+
+    def audit(self) -> Audit:
+        """Predicted against compiled communication and memory."""
+        return audit(self.lowered)
+
+    def hlo(self) -> str:
+        return self.lowered.hlo()
+
+
+@dataclass
+class ParallelStep:
+    """A training step that plans itself once per argument shapes and runs sharded."""
+
+    step: Callable
+    cluster: Cluster | str | Path | None
+    options: Options
+    request: Request
+    verify: bool
+    fixed: Plan | None
+    _known: dict[Any, RunningStep] = field(default_factory=dict)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arrays, static = self._split(args, kwargs)
+        leaves, tree = jax.tree.flatten(arrays)
+        key = (tree, static, tuple([_aval(leaf) for leaf in leaves]))
+        running = self._known.get(key)
+        if running is None:
+            running = self._known[key] = self._prepare(args, kwargs)
+            if self.verify:
+                return self._verified(running, leaves, args, kwargs)
+        return running.run(leaves)
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """The plan for these arguments (abstract ones do), found now if it was not yet."""
+        return self.lower(*args, **kwargs).plan if self._runs_here() else self._find(args, kwargs)[0]
+
+    def lower(self, *args: Any, **kwargs: Any) -> RunningStep:
+        """The program for these arguments."""
+        arrays, static = self._split(args, kwargs)
+        leaves, tree = jax.tree.flatten(arrays)
+        key = (tree, static, tuple([_aval(leaf) for leaf in leaves]))
+        if key not in self._known:
+            self._known[key] = self._prepare(args, kwargs)
+        return self._known[key]
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        """The plan in words."""
+        from .view.text import plan_text
+
+        return plan_text(self.plan(*args, **kwargs))
+
+    def _runs_here(self) -> bool:
+        return self.cluster is None
+
+    def _find(self, args: tuple, kwargs: dict) -> tuple[Plan, Captured]:
+        captured = self.options.capture(self.step, args, kwargs)
+        if self.fixed is not None:
+            return self.fixed, captured
+        return plan_captured(captured, self.cluster, self.request, _name(self.step)), captured
+
+    def _prepare(self, args: tuple, kwargs: dict) -> RunningStep:
+        found, captured = self._find(args, kwargs)
+        return RunningStep(lower_flat(found, captured))
+
+    def _verified(self, running: RunningStep, leaves: list[Any], args: tuple, kwargs: dict) -> Any:
+        expected = jax.jit(
+            self.step, static_argnums=self.options.static_argnums, static_argnames=self.options.static_argnames
+        )(*args, **kwargs)
+        results = running.run(leaves)
+        verify_outputs(expected, results, running.lowered.captured.graph.output_names)
+        return results
+
+    def _split(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
+        """Array arguments as capture sees them, and the static ones as part of the cache key."""
+        if not self.options.static_argnums and not self.options.static_argnames:
+            return (args, kwargs), ()
+        names, numbers = set(self.options.static_argnames), set(self.options.static_argnums)
+        numbers |= {i for i, name in enumerate(_parameters(self.step)) if name in names}
+        names |= {name for i, name in enumerate(_parameters(self.step)) if i in numbers}
+        arrays = tuple(a for i, a in enumerate(args) if i not in numbers)
+        named = {k: v for k, v in kwargs.items() if k not in names}
+        static = tuple(a for i, a in enumerate(args) if i in numbers)
+        return (arrays, named), (static, tuple(sorted((k, v) for k, v in kwargs.items() if k in names)))
+
+
+def parallelize(
+    step: Callable | None = None,
+    *,
+    cluster: Cluster | str | Path | None = None,
+    plan: Plan | None = None,
+    verify: bool = False,
+    static_argnums: int | Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
+    donate_argnums: int | Sequence[int] = (),
+    donate_argnames: str | Sequence[str] = (),
+    **request: Any,
+) -> Any:
+    """Plan, shard and run a training step: `@mw.parallelize` or `@mw.parallelize(cluster=..., verify=True)`.
+
+    Args:
+        step: an ordinary single-device JAX function of arrays in pytrees.
+        cluster: what to plan for; by default the devices of this process.
+        plan: use this plan instead of searching for one.
+        verify: on the first call for each set of shapes, run the unsharded step too
+            and compare every output; raises VerificationError beyond the stated tolerance.
+        static_*, donate_*: as for `jax.jit`.
+        request: fields of `Request`: memory, mesh, microbatches, recompute, time_limit, gap, seed.
+    """
+    if step is None:
+        return functools.partial(
+            parallelize, cluster=cluster, plan=plan, verify=verify, static_argnums=static_argnums,
+            static_argnames=static_argnames, donate_argnums=donate_argnums, donate_argnames=donate_argnames, **request,
+        )  # fmt: skip
+    if unknown := sorted(set(request) - set(REQUEST_KEYS)):
+        raise UsageError(f"parallelize has no option {unknown[0]!r}.", where=_name(step), fix=f"one of {', '.join(REQUEST_KEYS)}")
+    options = Options(_ints(static_argnums), _strings(static_argnames), _ints(donate_argnums), _strings(donate_argnames))
+    wrapped = ParallelStep(step, cluster, options, Request(**request), verify, plan)
+    functools.update_wrapper(wrapped, step, updated=())
+    return wrapped
+
+
+def _aval(leaf: Any) -> Any:
+    return (leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else type(leaf)
+
+
+def _parameters(step: Callable) -> list[str]:
+    return list(inspect.signature(step).parameters)
+
+
+def _name(step: Callable) -> str:
+    return getattr(step, "__qualname__", type(step).__name__)
+
+
+def _ints(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def _strings(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
