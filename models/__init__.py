@@ -29,8 +29,16 @@ _GPT = (
 )
 _MODULES = {
     "gpt": _GPT,
+    "llama": ("llama3-8b", "llama3-70b", "llama3-405b", "llama-tiny"),
+    "mixtral": ("mixtral-8x7b", "mixtral-tiny"),
+    "vit": ("vit-b16", "vit-l16", "vit-h14", "vit-tiny"),
+    "wide_resnet": (
+        *("wrn-50-2", "wrn-101-2", "wrn-alpa-250m", "wrn-alpa-500m", "wrn-alpa-1b"),
+        *("wrn-alpa-2b", "wrn-alpa-4b", "wrn-alpa-6.8b", "wrn-alpa-13b", "wrn-tiny"),
+    ),
+    "dlrm": ("dlrm", "dlrm-tiny"),
 }
-_SCANNED = ("gpt",)  # modules whose layers can also be scanned
+_SCANNED = ("gpt", "llama", "mixtral")  # modules whose layers can also be scanned
 _CHOICES = {"optimizer": ("adamw", "sgd"), "dtype": ("bf16", "f32")}
 
 

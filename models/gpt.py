@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .data import counting_batch, source_batch, token_batch
 from .example import Example, abstract, count
-from .layers import cast, causal_attention, counting_batch, layer_norm, token_batch, token_loss
+from .layers import cast, causal_attention, layer_norm, token_loss
 from .optimizers import clipped_adamw, clipped_sgd
 
 Params = dict[str, Any]
@@ -162,15 +162,6 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
     return TrainState(state.step + 1, params, opt_state), metrics
-
-
-def source_batch(rng: np.random.Generator, batch: int, seq: int) -> dict[str, np.ndarray]:
-    """Windows of the bytes of this folder's own source files."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    text = np.frombuffer(b"".join(file.read_bytes() for file in files), np.uint8)
-    start_B1 = rng.integers(0, len(text) - seq, (batch, 1))
-    window_BT = text[start_B1 + np.arange(seq + 1)].astype(np.int32)
-    return {"tokens": window_BT[:, :-1], "targets": window_BT[:, 1:]}
 
 
 def make(name: str, config: GPTConfig) -> Example:

@@ -91,17 +91,3 @@ def token_loss(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Cross-entropy averaged over all tokens, in fp32."""
     logits32_BTV = logits_BTV.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits32_BTV, targets_BT).mean()
-
-
-def token_batch(batch: int, seq: int) -> dict[str, jax.ShapeDtypeStruct]:
-    tokens_BT = jax.ShapeDtypeStruct((batch, seq), jnp.int32)
-    return {"tokens": tokens_BT, "targets": tokens_BT}
-
-
-def counting_batch(
-    rng: np.random.Generator, batch: int, seq: int, vocab: int
-) -> dict[str, np.ndarray]:
-    """Sequences that count upwards from a random token: quickly learnt."""
-    start_B1 = rng.integers(0, vocab, (batch, 1))
-    count_BT = ((start_B1 + np.arange(seq + 1)) % vocab).astype(np.int32)
-    return {"tokens": count_BT[:, :-1], "targets": count_BT[:, 1:]}

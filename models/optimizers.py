@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import optax
 
-OPTIMIZERS = ("adamw", "sgd")
-
 
 def clipped_adamw(
     learning_rate: optax.ScalarOrSchedule,
@@ -32,10 +30,12 @@ def clipped_sgd(
     learning_rate: optax.ScalarOrSchedule,
     *,
     momentum: float | None = 0.9,
+    weight_decay: float = 0.0,
     clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
     """SGD behind clipping; `momentum=None` keeps no state per parameter."""
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
+        optax.add_decayed_weights(weight_decay),
         optax.sgd(learning_rate, momentum=momentum),
     )
