@@ -14,3 +14,8 @@ def bind(primitive: Any, operands: Sequence[Any], params: dict[str, Any]) -> lis
     functions, given = found if isinstance(found, tuple) else ((), found)
     made = primitive.bind(*functions, *operands, **given)
     return list(made) if primitive.multiple_results else [made]
+
+
+def is_vacant(sharding: Any) -> bool:
+    """Whether a sharding says nothing: it belongs to the empty mesh."""
+    return getattr(getattr(sharding, "mesh", None), "empty", False)

@@ -22,7 +22,7 @@ from jax import lax
 
 from ...ir.graph import Op
 from ...ir.rule import Dim, Rule
-from .compat import bind
+from .compat import bind, is_vacant
 
 Params = dict[str, Any]
 Arrays = Sequence[jax.Array]
@@ -79,6 +79,7 @@ def emit(
         cuts: by factor of the rule; factors not named are not cut.
     """
     primitive, params = bound
+    params = {name: None if is_vacant(value) else value for name, value in params.items()}
     cuts = {factor: cut for factor, cut in cuts.items() if cut.ways > 1}
     assert all(rule.factors[f].divisible for f in cuts), (op.kind, cuts)
     assert all(rule.factors[f].size % cut.ways == 0 for f, cut in cuts.items()), (op.kind, cuts)

@@ -9,6 +9,7 @@ Equal attributes mean equal parameters, so a backend may key its binding by them
     named tuple            a plain tuple of its fields
     float                  itself; integral, negative zero or not finite: "<float>2.0", "<float>nan"
                            (Python calls 2.0 == 2 == True equal; attributes must not)
+    sharding               None where it names no mesh, as jax's transposition rules leave behind
     text                   itself; "<str>..." where it could be mistaken for one of the above
     jaxpr, array, object   "<kind>digest" of the content if it has one, else of the object itself
 """
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...ir.graph import Attr
+from .compat import is_vacant
 
 _SHORT = {
     "bool": "bool", "int4": "s4", "uint4": "u4", "int8": "s8", "uint8": "u8", "int16": "s16",
@@ -57,6 +59,8 @@ def _attr(value: Any) -> Attr:
     match value:
         case None | bool():
             return value
+        case jax.sharding.Sharding() if is_vacant(value):
+            return None
         case enum.Enum():
             return f"{type(value).__name__}.{value.name}"
         case int():

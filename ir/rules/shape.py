@@ -15,12 +15,16 @@ def reshape(call: Call) -> Rule:
     """Both shapes as products of the finest common factors.
 
     [B·T, 3·H] -> [B, T, 3, H]   dims (B, T) (3, H) -> (B,) (T,) (3,) (H,)
+
+    `dimensions` is the order in which the operand's dims are read.
     """
-    order = tuple(range(call.operands[0].rank))
-    require(call.attrs["dimensions"] in (None, order))
+    shape = call.operands[0].shape
+    order = range(len(shape)) if call.attrs["dimensions"] is None else call.integers("dimensions")
     factors = Factors()
-    before, after = common_factors(factors, call.operands[0].shape, call.results[0].shape)
-    return factors.rule([before], [after], [(0,)])
+    read = tuple(shape[d] for d in order)
+    before, after = common_factors(factors, read, call.results[0].shape)
+    operand = tuple(dim for _, dim in sorted(zip(order, before, strict=True)))
+    return factors.rule([operand], [after], [(0,)])
 
 
 def common_factors(
