@@ -1,0 +1,108 @@
+"""What is left as a mixed-integer program, solved by HiGHS.
+
+One binary per choice, one continuous variable per pair of an edge, and the sums
+of the pairs tied to the choices (the local polytope):
+
+    sum_p x_ip = 1,   sum_q z_pq = x_p,   sum_p z_pq = x_q,   sum_i usage_i . x_i <= limit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array, csr_array, vstack
+
+from .onehot import Choices, Edge
+from .reductions import Reduced
+
+OBJECTIVE_SCALE = 1e3  # HiGHS' tolerances are absolute, about 1e-7
+
+
+@dataclass(frozen=True, slots=True)
+class MipAnswer:
+    """`bound` holds for the program given; `choices` may miss a row by HiGHS' 1e-6."""
+
+    infeasible: bool
+    choices: Choices | None
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Ties:
+    """Equality rows `matrix @ (x, z) = right` and the cost of each pair variable."""
+
+    matrix: csr_array
+    right: Any  # np.ndarray; scipy's stubs want a float
+    pair_costs: np.ndarray
+
+
+def solve_mip(
+    model: Reduced, allowed: Sequence[np.ndarray], *, offset: float, gap: float, seconds: float
+) -> MipAnswer:
+    """Minimise over the choices of `model` and the pairs that `allowed[edge]` marks.
+
+    `offset`: a cost near the optimum that numbers are scaled by.
+    """
+    starts = np.concatenate([[0], np.cumsum(model.sizes)])
+    ties = _tie_pairs(model, allowed, starts)
+    scale = OBJECTIVE_SCALE / max(abs(offset), 1e-300)
+    costs = np.concatenate([*model.costs, ties.pair_costs]) * scale
+    integrality = np.zeros(costs.size)
+    integrality[: starts[-1]] = 1
+    limits: Any = model.limits
+    constraints = [LinearConstraint(ties.matrix, ties.right, ties.right)]
+    if model.limits.size:
+        usage = np.hstack([*model.usage, np.zeros((model.limits.size, costs.size - starts[-1]))])
+        constraints.append(LinearConstraint(csr_array(usage), -np.inf, limits))
+    found = milp(
+        costs,
+        integrality=integrality,
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"time_limit": max(0.05, seconds), "mip_rel_gap": gap},
+    )
+    bound = -np.inf if found.mip_dual_bound is None else found.mip_dual_bound / scale
+    choices = None if found.x is None else _read(found.x, starts)
+    return MipAnswer(found.status == 2, choices, bound)
+
+
+def _read(values: np.ndarray, starts: np.ndarray) -> Choices:
+    return tuple(int(values[low:high].argmax()) for low, high in pairwise(starts))
+
+
+def _tie_pairs(model: Reduced, allowed: Sequence[np.ndarray], starts: np.ndarray) -> _Ties:
+    """One choice per node; each pair's sums equal to its two choices."""
+    count = len(model.costs)
+    owner = np.repeat(np.arange(count), model.sizes)
+    one_each = coo_array((np.ones(owner.size), (owner, np.arange(owner.size))))
+    blocks, heights = [one_each], [count]
+    pair_costs, width = [np.zeros(0)], int(starts[-1])
+    for edge, mask in zip(model.edges, allowed, strict=True):
+        blocks.append(_tie_edge(edge, mask, starts, width))
+        heights.append(sum(mask.shape))
+        pair_costs.append(edge.costs[mask])
+        width += int(mask.sum())
+    padded = [
+        coo_array((block.data, block.coords), shape=(height, width))
+        for block, height in zip(blocks, heights, strict=True)
+    ]
+    right = np.zeros(sum(heights))
+    right[:count] = 1.0
+    return _Ties(csr_array(vstack(padded)), right, np.concatenate(pair_costs))
+
+
+def _tie_edge(edge: Edge, mask: np.ndarray, starts: np.ndarray, first: int) -> coo_array:
+    """Rows `sum of pairs - choice = 0` for every choice of both ends."""
+    p, q = np.nonzero(mask)
+    left, right = mask.shape
+    pairs = first + np.arange(p.size)
+    ends = np.concatenate([starts[edge.a] + np.arange(left), starts[edge.b] + np.arange(right)])
+    rows = np.concatenate([p, left + q, np.arange(left + right)])
+    columns = np.concatenate([pairs, pairs, ends])
+    values = np.concatenate([np.ones(2 * p.size), -np.ones(left + right)])
+    return coo_array((values, (rows, columns)), shape=(left + right, first + p.size))
