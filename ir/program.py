@@ -45,7 +45,7 @@ def prepare(graph: Graph, policy: Policy) -> Program:
 
 def _phase(op: Op, known: dict[int, str]) -> str:
     """Phase of an op; a loop rebuilt by a pass keeps its first result; copies say theirs in the tag."""
-    if op.kind == "copy":
+    if op.kind == "copy" and "~" in op.tag:
         name = op.tag.rpartition("~")[2]
         return "prepare" if name == "step" else name
     return known.get(op.outputs[0], "backward")

@@ -33,8 +33,6 @@ LEADERS = frozenset({
     "top_k", "cumsum", "while", "cond", "dynamic_slice", "dynamic_update_slice", "concatenate",
     "select_and_scatter_add", "reduce_window_max", "reduce_window_sum", "random_bits", "threefry2x32",
 })  # fmt: skip
-# Leaders that keep their sum-owing strategies even when a reader cannot take a sum.
-SUMMERS = frozenset({"dot_general", "conv_general_dilated", "reduce_sum", "gather", "scatter-add"})
 
 
 @dataclass
@@ -107,7 +105,6 @@ class _Builder:
         self.time = space.program.time if isinstance(space.program.time, TimeAxis) else None
         self.constants = self.graph.constant_ids
         self.in_memory = memory_values(self.program)
-        self.readers = 0
 
     # ------------------------------------------------------------ walk
 
@@ -208,27 +205,18 @@ class _Builder:
         for number in home.layouts:
             if number not in found:
                 layout = self.space.layouts.known[number]
-                found[number] = follow(rule, operand, layout, self.mesh, time)
+                grows = self.types[op.outputs[0]].size > self.types[op.inputs[operand]].size
+                passes = not (layout.partial and grows)  # settle a sum before it is broadcast
+                found[number] = follow(rule, operand, layout, self.mesh, time) if passes else None
         matched = [found[number] for number in home.layouts]
-        sums = [bool(self.space.layouts.known[n].partial) for n in home.layouts]
-        if any(m is None and not owes for m, owes in zip(matched, sums, strict=True)):
-            return False
-        if any(m is None for m in matched):
-            if self._keeps_sums(node.tag):
+        failed = np.array([m is None for m in matched])
+        if failed.any():
+            if not np.all(_carries_sum(node)[failed]):
                 return False
-            self._drop(home.node, np.array([m is not None for m in matched]))
+            self._drop(home.node, ~failed)
             matched = [m for m in matched if m is not None]
         self._settle(op, rule, home.node, matched)  # type: ignore[arg-type]
         return True
-
-    def _keeps_sums(self, tag: str) -> bool:
-        return self._leader_kind.get(tag, "slot") in SUMMERS or "/" in tag and "out" in tag
-
-    @property
-    def _leader_kind(self) -> dict[str, str]:
-        if not hasattr(self, "_kinds"):
-            self._kinds = {visit.op.tag: visit.op.kind for visit in self.graph.visits}
-        return self._kinds
 
     def _drop(self, number: int, keep: np.ndarray) -> None:
         """Give up choices of a node that one of its followers cannot take."""
@@ -352,6 +340,11 @@ class _Builder:
                 known = self.space.layouts.known
                 settled = self.space.layouts.numbers([Sharding(known[n].dims) for n in home.layouts])
                 self._transfer(value, name, home.node, settled, 1, "update")
+
+
+def _carries_sum(node: Node) -> np.ndarray:
+    """Which choices of a node take in a sum that is still owed."""
+    return np.array([isinstance(c, Strategy) and min(c.axes, default=0) <= -2 for c in node.choices])
 
 
 def _narrow(item: Transfer, number: int, keep: np.ndarray) -> Transfer:

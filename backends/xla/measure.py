@@ -1,0 +1,110 @@
+"""Measure this process's devices: what the planner's roofline needs, nothing more.
+
+All devices run at once, since emulated CPU devices share cores and a rate
+measured on one of them alone would be a multiple of what each gets in a step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+SIDE = 384  # of the square products per device
+STREAM = 4 << 20  # elements of the memory test per device
+SMALL, LARGE = 1 << 10, 1 << 20  # float32 elements of the two all-reduces per device
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rates per device with all devices busy: FLOP/s by dtype, bytes/s, seconds.
+
+    `bandwidth` and `latency` are those of the line `latency * rounds + traffic /
+    bandwidth` that the planner prices collectives with (see planner.collectives).
+    """
+
+    flops: dict[str, float]
+    memory_bandwidth: float
+    launch: float
+    latency: float
+    bandwidth: float
+
+
+def measure(devices: list[jax.Device] | None = None) -> Measured:
+    """Run a few seconds of products, copies and all-reduces on the devices."""
+    found = devices or jax.devices()
+    mesh = Mesh(np.array(found), ("d",))
+    launch = _launch(mesh)
+    latency, bandwidth = _all_reduce(mesh)
+    return Measured(
+        flops={name: _product(mesh, dtype) for name, dtype in (("f32", jnp.float32), ("bf16", jnp.bfloat16))},
+        memory_bandwidth=_stream(mesh),
+        launch=launch,
+        latency=latency,
+        bandwidth=bandwidth,
+    )
+
+
+def _seconds(step: Callable[..., Any], *args: Any) -> float:
+    """Median wall time of a compiled step, first call left out."""
+    jax.block_until_ready(step(*args))
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(step(*args))
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def _everywhere(mesh: Mesh, body: Callable[..., Any]) -> Callable[..., Any]:
+    spec = PartitionSpec("d")
+    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+
+
+def _ones(mesh: Mesh, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    full = (shape[0] * mesh.size, *shape[1:])
+    return jax.device_put(jnp.ones(full, dtype), NamedSharding(mesh, PartitionSpec("d")))
+
+
+def _loop(body: Callable[[Any], Any], times: int) -> Callable[[Any], Any]:
+    return lambda x: lax.fori_loop(0, times, lambda _, y: body(y), x)
+
+
+def _product(mesh: Mesh, dtype: Any) -> float:
+    times = 8
+    step = _everywhere(mesh, _loop(lambda x: (x @ x) * jnp.asarray(1e-3, dtype), times))
+    return times * 2.0 * SIDE**3 / _seconds(step, _ones(mesh, (SIDE, SIDE), dtype))
+
+
+def _stream(mesh: Mesh) -> float:
+    times = 4
+    step = _everywhere(mesh, _loop(lambda x: lax.optimization_barrier(x * 1.0001 + 1.0), times))
+    return times * 2.0 * 4 * STREAM / _seconds(step, _ones(mesh, (STREAM,)))
+
+
+def _launch(mesh: Mesh) -> float:
+    """Seconds of one small kernel inside a program."""
+    times = 200
+    step = _everywhere(mesh, _loop(lambda x: lax.optimization_barrier(x @ x), times))
+    return _seconds(step, _ones(mesh, (8, 8))) / times
+
+
+def _all_reduce(mesh: Mesh) -> tuple[float, float]:
+    """(latency, bandwidth) of the planner's line through a small and a large all-reduce."""
+    n, times = mesh.size, 10
+    if n == 1:
+        return 1e-6, 1e9
+    step = _everywhere(mesh, _loop(lambda x: lax.psum(x, "d") / n, times))
+    small, large = (_seconds(step, _ones(mesh, (size,))) / times for size in (SMALL, LARGE))
+    traffic = 2 * (n - 1) / n * 4 * (LARGE - SMALL)
+    rounds = 2 * int(np.ceil(np.log2(n)))
+    return small / rounds, traffic / max(large - small, 1e-9)
