@@ -39,7 +39,9 @@ _MODULES = {
     "dlrm": ("dlrm", "dlrm-tiny"),
 }
 _SCANNED = ("gpt", "llama", "mixtral")  # modules whose layers can also be scanned
+_SIZES = ("batch", "seq", "layers")
 _CHOICES = {"optimizer": ("adamw", "sgd"), "dtype": ("bf16", "f32")}
+_OPTIONS = (*_SIZES, *_CHOICES, "scan", "remat")
 
 
 def names() -> tuple[str, ...]:
@@ -82,20 +84,19 @@ def build(
     options |= {"dtype": dtype, "scan": scan, "remat": remat}
     given = {option: value for option, value in options.items() if value is not None}
     base, module = _find(name)
-    if name.endswith("-scan"):
-        given.setdefault("scan", True)
     config = module.CONFIGS[base]
     _check(name, config, given)
-    config = replace(config, **given)
-    suffix = "-scan" if getattr(config, "scan", False) else ""
-    return module.make(base + suffix, config)
+    if name != base:
+        given["scan"] = True
+    suffix = "-scan" if given.get("scan") else ""
+    return module.make(base + suffix, replace(config, **given))
 
 
 def describe(name: str) -> str:
     """One line: what the model is, its parameters and its batch."""
     example = build(name)
-    shapes = {leaf: shape.shape for leaf, shape in example.batch.items()}
-    return f"{name}: {example.description}; {example.params:,} parameters; batch {shapes}"
+    batch = ", ".join(f"{part} {leaf.shape}" for part, leaf in example.batch.items())
+    return f"{name}: {example.description}; {example.params:,} parameters; batch {batch}"
 
 
 def _find(name: str) -> tuple[str, ModuleType]:
@@ -123,18 +124,24 @@ def _import(name: str, module: str) -> ModuleType:
 
 
 def _check(name: str, config: Any, given: dict[str, Any]) -> None:
-    known = {field.name for field in fields(config)}
+    known = [field.name for field in fields(config) if field.name in _OPTIONS]
     for option, value in given.items():
         where = f"build({name!r}, {option}={value!r})"
         if option not in known:
-            has = ", ".join(sorted(known & {*_CHOICES, "batch", "seq", "layers", "scan", "remat"}))
-            raise ModelError(f"{name!r} has no option {option!r}.", where=where, hint=has)
-        choices = _CHOICES.get(option)
-        if choices and value not in choices:
             raise ModelError(
-                f"{value!r} is not one of the choices for {option!r}.",
-                where=where,
-                hint=" or ".join(map(repr, choices)),
+                f"{name!r} has no option {option!r}.", where=where, hint=", ".join(known)
             )
-        if option in ("batch", "seq", "layers") and value < 1:
-            raise ModelError(f"{option!r} must be at least 1, not {value}.", where=where, hint="1")
+        if option in _CHOICES and value not in _CHOICES[option]:
+            raise ModelError(
+                f"{option!r} cannot be {value!r}.",
+                where=where,
+                hint=" or ".join(map(repr, _CHOICES[option])),
+            )
+        if option in _SIZES and value < 1:
+            raise ModelError(f"{option!r} cannot be {value}.", where=where, hint="1 or more")
+    if name.endswith("-scan") and given.get("scan") is False:
+        raise ModelError(
+            f"{name!r} is scanned by name, and scan=False contradicts it.",
+            where=f"build({name!r}, scan=False)",
+            hint=f"build({name.removesuffix('-scan')!r})",
+        )

@@ -54,9 +54,9 @@ CRITEO_ROWS = (
 )
 # fmt: on
 
-# Naumov et al. 2019 (arXiv 1906.00091), as configured for MLPerf on Criteo 1TB:
-# rows, MLPs, batch and learning rate from github.com/facebookresearch/dlrm,
-# torchrec_dlrm/README.MD, "8 GPUs, global batch 65536" (tables of 91.10 GiB).
+# Naumov et al. 2019 (arXiv 1906.00091), as trained on Criteo 1TB: rows, MLPs, batch
+# and learning rate from github.com/facebookresearch/dlrm, torchrec_dlrm/README.MD,
+# the run with a global batch of 65536.
 CONFIGS = {
     "dlrm": DLRMConfig(CRITEO_ROWS, (512, 256, 128), (1024, 1024, 512, 256, 1), 13, 15.0, 65_536),
     # Ours, for tests: 16 features make 120 pairs, a multiple of 8.

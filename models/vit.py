@@ -19,7 +19,7 @@ import optax
 from flax import nnx, struct
 
 from .data import coloured_batch, image_batch
-from .example import Example, abstract, count
+from .example import Example, count
 from .layers import DTYPES
 from .optimizers import clipped_adamw, clipped_sgd
 
@@ -143,7 +143,7 @@ def make_optimizer(config: ViTConfig) -> optax.GradientTransformation:
 
 def make(name: str, config: ViTConfig) -> Example:
     optimizer = make_optimizer(config)
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: ViT(config, nnx.Rngs(0))))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: ViT(config, nnx.Rngs(0))))
 
     def init(key: jax.Array) -> ViTState:
         _, params = nnx.split(ViT(config, nnx.Rngs(key)))
@@ -152,7 +152,7 @@ def make(name: str, config: ViTConfig) -> Example:
     def make_batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
         return coloured_batch(rng, config.batch, config.image, config.classes)
 
-    state = abstract(init)
+    state = ViTState(params, jax.eval_shape(optimizer.init, params))
     return Example(
         name=name,
         step=partial(train_step, graphdef, optimizer),
@@ -164,5 +164,5 @@ def make(name: str, config: ViTConfig) -> Example:
             f"ViT, {config.layers} layers of width {config.width}, {config.tokens} tokens "
             f"of {config.patch} x {config.patch} pixels"
         ),
-        params=count(state.params),
+        params=count(params),
     )

@@ -19,7 +19,7 @@ import optax
 from flax import nnx
 
 from .data import coloured_batch, image_batch
-from .example import Example, abstract, count
+from .example import Example, count
 from .layers import DTYPES
 from .optimizers import clipped_adamw, clipped_sgd
 
@@ -44,8 +44,9 @@ class WideResNetConfig:
     dtype: str = "bf16"
 
 
-# benchmark/alpa/benchmark_one_case_wresnet.py and alpa/model/wide_resnet.py of
-# github.com/alpa-projects/alpa, but for its Nesterov momentum.
+# Zheng et al. 2022 (Alpa, arXiv 2201.12023). From github.com/alpa-projects/alpa:
+# alpa/model/wide_resnet.py, and in benchmark/alpa benchmark_one_case_wresnet.py and
+# suite_wresnet.py (sizes). Its Nesterov momentum is ordinary momentum here.
 ALPA = partial(WideResNetConfig, narrow_reduce=True, batch=1536, classes=1024, dtype="f32")
 
 # Zagoruyko & Komodakis 2016 (arXiv 1605.07146), table 8: WRN-50-2-bottleneck;
@@ -54,8 +55,6 @@ ALPA = partial(WideResNetConfig, narrow_reduce=True, batch=1536, classes=1024, d
 CONFIGS = {
     "wrn-50-2": WideResNetConfig((3, 4, 6, 3), 2),
     "wrn-101-2": WideResNetConfig((3, 4, 23, 3), 2),
-    # Zheng et al. 2022 (Alpa, arXiv 2201.12023); sizes from its repository's
-    # benchmark/alpa/suite_wresnet.py.
     "wrn-alpa-250m": ALPA((3, 4, 6, 3), 2, 160),
     "wrn-alpa-500m": ALPA((3, 4, 6, 3), 2, 224),
     "wrn-alpa-1b": ALPA((3, 4, 6, 3), 2, 320),
@@ -163,7 +162,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state["opt_state"], params)
     params = optax.apply_updates(params, updates)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
-    return {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}, metrics
+    return state_of(params, batch_stats, opt_state), metrics
 
 
 def make_optimizer(config: WideResNetConfig) -> optax.GradientTransformation:
@@ -172,27 +171,30 @@ def make_optimizer(config: WideResNetConfig) -> optax.GradientTransformation:
     return clipped_sgd(config.learning_rate, momentum=0.9, weight_decay=1e-4)
 
 
+def state_of(params: nnx.State, batch_stats: nnx.State, opt_state: optax.OptState) -> State:
+    return {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
+
+
 def split(model: WideResNet) -> tuple[Any, nnx.State, nnx.State]:
     return nnx.split(model, nnx.Param, nnx.BatchStat)
 
 
 def make(name: str, config: WideResNetConfig) -> Example:
     optimizer = make_optimizer(config)
-    graphdef, _, _ = split(nnx.eval_shape(lambda: WideResNet(config, nnx.Rngs(0))))
+    shapes = nnx.eval_shape(lambda: WideResNet(config, nnx.Rngs(0)))
+    graphdef, params, batch_stats = split(shapes)
 
     def init(key: jax.Array) -> State:
         _, params, batch_stats = split(WideResNet(config, nnx.Rngs(key)))
-        opt_state = optimizer.init(params)
-        return {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
+        return state_of(params, batch_stats, optimizer.init(params))
 
     def make_batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
         return coloured_batch(rng, config.batch, config.image, config.classes)
 
-    state = abstract(init)
     return Example(
         name=name,
         step=partial(train_step, graphdef, optimizer),
-        state=state,
+        state=state_of(params, batch_stats, jax.eval_shape(optimizer.init, params)),
         batch=image_batch(config.batch, config.image),
         init=init,
         make_batch=make_batch,
@@ -200,5 +202,5 @@ def make(name: str, config: WideResNetConfig) -> Example:
             f"Wide ResNet, {3 * sum(config.blocks) + 2} layers, {config.channels} channels, "
             f"width factor {config.width_factor}"
         ),
-        params=count(state["params"]),
+        params=count(params),
     )
