@@ -19,6 +19,9 @@ class Neighbourhood:
 
     def __init__(self, model: Reduced) -> None:
         self.model = model
+        self.starts = np.concatenate([[0], np.cumsum(model.sizes)])
+        self.owner = np.repeat(np.arange(len(model.costs)), model.sizes)
+        self.usage = np.hstack(model.usage)  # (rows, choices of all nodes)
         self.around: list[list[tuple[int, np.ndarray]]] = [[] for _ in model.costs]
         for edge in model.edges:
             self.around[edge.a].append((edge.b, edge.costs.T))
@@ -31,17 +34,22 @@ class Neighbourhood:
             total += table[choices[other]]
         return total
 
+    def cost(self, choices: Sequence[int]) -> float:
+        """Cost of an assignment in this model."""
+        model = self.model
+        total = sum(float(c[x]) for c, x in zip(model.costs, choices, strict=True))
+        return total + sum(float(e.costs[choices[e.a], choices[e.b]]) for e in model.edges)
+
     def usage_of(self, choices: Sequence[int]) -> np.ndarray:
         """Share of each row's limit that an assignment takes."""
-        held = [usage[:, x] for usage, x in zip(self.model.usage, choices, strict=True)]
-        return np.sum(held, axis=0)
+        return self.usage[:, self.starts[:-1] + np.asarray(choices)].sum(axis=1)
 
     def descend(self, choices: Sequence[int], rounds: int = 20) -> Choices | None:
         """Repair the rows, then change one node after another while that pays."""
-        fitting = self.repair(list(choices))
-        if fitting is None:
+        current = self.repair(list(choices))
+        if current is None:
             return None
-        current, used = fitting, self.usage_of(fitting)
+        used = self.usage_of(current)
         for _ in range(rounds):
             before = list(current)
             for node in range(len(current)):
@@ -53,45 +61,49 @@ class Neighbourhood:
     def _improve(self, node: int, choices: list[int], used: np.ndarray) -> np.ndarray:
         """Move one node to its cheapest choice that fits, in place; returns the rows' new sums."""
         costs, usage = self.costs_at(node, choices), self.model.usage[node]
+        cheaper = costs < costs[choices[node]]
+        if not cheaper.any():
+            return used
         others = used - usage[:, choices[node]]
         fits = np.all(others[:, None] + usage <= self.model.limits[:, None], axis=0)
-        best = int(np.where(fits, costs, np.inf).argmin())
-        if fits[best] and costs[best] < costs[choices[node]]:
+        best = int(np.where(fits & cheaper, costs, np.inf).argmin())
+        if fits[best] and cheaper[best]:
             choices[node] = best
         return others + usage[:, choices[node]]
 
     def repair(self, choices: list[int]) -> list[int] | None:
         """Make the change with the least seconds per overflow removed, until all rows hold."""
-        used = self.usage_of(choices)
+        over = self.usage_of(choices) - self.model.limits
+        if not (over > 0).any():
+            return choices
+        costs = np.concatenate([self.costs_at(i, choices) for i in range(len(choices))])
         for _ in range(4 * len(choices)):
-            over = used - self.model.limits
-            if not (over > 0).any():
-                return choices
-            best, move = np.inf, None
-            for node in range(len(choices)):
-                price, choice = self._cheapest_relief(node, choices, over)
-                if price < best:
-                    best, move = price, (node, choice)
+            move = self._cheapest_relief(choices, costs, over)
             if move is None:
                 return None
-            node, choice = move
-            usage = self.model.usage[node]
-            used = used + usage[:, choice] - usage[:, choices[node]]
-            choices[node] = choice
+            node = int(self.owner[move])
+            over = over + self.usage[:, move] - self.usage[:, self.starts[node] + choices[node]]
+            choices[node] = int(move - self.starts[node])
+            if not (over > 0).any():
+                return choices
+            for other, _ in self.around[node]:
+                span = slice(self.starts[other], self.starts[other + 1])
+                costs[span] = self.costs_at(other, choices)
         return None
 
     def _cheapest_relief(
-        self, node: int, choices: Sequence[int], over: np.ndarray
-    ) -> tuple[float, int]:
-        """The choice of one node with the least (seconds added) / (overflow removed)."""
-        change = self.model.usage[node] - self.model.usage[node][:, [choices[node]]]
-        after = np.maximum(over[:, None] + change, 0.0).sum(axis=0)
-        relief = np.maximum(over, 0.0).sum() - after
-        useful = np.flatnonzero(relief > 1e-12)
-        if not useful.size:
-            return np.inf, -1
-        costs = self.costs_at(node, choices)
-        added = costs[useful] - costs[choices[node]]
-        price = np.where(added > 0, added / relief[useful], added * relief[useful])
+        self, choices: Sequence[int], costs: np.ndarray, over: np.ndarray
+    ) -> int | None:
+        """The change, as an index into all choices, of least (seconds added) / (overflow removed)."""
+        now = self.starts[:-1] + np.asarray(choices)
+        broken = over > 0
+        usage = self.usage[broken]
+        change = usage - usage[:, now][:, self.owner]
+        after = np.maximum(over[broken][:, None] + change, 0.0).sum(axis=0)
+        relief = over[broken].sum() - after
+        added = costs - costs[now][self.owner]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            price = np.where(added > 0, added / relief, added * relief)
+        price[relief <= 1e-12] = np.inf
         best = int(price.argmin())
-        return float(price[best]), int(useful[best])
+        return best if price[best] < np.inf else None

@@ -130,3 +130,68 @@ def _spread(factor: _Factor, node: int, scope: tuple[int, ...]) -> np.ndarray:
     others = [j for j in factor.scope if j != node]
     sizes = dict(zip(others, table.shape[1:], strict=True))
     return table.reshape(table.shape[0], *(sizes.get(j, 1) for j in scope))
+
+
+@dataclass(frozen=True, slots=True)
+class Marginals:
+    """Least cost with one choice fixed, `nodes[i][p]`, or one pair fixed, `pairs[edge][p, q]`."""
+
+    nodes: tuple[np.ndarray, ...]
+    pairs: tuple[np.ndarray, ...]
+
+
+def min_marginals(costs: Sequence[np.ndarray], edges: Sequence[Edge], order: Order) -> Marginals:
+    """All min-marginals by one elimination up the order and one pass back down.
+
+    On the way down each bucket's table receives what the rest of the graph costs,
+    so that its minima are those of the whole problem. All costs must be finite.
+    """
+    buckets = _fill_buckets(costs, edges, order)
+    children: list[list[_Factor]] = [[] for _ in order.nodes]
+    sent: list[list[int]] = [[] for _ in order.nodes]
+    for step, (node, scope) in enumerate(zip(order.nodes, order.scopes, strict=True)):
+        if scope:
+            table = _sum_over(node, scope, [*buckets[step], *children[step]]).min(axis=0)
+            parent = _first(scope, order)
+            children[parent].append(_Factor(scope, table))
+            sent[parent].append(step)
+    down: dict[int, _Factor] = {}
+    nodes, pairs = list(costs), [edge.costs for edge in edges]
+    index = {frozenset((e.a, e.b)): k for k, e in enumerate(edges)}
+    for step in reversed(range(len(order.nodes))):
+        node, scope = order.nodes[step], order.scopes[step]
+        above = [down.pop(step)] if step in down else []
+        belief = _Factor(
+            (node, *scope), _sum_over(node, scope, [*buckets[step], *children[step], *above])
+        )
+        for child, message in zip(sent[step], children[step], strict=True):
+            rest = _project(belief, message.scope) - message.table
+            down[child] = _Factor(message.scope, rest)
+        nodes[node] = _project(belief, (node,))
+        for factor in buckets[step]:
+            if len(factor.scope) == 2:
+                edge = index[frozenset(factor.scope)]
+                pairs[edge] = _project(belief, (edges[edge].a, edges[edge].b))
+        children[step] = []
+    return Marginals(tuple(nodes), tuple(pairs))
+
+
+def _sum_over(node: int, scope: tuple[int, ...], factors: Sequence[_Factor]) -> np.ndarray:
+    """The sum of factors as a table over (node, *scope)."""
+    tables = [_spread(factor, node, scope) for factor in factors if node in factor.scope]
+    plain = [_spread_apart(factor, scope) for factor in factors if node not in factor.scope]
+    total = sum(sorted([*tables, *plain], key=np.size))
+    return np.asarray(total)
+
+
+def _spread_apart(factor: _Factor, scope: tuple[int, ...]) -> np.ndarray:
+    """A factor without the bucket's node, with dim 0 of size 1."""
+    sizes = dict(zip(factor.scope, factor.table.shape, strict=True))
+    return factor.table.reshape(1, *(sizes.get(j, 1) for j in scope))
+
+
+def _project(belief: _Factor, scope: tuple[int, ...]) -> np.ndarray:
+    """Minimum over all nodes outside `scope`, dims in the order of `scope`."""
+    gone = tuple(k for k, node in enumerate(belief.scope) if node not in scope)
+    left = [node for node in belief.scope if node in scope]
+    return belief.table.min(axis=gone).transpose([left.index(node) for node in scope])

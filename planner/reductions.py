@@ -15,7 +15,7 @@ import numpy as np
 
 from .onehot import ROUNDING, Choices, Edge, Problem
 
-DOMINANCE_WORK = 4_000_000  # comparisons per node up to which dominance looks at whole edge rows
+DOMINANCE_WORK = 300_000  # comparisons per node up to which dominance looks at whole edge rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +24,14 @@ class Reduced:
 
     `usage[i][r, p]` is node i's share of row r's limit at choice p; the rows hold
     while every sum is <= `limits[r]` (1, or 0 for a row without room).
-    `kept[i][p]` is the original index of choice p.
+    `rows[r]` and `kept[i][p]` are the original indices of row r and of choice p.
     """
 
     costs: tuple[np.ndarray, ...]
     edges: tuple[Edge, ...]
     usage: tuple[np.ndarray, ...]
     limits: np.ndarray
+    rows: np.ndarray
     kept: tuple[np.ndarray, ...]
 
     @property
@@ -57,7 +58,7 @@ def reduced_from(problem: Problem) -> Reduced:
             usage[node][r] = np.asarray(held, dtype=float) / scales[r]
     limits = np.array([row.limit / s for row, s in zip(problem.rows, scales, strict=True)])
     kept = tuple(np.arange(cost.size) for cost in costs)
-    return Reduced(costs, _merge_parallel(problem.edges), tuple(usage), limits, kept)
+    return Reduced(costs, _merge_parallel(problem.edges), tuple(usage), limits, np.arange(limits.size), kept)
 
 
 def _row_scale(limit: float, usages: Iterable[np.ndarray]) -> float:
@@ -87,6 +88,7 @@ def keep(model: Reduced, masks: Sequence[np.ndarray]) -> Reduced:
         tuple(Edge(e.a, e.b, e.costs[np.ix_(index[e.a], index[e.b])]) for e in model.edges),
         tuple(usage[:, i] for usage, i in zip(model.usage, index, strict=True)),
         model.limits,
+        model.rows,
         tuple(kept[i] for kept, i in zip(model.kept, index, strict=True)),
     )
 
@@ -128,7 +130,10 @@ def drop_slack_rows(model: Reduced) -> Reduced:
     most = sum(usage.max(axis=1) for usage in model.usage)
     tight = most > model.limits - ROUNDING
     return replace(
-        model, usage=tuple(usage[tight] for usage in model.usage), limits=model.limits[tight]
+        model,
+        usage=tuple(usage[tight] for usage in model.usage),
+        limits=model.limits[tight],
+        rows=model.rows[tight],
     )
 
 
@@ -163,7 +168,13 @@ def _keep_at(model: Reduced, node: int, mask: np.ndarray, touched: Sequence[int]
     def put(values: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
         return (*values[:node], values[node][..., mask], *values[node + 1 :])
 
-    return Reduced(put(model.costs), tuple(edges), put(model.usage), model.limits, put(model.kept))
+    return replace(
+        model,
+        costs=put(model.costs),
+        edges=tuple(edges),
+        usage=put(model.usage),
+        kept=put(model.kept),
+    )
 
 
 def _dominated(cost: np.ndarray, tables: Sequence[np.ndarray], usage: np.ndarray) -> np.ndarray:
@@ -205,7 +216,7 @@ def clip(model: Reduced, budget: float | None = None) -> Reduced:
     tables = [*model.costs, *(edge.costs for edge in model.edges)]
     leasts = [float(table.min()) for table in tables]
     span = budget - sum(leasts) if budget is not None else 1.0 + 2 * sum(map(_range, tables))
-    span *= 1 + 1e-9
+    span = max(span, 0.0) * (1 + 1e-9)
     capped = [np.minimum(t, low + span) for t, low in zip(tables, leasts, strict=True)]
     count = len(model.costs)
     edges = tuple(Edge(e.a, e.b, c) for e, c in zip(model.edges, capped[count:], strict=True))

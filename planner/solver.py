@@ -19,8 +19,8 @@ from time import perf_counter
 import numpy as np
 
 from .descent import Neighbourhood
-from .elimination import eliminate, elimination_order
-from .messages import Messages, Pass
+from .elimination import eliminate, elimination_order, min_marginals
+from .messages import Messages
 from .mip import solve_mip
 from .multipliers import Prices
 from .onehot import (
@@ -57,9 +57,13 @@ __all__ = [
     "solve",
 ]
 
-MAX_ENTRIES = 400_000_000  # table entries of one elimination: about a second
+MAX_ENTRIES = 1_000_000_000  # table entries of one elimination: a few seconds
+MAX_ENTRIES_EARLY = 300_000_000  # the same while pruning still helps
 MAX_TABLE = 20_000_000  # entries of its largest table: 160 MB
-MAX_PAIRS = 400_000  # pair variables above which HiGHS does not get through its root
+KERNEL_ENTRIES = 1_000_000
+KERNEL_COUNTS = (64, 40, 24, 16, 12, 8, 6, 4)
+MAX_PRICE_STEPS = 60
+SLOW = 2e-4  # relative rise of the bound per pass below which messages stop
 
 
 def solve(
@@ -161,22 +165,22 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
-class _Dual:
-    """Prices of the rows, and the last pass of messages at these prices."""
+class _View:
+    """A finite model at some prices of its rows, with what each choice leads to.
 
-    model: Reduced  # all tables finite
-    messages: Messages
-    prices: np.ndarray
-    last: Pass
+    `nodes[i][p]` and `pairs[edge][p, q]` are lower bounds on every fitting
+    assignment that holds them; `bound` on all of them.
+    """
 
-    @property
-    def refund(self) -> float:
-        """Seconds that the limits give back: prices . limits."""
-        return float(self.prices @ self.model.limits)
+    model: Reduced
+    bound: float
+    nodes: tuple[np.ndarray, ...]
+    pairs: tuple[np.ndarray, ...]
+    exact: bool
 
 
 def _run(search: Search) -> None:
-    """Reduce, bound, prune, and close."""
+    """Reduce; then in turns bound, price the rows and prune; close when little changes."""
     search.refuted = _oversized_row(search.problem)
     if search.refuted:
         return None
@@ -184,16 +188,24 @@ def _run(search: Search) -> None:
     if not all(model.sizes):
         return _exhaust(search, "some node has no choice that its neighbours and the rows allow")
     model = drop_dominated(drop_slack_rows(model))
-    while True:
-        dual = _bound(search, model)
-        if search.over:
-            return None
-        smaller = _prune(search, model, dual)
-        if smaller is None:
+    prices = np.zeros(len(search.problem.rows))
+    view = _look_by_messages(search, _finite(search, model), prices)
+    entries = MAX_ENTRIES_EARLY
+    while not search.over:
+        gap, size = relative_gap(search.objective, search.bound), sum(model.sizes)
+        prices = _price_on_kernel(search, view, prices)
+        pruned = _prune(search, model, view)
+        if pruned is None:
             return _exhaust(search, "no assignment meets all rows and forbidden pairs together")
-        if sum(smaller.sizes) > 0.8 * sum(model.sizes):
-            return _close(search, model, dual)
-        model = smaller
+        model, finite = pruned, _finite(search, pruned)
+        exact = _look_exactly(search, finite, prices, entries)
+        view = exact or _look_by_messages(search, finite, prices)
+        better = relative_gap(search.objective, search.bound) < 0.7 * gap
+        if not (better or sum(model.sizes) < 0.8 * size):
+            if view.exact or entries == MAX_ENTRIES:
+                return None if search.over else _close_by_mip(search, model, view)
+            entries = MAX_ENTRIES
+    return None
 
 
 def _exhaust(search: Search, reason: str) -> None:
@@ -216,129 +228,127 @@ def _oversized_row(problem: Problem) -> str:
     return ""
 
 
-def _bound(search: Search, model: Reduced) -> _Dual:
-    """Raise the lower bound by messages, then by prices on the rows."""
-    model = clip(model, search.ceiling if search.ceiling < inf else None)
-    dual = _relaxed(search, model)
-    used = Neighbourhood(model).usage_of(dual.last.choices)
-    if search.over or not (used > model.limits).any():
-        return dual
-    return _priced(search, model, dual)
+def _finite(search: Search, model: Reduced) -> Reduced:
+    return clip(model, search.ceiling if search.ceiling < inf else None)
 
 
-def _relaxed(search: Search, model: Reduced) -> _Dual:
-    """Passes without prices until the bound stands still."""
-    messages, local = Messages(model.costs, model.edges), Neighbourhood(model)
-    bound, still = -inf, 0
-    while True:
-        last = messages.sweep(model.costs)
-        search.raise_bound(last.bound)
-        _offer(search, model, local, last.choices)
-        still = still + 1 if last.bound <= bound + 0.1 * search.gap * abs(last.bound) else 0
-        bound = last.bound
-        if search.over or still >= 3:
-            return _Dual(model, messages, np.zeros(model.limits.size), last)
-
-
-def _offer(search: Search, model: Reduced, local: Neighbourhood, choices: Choices) -> None:
+def _offer(search: Search, local: Neighbourhood, choices: Choices) -> None:
+    """Repair and improve an assignment, and take it when it is the best."""
     fitting = local.descend(choices)
     if fitting is not None:
-        search.offer(model.lift(fitting))
+        search.offer(local.model.lift(fitting))
 
 
-def _priced(search: Search, model: Reduced, dual: _Dual) -> _Dual:
-    """Cutting planes on the prices, two passes of messages for each, while the bound grows."""
-    messages, local = dual.messages, Neighbourhood(model)
-    prices = Prices(model.limits.size, _highest_price(model))
-    prices.observe(dual.prices, dual.last.bound)
-    asked, last = dual.prices, dual.last
-    for _ in range(100):
-        _cut(search, model, local, prices, last.choices)
-        asked, ceiling = prices.propose()
-        if search.over or ceiling - prices.best_bound <= 0.1 * search.gap * abs(ceiling):
+def _priced_costs(model: Reduced, prices: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(c + prices @ u for c, u in zip(model.costs, model.usage, strict=True))
+
+
+def _look_by_messages(search: Search, model: Reduced, prices: np.ndarray) -> _View:
+    """Passes of messages until the bound stands still; the assignments met are repaired."""
+    asked = prices[model.rows]
+    costs, refund = _priced_costs(model, asked), float(asked @ model.limits)
+    messages, local = Messages(costs, model.edges), Neighbourhood(model)
+    _offer(search, local, messages.sweep(costs).choices)
+    last, still = messages.sweep(costs), 0
+    while still < 3 and not search.over:
+        before, last = last.bound, messages.sweep(costs)
+        search.raise_bound(last.bound - refund)
+        still = still + 1 if last.bound - before <= SLOW * abs(before) else 0
+    _offer(search, local, last.choices)
+    floor, bound = last.floor - refund, last.bound - refund
+    pairs = tuple(bound + messages.pair_costs(k, edge) for k, edge in enumerate(model.edges))
+    return _View(model, bound, tuple(floor + r for r in last.reduced), pairs, exact=False)
+
+
+def _look_exactly(search: Search, model: Reduced, prices: np.ndarray, entries: int) -> _View | None:
+    """All min-marginals at these prices by elimination, when its tables are small enough."""
+    order = elimination_order(model.sizes, model.edges)
+    if order.entries > entries or order.largest > MAX_TABLE:
+        return None
+    asked = prices[model.rows]
+    costs, refund = _priced_costs(model, asked), float(asked @ model.limits)
+    value, choices = eliminate(costs, model.edges, order)
+    search.raise_bound(value - refund)
+    _offer(search, Neighbourhood(model), choices)
+    found = min_marginals(costs, model.edges, order)
+    nodes = tuple(node - refund for node in found.nodes)
+    pairs = tuple(pair - refund for pair in found.pairs)
+    return _View(model, value - refund, nodes, pairs, exact=True)
+
+
+def _price_on_kernel(search: Search, view: _View, prices: np.ndarray) -> np.ndarray:
+    """Prices that are best for the few most promising choices of each node."""
+    kernel = _kernel(search, view)
+    order = elimination_order(kernel.sizes, kernel.edges)
+    if order.entries > 4 * KERNEL_ENTRIES:
+        return prices
+    local = Neighbourhood(kernel)
+    asked, whole = prices[kernel.rows], sum(kernel.sizes) == sum(view.model.sizes)
+    bundle = Prices(asked, -inf)
+    for _ in range(MAX_PRICE_STEPS):
+        value, choices = eliminate(_priced_costs(kernel, asked), kernel.edges, order)
+        bound = value - float(asked @ kernel.limits)
+        if whole:
+            search.raise_bound(bound)
+        if bundle.observe(asked, bound):
+            _offer(search, local, choices)
+        if not kernel.limits.size or search.over:
             break
-        last, bound = _passes(model, messages, asked, 2)
-        prices.observe(asked, bound)
-        search.raise_bound(bound)
-    last, bound = _passes(model, messages, prices.best, 6)
-    search.raise_bound(bound)
-    return _Dual(model, messages, prices.best, last)
+        bundle.add_cut(local.cost(choices), local.usage_of(choices) - kernel.limits)
+        proposed = bundle.propose(search.objective, 0.1 * search.gap * abs(bundle.bound))
+        if proposed is None:
+            break
+        asked = proposed
+    found = prices.copy()
+    found[kernel.rows] = bundle.centre
+    return found
 
 
-def _cut(
-    search: Search, model: Reduced, local: Neighbourhood, prices: Prices, choices: Choices
-) -> None:
-    """Add the cuts of an assignment and of its repaired neighbour."""
-    fitting = local.descend(choices)
-    for found in (choices, fitting):
-        if found is not None:
-            cost = sum(float(c[x]) for c, x in zip(model.costs, found, strict=True))
-            cost += sum(float(e.costs[found[e.a], found[e.b]]) for e in model.edges)
-            prices.add_cut(cost, local.usage_of(found) - model.limits)
-    if fitting is not None:
-        search.offer(model.lift(fitting))
+def _kernel(search: Search, view: _View) -> Reduced:
+    """The best choices of each node, as many as elimination can take in milliseconds."""
+    known = search.choices and view.model.lower(search.choices)
+    for count in KERNEL_COUNTS:
+        masks = [
+            nodes <= np.partition(nodes, min(count, nodes.size) - 1)[min(count, nodes.size) - 1]
+            for nodes in view.nodes
+        ]
+        for mask, choice in zip(masks, known or (), strict=bool(known)):
+            mask[choice] = True
+        kernel = keep(view.model, masks)
+        if elimination_order(kernel.sizes, kernel.edges).entries <= KERNEL_ENTRIES:
+            return kernel
+    return kernel
 
 
-def _passes(
-    model: Reduced, messages: Messages, prices: np.ndarray, count: int
-) -> tuple[Pass, float]:
-    """Some passes at given prices, and the Lagrangian bound after them."""
-    costs = _price(model, prices)
-    last = [messages.sweep(costs) for _ in range(count)][-1]
-    return last, last.bound - float(prices @ model.limits)
-
-
-def _price(model: Reduced, prices: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(c + prices @ usage for c, usage in zip(model.costs, model.usage, strict=True))
-
-
-def _highest_price(model: Reduced) -> float:
-    """Seconds per whole row beyond which asking more cannot matter in practice."""
-    tables = [*model.costs, *(edge.costs for edge in model.edges)]
-    return sum(float(np.ptp(table)) for table in tables)
-
-
-def _prune(search: Search, model: Reduced, dual: _Dual) -> Reduced | None:
-    """Drop choices that no assignment below the target holds; None when that is all of a node's."""
-    floor = dual.last.floor - dual.refund
+def _prune(search: Search, model: Reduced, view: _View) -> Reduced | None:
+    """Drop choices and pairs that nothing below the target holds; None when nothing is left."""
     search.discarded = min(search.discarded, search.target)
-    masks = [floor + reduced < search.target for reduced in dual.last.reduced]
+    masks = [nodes < search.target for nodes in view.nodes]
     if not all(mask.any() for mask in masks):
         return None
-    model = drop_impossible(keep(model, masks))
+    edges = tuple(
+        Edge(e.a, e.b, np.where(pairs < search.target, e.costs, inf))
+        for e, pairs in zip(model.edges, view.pairs, strict=True)
+    )
+    model = drop_impossible(keep(replace(model, edges=edges), masks))
     return drop_dominated(drop_slack_rows(model)) if all(model.sizes) else None
 
 
-def _close(search: Search, model: Reduced, dual: _Dual) -> None:
-    """Solve what is left exactly, as far as time allows."""
-    order = elimination_order(model.sizes, model.edges)
-    small = order.entries <= MAX_ENTRIES and order.largest <= MAX_TABLE
-    if not model.limits.size and small:
-        value, choices = eliminate(model.costs, model.edges, order)
-        if value == inf:
-            return _exhaust(search, "every assignment takes a forbidden pair")
-        search.offer(model.lift(choices))
-        return search.raise_bound(value)
-    return _close_by_mip(search, model, dual)
-
-
-def _close_by_mip(search: Search, model: Reduced, dual: _Dual) -> None:
+def _close_by_mip(search: Search, model: Reduced, view: _View) -> None:
     """HiGHS on the choices and pairs that may still be part of something better."""
-    bound = dual.last.bound - dual.refund
-    search.discarded = min(search.discarded, search.target)
-    allowed = [
-        np.isfinite(edge.costs) & (bound + dual.messages.pair_costs(index, finite) < search.target)
-        for index, (edge, finite) in enumerate(zip(model.edges, dual.model.edges, strict=True))
-    ]
     found = solve_mip(
-        dual.model,
-        allowed,
+        view.model,
+        [
+            np.isfinite(edge.costs) & (p < search.target)
+            for edge, p in zip(model.edges, view.pairs, strict=True)
+        ],
         offset=search.objective if search.objective < inf else search.bound,
         gap=0.5 * search.gap,
         seconds=search.left,
     )
+    search.discarded = min(search.discarded, search.target)
     if found.choices is not None:
-        _offer(search, model, Neighbourhood(model), found.choices)
+        _offer(search, Neighbourhood(view.model), found.choices)
     search.raise_bound(found.bound)
     if found.infeasible:
         _exhaust(search, "no assignment meets all rows and forbidden pairs together")
