@@ -33,11 +33,11 @@ class Mesh:
     def sizes(self) -> dict[str, int]:
         return {axis.name: axis.size for axis in self.axes}
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(axis.name for axis in self.axes)
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         return tuple(axis.size for axis in self.axes)
 

@@ -11,6 +11,7 @@ planner needs (strategies, shardings, partial sums, local shapes) follows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from .mesh import Mesh
@@ -85,7 +86,7 @@ def operand_sharding(rule: Rule, strategy: Strategy, mesh: Mesh, operand: int) -
         for name, code in zip(mesh.names, strategy.axes, strict=True)
         if code <= -2 and operand in rule.linear[-2 - code]
     )
-    return Sharding(_dims(rule.operands[operand], strategy, mesh), owed)
+    return Sharding(_dims(rule.operands[operand], strategy.axes, mesh.names), owed)
 
 
 def result_sharding(rule: Rule, strategy: Strategy, mesh: Mesh, result: int) -> Sharding:
@@ -96,7 +97,7 @@ def result_sharding(rule: Rule, strategy: Strategy, mesh: Mesh, result: int) -> 
         for name, code in zip(mesh.names, strategy.axes, strict=True)
         if code <= -2 or (code >= 0 and rule.factors[code].reduction == "sum")
     )
-    return Sharding(_dims(rule.results[result], strategy, mesh), owed)
+    return Sharding(_dims(rule.results[result], strategy.axes, mesh.names), owed)
 
 
 def settled_axes(rule: Rule, strategy: Strategy, mesh: Mesh) -> dict[str, tuple[str, ...]]:
@@ -109,13 +110,12 @@ def settled_axes(rule: Rule, strategy: Strategy, mesh: Mesh) -> dict[str, tuple[
     return found
 
 
-def _dims(dims: tuple[Dim, ...], strategy: Strategy, mesh: Mesh) -> tuple[tuple[str, ...], ...]:
-    return tuple(
-        tuple(name for name, code in zip(mesh.names, strategy.axes, strict=True) if code in dim)
-        for dim in dims
-    )
+@lru_cache(maxsize=1 << 17)
+def _dims(dims: tuple[Dim, ...], codes: tuple[int, ...], names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(name for name, code in zip(names, codes, strict=True) if code in dim) for dim in dims)
 
 
+@lru_cache(maxsize=1 << 14)
 def cuttable(rule: Rule) -> tuple[int, ...]:
     """Factors that a mesh axis may cut: divisible, and leading in every dim they appear in."""
     return tuple(

@@ -74,7 +74,17 @@ class Collectives:
         return Link(tier.name, tier.latency, tier.bandwidth / tier.oversubscription)
 
     def line(self, kind: str, axes: tuple[str, ...]) -> Line:
-        """Seconds of one collective, as a line in the bytes of the larger local side.
+        """Seconds of one collective, as a line in the bytes of the larger local side."""
+        if (kind, axes) not in self._lines:
+            self._lines[kind, axes] = self._line(kind, axes)
+        return self._lines[kind, axes]
+
+    @cached_property
+    def _lines(self) -> dict[tuple[str, tuple[str, ...]], Line]:
+        return {}
+
+    def _line(self, kind: str, axes: tuple[str, ...]) -> Line:
+        """The line behind `line`.
 
             fixed  rounds * sum over axes of latency * ceil(log2 n)
             slope  max over tiers of traffic(n) * (share of the bytes in that tier) / bandwidth
@@ -100,13 +110,13 @@ class Collectives:
             return None
         total, share = FREE, 1.0 / source.ways(self.mesh)
         for step in steps:
-            larger, share = self._shares(step, share)
+            larger, share = self.shares(step, share)
             if step.kind != "slice":
                 line = self.line(step.kind, step.axes)
                 total += Line(line.fixed, line.slope * larger)
         return total
 
-    def _shares(self, step: Step, share: float) -> tuple[float, float]:
+    def shares(self, step: Step, share: float) -> tuple[float, float]:
         """Local bytes per global byte: of the larger side of the step, and after it."""
         ways = self.mesh.ways(step.axes)
         match step.kind:

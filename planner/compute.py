@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
+
 from ..ir.cluster import Device
 from ..ir.graph import Op, TensorType
 from ..ir.rule import Rule
@@ -52,31 +54,33 @@ def _convolution_terms(op: Op, types: Mapping[int, TensorType]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
-    """Which part of each operand, result and of the work one device has, in (0, 1]."""
+class Ways:
+    """Into how many parts each operand, each result and the work is cut; one entry per choice."""
 
-    operands: tuple[float, ...]
-    results: tuple[float, ...]
-    work: float
+    operands: list[np.ndarray]
+    results: list[np.ndarray]
+    work: np.ndarray
 
 
 def op_seconds(
-    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, shares: Shares, in_memory: frozenset[int]
-) -> float:
-    """Seconds on one device, with operands, results and work cut to `shares`.
+    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, ways: Ways, in_memory: frozenset[int]
+) -> np.ndarray | float:
+    """Seconds on one device for every choice.
 
     A kernel reads all operands and writes all results. A fused op writes only
     results that are kept in memory (`in_memory`), and costs nothing otherwise.
     """
-    moved = sum(types[v].nbytes * s for v, s in zip(op.outputs, shares.results, strict=True) if v in in_memory)
-    if op.kind in KERNELS:
-        moved += sum(types[v].nbytes * s for v, s in zip(op.inputs, shares.operands, strict=True))
-    elif op.kind in FREE or not moved:
+    kernel = op.kind in KERNELS
+    written = [v in in_memory for v in op.outputs]
+    if op.kind in FREE or not (kernel or any(written)):
         return 0.0
+    moved = sum(types[v].nbytes / w for v, w, kept in zip(op.outputs, ways.results, written, strict=True) if kept)
+    if kernel:
+        moved = moved + sum(types[v].nbytes / w for v, w in zip(op.inputs, ways.operands, strict=True))
     seconds = moved / device.memory_bandwidth
     if op.kind in CONTRACTIONS:
-        work = flop(op, rule, types) * shares.work
-        seconds = max(seconds, work / _peak(device, types[op.inputs[0]].dtype))
+        work = flop(op, rule, types) / ways.work
+        seconds = np.maximum(seconds, work / _peak(device, types[op.inputs[0]].dtype))
     return device.launch + seconds
 
 

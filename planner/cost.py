@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from ..ir.cluster import Cluster
+import numpy as np
+
+from ..ir.cluster import Cluster, Device
 from ..ir.graph import Op, TensorType
 from ..ir.mesh import Mesh
-from ..ir.rule import Rule, Strategy, operand_sharding, result_sharding
+from ..ir.rule import Rule
 from .collectives import Collectives
-from .compute import Shares, op_seconds
+from .compute import Ways, op_seconds
 
 
 class CostModel(Protocol):
@@ -31,9 +33,8 @@ class CostModel(Protocol):
     def collectives(self, mesh: Mesh) -> Collectives: ...
 
     def op_seconds(
-        self, op: Op, rule: Rule, types: Mapping[int, TensorType], strategy: Strategy, mesh: Mesh,
-        parts: list[int], in_memory: frozenset[int],
-    ) -> float: ...  # fmt: skip
+        self, op: Op, rule: Rule, types: Mapping[int, TensorType], ways: Ways, in_memory: frozenset[int]
+    ) -> np.ndarray | float: ...
 
 
 @dataclass(frozen=True)
@@ -51,23 +52,14 @@ class Roofline:
         return "not validated for this device; no overlap of communication with compute is assumed"
 
     @cached_property
-    def device(self):
+    def device(self) -> Device:
         return self.cluster.device
 
     def collectives(self, mesh: Mesh) -> Collectives:
         return Collectives(mesh, self.cluster)
 
     def op_seconds(
-        self, op: Op, rule: Rule, types: Mapping[int, TensorType], strategy: Strategy, mesh: Mesh,
-        parts: list[int], in_memory: frozenset[int],
-    ) -> float:  # fmt: skip
-        """Seconds of one run on one device; `parts` are the microbatches each operand and result is cut into."""
-        operands = tuple(
-            1 / (operand_sharding(rule, strategy, mesh, k).ways(mesh) * parts[k]) for k in range(len(op.inputs))
-        )
-        results = tuple(
-            1 / (result_sharding(rule, strategy, mesh, k).ways(mesh) * parts[len(op.inputs) + k])
-            for k in range(len(op.outputs))
-        )
-        cut = mesh.ways(tuple(a for a, code in zip(mesh.names, strategy.axes, strict=True) if code >= 0))
-        return op_seconds(op, rule, types, self.device, Shares(operands, results, 1 / (cut * max(parts))), in_memory)
+        self, op: Op, rule: Rule, types: Mapping[int, TensorType], ways: Ways, in_memory: frozenset[int]
+    ) -> np.ndarray | float:
+        """Seconds of one run on one device, for every choice."""
+        return op_seconds(op, rule, types, self.device, ways, in_memory)

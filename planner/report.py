@@ -181,7 +181,7 @@ def _moves(space: Space, choices: tuple[int, ...], item: Transfer) -> list[Colle
     target = _chosen(space, choices, item.wanted, item.consumer if item.consumer is not None else item.producer)
     prices, share, entries = space.layouts.collectives, 1.0 / source.ways(space.mesh), []
     for step in reshard(source, target) or ():
-        larger, share = prices._shares(step, share)
+        larger, share = prices.shares(step, share)
         if step.kind != "slice":
             nbytes = item.nbytes * larger
             seconds = item.runs * prices.line(step.kind, step.axes)(nbytes)

@@ -24,6 +24,7 @@ from ..ir.recompute import POLICIES, Policy
 from ..ir.roles import roles
 from ..ir.units import format_bytes
 from .cost import CostModel, Roofline
+from .layouts import Layouts
 from .intra import Answer, problem_of, smallest_peak, solve_space
 from .memory import Lifetimes, lifetimes
 from .meshes import mesh_of, meshes
@@ -152,10 +153,17 @@ class Search:
     _programs: dict[Policy, Program] = field(default_factory=dict)
     _spaces: dict[Candidate, tuple[Space, Lifetimes]] = field(default_factory=dict)
 
+    def _layouts_on(self, mesh: Mesh) -> Layouts:
+        if mesh not in self._layouts:
+            self._layouts[mesh] = Layouts(self.cost.collectives(mesh))
+        return self._layouts[mesh]
+
+    _layouts: dict[Mesh, Layouts] = field(default_factory=dict)
+
     def open(self, candidate: Candidate) -> tuple[Space, Lifetimes]:
         if candidate not in self._spaces:
             program = self.program(candidate.policy)
-            space = build(program, candidate.mesh, candidate.microbatches, self.cost)
+            space = build(program, candidate.microbatches, self.cost, self._layouts_on(candidate.mesh))
             lives = lifetimes(program, candidate.microbatches, roles(program.graph))
             self._spaces[candidate] = (space, lives)
         return self._spaces[candidate]

@@ -11,8 +11,10 @@ Ops of repeated layers share their node (equal tags), so depth costs nothing.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 
@@ -20,9 +22,10 @@ from ..ir.graph import Op
 from ..ir.mesh import Mesh
 from ..ir.microbatch import TimeAxis
 from ..ir.program import Program
-from ..ir.rule import Rule, Strategy, operand_sharding, result_sharding, settled_axes
+from ..ir.rule import NONE, Rule, Strategy, operand_sharding, result_sharding, settled_axes
 from ..ir.rules import rule_of
 from ..ir.sharding import Sharding, replicated
+from .compute import KERNELS, Ways
 from .cost import CostModel
 from .layouts import Layouts, layouts_of
 from .strategies import follow, strategies
@@ -80,7 +83,7 @@ class Transfer:
     source: str  # value tag
     reader: str  # op or slot tag
     producer: int | None
-    consumer: int | None  # None: `wanted` holds a single fixed layout
+    consumer: int | None
     have: np.ndarray
     wanted: np.ndarray
     nbytes: float
@@ -88,64 +91,81 @@ class Transfer:
     phase: str
 
 
-def build(program: Program, mesh: Mesh, microbatches: int, cost: CostModel) -> Space:
-    """Lay out the decisions of a prepared graph on a mesh."""
-    space = Space(program, mesh, microbatches, Layouts(cost.collectives(mesh)))
+def build(program: Program, microbatches: int, cost: CostModel, layouts: Layouts) -> Space:
+    """Lay out the decisions of a prepared graph on the mesh of `layouts`."""
+    space = Space(program, layouts.mesh, microbatches, layouts)
     _Builder(space, cost).build()
     return space
 
 
 class _Builder:
+    """Walks the graph once to find nodes and transfers, then prices them all.
+
+    Ops of equal tag share everything but the number of runs, so each tag is
+    looked at once.
+    """
+
     def __init__(self, space: Space, cost: CostModel):
         self.space, self.cost = space, cost
-        self.program, self.mesh = space.program, space.mesh
+        self.program, self.mesh, self.layouts = space.program, space.mesh, space.layouts
         self.graph = space.program.graph
         self.types = self.graph.types
         self.tags = space.program.value_tags
         self.time = space.program.time if isinstance(space.program.time, TimeAxis) else None
-        self.constants = self.graph.constant_ids
         self.in_memory = memory_values(self.program)
+        self.first: dict[str, tuple[Op, Rule]] = {}  # op tag -> one op that carries it
+        self.runs: dict[str, int] = defaultdict(int)
+        self.phases: dict[str, str] = {}
+        self.wants: dict[tuple[str, int], np.ndarray] = {}  # (reader tag, operand) -> layout per choice
+        self.readings: dict[tuple[int | str, str, int], list] = {}  # -> [value, consumer node, runs, phase]
 
     # ------------------------------------------------------------ walk
 
     def build(self) -> None:
-        for position, value in enumerate(self.graph.inputs):
-            tag = self.tags[value]
-            if tag not in self.space.homes:
-                self._slot(tag, value, self.graph.input_name(position))
-        for value in self.constants:
-            self._free(value)
+        for value in self.graph.inputs:
+            if self.tags[value] not in self.space.homes:
+                self._slot(self.tags[value], value)
+        for constant in self.graph.constants:
+            self._free(constant.value)
         for position, op in enumerate(self.graph.ops):
-            runs = self.space.microbatches if self._in_body(position) else 1
+            runs = self.space.microbatches if self.time and position in self.time.body else 1
             self._op(op, op.count * runs, self.program.phases[position])
         self._outputs()
-
-    def _in_body(self, position: int) -> bool:
-        return self.time is not None and position in self.time.body
+        self._price()
 
     def _op(self, op: Op, runs: int, phase: str) -> None:
         if op.kind == "scan":
             self._scan(op, runs, phase)
-            return
-        if op.kind == "optimization_barrier":
+        elif op.kind == "optimization_barrier":
             for source, result in zip(op.inputs, op.outputs, strict=True):
                 self.space.homes[self.tags[result]] = self._home(source)
-            return
-        rule = rule_of(op, self.types)
-        if op.tag not in self.space.op_node and not self._is_free(op):
-            self._decide(op, rule)
-        elif self._is_free(op):
+        elif op.tag not in self.space.op_node and self._is_free(op):
             for value in op.outputs:
                 self._free(value)
-            return
-        self._price(op, rule, runs, phase)
+        else:
+            self._count(op, runs, phase)
+
+    def _count(self, op: Op, runs: int, phase: str) -> None:
+        if op.tag not in self.space.op_node:
+            rule = rule_of(op, self.types)
+            self.first[op.tag] = (op, rule)
+            self._decide(op, rule)
+        self.runs[op.tag] += runs
+        self.phases[op.tag] = phase
+        for k, value in enumerate(op.inputs):
+            self._read(value, op.tag, k, self.space.op_node[op.tag], runs, phase)
+
+    def _read(self, value: int, reader: str, k: int, node: int | None, runs: int, phase: str) -> None:
+        key = (self.tags[value], reader, k)
+        entry = self.readings.setdefault(key, [value, node, 0, phase])
+        entry[2] += runs
 
     def _is_free(self, op: Op) -> bool:
         """Made from constants alone and cheap: every device can make its own."""
         return op.kind not in LEADERS and all(self._home(v).node is None for v in op.inputs)
 
     def _free(self, value: int) -> None:
-        layout = self.space.layouts.numbers([replicated(self.types[value].rank)])
+        layout = self.layouts.numbers([replicated(self.types[value].rank)])
         self.space.homes.setdefault(self.tags[value], Home(None, layout))
 
     def _home(self, value: int) -> Home:
@@ -153,14 +173,14 @@ class _Builder:
 
     # ------------------------------------------------------------ nodes
 
-    def _slot(self, tag: str, value: int, name: str, owed: bool = False) -> int:
+    def _slot(self, tag: str, value: int, owed: bool = False) -> int:
         shape = list(self.types[value].shape)
         dim = self._split_dim(value)
         if dim is not None:
             shape[dim] //= self.space.microbatches
         choices = layouts_of(tuple(shape), self.mesh, owed)
         node = self._node(Node(tag, choices, np.zeros(len(choices))))
-        self.space.homes[tag] = Home(node, self.space.layouts.numbers(choices))
+        self.space.homes[tag] = Home(node, self.layouts.numbers(choices))
         return node
 
     def _node(self, node: Node) -> int:
@@ -173,13 +193,11 @@ class _Builder:
     def _decide(self, op: Op, rule: Rule) -> None:
         """Let the op follow one of its operands, or make it a node."""
         time = self._time_factors(op, rule)
-        if op.kind not in LEADERS:
-            for operand in self._by_size(op):
-                if self._try_follow(op, rule, operand, time):
-                    return
+        if op.kind not in LEADERS and any(self._try_follow(op, rule, k, time) for k in self._by_size(op)):
+            return
         choices = strategies(rule, self.mesh, time)
         if op.kind == "copy":
-            choices = [c for c in choices if all(code >= -1 for code in c.axes)]
+            choices = [c for c in choices if min(c.axes) >= NONE]
         node = self._node(Node(op.tag, choices, np.zeros(len(choices))))
         self._settle(op, rule, node, choices)
 
@@ -201,21 +219,19 @@ class _Builder:
         home = self._home(op.inputs[operand])
         assert home.node is not None
         node = self.space.nodes[home.node]
+        grows = self.types[op.outputs[0]].size > self.types[op.inputs[operand]].size
         found: dict[int, Strategy | None] = {}
-        for number in home.layouts:
-            if number not in found:
-                layout = self.space.layouts.known[number]
-                grows = self.types[op.outputs[0]].size > self.types[op.inputs[operand]].size
-                passes = not (layout.partial and grows)  # settle a sum before it is broadcast
-                found[number] = follow(rule, operand, layout, self.mesh, time) if passes else None
+        for number in np.unique(home.layouts):
+            layout = self.layouts.known[number]
+            passes = not (layout.partial and grows)  # settle a sum before it is broadcast
+            found[number] = follow(rule, operand, layout, self.mesh, time) if passes else None
         matched = [found[number] for number in home.layouts]
         failed = np.array([m is None for m in matched])
         if failed.any():
             if not np.all(_carries_sum(node)[failed]):
                 return False
             self._drop(home.node, ~failed)
-            matched = [m for m in matched if m is not None]
-        self._settle(op, rule, home.node, matched)  # type: ignore[arg-type]
+        self._settle(op, rule, home.node, [m for m in matched if m is not None])
         return True
 
     def _drop(self, number: int, keep: np.ndarray) -> None:
@@ -226,12 +242,10 @@ class _Builder:
         for tag, home in space.homes.items():
             if home.node == number:
                 space.homes[tag] = Home(number, home.layouts[keep])
-        for tag in [*node.members]:
+        for tag in node.members:
             space.strategies[tag] = [s for s, k in zip(space.strategies[tag], keep, strict=True) if k]
-        for pair, matrix in space.edges.items():
-            if number in pair:
-                space.edges[pair] = matrix[keep] if pair[0] == number else matrix[:, keep]
-        space.transfers = [_narrow(t, number, keep) for t in space.transfers]
+            for k in range(len(self.first[tag][0].inputs)):
+                self.wants[tag, k] = self.wants[tag, k][keep]
 
     def _settle(self, op: Op, rule: Rule, node: int, chosen: list[Strategy]) -> None:
         self.space.strategies[op.tag] = chosen
@@ -239,64 +253,10 @@ class _Builder:
         self.space.nodes[node].members.append(op.tag)
         for k, value in enumerate(op.outputs):
             layouts = [result_sharding(rule, s, self.mesh, k) for s in chosen]
-            self.space.homes[self.tags[value]] = Home(node, self.space.layouts.numbers(layouts))
-
-    # ------------------------------------------------------------ prices
-
-    def _price(self, op: Op, rule: Rule, runs: int, phase: str) -> None:
-        node, chosen = self.space.op_node[op.tag], self.space.strategies[op.tag]
-        parts = self._parts(op)
-        seconds = self.space.nodes[node].seconds
-        per_strategy: dict[Strategy, float] = {}
-        for i, strategy in enumerate(chosen):
-            if strategy not in per_strategy:
-                per_strategy[strategy] = self._own_seconds(op, rule, strategy, parts)
-            seconds[i] += runs * per_strategy[strategy]
-        for k, value in enumerate(op.inputs):
-            wanted = [operand_sharding(rule, s, self.mesh, k) for s in chosen]
-            self._transfer(value, op.tag, node, self.space.layouts.numbers(wanted), runs, phase)
-
-    def _parts(self, op: Op) -> list[int]:
-        """Microbatches each operand, then each result, is cut into."""
-        return [self.space.microbatches if self._split_dim(v) is not None else 1 for v in (*op.inputs, *op.outputs)]
-
-    def _own_seconds(self, op: Op, rule: Rule, strategy: Strategy, parts: list[int]) -> float:
-        seconds = self.cost.op_seconds(op, rule, self.types, strategy, self.mesh, parts, self.in_memory)
-        for _, axes in settled_axes(rule, strategy, self.mesh).items():
-            for k, value in enumerate(op.outputs):
-                local = self.types[value].nbytes / parts[len(op.inputs) + k]
-                ways = result_sharding(rule, strategy, self.mesh, k).ways(self.mesh)
-                seconds += self.space.layouts.collectives.line("all_reduce", axes)(local / ways)
-        return seconds
-
-    def _transfer(self, value: int, reader: str, consumer: int | None, wanted: np.ndarray, runs: int, phase: str) -> None:
-        home = self._home(value)
-        nbytes = self.types[value].nbytes / (self.space.microbatches if self._split_dim(value) is not None else 1)
-        item = Transfer(self.tags[value], reader, home.node, consumer, home.layouts, wanted, nbytes, runs, phase)
-        self._add(item)
-
-    def _add(self, item: Transfer) -> None:
-        """Add the price of a layout change to the node or edge it depends on."""
-        space = self.space
-        space.transfers.append(item)
-        if item.producer == item.consumer and item.producer is not None:
-            if item.have is item.wanted or np.array_equal(item.have, item.wanted):
-                return
-            cells = space.layouts.seconds(item.have, item.wanted, item.nbytes)
-            space.nodes[item.producer].seconds += item.runs * np.diagonal(cells)
-            return
-        matrix = item.runs * space.layouts.seconds(item.have, item.wanted, item.nbytes)
-        if item.producer is None and item.consumer is None:
-            return
-        if item.producer is None:
-            space.nodes[item.consumer].seconds += matrix[0]  # type: ignore[index]
-        elif item.consumer is None:
-            space.nodes[item.producer].seconds += matrix[:, 0]
-        else:
-            a, b = item.producer, item.consumer
-            key, cell = ((a, b), matrix) if a < b else ((b, a), matrix.T)
-            old = space.edges.get(key)
-            space.edges[key] = cell.copy() if old is None else old + cell
+            self.space.homes[self.tags[value]] = Home(node, self.layouts.numbers(layouts))
+        for k in range(len(op.inputs)):
+            layouts = [operand_sharding(rule, s, self.mesh, k) for s in chosen]
+            self.wants[op.tag, k] = self.layouts.numbers(layouts)
 
     # ------------------------------------------------------------ loops and outputs
 
@@ -306,55 +266,102 @@ class _Builder:
         for i, (outside, inside) in enumerate(zip(op.inputs, region.inputs, strict=True)):
             tag = f"{op.tag}/in{i}"
             if tag not in self.space.homes:
-                self._slot(tag, inside, tag)
+                self._slot(tag, inside)
             home = self.space.homes[tag]
-            wanted = self._lifted(home) if i >= consts + carry else home.layouts
-            self._transfer(outside, tag, home.node, wanted, runs, phase)
+            self.wants[tag, 0] = self._lifted(home) if i >= consts + carry else home.layouts
+            self._read(outside, tag, 0, home.node, runs, phase)
         for inner in region.ops:
             self._op(inner, runs * op.trips, phase)
         for i, (result, inside) in enumerate(zip(op.outputs, region.outputs, strict=True)):
             tag = f"{op.tag}/in{consts + i}" if i < carry else f"{op.tag}/out{i}"
             if tag not in self.space.homes:
-                self._slot(tag, inside, tag, owed=phase == "backward")
+                self._slot(tag, inside, owed=phase == "backward")
             home = self.space.homes[tag]
-            self._transfer(inside, tag, home.node, home.layouts, runs * op.trips, phase)
+            self.wants[tag, 1] = home.layouts
+            self._read(inside, tag, 1, home.node, runs * op.trips, phase)
             layouts = home.layouts if i < carry else self._lifted(home)
             self.space.homes[self.tags[result]] = Home(home.node, layouts)
 
     def _lifted(self, home: Home) -> np.ndarray:
         """Layouts of the stacked tensor: the loop's dim stays whole."""
-        known = self.space.layouts.known
-        return self.space.layouts.numbers([Sharding(((), *known[n].dims), known[n].partial) for n in home.layouts])
+        known = [self.layouts.known[n] for n in home.layouts]
+        return self.layouts.numbers([Sharding(((), *k.dims), k.partial) for k in known])
 
     def _outputs(self) -> None:
         """Carried state returns to the layout it came in; everything else settles its sums."""
-        source = {o: self.graph.inputs[i] for i, o in self.graph.state}
+        source = {o: i for i, o in self.graph.state}
         for position, value in enumerate(self.graph.outputs):
-            name = self.graph.output_name(position)
             if position in source:
-                count = self.graph.input_counts[self.graph.inputs.index(source[position])] if self.graph.input_counts else 1
-                home = self._home(source[position])
-                self._transfer(value, name, home.node, home.layouts, count, "update")
+                entry = self.graph.inputs[source[position]]
+                tag = self.tags[entry]
+                count = self.graph.input_counts[source[position]] if self.graph.input_counts else 1
+                self.wants[tag, 0] = self.space.homes[tag].layouts
+                self._read(value, tag, 0, self.space.homes[tag].node, count, "update")
             elif self._home(value).node is not None:
-                home = self._home(value)
-                known = self.space.layouts.known
-                settled = self.space.layouts.numbers([Sharding(known[n].dims) for n in home.layouts])
-                self._transfer(value, name, home.node, settled, 1, "update")
+                home, name = self._home(value), self.graph.output_name(position)
+                known = [self.layouts.known[n] for n in home.layouts]
+                self.wants[name, 0] = self.layouts.numbers([Sharding(k.dims) for k in known])
+                self._read(value, name, 0, home.node, 1, "update")
+
+    # ------------------------------------------------------------ prices
+
+    def _price(self) -> None:
+        for tag, (op, rule) in self.first.items():
+            node = self.space.nodes[self.space.op_node[tag]]
+            node.seconds = node.seconds + self.runs[tag] * self._own_seconds(op, rule)
+        for (source, reader, k), (value, consumer, runs, phase) in self.readings.items():
+            home = self.space.homes[source]
+            parts = self.space.microbatches if self._split_dim(value) is not None else 1
+            nbytes = self.types[value].nbytes / parts
+            wanted = self.wants[reader, k]
+            self._add(Transfer(source, reader, home.node, consumer, home.layouts, wanted, nbytes, runs, phase))
+
+    def _own_seconds(self, op: Op, rule: Rule) -> np.ndarray:
+        """Seconds of one run, per choice: compute, and reductions settled inside the op."""
+        chosen, prices = self.space.strategies[op.tag], self.layouts.collectives
+        parts = [self.space.microbatches if self._split_dim(v) is not None else 1 for v in (*op.inputs, *op.outputs)]
+        operands = [self.layouts.ways(self.wants[op.tag, k]) * parts[k] for k in range(len(op.inputs))]
+        results = [
+            self.layouts.ways(self.space.homes[self.tags[v]].layouts) * parts[len(op.inputs) + k]
+            for k, v in enumerate(op.outputs)
+        ]
+        work = np.array([_cut_ways(s, self.mesh) for s in chosen]) * max(parts)
+        seconds = self.cost.op_seconds(op, rule, self.types, Ways(operands, results, work), self.in_memory)
+        seconds = np.broadcast_to(seconds, (len(chosen),)).copy()
+        for i, strategy in enumerate(chosen):
+            for axes in settled_axes(rule, strategy, self.mesh).values():
+                for value, ways in zip(op.outputs, results, strict=True):
+                    seconds[i] += prices.line("all_reduce", axes)(self.types[value].nbytes / ways[i])
+        return seconds
+
+    def _add(self, item: Transfer) -> None:
+        """Add the price of a layout change to the node or edge it depends on."""
+        space, (a, b) = self.space, (item.producer, item.consumer)
+        space.transfers.append(item)
+        if a == b and np.array_equal(item.have, item.wanted):
+            return
+        matrix = item.runs * self.layouts.seconds(item.have, item.wanted, item.nbytes)
+        if a is None and b is None:
+            return
+        if a == b:
+            space.nodes[a].seconds += np.diagonal(matrix)  # type: ignore[index]
+        elif a is None:
+            space.nodes[b].seconds += matrix[0]  # type: ignore[index]
+        elif b is None:
+            space.nodes[a].seconds += matrix[:, 0]
+        else:
+            key, cell = ((a, b), matrix) if a < b else ((b, a), matrix.T)
+            old = space.edges.get(key)
+            space.edges[key] = cell.copy() if old is None else old + cell
+
+
+def _cut_ways(strategy: Strategy, mesh: Mesh) -> int:
+    return prod(size for size, code in zip(mesh.shape, strategy.axes, strict=True) if code >= 0)
 
 
 def _carries_sum(node: Node) -> np.ndarray:
     """Which choices of a node take in a sum that is still owed."""
-    return np.array([isinstance(c, Strategy) and min(c.axes, default=0) <= -2 for c in node.choices])
-
-
-def _narrow(item: Transfer, number: int, keep: np.ndarray) -> Transfer:
-    if number not in (item.producer, item.consumer):
-        return item
-    have = item.have[keep] if item.producer == number else item.have
-    wanted = item.wanted[keep] if item.consumer == number else item.wanted
-    return Transfer(
-        item.source, item.reader, item.producer, item.consumer, have, wanted, item.nbytes, item.runs, item.phase
-    )
+    return np.array([isinstance(c, Strategy) and min(c.axes, default=0) < NONE for c in node.choices])
 
 
 def memory_values(program: Program) -> frozenset[int]:
@@ -363,8 +370,6 @@ def memory_values(program: Program) -> frozenset[int]:
     A value is written when a kernel makes or reads it, when it enters or leaves a
     loop or the step, or when it waits from one phase to another.
     """
-    from .compute import KERNELS
-
     graph = program.graph
     found = {*graph.inputs, *graph.outputs}
     phase_of: dict[int, str] = {}
