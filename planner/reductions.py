@@ -15,7 +15,7 @@ import numpy as np
 
 from .onehot import ROUNDING, Choices, Edge, Problem
 
-DOMINANCE_WORK = 300_000  # comparisons per node up to which dominance looks at whole edge rows
+PAIRS_AT_ONCE = 2000  # pairs of choices compared at once: tables of about 2 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,9 @@ def reduced_from(problem: Problem) -> Reduced:
             usage[node][r] = np.asarray(held, dtype=float) / scales[r]
     limits = np.array([row.limit / s for row, s in zip(problem.rows, scales, strict=True)])
     kept = tuple(np.arange(cost.size) for cost in costs)
-    return Reduced(costs, _merge_parallel(problem.edges), tuple(usage), limits, np.arange(limits.size), kept)
+    return Reduced(
+        costs, _merge_parallel(problem.edges), tuple(usage), limits, np.arange(limits.size), kept
+    )
 
 
 def _row_scale(limit: float, usages: Iterable[np.ndarray]) -> float:
@@ -148,12 +150,15 @@ def drop_dominated(model: Reduced) -> Reduced:
     for index, edge in enumerate(model.edges):
         around[edge.a].append((index, 0))
         around[edge.b].append((index, 1))
+    finite = clip(model)
     for node in range(len(model.costs)):
-        if model.costs[node].size > 1:
-            tables = [np.moveaxis(model.edges[e].costs, side, 0) for e, side in around[node]]
-            mask = ~_dominated(model.costs[node], tables, model.usage[node])
+        if finite.costs[node].size > 1:
+            tables = [np.moveaxis(finite.edges[e].costs, side, 0) for e, side in around[node]]
+            mask = ~_dominated(finite.costs[node], tables, finite.usage[node])
             if not mask.all():
-                model = _keep_at(model, node, mask, [e for e, _ in around[node]])
+                touched = [e for e, _ in around[node]]
+                model = _keep_at(model, node, mask, touched)
+                finite = _keep_at(finite, node, mask, touched)
     return model
 
 
@@ -178,33 +183,37 @@ def _keep_at(model: Reduced, node: int, mask: np.ndarray, touched: Sequence[int]
 
 
 def _dominated(cost: np.ndarray, tables: Sequence[np.ndarray], usage: np.ndarray) -> np.ndarray:
-    """Mask of choices that some other choice beats; of equals the first one stays."""
-    work = cost.size**2 * sum(table.shape[1] for table in tables)
-    excess = _excess if work <= DOMINANCE_WORK else _excess_bound
-    worse = cost[:, None] - cost[None, :]  # [q, p]: what q costs more than p, at most
-    worse = reduce(lambda total, table: total + excess(table), tables, worse)
+    """Mask of choices that some other choice beats; of equals the first one stays.
+
+    A few columns of each table rule out nearly all pairs (q, p); the others are
+    compared in full.
+    """
+    worse = cost[:, None] - cost[None, :]
+    for table in tables:
+        columns = table.T[:: max(1, table.shape[1] // 6)]
+        worse = worse + reduce(np.maximum, (c[:, None] - c[None, :] for c in columns))
     beats = worse <= 0
-    for row in usage:
-        beats &= row[:, None] <= row[None, :]
-    order = np.arange(cost.size)
-    beats &= ~beats.T | (order[:, None] < order[None, :])
+    np.fill_diagonal(beats, False)
+    q, p = np.nonzero(beats)
+    right = (usage[:, q] <= usage[:, p]).all(axis=0)
+    beats[q, p] = False
+    q, p = q[right], p[right]
+    beats[q, p] = _worse_by(cost, tables, q, p) <= 0
+    first = np.arange(cost.size)
+    beats &= ~beats.T | (first[:, None] < first[None, :])
     return beats.any(axis=0)
 
 
-def _excess(table: np.ndarray) -> np.ndarray:
-    """max_y table[q, y] - table[p, y] for all (q, p); a pair forbidden to both counts as equal."""
-    with np.errstate(invalid="ignore"):
-        differences = table[:, None, :] - table[None, :, :]
-    return np.where(np.isnan(differences), -inf, differences).max(axis=2)
-
-
-def _excess_bound(table: np.ndarray) -> np.ndarray:
-    """An upper bound of `_excess` from each row's extremes alone."""
-    high, low = table.max(axis=1), table.min(axis=1)
-    bound = high[:, None] - low[None, :]
-    bound[np.isinf(high), :] = inf
-    np.fill_diagonal(bound, 0.0)
-    return bound
+def _worse_by(
+    cost: np.ndarray, tables: Sequence[np.ndarray], q: np.ndarray, p: np.ndarray
+) -> np.ndarray:
+    """How much choice q costs more than p at most, pair by pair."""
+    worse = cost[q] - cost[p]
+    for table in tables:
+        for low in range(0, q.size, PAIRS_AT_ONCE):
+            part = slice(low, low + PAIRS_AT_ONCE)
+            worse[part] += (table[q[part]] - table[p[part]]).max(axis=1)
+    return worse
 
 
 def clip(model: Reduced, budget: float | None = None) -> Reduced:

@@ -63,7 +63,7 @@ MAX_TABLE = 20_000_000  # entries of its largest table: 160 MB
 KERNEL_ENTRIES = 1_000_000
 KERNEL_COUNTS = (64, 40, 24, 16, 12, 8, 6, 4)
 MAX_PRICE_STEPS = 60
-SLOW = 2e-4  # relative rise of the bound per pass below which messages stop
+SLOW = 1e-3  # relative rise of the bound per pass below which messages stop
 
 
 def solve(
@@ -199,11 +199,13 @@ def _run(search: Search) -> None:
             return _exhaust(search, "no assignment meets all rows and forbidden pairs together")
         model, finite = pruned, _finite(search, pruned)
         exact = _look_exactly(search, finite, prices, entries)
+        if search.over:
+            return None
         view = exact or _look_by_messages(search, finite, prices)
         better = relative_gap(search.objective, search.bound) < 0.7 * gap
         if not (better or sum(model.sizes) < 0.8 * size):
             if view.exact or entries == MAX_ENTRIES:
-                return None if search.over else _close_by_mip(search, model, view)
+                return _close_by_mip(search, view)
             entries = MAX_ENTRIES
     return None
 
@@ -270,6 +272,8 @@ def _look_exactly(search: Search, model: Reduced, prices: np.ndarray, entries: i
     value, choices = eliminate(costs, model.edges, order)
     search.raise_bound(value - refund)
     _offer(search, Neighbourhood(model), choices)
+    if search.over:
+        return None
     found = min_marginals(costs, model.edges, order)
     nodes = tuple(node - refund for node in found.nodes)
     pairs = tuple(pair - refund for pair in found.pairs)
@@ -330,11 +334,14 @@ def _prune(search: Search, model: Reduced, view: _View) -> Reduced | None:
         Edge(e.a, e.b, np.where(pairs < search.target, e.costs, inf))
         for e, pairs in zip(model.edges, view.pairs, strict=True)
     )
-    model = drop_impossible(keep(replace(model, edges=edges), masks))
-    return drop_dominated(drop_slack_rows(model)) if all(model.sizes) else None
+    smaller = drop_impossible(keep(replace(model, edges=edges), masks))
+    if not all(smaller.sizes):
+        return None
+    much = sum(smaller.sizes) < 0.8 * sum(model.sizes)
+    return drop_dominated(drop_slack_rows(smaller)) if much else drop_slack_rows(smaller)
 
 
-def _close_by_mip(search: Search, model: Reduced, view: _View) -> None:
+def _close_by_mip(search: Search, view: _View) -> None:
     """HiGHS on the choices and pairs that may still be part of something better."""
     found = solve_mip(
         view.model,
