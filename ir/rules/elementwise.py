@@ -19,14 +19,13 @@ _LINEAR_UNARY = (
     "stop_gradient",
 )  # fmt: skip
 _BINARY = (
-    "and", "atan2", "eq", "eq_to", "ge", "gt", "igamma", "igamma_grad_a", "igammac", "le",
-    "le_to", "lt", "lt_to", "max", "min", "mulhi", "ne", "nextafter", "or", "polygamma",
-    "pow", "rem", "shift_left", "shift_right_arithmetic", "shift_right_logical", "xor",
-    "zeta",
+    "and", "atan2", "eq", "eq_to", "ge", "gt", "le", "le_to", "lt", "lt_to", "max", "min",
+    "mulhi", "ne", "nextafter", "or", "pow", "rem", "shift_left", "shift_right_arithmetic",
+    "shift_right_logical", "xor",
 )  # fmt: skip
 
 
-@rule_for(*_UNARY, *_BINARY, "clamp", "regularized_incomplete_beta")
+@rule_for(*_UNARY, *_BINARY, "clamp")
 def nonlinear(call: Call) -> Rule:
     return elementwise(call)
 
