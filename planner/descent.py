@@ -94,7 +94,7 @@ class Neighbourhood:
     def _cheapest_relief(
         self, choices: Sequence[int], costs: np.ndarray, over: np.ndarray
     ) -> int | None:
-        """The change, as an index into all choices, of least (seconds added) / (overflow removed)."""
+        """Which of all choices removes overflow for the fewest seconds per share."""
         now = self.starts[:-1] + np.asarray(choices)
         broken = over > 0
         usage = self.usage[broken]

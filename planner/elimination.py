@@ -146,34 +146,41 @@ def min_marginals(costs: Sequence[np.ndarray], edges: Sequence[Edge], order: Ord
     On the way down each bucket's table receives what the rest of the graph costs,
     so that its minima are those of the whole problem. All costs must be finite.
     """
-    buckets = _fill_buckets(costs, edges, order)
-    children: list[list[_Factor]] = [[] for _ in order.nodes]
-    sent: list[list[int]] = [[] for _ in order.nodes]
-    for step, (node, scope) in enumerate(zip(order.nodes, order.scopes, strict=True)):
-        if scope:
-            table = _sum_over(node, scope, [*buckets[step], *children[step]]).min(axis=0)
-            parent = _first(scope, order)
-            children[parent].append(_Factor(scope, table))
-            sent[parent].append(step)
+    own = _fill_buckets(costs, edges, order)
+    received, lows = _pass_up(own, order)
     down: dict[int, _Factor] = {}
-    nodes, pairs = list(costs), [edge.costs for edge in edges]
-    index = {frozenset((e.a, e.b)): k for k, e in enumerate(edges)}
+    found: dict[tuple[int, ...], np.ndarray] = {}
     for step in reversed(range(len(order.nodes))):
         node, scope = order.nodes[step], order.scopes[step]
-        above = [down.pop(step)] if step in down else []
-        belief = _Factor(
-            (node, *scope), _sum_over(node, scope, [*buckets[step], *children[step], *above])
-        )
-        for child, message in zip(sent[step], children[step], strict=True):
+        factors = [*own[step], *received[step].values()]
+        table = _sum_over(node, scope, [*factors, down.pop(step)] if scope else factors)
+        elsewhere = 0.0 if scope else sum(lows.values()) - lows[step]
+        belief = _Factor((node, *scope), table + elsewhere)
+        for child, message in received[step].items():
             rest = _project(belief, message.scope) - message.table
             down[child] = _Factor(message.scope, rest)
-        nodes[node] = _project(belief, (node,))
-        for factor in buckets[step]:
-            if len(factor.scope) == 2:
-                edge = index[frozenset(factor.scope)]
-                pairs[edge] = _project(belief, (edges[edge].a, edges[edge].b))
-        children[step] = []
-    return Marginals(tuple(nodes), tuple(pairs))
+        for factor in own[step]:
+            found[factor.scope] = _project(belief, factor.scope)
+        received[step] = {}  # its tables may be large
+    return Marginals(
+        tuple(found[i,] for i in range(len(costs))),
+        tuple(found[e.a, e.b] if e.a < e.b else found[e.b, e.a].T for e in edges),
+    )
+
+
+def _pass_up(
+    own: Sequence[Sequence[_Factor]], order: Order
+) -> tuple[list[dict[int, _Factor]], dict[int, float]]:
+    """What each bucket receives, by the step that sent it; the optimum of each component."""
+    received: list[dict[int, _Factor]] = [{} for _ in order.nodes]
+    lows: dict[int, float] = {}
+    for step, (node, scope) in enumerate(zip(order.nodes, order.scopes, strict=True)):
+        table = _sum_over(node, scope, [*own[step], *received[step].values()]).min(axis=0)
+        if scope:
+            received[_first(scope, order)][step] = _Factor(scope, table)
+        else:
+            lows[step] = float(table)
+    return received, lows
 
 
 def _sum_over(node: int, scope: tuple[int, ...], factors: Sequence[_Factor]) -> np.ndarray:

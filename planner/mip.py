@@ -8,9 +8,11 @@ of the pairs tied to the choices (the local polytope):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -42,16 +44,18 @@ class _Ties:
 
 
 def solve_mip(
-    model: Reduced, allowed: Sequence[np.ndarray], *, offset: float, gap: float, seconds: float
+    model: Reduced, allowed: Sequence[np.ndarray], *, scale: float, gap: float, seconds: float
 ) -> MipAnswer:
     """Minimise over the choices of `model` and the pairs that `allowed[edge]` marks.
 
-    `offset`: a cost near the optimum that numbers are scaled by.
+    `scale`: a cost near the optimum. HiGHS runs in a thread of its own, which ends by its
+    time limit, so that Ctrl-C is heard at once.
     """
     starts = np.concatenate([[0], np.cumsum(model.sizes)])
     ties = _tie_pairs(model, allowed, starts)
-    scale = OBJECTIVE_SCALE / max(abs(offset), 1e-300)
-    costs = np.concatenate([*model.costs, ties.pair_costs]) * scale
+    costs = np.concatenate([*model.costs, ties.pair_costs])
+    unit = (abs(scale) or float(np.abs(costs).max()) or 1.0) / OBJECTIVE_SCALE
+    costs = costs / unit
     integrality = np.zeros(costs.size)
     integrality[: starts[-1]] = 1
     limits: Any = model.limits
@@ -59,16 +63,31 @@ def solve_mip(
     if model.limits.size:
         usage = np.hstack([*model.usage, np.zeros((model.limits.size, costs.size - starts[-1]))])
         constraints.append(LinearConstraint(csr_array(usage), -np.inf, limits))
-    found = milp(
+    found = _in_thread(
+        milp,
         costs,
         integrality=integrality,
         bounds=Bounds(0, 1),
         constraints=constraints,
         options={"time_limit": max(0.05, seconds), "mip_rel_gap": gap},
     )
-    bound = -np.inf if found.mip_dual_bound is None else found.mip_dual_bound / scale
+    bound = -np.inf if found.mip_dual_bound is None else found.mip_dual_bound * unit
     choices = None if found.x is None else _read(found.x, starts)
     return MipAnswer(found.status == 2, choices, bound)
+
+
+def _in_thread(function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """Call a function that holds no Python lock, and stay open to KeyboardInterrupt meanwhile."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*args, **named))
+        except Exception as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future.result()
 
 
 def _read(values: np.ndarray, starts: np.ndarray) -> Choices:

@@ -16,6 +16,7 @@ import numpy as np
 Choices = tuple[int, ...]
 # Relative rounding that a sum of a few thousand float64 may carry.
 ROUNDING = 1e-11
+PICOSECOND = 1e-12  # far below any kernel's launch: nothing real costs this little
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def fits(problem: Problem, choices: Sequence[int]) -> bool:
 
 
 def relative_gap(objective: float, bound: float) -> float:
-    """`(objective - bound) / |objective|`; inf without an objective."""
+    """`(objective - bound) / |objective|`; inf without an objective; a picosecond is nothing."""
     if objective == inf:
         return inf
-    return max(0.0, objective - bound) / max(abs(objective), 1e-300)
+    return max(0.0, objective - bound) / max(abs(objective), PICOSECOND)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from math import inf
 
 import numpy as np
 
@@ -201,7 +200,7 @@ def _dominated(cost: np.ndarray, tables: Sequence[np.ndarray], usage: np.ndarray
     beats[q, p] = _worse_by(cost, tables, q, p) <= 0
     first = np.arange(cost.size)
     beats &= ~beats.T | (first[:, None] < first[None, :])
-    return beats.any(axis=0)
+    return np.any(beats, axis=0)
 
 
 def _worse_by(
