@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 
 from meshwright.planner.elimination import eliminate, elimination_order, min_marginals
 from meshwright.planner.messages import Messages
+from meshwright.planner.mip import solve_mip
+from meshwright.planner.multipliers import Prices
+from meshwright.planner.reductions import reduced_from
 from meshwright.planner.solver import (
     Edge,
     MemoryRow,
@@ -128,7 +131,7 @@ def test_solver_matches_brute_force(seed):
     if best == inf:
         assert (found.status, found.choices) == ("infeasible", None)
         return
-    assert found.status == "optimal"
+    assert (found.status, found.stopped_by) == ("optimal", "proof")
     assert found.choices is not None
     assert fits(problem, found.choices)
     assert found.objective == evaluate(problem, found.choices) == best
@@ -185,6 +188,39 @@ def test_messages_bound_every_choice_from_below(seed):
             assert last.floor + more <= brute_force(Problem(tuple(fixed), problem.edges)) + 1e-9
 
 
+def test_elimination_of_a_table_too_large_for_one_chunk():
+    rng = np.random.default_rng(0)
+    tables = [rng.random((100, 100)) for _ in range(3)]
+    edges = [Edge(0, 1, tables[0]), Edge(1, 2, tables[1]), Edge(0, 2, tables[2])]
+    whole = tables[0][:, :, None] + tables[1][None] + tables[2][:, None, :]
+    value, choices = eliminate([np.zeros(100)] * 3, edges, elimination_order([100] * 3, edges))
+    assert value == pytest.approx(whole.min())
+    assert whole[choices] == whole.min()
+
+
+def test_prices_climb_to_the_top_of_the_lagrangian():
+    """Cost 0 and usage 2, or cost 1 and usage 0, at limit 1: the dual is 0.5, at price 0.5."""
+    bundle, price = Prices(np.zeros(1), -inf), np.zeros(1)
+    for _ in range(20):
+        cost, overflow = min((0.0, 1.0), (1.0, -1.0), key=lambda c: c[0] + price[0] * c[1])
+        bundle.observe(price, cost + price[0] * overflow)
+        bundle.add_cut(cost, np.array([overflow]))
+        proposed = bundle.propose(1.0, 1e-9)
+        if proposed is None:
+            break
+        price = proposed
+    assert bundle.bound == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_binding_memory_matches_the_integer_program_alone(seed):
+    problem = transformer_like(12, 3, seed)
+    whole = reduced_from(problem)
+    everything = [np.ones(edge.costs.shape, dtype=bool) for edge in whole.edges]
+    oracle = solve_mip(whole, everything, scale=1e-2, gap=0.0, seconds=60)
+    assert solve(problem, gap=1e-6).objective == pytest.approx(oracle.bound, rel=1e-5)
+
+
 def test_mid_size_optimum_is_that_of_elimination():
     problem = transformer_like(40, 3, rows=0)
     order = elimination_order([cost.size for cost in problem.costs], problem.edges)
@@ -234,6 +270,12 @@ def test_no_time_still_returns_the_incumbent():
     found = solve(problem, incumbent=choices, time_limit=0.0, gap=0.0)
     assert found.choices is not None
     assert found.lower_bound <= (found.objective or 0.0) <= evaluate(problem, choices)
+
+
+def test_incumbent_over_a_limit_is_ignored():
+    rows = (MemoryRow("stage 0", 1.0, {0: np.array([2.0, 1.0])}),)
+    problem = Problem((np.array([0.0, 1.0]),), (), rows)
+    assert solve(problem, incumbent=(0,), time_limit=0.0).choices != (0,)
 
 
 def test_infeasible_row_says_how_many_bytes_it_needs():
