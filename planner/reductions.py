@@ -1,7 +1,7 @@
 """Exact reductions: drop what no better assignment can hold, and remember how to go back.
 
 The small problem that is left is a `Reduced`: finite float64 tables, rows as a
-dense matrix with limits scaled to 1, and the original index of each choice kept.
+dense matrix with limits scaled to about 1, and the original index of each choice kept.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from math import ceil, log2
 
 import numpy as np
 
@@ -22,7 +23,7 @@ class Reduced:
     """A problem with fewer choices.
 
     `usage[i][r, p]` is node i's share of row r's limit at choice p; the rows hold
-    while every sum is <= `limits[r]` (1, or 0 for a row without room).
+    while every sum is <= `limits[r]`, which lies in (0.5, 1] where there is room.
     `rows[r]` and `kept[i][p]` are the original indices of row r and of choice p.
     """
 
@@ -63,10 +64,12 @@ def reduced_from(problem: Problem) -> Reduced:
 
 
 def _row_scale(limit: float, usages: Iterable[np.ndarray]) -> float:
-    """Bytes that become 1: the limit, or the largest usage when the limit leaves no room."""
-    if limit > 0:
-        return float(limit)
-    return max((float(np.max(np.abs(u))) for u in usages), default=1.0) or 1.0
+    """Bytes that become 1: the limit, or without room the largest usage, as a power of two.
+
+    Powers of two keep sums of whole bytes exact.
+    """
+    most = limit if limit > 0 else max((float(np.max(np.abs(u))) for u in usages), default=0.0)
+    return 2.0 ** ceil(log2(most)) if most > 0 else 1.0
 
 
 def _merge_parallel(edges: Sequence[Edge]) -> tuple[Edge, ...]:

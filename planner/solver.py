@@ -362,6 +362,7 @@ def _close_by_mip(search: Search, model: Reduced, view: _View) -> None:
         seconds=search.left,
     )
     if found.choices is not None:
+        search.offer(view.model.lift(found.choices))
         _offer(search, Neighbourhood(view.model), found.choices)
     search.raise_bound(found.bound)
     if found.infeasible:

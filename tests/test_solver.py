@@ -8,7 +8,7 @@ from threading import Timer
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from meshwright.planner.elimination import eliminate, elimination_order, min_marginals
@@ -125,6 +125,7 @@ def _window(name, middle, weights, activations, free, tightness) -> MemoryRow:
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, 10**6))
+@example(4422)  # the one assignment that fits does so to the byte: 13 of 13
 def test_solver_matches_brute_force(seed):
     problem = random_problem(seed)
     best, found = brute_force(problem), solve(problem, gap=1e-6)
