@@ -36,7 +36,8 @@ def prepare(graph: Graph, policy: Policy) -> Program:
     base = find_phases(graph, batch)
     top = [base[visit.index] for visit in graph.visits if not visit.parents]
     phase_of = {op.outputs[0]: phase for op, phase in zip(graph.ops, top, strict=True)}
-    again = recompute(graph, top, policy)
+    axis = time_axis(graph, batch)
+    again = recompute(graph, top, policy, None if isinstance(axis, Refusal) else axis.split.keys())
     middle = [_phase(op, phase_of) for op in again.ops]
     phase_of |= {op.outputs[0]: phase for op, phase in zip(again.ops, middle, strict=True)}
     ready = insert_copies(again, middle)

@@ -17,7 +17,7 @@ Large Transformer Models", MLSys 2023, section 4.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -34,13 +34,22 @@ COSTLY = PRODUCTS | {
 }  # fmt: skip
 
 
-def recompute(graph: Graph, phases: Sequence[str], policy: Policy) -> Graph:
-    """Apply one policy; `phases` has one entry per top-level op. See the module's docstring."""
+def recompute(
+    graph: Graph, phases: Sequence[str], policy: Policy, per_example: Collection[int] | None = None
+) -> Graph:
+    """Apply one policy; see the module's docstring.
+
+    Args:
+        phases: one entry per top-level op.
+        per_example: values that exist once per microbatch. Only these may hold
+            a copy back, or the copy would wait for the whole batch. None: any value.
+    """
     if policy == "none":
         return graph
     fresh = Fresh(graph)
-    graph = _recompute_loops(graph, phases, policy, fresh)
-    graph = _recompute_flat(graph, phases, policy, fresh)
+    gates = graph.types.keys() if per_example is None else per_example
+    graph = _recompute_loops(graph, phases, policy, gates, fresh)
+    graph = _recompute_flat(graph, phases, policy, gates, fresh)
     return replace(graph, types=fresh.types)
 
 
@@ -56,7 +65,9 @@ class _Flat:
     kept: frozenset[int]
 
 
-def _recompute_flat(graph: Graph, phases: Sequence[str], policy: Policy, fresh: Fresh) -> Graph:
+def _recompute_flat(
+    graph: Graph, phases: Sequence[str], policy: Policy, gates: Collection[int], fresh: Fresh
+) -> Graph:
     facts = _facts(graph, phases, policy)
     wanted: dict[tuple[str, int] | None, list[int]] = {}
     readers: dict[tuple[str, int] | None, int] = {}
@@ -68,7 +79,7 @@ def _recompute_flat(graph: Graph, phases: Sequence[str], policy: Policy, fresh: 
             if at is not None and phases[at] == "forward" and value not in facts.kept:
                 wanted.setdefault(facts.group[at], []).append(value)
                 readers.setdefault(facts.group[at], position)
-    return _splice(graph, phases, facts, wanted, readers, fresh) if wanted else graph
+    return _splice(graph, phases, facts, wanted, readers, gates, fresh) if wanted else graph
 
 
 def _facts(graph: Graph, phases: Sequence[str], policy: Policy) -> _Flat:
@@ -105,7 +116,7 @@ def _activation_products(graph: Graph, forward: list[int]) -> set[int]:
     }
 
 
-def _splice(graph: Graph, phases, facts: _Flat, wanted, readers, fresh: Fresh) -> Graph:
+def _splice(graph: Graph, phases, facts: _Flat, wanted, readers, gates: Collection[int], fresh: Fresh) -> Graph:
     """Put each group's copies before its first backward reader and redirect the readers."""
     starts = {position: group for group, position in readers.items()}
     redirect: dict[int, int] = {}
@@ -118,7 +129,7 @@ def _splice(graph: Graph, phases, facts: _Flat, wanted, readers, fresh: Fresh) -
             redirect.update(names)
         if phases[position] == "backward":
             op = replace(op, inputs=tuple(redirect.get(v, v) for v in op.inputs))
-            gate = op.outputs[0]
+            gate = next((v for v in op.outputs if v in gates), gate)
         ops.append(op)
     return replace(graph, ops=tuple(ops))
 
@@ -150,7 +161,9 @@ def _again(
 # ---------------------------------------------------------------- loops over layers
 
 
-def _recompute_loops(graph: Graph, phases: Sequence[str], policy: Policy, fresh: Fresh) -> Graph:
+def _recompute_loops(
+    graph: Graph, phases: Sequence[str], policy: Policy, gates: Collection[int], fresh: Fresh
+) -> Graph:
     ops = list(graph.ops)
     writer = {v: i for i, op in enumerate(ops) for v in op.outputs}
     for position, op in enumerate(graph.ops):
@@ -160,7 +173,7 @@ def _recompute_loops(graph: Graph, phases: Sequence[str], policy: Policy, fresh:
         for at in sorted(sources):
             if ops[at].kind == "scan" and phases[at] == "forward" and ops[at].trips == op.trips:
                 others = _read_elsewhere(graph, at, position)
-                ops[at], ops[position] = _redo_loop(ops[at], ops[position], others, policy, fresh)
+                ops[at], ops[position] = _redo_loop(ops[at], ops[position], others, policy, gates, fresh)
     return replace(graph, ops=tuple(ops))
 
 
@@ -186,7 +199,7 @@ def _read_elsewhere(graph: Graph, forward: int, backward: int) -> set[int]:
 
 
 def _redo_loop(
-    forward: Op, backward: Op, read_elsewhere: set[int], policy: Policy, fresh: Fresh
+    forward: Op, backward: Op, read_elsewhere: set[int], policy: Policy, gates: Collection[int], fresh: Fresh
 ) -> tuple[Op, Op]:
     body, carry = forward.regions[0], _carry(forward)
     handed = dict(zip(forward.outputs[carry:], body.outputs[carry:], strict=True))  # stacked -> inner
@@ -204,7 +217,9 @@ def _redo_loop(
         outputs=(*forward.outputs[:carry], *stay, *stacks.values()),
         regions=(replace(body, outputs=(*body.outputs[:carry], *(handed[s] for s in stay), *save)),),
     )
-    return new_forward, _redo_in_backward(forward, backward, dropped, needed, frontier, {**have, **stacks}, fresh)
+    return new_forward, _redo_in_backward(
+        forward, backward, dropped, needed, frontier, {**have, **stacks}, gates, fresh
+    )
 
 
 def _kept_in_loop(body: Region, policy: Policy) -> frozenset[int]:
@@ -244,7 +259,7 @@ def _given(loop: Op) -> dict[int, tuple[str, int]]:
 
 def _redo_in_backward(
     forward: Op, backward: Op, dropped: dict[int, int], needed: list[Op], frontier: list[int],
-    stacks: dict[int, int], fresh: Fresh,
+    stacks: dict[int, int], gates: Collection[int], fresh: Fresh,
 ) -> Op:  # fmt: skip
     given, body = _given(forward), backward.regions[0]
     consts, first_xs = _consts(backward), _consts(backward) + _carry(backward)
@@ -257,7 +272,7 @@ def _redo_in_backward(
         (new_consts if kind == "const" else new_xs).append((outer, inner))
         names[value] = inner
     saved = [names[v] for v in frontier if v not in given]
-    gate = body.inputs[consts : consts + 1]
+    gate = [v for v in body.inputs[consts:first_xs] if v in gates][:1]
     barrier = fresh.barrier((*saved, *gate), f"{backward.tag}/hold", 1)
     held = dict(zip(saved, barrier.outputs, strict=False))
     names = {v: held.get(n, n) for v, n in names.items()}

@@ -17,6 +17,7 @@ import numpy as np
 from ..ir.cluster import Device
 from ..ir.graph import Op, TensorType
 from ..ir.rule import Rule
+from ..ir.rules import rule_of
 
 # Ops that start a kernel of their own and read and write memory. Everything
 # else is fused into its neighbours.
@@ -82,6 +83,13 @@ def op_seconds(
         work = flop(op, rule, types) / ways.work
         seconds = np.maximum(seconds, work / _peak(device, types[op.inputs[0]].dtype))
     return device.launch + seconds
+
+
+def contraction_seconds(op: Op, types: Mapping[int, TensorType], device: Device) -> float:
+    """Seconds of a contraction on one device at full rate; 0 for any other op."""
+    if op.kind not in CONTRACTIONS:
+        return 0.0
+    return flop(op, rule_of(op, types), types) / _peak(device, types[op.inputs[0]].dtype)
 
 
 def _peak(device: Device, dtype: str) -> float:

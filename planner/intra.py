@@ -30,12 +30,6 @@ def problem_of(space: Space) -> Problem:
     return Problem(tuple(node.seconds for node in space.nodes), edges)
 
 
-def smallest_peak(space: Space, lives: Lifetimes) -> float:
-    """A bound: no choice of layouts needs less than this."""
-    ledger = Ledger(space, lives)
-    return ledger.peak(ledger.smallest())[0]
-
-
 def solve_space(
     space: Space, lives: Lifetimes, limit: float, *, deadline: float, gap: float, seed: int, cutoff: float = inf
 ) -> Answer:

@@ -13,15 +13,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from ..ir.graph import ITEM_BYTES, Graph, Op
+from ..ir.mesh import Mesh
 from ..ir.microbatch import TimeAxis
 from ..ir.program import Program
 from ..ir.values import block_instances
-from .space import Space, memory_values
+from .layouts import layouts_of
+from .space import Space, free_values, memory_values
 
 FIRST, LAST = 0, 1  # the two moments of a tick that stands for many layers
 
@@ -268,6 +270,26 @@ def _length(op: Op) -> int:
     return 1 + inner
 
 
+def least_peak(lives: Lifetimes, mesh: Mesh) -> float:
+    """Bytes that no plan on this mesh can do without: every value cut as finely as it divides."""
+    graph, time = lives.program.graph, lives.program.time
+    split = time.split if isinstance(time, TimeAxis) and lives.microbatches > 1 else {}
+    free = free_values(lives.program)
+    nbytes = {}
+    for value in lives.causes:
+        shape = list(graph.types[value].shape)
+        if value in split:
+            shape[split[value]] //= lives.microbatches
+        size = 0.0 if value in free else graph.types[value].nbytes * lives.scale[value]
+        nbytes[value] = size / _most_ways(tuple(shape), mesh)
+    return float(lives.profile(nbytes).max())
+
+
+@lru_cache(maxsize=4096)
+def _most_ways(shape: tuple[int, ...], mesh: Mesh) -> int:
+    return max(layout.ways(mesh) for layout in layouts_of(shape, mesh))
+
+
 # ---------------------------------------------------------------- on a space
 
 
@@ -281,7 +303,8 @@ class Ledger:
         self._bytes: dict[int, tuple[int | None, np.ndarray]] = {}
         for value in lives.causes:
             home = space.homes[self.tags[value]]
-            full = self.types[value].nbytes * lives.scale[value]
+            made_anywhere = home.node is None and value not in space.program.graph.constant_ids
+            full = 0.0 if made_anywhere else self.types[value].nbytes * lives.scale[value]
             self._bytes[value] = (home.node, full / space.layouts.ways(home.layouts))
 
     def local_bytes(self, choices: tuple[int, ...]) -> dict[int, float]:

@@ -1,15 +1,15 @@
 """Start here: from a folded graph, a cluster and a request to a proven plan.
 
     candidates   (mesh, recompute, microbatches)
-    bound        each mesh first without a memory limit, no recompute, one microbatch:
-                 everything else on that mesh does at least that work
-    solve        candidates in order of their bounds, until no bound beats the incumbent
+    bound        each (mesh, recompute) without a memory limit, for one microbatch:
+                 more microbatches on it cost at least that
+    solve        under the memory limit, in order of the bounds, until none beats the incumbent
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -22,11 +22,12 @@ from ..ir.plan import Plan
 from ..ir.program import Program, prepare
 from ..ir.recompute import POLICIES, Policy
 from ..ir.roles import roles
-from ..ir.units import format_bytes
+from ..ir.units import format_bytes, format_seconds
 from .cost import CostModel, Roofline
 from .layouts import Layouts
-from .intra import Answer, problem_of, smallest_peak, solve_space
-from .memory import Lifetimes, lifetimes
+from .compute import contraction_seconds
+from .intra import Answer, problem_of, solve_space
+from .memory import Ledger, Lifetimes, least_peak, lifetimes
 from .meshes import mesh_of, meshes
 from .report import write_plan
 from .solver import Solution, relax
@@ -59,7 +60,11 @@ class Candidate:
     microbatches: int
 
     def __str__(self) -> str:
-        return f"mesh {'×'.join(map(str, self.mesh.shape))}, recompute {self.policy}, microbatches {self.microbatches}"
+        return f"{self.family}, microbatches {self.microbatches}"
+
+    @property
+    def family(self) -> str:
+        return f"mesh {'×'.join(map(str, self.mesh.shape))}, recompute {self.policy}"
 
 
 @dataclass
@@ -90,7 +95,6 @@ class Search:
     tell: Callable[[str], None]
     started: float = field(default_factory=time.monotonic)
     best: Best = field(default_factory=Best)
-    bounds: dict[Candidate, float] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
     stopped_by: str = "proof"
 
@@ -118,10 +122,6 @@ class Search:
 
     def late(self) -> bool:
         return time.monotonic() > self.deadline
-
-    def lower_bound(self) -> float:
-        """No candidate that was looked at can be faster than this."""
-        return min((b for b in self.bounds.values()), default=0.0)
 
     def _note(self, line: str) -> None:
         self.log.append(line)
@@ -164,80 +164,140 @@ class Search:
         if candidate not in self._spaces:
             program = self.program(candidate.policy)
             space = build(program, candidate.microbatches, self.cost, self._layouts_on(candidate.mesh))
-            lives = lifetimes(program, candidate.microbatches, roles(program.graph))
-            self._spaces[candidate] = (space, lives)
+            self._spaces[candidate] = (space, self._lives_of(candidate.policy, candidate.microbatches))
         return self._spaces[candidate]
 
     # ------------------------------------------------------------ exploration
 
     def _explore(self) -> None:
-        policy, count = self._policies()[0], self._counts()[0]
-        roots = [Candidate(mesh, policy, count) for mesh in self._meshes()]
-        for root in roots:
-            self.bounds[root] = self._relaxed(root)
+        """First an incumbent on the plainest mesh, then best-first over everything."""
+        roots = [Candidate(mesh, policy, self._counts()[0]) for mesh in self._meshes() for policy in self._policies()]
+        plain = min((root.mesh for root in roots), key=lambda m: (abs(len(m.axes) - 2), m.shape))
+        self.open_bounds = dict.fromkeys(roots, self._floor())
+        for root in [root for root in roots if root.mesh == plain]:
+            self._advance(root)
+            for candidate in [c for c in self.open_bounds if c in self._fitting]:
+                self._advance(candidate)
+        while self.open_bounds:
+            candidate = min(self.open_bounds, key=lambda c: (self.open_bounds[c], len(c.mesh.axes)))
+            if self.open_bounds[candidate] >= self._enough():
+                return
             if self.late():
-                break
-        for root in sorted(self.bounds, key=lambda c: self.bounds[c]):
-            self._mesh(root)
-            self._spaces.clear()
+                self.stopped_by = "time"
+                return
+            self._advance(candidate)
+
+    def _advance(self, candidate: Candidate) -> None:
+        """Look at one open candidate and replace it by what remains of it.
+
+        A root is relaxed; if its answer does not fit, the smallest microbatch
+        count that can fit takes its place. That one is solved under the memory
+        limit, and the next count takes its place, and so on: more microbatches
+        never make a step faster in this model, so its relaxed bound carries over.
+        """
+        bound = max(self.open_bounds.pop(candidate), self._relaxed(candidate))
+        if candidate not in self._fitting and bound < self._enough():
+            following = self._smallest_count(candidate)
+            if following is not None:
+                self._fitting.add(following)
+                self.open_bounds[following] = bound
+        elif bound < self._enough() and candidate in self._fitting:
+            self._solve(candidate)
+            following = self._next_count(candidate)
+            if following is not None:
+                self._fitting.add(following)
+                self.open_bounds[following] = bound
+        self.closed_bound = min(self.closed_bound, max(bound, self._solved.pop(candidate, 0.0)))
+        self._forget(keep=self.best.candidate)
+
+    open_bounds: dict[Candidate, float] = field(default_factory=dict)
+    closed_bound: float = inf
+    _fitting: set[Candidate] = field(default_factory=set)
+    _solved: dict[Candidate, float] = field(default_factory=dict)
+
+    def lower_bound(self) -> float:
+        """No plan of any candidate is faster than this."""
+        return min([self.best.seconds, self.closed_bound, *self.open_bounds.values()])
+
+    def _enough(self) -> float:
+        """A bound this high cannot improve the incumbent by more than the gap asked for."""
+        return self.best.seconds * (1 - self.request.gap)
+
+    def _floor(self) -> float:
+        """No plan is faster than all contractions, cut evenly over all devices."""
+        program = self.program("none")
+        types, device = program.graph.types, self.cluster.device
+        return sum(contraction_seconds(v.op, types, device) * v.times for v in program.graph.visits) / self.cluster.size
+
+    def _forget(self, keep: Candidate | None) -> None:
+        """Spaces are large; keep only the incumbent's."""
+        self._spaces = {c: s for c, s in self._spaces.items() if c == keep}
 
     def _relaxed(self, candidate: Candidate) -> float:
+        """Solve without a memory limit: a bound for this and all larger microbatch counts."""
         space, lives = self.open(candidate)
         solution = relax(problem_of(space))
-        self._offer(candidate, self._judged(space, lives, solution))
+        if solution.choices is not None:
+            ledger = Ledger(space, lives)
+            peak, moment = ledger.peak(ledger.local_bytes(solution.choices))
+            if peak <= self.limit:
+                self._offer(candidate, Answer(solution, peak, moment, 0))
         return solution.lower_bound
 
-    def _judged(self, space: Space, lives: Lifetimes, solution: Solution) -> Answer | None:
-        """An answer, if the relaxed solution happens to fit."""
-        from .memory import Ledger
-
-        if solution.choices is None:
-            return None
-        ledger = Ledger(space, lives)
-        peak, moment = ledger.peak(ledger.local_bytes(solution.choices))
-        return Answer(solution, peak, moment, 0) if peak <= self.limit else None
-
-    def _offer(self, candidate: Candidate, answer: Answer | None) -> None:
-        if answer is None or answer.solution.objective is None or answer.solution.objective >= self.best.seconds:
+    def _offer(self, candidate: Candidate, answer: Answer) -> None:
+        objective = answer.solution.objective
+        if objective is None or objective >= self.best.seconds:
             return
         space, lives = self.open(candidate)
         self.best = Best(candidate, space, lives, answer)
-        self._note(f"{candidate}: {answer.solution.objective:.6g} s, {format_bytes(answer.peak)}")
+        self._note(f"{candidate}: {format_seconds(objective)}, {format_bytes(answer.peak)}")
 
-    def _mesh(self, root: Candidate) -> None:
-        """All (recompute, microbatches) of one mesh, cheapest kind first."""
-        enough = self.best.seconds * (1 - self.request.gap)
-        if self.bounds[root] >= enough:
-            return
-        if self.best.candidate is not None and self.best.candidate.mesh == root.mesh:
-            return
-        floor = inf
-        for count in self._counts():
-            for policy in self._policies():
-                if self.late():
-                    self.stopped_by = "time"
-                    return
-                floor = min(floor, self._try(Candidate(root.mesh, policy, count), root))
-            if floor >= self.best.seconds * (1 - self.request.gap):
-                break
-        if floor < inf:
-            self.bounds[root] = max(self.bounds[root], min(floor, self.best.seconds))
+    def _smallest_count(self, root: Candidate) -> Candidate | None:
+        """The first microbatch count that is not ruled out by memory."""
+        following = self._fit(root, self._counts())
+        if following is None:
+            self._note(f"{root.family}: does not fit")
+        return following
 
-    def _try(self, candidate: Candidate, root: Candidate) -> float:
-        """Solve one candidate; returns a bound on what it can reach."""
+    def _next_count(self, candidate: Candidate) -> Candidate | None:
+        return self._fit(candidate, [count for count in self._counts() if count > candidate.microbatches])
+
+    def _fit(self, family: Candidate, counts: Sequence[int]) -> Candidate | None:
+        for count in counts:
+            candidate = Candidate(family.mesh, family.policy, count)
+            if self.least(candidate) <= self.limit:
+                return candidate
+        return None
+
+    def least(self, candidate: Candidate) -> float:
+        """Bytes that no layout of this candidate can do without."""
+        return least_peak(self._lives_of(candidate.policy, candidate.microbatches), candidate.mesh)
+
+    def _lives_of(self, policy: Policy, count: int) -> Lifetimes:
+        if (policy, count) not in self._lives:
+            program = self.program(policy)
+            self._lives[policy, count] = lifetimes(program, count, roles(program.graph))
+        return self._lives[policy, count]
+
+    _lives: dict[tuple[Policy, int], Lifetimes] = field(default_factory=dict)
+
+    def _solve(self, candidate: Candidate) -> None:
+        """Solve one candidate under the memory limit."""
         space, lives = self.open(candidate)
-        if smallest_peak(space, lives) > self.limit:
-            self._note(f"{candidate}: does not fit")
-            return inf
-        cutoff = self.best.seconds
+        share = max(2.0, (self.deadline - time.monotonic()) / 4)
         answer = solve_space(
-            space, lives, self.limit, deadline=self.deadline, gap=self.request.gap / 2, seed=self.request.seed, cutoff=cutoff
-        )
+            space, lives, self.limit, deadline=time.monotonic() + share,
+            gap=self.request.gap / 2, seed=self.request.seed, cutoff=self.best.seconds,
+        )  # fmt: skip
         if answer.solution.status == "infeasible":
             self._note(f"{candidate}: does not fit ({answer.solution.reason})")
-            return inf
-        self._offer(candidate, answer if answer.solution.choices is not None else None)
-        return answer.solution.lower_bound
+            self._solved[candidate] = inf
+            return
+        self._solved[candidate] = answer.solution.lower_bound
+        if answer.solution.choices is not None:
+            self._offer(candidate, answer)
+        if answer.solution.stopped_by == "interrupt":
+            raise KeyboardInterrupt
 
     # ------------------------------------------------------------ refusals
 
@@ -271,7 +331,7 @@ class Search:
             return PlanError(
                 "no plan was found before the search was stopped.", where=f"stopped by {self.stopped_by}", fix="a longer --time-limit"
             )
-        needs = {c: smallest_peak(*self.open(c)) for c in self._smallest_candidates()}
+        needs = {c: self.least(c) for c in self._all_candidates()}
         least = min(needs, key=lambda c: needs[c])
         return InfeasibleError(
             f"no plan fits: {format_bytes(needs[least])} per device is the least any layout needs, {format_bytes(self.limit)} may be used.",
@@ -280,9 +340,8 @@ class Search:
             fix="more devices, a smaller batch, or devices with more memory",
         )
 
-    def _smallest_candidates(self) -> list[Candidate]:
-        counts = self._counts()
-        return [Candidate(m, p, k) for m in self._meshes() for p in self._policies() for k in {counts[0], counts[-1]}]
+    def _all_candidates(self) -> list[Candidate]:
+        return [Candidate(m, p, k) for m in self._meshes() for p in self._policies() for k in self._counts()]
 
 
 def _few_primes(m: int) -> bool:

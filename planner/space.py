@@ -389,3 +389,16 @@ def memory_values(program: Program) -> frozenset[int]:
 
     visit(graph.ops, lambda i: program.phases[i])
     return frozenset(found)
+
+
+def free_values(program: Program) -> frozenset[int]:
+    """Results of cheap ops on constants alone (masks, zeros): made where they are read, never stored."""
+    graph = program.graph
+    known = set(graph.constant_ids)
+    found: set[int] = set()
+    for visit in graph.visits:
+        op = visit.op
+        if op.kind not in LEADERS and op.kind != "scan" and known.issuperset(op.inputs):
+            known.update(op.outputs)
+            found.update(op.outputs)
+    return frozenset(found)
