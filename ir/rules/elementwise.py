@@ -10,9 +10,9 @@ from .factors import Call, Dims, Factors, require, rule_for
 _UNARY = (
     "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "bessel_i0e", "bessel_i1e",
     "cbrt", "ceil", "clz", "cos", "cosh", "digamma", "erf", "erf_inv", "erfc", "exp", "exp2",
-    "expm1", "floor", "integer_pow", "is_finite", "lgamma", "log", "log1p", "logistic", "not",
-    "population_count", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "tan",
-    "tanh",
+    "expm1", "floor", "integer_pow", "is_finite", "lgamma", "log", "log1p", "log2",
+    "logistic", "not", "one_minus_square", "population_count", "round", "rsqrt", "sign",
+    "sin", "sinh", "sqrt", "square", "tan", "tanh",
 )  # fmt: skip
 _LINEAR_UNARY = (
     "conj", "convert_element_type", "copy", "imag", "name", "neg", "real", "reduce_precision",
