@@ -18,6 +18,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ...ir.cluster import Cluster
+
 SIDE = 384  # of the square products per device
 STREAM = 4 << 20  # elements of the memory test per device
 SMALL, LARGE = 1 << 10, 1 << 20  # float32 elements of the two all-reduces per device
@@ -52,6 +54,23 @@ def measure(devices: list[jax.Device] | None = None) -> Measured:
         latency=latency,
         bandwidth=bandwidth,
     )
+
+
+def measured_cluster(devices: list[jax.Device] | None = None) -> Cluster:
+    """`Cluster.local()` with the figures that `measure` found, marked as measured."""
+    cluster, found = Cluster.local(), measure(devices)
+    name, tier = cluster.groups[0].device, cluster.fabric[0].tier
+    figures = {
+        f"devices.{name}.memory_bandwidth": found.memory_bandwidth,
+        f"devices.{name}.launch": found.launch,
+        f"devices.{name}.efficiency": 1.0,
+        f"fabric.{tier}.latency": found.latency,
+        f"fabric.{tier}.bandwidth": found.bandwidth,
+        **{f"devices.{name}.peak_flops.{dtype}": rate for dtype, rate in found.flops.items()},
+    }
+    for path, figure in figures.items():
+        cluster = cluster.with_(path, figure, "measured")
+    return cluster
 
 
 def _seconds(step: Callable[..., Any], *args: Any) -> float:

@@ -1,0 +1,32 @@
+"""A name for a graph's content: equal for equal graphs, whatever ids their values carry."""
+
+from __future__ import annotations
+
+import hashlib
+
+from .graph import Graph, Op
+
+
+def fingerprint(graph: Graph) -> str:
+    """sha256 over types, ops and attributes with values renumbered; source lines and tags left out."""
+    numbers: dict[int, int] = {}
+    digest = hashlib.sha256()
+
+    def number(value: int) -> str:
+        return f"{numbers.setdefault(value, len(numbers))}:{graph.types[value]}"
+
+    def add(op: Op) -> None:
+        digest.update(f"{op.kind} {op.attrs} {[number(v) for v in op.inputs]}".encode())
+        for region in op.regions:
+            digest.update(f"( {[number(v) for v in region.inputs]}".encode())
+            for inner in region.ops:
+                add(inner)
+            digest.update(f") {[number(v) for v in region.outputs]}".encode())
+        digest.update(f"-> {[number(v) for v in op.outputs]}".encode())
+
+    digest.update(f"{[number(v) for v in graph.inputs]} {graph.state} {sorted(graph.donated)}".encode())
+    digest.update(f"{[(number(c.value), c.data) for c in graph.constants]}".encode())
+    for op in graph.ops:
+        add(op)
+    digest.update(f"{[number(v) for v in graph.outputs]}".encode())
+    return digest.hexdigest()
