@@ -1,5 +1,7 @@
 """Errors that users see: what failed, where they wrote it, where that came from, what to try.
 
+The house form, as the CLI prints it:
+
     PlanError: 96 sequences cannot be divided over 5 data-parallel ranks.
       where  step argument `tokens`, dim 0 of (96, 2048); axis "data" = 5
       from   cluster spec lab.toml
@@ -8,20 +10,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Self
+
 
 class MeshwrightError(ValueError):
-    """Base of all errors raised for user mistakes. `exit_code` is what the CLI ends with."""
+    """Base of all errors raised for user mistakes. `exit_code` is what the CLI ends with.
+
+    `str(error)` leaves the class name out, since a traceback puts it in front;
+    `report()` has it, for the CLI.
+    """
 
     exit_code = 2
 
-    def __init__(self, what: str, *, where: str | None = None, origin: str | None = None, fix: str | None = None):
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        origin: str | None = None,
+        fix: str | None = None,
+    ):
+        super().__init__(what)  # the only argument, so that errors pickle
         self.what, self.where, self.origin, self.fix = what, where, origin, fix
-        lines = [("where", where), ("from", origin), ("try", fix)]
-        super().__init__("\n".join([what, *(f"  {label:<5}  {text}" for label, text in lines if text)]))
+
+    def __str__(self) -> str:
+        rows = [("where", self.where), ("from", self.origin), ("try", self.fix)]
+        return "\n".join([self.what, *(_row(label, text) for label, text in rows if text)])
 
     def report(self) -> str:
         """The message with the error's name in front, as the CLI prints it."""
         return f"{type(self).__name__}: {self}"
+
+    @classmethod
+    def at(cls, error: MeshwrightError, where: str | None, origin: str | None) -> Self:
+        """The same complaint as this class, placed where the user wrote the value."""
+        return cls(
+            error.what, where=where or error.where, origin=origin or error.origin, fix=error.fix
+        )
 
 
 class UsageError(MeshwrightError):
@@ -45,9 +72,22 @@ class PlanError(MeshwrightError):
 
 
 class InfeasibleError(PlanError):
-    """Nothing fits; the message says what the least would be."""
+    """Nothing fits: the least any plan needs on one device, and what it may use."""
 
     exit_code = 3
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        origin: str | None = None,
+        fix: str | None = None,
+        needed_bytes: float | None = None,
+        limit_bytes: float | None = None,
+    ):
+        super().__init__(what, where=where, origin=origin, fix=fix)
+        self.needed_bytes, self.limit_bytes = needed_bytes, limit_bytes
 
 
 class LoweringError(MeshwrightError):
@@ -72,3 +112,19 @@ class MissingDependencyError(MeshwrightError):
     """An optional package is not installed."""
 
     exit_code = 6
+
+
+def did_you_mean(word: str, known: Iterable[str], what: str = "one of") -> str:
+    """What to try instead of an unknown word.
+
+    did_you_mean("bandwith", ["bandwidth", "latency"])  ->  "`bandwidth`"
+    did_you_mean("x", ["bandwidth", "latency"])         ->  "one of bandwidth, latency"
+    """
+    words = list(known)
+    folded = {w.lower(): w for w in words}
+    near = [folded[w] for w in get_close_matches(word.lower(), folded, n=3, cutoff=0.6)]
+    return " or ".join(f"`{w}`" for w in near) if near else f"{what} {', '.join(words)}"
+
+
+def _row(label: str, text: str) -> str:
+    return f"  {label:<5}  " + text.replace("\n", "\n" + " " * 9)

@@ -3,98 +3,192 @@
     parse_bytes("80 GiB")        85899345920.0
     parse_bandwidth("400 Gb/s")  50000000000.0    small b is bits
     parse_seconds("2 us")        2e-06
+    parse_flops("989 TFLOP/s")   989000000000000.0
+
+`format_*` print four digits for people. `spell_*` print the shortest text that
+parses back to the very same number; files are written with them.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from fractions import Fraction
+from math import isfinite
 
 from .errors import UsageError
 
-_PREFIX = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-_BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40, "Pi": 2.0**50}
-_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
-_NUMBER = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*(\S*)\s*$")
+Seconds = float
+Bytes = float
+Flop = float
+BytesPerSecond = float
+FlopPerSecond = float
+
+_NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*(.*?)\s*")
+_DECIMAL = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18}
+_BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
 
 
-def parse_bytes(text: str) -> float:
-    """`80 GiB`, `80 GB`, `512 MiB`; small b (bits) is refused."""
-    number, unit = _split(text, "a memory size", "80 GiB")
-    match = re.fullmatch(r"([kKMGTP]i?)?B", unit)
-    if not match:
-        raise _wrong(text, "a memory size", "80 GiB")
-    return number * _scale(match[1])
+@dataclass(frozen=True)
+class _Quantity:
+    """A dimension: its units by name, those it is printed in, and how mistakes are answered."""
+
+    name: str
+    example: str
+    units: dict[str, Fraction]
+    shown: tuple[str, ...]  # large to small
+    spelled: tuple[str, ...] = ()  # further ones that files may be written in
+
+    def parse(self, text: str) -> float:
+        match = _NUMBER.fullmatch(text)
+        if match is None:
+            raise self._wrong(text, "is not a number with a unit")
+        number, unit = match.groups()
+        if unit not in self.units:
+            raise self._unknown(text, number, unit)
+        try:
+            value = float(Fraction(number) * self.units[unit])
+        except OverflowError:
+            value = float("inf")
+        if not isfinite(value):
+            raise self._wrong(text, "is too large")
+        return value
+
+    def format(self, value: float) -> str:
+        for unit in self.shown:
+            if abs(value) >= self.units[unit]:
+                return f"{value / float(self.units[unit]):.4g} {unit}"
+        return f"{value / float(self.units[self.shown[-1]]):.4g} {self.shown[-1]}"
+
+    def spell(self, value: float) -> str:
+        """The shortest text that parses back to `value` exactly."""
+        base = next(unit for unit, scale in self.units.items() if scale == 1)
+        rows = [(value / float(self.units[unit]), unit) for unit in (*self.shown, *self.spelled)]
+        rows.append((value, base))
+        texts = [f"{number!r} {unit}".replace(".0 ", " ") for number, unit in rows]
+        exact = [text for text in texts if "e" not in text and self.parse(text) == value]
+        return min(exact, key=len, default=f"{value!r} {base}")
+
+    def _unknown(self, text: str, number: str, unit: str) -> UsageError:
+        if not unit:
+            return self._wrong(text, "has no unit")
+        for other in _ALL:
+            if other is not self and unit in other.units:
+                complaint = f"is {other.name}, not {self.name}"
+                return self._wrong(text, complaint, self._meant(number, unit))
+        same = [f"{number} {known}" for known in self.units if known.lower() == unit.lower()]
+        return self._wrong(text, f"has an unknown unit `{unit}`", same)
+
+    def _meant(self, number: str, unit: str) -> list[str]:
+        """`450 GB` for a bandwidth was probably `450 GB/s`, `80 GB/s` of memory `80 GB`."""
+        rate, amount, upper = (
+            unit.removesuffix("s") + "/s",
+            unit.removesuffix("/s"),
+            f"{unit[:-1]}B",
+        )
+        return [f"{number} {other}" for other in (rate, amount, upper) if other in self.units]
+
+    def _wrong(self, text: str, complaint: str, meant: list[str] | None = None) -> UsageError:
+        instead = f"write {' or '.join(f'`{m}`' for m in meant)}" if meant else None
+        return UsageError(
+            f"`{text}` {complaint}.",
+            fix=instead or f"{self.name} is written like `{self.example}`",
+        )
 
 
-def parse_bandwidth(text: str) -> float:
-    """`450 GB/s`, `400 Gb/s`, `400 Gbps` (the last two are 50 GB/s)."""
-    number, unit = _split(text, "a bandwidth", "450 GB/s or 400 Gb/s")
-    match = re.fullmatch(r"([kKMGTP]i?)?(B/s|b/s|bps|bit/s)", unit)
-    if not match:
-        raise _wrong(text, "a bandwidth", "450 GB/s or 400 Gb/s")
-    return number * _scale(match[1]) / (1 if match[2] == "B/s" else 8)
+def _units(prefixes: dict[str, int], *names: str, per: int = 1) -> dict[str, Fraction]:
+    return {p + name: Fraction(scale, per) for name in names for p, scale in prefixes.items()}
 
 
-def parse_seconds(text: str) -> float:
+_BYTES = _Quantity(
+    "a size in bytes",
+    "80 GiB",
+    _units(_DECIMAL | _BINARY, "B"),
+    ("TiB", "GiB", "MiB", "KiB", "B"),
+    ("TB", "GB", "MB"),
+)
+_BITS = _Quantity("a size in bits", "8 Gb", _units(_DECIMAL, "b", "bit"), ("Gb", "b"))
+_BANDWIDTH = _Quantity(
+    "a bandwidth",
+    "450 GB/s",
+    _units(_DECIMAL | _BINARY, "B/s", "Bps") | _units(_DECIMAL, "b/s", "bit/s", "bps", per=8),
+    ("TB/s", "GB/s", "MB/s", "kB/s", "B/s"),
+)
+_SECONDS = _Quantity(
+    "a time",
+    "2 us",
+    {
+        "s": Fraction(1),
+        "ms": Fraction(1, 10**3),
+        "us": Fraction(1, 10**6),
+        "µs": Fraction(1, 10**6),  # micro sign
+        "μs": Fraction(1, 10**6),  # Greek mu
+        "ns": Fraction(1, 10**9),
+    },
+    ("s", "ms", "us", "ns"),
+)
+_FLOPS = _Quantity(
+    "a rate of FLOP/s",
+    "989 TFLOP/s",
+    _units(_DECIMAL, "FLOP/s", "FLOPS", "OP/s", "OPS"),
+    ("PFLOP/s", "TFLOP/s", "GFLOP/s", "MFLOP/s", "FLOP/s"),
+)
+_COUNT = _Quantity("a count of FLOP", "6 PFLOP", _units(_DECIMAL, "FLOP", "FLOPs"), ("FLOP",))
+_ALL = (_BYTES, _BITS, _BANDWIDTH, _SECONDS, _FLOPS, _COUNT)
+
+
+def parse_bytes(text: str) -> Bytes:
+    """`80 GiB` (2^30), `80 GB` (10^9). Bits are refused."""
+    return _BYTES.parse(text)
+
+
+def parse_bandwidth(text: str) -> BytesPerSecond:
+    """`450 GB/s`; with a small b, bits: `400 Gb/s` and `400 Gbps` are 50 GB/s."""
+    return _BANDWIDTH.parse(text)
+
+
+def parse_seconds(text: str) -> Seconds:
     """`2 us`, `1.5 ms`, `30 s`."""
-    number, unit = _split(text, "a time", "2 us")
-    if unit not in _SECONDS:
-        raise _wrong(text, "a time", "2 us")
-    return number * _SECONDS[unit]
+    return _SECONDS.parse(text)
 
 
-def parse_flops(text: str) -> float:
-    """`989 TFLOP/s`, `989 TFLOPS`."""
-    number, unit = _split(text, "a compute rate", "989 TFLOP/s")
-    match = re.fullmatch(r"([kKMGTP])?(FLOP/s|FLOPS|FLOPs|flop/s|flops)", unit)
-    if not match:
-        raise _wrong(text, "a compute rate", "989 TFLOP/s")
-    return number * _scale(match[1])
+def parse_flops(text: str) -> FlopPerSecond:
+    """`989 TFLOP/s`, also `989 TFLOPS`; integer rates as `1979 TOP/s`."""
+    return _FLOPS.parse(text)
 
 
-def _split(text: str, kind: str, example: str) -> tuple[float, str]:
-    match = _NUMBER.match(text)
-    if not match or not match[2]:
-        raise _wrong(text, kind, example)
-    return float(match[1]), match[2]
+def format_bytes(nbytes: Bytes) -> str:
+    """`1.5 GiB`."""
+    return _BYTES.format(nbytes)
 
 
-def _scale(prefix: str | None) -> float:
-    return _BINARY.get(prefix or "", _PREFIX.get(prefix or "", 1.0))
-
-
-def _wrong(text: str, kind: str, example: str) -> UsageError:
-    return UsageError(f"{text!r} is not {kind} with its unit.", fix=f"a number and a unit, such as {example}")
-
-
-def format_bytes(nbytes: float) -> str:
-    """`1.50 GiB`."""
-    for unit, size in (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10)):
-        if abs(nbytes) >= size:
-            return f"{nbytes / size:.2f} {unit}"
-    return f"{nbytes:.0f} B"
-
-
-def format_seconds(seconds: float) -> str:
-    """`12.3 ms`."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if abs(seconds) >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
-
-
-def format_flops(rate: float) -> str:
-    """`989 TFLOP/s`."""
-    return _decimal(rate) + "FLOP/s"
-
-
-def format_bandwidth(rate: float) -> str:
+def format_bandwidth(rate: BytesPerSecond) -> str:
     """`450 GB/s`."""
-    return _decimal(rate) + "B/s"
+    return _BANDWIDTH.format(rate)
 
 
-def _decimal(rate: float) -> str:
-    for prefix in "PTGMk":
-        if abs(rate) >= _PREFIX[prefix]:
-            return f"{rate / _PREFIX[prefix]:.4g} {prefix}"
-    return f"{rate:.4g} "
+def format_seconds(seconds: Seconds) -> str:
+    """`12.3 ms`."""
+    return _SECONDS.format(seconds)
+
+
+def format_flops(rate: FlopPerSecond) -> str:
+    """`989 TFLOP/s`."""
+    return _FLOPS.format(rate)
+
+
+def spell_bytes(nbytes: Bytes) -> str:
+    """`80 GiB`, or `85520809984 B` where no unit gives the exact number."""
+    return _BYTES.spell(nbytes)
+
+
+def spell_bandwidth(rate: BytesPerSecond) -> str:
+    return _BANDWIDTH.spell(rate)
+
+
+def spell_seconds(seconds: Seconds) -> str:
+    return _SECONDS.spell(seconds)
+
+
+def spell_flops(rate: FlopPerSecond) -> str:
+    return _FLOPS.spell(rate)
