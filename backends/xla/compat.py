@@ -1,11 +1,49 @@
-"""The few places where jax 0.10, 0.11 and 0.12 differ."""
+"""The few places where jax 0.10, 0.11 and 0.12 differ, or say a thing only in private.
+
+scan's counts     num_consts, num_carry (0.10, 0.11); a tree `ft_in` of consts, carry, xs (0.12)
+a call's body     an open or a closed jaxpr, under the names of `CALLS`
+user's line       read off the raw traceback: the public `summarize` takes 10 times as long
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, Var
+
+__all__ = [
+    "CALLS", "IDENTITIES", "PLACEMENTS", "ClosedJaxpr", "Jaxpr", "Literal", "Primitive", "Var",
+    "barrier_primitive", "bind", "call_body", "held_back", "is_jitted", "is_library", "is_vacant",
+    "line_in_code", "scan_counts", "user_line",
+]  # fmt: skip
+
+# Primitives that only call a body, and the parameter that holds it.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_closed_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "custom_vmap_call": "call",
+    "remat2": "jaxpr",
+    "remat": "jaxpr",
+    "checkpoint": "jaxpr",
+    "composite": "jaxpr",
+}
+# Primitives whose results are their operands. They mattered while jax traced.
+IDENTITIES = frozenset({"copy", "name", "stop_gradient", "copy_p"})
+# Primitives by which a user places data himself.
+PLACEMENTS = frozenset(
+    {"sharding_constraint", "shard_map", "reshard", "mesh_cast", "layout_constraint", "shard_alike"}
+)
 
 
 def bind(primitive: Any, operands: Sequence[Any], params: dict[str, Any]) -> list[jax.Array]:
@@ -19,3 +57,79 @@ def bind(primitive: Any, operands: Sequence[Any], params: dict[str, Any]) -> lis
 def is_vacant(sharding: Any) -> bool:
     """Whether a sharding says nothing: it belongs to the empty mesh."""
     return getattr(getattr(sharding, "mesh", None), "empty", False)
+
+
+def is_jitted(function: Any) -> bool:
+    """Whether `jax.jit` made this function; it then knows its static and donated arguments."""
+    return type(function) is type(_jitted())
+
+
+@lru_cache(maxsize=1)
+def _jitted() -> Callable[..., Any]:
+    return jax.jit(lambda: 0)
+
+
+@lru_cache(maxsize=1)
+def barrier_primitive() -> Primitive:
+    """The primitive behind `jax.lax.optimization_barrier`, which jax does not export."""
+    return jax.make_jaxpr(jax.lax.optimization_barrier)(0.0).eqns[0].primitive
+
+
+def call_body(eqn: Any) -> tuple[Jaxpr, Sequence[Any]]:
+    """The program that a call runs, and its constants."""
+    body = eqn.params[CALLS[eqn.primitive.name]]
+    return getattr(body, "jaxpr", body), getattr(body, "consts", ())
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """(constants, carries) of a scan's operands."""
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def held_back(eqn: Any) -> tuple[bool, ...]:
+    """Which operands of a `checkpoint` jax holds back by a barrier, to keep the recomputation."""
+    wanted = eqn.params.get("prevent_cse", False)
+    each = wanted if isinstance(wanted, tuple) else (bool(wanted),) * len(eqn.invars)
+    return tuple(eqn.params.get("differentiated", False) and one for one in each)
+
+
+# ---------------------------------------------------------------- lines of the user
+
+
+_LIBRARIES = ("jax", "jaxlib", "optax", "flax", "equinox", "chex", "einops", "haiku", "distrax")
+
+
+@lru_cache(maxsize=4096)
+def is_library(file: str) -> bool:
+    parts = file.replace("\\", "/").split("/")
+    if file.startswith("<") or "contextlib.py" in parts or "functools.py" in parts:
+        return True
+    after = next((parts[i + 1] for i, p in enumerate(parts[:-1]) if p == "site-packages"), "")
+    return after in _LIBRARIES
+
+
+def user_line(source_info: Any, known: dict[tuple[int, int], str]) -> str:
+    """`file.py:line` of the innermost frame that no library owns; "" where jax has none.
+
+    `known` spares looking up the same place twice; it lives as long as one capture.
+    """
+    traceback = source_info.traceback
+    if traceback is None:
+        return ""
+    codes, places = traceback.raw_frames()
+    for code, place in zip(codes, places, strict=True):
+        if not is_library(code.co_filename):
+            key = (id(code), place)
+            if key not in known:
+                known[key] = line_in_code(code, place)
+            return known[key]
+    return ""
+
+
+def line_in_code(code: Any, place: int) -> str:
+    """`file.py:line` of one instruction."""
+    line = next(islice(code.co_positions(), place // 2, None), (None,))[0] or code.co_firstlineno
+    return f"{code.co_filename.replace(chr(92), '/').rpartition('/')[2]}:{line}"

@@ -1,0 +1,81 @@
+"""Drop ops whose results nobody reads, in loops too.
+
+    before  %1 = mul %0 %0;  %2 = add %0 %0;  return %2
+    after   %2 = add %0 %0;  return %2
+
+A loop loses the carries, stacked results and operands that nothing alive depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ...ir.graph import Graph, Op, Region
+
+
+def drop_dead_ops(graph: Graph) -> Graph:
+    """Keep what the outputs depend on; types and constants shrink with it."""
+    ops, _ = _live_ops(graph.ops, set(graph.outputs))
+    graph = replace(graph, ops=tuple(ops))
+    known = {*graph.inputs, *graph.outputs}
+    for visit in graph.visits:
+        known.update(visit.op.inputs, visit.op.outputs)
+        for region in visit.op.regions:
+            known.update(region.inputs, region.outputs)
+    return replace(
+        graph,
+        types={v: kind for v, kind in graph.types.items() if v in known},
+        constants=tuple(c for c in graph.constants if c.value in known),
+    )
+
+
+def _live_ops(ops: Sequence[Op], live: set[int]) -> tuple[list[Op], set[int]]:
+    """The ops that `live` values depend on, and everything alive before them."""
+    kept: list[Op] = []
+    for op in reversed(ops):
+        if live.isdisjoint(op.outputs):
+            continue
+        trimmed = _trim_scan(op, live) if op.kind == "scan" else op
+        trimmed = _trim_barrier(op, live) if op.kind == "optimization_barrier" else trimmed
+        kept.append(trimmed)
+        live.update(trimmed.inputs)
+    return kept[::-1], live
+
+
+def _trim_barrier(op: Op, live: set[int]) -> Op:
+    pairs = [(v, r) for v, r in zip(op.inputs, op.outputs, strict=True) if r in live]
+    return replace(op, inputs=tuple(v for v, _ in pairs), outputs=tuple(r for _, r in pairs))
+
+
+def _trim_scan(op: Op, live: set[int]) -> Op:
+    """A scan with only the parts its live results need. Carries can need each other."""
+    region, attrs = op.regions[0], dict(op.attrs)
+    consts, carry = int(attrs["num_consts"]), int(attrs["num_carry"])  # type: ignore[arg-type]
+    needed = {k for k, v in enumerate(op.outputs) if v in live}
+    while True:
+        body, alive = _live_ops(region.ops, {region.outputs[k] for k in needed})
+        more = {k for k in range(carry) if region.inputs[consts + k] in alive} - needed
+        if not more:
+            break
+        needed |= more
+    given = [
+        i for i, v in enumerate(region.inputs)
+        if (i - consts in needed if consts <= i < consts + carry else v in alive)
+    ]  # fmt: skip
+    made = sorted(needed)
+    attrs["num_consts"] = sum(i < consts for i in given)
+    attrs["num_carry"] = sum(k < carry for k in made)
+    return replace(
+        op,
+        inputs=tuple(op.inputs[i] for i in given),
+        outputs=tuple(op.outputs[k] for k in made),
+        attrs=tuple(sorted(attrs.items())),
+        regions=(
+            Region(
+                tuple(region.inputs[i] for i in given),
+                tuple(body),
+                tuple(region.outputs[k] for k in made),
+            ),
+        ),
+    )
