@@ -65,7 +65,7 @@ class _Quantity:
         base = next(unit for unit, scale in self.units.items() if scale == 1)
         rows = [(value / float(self.units[unit]), unit) for unit in (*self.shown, *self.spelled)]
         rows.append((value, base))
-        texts = [f"{number!r} {unit}".replace(".0 ", " ") for number, unit in rows]
+        texts = [f"{number:.15g} {unit}" for number, unit in rows] + [f"{value!r} {base}"]
         exact = [text for text in texts if "e" not in text and self.parse(text) == value]
         return min(exact, key=len, default=f"{value!r} {base}")
 
