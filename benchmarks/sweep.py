@@ -52,10 +52,17 @@ def state_spec(name: str, shape: tuple[int, ...], data: int, tensor: int, fsdp: 
     """Where one leaf of the state lies: a tensor dim by name, then FSDP on the largest dim left."""
     entries: list[str | None] = [None] * len(shape)
     for pattern, dim in TENSOR_DIMS:
-        if re.search(pattern, name) and dim < len(shape) and shape[dim] % tensor == 0 and tensor > 1:
+        if (
+            re.search(pattern, name)
+            and dim < len(shape)
+            and shape[dim] % tensor == 0
+            and tensor > 1
+        ):
             entries[dim] = "tensor"
             break
-    free = [d for d in range(len(shape)) if entries[d] is None and shape[d] % data == 0 and shape[d] > 1]
+    free = [
+        d for d in range(len(shape)) if entries[d] is None and shape[d] % data == 0 and shape[d] > 1
+    ]
     if fsdp and free:
         entries[max(free, key=lambda d: shape[d])] = "data"
     return P(*entries)
@@ -65,15 +72,21 @@ def by_hand(step: Callable, state: Any, batch: Any, data: int, tensor: int, fsdp
     mesh = Mesh(np.array(jax.devices()[: data * tensor]).reshape(data, tensor), ("data", "tensor"))
 
     def place(path: Any, leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, state_spec(jax.tree_util.keystr(path), leaf.shape, data, tensor, fsdp))
+        return NamedSharding(
+            mesh, state_spec(jax.tree_util.keystr(path), leaf.shape, data, tensor, fsdp)
+        )
 
     states = jax.tree_util.tree_map_with_path(place, state)
     batches = jax.tree.map(lambda leaf: NamedSharding(mesh, P("data")), batch)
-    program = jax.jit(step, in_shardings=(states, batches), out_shardings=(states, None), donate_argnums=0)
+    program = jax.jit(
+        step, in_shardings=(states, batches), out_shardings=(states, None), donate_argnums=0
+    )
     return lambda s, b: program(s, b)
 
 
-def measure(programs: dict[str, Callable], make: Callable[[], tuple[Any, Any]], rounds: int) -> dict[str, float]:
+def measure(
+    programs: dict[str, Callable], make: Callable[[], tuple[Any, Any]], rounds: int
+) -> dict[str, float]:
     """Median seconds per step of each program, the programs taking turns."""
     states = {}
     for name, program in programs.items():
@@ -108,7 +121,9 @@ def compare(name: str, devices: int, rounds: int, cluster: Any) -> dict[str, Any
     for label, (data, tensor, fsdp) in hand_written(devices).items():
         programs[label] = by_hand(example.step, example.state, example.batch, data, tensor, fsdp)
     seconds = measure(programs, make, rounds)
-    best = min((label for label in seconds if label != "meshwright"), key=lambda label: seconds[label])
+    best = min(
+        (label for label in seconds if label != "meshwright"), key=lambda label: seconds[label]
+    )
     return {
         "model": name, "mesh": str(plan.mesh), "predicted": plan.estimate.step_seconds, "seconds": seconds,
         "best_by_hand": best, "ratio": seconds["meshwright"] / seconds[best], "gap": plan.proof.gap,
@@ -116,7 +131,9 @@ def compare(name: str, devices: int, rounds: int, cluster: Any) -> dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="*", default=list(MODELS))
@@ -132,7 +149,10 @@ def main() -> None:
         row = compare(name, options.devices, options.rounds, cluster)
         rows.append(row)
         table = "  ".join(f"{label} {s * 1e3:.1f}" for label, s in row["seconds"].items())
-        print(f"{name}: ratio to best by hand ({row['best_by_hand']}) {row['ratio']:.3f}; ms per step: {table}; predicted {row['predicted'] * 1e3:.1f}; {row['mesh']}")
+        print(
+            f"{name}: {row['ratio']:.3f} of the best by hand ({row['best_by_hand']}); {row['mesh']}"
+        )
+        print(f"    ms per step: {table}; predicted {row['predicted'] * 1e3:.1f}")
     if options.output:
         options.output.write_text(json.dumps(rows, indent=1) + "\n")
 

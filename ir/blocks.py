@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,7 +65,10 @@ def fold(graph: Graph) -> Folded:
     """Tag the graph and shrink its repeated blocks; see the module's docstring."""
     blocks = find_blocks(_symbols(graph), [op.kind in HEAVY for op in graph.ops])
     places = _places(blocks, len(graph.ops))
-    ops = tuple(_tagged(op, _tag(place, i)) for i, (op, place) in enumerate(zip(graph.ops, places, strict=True)))
+    ops = tuple(
+        _tagged(op, _tag(place, i))
+        for i, (op, place) in enumerate(zip(graph.ops, places, strict=True))
+    )
     groups = _input_groups(replace(graph, ops=ops))
     tags = _input_tags(graph, groups)
     whole = replace(graph, ops=ops, input_tags=tags, input_counts=(1,) * len(graph.inputs))
@@ -91,7 +94,9 @@ def find_blocks(symbols: np.ndarray, heavy: Sequence[bool]) -> tuple[Block, ...]
     return tuple(replace(block, name=f"block{i}") for i, block in enumerate(found))
 
 
-def _take_repeats(symbols: np.ndarray, free: np.ndarray, accept) -> list[Block]:
+def _take_repeats(
+    symbols: np.ndarray, free: np.ndarray, accept: Callable[[Block], bool]
+) -> list[Block]:
     found: list[Block] = []
     while True:
         repeats = (r for p in _periods(symbols, free) for r in _repeats(symbols, free, p))
@@ -134,11 +139,12 @@ def _symbols(graph: Graph) -> np.ndarray:
     literals = {constant.value: constant.data for constant in graph.constants}
     numbers: dict[object, int] = {}
     return np.array(
-        [numbers.setdefault(_symbol(op, graph, literals), len(numbers)) for op in graph.ops], np.int64
+        [numbers.setdefault(_symbol(op, graph, literals), len(numbers)) for op in graph.ops],
+        np.int64,
     )
 
 
-def _symbol(op: Op, graph: Graph, literals: dict[int, object]) -> object:
+def _symbol(op: Op, graph: Graph, literals: Mapping[int, object]) -> object:
     operands = tuple((graph.types[i], literals.get(i)) for i in op.inputs)
     results = tuple(graph.types[i] for i in op.outputs)
     bodies = tuple(tuple(_symbol(o, graph, literals) for o in region.ops) for region in op.regions)
@@ -184,7 +190,9 @@ def _input_groups(graph: Graph) -> list[list[int]]:
     for position, value in enumerate(graph.inputs):
         written = writer.get(next_value.get(position, -1))
         groups[graph.types[value], frozenset(readers[value]), written].append(position)
-    return [sorted(group, key=lambda p: first_use.get(graph.inputs[p], 0)) for group in groups.values()]
+    return [
+        sorted(group, key=lambda p: first_use.get(graph.inputs[p], 0)) for group in groups.values()
+    ]
 
 
 def _input_tags(graph: Graph, groups: list[list[int]]) -> tuple[str, ...]:
@@ -205,13 +213,17 @@ def _common_name(names: list[str]) -> str:
     parts = [re.split(r"(\d+)", name) for name in names]
     if len({len(part) for part in parts}) > 1:
         return names[0]
-    return "".join(column[0] if len(set(column)) == 1 else "*" for column in zip(*parts, strict=True))
+    return "".join(
+        column[0] if len(set(column)) == 1 else "*" for column in zip(*parts, strict=True)
+    )
 
 
 # ---------------------------------------------------------------- the small graph
 
 
-def _shrink(graph: Graph, places: list[tuple[Block, int, int] | None], groups: list[list[int]]) -> Graph:
+def _shrink(
+    graph: Graph, places: list[tuple[Block, int, int] | None], groups: list[list[int]]
+) -> Graph:
     inputs, stand_in, counts = _kept_inputs(graph, groups)
     for position, place in enumerate(places):
         if place and place[0].kept(place[1]) != place[1]:
@@ -230,7 +242,9 @@ def _shrink(graph: Graph, places: list[tuple[Block, int, int] | None], groups: l
     return _select(graph, ops, inputs, counts, stand_in)
 
 
-def _kept_inputs(graph: Graph, groups: list[list[int]]) -> tuple[list[int], dict[int, int], dict[int, int]]:
+def _kept_inputs(
+    graph: Graph, groups: list[list[int]]
+) -> tuple[list[int], dict[int, int], dict[int, int]]:
     """Positions kept, stand-ins for the values of the others, and what each kept one counts for."""
     stand_in: dict[int, int] = {}
     counts: dict[int, int] = {}
@@ -244,12 +258,22 @@ def _kept_inputs(graph: Graph, groups: list[list[int]]) -> tuple[list[int], dict
 
 
 def _select(
-    graph: Graph, ops: tuple[Op, ...], inputs: list[int], counts: dict[int, int], stand_in: dict[int, int]
+    graph: Graph,
+    ops: tuple[Op, ...],
+    inputs: list[int],
+    counts: dict[int, int],
+    stand_in: dict[int, int],
 ) -> Graph:
     carried = dict(graph.state)
     state_outputs = {o: i for i, o in graph.state}
-    outputs = [o for o in range(len(graph.outputs)) if state_outputs.get(o, -1) in counts or o not in state_outputs]
-    new_input, new_output = ({old: new for new, old in enumerate(kept)} for kept in (inputs, outputs))
+    outputs = [
+        o
+        for o in range(len(graph.outputs))
+        if state_outputs.get(o, -1) in counts or o not in state_outputs
+    ]
+    new_input, new_output = (
+        {old: new for new, old in enumerate(kept)} for kept in (inputs, outputs)
+    )
     values = [stand_in.get(graph.outputs[o], graph.outputs[o]) for o in outputs]
     return Graph(
         types=_used_types(graph, ops, inputs),

@@ -19,8 +19,12 @@ from dataclasses import replace
 from .graph import Graph, Op, Region
 from .values import Fresh
 
-SUMS = frozenset({"dot_general", "conv_general_dilated", "reduce_sum", "scatter-add", "gather", "scan"})
-LAYOUT_BOUND = frozenset({"dot_general", "conv_general_dilated", "gather", "scatter-add", "scatter", "scan"})
+SUMS = frozenset(
+    {"dot_general", "conv_general_dilated", "reduce_sum", "scatter-add", "gather", "scan"}
+)
+LAYOUT_BOUND = frozenset(
+    {"dot_general", "conv_general_dilated", "gather", "scatter-add", "scatter", "scan"}
+)
 SMALLEST = 1024  # elements; a smaller value is not worth a decision of its own
 
 
@@ -55,7 +59,9 @@ def _inside(op: Op, phase: str, fresh: Fresh) -> Op:
 class _Placer:
     """Decides, for one list of ops, which values get copies, and rewrites the readers."""
 
-    def __init__(self, fresh: Fresh, writer: dict[int, Op], prepared: set[int], tags: dict[int, str]):
+    def __init__(
+        self, fresh: Fresh, writer: dict[int, Op], prepared: set[int], tags: dict[int, str]
+    ):
         self.fresh, self.writer, self.prepared, self.tags = fresh, writer, prepared, tags
 
     def place(self, ops: Sequence[Op], phases: Sequence[str]) -> tuple[Op, ...]:
@@ -82,7 +88,9 @@ class _Placer:
         """One copy for the whole step of each prepared value that both passes read heavily."""
         shared: dict[int, int] = {}
         for value in self.prepared:
-            phases = [p for p in ("forward", "backward") if self._heavy(ops, readers.get((value, p), []))]
+            phases = [
+                p for p in ("forward", "backward") if self._heavy(ops, readers.get((value, p), []))
+            ]
             if len(phases) == 2 and self._large(value):
                 first = readers[value, "forward"][0]
                 copy = self._copy(value, f"{self._tag(value)}~step", ops[first].count)
@@ -97,7 +105,11 @@ class _Placer:
         heavy = self._heavy(ops, positions)
         if value in self.prepared:
             return heavy if phase != "prepare" else []
-        if self.writer.get(value) is not None and self.writer[value].kind in SUMS and len(positions) > 1:
+        if (
+            self.writer.get(value) is not None
+            and self.writer[value].kind in SUMS
+            and len(positions) > 1
+        ):
             return positions
         if phase == "update" and len(positions) > 1:
             return positions

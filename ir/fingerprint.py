@@ -24,7 +24,9 @@ def fingerprint(graph: Graph) -> str:
             digest.update(f") {[number(v) for v in region.outputs]}".encode())
         digest.update(f"-> {[number(v) for v in op.outputs]}".encode())
 
-    digest.update(f"{[number(v) for v in graph.inputs]} {graph.state} {sorted(graph.donated)}".encode())
+    digest.update(
+        f"{[number(v) for v in graph.inputs]} {graph.state} {sorted(graph.donated)}".encode()
+    )
     digest.update(f"{[(number(c.value), c.data) for c in graph.constants]}".encode())
     for op in graph.ops:
         add(op)

@@ -18,7 +18,7 @@ from functools import cached_property
 from math import prod
 from typing import TypeAlias
 
-Attr: TypeAlias = "None | bool | int | float | str | tuple[Attr, ...]"
+Attr: TypeAlias = "bool | int | float | str | tuple[Attr, ...] | None"
 
 ITEM_BYTES = {
     "bool": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,

@@ -87,6 +87,7 @@ class _Flow:
     split: dict[int, int]
     totals: dict[int, str]
     late: set[int]
+    strict: bool = True  # False until the carries of a loop are known
 
     def visit(self, op: Op) -> bool:
         """Classify one top-level op; True when it belongs to the body."""
@@ -152,10 +153,13 @@ class _Flow:
                 if dim < 0:
                     raise _Stop(op, "loops over the batch dim")
                 inner.split[inside] = dim
+        inner.strict = False
         for _ in range(carry + 1):
             inner.run(region)
             if not inner.join_carry(op, region, consts, carry):
                 break
+        inner.strict = True
+        inner.run(region)
         self.split.update(inner.split)
         for i, (result, inside) in enumerate(zip(op.outputs, region.outputs, strict=True)):
             if inside in inner.split:
@@ -176,7 +180,8 @@ class _Flow:
         alternatives = rule_of(op, self.graph.types).linear if op.kind != "scan" else ()
         owed = {i for i, v in enumerate(op.inputs) if v in self.totals}
         others = [v for i, v in enumerate(op.inputs) if i not in owed]
-        if any(v in self.split for v in others) or not any(owed == set(a) for a in alternatives):
+        fits = any(owed == set(a) if self.strict else owed <= set(a) for a in alternatives)
+        if any(v in self.split for v in others) or not fits:
             raise _Stop(op, "needs a value summed over the whole batch inside a loop")
         self.totals.update(dict.fromkeys(op.outputs, "sum"))
 
@@ -200,7 +205,10 @@ class _Flow:
     def _starts_at_zero(self, value: int) -> bool:
         zeros = {c.value for c in self.graph.constants if c.data == 0}
         writers = {v: op for op in self.graph.ops for v in op.outputs}
-        while value in writers and writers[value].kind in ("broadcast_in_dim", "convert_element_type"):
+        while value in writers and writers[value].kind in (
+            "broadcast_in_dim",
+            "convert_element_type",
+        ):
             value = writers[value].inputs[0]
         return value in zeros
 

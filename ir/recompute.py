@@ -116,7 +116,9 @@ def _activation_products(graph: Graph, forward: list[int]) -> set[int]:
     }
 
 
-def _splice(graph: Graph, phases, facts: _Flat, wanted, readers, gates: Collection[int], fresh: Fresh) -> Graph:
+def _splice(
+    graph: Graph, phases, facts: _Flat, wanted, readers, gates: Collection[int], fresh: Fresh
+) -> Graph:
     """Put each group's copies before its first backward reader and redirect the readers."""
     starts = {position: group for group, position in readers.items()}
     redirect: dict[int, int] = {}
@@ -135,7 +137,13 @@ def _splice(graph: Graph, phases, facts: _Flat, wanted, readers, gates: Collecti
 
 
 def _again(
-    graph: Graph, phases, facts: _Flat, wanted: Iterable[int], gate: int | None, reader: Op, fresh: Fresh
+    graph: Graph,
+    phases,
+    facts: _Flat,
+    wanted: Iterable[int],
+    gate: int | None,
+    reader: Op,
+    fresh: Fresh,
 ) -> tuple[list[Op], dict[int, int]]:
     needed: set[int] = set()
     frontier: dict[int, None] = {}
@@ -173,7 +181,9 @@ def _recompute_loops(
         for at in sorted(sources):
             if ops[at].kind == "scan" and phases[at] == "forward" and ops[at].trips == op.trips:
                 others = _read_elsewhere(graph, at, position)
-                ops[at], ops[position] = _redo_loop(ops[at], ops[position], others, policy, gates, fresh)
+                ops[at], ops[position] = _redo_loop(
+                    ops[at], ops[position], others, policy, gates, fresh
+                )
     return replace(graph, ops=tuple(ops))
 
 
@@ -199,10 +209,17 @@ def _read_elsewhere(graph: Graph, forward: int, backward: int) -> set[int]:
 
 
 def _redo_loop(
-    forward: Op, backward: Op, read_elsewhere: set[int], policy: Policy, gates: Collection[int], fresh: Fresh
+    forward: Op,
+    backward: Op,
+    read_elsewhere: set[int],
+    policy: Policy,
+    gates: Collection[int],
+    fresh: Fresh,
 ) -> tuple[Op, Op]:
     body, carry = forward.regions[0], _carry(forward)
-    handed = dict(zip(forward.outputs[carry:], body.outputs[carry:], strict=True))  # stacked -> inner
+    handed = dict(
+        zip(forward.outputs[carry:], body.outputs[carry:], strict=True)
+    )  # stacked -> inner
     kept = _kept_in_loop(body, policy)
     dropped = {s: v for s, v in handed.items() if v not in kept and s in _xs(backward)}
     if not dropped:
@@ -215,7 +232,9 @@ def _redo_loop(
     new_forward = replace(
         forward,
         outputs=(*forward.outputs[:carry], *stay, *stacks.values()),
-        regions=(replace(body, outputs=(*body.outputs[:carry], *(handed[s] for s in stay), *save)),),
+        regions=(
+            replace(body, outputs=(*body.outputs[:carry], *(handed[s] for s in stay), *save)),
+        ),
     )
     return new_forward, _redo_in_backward(
         forward, backward, dropped, needed, frontier, {**have, **stacks}, gates, fresh
@@ -232,7 +251,9 @@ def _kept_in_loop(body: Region, policy: Policy) -> frozenset[int]:
     return frozenset(kept)
 
 
-def _trace_back(body: Region, wanted: list[int], kept: frozenset[int]) -> tuple[list[Op], list[int]]:
+def _trace_back(
+    body: Region, wanted: list[int], kept: frozenset[int]
+) -> tuple[list[Op], list[int]]:
     """Ops to redo, in order, and the kept values they start from."""
     writer = {v: op for op in body.ops for v in op.outputs}
     redo: set[int] = set()
@@ -282,13 +303,16 @@ def _redo_in_backward(
     left = [(outer, inner) for outer, inner in outer_xs if outer not in dropped]
     ops = (*([barrier] if saved else []), *clones, *(_renamed(op, swap) for op in body.ops))
     old_consts = list(zip(backward.inputs[:consts], body.inputs[:consts], strict=True))
-    old_carry = list(zip(backward.inputs[consts:first_xs], body.inputs[consts:first_xs], strict=True))
+    old_carry = list(
+        zip(backward.inputs[consts:first_xs], body.inputs[consts:first_xs], strict=True)
+    )
     pairs = [*old_consts, *new_consts, *old_carry, *left, *new_xs]
     return replace(
         backward,
         inputs=tuple(outer for outer, _ in pairs),
         attrs=tuple(
-            (k, len(old_consts) + len(new_consts)) if k == "num_consts" else (k, v) for k, v in backward.attrs
+            (k, len(old_consts) + len(new_consts)) if k == "num_consts" else (k, v)
+            for k, v in backward.attrs
         ),
         regions=(
             Region(

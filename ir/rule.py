@@ -111,8 +111,12 @@ def settled_axes(rule: Rule, strategy: Strategy, mesh: Mesh) -> dict[str, tuple[
 
 
 @lru_cache(maxsize=1 << 17)
-def _dims(dims: tuple[Dim, ...], codes: tuple[int, ...], names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(name for name, code in zip(names, codes, strict=True) if code in dim) for dim in dims)
+def _dims(
+    dims: tuple[Dim, ...], codes: tuple[int, ...], names: tuple[str, ...]
+) -> tuple[tuple[str, ...], ...]:
+    return tuple(
+        tuple(name for name, code in zip(names, codes, strict=True) if code in dim) for dim in dims
+    )
 
 
 @lru_cache(maxsize=1 << 14)

@@ -51,7 +51,9 @@ class Sharding:
             raise GraphError(f"sharding {self} uses an axis twice")
         for dim, (size, axes) in enumerate(zip(kind.shape, self.dims, strict=True)):
             if size % mesh.ways(axes):
-                raise GraphError(f"dim {dim} of {kind} does not divide over {'·'.join(axes)} = {mesh.ways(axes)}")
+                raise GraphError(
+                    f"dim {dim} of {kind} does not divide over {'·'.join(axes)} = {mesh.ways(axes)}"
+                )
 
 
 def replicated(rank: int) -> Sharding:
@@ -144,7 +146,9 @@ def merge_steps(steps: list[Step]) -> tuple[Step, ...]:
     for step in steps:
         last = merged[-1] if merged else None
         if last and last.kind == step.kind and last.dim == step.dim and step.kind != "all_to_all":
-            axes = (*step.axes, *last.axes) if step.kind == "all_gather" else (*last.axes, *step.axes)
+            axes = (
+                (*step.axes, *last.axes) if step.kind == "all_gather" else (*last.axes, *step.axes)
+            )
             merged[-1] = Step(step.kind, axes, step.dim)
         else:
             merged.append(step)

@@ -33,7 +33,12 @@ class CostModel(Protocol):
     def collectives(self, mesh: Mesh) -> Collectives: ...
 
     def op_seconds(
-        self, op: Op, rule: Rule, types: Mapping[int, TensorType], ways: Ways, in_memory: frozenset[int]
+        self,
+        op: Op,
+        rule: Rule,
+        types: Mapping[int, TensorType],
+        ways: Ways,
+        in_memory: frozenset[int],
     ) -> np.ndarray | float: ...
 
 
@@ -59,7 +64,12 @@ class Roofline:
         return Collectives(mesh, self.cluster)
 
     def op_seconds(
-        self, op: Op, rule: Rule, types: Mapping[int, TensorType], ways: Ways, in_memory: frozenset[int]
+        self,
+        op: Op,
+        rule: Rule,
+        types: Mapping[int, TensorType],
+        ways: Ways,
+        in_memory: frozenset[int],
     ) -> np.ndarray | float:
         """Seconds of one run on one device, for every choice."""
         return op_seconds(op, rule, types, self.device, ways, in_memory)

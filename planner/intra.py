@@ -31,7 +31,14 @@ def problem_of(space: Space) -> Problem:
 
 
 def solve_space(
-    space: Space, lives: Lifetimes, limit: float, *, deadline: float, gap: float, seed: int, cutoff: float = inf
+    space: Space,
+    lives: Lifetimes,
+    limit: float,
+    *,
+    deadline: float,
+    gap: float,
+    seed: int,
+    cutoff: float = inf,
 ) -> Answer:
     """Minimise predicted seconds with memory at every moment at most `limit`.
 
@@ -54,13 +61,17 @@ def solve_space(
         if moment in rows or time.monotonic() > deadline:
             break
         rows[moment] = _row(ledger, moment, limit)
-    stopped = Solution("feasible", "time", None, None, bound, "no layout under the memory limit was found in time")
+    stopped = Solution(
+        "feasible", "time", None, None, bound, "no layout under the memory limit was found in time"
+    )
     return Answer(stopped, inf, (0, 0), len(rows))
 
 
 def _row(ledger: Ledger, moment: tuple[int, int], limit: float) -> MemoryRow:
     fixed, usage = ledger.row(*moment)
-    return MemoryRow(f"tick {moment[1]}", limit - fixed, {n: np.asarray(u) for n, u in usage.items()})
+    return MemoryRow(
+        f"tick {moment[1]}", limit - fixed, {n: np.asarray(u) for n, u in usage.items()}
+    )
 
 
 def _with_bound(solution: Solution, bound: float) -> Solution:

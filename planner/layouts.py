@@ -81,6 +81,8 @@ def layouts_of(shape: tuple[int, ...], mesh: Mesh, owed: bool = False) -> list[S
             for dim in range(len(shape))
         )
         if all(size % mesh.ways(axes) == 0 for size, axes in zip(shape, dims, strict=True)):
-            partial = frozenset(name for name, place in zip(mesh.names, choice, strict=True) if place == -2)
+            partial = frozenset(
+                name for name, place in zip(mesh.names, choice, strict=True) if place == -2
+            )
             found.append(Sharding(dims, partial))
     return found

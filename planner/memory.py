@@ -11,7 +11,7 @@ its maximum is at one of them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -62,7 +62,9 @@ class Lifetimes:
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        table = np.array([(s.value, s.start, s.end, s.first, s.last) for s in self.segments], np.int64)
+        table = np.array(
+            [(s.value, s.start, s.end, s.first, s.last) for s in self.segments], np.int64
+        )
         return tuple(table.reshape(-1, 5).T)
 
     def profile(self, nbytes: dict[int, float]) -> np.ndarray:
@@ -86,16 +88,18 @@ class Lifetimes:
         return counts
 
 
-def lifetimes(program: Program, microbatches: int, roles: dict[int, str]) -> Lifetimes:
+def lifetimes(program: Program, microbatches: int, roles: Mapping[int, str]) -> Lifetimes:
     """Work out every value's life; `roles` names the part of each input position."""
     return _Analysis(program, microbatches, roles).run()
 
 
 class _Analysis:
-    def __init__(self, program: Program, microbatches: int, roles: dict[int, str]):
+    def __init__(self, program: Program, microbatches: int, roles: Mapping[int, str]):
         self.program, self.microbatches, self.roles = program, microbatches, roles
         self.graph: Graph = program.graph
-        self.time = program.time if microbatches > 1 and isinstance(program.time, TimeAxis) else None
+        self.time = (
+            program.time if microbatches > 1 and isinstance(program.time, TimeAxis) else None
+        )
         self.kept = memory_values(program)
         self.defined: dict[int, int] = {}
         self.used: dict[int, list[int]] = defaultdict(list)
@@ -240,7 +244,9 @@ class _Analysis:
 
     @cached_property
     def _donated_outputs(self) -> frozenset[int]:
-        return frozenset(self.graph.outputs[o] for i, o in self.graph.state if i in self.graph.donated)
+        return frozenset(
+            self.graph.outputs[o] for i, o in self.graph.state if i in self.graph.donated
+        )
 
     # ------------------------------------------------------------ labels
 
@@ -253,7 +259,9 @@ class _Analysis:
         phase = self.program.phases[self.position[value]]
         if op.kind == "copy" and phase != "update":
             return "gathered"
-        return {"forward": "activations", "backward": "gradients", "prepare": "casts"}.get(phase, "update")
+        return {"forward": "activations", "backward": "gradients", "prepare": "casts"}.get(
+            phase, "update"
+        )
 
     def _scale(self, value: int) -> float:
         if self.time is None:

@@ -15,13 +15,18 @@ def meshes(cluster: Cluster) -> tuple[Mesh, ...]:
     axis never straddles a host boundary unless it takes all devices.
     """
     hosts, per_host = cluster.hosts, cluster.per_host
-    shapes = {(hosts * per_host,)}
+    shapes: set[tuple[int, ...]] = {(hosts * per_host,)}
     inner = [d for d in _divisors(per_host) if 1 < d < per_host]
     shapes.update((hosts * per_host // d, d) for d in [*inner, per_host])
     shapes.update((hosts, per_host // d, d) for d in inner)
     shapes.update((hosts // d, d, per_host) for d in _outer(hosts))
     if hosts == 1:
-        shapes.update((a, b, per_host // a // b) for a in inner for b in _divisors(per_host // a) if 1 < b < per_host // a)
+        shapes.update(
+            (a, b, per_host // a // b)
+            for a in inner
+            for b in _divisors(per_host // a)
+            if 1 < b < per_host // a
+        )
     kept = {tuple(n for n in shape if n > 1) or (1,) for shape in shapes}
     return tuple(mesh_of(shape) for shape in sorted(kept, key=lambda s: (len(s), s)))
 

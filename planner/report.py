@@ -33,7 +33,13 @@ LEFT_OUT = (
 def write_plan(search: Search) -> Plan:
     """The plan of the search's incumbent."""
     best = search.best
-    assert best.candidate and best.space and best.lives and best.answer and best.answer.solution.choices is not None
+    assert (
+        best.candidate
+        and best.space
+        and best.lives
+        and best.answer
+        and best.answer.solution.choices is not None
+    )
     space, choices = best.space, best.answer.solution.choices
     collectives = find_collectives(space, choices)
     return Plan(
@@ -44,7 +50,9 @@ def write_plan(search: Search) -> Plan:
         mesh=space.mesh,
         microbatches=best.candidate.microbatches,
         recompute=best.candidate.policy,
-        strategies={tag: found[choices[space.op_node[tag]]].axes for tag, found in space.strategies.items()},
+        strategies={
+            tag: found[choices[space.op_node[tag]]].axes for tag, found in space.strategies.items()
+        },
         slots=_slots(space, choices),
         estimate=_estimate(search, collectives),
         proof=_proof(search),
@@ -136,14 +144,21 @@ def _tensors(space: Space, choices: tuple[int, ...]) -> list[Tensor]:
         counts[tag] += graph.input_counts[position]
         rows[tag] = _row(space, choices, tag, value, known.get(position, "input"), counts[tag], "")
     for position, op in enumerate(graph.ops):
-        if op.kind in ("dot_general", "conv_general_dilated") and space.program.phases[position] == "forward":
+        if (
+            op.kind in ("dot_general", "conv_general_dilated")
+            and space.program.phases[position] == "forward"
+        ):
             counts[op.tag] += op.count
             tag = space.program.value_tags[op.outputs[0]]
-            rows[op.tag] = _row(space, choices, tag, op.outputs[0], "activation", counts[op.tag], op.where)
+            rows[op.tag] = _row(
+                space, choices, tag, op.outputs[0], "activation", counts[op.tag], op.where
+            )
     return list(rows.values())
 
 
-def _row(space: Space, choices: tuple[int, ...], tag: str, value: int, role: str, count: int, where: str) -> Tensor:
+def _row(
+    space: Space, choices: tuple[int, ...], tag: str, value: int, role: str, count: int, where: str
+) -> Tensor:
     kind, layout = space.program.graph.types[value], _layout(space, choices, tag)
     local = layout.local_shape(kind.shape, space.mesh)
     return Tensor(
@@ -172,13 +187,17 @@ def _count(found: dict[tuple, Collective], entry: Collective) -> None:
     key = (entry.kind, entry.axes, entry.nbytes, entry.what, entry.phase)
     old = found.get(key)
     if old is not None:
-        entry = entry.model_copy(update={"count": old.count + entry.count, "seconds": old.seconds + entry.seconds})
+        entry = entry.model_copy(
+            update={"count": old.count + entry.count, "seconds": old.seconds + entry.seconds}
+        )
     found[key] = entry
 
 
 def _moves(space: Space, choices: tuple[int, ...], item: Transfer) -> list[Collective]:
     source = _chosen(space, choices, item.have, item.producer)
-    target = _chosen(space, choices, item.wanted, item.consumer if item.consumer is not None else item.producer)
+    target = _chosen(
+        space, choices, item.wanted, item.consumer if item.consumer is not None else item.producer
+    )
     prices, share, entries = space.layouts.collectives, 1.0 / source.ways(space.mesh), []
     for step in reshard(source, target) or ():
         larger, share = prices.shares(step, share)
@@ -187,14 +206,21 @@ def _moves(space: Space, choices: tuple[int, ...], item: Transfer) -> list[Colle
             seconds = item.runs * prices.line(step.kind, step.axes)(nbytes)
             entries.append(
                 Collective(
-                    kind=step.kind, axes=step.axes, nbytes=nbytes, count=item.runs, seconds=seconds,
-                    what=f"{item.source} -> {item.reader}", phase=item.phase,
+                    kind=step.kind,
+                    axes=step.axes,
+                    nbytes=nbytes,
+                    count=item.runs,
+                    seconds=seconds,
+                    what=f"{item.source} -> {item.reader}",
+                    phase=item.phase,
                 )  # fmt: skip
             )
     return entries
 
 
-def _chosen(space: Space, choices: tuple[int, ...], numbers: np.ndarray, node: int | None) -> Sharding:
+def _chosen(
+    space: Space, choices: tuple[int, ...], numbers: np.ndarray, node: int | None
+) -> Sharding:
     index = 0 if node is None or len(numbers) == 1 else choices[node]
     return space.layouts.known[numbers[index]]
 
@@ -209,12 +235,19 @@ def _settlements(space: Space, choices: tuple[int, ...]) -> list[Collective]:
         rule = rule_of(op, graph.types)
         strategy: Strategy = space.strategies[op.tag][choices[space.op_node[op.tag]]]
         for axes in settled_axes(rule, strategy, space.mesh).values():
-            nbytes = graph.types[op.outputs[0]].nbytes / result_sharding(rule, strategy, space.mesh, 0).ways(space.mesh)
+            nbytes = graph.types[op.outputs[0]].nbytes / result_sharding(
+                rule, strategy, space.mesh, 0
+            ).ways(space.mesh)
             seconds = visit.times * space.layouts.collectives.line("all_reduce", axes)(nbytes)
             entries.append(
                 Collective(
-                    kind="all_reduce", axes=axes, nbytes=nbytes, count=visit.times, seconds=seconds,
-                    what=f"{op.kind} {op.tag}", phase=phase,
+                    kind="all_reduce",
+                    axes=axes,
+                    nbytes=nbytes,
+                    count=visit.times,
+                    seconds=seconds,
+                    what=f"{op.kind} {op.tag}",
+                    phase=phase,
                 )  # fmt: skip
             )
     return entries

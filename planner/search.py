@@ -1,9 +1,9 @@
 """Start here: from a folded graph, a cluster and a request to a proven plan.
 
-    candidates   (mesh, recompute, microbatches)
-    bound        each (mesh, recompute) without a memory limit, for one microbatch:
-                 more microbatches on it cost at least that
-    solve        under the memory limit, in order of the bounds, until none beats the incumbent
+candidates   (mesh, recompute, microbatches)
+bound        each (mesh, recompute) without a memory limit, for one microbatch:
+             more microbatches on it cost at least that
+solve        under the memory limit, in order of the bounds, until none beats the incumbent
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ..ir.program import Program, prepare
 from ..ir.recompute import POLICIES, Policy
 from ..ir.roles import roles
 from ..ir.units import format_bytes, format_seconds
-from .cost import CostModel, Roofline
-from .layouts import Layouts
 from .compute import contraction_seconds
+from .cost import CostModel, Roofline
 from .intra import Answer, problem_of, solve_space
+from .layouts import Layouts
 from .memory import Ledger, Lifetimes, least_peak, lifetimes
 from .meshes import mesh_of, meshes
 from .report import write_plan
-from .solver import Solution, relax
+from .solver import relax
 from .space import Space, build
 
 HEADROOM = 0.10  # of device memory kept free; runs above ~90 % lose speed to the allocator
@@ -143,7 +143,9 @@ class Search:
             return (self.request.microbatches,)
         if isinstance(axis, Refusal):
             return (1,)
-        return tuple(m for m in range(1, MOST_MICROBATCHES + 1) if axis.batch % m == 0 and _few_primes(m))
+        return tuple(
+            m for m in range(1, MOST_MICROBATCHES + 1) if axis.batch % m == 0 and _few_primes(m)
+        )
 
     def program(self, policy: Policy) -> Program:
         if policy not in self._programs:
@@ -163,15 +165,24 @@ class Search:
     def open(self, candidate: Candidate) -> tuple[Space, Lifetimes]:
         if candidate not in self._spaces:
             program = self.program(candidate.policy)
-            space = build(program, candidate.microbatches, self.cost, self._layouts_on(candidate.mesh))
-            self._spaces[candidate] = (space, self._lives_of(candidate.policy, candidate.microbatches))
+            space = build(
+                program, candidate.microbatches, self.cost, self._layouts_on(candidate.mesh)
+            )
+            self._spaces[candidate] = (
+                space,
+                self._lives_of(candidate.policy, candidate.microbatches),
+            )
         return self._spaces[candidate]
 
     # ------------------------------------------------------------ exploration
 
     def _explore(self) -> None:
         """First an incumbent on the plainest mesh, then best-first over everything."""
-        roots = [Candidate(mesh, policy, self._counts()[0]) for mesh in self._meshes() for policy in self._policies()]
+        roots = [
+            Candidate(mesh, policy, self._counts()[0])
+            for mesh in self._meshes()
+            for policy in self._policies()
+        ]
         plain = min((root.mesh for root in roots), key=lambda m: (abs(len(m.axes) - 2), m.shape))
         self.open_bounds = dict.fromkeys(roots, self._floor())
         for root in [root for root in roots if root.mesh == plain]:
@@ -227,7 +238,10 @@ class Search:
         """No plan is faster than all contractions, cut evenly over all devices."""
         program = self.program("none")
         types, device = program.graph.types, self.cluster.device
-        return sum(contraction_seconds(v.op, types, device) * v.times for v in program.graph.visits) / self.cluster.size
+        return (
+            sum(contraction_seconds(v.op, types, device) * v.times for v in program.graph.visits)
+            / self.cluster.size
+        )
 
     def _forget(self, keep: Candidate | None) -> None:
         """Spaces are large; keep only the incumbent's."""
@@ -260,7 +274,9 @@ class Search:
         return following
 
     def _next_count(self, candidate: Candidate) -> Candidate | None:
-        return self._fit(candidate, [count for count in self._counts() if count > candidate.microbatches])
+        return self._fit(
+            candidate, [count for count in self._counts() if count > candidate.microbatches]
+        )
 
     def _fit(self, family: Candidate, counts: Sequence[int]) -> Candidate | None:
         for count in counts:
@@ -305,7 +321,8 @@ class Search:
         shape = self.request.mesh
         if shape is not None and mesh_of(shape).size != self.cluster.size:
             raise PlanError(
-                f"mesh {'×'.join(map(str, shape))} has {mesh_of(shape).size} devices, the cluster has {self.cluster.size}.",
+                f"mesh {'×'.join(map(str, shape))} has {mesh_of(shape).size} devices, "
+                f"the cluster has {self.cluster.size}.",
                 where="request: mesh",
                 fix=f"a mesh whose axes multiply to {self.cluster.size}",
             )
@@ -316,7 +333,11 @@ class Search:
         if count in (None, 1):
             return
         if isinstance(axis, Refusal):
-            raise PlanError(f"{count} microbatches are not possible: {axis.reason}.", where=axis.where, fix="microbatches=1")
+            raise PlanError(
+                f"{count} microbatches are not possible: {axis.reason}.",
+                where=axis.where,
+                fix="microbatches=1",
+            )
         assert isinstance(axis, TimeAxis)
         if count < 1 or axis.batch % count:
             near = [m for m in range(1, axis.batch + 1) if axis.batch % m == 0]
@@ -329,19 +350,27 @@ class Search:
     def _infeasible(self) -> PlanError:
         if self.stopped_by != "proof":
             return PlanError(
-                "no plan was found before the search was stopped.", where=f"stopped by {self.stopped_by}", fix="a longer --time-limit"
+                "no plan was found before the search was stopped.",
+                where=f"stopped by {self.stopped_by}",
+                fix="a longer --time-limit",
             )
         needs = {c: self.least(c) for c in self._all_candidates()}
         least = min(needs, key=lambda c: needs[c])
         return InfeasibleError(
-            f"no plan fits: {format_bytes(needs[least])} per device is the least any layout needs, {format_bytes(self.limit)} may be used.",
+            f"no plan fits: {format_bytes(needs[least])} per device is the least any layout needs, "
+            f"{format_bytes(self.limit)} may be used.",
             where=str(least),
             origin=f"cluster {self.cluster.name}: {self.cluster.size} devices",
             fix="more devices, a smaller batch, or devices with more memory",
         )
 
     def _all_candidates(self) -> list[Candidate]:
-        return [Candidate(m, p, k) for m in self._meshes() for p in self._policies() for k in self._counts()]
+        return [
+            Candidate(m, p, k)
+            for m in self._meshes()
+            for p in self._policies()
+            for k in self._counts()
+        ]
 
 
 def _few_primes(m: int) -> bool:
@@ -369,4 +398,6 @@ def search(
         InfeasibleError: nothing fits, with the least memory any layout needs.
         PlanError: the request contradicts the graph or the cluster.
     """
-    return Search(folded, cluster, request, cost or Roofline(cluster), name, fingerprint, tell).run()
+    return Search(
+        folded, cluster, request, cost or Roofline(cluster), name, fingerprint, tell
+    ).run()

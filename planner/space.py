@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -116,8 +117,10 @@ class _Builder:
         self.first: dict[str, tuple[Op, Rule]] = {}  # op tag -> one op that carries it
         self.runs: dict[str, int] = defaultdict(int)
         self.phases: dict[str, str] = {}
-        self.wants: dict[tuple[str, int], np.ndarray] = {}  # (reader tag, operand) -> layout per choice
-        self.readings: dict[tuple[int | str, str, int], list] = {}  # -> [value, consumer node, runs, phase]
+        # (reader tag, operand) -> layout per choice
+        self.wants: dict[tuple[str, int], np.ndarray] = {}
+        # (source tag, reader tag, operand) -> [value, consumer node, runs, phase]
+        self.readings: dict[tuple[str, str, int], list] = {}
 
     # ------------------------------------------------------------ walk
 
@@ -155,7 +158,9 @@ class _Builder:
         for k, value in enumerate(op.inputs):
             self._read(value, op.tag, k, self.space.op_node[op.tag], runs, phase)
 
-    def _read(self, value: int, reader: str, k: int, node: int | None, runs: int, phase: str) -> None:
+    def _read(
+        self, value: int, reader: str, k: int, node: int | None, runs: int, phase: str
+    ) -> None:
         key = (self.tags[value], reader, k)
         entry = self.readings.setdefault(key, [value, node, 0, phase])
         entry[2] += runs
@@ -193,7 +198,9 @@ class _Builder:
     def _decide(self, op: Op, rule: Rule) -> None:
         """Let the op follow one of its operands, or make it a node."""
         time = self._time_factors(op, rule)
-        if op.kind not in LEADERS and any(self._try_follow(op, rule, k, time) for k in self._by_size(op)):
+        if op.kind not in LEADERS and any(
+            self._try_follow(op, rule, k, time) for k in self._by_size(op)
+        ):
             return
         choices = strategies(rule, self.mesh, time)
         if op.kind == "copy":
@@ -243,7 +250,9 @@ class _Builder:
             if home.node == number:
                 space.homes[tag] = Home(number, home.layouts[keep])
         for tag in node.members:
-            space.strategies[tag] = [s for s, k in zip(space.strategies[tag], keep, strict=True) if k]
+            space.strategies[tag] = [
+                s for s, k in zip(space.strategies[tag], keep, strict=True) if k
+            ]
             for k in range(len(self.first[tag][0].inputs)):
                 self.wants[tag, k] = self.wants[tag, k][keep]
 
@@ -314,24 +323,37 @@ class _Builder:
             parts = self.space.microbatches if self._split_dim(value) is not None else 1
             nbytes = self.types[value].nbytes / parts
             wanted = self.wants[reader, k]
-            self._add(Transfer(source, reader, home.node, consumer, home.layouts, wanted, nbytes, runs, phase))
+            self._add(
+                Transfer(
+                    source, reader, home.node, consumer, home.layouts, wanted, nbytes, runs, phase
+                )
+            )
 
     def _own_seconds(self, op: Op, rule: Rule) -> np.ndarray:
         """Seconds of one run, per choice: compute, and reductions settled inside the op."""
         chosen, prices = self.space.strategies[op.tag], self.layouts.collectives
-        parts = [self.space.microbatches if self._split_dim(v) is not None else 1 for v in (*op.inputs, *op.outputs)]
-        operands = [self.layouts.ways(self.wants[op.tag, k]) * parts[k] for k in range(len(op.inputs))]
+        parts = [
+            self.space.microbatches if self._split_dim(v) is not None else 1
+            for v in (*op.inputs, *op.outputs)
+        ]
+        operands = [
+            self.layouts.ways(self.wants[op.tag, k]) * parts[k] for k in range(len(op.inputs))
+        ]
         results = [
             self.layouts.ways(self.space.homes[self.tags[v]].layouts) * parts[len(op.inputs) + k]
             for k, v in enumerate(op.outputs)
         ]
         work = np.array([_cut_ways(s, self.mesh) for s in chosen]) * max(parts)
-        seconds = self.cost.op_seconds(op, rule, self.types, Ways(operands, results, work), self.in_memory)
+        seconds = self.cost.op_seconds(
+            op, rule, self.types, Ways(operands, results, work), self.in_memory
+        )
         seconds = np.broadcast_to(seconds, (len(chosen),)).copy()
         for i, strategy in enumerate(chosen):
             for axes in settled_axes(rule, strategy, self.mesh).values():
                 for value, ways in zip(op.outputs, results, strict=True):
-                    seconds[i] += prices.line("all_reduce", axes)(self.types[value].nbytes / ways[i])
+                    seconds[i] += prices.line("all_reduce", axes)(
+                        self.types[value].nbytes / ways[i]
+                    )
         return seconds
 
     def _add(self, item: Transfer) -> None:
@@ -361,7 +383,9 @@ def _cut_ways(strategy: Strategy, mesh: Mesh) -> int:
 
 def _carries_sum(node: Node) -> np.ndarray:
     """Which choices of a node take in a sum that is still owed."""
-    return np.array([isinstance(c, Strategy) and min(c.axes, default=0) < NONE for c in node.choices])
+    return np.array(
+        [isinstance(c, Strategy) and min(c.axes, default=0) < NONE for c in node.choices]
+    )
 
 
 def memory_values(program: Program) -> frozenset[int]:
@@ -377,7 +401,11 @@ def memory_values(program: Program) -> frozenset[int]:
     def visit(ops: tuple[Op, ...], phase: Callable[[int], str]) -> None:
         for i, op in enumerate(ops):
             for value in op.inputs:
-                if op.kind in KERNELS or op.kind == "scan" or phase_of.get(value, phase(i)) != phase(i):
+                if (
+                    op.kind in KERNELS
+                    or op.kind == "scan"
+                    or phase_of.get(value, phase(i)) != phase(i)
+                ):
                     found.add(value)
             if op.kind in KERNELS or op.kind == "scan":
                 found.update(op.outputs)
@@ -385,10 +413,14 @@ def memory_values(program: Program) -> frozenset[int]:
             for region in op.regions:
                 found.update(region.inputs)
                 found.update(region.outputs)
-                visit(region.ops, lambda _, p=phase(i): p)
+                visit(region.ops, partial(_same, phase(i)))
 
     visit(graph.ops, lambda i: program.phases[i])
     return frozenset(found)
+
+
+def _same(phase: str, _: int) -> str:
+    return phase
 
 
 def free_values(program: Program) -> frozenset[int]:

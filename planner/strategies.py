@@ -36,16 +36,18 @@ def _divides(rule: Rule, mesh: Mesh, codes: tuple[int, ...], time: dict[int, int
     return all(rule.factors[factor].size % way == 0 for factor, way in ways.items())
 
 
-def follow(rule: Rule, operand: int, layout: Sharding, mesh: Mesh, time: dict[int, int]) -> Strategy | None:
+def follow(
+    rule: Rule, operand: int, layout: Sharding, mesh: Mesh, time: dict[int, int]
+) -> Strategy | None:
     """The strategy that takes this operand exactly as it lies; None where there is none.
 
     Axes that cut the operand cut the same factors; a sum owed is carried on when
     the op is linear in this operand alone; other axes cut nothing.
     """
-    codes = {name: NONE for name in mesh.names}
+    codes = dict.fromkeys(mesh.names, NONE)
     allowed = cuttable(rule)
     for dim, axes in zip(rule.operands[operand], layout.dims, strict=True):
-        lead = next((f for f in dim if rule.factors[f].size > 1), None)
+        lead = next((f for f in dim if rule.factors[f].size > 1), NONE)
         if axes and lead not in allowed:
             return None
         codes.update(dict.fromkeys(axes, lead))

@@ -54,8 +54,16 @@ def test_no_move_makes_a_sum_owed():
     ("source", "target", "steps"),
     [
         (Sharding((("x",), ())), Sharding(((), ("x",))), (Step("all_to_all", ("x",), 0, 1),)),
-        (Sharding(((), ()), frozenset("x")), Sharding((("x",), ())), (Step("reduce_scatter", ("x",), 0),)),
-        (Sharding(((), ()), frozenset("xy")), Sharding(((), ())), (Step("all_reduce", ("x", "y")),)),
+        (
+            Sharding(((), ()), frozenset("x")),
+            Sharding((("x",), ())),
+            (Step("reduce_scatter", ("x",), 0),),
+        ),
+        (
+            Sharding(((), ()), frozenset("xy")),
+            Sharding(((), ())),
+            (Step("all_reduce", ("x", "y")),),
+        ),
         (Sharding((("x", "y"), ())), Sharding(((), ())), (Step("all_gather", ("x", "y"), 0),)),
         (Sharding(((), ())), Sharding((("x", "y"), ())), (Step("slice", ("x", "y"), 0),)),
     ],

@@ -65,7 +65,11 @@ def audit(lowered: Lowered) -> Audit:
     stats = lowered.compiled.memory_analysis()
     arguments, temporary = stats.argument_size_in_bytes, stats.temp_size_in_bytes
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return Audit(compare(lowered.plan, found), lowered.plan.estimate.peak_bytes, arguments + temporary + outputs)
+    return Audit(
+        compare(lowered.plan, found),
+        lowered.plan.estimate.peak_bytes,
+        arguments + temporary + outputs,
+    )
 
 
 def compare(plan: Plan, found: list[Found]) -> tuple[Line, ...]:
@@ -82,7 +86,23 @@ def compare(plan: Plan, found: list[Found]) -> tuple[Line, ...]:
         cell[0] += item.nbytes * item.count
         cell[1] += item.count
     lines = [
-        Line(kind, axes, predicted[kind, axes][0], compiled[kind, axes][0], int(predicted[kind, axes][1]), int(compiled[kind, axes][1]))
+        Line(
+            kind,
+            axes,
+            predicted[kind, axes][0],
+            compiled[kind, axes][0],
+            int(predicted[kind, axes][1]),
+            int(compiled[kind, axes][1]),
+        )
         for kind, axes in {*predicted, *compiled}
     ]
-    return tuple(sorted(lines, key=lambda line: (-max(line.predicted_bytes, line.compiled_bytes), line.kind, line.axes)))
+    return tuple(
+        sorted(
+            lines,
+            key=lambda line: (
+                -max(line.predicted_bytes, line.compiled_bytes),
+                line.kind,
+                line.axes,
+            ),
+        )
+    )

@@ -40,7 +40,9 @@ def move(x: jax.Array, steps: Sequence[Step], mesh: Mesh) -> jax.Array:
             case "all_gather":
                 x = lax.all_gather(x, step.axes, axis=step.dim, tiled=True)
             case "all_to_all":
-                x = lax.all_to_all(x, step.axes, split_axis=step.to, concat_axis=step.dim, tiled=True)
+                x = lax.all_to_all(
+                    x, step.axes, split_axis=step.to, concat_axis=step.dim, tiled=True
+                )
     return x
 
 

@@ -28,7 +28,9 @@ _OP = re.compile(
 )
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_CALLED = re.compile(r"(?:body|to_apply|calls|branch_computations|called_computations)=\{?%?([\w.\-, %]+)\}?")
+_CALLED = re.compile(
+    r"(?:body|to_apply|calls|branch_computations|called_computations)=\{?%?([\w.\-, %]+)\}?"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ITEM = {"pred": 1, "s4": 1, "u4": 1, "c64": 8, "c128": 16, "bf16": 2}
 
@@ -60,7 +62,9 @@ def _computations(text: str) -> dict[str, list[str]]:
     current: list[str] = []
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
-            current = bodies.setdefault(("ENTRY " if line.startswith("ENTRY") else "") + match[1], [])
+            current = bodies.setdefault(
+                ("ENTRY " if line.startswith("ENTRY") else "") + match[1], []
+            )
         else:
             current.append(line)
     return bodies
@@ -93,26 +97,39 @@ def _in_lines(lines: list[str]) -> Iterator[tuple[str, np.ndarray, float]]:
         match = _OP.search(line)
         if not match:
             continue
-        result, operands = _bytes(match["result"], bool(match["start"])), _bytes(match["operands"], False)
+        result, operands = (
+            _bytes(match["result"], bool(match["start"])),
+            _bytes(match["operands"], False),
+        )
         yield KINDS[match["kind"]], _groups(match["rest"]), max(result, operands)
 
 
 def _bytes(text: str, started: bool) -> float:
     """Bytes of all shapes in a piece of HLO; an async start lists operand and result, count the larger."""
-    sizes = [prod(map(int, dims.split(","))) * _item(kind) if dims else _item(kind) for kind, dims in _SHAPE.findall(text)]
+    sizes = [
+        prod(map(int, dims.split(","))) * _item(kind) if dims else _item(kind)
+        for kind, dims in _SHAPE.findall(text)
+    ]
     if not sizes:
         return 0.0
     return float(max(sizes) if started else sum(sizes))
 
 
 def _item(kind: str) -> int:
-    return _ITEM.get(kind) or int(re.sub(r"\D", "", kind[1:].split("e")[0] if kind.startswith("f8") else kind) or 8) // 8 or 1
+    return (
+        _ITEM.get(kind)
+        or int(re.sub(r"\D", "", kind[1:].split("e")[0] if kind.startswith("f8") else kind) or 8)
+        // 8
+        or 1
+    )
 
 
 def _groups(rest: str) -> np.ndarray:
     """replica_groups as rows of device numbers, from either notation."""
     if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", rest):
-        return np.array([[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", match[1])])
+        return np.array(
+            [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", match[1])]
+        )
     if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         rows, dims = ([int(n) for n in match[i].split(",")] for i in (1, 2))
         order = np.arange(prod(dims)).reshape(dims)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ...ir.blocks import fold
@@ -32,7 +33,7 @@ class Lowered:
     plan: Plan
     captured: Captured
     jitted: Callable[..., Sequence[Any]]
-    mesh: jax.sharding.Mesh
+    mesh: DeviceMesh
     input_shardings: tuple[NamedSharding, ...]
     output_shardings: tuple[NamedSharding, ...]
 
@@ -41,7 +42,9 @@ class Lowered:
         """The XLA executable, compiled from abstract inputs."""
         avals = [
             jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
-            for aval, sharding in zip(self.captured.binding.in_avals, self.input_shardings, strict=True)
+            for aval, sharding in zip(
+                self.captured.binding.in_avals, self.input_shardings, strict=True
+            )
         ]
         return self.jitted.lower(*avals).compile()  # type: ignore[attr-defined]
 
@@ -50,7 +53,7 @@ class Lowered:
         return self.compiled.as_text()
 
 
-def lower(plan: Plan, captured: Captured, devices: Sequence[jax.Device] | None = None) -> Lowered:
+def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) -> Lowered:
     """Build the sharded program of a plan.
 
     Args:
@@ -68,7 +71,9 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[jax.Device] | None =
     local = LocalStep(plan, program, captured.binding.ops, captured.binding.arrays)
     in_specs = tuple(map(partition_spec, local.input_layouts()))
     out_specs = tuple(map(partition_spec, local.output_layouts()))
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    sharded = jax.shard_map(
+        local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
     in_shardings = tuple(NamedSharding(mesh, spec) for spec in in_specs)
     out_shardings = tuple(NamedSharding(mesh, spec) for spec in out_specs)
     jitted = jax.jit(
@@ -90,7 +95,7 @@ def _check_graph(plan: Plan, captured: Captured) -> None:
         )
 
 
-def _device_mesh(plan: Plan, devices: Sequence[jax.Device] | None) -> jax.sharding.Mesh:
+def _device_mesh(plan: Plan, devices: Sequence[Any] | None) -> DeviceMesh:
     found = list(devices if devices is not None else jax.devices())
     if len(found) < plan.mesh.size:
         raise LoweringError(
@@ -99,12 +104,13 @@ def _device_mesh(plan: Plan, devices: Sequence[jax.Device] | None) -> jax.shardi
             origin=f"cluster {plan.cluster.name}",
             fix=_more_devices(plan.mesh.size, found),
         )
-    return jax.sharding.Mesh(np.array(found[: plan.mesh.size]).reshape(plan.mesh.shape), plan.mesh.names)
+    return DeviceMesh(np.array(found[: plan.mesh.size]).reshape(plan.mesh.shape), plan.mesh.names)
 
 
-def _more_devices(needed: int, found: list[jax.Device]) -> str:
+def _more_devices(needed: int, found: list[Any]) -> str:
     if found and found[0].platform == "cpu":
-        return f'jax.config.update("jax_num_cpu_devices", {needed}) before jax is first used, or a plan for {len(found)} devices'
+        setting = f'jax.config.update("jax_num_cpu_devices", {needed})'
+        return f"{setting} before jax is first used, or a plan for {len(found)} devices"
     return f"run where {needed} devices are visible, or plan for {len(found)} devices"
 
 

@@ -36,32 +36,38 @@ class Measured:
 
     flops: dict[str, float]
     memory_bandwidth: float
+    elementwise: float
     launch: float
     latency: float
     bandwidth: float
 
 
-def measure(devices: list[jax.Device] | None = None) -> Measured:
+def measure(devices: list[Any] | None = None) -> Measured:
     """Run a few seconds of products, copies and all-reduces on the devices."""
     found = devices or jax.devices()
     mesh = Mesh(np.array(found), ("d",))
     launch = _launch(mesh)
     latency, bandwidth = _all_reduce(mesh)
     return Measured(
-        flops={name: _product(mesh, dtype) for name, dtype in (("f32", jnp.float32), ("bf16", jnp.bfloat16))},
+        flops={
+            name: _product(mesh, dtype)
+            for name, dtype in (("f32", jnp.float32), ("bf16", jnp.bfloat16))
+        },
         memory_bandwidth=_stream(mesh),
+        elementwise=_elementwise(mesh),
         launch=launch,
         latency=latency,
         bandwidth=bandwidth,
     )
 
 
-def measured_cluster(devices: list[jax.Device] | None = None) -> Cluster:
+def measured_cluster(devices: list[Any] | None = None) -> Cluster:
     """`Cluster.local()` with the figures that `measure` found, marked as measured."""
     cluster, found = Cluster.local(), measure(devices)
     name, tier = cluster.groups[0].device, cluster.fabric[0].tier
     figures = {
         f"devices.{name}.memory_bandwidth": found.memory_bandwidth,
+        f"devices.{name}.elementwise_flops": found.elementwise,
         f"devices.{name}.launch": found.launch,
         f"devices.{name}.efficiency": 1.0,
         f"fabric.{tier}.latency": found.latency,
@@ -108,6 +114,13 @@ def _stream(mesh: Mesh) -> float:
     times = 4
     step = _everywhere(mesh, _loop(lambda x: lax.optimization_barrier(x * 1.0001 + 1.0), times))
     return times * 2.0 * 4 * STREAM / _seconds(step, _ones(mesh, (STREAM,)))
+
+
+def _elementwise(mesh: Mesh) -> float:
+    """Simple operations per second: exponentials that stay in the cache, at their weight of 16."""
+    times, size = 64, 1 << 14
+    step = _everywhere(mesh, _loop(lambda x: jnp.exp(x * -0.5), times))
+    return times * 17.0 * size / _seconds(step, _ones(mesh, (size,)))
 
 
 def _launch(mesh: Mesh) -> float:

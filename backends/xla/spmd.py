@@ -29,7 +29,11 @@ from ...ir.sharding import Sharding, replicated, reshard
 from .collectives import move, settle, shard_index, take_part
 from .emit import Cut, emit
 
-JOIN: dict[str, Callable[[Any, Any], Any]] = {"sum": jnp.add, "max": jnp.maximum, "min": jnp.minimum}
+JOIN: dict[str, Callable[[Any, Any], Any]] = {
+    "sum": jnp.add,
+    "max": jnp.maximum,
+    "min": jnp.minimum,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,9 @@ class LocalStep:
         self.mesh: Mesh = plan.mesh
         self.types = self.graph.types
         self.tags = program.value_tags
-        self.time = program.time if plan.microbatches > 1 and isinstance(program.time, TimeAxis) else None
+        self.time = (
+            program.time if plan.microbatches > 1 and isinstance(program.time, TimeAxis) else None
+        )
 
     # ------------------------------------------------------------ layouts at the border
 
@@ -96,14 +102,18 @@ class LocalStep:
 
     def _slot(self, tag: str) -> Sharding:
         if tag not in self.plan.slots:
-            raise LoweringError(f"the plan has no layout for `{tag}`.", fix="plan this step again with this version")
+            raise LoweringError(
+                f"the plan has no layout for `{tag}`.", fix="plan this step again with this version"
+            )
         return self.plan.slots[tag].sharding
 
     # ------------------------------------------------------------ the whole step
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         scope = Scope()
-        for value, array, layout in zip(self.graph.inputs, inputs, self.input_layouts(), strict=True):
+        for value, array, layout in zip(
+            self.graph.inputs, inputs, self.input_layouts(), strict=True
+        ):
             scope.values[value] = Held(array, layout)
         for constant in self.graph.constants:
             scope.values[constant.value] = self._constant(constant.value, constant.data)
@@ -115,7 +125,9 @@ class LocalStep:
 
     def _constant(self, value: int, data: Any) -> Held:
         kind = self.types[value]
-        array = self.arrays[value] if value in self.arrays else jnp.asarray(data, jax_dtype(kind.dtype))
+        array = (
+            self.arrays[value] if value in self.arrays else jnp.asarray(data, jax_dtype(kind.dtype))
+        )
         return Held(array, replicated(kind.rank))
 
     def _results(self, scope: Scope) -> tuple[Any, ...]:
@@ -127,7 +139,9 @@ class LocalStep:
     def _bring(self, held: Held, target: Sharding) -> Any:
         steps = reshard(held.layout, target)
         if steps is None:
-            raise LoweringError(f"no way from layout {held.layout} to {target}.", fix="plan this step again")
+            raise LoweringError(
+                f"no way from layout {held.layout} to {target}.", fix="plan this step again"
+            )
         return move(held.array, steps, self.mesh)
 
     # ------------------------------------------------------------ ops
@@ -161,7 +175,9 @@ class LocalStep:
     def _primitive(self, op: Op) -> Any:
         return self.bound.get((op.kind, op.attrs))
 
-    def _operand(self, op: Op, k: int, rule: Rule, strategy: Strategy, now: int | None, scope: Scope) -> Any:
+    def _operand(
+        self, op: Op, k: int, rule: Rule, strategy: Strategy, now: int | None, scope: Scope
+    ) -> Any:
         held = scope.values[op.inputs[k]]
         x = self._bring(held, operand_sharding(rule, strategy, self.mesh, k))
         if now is None or op.inputs[k] in self._split:
@@ -180,13 +196,18 @@ class LocalStep:
                 return next((f for f in dims[self._split[value]] if rule.factors[f].size > 1), None)
         return None
 
-    def _cuts(self, rule: Rule, strategy: Strategy, now: int | None, scope: Scope) -> dict[int, Cut]:
+    def _cuts(
+        self, rule: Rule, strategy: Strategy, now: int | None, scope: Scope
+    ) -> dict[int, Cut]:
         """Which part of each factor this shard has: device by device, then microbatch by microbatch."""
         axes: dict[int, list[str]] = {}
         for name, code in zip(self.mesh.names, strategy.axes, strict=True):
             if code >= 0:
                 axes.setdefault(code, []).append(name)
-        cuts = {f: Cut(shard_index(names, self.mesh), self.mesh.ways(tuple(names))) for f, names in axes.items()}
+        cuts = {
+            f: Cut(shard_index(names, self.mesh), self.mesh.ways(tuple(names)))
+            for f, names in axes.items()
+        }
         if now is not None:
             parts, before = self.plan.microbatches, cuts.get(now, Cut(0, 1))
             cuts[now] = Cut(before.index * parts + scope.moment, before.ways * parts)
@@ -204,7 +225,10 @@ class LocalStep:
         region, attrs = op.regions[0], dict(op.attrs)
         consts, carry = int(attrs["num_consts"]), int(attrs["num_carry"])  # type: ignore[arg-type]
         layouts = [self._slot(f"{op.tag}/in{i}") for i in range(len(op.inputs))]
-        given = [self._loop_input(op, i, layouts[i], i >= consts + carry, scope) for i in range(len(op.inputs))]
+        given = [
+            self._loop_input(op, i, layouts[i], i >= consts + carry, scope)
+            for i in range(len(op.inputs))
+        ]
         ends = layouts[consts : consts + carry]
         ends += [self._slot(f"{op.tag}/out{i}") for i in range(carry, len(region.outputs))]
 
@@ -214,7 +238,10 @@ class LocalStep:
             for value, array, layout in zip(region.inputs, arrays, layouts, strict=True):
                 inner.values[value] = Held(array, layout)
             self._run(region.ops, inner)
-            results = [self._bring(inner.values[v], end) for v, end in zip(region.outputs, ends, strict=True)]
+            results = [
+                self._bring(inner.values[v], end)
+                for v, end in zip(region.outputs, ends, strict=True)
+            ]
             return tuple(results[:carry]), tuple(results[carry:])
 
         final, stacked = lax.scan(
@@ -245,7 +272,9 @@ class LocalStep:
         self._run([op for i, op in enumerate(ops) if i not in time.body and i not in late], scope)
         body = [op for i, op in enumerate(ops) if i in time.body]
         made = {v for op in body for v in op.outputs}
-        outside = {v for i, op in enumerate(ops) if i not in time.body for v in op.inputs} | set(self.graph.outputs)
+        outside = {v for i, op in enumerate(ops) if i not in time.body for v in op.inputs} | set(
+            self.graph.outputs
+        )
         totals = [v for v in made & outside if v in time.totals]
         parts = [v for v in made & outside if v in time.split]
         layouts: dict[int, Sharding] = {}
@@ -264,7 +293,8 @@ class LocalStep:
         def one(state, moment):
             sums, pieces = run_body(moment)
             joined = [
-                JOIN[time.totals[v]](a, s.astype(a.dtype)) for v, a, s in zip(totals, state, sums, strict=True)
+                JOIN[time.totals[v]](a, s.astype(a.dtype))
+                for v, a, s in zip(totals, state, sums, strict=True)
             ]
             return joined, pieces
 
@@ -272,7 +302,9 @@ class LocalStep:
         start = [_start(time.totals[v], s) for v, s in zip(totals, shapes, strict=True)]
         sums, pieces = lax.scan(one, start, jnp.arange(self.plan.microbatches, dtype=jnp.int32))
         for value, array in zip(totals, sums, strict=True):
-            scope.values[value] = Held(array.astype(jax_dtype(self.types[value].dtype)), layouts[value])
+            scope.values[value] = Held(
+                array.astype(jax_dtype(self.types[value].dtype)), layouts[value]
+            )
         for value, array in zip(parts, pieces, strict=True):
             scope.values[value] = Held(_rejoin(array, time.split[value]), layouts[value])
         self._run([op for i, op in enumerate(ops) if i in late], scope)
@@ -296,7 +328,11 @@ def _stacked(layout: Sharding) -> Sharding:
 
 def _start(reduction: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
     """The neutral element of a total. Sums of short floats are kept in float32."""
-    dtype = jnp.promote_types(shape.dtype, jnp.float32) if jnp.issubdtype(shape.dtype, jnp.floating) else shape.dtype
+    dtype = (
+        jnp.promote_types(shape.dtype, jnp.float32)
+        if jnp.issubdtype(shape.dtype, jnp.floating)
+        else shape.dtype
+    )
     if reduction == "sum":
         return jnp.zeros(shape.shape, dtype)
     bounds = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype)
@@ -319,5 +355,3 @@ def jax_dtype(name: str) -> Any:
     if letters not in long:
         return jnp.dtype({"f8e4m3fn": "float8_e4m3fn", "f8e5m2": "float8_e5m2"}.get(name, name))
     return jnp.dtype(long[letters] + name[len(letters) :])
-
-

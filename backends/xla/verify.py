@@ -23,7 +23,8 @@ def verify_outputs(expected: Any, found: Any, names: Sequence[str]) -> None:
         error, allowed = difference(want, have)
         if not error <= allowed:
             raise VerificationError(
-                f"the sharded step differs from the unsharded one: {error:.3g} of the largest value, {allowed:.3g} allowed.",
+                "the sharded step differs from the unsharded one: "
+                f"{error:.3g} of the largest value, {allowed:.3g} allowed.",
                 where=f"output `{names[position] if position < len(names) else position}`",
                 fix="report this plan; until it is mended run with another mesh, or without meshwright",
             )

@@ -13,7 +13,8 @@ import jax
 
 from .backends.xla.audit import Audit, audit
 from .backends.xla.capture import Captured, capture
-from .backends.xla.lower import Lowered, lower as lower_flat
+from .backends.xla.lower import Lowered
+from .backends.xla.lower import lower as lower_flat
 from .backends.xla.verify import verify_outputs
 from .ir.blocks import fold
 from .ir.cluster import Cluster
@@ -66,7 +67,12 @@ def plan(
     Raises:
         CaptureError, ClusterError, PlanError, InfeasibleError: each says what to try.
     """
-    options = Options(_ints(static_argnums), _strings(static_argnames), _ints(donate_argnums), _strings(donate_argnames))
+    options = Options(
+        _ints(static_argnums),
+        _strings(static_argnames),
+        _ints(donate_argnums),
+        _strings(donate_argnames),
+    )
     captured = options.capture(step, args, kwargs)
     return plan_captured(captured, cluster, request or Request(), _name(step), tell)
 
@@ -78,11 +84,22 @@ def plan_captured(
     """Plan a step that was captured before."""
     where = Cluster.local() if cluster is None else Cluster.parse(cluster)
     return search(
-        fold(captured.graph), where, request, name=name, fingerprint=fingerprint(captured.graph), tell=tell
+        fold(captured.graph),
+        where,
+        request,
+        name=name,
+        fingerprint=fingerprint(captured.graph),
+        tell=tell,
     )
 
 
-def lower(plan: Plan, step: Callable, *args: Any, devices: Sequence[jax.Device] | None = None, **options: Any) -> RunningStep:
+def lower(
+    plan: Plan,
+    step: Callable,
+    *args: Any,
+    devices: Sequence[Any] | None = None,
+    **options: Any,
+) -> RunningStep:
     """The runnable program of a plan, for the same step and argument shapes.
 
     Raises:
@@ -154,7 +171,9 @@ class ParallelStep:
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments (abstract ones do), found now if it was not yet."""
-        return self.lower(*args, **kwargs).plan if self._runs_here() else self._find(args, kwargs)[0]
+        return (
+            self.lower(*args, **kwargs).plan if self._runs_here() else self._find(args, kwargs)[0]
+        )
 
     def lower(self, *args: Any, **kwargs: Any) -> RunningStep:
         """The program for these arguments."""
@@ -186,7 +205,9 @@ class ParallelStep:
 
     def _verified(self, running: RunningStep, leaves: list[Any], args: tuple, kwargs: dict) -> Any:
         expected = jax.jit(
-            self.step, static_argnums=self.options.static_argnums, static_argnames=self.options.static_argnames
+            self.step,
+            static_argnums=self.options.static_argnums,
+            static_argnames=self.options.static_argnames,
         )(*args, **kwargs)
         results = running.run(leaves)
         verify_outputs(expected, results, running.lowered.captured.graph.output_names)
@@ -202,7 +223,10 @@ class ParallelStep:
         arrays = tuple(a for i, a in enumerate(args) if i not in numbers)
         named = {k: v for k, v in kwargs.items() if k not in names}
         static = tuple(a for i, a in enumerate(args) if i in numbers)
-        return (arrays, named), (static, tuple(sorted((k, v) for k, v in kwargs.items() if k in names)))
+        return (arrays, named), (
+            static,
+            tuple(sorted((k, v) for k, v in kwargs.items() if k in names)),
+        )
 
 
 def parallelize(
@@ -234,8 +258,17 @@ def parallelize(
             static_argnames=static_argnames, donate_argnums=donate_argnums, donate_argnames=donate_argnames, **request,
         )  # fmt: skip
     if unknown := sorted(set(request) - set(REQUEST_KEYS)):
-        raise UsageError(f"parallelize has no option {unknown[0]!r}.", where=_name(step), fix=f"one of {', '.join(REQUEST_KEYS)}")
-    options = Options(_ints(static_argnums), _strings(static_argnames), _ints(donate_argnums), _strings(donate_argnames))
+        raise UsageError(
+            f"parallelize has no option {unknown[0]!r}.",
+            where=_name(step),
+            fix=f"one of {', '.join(REQUEST_KEYS)}",
+        )
+    options = Options(
+        _ints(static_argnums),
+        _strings(static_argnames),
+        _ints(donate_argnums),
+        _strings(donate_argnames),
+    )
     wrapped = ParallelStep(step, cluster, options, Request(**request), verify, plan)
     functools.update_wrapper(wrapped, step, updated=())
     return wrapped

@@ -1,0 +1,45 @@
+"""Eight emulated CPU devices for every test, and golden files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_num_cpu_devices", 8)
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.load_profile("ci")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-golden", action="store_true", help="write golden files instead of comparing"
+    )
+
+
+class Golden:
+    """Compares with the text file of the test's own name."""
+
+    def __init__(self, path: Path, update: bool):
+        self.path, self.update = path, update
+
+    def __eq__(self, found: object) -> bool:
+        if self.update:
+            self.path.parent.mkdir(exist_ok=True)
+            self.path.write_text(str(found))
+        return self.path.read_text() == str(found)
+
+    def __repr__(self) -> str:
+        return self.path.read_text()
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return Golden(GOLDEN / f"{request.node.name}.txt", request.config.getoption("--update-golden"))
