@@ -1,197 +1,347 @@
-"""Phases of ops and parts of inputs, by dataflow; the user's function carries no markers.
+"""What each input is for, and where forward ends: by dataflow, with no markers.
 
-    prepare    needs no batch and feeds what does (casts of parameters)
-    forward    works on the batch, before the first cotangent
-    backward   the first cotangent and what follows from it, up to the gradients
-    update     everything after: clipping, optimizer, metrics
+The ops of one step, in program order, fall into four phases:
 
-The first cotangent is found at the first product that contracts the batch: a
-weight gradient multiplies an activation by a cotangent, and the cotangent is
-the one computed later.
+    prepare    sees no batch, feeds what does         casts of parameters, masks
+    forward    from the batch to the loss
+    backward   from the loss to the gradients         and what is recomputed for them
+    update     everything that has left the batch     clipping, optimizer, metrics
+
+The *body* is every op that touches a per-example value (`Examples`) or leads to one that
+does. Values leave the body by an *exit*: contracted, and never met by an example again. An
+exit that reaches the new value of a parameter is a gradient, any other is a loss or a
+metric. An op of the body is backward when no loss lies between it and the first gradient
+it reaches. This holds because a program is traced forward first, loss, then backward; it
+holds for several losses, recomputation, unrolled and scanned layers alike. A step that
+does not return its loss has no such exit: there backward begins at the cotangent, the last made
+operand of the first gradient.
+
+Makers of per-example data out of nothing (dropout masks, zeros to scatter into) belong to
+the phase of their first reader. The ops of a loop have its phase, except in a loop that
+holds losses and gradients both (accumulation, several steps): it is looked at by itself.
+
+Left out: a step that uses one gradient inside another forward pass (meta-learning,
+sharpness-aware steps, a discriminator updated before the generator's loss) has only its
+last pass told apart; states written by forward and read by it (fp8 scaling history).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import inf
 from typing import Literal
 
-from .graph import Graph, Op, Visit
-from .rule import Rule
+from .examples import Examples
+from .graph import Graph, Op
+from .microbatch import batch_dims
 from .rules import rule_of
 
+Role = Literal["parameter", "optimizer", "batch", "constant", "other state"]
 Phase = Literal["prepare", "forward", "backward", "update"]
-Role = Literal["parameter", "optimizer", "batch", "input"]
-PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
-
-
-def phases(graph: Graph, batch: Mapping[int, int]) -> tuple[Phase, ...]:
-    """The phase of every op in walk order; ops of a loop's body take the loop's.
-
-    Args:
-        batch: input position -> batch dim (see `microbatch.batch_dims`).
-    """
-    carrying = batch_carriers(graph, batch)
-    top = _settle(graph, _seen(graph, carrying))
-    outer = [visit for visit in graph.visits if not visit.parents]
-    phase_at: dict[int, Phase] = {
-        visit.index: phase for visit, phase in zip(outer, top, strict=True)
-    }
-    return tuple(phase_at[_outermost(visit)] for visit in graph.visits)
 
 
 def roles(graph: Graph) -> dict[int, Role]:
-    """The part that each input plays: state that the passes read is a parameter,
-    state that only the update reads is the optimizer's."""
-    from .microbatch import batch_dims
+    """Input position -> role.
 
+    batch         not carried, has a batch dim
+    constant      not carried, the same for every example: a learning rate, frozen weights
+    parameter     carried floats that the forward pass reads
+    optimizer     carried, read by the update only: moments, counters, averages
+    other state   carried: random keys and counters that forward reads, running statistics
+    """
     batch = batch_dims(graph)
-    found = phases(graph, batch)
-    read = {
-        value
-        for visit in graph.visits
-        if found[visit.index] != "update" and not visit.parents
-        for value in visit.op.inputs
+    look = _look(graph, batch)
+    new_value = {i: graph.outputs[o] for i, o in graph.state}
+    found: dict[int, Role] = {}
+    for position, value in enumerate(graph.inputs):
+        if position not in new_value:
+            found[position] = "batch" if position in batch else "constant"
+        elif value in look.leads:
+            is_float = _is_float(graph, value)
+            found[position] = "parameter" if is_float else "other state"
+        else:
+            by_examples = new_value[position] in look.statistics
+            found[position] = "other state" if by_examples else "optimizer"
+    return found
+
+
+def phases(graph: Graph, batch: Mapping[int, int]) -> tuple[Phase, ...]:
+    """Phase of each op of `graph.visits`; `batch` gives input position -> batch dim."""
+    return tuple(_spell(graph.ops, _look(graph, batch)))
+
+
+def _spell(ops: Sequence[Op], look: _Look) -> list[Phase]:
+    """Phases in walk order: ops of a loop after it."""
+    found: list[Phase] = []
+    for position, op in enumerate(ops):
+        found.append(look.phases[position])
+        for region in op.regions:
+            if position in look.nested:
+                found += _spell(region.ops, look.inside(position))
+            else:
+                found += [look.phases[position]] * _size(region.ops)
+    return found
+
+
+def _size(ops: Sequence[Op]) -> int:
+    return sum(1 + sum(_size(region.ops) for region in op.regions) for op in ops)
+
+
+def _look(graph: Graph, batch: Mapping[int, int]) -> _Look:
+    examples = Examples(graph.types)
+    for position, dim in batch.items():
+        value = graph.inputs[position]
+        examples.dims[value] = {dim: graph.types[value].shape[dim]}
+        examples.depends.add(value)
+    examples.run(graph.ops)
+    leads = leading_values(graph.ops, examples)
+    goals = {
+        graph.outputs[o]
+        for i, o in graph.state
+        if graph.inputs[i] in leads and _is_float(graph, graph.inputs[i])
     }
-    carried = {position for position, _ in graph.state}
-    return {
-        position: ("parameter" if value in read else "optimizer")
-        if position in carried
-        else ("batch" if position in batch else "input")
-        for position, value in enumerate(graph.inputs)
-    }
+    return _Look(graph, graph.ops, examples, frozenset(goals))
 
 
-def _outermost(visit: Visit) -> int:
-    return visit.parents[0] if visit.parents else visit.index
+def _is_float(graph: Graph, value: int) -> bool:
+    return graph.types[value].dtype.startswith(("f", "bf", "c"))
 
 
-# ---------------------------------------------------------------- who carries the batch
+def leading_values(ops: Sequence[Op], examples: Examples, wanted: Iterable[int] = ()) -> set[int]:
+    """Values that reach an op which touches examples, and what reaches the `wanted` ones.
 
-
-def batch_carriers(graph: Graph, batch: Mapping[int, int]) -> dict[int, int]:
-    """Value -> the dim that is the batch. Unlike the time axis this never refuses:
-    an op that mixes examples simply ends the trail."""
-    carrying = {graph.inputs[position]: dim for position, dim in batch.items()}
-    for op in graph.ops:
-        _carry(op, graph, carrying)
-    return carrying
-
-
-def _carry(op: Op, graph: Graph, carrying: dict[int, int]) -> None:
-    if not any(value in carrying for value in op.inputs):
-        return
-    if op.kind == "scan":
-        _carry_loop(op, graph, carrying)
-    elif op.kind == "optimization_barrier":
-        pairs = zip(op.inputs, op.outputs, strict=True)
-        carrying.update(
-            {result: carrying[source] for source, result in pairs if source in carrying}
-        )
-    else:
-        rule = rule_of(op, graph.types)
-        number = batch_factor(op, rule, carrying)
-        for dims, result in zip(rule.results, op.outputs, strict=True):
-            dim = next((d for d, factors in enumerate(dims) if number in factors), None)
-            if dim is not None:
-                carrying[result] = dim
-
-
-def _carry_loop(op: Op, graph: Graph, carrying: dict[int, int]) -> None:
-    region, consts, carry = op.regions[0], _number(op, "num_consts"), _number(op, "num_carry")
-    for _ in range(2):  # what the carry becomes after one trip, it is on the next
-        for i, (outside, inside) in enumerate(zip(op.inputs, region.inputs, strict=True)):
-            dim = carrying.get(outside, -1) - (1 if i >= consts + carry else 0)
-            if outside in carrying and dim >= 0:
-                carrying[inside] = dim
-        for inner in region.ops:
-            _carry(inner, graph, carrying)
-        for start, end in zip(region.inputs[consts:], region.outputs[:carry], strict=False):
-            if end in carrying:
-                carrying[start] = carrying[end]
-    for i, (result, inside) in enumerate(zip(op.outputs, region.outputs, strict=True)):
-        if inside in carrying:
-            carrying[result] = carrying[inside] + (0 if i < carry else 1)
-
-
-def _number(op: Op, name: str) -> int:
-    return int(op.attr(name))  # type: ignore[arg-type]
-
-
-def batch_factor(op: Op, rule: Rule, carrying: Mapping[int, int]) -> int | None:
-    """The factor of an op that is the batch."""
-    for value, dims in zip(op.inputs, rule.operands, strict=True):
-        if value in carrying:
-            return next((f for f in dims[carrying[value]] if rule.factors[f].size > 1), None)
-    return None
-
-
-# ---------------------------------------------------------------- phases
-
-
-def _seen(graph: Graph, carrying: Mapping[int, int]) -> list[Phase | None]:
-    """Forward and backward where ops carry the batch; None elsewhere."""
-    cotangents = _first_cotangents(graph, carrying)
-    backward: set[int] = set()
-    found: list[Phase | None] = []
-    for op in graph.ops:
-        if not any(value in carrying for value in op.inputs):
-            found.append(None)
+    What a loop hands from one round to the next does not count: the moments of an
+    optimizer that runs inside a loop lead nowhere, as outside of one.
+    """
+    leads = set(wanted)
+    for op in reversed(ops):
+        if not op.regions:
+            if examples.holds((*op.inputs, *op.outputs)) or not leads.isdisjoint(op.outputs):
+                leads.update(op.inputs)
             continue
-        late = not backward.isdisjoint(op.inputs) or not cotangents.isdisjoint(op.outputs)
-        if late or id(op) in cotangents:
-            backward.update(op.outputs)
-        found.append("backward" if late or id(op) in cotangents else "forward")
-    return found
+        for region in op.regions:
+            ends = (i for o, i in zip(op.outputs, region.outputs, strict=True) if o in leads)
+            inner = leading_values(region.ops, examples, ends)
+            leads |= inner
+            pairs = zip(op.inputs, region.inputs, strict=True)
+            leads.update(o for o, i in pairs if i in inner or i in examples.dims)
+    return leads
 
 
-def _first_cotangents(graph: Graph, carrying: Mapping[int, int]) -> set[int]:
-    """The first cotangent value; or the identity of the first loop that holds a weight gradient."""
-    made = {value: i for i, op in enumerate(graph.ops) for value in op.outputs}
-    for op in graph.ops:
-        if _contracts_batch(op, graph, carrying):
-            return {max(op.inputs, key=lambda value: made.get(value, -1))}
-        if any(_contracts_batch(o, graph, carrying) for r in op.regions for o in r.ops):
-            return {id(op)}
-    return set()
+@dataclass
+class _Look:
+    """One list of ops (a step, or a loop looked at by itself).
 
+    `goals`: the values that gradients are for, new parameters or a loop's own results.
+    """
 
-def _contracts_batch(op: Op, graph: Graph, carrying: Mapping[int, int]) -> bool:
-    if op.kind not in PRODUCTS or sum(value in carrying for value in op.inputs) < 2:
-        return False
-    rule = rule_of(op, graph.types)
-    number = batch_factor(op, rule, carrying)
-    return number is not None and rule.factors[number].kind == "reduced"
+    graph: Graph
+    ops: Sequence[Op]
+    examples: Examples
+    goals: Collection[int]
+    gradients: dict[int, None] = field(default_factory=dict, init=False)  # op positions
+    losses: list[int] = field(default_factory=list, init=False)
+    statistics: set[int] = field(default_factory=set, init=False)
 
+    def __post_init__(self) -> None:
+        for position, op in enumerate(self.ops):
+            self._find_exits(position, op)
 
-def _settle(graph: Graph, seen: Sequence[Phase | None]) -> list[Phase]:
-    """Give the other ops the phase they serve, from the last op to the first."""
-    depends = _depends_on_batch(graph, seen)
-    serves: dict[int, set[Phase]] = {}
-    found: list[Phase] = ["update"] * len(graph.ops)
-    for position in range(len(graph.ops) - 1, -1, -1):
-        op = graph.ops[position]
-        readers = set().union(*(serves.get(value, set()) for value in op.outputs))
-        phase = seen[position] or _served(readers, depends[position])
-        found[position] = phase
-        for value in op.inputs:
-            serves.setdefault(value, set()).add(phase)
-    return found
+    # ------------------------------------------------------------ body and exits
 
+    @cached_property
+    def leads(self) -> set[int]:
+        return leading_values(self.ops, self.examples)
 
-def _served(readers: set[Phase], on_batch: bool) -> Phase:
-    if on_batch:  # batch statistics serve the pass that reads them
-        return (
-            "forward" if "forward" in readers else "backward" if "backward" in readers else "update"
+    @cached_property
+    def body(self) -> list[bool]:
+        return [self._in_body((*op.inputs, *op.outputs), op.outputs) for op in self.ops]
+
+    def _in_body(self, near: Iterable[int], results: Iterable[int]) -> bool:
+        return self.examples.holds(near) or not self.leads.isdisjoint(results)
+
+    @cached_property
+    def reaches(self) -> set[int]:
+        """Values whose numbers enter a goal. A yes or no (are all gradients finite?) does not."""
+        return self._reaching(self.goals)
+
+    @cached_property
+    def reaches_scalar(self) -> set[int]:
+        return self._reaching({v for v in self.goals if self.graph.types[v].rank == 0})
+
+    def _reaching(self, goals: Collection[int]) -> set[int]:
+        reach = set(goals)
+        if not reach:
+            return reach
+        for op in reversed(self.ops):
+            if not reach.isdisjoint(op.outputs):
+                reach.update(v for v in op.inputs if self.graph.types[v].dtype != "bool")
+        return reach
+
+    def _find_exits(self, position: int, op: Op) -> None:
+        """Note results that have left the body, as gradients or as losses, and what follows losses."""
+        examples = self.examples
+        if not any(v in self._inside for v in op.inputs):
+            if not self.statistics.isdisjoint(op.inputs):
+                self.statistics.update(op.outputs)
+            return
+        for value in op.outputs:
+            if value in examples.dims or value in self.leads or value not in examples.depends:
+                continue
+            if self._is_gradient(value):
+                self.gradients[position] = None
+            else:
+                self.losses.append(position)
+                self.statistics.add(value)
+
+    @cached_property
+    def _inside(self) -> set[int]:
+        """Values of the body that depend on the batch."""
+        return self.examples.dims.keys() | (self.leads & self.examples.depends)
+
+    def _is_gradient(self, value: int) -> bool:
+        scalar = self.graph.types[value].rank == 0
+        return value in (self.reaches_scalar if scalar else self.reaches)
+
+    # ------------------------------------------------------------ phases
+
+    @cached_property
+    def nested(self) -> frozenset[int]:
+        """Loops that hold a forward and a backward pass: no loss before, or one of their own."""
+        losses = set(self.losses)
+        return frozenset(
+            p
+            for p in self.gradients
+            if self.ops[p].kind == "scan"
+            and (p in losses or (not self._loss_before(p) and not self._carries_examples(p)))
         )
-    return "prepare" if readers - {"update"} else "update"
 
+    def _loss_before(self, position: int) -> bool:
+        return bool(self.losses) and self.losses[0] < position
 
-def _depends_on_batch(graph: Graph, seen: Sequence[Phase | None]) -> list[bool]:
-    made: set[int] = set()
-    found = []
-    for op, phase in zip(graph.ops, seen, strict=True):
-        depends = phase is not None or not made.isdisjoint(op.inputs)
-        if depends:
-            made.update(op.outputs)
-        found.append(depends)
-    return found
+    def _carries_examples(self, position: int) -> bool:
+        return self.examples.holds(self._carried(self.ops[position]))
+
+    def _carried(self, op: Op) -> tuple[int, ...]:
+        consts, carry = op.attr("num_consts"), op.attr("num_carry")
+        assert isinstance(consts, int) and isinstance(carry, int)
+        return op.inputs[consts : consts + carry]
+
+    def inside(self, position: int) -> _Look:
+        """A nested loop by itself: its results that are gradients out here are the goals there."""
+        op = self.ops[position]
+        pairs = zip(op.outputs, op.regions[0].outputs, strict=True)
+        goals = {inner for outer, inner in pairs if self._is_gradient(outer)}
+        return _Look(self.graph, op.regions[0].ops, self.examples, frozenset(goals))
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        backward = self._backward()
+        found: list[Phase] = []
+        late: set[int] = set()
+        for position, op in enumerate(self.ops):
+            if not self.body[position]:
+                found.append("update")
+            elif self.examples.depends.isdisjoint((*op.inputs, *op.outputs)):
+                found.append("prepare")
+            elif backward[position] or not late.isdisjoint(op.inputs):
+                found.append("backward")
+                late.update(op.outputs)
+            else:
+                found.append("forward")
+        return self._place_makers(found)
+
+    def _backward(self) -> list[bool]:
+        """Whether no loss lies between each op and the first gradient that it reaches."""
+        losses = self._boundaries()
+        first: dict[int, float] = {}
+        answer = [False] * len(self.ops)
+        for position in range(len(self.ops) - 1, -1, -1):
+            op = self.ops[position]
+            reached = min((first.get(v, inf) for v in op.outputs), default=inf)
+            if position in self.gradients:
+                reached = position
+            elif not self.body[position]:
+                continue
+            if reached == inf:
+                continue
+            for value in op.inputs:
+                first[value] = min(first.get(value, inf), reached)
+            at = bisect_left(losses, position)
+            blocked = at < len(losses) and losses[at] < reached
+            answer[position] = not blocked and (reached == position or reached not in self.nested)
+        return answer
+
+    def _boundaries(self) -> list[int]:
+        """Losses in order; before the first gradient there is always one, made up if need be."""
+        first = min(self.gradients, default=None)
+        if first is None or first in self.nested or self._loss_before(first):
+            return sorted(self.losses)
+        return sorted([*self.losses, self._cotangent(first) - 1])
+
+    def _cotangent(self, position: int) -> int:
+        """Where the last made per-example operand of a gradient is made."""
+        op = self.ops[position]
+        operands = self._carried(op) if op.kind == "scan" else op.inputs
+        made = [self._made[v] for v in operands if v in self._per_example and v in self._made]
+        return max((p for p in made if p < position), default=position)
+
+    @cached_property
+    def _made(self) -> dict[int, int]:
+        return {v: position for position, op in enumerate(self.ops) for v in op.outputs}
+
+    # ------------------------------------------------------------ per-example data out of nothing
+
+    @cached_property
+    def _per_example(self) -> set[int]:
+        return self.examples.dims.keys() | self._shaped.keys()
+
+    @cached_property
+    def _shaped(self) -> dict[int, set[int]]:
+        """Values that see no batch but have its dims, by what reads them: value -> dims."""
+        shaped: dict[int, set[int]] = {}
+        for op in reversed(self.ops):
+            sources = [v for v in op.inputs if v in self._made and v not in self.examples.depends]
+            if not sources or op.regions:
+                continue
+            if not (
+                self.examples.holds((*op.inputs, *op.outputs))
+                or any(v in shaped for v in op.outputs)
+            ):
+                continue
+            self._shape_sources(op, sources, shaped)
+        return shaped
+
+    def _shape_sources(self, op: Op, sources: list[int], shaped: dict[int, set[int]]) -> None:
+        rule = rule_of(op, self.graph.types)
+        if rule.opaque:
+            return
+        dims = self.examples.dims
+        batch = set(self.examples.shares(op, rule))
+        for value, layout in zip(op.outputs, rule.results, strict=True):
+            batch.update(
+                f for d in (*dims.get(value, ()), *shaped.get(value, ())) for f in layout[d]
+            )
+        batch = {f for f in batch if rule.factors[f].size > 1}
+        for value, layout in zip(op.inputs, rule.operands, strict=True):
+            if value in sources:
+                here = {d for d, factors in enumerate(layout) if not batch.isdisjoint(factors)}
+                if here:
+                    shaped.setdefault(value, set()).update(here)
+
+    def _place_makers(self, found: list[Phase]) -> list[Phase]:
+        """Move makers of per-example data to the phase of their first reader."""
+        reader: dict[int, Phase] = {}
+        for position in range(len(self.ops) - 1, -1, -1):
+            op = self.ops[position]
+            if found[position] == "prepare" and any(v in self._shaped for v in op.outputs):
+                read = [reader[v] for v in op.outputs if v in reader]
+                found[position] = "forward" if "forward" in read else (read or ["prepare"])[0]
+            if found[position] in ("forward", "backward"):
+                for value in op.inputs:
+                    if reader.get(value) != "forward":
+                        reader[value] = found[position]
+        return found
