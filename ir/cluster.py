@@ -422,13 +422,11 @@ class Cluster(_Part):
         """Per tier, the ranks at which one of its domains ends and the next begins."""
         starts = [0]
         for group in self.groups:
-            starts.extend(starts[-1] + group.per_host * (i + 1) for i in range(group.hosts))
-        firsts = [starts[:: int(min(tier.hosts, self.hosts))] for tier in self.fabric]
-        inner = [[rank for rank in first if 0 < rank < self.size] for first in firsts]
-        return [
-            (tier, [] if tier.hosts >= self.hosts else ranks)
-            for tier, ranks in zip(self.fabric, inner, strict=True)
-        ]
+            first = starts[-1]
+            starts += [first + group.per_host * (host + 1) for host in range(group.hosts)]
+        ends = [starts[:: int(min(tier.hosts, self.hosts))] for tier in self.fabric]
+        inner = [[rank for rank in ranks if 0 < rank < self.size] for ranks in ends]
+        return list(zip(self.fabric, inner, strict=True))
 
     def fingerprint(self) -> str:
         """sha256 of what planning depends on: names of the cluster and hosts, prices and sources aside."""
