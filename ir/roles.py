@@ -42,6 +42,8 @@ from .rules import rule_of
 Role = Literal["parameter", "optimizer", "batch", "constant", "other state"]
 Phase = Literal["prepare", "forward", "backward", "update"]
 
+_SCALING = {"mul", "neg", "div", "dot_general", "convert_element_type", "reshape"}
+
 
 def roles(graph: Graph) -> dict[int, Role]:
     """Input position -> role.
@@ -82,7 +84,7 @@ def _spell(ops: Sequence[Op], look: _Look) -> list[Phase]:
             if position in look.nested:
                 found += _spell(region.ops, look.inside(position))
             else:
-                found += [look.phases[position]] * _size(region.ops)
+                found.extend(look.phases[position] for _ in range(_size(region.ops)))
     return found
 
 
@@ -129,6 +131,13 @@ def leading_values(ops: Sequence[Op], examples: Examples, wanted: Iterable[int] 
             pairs = zip(op.inputs, region.inputs, strict=True)
             leads.update(o for o, i in pairs if i in inner or i in examples.dims)
     return leads
+
+
+def _earliest(read: Collection[Phase]) -> Phase:
+    """The phase of the first of several readers."""
+    if "forward" in read:
+        return "forward"
+    return "backward" if "backward" in read else "prepare"
 
 
 @dataclass
@@ -245,7 +254,7 @@ class _Look:
         for position, op in enumerate(self.ops):
             if not self.body[position]:
                 found.append("update")
-            elif self.examples.depends.isdisjoint((*op.inputs, *op.outputs)):
+            elif self._sees_no_batch(op):
                 found.append("prepare")
             elif backward[position] or not late.isdisjoint(op.inputs):
                 found.append("backward")
@@ -253,6 +262,9 @@ class _Look:
             else:
                 found.append("forward")
         return self._place_makers(found)
+
+    def _sees_no_batch(self, op: Op) -> bool:
+        return self.examples.depends.isdisjoint((*op.inputs, *op.outputs))
 
     def _backward(self) -> list[bool]:
         """Whether no loss lies between each op and the first gradient that it reaches."""
@@ -283,11 +295,30 @@ class _Look:
         return sorted([*self.losses, self._cotangent(first) - 1])
 
     def _cotangent(self, position: int) -> int:
-        """Where the last made per-example operand of a gradient is made."""
+        """Where the last made per-example operand of a gradient starts to be made: at the
+        last number spread over the examples for it, which is the loss's own cotangent."""
         op = self.ops[position]
         operands = self._carried(op) if op.kind == "scan" else op.inputs
         made = [self._made[v] for v in operands if v in self._per_example and v in self._made]
-        return max((p for p in made if p < position), default=position)
+        last = max((p for p in made if p < position), default=position)
+        return max((p for p in self._before(last) if self._spreads(p)), default=last)
+
+    def _before(self, position: int) -> set[int]:
+        """The op at this position and all that it depends on."""
+        found, queue = {position}, [position]
+        while queue:
+            sources = {self._made[v] for v in self.ops[queue.pop()].inputs if v in self._made}
+            queue.extend(sources - found)
+            found |= sources
+        return found
+
+    def _spreads(self, position: int) -> bool:
+        """Whether an op spreads one number over the examples, to be scaled by what follows."""
+        op = self.ops[position]
+        if op.kind != "broadcast_in_dim" or op.outputs[0] not in self._shaped:
+            return False
+        read = {reader.kind for reader in self.ops if op.outputs[0] in reader.inputs}
+        return self.graph.types[op.inputs[0]].rank == 0 and not read.isdisjoint(_SCALING)
 
     @cached_property
     def _made(self) -> dict[int, int]:
@@ -333,15 +364,18 @@ class _Look:
                     shaped.setdefault(value, set()).update(here)
 
     def _place_makers(self, found: list[Phase]) -> list[Phase]:
-        """Move makers of per-example data to the phase of their first reader."""
+        """Move makers of per-example data to the phase of their first reader.
+
+        What sees no batch and is read by the body is prepared, a loop's zeros too.
+        """
         reader: dict[int, Phase] = {}
         for position in range(len(self.ops) - 1, -1, -1):
             op = self.ops[position]
+            if any(v in reader for v in op.outputs) and self._sees_no_batch(op):
+                found[position] = "prepare"
             if found[position] == "prepare" and any(v in self._shaped for v in op.outputs):
-                read = [reader[v] for v in op.outputs if v in reader]
-                found[position] = "forward" if "forward" in read else (read or ["prepare"])[0]
-            if found[position] in ("forward", "backward"):
+                found[position] = _earliest([reader[v] for v in op.outputs if v in reader])
+            if found[position] != "update":
                 for value in op.inputs:
-                    if reader.get(value) != "forward":
-                        reader[value] = found[position]
+                    reader[value] = _earliest({found[position], reader.get(value, found[position])})
         return found
