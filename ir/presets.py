@@ -185,8 +185,8 @@ def _ici(facts: Mapping[str, Any], shape: str) -> dict[str, Any]:
     """The inter-chip torus. A dimension that does not wrap around is a line: half the bandwidth.
 
     3D slices wrap when all dims are multiples of 4, 2D ones at 16 x 16.
-    Source: docs.cloud.google.com/tpu/docs/v5p ("All 4x4x4 and larger slices have full 3D
-    torus"), jax-ml/scaling-book tpus.md.
+    Source: docs.cloud.google.com/tpu/docs/v4 and v5p; jax-ml/scaling-book tpus.md. A 2D slice
+    with one dimension of 16 counts as not wrapping at all, which is cautious.
     """
     dims = [int(d) for d in shape.split("x")]
     wraps = all(d % 4 == 0 for d in dims) if len(dims) == 3 else all(d == 16 for d in dims)
@@ -198,7 +198,7 @@ def _ici(facts: Mapping[str, Any], shape: str) -> dict[str, Any]:
         "latency": "1 us",
         "shape": shape,
         "source": f"[book] {facts['link']} per link and direction, "
-        f"{'two links' if wraps else 'one link'} per dimension; latency [book]: about 1 us per hop",
+        f"{'two links' if wraps else 'one link'} per dimension; latency [guess]",
     }
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.ir import presets
-from meshwright.ir.cluster import Cluster, Device, Group, Tier
+from meshwright.ir.cluster import Cluster, Device, Group, Price, Tier
 from meshwright.ir.errors import ClusterError, UsageError
 from meshwright.ir.units import parse_bandwidth
 
@@ -450,6 +450,21 @@ def test_the_schema_knows_every_key_of_the_file():
     assert schema["additionalProperties"] is False
     assert "tier" in schema["$defs"]["Tier"]["properties"]
     assert json.dumps(schema)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_files_in_the_docs_can_be_loaded(index, tmp_path):
+    page = Path(__file__).parents[1] / "docs" / "cluster.md"
+    path = tmp_path / "docs.yaml"
+    path.write_text(page.read_text().split("```yaml\n")[index + 1].split("```")[0])
+    assert Cluster.load(path).size == 256
+
+
+@pytest.mark.parametrize("model", [Cluster, Device, Group, Tier, Price])
+def test_the_docs_name_every_field(model):
+    page = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
+    fields = {f.alias or name for name, f in model.model_fields.items()} - {"currency", "name"}
+    assert [name for name in sorted(fields) if f"`{name}`" not in page] == []
 
 
 # ---------------------------------------------------------------- this process
