@@ -38,11 +38,16 @@ class _Factor:
 
 
 def elimination_order(sizes: Sequence[int], edges: Iterable[Edge]) -> Order:
-    """Greedy order: next goes the node whose elimination visits the fewest entries."""
+    """Greedy order: next goes the node whose elimination visits the fewest entries.
+
+    A node with one choice is nobody's neighbour: it decides nothing, and a hub of
+    such nodes would need a table of more dims than numpy has.
+    """
     near: list[set[int]] = [set() for _ in sizes]
     for edge in edges:
-        near[edge.a].add(edge.b)
-        near[edge.b].add(edge.a)
+        if sizes[edge.a] > 1 and sizes[edge.b] > 1:
+            near[edge.a].add(edge.b)
+            near[edge.b].add(edge.a)
     weight = {i: sizes[i] * prod(sizes[j] for j in near[i]) for i in range(len(sizes))}
     nodes: list[int] = []
     scopes: list[tuple[int, ...]] = []
@@ -93,14 +98,15 @@ def _first(scope: Iterable[int], order: Order) -> int:
 def _fill_buckets(
     costs: Sequence[np.ndarray], edges: Iterable[Edge], order: Order
 ) -> list[list[_Factor]]:
-    """Every node cost and edge cost, at the step where its first node goes."""
+    """Every node cost and edge cost, at the step where its first node with a choice goes."""
     step_of = {node: step for step, node in enumerate(order.nodes)}
     buckets = [[_Factor((node,), costs[node])] for node in order.nodes]
     for edge in edges:
         a, b, table = (edge.a, edge.b, edge.costs)
         if a > b:
             a, b, table = b, a, table.T
-        buckets[min(step_of[a], step_of[b])].append(_Factor((a, b), table))
+        open_ends = [node for node in (a, b) if costs[node].size > 1] or [a]
+        buckets[min(step_of[node] for node in open_ends)].append(_Factor((a, b), table))
     return buckets
 
 
@@ -198,7 +204,11 @@ def _spread_apart(factor: _Factor, scope: tuple[int, ...]) -> np.ndarray:
 
 
 def _project(belief: _Factor, scope: tuple[int, ...]) -> np.ndarray:
-    """Minimum over all nodes outside `scope`, dims in the order of `scope`."""
+    """Minimum over all nodes outside `scope`, dims in the order of `scope`.
+
+    Nodes of `scope` that the belief does not know have one choice: a dim of size 1.
+    """
     gone = tuple(k for k, node in enumerate(belief.scope) if node not in scope)
     left = [node for node in belief.scope if node in scope]
-    return belief.table.min(axis=gone).transpose([left.index(node) for node in scope])
+    table = belief.table.min(axis=gone).transpose([left.index(n) for n in scope if n in left])
+    return np.expand_dims(table, tuple(k for k, node in enumerate(scope) if node not in left))

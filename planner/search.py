@@ -357,11 +357,13 @@ class Search:
         needs = {c: self.least(c) for c in self._all_candidates()}
         least = min(needs, key=lambda c: needs[c])
         return InfeasibleError(
-            f"no plan fits: {format_bytes(needs[least])} per device is the least any layout needs, "
+            f"no plan fits: each needs at least {format_bytes(needs[least])} per device, "
             f"{format_bytes(self.limit)} may be used.",
-            where=str(least),
+            where=f"the least is with {least}",
             origin=f"cluster {self.cluster.name}: {self.cluster.size} devices",
             fix="more devices, a smaller batch, or devices with more memory",
+            needed_bytes=needs[least],
+            limit_bytes=self.limit,
         )
 
     def _all_candidates(self) -> list[Candidate]:

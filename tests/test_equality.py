@@ -1,0 +1,78 @@
+"""The sharded step equals the single-device step: outputs, updated state and gradients.
+
+SGD with momentum and float32 throughout, so that the updated parameters and the
+momentum *are* the gradients: Adam would hide an error of scale.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from meshwright.api import plan_captured
+from meshwright.backends.xla.capture import capture
+from meshwright.backends.xla.lower import lower
+from meshwright.backends.xla.verify import verify_outputs
+from meshwright.ir.errors import InfeasibleError
+from meshwright.models import build
+from meshwright.planner.search import Request
+
+ZOO = (
+    "gpt-tiny", "gpt-tiny-scan", "llama-tiny", "llama-tiny-scan", "mixtral-tiny", "vit-tiny", "wrn-tiny", "dlrm-tiny",
+)  # fmt: skip
+MESHES = ((8,), (4, 2), (2, 2, 2))
+QUICK = {("gpt-tiny", (4, 2)), ("gpt-tiny-scan", (8,)), ("mixtral-tiny", (4, 2)), ("wrn-tiny", (8,))}
+
+
+@functools.cache
+def case(name: str):
+    """The captured step, its inputs and what one device makes of them."""
+    example = build(name, optimizer="sgd", dtype="f32")
+    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
+    state, batch = example.init(jax.random.key(0)), example.make_batch(np.random.default_rng(0))
+    return captured, (state, batch), jax.jit(example.step)(state, batch)
+
+
+def check(name: str, **request) -> float:
+    """Plan, run, compare; returns the plan's peak bytes."""
+    captured, inputs, expected = case(name)
+    found = plan_captured(captured, "8xcpu", Request(time_limit=20, gap=0.05, **request), name)
+    results = lower(found, captured).jitted(*jax.tree.map(np.asarray, jax.tree.leaves(inputs)))
+    verify_outputs(expected, results, captured.graph.output_names)
+    return found.estimate.peak_bytes
+
+
+def cases():
+    for name in ZOO:
+        for mesh in MESHES:
+            quick = (name, mesh) in QUICK
+            yield pytest.param(name, mesh, id=f"{name}-{'x'.join(map(str, mesh))}", marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "mesh"), cases())
+def test_free_and_squeezed_plans_equal_one_device(name, mesh):
+    peak = check(name, mesh=mesh)
+    least = least_needed(name, mesh)
+    for share in (0.2, 0.4, 0.6, 0.8):
+        try:
+            check(name, mesh=mesh, memory=least + share * (peak - least))
+        except InfeasibleError:
+            continue
+        return
+    raise AssertionError(f"{name} fits in {peak} bytes and in nothing less")
+
+
+def least_needed(name: str, mesh: tuple[int, ...]) -> float:
+    """Bytes that a refusal names as the least any layout could need."""
+    try:
+        plan_captured(case(name)[0], "8xcpu", Request(mesh=mesh, memory=1.0, time_limit=20), name)
+    except InfeasibleError as error:
+        return error.needed_bytes
+    raise AssertionError("a plan in one byte")
+
+
+@pytest.mark.parametrize("policy", ["elementwise", "selective", "full"])
+@pytest.mark.parametrize("name", ["gpt-tiny", "gpt-tiny-scan"])
+def test_recompute_and_microbatches_change_no_result(name, policy):
+    check(name, mesh=(4, 2), recompute=policy, microbatches=2)
