@@ -1,0 +1,1 @@
+"""Plans and audits for human eyes: text for terminals, HTML for notebooks."""
