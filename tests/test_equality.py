@@ -46,8 +46,8 @@ def check(name: str, **request) -> float:
 def cases():
     for name in ZOO:
         for mesh in MESHES:
-            quick = (name, mesh) in QUICK
-            yield pytest.param(name, mesh, id=f"{name}-{'x'.join(map(str, mesh))}", marks=() if quick else pytest.mark.slow)
+            marks = () if (name, mesh) in QUICK else pytest.mark.slow
+            yield pytest.param(name, mesh, id=f"{name}-{'x'.join(map(str, mesh))}", marks=marks)
 
 
 @pytest.mark.parametrize(("name", "mesh"), cases())
