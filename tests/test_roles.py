@@ -96,6 +96,17 @@ def test_two_losses_have_two_backward_passes():
     assert order(graph, "dot_general") == expected
 
 
+def test_a_step_skipped_for_a_loss_that_is_not_finite_has_both_passes():
+    def step(w, x):
+        value, grads = jax.value_and_grad(lambda w: loss(w, x * w["scale"]))(w)
+        good = jnp.isfinite(value)
+        return jax.tree.map(lambda p, g: jnp.where(good, p - g, p), w, grads), value
+
+    graph = capture(step, {**WEIGHTS, "scale": f32()}, X).graph
+    assert order(graph, "dot_general") == products(("forward", 2), ("backward", 4))
+    assert order(graph, "integer_pow") == ["forward"]
+
+
 def test_metrics_after_the_gradients_are_not_backward():
     def step(w, x):
         grads = jax.grad(loss)(w, x)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ...ir.errors import CaptureError
@@ -265,7 +266,7 @@ def _number(data: Any, kind: TensorType) -> bool | int | float | None:
 
 
 def _digest(data: Any) -> str:
-    if jax.dtypes.issubdtype(data.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(data.dtype, jax.dtypes.prng_key):
         return f"sha256:{_sha(np.asarray(jax.random.key_data(data)))}:{jax.random.key_impl(data)}"
     return f"sha256:{_sha(np.asarray(data))}"
 
