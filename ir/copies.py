@@ -25,7 +25,7 @@ SUMS = frozenset(
 LAYOUT_BOUND = frozenset(
     {"dot_general", "conv_general_dilated", "gather", "scatter-add", "scatter", "scan"}
 )
-SMALLEST = 1024  # elements; a smaller value is not worth a decision of its own
+SMALLEST = 2  # elements; scalars are not worth a decision of their own
 
 
 def insert_copies(graph: Graph, phases: Sequence[str]) -> Graph:

@@ -97,15 +97,14 @@ def _in_lines(lines: list[str]) -> Iterator[tuple[str, np.ndarray, float]]:
         match = _OP.search(line)
         if not match:
             continue
-        result, operands = (
-            _bytes(match["result"], bool(match["start"])),
-            _bytes(match["operands"], False),
-        )
-        yield KINDS[match["kind"]], _groups(match["rest"]), max(result, operands)
+        kind, groups = KINDS[match["kind"]], _groups(match["rest"])
+        result = _bytes(match["result"], bool(match["start"]))
+        grows = groups.shape[1] if kind == "reduce_scatter" and groups.size else 1
+        yield kind, groups, result * grows
 
 
 def _bytes(text: str, started: bool) -> float:
-    """Bytes of all shapes in a piece of HLO; an async start lists operand and result, count the larger."""
+    """Bytes of all shapes of a result; an async start lists operand and result, count the larger."""
     sizes = [
         prod(map(int, dims.split(","))) * _item(kind) if dims else _item(kind)
         for kind, dims in _SHAPE.findall(text)
