@@ -12,14 +12,14 @@ Ops of repeated layers share their node (equal tags), so depth costs nothing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 
 import numpy as np
 
-from ..ir.graph import Op
+from ..ir.graph import Op, TensorType
 from ..ir.mesh import Mesh
 from ..ir.microbatch import TimeAxis
 from ..ir.program import Program
@@ -145,6 +145,7 @@ class _Builder:
         elif op.tag not in self.space.op_node and self._is_free(op):
             for value in op.outputs:
                 self._free(value)
+            self._settle_scalar(op, runs, phase)
         else:
             self._count(op, runs, phase)
 
@@ -166,8 +167,18 @@ class _Builder:
         entry[2] += runs
 
     def _is_free(self, op: Op) -> bool:
-        """Made from constants alone and cheap: every device can make its own."""
-        return op.kind not in LEADERS and all(self._home(v).node is None for v in op.inputs)
+        """Cheap and made from constants or one scalar alone: every device can make its own."""
+        made = op.kind not in LEADERS and all(self._home(v).node is None for v in op.inputs)
+        return made or _spreads_scalar(op, self.types)
+
+    def _settle_scalar(self, op: Op, runs: int, phase: str) -> None:
+        """A scalar that is spread must be known everywhere: no sum owed."""
+        for k, value in enumerate(op.inputs):
+            home = self._home(value)
+            if home.node is not None:
+                whole = self.layouts.number(replicated(self.types[value].rank))
+                self.wants[op.tag, k] = np.full(len(home.layouts), whole)
+                self._read(value, op.tag, k, home.node, runs, phase)
 
     def _free(self, value: int) -> None:
         layout = self.layouts.numbers([replicated(self.types[value].rank)])
@@ -226,12 +237,12 @@ class _Builder:
         home = self._home(op.inputs[operand])
         assert home.node is not None
         node = self.space.nodes[home.node]
-        grows = self.types[op.outputs[0]].size > self.types[op.inputs[operand]].size
-        found: dict[int, Strategy | None] = {}
-        for number in np.unique(home.layouts):
-            layout = self.layouts.known[number]
-            passes = not (layout.partial and grows)  # settle a sum before it is broadcast
-            found[number] = follow(rule, operand, layout, self.mesh, time) if passes else None
+        if self.types[op.outputs[0]].size > self.types[op.inputs[operand]].size:
+            return False  # a broadcast may be cut in dims that its operand does not have
+        found = {
+            number: follow(rule, operand, self.layouts.known[number], self.mesh, time)
+            for number in np.unique(home.layouts)
+        }
         matched = [found[number] for number in home.layouts]
         failed = np.array([m is None for m in matched])
         if failed.any():
@@ -419,6 +430,10 @@ def memory_values(program: Program) -> frozenset[int]:
     return frozenset(found)
 
 
+def _spreads_scalar(op: Op, types: Mapping[int, TensorType]) -> bool:
+    return op.kind == "broadcast_in_dim" and types[op.inputs[0]].size == 1
+
+
 def _same(phase: str, _: int) -> str:
     return phase
 
@@ -430,7 +445,9 @@ def free_values(program: Program) -> frozenset[int]:
     found: set[int] = set()
     for visit in graph.visits:
         op = visit.op
-        if op.kind not in LEADERS and op.kind != "scan" and known.issuperset(op.inputs):
+        if op.kind in LEADERS or op.kind == "scan":
+            continue
+        if known.issuperset(op.inputs) or _spreads_scalar(op, graph.types):
             known.update(op.outputs)
             found.update(op.outputs)
     return frozenset(found)
