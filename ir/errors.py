@@ -90,6 +90,12 @@ class InfeasibleError(PlanError):
         self.needed_bytes, self.limit_bytes = needed_bytes, limit_bytes
 
 
+class StoppedError(PlanError):
+    """The search was stopped before it found any plan."""
+
+    exit_code = 4
+
+
 class LoweringError(MeshwrightError):
     """A plan that cannot run here."""
 

@@ -81,6 +81,29 @@ class Collective(_Part):
     phase: str
 
 
+class AxisUse(_Part):
+    """What one mesh axis cuts in the step's products, as shares of their FLOP.
+
+    `batch` examples, `sequence` positions of a text, `experts` a dim that weights
+    share with activations, `columns` other dims of the result, `sums` contracted
+    dims (the result owes a sum); the rest is done by every device alike.
+    """
+
+    axis: str
+    size: int
+    batch: float
+    sequence: float
+    experts: float
+    columns: float
+    sums: float
+
+    @property
+    def idle(self) -> float:
+        return max(
+            0.0, 1 - self.batch - self.sequence - self.experts - self.columns - self.sums
+        )
+
+
 class Layout(_Part):
     """A sharding as plain data: mesh axes per dim, and axes whose sum is owed."""
 
@@ -114,9 +137,11 @@ class Plan(_Part):
     recompute: str
     strategies: dict[str, tuple[int, ...]]
     slots: dict[str, Layout]
+    uses: tuple[AxisUse, ...]  # one per mesh axis
     estimate: Estimate
     proof: Proof
     tensors: tuple[Tensor, ...]
     collectives: tuple[Collective, ...]
     opaque: tuple[str, ...]  # ops kept whole because no dim rule describes them
     notes: tuple[str, ...] = ()
+    recipe: dict[str, str | int | bool] = {}  # how the command line built the model, if it did

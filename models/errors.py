@@ -11,4 +11,5 @@ class ModelError(ValueError):
     """
 
     def __init__(self, problem: str, *, where: str, hint: str) -> None:
+        self.what, self.where, self.hint = problem, where, hint
         super().__init__(f"{problem}\n  where  {where}\n  try    {hint}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ..ir.microbatch import Refusal
 from ..ir.plan import Collective, Estimate, Layout, Plan, Proof, Tensor
 from ..ir.roles import roles
 from ..ir.rule import Strategy, result_sharding, settled_axes
@@ -15,7 +16,9 @@ from ..ir.rules import rule_of
 from ..ir.sharding import Sharding, reshard
 from ..ir.version import VERSION
 from .compute import flop
+from .memory import Ledger
 from .space import Space, Transfer
+from .usage import axis_uses
 
 if TYPE_CHECKING:
     from .search import Search
@@ -26,7 +29,7 @@ LEFT_OUT = (
     "overlap of communication with compute",
     "meshes of more than three axes, and axes that straddle hosts",
     "layouts that do not divide evenly, or cut a dim across a reshape's minor factor",
-    "different recompute for blocks of one step",
+    "different recompute for blocks of one step, and recompute where memory does not ask for it",
 )
 
 
@@ -54,6 +57,7 @@ def write_plan(search: Search) -> Plan:
             tag: found[choices[space.op_node[tag]]].axes for tag, found in space.strategies.items()
         },
         slots=_slots(space, choices),
+        uses=axis_uses(space, choices),
         estimate=_estimate(search, collectives),
         proof=_proof(search),
         tensors=tuple(_tensors(space, choices)),
@@ -72,8 +76,6 @@ def _slots(space: Space, choices: tuple[int, ...]) -> dict[str, Layout]:
 
 
 def _estimate(search: Search, collectives: list[Collective]) -> Estimate:
-    from .memory import Ledger
-
     best = search.best
     assert best.space and best.lives and best.answer and best.answer.solution.choices is not None
     total = best.seconds
@@ -116,9 +118,13 @@ def _proof(search: Search) -> Proof:
 
 
 def _notes(search: Search) -> tuple[str, ...]:
-    axis = search.program("none").time
-    reason = getattr(axis, "reason", None)
-    return (f"microbatches are not possible: {reason} ({axis.where})",) if reason else ()  # type: ignore[union-attr]
+    axis, devices = search.program("none").time, search.cluster.size
+    if isinstance(axis, Refusal):
+        return (f"microbatches are not possible: {axis.reason} ({axis.where})",)
+    if axis.batch % devices:
+        what = f"a batch of {axis.batch} does not divide over {devices} devices"
+        return (f"{what}, so pure data parallelism was not possible",)
+    return ()
 
 
 def _opaque(space: Space) -> tuple[str, ...]:

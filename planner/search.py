@@ -15,9 +15,9 @@ from math import inf
 
 from ..ir.blocks import Folded
 from ..ir.cluster import Cluster
-from ..ir.errors import InfeasibleError, PlanError
+from ..ir.errors import InfeasibleError, PlanError, StoppedError
 from ..ir.mesh import Mesh
-from ..ir.microbatch import Refusal, TimeAxis
+from ..ir.microbatch import Refusal
 from ..ir.plan import Plan
 from ..ir.program import Program, prepare
 from ..ir.recompute import POLICIES, Policy
@@ -30,25 +30,11 @@ from .layouts import Layouts
 from .memory import Ledger, Lifetimes, least_peak, lifetimes
 from .meshes import mesh_of, meshes
 from .report import write_plan
+from .request import Request, check
 from .solver import relax
 from .space import Space, build
 
-HEADROOM = 0.10  # of device memory kept free; runs above ~90 % lose speed to the allocator
 MOST_MICROBATCHES = 64
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user fixed or limited. None means: planned."""
-
-    memory: float | None = None  # bytes per device that the plan may use
-    headroom: float = HEADROOM
-    mesh: tuple[int, ...] | None = None
-    microbatches: int | None = None
-    recompute: Policy | None = None
-    time_limit: float = 60.0
-    gap: float = 0.01
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +87,7 @@ class Search:
     # ------------------------------------------------------------ frame
 
     def run(self) -> Plan:
-        self._check()
+        check(self.request, self.cluster, self.program("none").time)
         try:
             self._explore()
         except KeyboardInterrupt:
@@ -177,26 +163,38 @@ class Search:
     # ------------------------------------------------------------ exploration
 
     def _explore(self) -> None:
-        """First an incumbent on the plainest mesh, then best-first over everything."""
-        roots = [
-            Candidate(mesh, policy, self._counts()[0])
-            for mesh in self._meshes()
-            for policy in self._policies()
-        ]
-        plain = min((root.mesh for root in roots), key=lambda m: (abs(len(m.axes) - 2), m.shape))
-        self.open_bounds = dict.fromkeys(roots, self._floor())
-        for root in [root for root in roots if root.mesh == plain]:
-            self._advance(root)
-            for candidate in [c for c in self.open_bounds if c in self._fitting]:
-                self._advance(candidate)
+        """First an incumbent on a plain mesh, then best-first over the finest ones.
+
+        A mesh with more axes can do whatever a coarser one can (its axes used
+        together), so the finest meshes are searched for all. Recompute is opened
+        on a mesh once its fastest plan without it does not fit.
+        """
+        finest = _finest(self._meshes())
+        plain = min(self._meshes(), key=lambda m: (abs(len(m.axes) - 2), m.shape))
+        if plain not in finest:
+            self._seed(plain)
+        for mesh in finest:
+            self.open_bounds[Candidate(mesh, self._policies()[0], self._counts()[0])] = self._floor()
         while self.open_bounds:
-            candidate = min(self.open_bounds, key=lambda c: (self.open_bounds[c], len(c.mesh.axes)))
+            candidate = min(self.open_bounds, key=lambda c: (self.open_bounds[c], str(c)))
             if self.open_bounds[candidate] >= self._enough():
                 return
             if self.late():
                 self.stopped_by = "time"
                 return
             self._advance(candidate)
+
+    def _seed(self, mesh: Mesh) -> None:
+        """Plans on one plain mesh, to have something to beat."""
+        for policy in self._policies():
+            root = Candidate(mesh, policy, self._counts()[0])
+            _, fits = self._relaxed(root)
+            if fits or self.late():
+                return
+            following = self._fit(root, self._counts())
+            if following is not None:
+                self._solve(following)
+            self._forget(keep=self.best.candidate)
 
     def _advance(self, candidate: Candidate) -> None:
         """Look at one open candidate and replace it by what remains of it.
@@ -206,25 +204,31 @@ class Search:
         limit, and the next count takes its place, and so on: more microbatches
         never make a step faster in this model, so its relaxed bound carries over.
         """
-        bound = max(self.open_bounds.pop(candidate), self._relaxed(candidate))
-        if candidate not in self._fitting and bound < self._enough():
-            following = self._smallest_count(candidate)
-            if following is not None:
-                self._fitting.add(following)
-                self.open_bounds[following] = bound
-        elif bound < self._enough() and candidate in self._fitting:
-            self._solve(candidate)
-            following = self._next_count(candidate)
-            if following is not None:
-                self._fitting.add(following)
-                self.open_bounds[following] = bound
-        self.closed_bound = min(self.closed_bound, max(bound, self._solved.pop(candidate, 0.0)))
+        inherited = self.open_bounds.pop(candidate)
+        relaxed, fits = self._relaxed(candidate)
+        bound = max(inherited, relaxed)
+        if bound >= self._enough():
+            self.closed_bound = min(self.closed_bound, bound)
+        elif candidate in self._fitting:
+            solved = self._solve(candidate)
+            self.closed_bound = min(self.closed_bound, max(bound, solved))
+            self._open(self._next_count(candidate), bound)
+        else:
+            if not fits and candidate.policy == self._policies()[0]:
+                for policy in self._policies()[1:]:
+                    other = Candidate(candidate.mesh, policy, candidate.microbatches)
+                    self.open_bounds[other] = self._floor()
+            self._open(self._smallest_count(candidate), bound)
         self._forget(keep=self.best.candidate)
 
+    def _open(self, candidate: Candidate | None, bound: float) -> None:
+        if candidate is not None:
+            self._fitting.add(candidate)
+            self.open_bounds[candidate] = bound
+
     open_bounds: dict[Candidate, float] = field(default_factory=dict)
-    closed_bound: float = inf
+    closed_bound: float = inf  # of all candidates that were looked at to their end
     _fitting: set[Candidate] = field(default_factory=set)
-    _solved: dict[Candidate, float] = field(default_factory=dict)
 
     def lower_bound(self) -> float:
         """No plan of any candidate is faster than this."""
@@ -247,16 +251,19 @@ class Search:
         """Spaces are large; keep only the incumbent's."""
         self._spaces = {c: s for c, s in self._spaces.items() if c == keep}
 
-    def _relaxed(self, candidate: Candidate) -> float:
-        """Solve without a memory limit: a bound for this and all larger microbatch counts."""
+    def _relaxed(self, candidate: Candidate) -> tuple[float, bool]:
+        """Solve without a memory limit: a bound for this and all larger microbatch
+        counts, and whether the answer fits all the same."""
         space, lives = self.open(candidate)
-        solution = relax(problem_of(space))
-        if solution.choices is not None:
-            ledger = Ledger(space, lives)
-            peak, moment = ledger.peak(ledger.local_bytes(solution.choices))
-            if peak <= self.limit:
-                self._offer(candidate, Answer(solution, peak, moment, 0))
-        return solution.lower_bound
+        left = min(10.0, max(1.0, self.deadline - time.monotonic()))
+        solution = relax(problem_of(space), time_limit=left, gap=self.request.gap / 4)
+        if solution.choices is None:
+            return solution.lower_bound, False
+        ledger = Ledger(space, lives)
+        peak, moment = ledger.peak(ledger.local_bytes(solution.choices))
+        if peak <= self.limit:
+            self._offer(candidate, Answer(solution, peak, moment, 0))
+        return solution.lower_bound, peak <= self.limit
 
     def _offer(self, candidate: Candidate, answer: Answer) -> None:
         objective = answer.solution.objective
@@ -297,8 +304,8 @@ class Search:
 
     _lives: dict[tuple[Policy, int], Lifetimes] = field(default_factory=dict)
 
-    def _solve(self, candidate: Candidate) -> None:
-        """Solve one candidate under the memory limit."""
+    def _solve(self, candidate: Candidate) -> float:
+        """Solve one candidate under the memory limit; returns its own lower bound."""
         space, lives = self.open(candidate)
         share = max(2.0, (self.deadline - time.monotonic()) / 4)
         answer = solve_space(
@@ -307,52 +314,21 @@ class Search:
         )  # fmt: skip
         if answer.solution.status == "infeasible":
             self._note(f"{candidate}: does not fit ({answer.solution.reason})")
-            self._solved[candidate] = inf
-            return
-        self._solved[candidate] = answer.solution.lower_bound
+            return inf
         if answer.solution.choices is not None:
             self._offer(candidate, answer)
         if answer.solution.stopped_by == "interrupt":
             raise KeyboardInterrupt
+        return answer.solution.lower_bound
 
     # ------------------------------------------------------------ refusals
 
-    def _check(self) -> None:
-        shape = self.request.mesh
-        if shape is not None and mesh_of(shape).size != self.cluster.size:
-            raise PlanError(
-                f"mesh {'×'.join(map(str, shape))} has {mesh_of(shape).size} devices, "
-                f"the cluster has {self.cluster.size}.",
-                where="request: mesh",
-                fix=f"a mesh whose axes multiply to {self.cluster.size}",
-            )
-        self._check_microbatches()
-
-    def _check_microbatches(self) -> None:
-        count, axis = self.request.microbatches, self.program("none").time
-        if count in (None, 1):
-            return
-        if isinstance(axis, Refusal):
-            raise PlanError(
-                f"{count} microbatches are not possible: {axis.reason}.",
-                where=axis.where,
-                fix="microbatches=1",
-            )
-        assert isinstance(axis, TimeAxis)
-        if count < 1 or axis.batch % count:
-            near = [m for m in range(1, axis.batch + 1) if axis.batch % m == 0]
-            raise PlanError(
-                f"a batch of {axis.batch} cannot be cut into {count} microbatches.",
-                where="request: microbatches",
-                fix=f"a count dividing {axis.batch}: {', '.join(map(str, near[:12]))}",
-            )
-
     def _infeasible(self) -> PlanError:
         if self.stopped_by != "proof":
-            return PlanError(
+            return StoppedError(
                 "no plan was found before the search was stopped.",
-                where=f"stopped by {self.stopped_by}",
-                fix="a longer --time-limit",
+                where=f"stopped by {self.stopped_by} after {time.monotonic() - self.started:.1f} s",
+                fix="more time, fewer choices (pin the mesh or recompute), or more memory",
             )
         needs = {c: self.least(c) for c in self._all_candidates()}
         least = min(needs, key=lambda c: needs[c])
@@ -373,6 +349,12 @@ class Search:
             for p in self._policies()
             for k in self._counts()
         ]
+
+
+def _finest(found: Sequence[Mesh]) -> list[Mesh]:
+    """Meshes that no other one refines: (2, 2, 2) refines (2, 4), (4, 2) and (8,)."""
+    strides = {mesh: {mesh.stride(name) for name in mesh.names} for mesh in found}
+    return [m for m in found if not any(strides[m] < strides[other] for other in found)]
 
 
 def _few_primes(m: int) -> bool:

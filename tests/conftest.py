@@ -43,3 +43,18 @@ class Golden:
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(GOLDEN / f"{request.node.name}.txt", request.config.getoption("--update-golden"))
+
+
+@pytest.fixture(scope="session")
+def small_plan():
+    """A plan of the tiny GPT on eight CPU devices."""
+    from meshwright.api import plan
+    from meshwright.models import build
+    from meshwright.planner.request import Request
+
+    example = build("gpt-tiny")
+    request = Request(mesh=(8,), microbatches=1, recompute="none", time_limit=20)
+    return plan(
+        example.step, example.state, example.batch, cluster="8xcpu", request=request,
+        donate_argnums=0,
+    )  # fmt: skip

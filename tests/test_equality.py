@@ -16,7 +16,7 @@ from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.verify import verify_outputs
 from meshwright.ir.errors import InfeasibleError
 from meshwright.models import build
-from meshwright.planner.search import Request
+from meshwright.planner.request import Request
 
 ZOO = (
     "gpt-tiny", "gpt-tiny-scan", "llama-tiny", "llama-tiny-scan", "mixtral-tiny", "vit-tiny", "wrn-tiny", "dlrm-tiny",

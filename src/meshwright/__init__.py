@@ -1,1 +1,57 @@
-"""meshwright: an automatic parallelization compiler for training steps."""
+"""meshwright: an ordinary training step in, a proven plan and a sharded program out.
+
+    import meshwright as mw
+
+    @mw.parallelize
+    def train_step(state, batch): ...
+
+    mw.plan(train_step, state, batch, cluster="4xh100x8@ib400")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import ParallelStep, RunningStep, lower, parallelize, plan
+    from .ir.cluster import Cluster
+    from .ir.codec import load_plan, save_plan
+    from .ir.errors import MeshwrightError
+    from .ir.plan import Plan
+    from .ir.version import VERSION as __version__
+    from .planner.request import Request
+
+# name -> module that has it; imported when first asked for, so that `meshwright --help` stays quick
+_HOMES = {
+    "Cluster": "ir.cluster",
+    "MeshwrightError": "ir.errors",
+    "ParallelStep": "api",
+    "Plan": "ir.plan",
+    "Request": "planner.request",
+    "RunningStep": "api",
+    "load_plan": "ir.codec",
+    "lower": "api",
+    "parallelize": "api",
+    "plan": "api",
+    "save_plan": "ir.codec",
+}
+
+__all__ = [
+    "Cluster", "MeshwrightError", "ParallelStep", "Plan", "Request", "RunningStep", "__version__",
+    "load_plan", "lower", "parallelize", "plan", "save_plan",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module(".ir.version", __name__).VERSION
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in ("Plan", "load_plan"):
+        importlib.import_module(".view", __name__)  # gives plans their looks
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

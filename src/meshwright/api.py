@@ -21,7 +21,8 @@ from .ir.cluster import Cluster
 from .ir.errors import UsageError
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
-from .planner.search import Request, search
+from .planner.request import Request
+from .planner.search import search
 
 REQUEST_KEYS = tuple(Request.__dataclass_fields__)
 

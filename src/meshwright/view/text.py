@@ -2,92 +2,169 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..backends.xla.audit import Audit
-from ..ir.plan import Plan
-from ..ir.units import format_bytes, format_seconds
+from ..ir.plan import Plan, Tensor
+from ..ir.units import format_bytes, format_flops, format_seconds
+from .words import duty, words
 
-MOST_ROWS = 24
+TENSORS, COLLECTIVES, CANDIDATES = 12, 6, 4  # rows shown unless all are asked for
+WIDEST = 44  # columns of a name
 
 
-def plan_text(plan: Plan) -> str:
-    """Mesh, estimate, memory by cause, shardings, communication, proof."""
+def plan_text(plan: Plan, everything: bool = False) -> str:
+    """Mesh, estimate, memory by cause, shardings, communication, proof.
+
+    Args:
+        everything: all rows of every table instead of the largest.
+    """
+    most = None if everything else TENSORS
     blocks = [
         _head(plan),
-        _memory(plan),
-        _table("parameters and inputs", _tensor_rows(plan)),
-        _table("communication per step", _collective_rows(plan)),
-        _proof(plan),
+        _table("what each axis cuts, in shares of the products' FLOP", _axis_rows(plan)),
+        _table("memory per device at the peak, by cause", _memory_rows(plan)),
+        _table("tensors: parts per device", _tensor_rows(plan, most)),
+        _table(
+            "communication per step and device",
+            _collective_rows(plan, None if everything else COLLECTIVES),
+        ),
+        _proof(plan, everything),
     ]
     return "\n\n".join(block for block in blocks if block)
 
 
 def _head(plan: Plan) -> str:
     e = plan.estimate
+    rate = e.flop / e.step_seconds if e.step_seconds else 0.0
     return "\n".join(
         [
-            f"plan for {plan.name} on {plan.cluster.name}",
-            f"  mesh          {plan.mesh}   ({plan.mesh.size} devices)",
-            f"  step          {format_seconds(e.step_seconds)}   compute {format_seconds(e.compute_seconds)}, "
-            f"communication {format_seconds(e.communication_seconds)}",
-            f"  memory        {format_bytes(e.peak_bytes)} of {format_bytes(e.limit_bytes)} per device",
-            f"  microbatches  {plan.microbatches}",
-            f"  recompute     {plan.recompute}",
+            f"{plan.name} on {plan.cluster.name}: {plan.mesh.size} devices as {plan.mesh}",
+            f"  plan    {'; '.join(words(plan))}",
+            f"  step    {format_seconds(e.step_seconds)} predicted: compute {format_seconds(e.compute_seconds)}, "
+            f"communication {format_seconds(e.communication_seconds)}; "
+            f"{format_flops(rate / plan.mesh.size)} per device",
+            f"  memory  {format_bytes(e.peak_bytes)} per device of {format_bytes(e.limit_bytes)} allowed",
+            f"  proof   {proof_line(plan)}",
         ]
     )
 
 
-def _memory(plan: Plan) -> str:
-    rows = [(cause, format_bytes(size)) for cause, size in plan.estimate.memory.items() if size > 0]
-    return _table("memory at the peak, by cause", rows)
+def proof_line(plan: Plan) -> str:
+    """Status, bound and gap in one line."""
+    p = plan.proof
+    status = "optimal" if p.status == "optimal" else f"feasible, stopped by {p.stopped_by}"
+    return (
+        f"{status}: no plan in the searched space is faster than {format_seconds(p.lower_bound)}, "
+        f"gap {p.gap:.1%}"
+    )
 
 
-def _tensor_rows(plan: Plan) -> list[tuple[str, ...]]:
-    kept = [t for t in plan.tensors if t.role != "optimizer"]
-    kept.sort(key=lambda t: (t.role == "activation", -t.local_bytes))
-    rows = [
-        (
-            t.name,
-            t.role,
-            f"{t.dtype}{list(t.shape)}",
-            f"{list(t.local_shape)}",
-            t.sharding,
-            f"×{t.count}",
-            format_bytes(t.local_bytes),
-        )
-        for t in kept[:MOST_ROWS]
-    ]
-    left = len(plan.tensors) - len(rows)
-    return [*rows, (f"... {left} more",)] if left else rows
-
-
-def _collective_rows(plan: Plan) -> list[tuple[str, ...]]:
+def _axis_rows(plan: Plan) -> list[tuple[str, ...]]:
     return [
         (
-            c.kind,
-            "·".join(c.axes),
-            format_bytes(c.nbytes),
-            f"×{c.count}",
-            format_seconds(c.seconds),
-            c.phase,
-            c.what,
+            use.axis,
+            f"{use.size}",
+            duty(use),
+            *(
+                f"{label} {share:.0%}" if share else ""
+                for label, share in (
+                    ("batch", use.batch),
+                    ("sequence", use.sequence),
+                    ("experts", use.experts),
+                    ("columns", use.columns),
+                    ("sums", use.sums),
+                    ("idle", use.idle if use.idle > 0.005 else 0.0),
+                )
+            ),
         )
-        for c in plan.collectives[:12]
+        for use in plan.uses
     ]
 
 
-def _proof(plan: Plan) -> str:
+def _memory_rows(plan: Plan) -> list[tuple[str, ...]]:
+    causes = sorted(plan.estimate.memory.items(), key=lambda item: -item[1])
+    total = sum(size for _, size in causes) or 1.0
+    return [
+        (cause, format_bytes(size), f"{size / total:.0%}")
+        for cause, size in causes
+        if size >= 0.001 * total
+    ]
+
+
+def _tensor_rows(plan: Plan, most: int | None) -> list[tuple[str, ...]]:
+    shown = largest(plan, most)
+    rows = [
+        (
+            short(tensor.name),
+            tensor.role,
+            f"{tensor.dtype}{list(tensor.shape)}",
+            tensor.sharding,
+            f"×{tensor.count}" if tensor.count > 1 else "",
+            format_bytes(tensor.local_bytes),
+        )
+        for tensor in shown
+    ]
+    left = len(plan.tensors) - len(shown)
+    return [*rows, (f"... and {left} smaller ones",)] if left else rows
+
+
+def largest(plan: Plan, most: int | None) -> list[Tensor]:
+    """States first, then the batch, then activations; in each the largest first.
+
+    With a limit, two thirds of the rows go to inputs and a third to activations,
+    and optimizer states that lie like their parameter are left out.
+    """
+    order = sorted(plan.tensors, key=lambda t: (t.role == "activation", -t.local_bytes))
+    if most is None:
+        return order
+    inputs = [t for t in order if t.role not in ("activation", "optimizer")]
+    activations = [t for t in order if t.role == "activation"]
+    third = min(most // 3, len(activations))
+    return [*inputs[: most - third], *activations[:third]]
+
+
+def short(name: str) -> str:
+    """The end of a long name."""
+    return name if len(name) <= WIDEST else "…" + name[-(WIDEST - 1) :]
+
+
+def _collective_rows(plan: Plan, most: int | None) -> list[tuple[str, ...]]:
+    shown = plan.collectives[:most]
+    rows = [
+        (
+            item.kind,
+            "·".join(item.axes),
+            f"{item.count} × {format_bytes(item.nbytes)}",
+            format_seconds(item.seconds),
+            item.phase,
+            short(item.what.partition(" -> ")[0]),
+        )
+        for item in shown
+    ]
+    left = plan.collectives[len(shown) :]
+    if left:
+        seconds = format_seconds(sum(item.seconds for item in left))
+        rows.append((f"... and {len(left)} more", "", "", seconds, "", ""))
+    return rows
+
+
+def _proof(plan: Plan, everything: bool) -> str:
     p = plan.proof
     lines = [
-        f"proof: {p.status}, stopped by {p.stopped_by}; bound {format_seconds(p.lower_bound)}, gap {p.gap:.2%}; "
-        f"{p.seconds:.1f} s of search, seed {p.seed}",
-        f"  cost model {p.cost_model}: {p.band}",
+        f"searched for {p.seconds:.1f} s, seed {p.seed}; the best so far at each point:",
+        *(f"  {line}" for line in _last(p.searched, None if everything else CANDIDATES)),
+        f"  prices: {p.cost_model}, {p.band}",
         f"  not searched: {'; '.join(p.left_out)}",
+        *(f"  kept whole, as no rule describes it: {op}" for op in plan.opaque),
+        *(f"  note: {note}" for note in plan.notes),
     ]
-    lines += [f"  opaque: {op}" for op in plan.opaque]
-    lines += [f"  note: {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def _last(lines: Sequence[str], most: int | None) -> list[str]:
+    improved = [line for line in lines if "does not fit" not in line]
+    return list(lines) if most is None else improved[-most:]
 
 
 def audit_text(audit: Audit) -> str:
@@ -96,25 +173,33 @@ def audit_text(audit: Audit) -> str:
         (
             line.kind,
             "·".join(line.axes) or "other groups",
-            format_bytes(line.predicted_bytes),
-            format_bytes(line.compiled_bytes),
-            f"{line.predicted_count} -> {line.compiled_count}",
+            f"{format_bytes(line.predicted_bytes)} in {line.predicted_count}",
+            f"{format_bytes(line.compiled_bytes)} in {line.compiled_count}",
             f"{line.difference:+.1%}",
         )
         for line in audit.lines
     ]
-    total = f"total {format_bytes(audit.predicted_bytes)} predicted, {format_bytes(audit.compiled_bytes)} compiled ({audit.difference:+.1%})"
-    peak = f"memory {format_bytes(audit.predicted_peak)} predicted, {format_bytes(audit.compiled_peak)} compiled"
-    return "\n".join([_table("collectives per step: predicted, compiled", rows), total, peak])
+    head = [("collective", "axes", "predicted", "compiled", "difference")]
+    total = (
+        f"total: {format_bytes(audit.predicted_bytes)} predicted, "
+        f"{format_bytes(audit.compiled_bytes)} compiled ({audit.difference:+.1%})"
+    )
+    peak = (
+        f"memory: {format_bytes(audit.predicted_peak)} predicted, "
+        f"{format_bytes(audit.compiled_peak)} compiled"
+    )
+    table = _table("audit: communication per step and device, plan against compiled program", head + rows)
+    return "\n".join([table, f"  {total}", f"  {peak}"])
 
 
 def _table(title: str, rows: Iterable[tuple[str, ...]]) -> str:
-    rows = list(rows)
+    rows = [row for row in rows if row]
     if not rows:
         return ""
-    widths = [max(len(row[k]) for row in rows if k < len(row)) for k in range(max(map(len, rows)))]
+    full = [row for row in rows if len(row) > 1]
+    widths = [max((len(row[k]) for row in full if k < len(row)), default=0) for k in range(max(map(len, rows)))]
     lines = [
-        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=False)).rstrip()
+        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=False) if w).rstrip()
         for row in rows
     ]
     return "\n".join([title, *lines])

@@ -1,0 +1,222 @@
+"""Graphs and plans as versioned JSON, strict on reading and whole on writing.
+
+    save_plan(plan, "plan.json")     the file appears complete or not at all
+    load_plan("plan.json")           refuses other versions and damaged files by name
+    dump_graph(graph) / load_graph(text)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from .errors import GraphError, MeshwrightError, MismatchError, PlanError
+from .fingerprint import fingerprint
+from .graph import Attr, Constant, Graph, Op, Region, TensorType
+from .plan import PLAN_VERSION, Plan
+from .verify import verify
+
+GRAPH_VERSION = 1
+
+# ---------------------------------------------------------------- plans
+
+
+def save_plan(plan: Plan, path: str | Path) -> None:
+    """Write a plan, replacing what was there only once the new file is complete.
+
+    Raises:
+        PlanError: the folder is missing or not writable.
+    """
+    write_whole(Path(path), plan.model_dump_json(indent=1) + "\n")
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        PlanError: no file, no JSON, or fields that a plan does not have.
+        MismatchError: written by a meshwright with another plan format.
+    """
+    place = Path(path)
+    try:
+        text = place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(
+            f"the plan {place} cannot be read: {_reason(error)}.",
+            fix="the path that `meshwright plan -o` wrote",
+        ) from error
+    return parse_plan(text, str(place))
+
+
+def parse_plan(text: str, origin: str) -> Plan:
+    """`load_plan` of text; `origin` is named in errors."""
+    data = _object(text, origin)
+    version = data.get("version")
+    if version != PLAN_VERSION and "strategies" in data:
+        raise MismatchError(
+            f"the plan has format {version!r}, this meshwright reads format {PLAN_VERSION}.",
+            origin=origin,
+            fix="plan again with this version",
+        )
+    try:
+        return Plan.model_validate_json(text)
+    except MeshwrightError as error:
+        raise PlanError.at(error, None, origin) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise PlanError(
+            f"this is no plan: {first['msg']}.",
+            where=".".join(map(str, first["loc"])) or "the whole file",
+            origin=origin,
+            fix="plan again; plans are not meant to be edited by hand",
+        ) from error
+
+
+def _object(text: str, origin: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise PlanError(
+            f"this is no JSON: {error}.", origin=origin, fix="a file from `meshwright plan -o`"
+        ) from error
+    if not isinstance(data, dict):
+        raise PlanError("this is no plan.", origin=origin, fix="a file from `meshwright plan -o`")
+    return data
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in full or not at all: beside its place first, then moved there."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            file.write(text)
+        os.chmod(file.name, 0o666 & ~_umask())
+        os.replace(file.name, path)
+    except OSError as error:
+        raise PlanError(
+            f"{path} cannot be written: {_reason(error)}.", fix="a path in a writable folder"
+        ) from error
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path before hours of work end in a file that cannot be written."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        why = "it is a folder" if path.is_dir() else "its folder is missing or not writable"
+        raise PlanError(f"{path} cannot be written: {why}.", fix="a path in a writable folder")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)
+
+
+# ---------------------------------------------------------------- graphs
+
+
+def dump_graph(graph: Graph) -> str:
+    """A graph as JSON text with its version and fingerprint."""
+    return json.dumps(
+        {
+            "version": GRAPH_VERSION,
+            "fingerprint": fingerprint(graph),
+            "types": [[value, kind.dtype, kind.shape] for value, kind in graph.types.items()],
+            "inputs": graph.inputs,
+            "constants": [[c.value, c.data] for c in graph.constants],
+            "ops": [_op_out(op) for op in graph.ops],
+            "outputs": graph.outputs,
+            "input_names": graph.input_names,
+            "output_names": graph.output_names,
+            "state": graph.state,
+            "donated": sorted(graph.donated),
+            "input_tags": graph.input_tags,
+            "input_counts": graph.input_counts,
+        }
+    )
+
+
+def load_graph(text: str) -> Graph:
+    """Read what `dump_graph` wrote, and verify it.
+
+    Raises:
+        GraphError: no such JSON, a broken invariant, or a content that is not
+            the one its fingerprint names.
+    """
+    try:
+        data = json.loads(text)
+        if data["version"] != GRAPH_VERSION:
+            what = f"the graph has format {data['version']!r}, this reads {GRAPH_VERSION}."
+            raise GraphError(what, fix="capture the step again")
+        graph = _graph_in(data)
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, GraphError):
+            raise
+        raise GraphError(f"this is no graph: {error!r}.") from error
+    verify(graph)
+    if fingerprint(graph) != data["fingerprint"]:
+        raise GraphError("the graph is not the one its fingerprint names.", fix="capture it again")
+    return graph
+
+
+def _graph_in(data: dict[str, Any]) -> Graph:
+    return Graph(
+        types={value: TensorType(dtype, tuple(shape)) for value, dtype, shape in data["types"]},
+        inputs=tuple(data["inputs"]),
+        ops=tuple(_op_in(op) for op in data["ops"]),
+        outputs=tuple(data["outputs"]),
+        constants=tuple(Constant(value, number) for value, number in data["constants"]),
+        input_names=tuple(data["input_names"]),
+        output_names=tuple(data["output_names"]),
+        state=tuple((a, b) for a, b in data["state"]),
+        donated=frozenset(data["donated"]),
+        input_tags=tuple(data["input_tags"]),
+        input_counts=tuple(data["input_counts"]),
+    )
+
+
+def _op_out(op: Op) -> dict[str, Any]:
+    """Fields at their defaults are left out."""
+    found: dict[str, Any] = {"kind": op.kind, "in": op.inputs, "out": op.outputs}
+    if op.attrs:
+        found["attrs"] = dict(op.attrs)
+    if op.regions:
+        found["regions"] = [
+            {"in": r.inputs, "ops": [_op_out(inner) for inner in r.ops], "out": r.outputs}
+            for r in op.regions
+        ]
+    if op.where:
+        found["where"] = op.where
+    if op.tag:
+        found["tag"], found["count"] = op.tag, op.count
+    return found
+
+
+def _op_in(data: dict[str, Any]) -> Op:
+    regions = [
+        Region(tuple(r["in"]), tuple(map(_op_in, r["ops"])), tuple(r["out"]))
+        for r in data.get("regions", ())
+    ]
+    return Op(
+        kind=data["kind"],
+        inputs=tuple(data["in"]),
+        outputs=tuple(data["out"]),
+        attrs=tuple((name, _attr(value)) for name, value in data.get("attrs", {}).items()),
+        regions=tuple(regions),
+        where=data.get("where", ""),
+        tag=data.get("tag", ""),
+        count=data.get("count", 1),
+    )
+
+
+def _attr(value: Any) -> Attr:
+    return tuple(map(_attr, value)) if isinstance(value, list) else value

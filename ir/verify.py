@@ -1,0 +1,157 @@
+"""What must hold of every graph and every dim rule, each law by its name.
+
+    typed               every value of the graph has a type
+    defined-once        no value is defined twice, not even in different regions
+    defined-before-use  an op reads only earlier values of its own region, and constants
+    scan-arity          a scan's operands, region and results agree in number and type
+    state-pairs         a state input and the output that carries it on have equal types
+    positions           donated inputs, names and tags belong to inputs and outputs that exist
+    attributes          attributes are sorted by name, and plain data
+
+`backends` build graphs that pass; `codec` checks what it reads from files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from .errors import GraphError
+from .graph import Graph, Op, Region, TensorType
+from .rule import Rule
+
+
+def verify(graph: Graph) -> None:
+    """Check a graph.
+
+    Raises:
+        GraphError: the first broken law, by name, with the value or op that breaks it.
+    """
+    _Check(graph).run()
+
+
+def verify_rule(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> None:
+    """Check that a rule fits an op: one entry per dim, whose factors multiply to its size.
+
+    Raises:
+        GraphError: law `rule-shapes` is broken.
+    """
+    sides = (("operand", rule.operands, op.inputs), ("result", rule.results, op.outputs))
+    for side, described, values in sides:
+        if len(described) != len(values):
+            raise _broken("rule-shapes", f"{len(described)} {side}s for {len(values)} values", op)
+        for number, (dims, value) in enumerate(zip(described, values, strict=True)):
+            sizes = [_size(rule, dim) for dim in dims]
+            if tuple(sizes) != types[value].shape:
+                what = f"{side} {number} is described as {sizes}, it is {types[value]}"
+                raise _broken("rule-shapes", what, op)
+    for group in rule.linear:
+        if any(not 0 <= operand < len(op.inputs) for operand in group):
+            raise _broken("rule-shapes", f"linear in operands {group} of {len(op.inputs)}", op)
+
+
+def _size(rule: Rule, dim: tuple[int, ...]) -> int:
+    size = 1
+    for factor in dim:
+        size *= rule.factors[factor].size
+    return size
+
+
+class _Check:
+    def __init__(self, graph: Graph):
+        self.graph, self.types = graph, graph.types
+        self.defined: set[int] = set()
+
+    def run(self) -> None:
+        graph = self.graph
+        constants = [c.value for c in graph.constants]
+        self._define(graph.inputs, "the inputs")
+        self._define(constants, "the constants")
+        self._ops(graph.ops, {*graph.inputs, *constants}, frozenset(constants))
+        self._state()
+        self._positions()
+
+    def _define(self, values: Iterable[int], where: Op | str) -> None:
+        for value in values:
+            if value not in self.types:
+                raise _broken("typed", f"%{value} has no type", where)
+            if value in self.defined:
+                raise _broken("defined-once", f"%{value} is defined again", where)
+            self.defined.add(value)
+
+    def _ops(self, ops: Iterable[Op], known: set[int], constants: frozenset[int]) -> set[int]:
+        for op in ops:
+            self._known(op.inputs, known, op)
+            for region in op.regions:
+                self._define(region.inputs, op)
+                inside = self._ops(region.ops, {*region.inputs, *constants}, constants)
+                self._known(region.outputs, inside, op)
+            if op.kind == "scan":
+                self._scan(op)
+            self._attributes(op)
+            self._define(op.outputs, op)
+            known.update(op.outputs)
+        return known
+
+    def _known(self, values: Iterable[int], known: set[int], where: Op | str) -> None:
+        for value in values:
+            if value not in known:
+                raise _broken("defined-before-use", f"%{value} is not known here", where)
+
+    def _scan(self, op: Op) -> None:
+        attrs = dict(op.attrs)
+        region: Region = op.regions[0] if len(op.regions) == 1 else Region((), (), ())
+        consts, carry, length = attrs["num_consts"], attrs["num_carry"], attrs["length"]
+        assert isinstance(consts, int) and isinstance(carry, int)
+        stacked = consts + carry
+        if len(op.inputs) != len(region.inputs) or len(op.outputs) != len(region.outputs):
+            raise _broken("scan-arity", "operands or results differ in number from the region", op)
+        for sides, first_row in (
+            ((op.inputs, region.inputs), stacked),
+            ((op.outputs, region.outputs), carry),
+        ):
+            for k, (outer, inner) in enumerate(zip(*sides, strict=True)):
+                kind, body = self.types[outer], self.types[inner]
+                wanted = (length, *body.shape) if k >= first_row else body.shape
+                if (kind.dtype, kind.shape) != (body.dtype, wanted):
+                    raise _broken("scan-arity", f"%{outer} is {kind}, its body has {body}", op)
+        for start, end in zip(region.inputs[consts:stacked], region.outputs[:carry], strict=True):
+            if self.types[start] != self.types[end]:
+                raise _broken("scan-arity", f"the carry %{start} changes its type", op)
+
+    def _attributes(self, op: Op) -> None:
+        names = [name for name, _ in op.attrs]
+        if names != sorted(set(names)):
+            raise _broken("attributes", f"attributes {names} are not sorted", op)
+
+    def _state(self) -> None:
+        graph = self.graph
+        self._known(graph.outputs, {*graph.inputs, *graph.constant_ids, *_results(graph)}, "outputs")
+        for position, output in graph.state:
+            if position >= len(graph.inputs) or output >= len(graph.outputs):
+                raise _broken("positions", f"state pair {(position, output)}", "the state")
+            before, after = graph.inputs[position], graph.outputs[output]
+            if self.types[before] != self.types[after]:
+                what = f"{self.types[before]} is carried on as {self.types[after]}"
+                raise _broken("state-pairs", what, graph.input_name(position))
+
+    def _positions(self) -> None:
+        graph = self.graph
+        if any(not 0 <= position < len(graph.inputs) for position in graph.donated):
+            raise _broken("positions", f"donated {sorted(graph.donated)}", "the inputs")
+        for what, found, wanted in (
+            ("input names", graph.input_names, graph.inputs),
+            ("output names", graph.output_names, graph.outputs),
+            ("input tags", graph.input_tags, graph.inputs),
+            ("input counts", graph.input_counts, graph.inputs),
+        ):
+            if found and len(found) != len(wanted):
+                raise _broken("positions", f"{len(found)} {what} for {len(wanted)}", "the graph")
+
+
+def _results(graph: Graph) -> set[int]:
+    return {value for op in graph.ops for value in op.outputs}
+
+
+def _broken(law: str, what: str, where: Op | str) -> GraphError:
+    place = where if isinstance(where, str) else f"{where.kind} at {where.where or where.outputs}"
+    return GraphError(f"a graph breaks `{law}`: {what}.", where=place)

@@ -1,0 +1,98 @@
+"""What a user may fix or limit, and the checks that it makes sense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite, prod
+
+from ..ir.cluster import Cluster
+from ..ir.errors import PlanError, did_you_mean
+from ..ir.microbatch import Refusal, TimeAxis
+from ..ir.recompute import POLICIES, Policy
+
+HEADROOM = 0.10  # of device memory kept free; runs above ~90 % lose speed to the allocator
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user fixed or limited. None means: planned.
+
+    memory        bytes per device that the plan may use; else the device's, less `headroom`
+    mesh          sizes of the mesh's axes, outermost first: (128, 8)
+    microbatches  how many parts of the batch run one after another
+    recompute     "none", "elementwise", "selective" or "full"
+    time_limit    seconds of search
+    gap           the search ends when no plan can be faster by more than this share
+    """
+
+    memory: float | None = None
+    headroom: float = HEADROOM
+    mesh: tuple[int, ...] | None = None
+    microbatches: int | None = None
+    recompute: Policy | None = None
+    time_limit: float = 60.0
+    gap: float = 0.01
+    seed: int = 0
+
+
+def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
+    """Refuse what cannot be honoured.
+
+    Raises:
+        PlanError: the field, its value, and values that would do.
+    """
+    _check_numbers(request)
+    if request.recompute is not None and request.recompute not in POLICIES:
+        _refuse("recompute", request.recompute, did_you_mean(str(request.recompute), POLICIES))
+    if request.mesh is not None:
+        _check_mesh(request.mesh, cluster)
+    if request.microbatches is not None:
+        _check_microbatches(request.microbatches, time)
+
+
+def _check_numbers(request: Request) -> None:
+    positive = ("memory", "time_limit")
+    for name in positive:
+        value = getattr(request, name)
+        if value is not None and not (isfinite(value) and value > 0):
+            _refuse(name, value, "a positive number")
+    for name in ("headroom", "gap"):
+        value = getattr(request, name)
+        if not 0 <= value < 1:
+            _refuse(name, value, "a share from 0 up to, not including, 1")
+
+
+def _check_mesh(shape: Sequence[int], cluster: Cluster) -> None:
+    text = "×".join(map(str, shape))
+    if not 1 <= len(shape) <= 3 or any(size < 1 for size in shape):
+        _refuse("mesh", text, "one to three axes of at least 1 device, as in 4x2")
+    if prod(shape) != cluster.size:
+        raise PlanError(
+            f"mesh {text} has {prod(shape)} devices, the cluster has {cluster.size}.",
+            where="request: mesh",
+            origin=f"cluster {cluster.name}",
+            fix=f"a mesh whose axes multiply to {cluster.size}",
+        )
+
+
+def _check_microbatches(count: int, time: TimeAxis | Refusal) -> None:
+    if count == 1:
+        return
+    if isinstance(time, Refusal):
+        raise PlanError(
+            f"{count} microbatches are not possible: {time.reason}.",
+            where=time.where,
+            fix="microbatches=1",
+        )
+    if count < 1 or time.batch % count:
+        near = [m for m in range(1, time.batch + 1) if time.batch % m == 0]
+        raise PlanError(
+            f"a batch of {time.batch} cannot be cut into {count} microbatches.",
+            where="request: microbatches",
+            fix=f"a count dividing {time.batch}: {', '.join(map(str, near[:12]))}",
+        )
+
+
+def _refuse(field: str, value: object, fix: str) -> None:
+    raise PlanError(f"{field} cannot be {value}.", where=f"request: {field}", fix=fix)

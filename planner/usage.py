@@ -1,0 +1,91 @@
+"""What each mesh axis does, told from the factors it cuts: batch, sequence, columns, sums."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from ..ir.examples import Examples
+from ..ir.graph import Graph, Op
+from ..ir.microbatch import batch_dims
+from ..ir.plan import AxisUse
+from ..ir.rule import NONE, Rule
+from ..ir.rules import rule_of
+from .compute import flop
+from .space import Space
+
+PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
+def axis_uses(space: Space, choices: tuple[int, ...]) -> tuple[AxisUse, ...]:
+    """One entry per axis of the mesh."""
+    graph = space.program.graph
+    examples, positions = _followed(graph, 0), _followed(graph, _sequence_dim(graph))
+    shares = [defaultdict[str, float](float) for _ in space.mesh.axes]
+    total = 0.0
+    for visit in graph.visits:
+        op = visit.op
+        if op.kind not in PRODUCTS:
+            continue
+        rule = rule_of(op, graph.types)
+        work = visit.times * flop(op, rule, graph.types)
+        total += work
+        strategy = space.strategies[op.tag][choices[space.op_node[op.tag]]]
+        for share, code in zip(shares, strategy.axes, strict=True):
+            if code != NONE:
+                share[_use(op, rule, code, examples, positions)] += work
+    return tuple(
+        AxisUse(
+            axis=axis.name,
+            size=axis.size,
+            **{
+                use: round(share[use] / total, 4) if total else 0.0
+                for use in ("batch", "sequence", "experts", "columns", "sums")
+            },
+        )
+        for axis, share in zip(space.mesh.axes, shares, strict=True)
+    )
+
+
+def _use(op: Op, rule: Rule, code: int, examples: Examples, positions: Examples) -> str:
+    if code < 0:
+        return "sums"
+    if code in examples.shares(op, rule) or _grows(op, rule, code, examples):
+        return "batch"
+    if code in positions.shares(op, rule):
+        return "sequence"
+    everywhere = all(any(code in dim for dim in dims) for dims in (*rule.operands, *rule.results))
+    if everywhere and not all(v in examples.dims for v in (*op.inputs, *op.outputs)):
+        return "experts"
+    return "sums" if rule.factors[code].kind == "reduced" else "columns"
+
+
+def _grows(op: Op, rule: Rule, code: int, examples: Examples) -> bool:
+    """Whether the factor is a batch dim of the result (its operands do not say so)."""
+    dims = examples.dims.get(op.outputs[0], {})
+    return any(code in rule.results[0][d] for d in dims)
+
+
+def _followed(graph: Graph, dim: int | None) -> Examples:
+    """Where one dim of the batch inputs goes."""
+    found = Examples(graph.types)
+    if dim is None:
+        return found
+    for position in batch_dims(graph):
+        value = graph.inputs[position]
+        shape = graph.types[value].shape
+        if dim < len(shape):
+            found.dims[value] = {dim: shape[dim]}
+            found.depends.add(value)
+    found.run(graph.ops)
+    return found
+
+
+def _sequence_dim(graph: Graph) -> int | None:
+    """1 when the batch is two or more integer arrays of one shape [B, T]: tokens and targets."""
+    shapes = [
+        kind.shape
+        for position in batch_dims(graph)
+        if (kind := graph.types[graph.inputs[position]]).dtype.startswith(("s", "u"))
+        and kind.rank == 2
+    ]
+    return 1 if len(shapes) > 1 and len(set(shapes)) == 1 else None

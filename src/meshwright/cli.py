@@ -1,0 +1,368 @@
+"""The command line. Results go to stdout, progress and errors to stderr.
+
+Exit codes: 0 done; 1 the sharded results differ from the unsharded ones; 2 wrong
+usage, model, cluster or file; 3 nothing fits; 4 stopped before any plan was found;
+5 the plan cannot run here, or belongs to something else; 6 a package is missing;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, cast
+
+import typer
+
+from .ir.errors import MeshwrightError, UsageError
+from .ir.units import parse_bytes
+
+app = typer.Typer(
+    name="meshwright",
+    help="Plan, inspect and run parallel training steps.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Format(StrEnum):
+    text = "text"
+    json = "json"
+
+
+FormatOption = Annotated[Format, typer.Option("--format", help="How results are printed.")]
+PlanFile = Annotated[Path, typer.Argument(help="A plan written by `meshwright plan`.")]
+Emulate = Annotated[
+    bool, typer.Option("--emulate", help="Run on emulated CPU devices, whatever the plan is for.")
+]
+DONT_EMULATE_ABOVE = 64  # emulated devices are threads of this machine
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with the code that belongs to the outcome."""
+    try:
+        app(standalone_mode=False)
+    except MeshwrightError as error:
+        _fail(error.report(), error.exit_code)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # what typer says about options it does not know
+            _fail(_usage(error), 2)
+        raise
+    sys.exit(0)
+
+
+def _usage(error: Any) -> str:
+    command = getattr(error.ctx, "command_path", "meshwright") if error.ctx else "meshwright"
+    return UsageError(error.format_message(), fix=f"{command} --help").report()
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------- plan
+
+
+@app.command()
+def plan(
+    cluster: Annotated[
+        str, typer.Option(help="8xcpu, 4xh100x8@ib400, v5p-256, a YAML file; see `clusters`.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="A model of the zoo (see `models`), or FILE.py:FUNCTION.")
+    ],
+    global_batch: Annotated[
+        int | None, typer.Option("--global-batch", "--batch", help="Examples per step.")
+    ] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Depth.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or sgd.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the computation: bf16 or f32.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Bytes per device that may be used, as in 60GiB.")
+    ] = None,
+    mesh: Annotated[str | None, typer.Option(help="Pin the mesh, as in 128x8.")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="Pin the microbatch count.")] = None,
+    recompute: Annotated[
+        str | None, typer.Option(help="Pin recompute: none, elementwise, selective, full.")
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds of search.")] = 60.0,
+    gap: Annotated[float, typer.Option(help="Good enough: 0.01 stops at a proven 1 %.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal plans.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to save; MODEL.plan.json if not given.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Print all rows of every table.")] = False,
+    format: FormatOption = Format.text,
+) -> None:
+    """Plan a training step for a cluster, print the plan and save it.
+
+    Ctrl-C ends the search with the best plan so far and its gap.
+    """
+    from .ir.cluster import Cluster
+    from .ir.codec import check_writable, save_plan
+    from .planner.request import Request
+    from .recipe import make
+
+    options = {
+        "batch": global_batch, "seq": seq, "layers": layers, "optimizer": optimizer, "dtype": dtype,
+    }  # fmt: skip
+    recipe = {"model": model, **{k: v for k, v in options.items() if v is not None}}
+    where = Cluster.parse(cluster)
+    request = Request(
+        memory=None if memory is None else parse_bytes(memory),
+        mesh=None if mesh is None else _sizes(mesh),
+        microbatches=microbatches,
+        recompute=cast(Any, recompute),
+        time_limit=time_limit,
+        gap=gap,
+        seed=seed,
+    )
+    made = make(recipe)
+    place = output or Path(f"{made.name}.plan.json")
+    check_writable(place)
+    found = _search(made, where, request).model_copy(update={"recipe": recipe})
+    save_plan(found, place)
+    _print_plan(found, format, everything)
+    print(f"saved to {place}", file=sys.stderr)
+
+
+def _search(made: Any, where: Any, request: Any) -> Any:
+    """Trace and plan, telling stderr what happens."""
+    from .api import plan_captured
+    from .progress import Progress
+
+    with Progress() as progress:
+        progress.say(f"tracing {made.name}")
+        captured = made.capture()
+        progress.say(f"searching plans for {where.size} devices (Ctrl-C: best so far)")
+        return plan_captured(captured, where, request, made.name, progress.line)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    parts = text.lower().replace("×", "x").split("x")
+    if not all(part.strip().isdigit() for part in parts):
+        raise UsageError(f"`{text}` is no mesh.", where="--mesh", fix="sizes of axes, as in 128x8")
+    return tuple(int(part) for part in parts)
+
+
+def _print_plan(found: Any, format: Format, everything: bool) -> None:
+    from .view import plan_text
+    from .view.words import words
+
+    if format is Format.text:
+        print(plan_text(found, everything))
+        return
+    data = found.model_dump(mode="json", exclude={"strategies", "slots"})
+    data["proof"]["gap"] = found.proof.gap
+    print(json.dumps({**data, "words": words(found)}, indent=1))
+
+
+# ---------------------------------------------------------------- show
+
+
+@app.command()
+def show(
+    plan: PlanFile,
+    everything: Annotated[bool, typer.Option("--all", help="Print all rows of every table.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write the plan as an HTML page.")] = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Print a saved plan."""
+    from .ir.codec import load_plan, write_whole
+    from .view.html import page
+
+    found = load_plan(plan)
+    if html is not None:
+        write_whole(html, page(found))
+        print(f"wrote {html}", file=sys.stderr)
+    _print_plan(found, format, everything)
+
+
+# ---------------------------------------------------------------- run and audit
+
+
+@app.command()
+def run(
+    plan: PlanFile,
+    steps: Annotated[int, typer.Option(min=1, help="How many steps to train.")] = 10,
+    data: Annotated[
+        Path | None, typer.Option(help="Text to train a byte-level model on.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the first step with the unsharded step.")
+    ] = False,
+    emulate: Emulate = False,
+    seed: Annotated[int, typer.Option(help="Of initial parameters and batches.")] = 0,
+    format: FormatOption = Format.text,
+) -> None:
+    """Train with a saved plan on this process's devices."""
+    from .ir.codec import load_plan
+    from .training import train
+
+    found = load_plan(plan)
+    _devices(found, emulate)
+    results = train(found, _made(found), steps, data, verify, seed)
+    if format is Format.json:
+        print(json.dumps(results))
+        return
+    for number, (loss, seconds) in enumerate(
+        zip(results["losses"], results["seconds"], strict=True), start=1
+    ):
+        print(f"step {number:4d}  loss {loss:.4f}  {seconds * 1e3:.1f} ms")
+
+
+@app.command()
+def audit(
+    plan: PlanFile,
+    emulate: Emulate = False,
+    format: FormatOption = Format.text,
+) -> None:
+    """Compile a saved plan and compare its communication and memory with the prediction."""
+    from dataclasses import asdict
+
+    from .api import RunningStep
+    from .backends.xla.lower import lower
+    from .ir.codec import load_plan
+    from .view import audit_text
+
+    found = load_plan(plan)
+    _devices(found, emulate)
+    made = _made(found)
+    report = RunningStep(lower(found, made.capture())).audit()
+    if format is Format.json:
+        lines = [{**asdict(line), "difference": _finite(line.difference)} for line in report.lines]
+        totals = {
+            "predicted_bytes": report.predicted_bytes, "compiled_bytes": report.compiled_bytes,
+            "difference": _finite(report.difference), "predicted_peak": report.predicted_peak,
+            "compiled_peak": report.compiled_peak,
+        }  # fmt: skip
+        print(json.dumps({**totals, "lines": lines}, indent=1))
+        return
+    print(audit_text(report))
+
+
+def _finite(number: float) -> float | None:
+    return number if abs(number) != float("inf") else None
+
+
+def _made(found: Any) -> Any:
+    from .recipe import make
+
+    if not found.recipe:
+        raise UsageError(
+            f"the plan does not say how its step `{found.name}` is made.",
+            fix="lower it in Python: mw.lower(plan, step, *arguments)",
+        )
+    return make(found.recipe)
+
+
+def _devices(found: Any, emulate: bool) -> None:
+    """Set up the CPU's devices before jax looks at them."""
+    import jax
+
+    size, kind = found.mesh.size, found.cluster.device.kind
+    if emulate:
+        jax.config.update("jax_platforms", "cpu")
+    if not (emulate or kind == "cpu"):
+        return
+    if size > DONT_EMULATE_ABOVE:
+        raise UsageError(
+            f"{size} devices are too many to emulate on one machine.",
+            fix=f"a plan for at most {DONT_EMULATE_ABOVE} devices",
+        )
+    try:
+        jax.config.update("jax_num_cpu_devices", size)
+    except RuntimeError:  # jax runs already, as in tests: `lower` checks the number
+        return
+
+
+# ---------------------------------------------------------------- lists
+
+
+@app.command()
+def models(
+    name: Annotated[str | None, typer.Argument(help="Describe this one.")] = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """List the models of the zoo, or describe one."""
+    from .models import ModelError, describe, names
+
+    if name is None:
+        print(json.dumps(names()) if format is Format.json else "\n".join(names()))
+        return
+    try:
+        line = describe(name)
+    except ModelError as error:
+        raise UsageError(error.what, where=error.where, fix=error.hint) from error
+    print(json.dumps({"name": name, "description": line}) if format is Format.json else line)
+
+
+@app.command()
+def clusters(
+    spec: Annotated[
+        str | None, typer.Argument(help="A shorthand, a file, or `local`: check and describe it.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With `local`: measure its rates (some seconds).")
+    ] = False,
+    format: FormatOption = Format.text,
+) -> None:
+    """List device and fabric presets, or check and describe a cluster."""
+    from .ir import presets
+    from .ir.cluster import Cluster
+
+    if measure and spec != "local":
+        raise UsageError("only this machine can be measured.", fix="clusters local --measure")
+    if spec is None:
+        print(_presets(presets.names(), format))
+        return
+    if measure:
+        from .backends.xla.measure import measured_cluster
+
+        found = measured_cluster()
+    else:
+        found = Cluster.local() if spec == "local" else Cluster.parse(spec)
+    print(found.model_dump_json(indent=1) if format is Format.json else found.describe())
+
+
+def _presets(names: dict[str, str], format: Format) -> str:
+    if format is Format.json:
+        return json.dumps(names)
+    width = max(map(len, names))
+    rows = [f"{name.ljust(width)}  {what}" for name, what in names.items()]
+    return "\n".join([*rows, "", "combine them: 8xcpu, h100x8, 4xh100x8@ib400, v5p-256"])
+
+
+# ---------------------------------------------------------------- demo
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        Path | None, typer.Option(help="Text to train on; this project's own sources if not given.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 30,
+    devices: Annotated[int, typer.Option(min=1, max=DONT_EMULATE_ABOVE)] = 8,
+    large: Annotated[bool, typer.Option(help="Also plan gpt3-175b for 1024 GPUs.")] = True,
+) -> None:
+    """Train a byte-level GPT on emulated devices with a plan found on the spot."""
+    from .demo import run_demo
+
+    run_demo(data, steps, devices, large)
+
+

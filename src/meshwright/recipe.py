@@ -1,0 +1,94 @@
+"""Steps that the command line can name: the zoo's models, and functions in a user's file.
+
+    gpt3-175b                     a model of the zoo, with --global-batch and so on
+    train.py:make                 `make()` returns an object with `step`, `state` and `batch`,
+                                  or a tuple (step, *arguments); arrays or jax.ShapeDtypeStruct
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .api import Options
+from .backends.xla.capture import Captured
+from .ir.errors import UsageError
+from .models import Example, ModelError, build
+
+Recipe = Mapping[str, str | int | bool]  # as kept in `Plan.recipe`
+
+
+@dataclass(frozen=True)
+class Made:
+    """A step and its (abstract) arguments. `example` is there for models of the zoo."""
+
+    name: str
+    step: Callable[..., Any]
+    args: tuple[Any, ...]
+    recipe: Recipe
+    example: Example | None = None
+
+    def capture(self) -> Captured:
+        """Trace it; the state (first argument) is donated, as training loops do."""
+        return Options(donate_argnums=(0,)).capture(self.step, self.args, {})
+
+
+def make(recipe: Recipe) -> Made:
+    """Build the step that a recipe names.
+
+    Raises:
+        UsageError: no such model, option, file or function.
+    """
+    options = {name: value for name, value in recipe.items() if name != "model"}
+    model = str(recipe["model"])
+    if ".py:" in model:
+        return _from_file(model, options, recipe)
+    try:
+        example = build(model, **options)  # type: ignore[arg-type]
+    except ModelError as error:
+        raise UsageError(error.what, where=error.where, fix=error.hint) from error
+    return Made(example.name, example.step, (example.state, example.batch), recipe, example)
+
+
+def _from_file(model: str, options: Mapping[str, Any], recipe: Recipe) -> Made:
+    if options:
+        raise UsageError(
+            f"--{next(iter(options))} is for models of the zoo.",
+            where=model,
+            fix="set it in the function that makes the step",
+        )
+    path, _, name = model.rpartition(":")
+    function = getattr(_module(Path(path)), name, None)
+    if not callable(function):
+        raise UsageError(f"{path} has no function `{name}`.", fix="FILE.py:FUNCTION")
+    found: Any = function()
+    if isinstance(found, tuple) and len(found) > 1 and callable(found[0]):
+        return Made(name, found[0], tuple(found[1:]), recipe)
+    if isinstance(found, tuple) or not all(hasattr(found, p) for p in ("step", "state", "batch")):
+        raise UsageError(
+            f"`{name}()` returned a {type(found).__name__}.",
+            where=model,
+            fix="return (step, state, batch), or an object with these three",
+        )
+    return Made(name, found.step, (found.state, found.batch), recipe)
+
+
+def _module(path: Path) -> Any:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}.", fix="FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(
+            f"{path} cannot be imported: {type(error).__name__}: {error}.", fix="python " + str(path)
+        ) from error
+    return module

@@ -1,0 +1,148 @@
+"""Graphs as text and JSON, the verifier's laws, and plans as files."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+
+from meshwright import models
+from meshwright.backends.xla.capture import capture
+from meshwright.ir.blocks import fold
+from meshwright.ir.codec import dump_graph, load_graph, load_plan, save_plan
+from meshwright.ir.errors import GraphError, MismatchError, PlanError
+from meshwright.ir.rules import rule_of
+from meshwright.ir.text import parse, show
+from meshwright.ir.verify import verify, verify_rule
+
+TEXT = """\
+in %0: f32[16, 4] 'w' donated
+in %1: f32[8, 16] 'x'
+const %2: f32[] = -inf
+%3: f32[8, 4] = dot_general %1 %0 (dimension_numbers=(((1,), (0,)), ((), ()))) @ 'model.py:3'
+%6: f32[8, 4] = scan %3 (length=3, num_carry=1, num_consts=0, reverse=False, unroll=1) {
+  in %4: f32[8, 4]
+  %5: f32[8, 4] = tanh %4
+  out %5
+}
+%7: f32[16, 4] = add %0 %0
+out %6 'y'
+out %7 'w' updates %0
+"""
+
+
+def broken(old: str, new: str):
+    assert old in TEXT
+    return parse(TEXT.replace(old, new))
+
+
+def test_text_prints_as_it_was_parsed():
+    graph = parse(TEXT)
+    verify(graph)
+    assert show(graph) == TEXT
+    assert graph.state == ((0, 1),) and graph.donated == {0}
+
+
+@pytest.mark.parametrize("name", ["gpt-tiny", "gpt-tiny-scan", "mixtral-tiny", "wrn-tiny", "dlrm-tiny"])
+def test_captured_graphs_survive_text_and_json(name):
+    example = models.build(name)
+    graph = capture(example.step, example.state, example.batch, donate_argnums=0).graph
+    for kept in (graph, fold(graph).small):
+        verify(kept)
+        assert parse(show(kept)) == kept
+        assert load_graph(dump_graph(kept)) == kept
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("%3: f32[8, 4] <- dot %1", "no line of a graph"),
+        ("%3: f33[8, 4] = dot %1", "`f33` is not an element type"),
+        ("%0: f32[8, 4] = dot %1", "%0 is defined twice"),
+        ("%3: f32[8] = scan %1 (length=3) {", "never closed"),
+        ("%3: f32[8] = add %1 (axis=f(1))", "no line of a graph"),
+        ("out %0 'w' updates %9", "%9, which is no input"),
+    ],
+)
+def test_text_that_is_wrong_is_named_with_its_line(line, complaint):
+    with pytest.raises(GraphError, match=complaint):
+        parse("in %0: f32[8, 4] 'w'\nin %1: f32[8] 'x'\n" + line + "\n")
+
+
+@pytest.mark.parametrize(
+    ("law", "old", "new"),
+    [
+        ("defined-before-use", "add %0 %0", "add %0 %8"),
+        ("defined-before-use", "tanh %4", "tanh %0"),
+        ("scan-arity", "length=3, num_carry=1", "length=3, num_carry=0"),
+        ("scan-arity", "%5: f32[8, 4] = tanh", "%5: f32[8, 5] = tanh"),
+        ("state-pairs", "%7: f32[16, 4]", "%7: bf16[16, 4]"),
+        ("attributes", "num_carry=1, num_consts=0", "num_consts=0, num_carry=1"),
+    ],
+)
+def test_a_broken_law_is_named(law, old, new):
+    with pytest.raises(GraphError, match=law):
+        verify(broken(old, new))
+
+
+def test_values_without_a_type_and_positions_beyond_the_end_are_named():
+    graph = parse(TEXT)
+    with pytest.raises(GraphError, match="typed"):
+        verify(dataclasses.replace(graph, types={v: t for v, t in graph.types.items() if v != 5}))
+    with pytest.raises(GraphError, match="positions"):
+        verify(dataclasses.replace(graph, donated=frozenset({7})))
+    with pytest.raises(GraphError, match="defined-once"):
+        verify(dataclasses.replace(graph, inputs=(0, 0), input_names=("a", "b")))
+
+
+def test_a_rule_that_does_not_fit_its_op_is_named():
+    graph = parse(TEXT)
+    op = graph.ops[0]
+    rule = rule_of(op, graph.types)
+    verify_rule(op, rule, graph.types)
+    with pytest.raises(GraphError, match="rule-shapes"):
+        verify_rule(op, dataclasses.replace(rule, operands=rule.operands[::-1]), graph.types)
+
+
+def test_every_rule_of_the_zoo_fits():
+    for name in ("gpt-tiny", "mixtral-tiny", "wrn-tiny", "dlrm-tiny", "vit-tiny"):
+        example = models.build(name)
+        graph = capture(example.step, example.state, example.batch).graph
+        for visit in graph.visits:
+            if not visit.op.regions:
+                verify_rule(visit.op, rule_of(visit.op, graph.types), graph.types)
+
+
+def test_a_changed_graph_file_is_refused():
+    text = dump_graph(parse(TEXT))
+    with pytest.raises(GraphError, match="fingerprint"):
+        load_graph(text.replace('"tanh"', '"sin"'))
+    with pytest.raises(GraphError, match="format 7"):
+        load_graph(json.dumps({**json.loads(text), "version": 7}))
+    with pytest.raises(GraphError, match="no graph"):
+        load_graph("[]")
+
+
+def test_a_plan_survives_its_file(small_plan, tmp_path):
+    save_plan(small_plan, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == small_plan
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def test_damaged_plans_are_refused_by_name(small_plan, tmp_path):
+    path = tmp_path / "plan.json"
+    save_plan(small_plan, path)
+    good = json.loads(path.read_text())
+    path.write_text(json.dumps({**good, "version": 99}))
+    with pytest.raises(MismatchError, match="format 99"):
+        load_plan(path)
+    path.write_text(json.dumps({**good, "microbatches": "two"}))
+    with pytest.raises(PlanError, match="microbatches"):
+        load_plan(path)
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(PlanError, match="no JSON"):
+        load_plan(path)
+    with pytest.raises(PlanError, match="cannot be read"):
+        load_plan(tmp_path / "nothing.json")
+    with pytest.raises(PlanError, match="cannot be written"):
+        save_plan(small_plan, tmp_path / "no" / "such.json")
