@@ -241,9 +241,8 @@ def _settlements(space: Space, choices: tuple[int, ...]) -> list[Collective]:
         rule = rule_of(op, graph.types)
         strategy: Strategy = space.strategies[op.tag][choices[space.op_node[op.tag]]]
         for axes in settled_axes(rule, strategy, space.mesh).values():
-            nbytes = graph.types[op.outputs[0]].nbytes / result_sharding(
-                rule, strategy, space.mesh, 0
-            ).ways(space.mesh)
+            whole = space.layouts.collectives.wire_bytes(graph.types[op.outputs[0]])
+            nbytes = whole / result_sharding(rule, strategy, space.mesh, 0).ways(space.mesh)
             seconds = visit.times * space.layouts.collectives.line("all_reduce", axes)(nbytes)
             entries.append(
                 Collective(

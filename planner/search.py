@@ -171,10 +171,10 @@ class Search:
         """
         finest = _finest(self._meshes())
         plain = min(self._meshes(), key=lambda m: (abs(len(m.axes) - 2), m.shape))
-        if plain not in finest:
-            self._seed(plain)
         for mesh in finest:
             self.open_bounds[Candidate(mesh, self._policies()[0], self._counts()[0])] = self._floor()
+        if plain not in finest:
+            self._seed(plain)
         while self.open_bounds:
             candidate = min(self.open_bounds, key=lambda c: (self.open_bounds[c], str(c)))
             if self.open_bounds[candidate] >= self._enough():
@@ -203,10 +203,10 @@ class Search:
         count that can fit takes its place. That one is solved under the memory
         limit, and the next count takes its place, and so on: more microbatches
         never make a step faster in this model, so its relaxed bound carries over.
+        It stays open to the end, so that an interrupt never leaves a bound too high.
         """
-        inherited = self.open_bounds.pop(candidate)
         relaxed, fits = self._relaxed(candidate)
-        bound = max(inherited, relaxed)
+        bound = self.open_bounds[candidate] = max(self.open_bounds[candidate], relaxed)
         if bound >= self._enough():
             self.closed_bound = min(self.closed_bound, bound)
         elif candidate in self._fitting:
@@ -218,7 +218,12 @@ class Search:
                 for policy in self._policies()[1:]:
                     other = Candidate(candidate.mesh, policy, candidate.microbatches)
                     self.open_bounds[other] = self._floor()
-            self._open(self._smallest_count(candidate), bound)
+            following = self._smallest_count(candidate)
+            if following == candidate:
+                self._fitting.add(candidate)
+                return
+            self._open(following, bound)
+        del self.open_bounds[candidate]
         self._forget(keep=self.best.candidate)
 
     def _open(self, candidate: Candidate | None, bound: float) -> None:

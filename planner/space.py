@@ -87,7 +87,7 @@ class Transfer:
     consumer: int | None
     have: np.ndarray
     wanted: np.ndarray
-    nbytes: float
+    nbytes: float  # of the whole tensor when it travels
     runs: int
     phase: str
 
@@ -332,7 +332,7 @@ class _Builder:
         for (source, reader, k), (value, consumer, runs, phase) in self.readings.items():
             home = self.space.homes[source]
             parts = self.space.microbatches if self._split_dim(value) is not None else 1
-            nbytes = self.types[value].nbytes / parts
+            nbytes = self.layouts.collectives.wire_bytes(self.types[value]) / parts
             wanted = self.wants[reader, k]
             self._add(
                 Transfer(
@@ -362,9 +362,8 @@ class _Builder:
         for i, strategy in enumerate(chosen):
             for axes in settled_axes(rule, strategy, self.mesh).values():
                 for value, ways in zip(op.outputs, results, strict=True):
-                    seconds[i] += prices.line("all_reduce", axes)(
-                        self.types[value].nbytes / ways[i]
-                    )
+                    nbytes = prices.wire_bytes(self.types[value]) / ways[i]
+                    seconds[i] += prices.line("all_reduce", axes)(nbytes)
         return seconds
 
     def _add(self, item: Transfer) -> None:

@@ -13,7 +13,7 @@ import pytest
 from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
-from meshwright.backends.xla.verify import verify_outputs
+from meshwright.backends.xla.verify import Reference, verify_outputs
 from meshwright.ir.errors import InfeasibleError
 from meshwright.models import build
 from meshwright.planner.request import Request
@@ -31,7 +31,8 @@ def case(name: str):
     example = build(name, optimizer="sgd", dtype="f32")
     captured = capture(example.step, example.state, example.batch, donate_argnums=0)
     state, batch = example.init(jax.random.key(0)), example.make_batch(np.random.default_rng(0))
-    return captured, (state, batch), jax.jit(example.step)(state, batch)
+    results = jax.jit(example.step)(state, batch)
+    return captured, (state, batch), Reference(results, results, 0.0)  # f32: strict
 
 
 def check(name: str, **request) -> float:

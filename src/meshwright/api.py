@@ -15,7 +15,7 @@ from .backends.xla.audit import Audit, audit
 from .backends.xla.capture import Captured, capture
 from .backends.xla.lower import Lowered
 from .backends.xla.lower import lower as lower_flat
-from .backends.xla.verify import verify_outputs
+from .backends.xla.verify import reference, verify_outputs
 from .ir.blocks import fold
 from .ir.cluster import Cluster
 from .ir.errors import UsageError
@@ -205,22 +205,33 @@ class ParallelStep:
         return RunningStep(lower_flat(found, captured))
 
     def _verified(self, running: RunningStep, leaves: list[Any], args: tuple, kwargs: dict) -> Any:
-        expected = jax.jit(
-            self.step,
-            static_argnums=self.options.static_argnums,
-            static_argnames=self.options.static_argnames,
-        )(*args, **kwargs)
+        """Run both, compare, and return what the sharded step gave."""
+        unsharded = self._unsharded(args, kwargs)
+        graph = running.lowered.captured.graph
+        truth = reference(unsharded, graph, leaves)
         results = running.run(leaves)
-        verify_outputs(expected, results, running.lowered.captured.graph.output_names)
+        verify_outputs(truth, results, graph.output_names)
         return results
+
+    def _unsharded(self, args: tuple, kwargs: dict) -> Callable[..., Any]:
+        """The plain step, compiled, on the flat leaves of its array arguments."""
+        arrays, _ = self._split(args, kwargs)
+        tree = jax.tree.structure(arrays)
+        numbers, names = self._static()
+
+        def flat(*leaves: Any) -> Any:
+            placed, named = jax.tree.unflatten(tree, leaves)
+            rest = iter(placed)
+            full = [a if i in numbers else next(rest) for i, a in enumerate(args)]
+            return self.step(*full, **{k: v for k, v in kwargs.items() if k in names}, **named)
+
+        return jax.jit(flat)
 
     def _split(self, args: tuple, kwargs: dict) -> tuple[Any, Any]:
         """Array arguments as capture sees them, and the static ones as part of the cache key."""
-        if not self.options.static_argnums and not self.options.static_argnames:
+        numbers, names = self._static()
+        if not numbers and not names:
             return (args, kwargs), ()
-        names, numbers = set(self.options.static_argnames), set(self.options.static_argnums)
-        numbers |= {i for i, name in enumerate(_parameters(self.step)) if name in names}
-        names |= {name for i, name in enumerate(_parameters(self.step)) if i in numbers}
         arrays = tuple(a for i, a in enumerate(args) if i not in numbers)
         named = {k: v for k, v in kwargs.items() if k not in names}
         static = tuple(a for i, a in enumerate(args) if i in numbers)
@@ -228,6 +239,17 @@ class ParallelStep:
             static,
             tuple(sorted((k, v) for k, v in kwargs.items() if k in names)),
         )
+
+
+    def _static(self) -> tuple[frozenset[int], frozenset[str]]:
+        """Positions and names of static parameters, however they were given."""
+        numbers, names = set(self.options.static_argnums), set(self.options.static_argnames)
+        if not numbers and not names:
+            return frozenset(), frozenset()
+        parameters = _parameters(self.step)
+        numbers = {i % len(parameters) for i in numbers}
+        numbers |= {i for i, name in enumerate(parameters) if name in names}
+        return frozenset(numbers), frozenset(names | {parameters[i] for i in numbers})
 
 
 def parallelize(

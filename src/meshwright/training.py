@@ -13,8 +13,9 @@ import numpy as np
 
 from .api import RunningStep
 from .backends.xla.lower import lower
-from .backends.xla.verify import verify_outputs
+from .backends.xla.verify import Reference, reference, verify_outputs
 from .ir.errors import UsageError
+from .ir.graph import Graph
 from .ir.plan import Plan
 from .recipe import Made
 from .text_data import read_text
@@ -36,7 +37,7 @@ def train(
     running = RunningStep(lower(plan, captured))
     state, batches = start(made, data, seed)
     first = next(batches)
-    expected = jax.jit(made.step)(state, first) if verify else None
+    truth = _unsharded(made, captured.graph, state, first) if verify else None
     results: dict[str, list[float]] = {"losses": [], "seconds": []}
     running.lowered.compiled  # noqa: B018  compiled before the clock runs
     for number in range(steps):
@@ -44,11 +45,17 @@ def train(
         begin = time.perf_counter()
         out = jax.block_until_ready(running(state, batch))
         results["seconds"].append(time.perf_counter() - begin)
-        if number == 0 and expected is not None:
-            verify_outputs(expected, out, captured.graph.output_names)
+        if number == 0 and truth is not None:
+            verify_outputs(truth, out, captured.graph.output_names)
         state = out[0]
         results["losses"].append(loss_of(out))
     return results
+
+
+def _unsharded(made: Made, graph: Graph, *args: Any) -> Reference:
+    leaves, tree = jax.tree.flatten(args)
+    step = jax.jit(lambda *flat: made.step(*jax.tree.unflatten(tree, flat)))
+    return reference(step, graph, leaves)
 
 
 def start(made: Made, data: Path | None, seed: int) -> tuple[Any, Iterator[Any]]:
@@ -67,7 +74,8 @@ def start(made: Made, data: Path | None, seed: int) -> tuple[Any, Iterator[Any]]
         raise UsageError(
             f"{example.name} does not read bytes.", where="--data", fix="a plan for gpt-bytes"
         )
-    return state, read_text(data).batches(*tokens.shape, seed)
+    batch, seq = tokens.shape
+    return state, read_text(data).batches(batch, seq, seed)
 
 
 def _materialise(leaf: Any) -> Any:
