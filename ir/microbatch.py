@@ -18,8 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import lcm
 
 from .graph import Graph, Op, Region
+from .mesh import Mesh
 from .rule import Factor, Rule, cuttable
 from .rules import rule_of
 
@@ -58,6 +60,21 @@ def batch_dims(graph: Graph) -> dict[int, int]:
     }
     common = max(sorted(set(sizes.values())), key=list(sizes.values()).count, default=0)
     return {p: 0 for p, size in sizes.items() if size == common > 1}
+
+
+def time_groups(batch: int, mesh: Mesh, count: int) -> int:
+    """Into how many runs of neighbours the batch is dealt out to `count` microbatches.
+
+        batch 8, count 2, groups 2     rows 0 1 4 5 | 2 3 6 7
+
+    Every shard must find its part of each microbatch in its own rows, whichever
+    axes cut the batch; so there is a group for each shard of the finest cut, and
+    a coarser shard has several of them.
+    """
+    ways = {1}
+    for size in mesh.shape:
+        ways |= {found * size for found in ways}
+    return lcm(*(n for n in ways if batch % (n * count) == 0))
 
 
 def time_axis(graph: Graph, batch: Mapping[int, int]) -> TimeAxis | Refusal:
@@ -119,6 +136,8 @@ class _Flow:
     def _simple(self, op: Op, rule: Rule) -> None:
         number = self._factor(op, rule)
         factor = rule.factors[number]
+        if op.kind.startswith(("gather", "scatter")) and _is_looked_up(op, rule, number):
+            raise _Stop(op, "looks up places along the batch dim")
         for dims, result in zip(rule.results, op.outputs, strict=True):
             dim = next((d for d, factors in enumerate(dims) if number in factors), None)
             if dim is not None:
@@ -211,6 +230,13 @@ class _Flow:
         ):
             value = writers[value].inputs[0]
         return value in zeros
+
+
+def _is_looked_up(op: Op, rule: Rule, number: int) -> bool:
+    """Whether ids choose places along this factor: a shard does not hold neighbours then."""
+    numbers = op.attr("dimension_numbers")
+    assert isinstance(numbers, tuple) and isinstance(numbers[2], tuple)
+    return any(number in rule.operands[0][d] for d in numbers[2] if isinstance(d, int))
 
 
 def _leading(factors: tuple[Factor, ...], dim: tuple[int, ...]) -> int | None:

@@ -14,7 +14,8 @@ from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.verify import Reference, verify_outputs
-from meshwright.ir.errors import InfeasibleError
+from meshwright.ir.errors import InfeasibleError, PlanError
+from meshwright.ir.recompute import POLICIES
 from meshwright.models import build
 from meshwright.planner.request import Request
 
@@ -38,7 +39,7 @@ def case(name: str):
 def check(name: str, **request) -> float:
     """Plan, run, compare; returns the plan's peak bytes."""
     captured, inputs, expected = case(name)
-    found = plan_captured(captured, "8xcpu", Request(time_limit=20, gap=0.05, **request), name)
+    found = plan_captured(captured, "8xcpu", Request(time_limit=10, gap=0.05, **request), name)
     results = lower(found, captured).jitted(*jax.tree.map(np.asarray, jax.tree.leaves(inputs)))
     verify_outputs(expected, results, captured.graph.output_names)
     return found.estimate.peak_bytes
@@ -77,3 +78,30 @@ def least_needed(name: str, mesh: tuple[int, ...]) -> float:
 @pytest.mark.parametrize("name", ["gpt-tiny", "gpt-tiny-scan"])
 def test_recompute_and_microbatches_change_no_result(name, policy):
     check(name, mesh=(4, 2), recompute=policy, microbatches=2)
+
+
+@pytest.mark.parametrize("mesh", [(8,), (2, 4)], ids=str)
+def test_a_microbatch_has_the_same_rows_in_every_layout(mesh):
+    """Tokens replicated, targets cut: each device takes its own part of the same examples."""
+    check("gpt-tiny-scan", mesh=mesh, recompute="none", microbatches=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_whatever_is_pinned_changes_no_result(name):
+    rng = np.random.default_rng(7)
+    peak, ran = check(name, mesh=(8,)), 0
+    for _ in range(12):
+        pins = {
+            "mesh": MESHES[rng.integers(len(MESHES))],
+            "recompute": [None, *POLICIES][rng.integers(len(POLICIES) + 1)],
+            "microbatches": [None, 1, 2, 4][rng.integers(4)],
+            "memory": float(rng.uniform(0.2, 1.2)) * peak,
+            "seed": int(rng.integers(100)),
+        }
+        try:
+            check(name, **pins)
+        except PlanError:  # infeasible, or no microbatches in this model
+            continue
+        ran += 1
+    assert ran

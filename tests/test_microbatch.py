@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.microbatch import Refusal, TimeAxis, batch_dims, time_axis
+from meshwright.ir.mesh import Mesh
+from meshwright.ir.microbatch import Refusal, TimeAxis, batch_dims, time_axis, time_groups
 
 
 def axis_of(step, *args) -> TimeAxis | Refusal:
@@ -71,3 +72,12 @@ def test_a_loop_over_the_batch_is_refused():
         return jax.lax.scan(one, 0.0, x)[0]
 
     assert isinstance(axis_of(descend(loss), f32(4, 4), f32(8, 4)), Refusal)
+
+
+def test_every_shard_holds_its_part_of_every_microbatch():
+    """Groups times microbatches deal out the batch; each possible cut has whole groups."""
+    assert time_groups(8, Mesh.of(x=2), 2) == 2
+    assert time_groups(16, Mesh.of(x=8), 2) == 8
+    assert time_groups(16, Mesh.of(x=8), 4) == 1  # 8 ways of 4 microbatches do not divide 16
+    assert time_groups(12, Mesh.of(x=3, y=2), 2) == 6
+    assert time_groups(1536, Mesh.of(x=64, y=2, z=8), 12) == 128

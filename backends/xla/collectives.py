@@ -27,6 +27,23 @@ def take_part(x: jax.Array, dim: int, index: jax.Array | int, ways: int) -> jax.
     return lax.dynamic_slice_in_dim(x, index * size, size, dim)
 
 
+def take_microbatch(x: jax.Array, dim: int, moment: jax.Array, count: int, groups: int) -> jax.Array:
+    """The rows of one microbatch, in order: its part of each of `groups` runs of neighbours."""
+    dealt = (groups, count, x.shape[dim] // (groups * count))
+    view = x.reshape(*x.shape[:dim], *dealt, *x.shape[dim + 1 :])
+    part = lax.dynamic_index_in_dim(view, moment, dim + 1, keepdims=False)
+    return part.reshape(*x.shape[:dim], dealt[0] * dealt[2], *x.shape[dim + 1 :])
+
+
+def join_microbatches(pieces: jax.Array, dim: int, groups: int) -> jax.Array:
+    """The inverse: `pieces` has the microbatches stacked in front."""
+    count, size = pieces.shape[0], pieces.shape[dim + 1]
+    shape = pieces.shape[1:]
+    view = pieces.reshape(count, *shape[:dim], groups, size // groups, *shape[dim + 1 :])
+    moved = jax.numpy.moveaxis(view, 0, dim + 1)
+    return moved.reshape(*shape[:dim], count * size, *shape[dim + 1 :])
+
+
 def move(x: jax.Array, steps: Sequence[Step], mesh: Mesh) -> jax.Array:
     """Carry out a resharding (see `ir.sharding.reshard`) on the local shard."""
     for step in steps:

@@ -20,13 +20,13 @@ from jax import lax
 from ...ir.errors import LoweringError
 from ...ir.graph import Graph, Op
 from ...ir.mesh import Mesh
-from ...ir.microbatch import TimeAxis
+from ...ir.microbatch import TimeAxis, time_groups
 from ...ir.plan import Plan
 from ...ir.program import Program
 from ...ir.rule import NONE, Rule, Strategy, operand_sharding, result_sharding, settled_axes
 from ...ir.rules import rule_of
 from ...ir.sharding import Sharding, replicated, reshard
-from .collectives import move, settle, shard_index, take_part
+from .collectives import join_microbatches, move, settle, shard_index, take_microbatch
 from .emit import Cut, emit
 
 JOIN: dict[str, Callable[[Any, Any], Any]] = {
@@ -178,12 +178,29 @@ class LocalStep:
     def _operand(
         self, op: Op, k: int, rule: Rule, strategy: Strategy, now: int | None, scope: Scope
     ) -> Any:
-        held = scope.values[op.inputs[k]]
-        x = self._bring(held, operand_sharding(rule, strategy, self.mesh, k))
+        held, target = scope.values[op.inputs[k]], operand_sharding(rule, strategy, self.mesh, k)
         if now is None or op.inputs[k] in self._split:
-            return x
+            return self._bring(held, target)
         dim = next((d for d, factors in enumerate(rule.operands[k]) if now in factors), None)
-        return x if dim is None else take_part(x, dim, scope.moment, self.plan.microbatches)
+        return self._now(held, target, dim, scope)
+
+    def _now(self, held: Held, target: Sharding, dim: int | None, scope: Scope) -> Any:
+        """The current microbatch's part of a value that exists for the whole batch."""
+        if dim is None:
+            return self._bring(held, target)
+        near = target if self._groups(target, dim) else _uncut(target, dim)
+        part = take_microbatch(
+            self._bring(held, near), dim, scope.moment, self.plan.microbatches,
+            self._groups(near, dim),
+        )  # fmt: skip
+        return self._bring(Held(part, near), target)
+
+    def _groups(self, layout: Sharding, dim: int) -> int:
+        """How many groups of the batch a shard holds; 0 where it holds less than one."""
+        assert self.time is not None
+        ways = self.mesh.ways(layout.dims[dim])
+        whole = time_groups(self.time.batch, self.mesh, self.plan.microbatches)
+        return 0 if whole % ways else whole // ways
 
     @property
     def _split(self) -> Mapping[int, int]:
@@ -254,11 +271,11 @@ class LocalStep:
 
     def _loop_input(self, op: Op, i: int, layout: Sharding, stacked: bool, scope: Scope) -> Any:
         outside, inside = op.inputs[i], op.regions[0].inputs[i]
-        x = self._bring(scope.values[outside], _stacked(layout) if stacked else layout)
+        target = _stacked(layout) if stacked else layout
         if scope.moment is None or inside not in self._split or outside in self._split:
-            return x
+            return self._bring(scope.values[outside], target)
         dim = self._split[inside] + (1 if stacked else 0)
-        return take_part(x, dim, scope.moment, self.plan.microbatches)
+        return self._now(scope.values[outside], target, dim, scope)
 
     def _constants(self, scope: Scope) -> dict[int, Held]:
         return {c.value: scope.values[c.value] for c in self.graph.constants}
@@ -284,7 +301,7 @@ class LocalStep:
             for value in self.graph.inputs:
                 if value in time.split:
                     held = inner.values[value]
-                    part = take_part(held.array, time.split[value], moment, self.plan.microbatches)
+                    part = self._now(held, held.layout, time.split[value], inner)
                     inner.values[value] = Held(part, held.layout)
             self._run(body, inner)
             layouts.update({v: inner.values[v].layout for v in (*totals, *parts)})
@@ -306,8 +323,14 @@ class LocalStep:
                 array.astype(jax_dtype(self.types[value].dtype)), layouts[value]
             )
         for value, array in zip(parts, pieces, strict=True):
-            scope.values[value] = Held(_rejoin(array, time.split[value]), layouts[value])
+            scope.values[value] = self._joined(array, layouts[value], time.split[value])
         self._run([op for i, op in enumerate(ops) if i in late], scope)
+
+    def _joined(self, pieces: jax.Array, layout: Sharding, dim: int) -> Held:
+        """Results of all microbatches, stacked in front, as one value."""
+        near = layout if self._groups(layout, dim) else _uncut(layout, dim)
+        arrays = self._bring(Held(pieces, _stacked(layout)), _stacked(near))
+        return Held(join_microbatches(arrays, dim, self._groups(near, dim)), near)
 
     def _late(self, time: TimeAxis) -> set[int]:
         """Positions of ops that need something the body made."""
@@ -326,6 +349,12 @@ def _stacked(layout: Sharding) -> Sharding:
     return Sharding(((), *layout.dims), layout.partial)
 
 
+def _uncut(layout: Sharding, dim: int) -> Sharding:
+    """The same layout with one dim whole."""
+    dims = tuple(() if d == dim else axes for d, axes in enumerate(layout.dims))
+    return Sharding(dims, layout.partial)
+
+
 def _start(reduction: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
     """The neutral element of a total. Sums of short floats are kept in float32."""
     dtype = (
@@ -337,13 +366,6 @@ def _start(reduction: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.zeros(shape.shape, dtype)
     bounds = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype)
     return jnp.full(shape.shape, bounds.min if reduction == "max" else bounds.max, dtype)
-
-
-def _rejoin(pieces: jax.Array, dim: int) -> jax.Array:
-    """Microbatch results (stacked in front) back into one dim."""
-    moved = jnp.moveaxis(pieces, 0, dim)
-    shape = (*moved.shape[:dim], moved.shape[dim] * moved.shape[dim + 1], *moved.shape[dim + 2 :])
-    return moved.reshape(shape)
 
 
 def jax_dtype(name: str) -> Any:

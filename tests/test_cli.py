@@ -1,0 +1,204 @@
+"""The command line as a user types it: what it prints, writes and exits with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from meshwright.cli import main
+from meshwright.ir.codec import load_plan
+
+QUICK = ("--mesh", "8", "--microbatches", "1", "--time-limit", "20")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run("plan", "--model", ...) -> (exit code, stdout, stderr), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["meshwright", *words])
+        with pytest.raises(SystemExit) as done:
+            main()
+        out, err = capsys.readouterr()
+        return int(done.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture
+def plan_file(run):
+    code, _, err = run("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", *QUICK, "-o", "p.json")
+    assert code == 0, err
+    return "p.json"
+
+
+def test_plan_prints_a_screen_and_saves_a_file(run, tmp_path):
+    code, out, err = run("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", *QUICK)
+    assert code == 0
+    assert out.startswith("gpt-tiny on 8xcpu: 8 devices as x=8")
+    for part in ("predicted", "gap", "memory per device", "not searched"):
+        assert part in out
+    assert len(out.splitlines()) <= 55
+    assert "saved to gpt-tiny.plan.json" in err
+    assert load_plan(tmp_path / "gpt-tiny.plan.json").recipe == {"model": "gpt-tiny"}
+
+
+def test_plan_honours_every_pin(run, tmp_path):
+    code, out, err = run(
+        "plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--global-batch", "32", "--seq", "16",
+        "--layers", "2", "--optimizer", "sgd", "--dtype", "f32", "--mesh", "4x2", "--microbatches", "2",
+        "--recompute", "full", "--memory", "1GiB", "--seed", "7", "-o", "p.json", "--format", "json",
+    )  # fmt: skip
+    assert code == 0, err
+    shown, plan = json.loads(out), load_plan(tmp_path / "p.json")
+    assert plan.mesh.shape == (4, 2) and plan.microbatches == 2 and plan.recompute == "full"
+    assert plan.estimate.limit_bytes == 2**30 and plan.proof.seed == 7
+    assert plan.recipe == {
+        "model": "gpt-tiny", "batch": 32, "seq": 16, "layers": 2, "optimizer": "sgd", "dtype": "f32",
+    }  # fmt: skip
+    assert shown["estimate"]["step_seconds"] == plan.estimate.step_seconds
+    assert shown["proof"]["gap"] == plan.proof.gap
+    tokens = next(t for t in plan.tensors if "tokens" in t.name)
+    assert tokens.shape == (32, 16)
+
+
+def test_equal_seeds_give_equal_plans(run, tmp_path):
+    for name in ("a.json", "b.json"):
+        run("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", *QUICK, "-o", name)
+    plans = [load_plan(tmp_path / name) for name in ("a.json", "b.json")]
+    seconds = plans[0].proof.seconds
+    same = plans[1].proof.model_copy(update={"seconds": seconds})
+    assert plans[0] == plans[1].model_copy(update={"proof": same})
+
+
+def test_show_prints_what_plan_printed_and_writes_html(run, plan_file, tmp_path):
+    code, out, _ = run("show", plan_file, "--html", "p.html")
+    assert code == 0 and out.startswith("gpt-tiny on 8xcpu")
+    assert (tmp_path / "p.html").read_text().startswith("<!doctype html>")
+    assert run("show", plan_file, "--all")[1].count("\n") > out.count("\n")
+    assert json.loads(run("show", plan_file, "--format", "json")[1])["words"]
+
+
+def test_run_trains_and_agrees_with_one_device(run, plan_file):
+    code, out, err = run("run", plan_file, "--steps", "5", "--verify")
+    assert code == 0, err
+    losses = [float(line.split()[3]) for line in out.splitlines()]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+    again = json.loads(run("run", plan_file, "--steps", "5", "--format", "json")[1])
+    assert again["losses"] == pytest.approx(losses, abs=1e-3)
+
+
+def test_audit_compares_with_the_compiled_program(run, plan_file):
+    code, out, _ = run("audit", plan_file)
+    assert code == 0 and "predicted" in out and "all_reduce" in out
+    found = json.loads(run("audit", plan_file, "--format", "json")[1])
+    assert abs(found["difference"]) < 0.25
+    assert found["compiled_bytes"] == sum(line["compiled_bytes"] for line in found["lines"])
+
+
+def test_lists(run):
+    assert "gpt3-175b" in run("models")[1].split()
+    assert "parameters" in run("models", "gpt2")[1]
+    assert "h100" in run("clusters")[1]
+    assert "32 devices" in run("clusters", "4xh100x8@ib400")[1]
+    assert json.loads(run("clusters", "8xcpu", "--format", "json")[1])
+    assert json.loads(run("models", "--format", "json")[1])
+
+
+MISTAKES = [
+    (2, "no such command", ("plam",)),
+    (2, "no such option", ("plan", "--modle", "gpt2", "--cluster", "8xcpu")),
+    (2, "missing option", ("plan", "--model", "gpt2")),
+    (2, "no model is named", ("plan", "--model", "gpt5", "--cluster", "8xcpu")),
+    (2, "has no option", ("plan", "--model", "dlrm-tiny", "--cluster", "8xcpu", "--layers", "3")),
+    (2, "cannot be 0", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--global-batch", "0")),
+    (2, "is no mesh", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--mesh", "a")),
+    (2, "has 6 devices", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--mesh", "2x3")),
+    (2, "cannot be cut into 5", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--microbatches", "5")),
+    (2, "recompute cannot be all", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--recompute", "all")),
+    (2, "time_limit cannot be -1", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--time-limit", "-1")),
+    (2, "has no unit", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--memory", "7")),
+    (2, "h101", ("plan", "--model", "gpt-tiny", "--cluster", "8xh101")),
+    (2, "cannot be written", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "-o", "no/p.json")),
+    (2, "no file train.py", ("plan", "--model", "train.py:make", "--cluster", "8xcpu")),
+    (2, "cannot be read", ("show", "nothing.json")),
+    (2, "no model is named", ("models", "gpt5")),
+    (2, "only this machine", ("clusters", "8xcpu", "--measure")),
+    (3, "no plan fits", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--memory", "100KiB")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "complaint", "words"), MISTAKES, ids=lambda x: str(x)[:28])
+def test_mistakes_end_in_a_house_error_and_no_file(run, tmp_path, code, complaint, words):
+    found, out, err = run(*words)
+    assert found == code, err
+    assert complaint in err.lower() and "try" in err and "Traceback" not in err
+    assert out == "" and os.listdir(tmp_path) == []
+
+
+def test_a_plan_that_cannot_run_here_or_belongs_elsewhere_is_refused(run, plan_file, tmp_path):
+    data = json.loads((tmp_path / plan_file).read_text())
+    (tmp_path / "other.json").write_text(json.dumps({**data, "recipe": {"model": "gpt-tiny", "seq": 16}}))
+    code, _, err = run("run", "other.json")
+    assert code == 5 and "was made for graph" in err
+    (tmp_path / "old.json").write_text(json.dumps({**data, "version": 0}))
+    assert run("show", "old.json")[0] == 5
+    (tmp_path / "unmade.json").write_text(json.dumps({**data, "recipe": {}}))
+    assert run("run", "unmade.json")[0] == 2
+    run("plan", "--model", "gpt-tiny", "--cluster", "16xcpu", *("--mesh", "16", "--time-limit", "20"), "-o", "big.json")
+    code, _, err = run("run", "big.json")
+    assert code == 5 and "needs 16 devices, this process has 8" in err
+    code, _, err = run("run", plan_file, "--data", plan_file)
+    assert code == 2 and "does not read bytes" in err
+
+
+STEP = """
+import jax, jax.numpy as jnp
+
+def step(params, batch):
+    loss, grad = jax.value_and_grad(lambda p: jnp.mean((batch @ p) ** 2))(params)
+    return params - 0.1 * grad, {"loss": loss}
+
+def make():
+    return step, jax.ShapeDtypeStruct((64, 64), jnp.float32), jax.ShapeDtypeStruct((32, 64), jnp.float32)
+
+def wrong():
+    return 7
+"""
+
+
+def test_a_step_of_the_users_own_file_is_planned_run_and_audited(run, tmp_path):
+    (tmp_path / "train.py").write_text(STEP)
+    code, out, err = run("plan", "--model", "train.py:make", "--cluster", "8xcpu", "-o", "p.json")
+    assert code == 0 and out.startswith("make on 8xcpu"), err
+    assert run("run", "p.json", "--steps", "2", "--verify")[0] == 0
+    assert run("audit", "p.json")[0] == 0
+    for words, complaint in (
+        (("train.py:nothing",), "no function"),
+        (("train.py:wrong",), "returned a int"),
+        (("train.py:make", "--layers", "3"), "for models of the zoo"),
+    ):
+        code, _, err = run("plan", "--cluster", "8xcpu", "--model", *words)
+        assert code == 2 and complaint in err
+
+
+def test_an_interrupt_returns_the_best_plan_so_far(tmp_path):
+    """Ctrl-C while gpt3-13b is searched: a plan with its gap, saved, and exit code 0."""
+    words = ("plan", "--model", "gpt3-13b", "--cluster", "16xa100x8@hdr200", "--time-limit", "300", "--gap", "0")
+    command = [sys.executable, "-m", "meshwright", *words, "-o", str(tmp_path / "p.json")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, **pipes)
+    for line in process.stderr:
+        if line.startswith("  mesh"):
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "stopped by interrupt" in out
+    assert load_plan(tmp_path / "p.json").proof.stopped_by == "interrupt"
