@@ -29,7 +29,7 @@ LEFT_OUT = (
     "overlap of communication with compute",
     "meshes of more than three axes, and axes that straddle hosts",
     "layouts that do not divide evenly, or cut a dim across a reshape's minor factor",
-    "different recompute for blocks of one step, and recompute where memory does not ask for it",
+    "different recompute for blocks of one step",
 )
 
 

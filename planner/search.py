@@ -166,17 +166,17 @@ class Search:
         """First an incumbent on a plain mesh, then best-first over the finest ones.
 
         A mesh with more axes can do whatever a coarser one can (its axes used
-        together), so the finest meshes are searched for all. Recompute is opened
-        on a mesh once its fastest plan without it does not fit.
+        together), so the finest meshes are searched for all.
         """
         finest = _finest(self._meshes())
         plain = min(self._meshes(), key=lambda m: (abs(len(m.axes) - 2), m.shape))
-        for mesh in finest:
-            self.open_bounds[Candidate(mesh, self._policies()[0], self._counts()[0])] = self._floor()
+        for policy in self._policies():
+            for mesh in finest:
+                self.open_bounds[Candidate(mesh, policy, self._counts()[0])] = self._floor()
         if plain not in finest:
             self._seed(plain)
         while self.open_bounds:
-            candidate = min(self.open_bounds, key=lambda c: (self.open_bounds[c], str(c)))
+            candidate = min(self.open_bounds, key=lambda c: self.open_bounds[c])
             if self.open_bounds[candidate] >= self._enough():
                 return
             if self.late():
@@ -205,7 +205,7 @@ class Search:
         never make a step faster in this model, so its relaxed bound carries over.
         It stays open to the end, so that an interrupt never leaves a bound too high.
         """
-        relaxed, fits = self._relaxed(candidate)
+        relaxed, _ = self._relaxed(candidate)
         bound = self.open_bounds[candidate] = max(self.open_bounds[candidate], relaxed)
         if bound >= self._enough():
             self.closed_bound = min(self.closed_bound, bound)
@@ -214,10 +214,6 @@ class Search:
             self.closed_bound = min(self.closed_bound, max(bound, solved))
             self._open(self._next_count(candidate), bound)
         else:
-            if not fits and candidate.policy == self._policies()[0]:
-                for policy in self._policies()[1:]:
-                    other = Candidate(candidate.mesh, policy, candidate.microbatches)
-                    self.open_bounds[other] = self._floor()
             following = self._smallest_count(candidate)
             if following == candidate:
                 self._fitting.add(candidate)
@@ -261,7 +257,9 @@ class Search:
         counts, and whether the answer fits all the same."""
         space, lives = self.open(candidate)
         left = min(10.0, max(1.0, self.deadline - time.monotonic()))
-        solution = relax(problem_of(space), time_limit=left, gap=self.request.gap / 4)
+        solution = relax(
+            problem_of(space), time_limit=left, gap=self.request.gap / 2, cutoff=self.best.seconds
+        )
         if solution.choices is None:
             return solution.lower_bound, False
         ledger = Ledger(space, lives)

@@ -98,9 +98,11 @@ def solve(
     return search.answer("proof" if search.closed else "time")
 
 
-def relax(problem: Problem, *, time_limit: float = 10.0, gap: float = 1e-4) -> Solution:
+def relax(
+    problem: Problem, *, time_limit: float = 10.0, gap: float = 1e-4, cutoff: float = inf
+) -> Solution:
     """`solve` without the memory rows: a quick lower bound."""
-    return solve(replace(problem, rows=()), time_limit=time_limit, gap=gap)
+    return solve(replace(problem, rows=()), time_limit=time_limit, gap=gap, cutoff=cutoff)
 
 
 @dataclass

@@ -1,0 +1,271 @@
+"""The planner against brute force, and what a memory limit does to a plan."""
+
+import itertools
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from meshwright.api import plan, plan_captured
+from meshwright.backends.xla.capture import capture
+from meshwright.ir.blocks import fold
+from meshwright.ir.cluster import Cluster
+from meshwright.ir.errors import InfeasibleError, PlanError
+from meshwright.ir.mesh import Mesh
+from meshwright.ir.program import prepare
+from meshwright.ir.recompute import POLICIES
+from meshwright.ir.roles import roles
+from meshwright.models import build
+from meshwright.planner.cost import Roofline
+from meshwright.planner.intra import problem_of, solve_space
+from meshwright.planner.layouts import Layouts
+from meshwright.planner.memory import Ledger, lifetimes
+from meshwright.planner.meshes import mesh_of, meshes
+from meshwright.planner.report import find_collectives
+from meshwright.planner.request import Request
+from meshwright.planner.search import _finest
+from meshwright.planner.solver import evaluate
+from meshwright.planner.space import Space
+from meshwright.planner.space import build as build_space
+from meshwright.view.words import words
+
+CLUSTER = Cluster.parse("4xcpu")
+MOST = 20_000  # assignments that brute force looks at
+
+
+# ---------------------------------------------------------------- one solve against enumeration
+
+
+@st.composite
+def tiny_steps(draw):
+    """A chain of products and elementwise ops with a gradient step; a few dims of 2, 4 or 6."""
+    sizes = st.sampled_from([2, 3, 4])
+    batch, widths = draw(sizes), draw(st.lists(sizes, min_size=2, max_size=3))
+    activations = draw(st.lists(st.sampled_from(["tanh", "relu", "none"]), min_size=3, max_size=3))
+    train = draw(st.booleans())
+    apply = {"tanh": jnp.tanh, "relu": jax.nn.relu, "none": lambda x: x}
+
+    def loss(params, x):
+        for weight, kind in zip(params, activations, strict=False):
+            x = apply[kind](x @ weight)
+        return jnp.sum(x * x)
+
+    def step(params, x):
+        if not train:
+            return params, loss(params, x)
+        grads = jax.grad(loss)(params, x)
+        return [p - 0.1 * g for p, g in zip(params, grads, strict=True)], 0.0
+
+    params = [jax.ShapeDtypeStruct(s, jnp.float32) for s in itertools.pairwise(widths)]
+    return step, params, jax.ShapeDtypeStruct((batch, widths[0]), jnp.float32)
+
+
+def space_of(step, params, x, mesh: Mesh) -> tuple[Space, Ledger]:
+    program = prepare(fold(capture(step, params, x).graph).small, "none")
+    cost = Roofline(CLUSTER)
+    space = build_space(program, 1, cost, Layouts(cost.collectives(mesh)))
+    lives = lifetimes(program, 1, roles(program.graph))
+    return space, Ledger(space, lives)
+
+
+def cheapest(space: Space, ledger: Ledger, limit: float) -> float:
+    """Every assignment, its price recomputed from scratch, its peak from liveness."""
+    problem, best = problem_of(space), np.inf
+    for choices in itertools.product(*(range(len(node.choices)) for node in space.nodes)):
+        seconds = evaluate(problem, choices)
+        if seconds < best and ledger.peak(ledger.local_bytes(choices))[0] <= limit:
+            best = seconds
+    return best
+
+
+@given(tiny_steps(), st.sampled_from([(2,), (2,), (4,), (2, 2)]), st.floats(0.0, 1.2))
+@settings(max_examples=80, suppress_health_check=[HealthCheck.filter_too_much])
+def test_a_solve_under_memory_matches_brute_force(case, shape, share):
+    space, ledger = space_of(*case, mesh_of(shape))
+    assume(1 < np.prod([float(len(node.choices)) for node in space.nodes]) <= MOST)
+    most = ledger.peak(ledger.local_bytes((0,) * len(space.nodes)))[0]
+    limit = share * most
+    answer = solve_space(space, ledger.lives, limit, deadline=np.inf, gap=0.0, seed=0)
+    best = cheapest(space, ledger, limit)
+    if np.isinf(best):
+        assert answer.solution.status == "infeasible"
+    else:
+        assert answer.solution.objective == pytest.approx(best, rel=1e-6)
+        assert answer.peak <= limit
+        assert answer.solution.lower_bound <= best * (1 + 1e-9)
+
+
+# ---------------------------------------------------------------- the search against enumeration
+
+
+def mlp(params, batch):
+    def loss(params):
+        hidden = jax.nn.gelu(batch["x"] @ params["up"])
+        return jnp.mean((hidden @ params["down"] - batch["y"]) ** 2)
+
+    value, grads = jax.value_and_grad(loss)(params)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), {"loss": value}
+
+
+def mlp_arguments(batch=64, width=128, hidden=512):
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    return (
+        {"up": f32(width, hidden), "down": f32(hidden, width)},
+        {"x": f32(batch, width), "y": f32(batch, width)},
+    )
+
+
+@pytest.mark.parametrize("memory", [None, 900e3, 600e3, 450e3])
+def test_the_search_matches_solving_every_combination(memory):
+    """No bound, dominance or order of the search loses the best combination."""
+    captured = capture(mlp, *mlp_arguments())
+    found = plan_captured(captured, CLUSTER, Request(memory=memory, gap=1e-6), "mlp")
+    best = np.inf
+    for mesh, policy, count in itertools.product(meshes(CLUSTER), POLICIES, (1, 2, 4, 8, 16)):
+        pins = Request(
+            memory=memory, gap=1e-6, mesh=mesh.shape, recompute=policy, microbatches=count
+        )
+        try:
+            best = min(best, plan_captured(captured, CLUSTER, pins, "mlp").estimate.step_seconds)
+        except InfeasibleError:
+            continue
+    assert found.estimate.step_seconds == pytest.approx(best, rel=1e-5)
+    assert found.proof.lower_bound <= best * (1 + 1e-9)
+    assert found.proof.status == "optimal"
+
+
+def test_the_estimate_is_the_sum_of_its_parts():
+    """Communication listed in the plan plus every op's own time is the objective."""
+    space, _ = space_of(mlp, *mlp_arguments(), mesh_of((2, 2)))
+    rng, problem = np.random.default_rng(0), problem_of(space)
+    for _ in range(200):
+        choices = tuple(int(rng.integers(len(node.choices))) for node in space.nodes)
+        total = evaluate(problem, choices)
+        if np.isinf(total):
+            continue
+        moved = sum(c.seconds for c in find_collectives(space, choices))
+        alone = evaluate(problem_of(_without_links(choices)), choices)
+        assert total - moved == pytest.approx(alone, rel=1e-6, abs=1e-12)
+
+
+def _without_links(choices) -> Space:
+    """The same space with communication for nothing."""
+    free = CLUSTER
+    for tier in free.fabric:
+        free = free.with_(f"fabric.{tier.tier}.bandwidth", 1e30).with_(f"fabric.{tier.tier}.latency", 0.0)
+    cost = Roofline(free)
+    program = prepare(fold(capture(mlp, *mlp_arguments()).graph).small, "none")
+    return build_space(program, 1, cost, Layouts(cost.collectives(mesh_of((2, 2)))))
+
+
+def test_finer_meshes_are_never_worse():
+    captured = capture(mlp, *mlp_arguments())
+    cluster = Cluster.parse("8xcpu")
+    seconds = {
+        mesh.shape: plan_captured(captured, cluster, Request(mesh=mesh.shape, gap=0.0), "mlp").estimate.step_seconds
+        for mesh in meshes(cluster)
+    }
+    assert _finest(meshes(cluster)) == [mesh_of((2, 2, 2))]
+    assert seconds[2, 2, 2] <= min(seconds.values()) * (1 + 1e-9)
+
+
+# ---------------------------------------------------------------- memory
+
+
+@cache
+def gpt2():
+    example = build("gpt2", batch=16)
+    return capture(example.step, example.state, example.batch, donate_argnums=0)
+
+
+def squeezed(memory: float | None):
+    return plan_captured(gpt2(), "h100x8", Request(memory=memory, mesh=(8,), gap=0.005), "gpt2")
+
+
+def test_squeezing_memory_shards_states_then_recomputes_and_gets_slower():
+    free = squeezed(None)
+    with pytest.raises(InfeasibleError) as refusal:
+        squeezed(1.0)
+    least = refusal.value.needed_bytes
+    plans = [free]
+    for share in (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05):
+        limit = least + share * (free.estimate.peak_bytes - least)
+        plans.append(squeezed(limit))
+        assert plans[-1].estimate.peak_bytes <= limit
+    seconds = [p.estimate.step_seconds for p in plans]
+    for earlier, later in itertools.pairwise(plans):
+        assert later.proof.lower_bound >= earlier.proof.lower_bound * (1 - 1e-9)
+        assert later.estimate.step_seconds >= earlier.proof.lower_bound
+    assert seconds == sorted(seconds) or all(
+        b >= a * (1 - 0.005) for a, b in itertools.pairwise(seconds)
+    )
+    assert "replicated states" in words(free)
+    assert "ZeRO-3 (FSDP)" in words(plans[4])
+    order = [POLICIES.index(p.recompute) for p in plans]
+    assert order[-1] == POLICIES.index("full") and order[0] < order[-1]
+    assert "the least is with" in str(refusal.value) and "more devices" in str(refusal.value)
+
+
+def test_just_below_the_least_nothing_fits():
+    with pytest.raises(InfeasibleError) as refusal:
+        squeezed(1.0)
+    with pytest.raises(PlanError):
+        squeezed(refusal.value.needed_bytes * 0.999)
+
+
+# ---------------------------------------------------------------- what is found
+
+
+def test_expert_and_tensor_parallelism_are_found_where_they_pay():
+    example = build("mixtral-8x7b", batch=8)
+    found = plan(
+        example.step, example.state, example.batch, cluster="h100x8", donate_argnums=0,
+        request=Request(mesh=(8,), time_limit=30, gap=0.05, memory=200 * 2.0**30),
+    )  # fmt: skip
+    assert any("expert parallel" in word or "tensor parallel" in word for word in words(found))
+
+
+def test_a_vocabulary_is_cut_when_logits_do_not_fit():
+    example = build("gpt2", batch=1)
+    found = plan(
+        example.step, example.state, example.batch, cluster="h100x8", donate_argnums=0,
+        request=Request(mesh=(8,), recompute="none", gap=0.05),
+    )  # fmt: skip
+    logits = [t for t in found.tensors if 50304 in t.shape and t.role == "activation"]
+    assert logits and logits[0].local_shape[logits[0].shape.index(50304)] < 50304
+
+
+# ---------------------------------------------------------------- requests
+
+
+@pytest.mark.parametrize(
+    ("pins", "complaint"),
+    [
+        ({"mesh": (3,)}, "mesh 3 has 3 devices, the cluster has 4"),
+        ({"mesh": (2, 2, 1, 1)}, "one to three axes"),
+        ({"microbatches": 3}, "64 cannot be cut into 3 microbatches"),
+        ({"microbatches": 0}, "cannot be cut into 0"),
+        ({"recompute": "some"}, "`selective`|`none`|one of"),
+        ({"memory": -1.0}, "memory cannot be -1.0"),
+        ({"gap": 2.0}, "gap cannot be 2.0"),
+        ({"time_limit": 0.0}, "time_limit cannot be 0.0"),
+        ({"headroom": 1.0}, "headroom cannot be 1.0"),
+    ],
+)
+def test_requests_that_cannot_be_honoured_are_refused(pins, complaint):
+    with pytest.raises(PlanError, match=complaint):
+        plan(mlp, *mlp_arguments(), cluster=CLUSTER, request=Request(**pins))
+
+
+def test_a_batch_that_does_not_divide_is_planned_and_said():
+    found = plan(mlp, *mlp_arguments(batch=6), cluster=CLUSTER)
+    assert any("does not divide over 4 devices" in note for note in found.notes)
+
+
+def test_equal_requests_give_equal_plans():
+    plans = [plan(mlp, *mlp_arguments(), cluster=CLUSTER) for _ in range(2)]
+    assert plans[0].model_dump(exclude={"proof"}) == plans[1].model_dump(exclude={"proof"})
