@@ -6,13 +6,16 @@ depend on its shape, so it is worked out once per pair and mesh.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 
 import numpy as np
 
 from ..ir.mesh import Mesh
+from ..ir.rule import Rule, Strategy, operand_sharding, result_sharding
 from ..ir.sharding import Sharding
 from .collectives import Collectives
+from .strategies import follow
 
 
 class Layouts:
@@ -26,6 +29,9 @@ class Layouts:
         self._fixed = np.full((64, 64), np.nan)
         self._slope = np.full((64, 64), np.nan)
         self._ways: list[int] = []
+        self._rules: dict[int, Rule] = {}  # kept alive, so that an id names one rule
+        self._around: dict[tuple[int, Strategy], tuple[int, ...]] = {}
+        self._followed: dict[tuple, Strategy | None] = {}
 
     def number(self, layout: Sharding) -> int:
         if layout not in self._numbers:
@@ -40,6 +46,26 @@ class Layouts:
     def ways(self, numbers: np.ndarray) -> np.ndarray:
         """Number of different shards of each layout."""
         return np.array(self._ways)[numbers]
+
+    def around(self, rule: Rule, strategy: Strategy) -> tuple[int, ...]:
+        """Layout numbers of an op's operands, then of its results; equal ops share them."""
+        key = (id(rule), strategy)
+        if key not in self._around:
+            self._rules[id(rule)] = rule
+            wanted = (operand_sharding(rule, strategy, self.mesh, k) for k in range(len(rule.operands)))
+            left = (result_sharding(rule, strategy, self.mesh, k) for k in range(len(rule.results)))
+            self._around[key] = tuple(self.number(layout) for layout in (*wanted, *left))
+        return self._around[key]
+
+    def follow(
+        self, rule: Rule, operand: int, number: int, time: Mapping[int, int]
+    ) -> Strategy | None:
+        """`strategies.follow` of a numbered layout; equal ops share the answer."""
+        key = (id(rule), operand, number, *time.items())
+        if key not in self._followed:
+            self._rules[id(rule)] = rule
+            self._followed[key] = follow(rule, operand, self.known[number], self.mesh, time)
+        return self._followed[key]
 
     def seconds(self, sources: np.ndarray, targets: np.ndarray, nbytes: float) -> np.ndarray:
         """Seconds to change a tensor of `nbytes` from each source to each target layout."""

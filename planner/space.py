@@ -23,13 +23,13 @@ from ..ir.graph import Op, TensorType
 from ..ir.mesh import Mesh
 from ..ir.microbatch import TimeAxis
 from ..ir.program import Program
-from ..ir.rule import NONE, Rule, Strategy, operand_sharding, result_sharding, settled_axes
+from ..ir.rule import NONE, Rule, Strategy, settled_axes
 from ..ir.rules import rule_of
 from ..ir.sharding import Sharding, replicated
 from .compute import KERNELS, Ways
 from .cost import CostModel
 from .layouts import Layouts, layouts_of
-from .strategies import follow, strategies
+from .strategies import strategies
 
 # Ops that never follow: they do real work, or a layout of their own is the point.
 LEADERS = frozenset({
@@ -239,11 +239,7 @@ class _Builder:
         node = self.space.nodes[home.node]
         if self.types[op.outputs[0]].size > self.types[op.inputs[operand]].size:
             return False  # a broadcast may be cut in dims that its operand does not have
-        found = {
-            number: follow(rule, operand, self.layouts.known[number], self.mesh, time)
-            for number in np.unique(home.layouts)
-        }
-        matched = [found[number] for number in home.layouts]
+        matched = [self.layouts.follow(rule, operand, n, time) for n in home.layouts.tolist()]
         failed = np.array([m is None for m in matched])
         if failed.any():
             if not np.all(_carries_sum(node)[failed]):
@@ -271,12 +267,12 @@ class _Builder:
         self.space.strategies[op.tag] = chosen
         self.space.op_node[op.tag] = node
         self.space.nodes[node].members.append(op.tag)
+        numbers = np.array([self.layouts.around(rule, s) for s in chosen], np.int64)
+        numbers = numbers.reshape(len(chosen), len(op.inputs) + len(op.outputs)).T
         for k, value in enumerate(op.outputs):
-            layouts = [result_sharding(rule, s, self.mesh, k) for s in chosen]
-            self.space.homes[self.tags[value]] = Home(node, self.layouts.numbers(layouts))
+            self.space.homes[self.tags[value]] = Home(node, numbers[len(op.inputs) + k])
         for k in range(len(op.inputs)):
-            layouts = [operand_sharding(rule, s, self.mesh, k) for s in chosen]
-            self.wants[op.tag, k] = self.layouts.numbers(layouts)
+            self.wants[op.tag, k] = numbers[k]
 
     # ------------------------------------------------------------ loops and outputs
 
@@ -359,7 +355,8 @@ class _Builder:
             op, rule, self.types, Ways(operands, results, work), self.in_memory
         )
         seconds = np.broadcast_to(seconds, (len(chosen),)).copy()
-        for i, strategy in enumerate(chosen):
+        inside = any(factor.reduction not in ("", "sum") for factor in rule.factors)
+        for i, strategy in enumerate(chosen if inside else ()):
             for axes in settled_axes(rule, strategy, self.mesh).values():
                 for value, ways in zip(op.outputs, results, strict=True):
                     nbytes = prices.wire_bytes(self.types[value]) / ways[i]

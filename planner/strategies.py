@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import product
 
 from ..ir.mesh import Mesh
@@ -9,7 +10,7 @@ from ..ir.rule import NONE, Rule, Strategy, cuttable, owing
 from ..ir.sharding import Sharding
 
 
-def strategies(rule: Rule, mesh: Mesh, time: dict[int, int]) -> list[Strategy]:
+def strategies(rule: Rule, mesh: Mesh, time: Mapping[int, int]) -> list[Strategy]:
     """All assignments of axes to factors that divide evenly, in a fixed order.
 
     `time[f]` is the number of microbatches that factor f is already cut into.
@@ -28,7 +29,7 @@ def _carried(rule: Rule) -> list[int]:
     return [owing(i) for i, operands in enumerate(rule.linear) if set(operands) == everyone]
 
 
-def _divides(rule: Rule, mesh: Mesh, codes: tuple[int, ...], time: dict[int, int]) -> bool:
+def _divides(rule: Rule, mesh: Mesh, codes: tuple[int, ...], time: Mapping[int, int]) -> bool:
     ways = dict(time)
     for size, code in zip(mesh.shape, codes, strict=True):
         if code >= 0:
@@ -37,7 +38,7 @@ def _divides(rule: Rule, mesh: Mesh, codes: tuple[int, ...], time: dict[int, int
 
 
 def follow(
-    rule: Rule, operand: int, layout: Sharding, mesh: Mesh, time: dict[int, int]
+    rule: Rule, operand: int, layout: Sharding, mesh: Mesh, time: Mapping[int, int]
 ) -> Strategy | None:
     """The strategy that takes this operand exactly as it lies; None where there is none.
 
