@@ -55,7 +55,11 @@ class Estimate(_Part):
 
 
 class Tensor(_Part):
-    """One row of the sharding table. `count` equal tensors (one per layer) share it."""
+    """One row of the sharding table. `count` equal tensors (one per layer) share it.
+
+    Activations are the results of forward products, for one microbatch; recompute
+    may let fewer than `count` live at a time.
+    """
 
     name: str
     role: str

@@ -71,7 +71,7 @@ CONFIGS = {
     "gpt3-175b": GPTConfig(96, 12_288, 96, 0.6e-4, 1536),
     # Ours: small enough for tests, and for a demo on CPU.
     "gpt-tiny": GPTConfig(4, 64, 8, 1e-2, 16, seq=32, vocab=128),
-    "gpt-bytes": GPTConfig(6, 256, 8, 1e-3, 32, seq=128, vocab=256, dtype="f32", corpus="source"),
+    "gpt-bytes": GPTConfig(6, 256, 8, 3e-4, 32, seq=128, vocab=256, dtype="f32", corpus="source"),
 }
 
 

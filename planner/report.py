@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ..ir.graph import Op, TensorType
 from ..ir.microbatch import Refusal
 from ..ir.plan import Collective, Estimate, Layout, Plan, Proof, Tensor
 from ..ir.roles import roles
@@ -149,12 +151,9 @@ def _tensors(space: Space, choices: tuple[int, ...]) -> list[Tensor]:
         tag = graph.input_tags[position]
         counts[tag] += graph.input_counts[position]
         rows[tag] = _row(space, choices, tag, value, known.get(position, "input"), counts[tag], "")
-    for position, op in enumerate(graph.ops):
-        if (
-            op.kind in ("dot_general", "conv_general_dilated")
-            and space.program.phases[position] == "forward"
-        ):
-            counts[op.tag] += op.count
+    for top, phase in zip(graph.ops, space.program.phases, strict=True):
+        for op, count in _products(top, 1) if phase == "forward" else ():
+            counts[op.tag] += count
             tag = space.program.value_tags[op.outputs[0]]
             rows[op.tag] = _row(
                 space, choices, tag, op.outputs[0], "activation", counts[op.tag], op.where
@@ -162,15 +161,37 @@ def _tensors(space: Space, choices: tuple[int, ...]) -> list[Tensor]:
     return list(rows.values())
 
 
+def _products(op: Op, times: int) -> Iterator[tuple[Op, int]]:
+    """The products in an op, and how often they run per microbatch."""
+    runs = times * op.count
+    if op.kind in ("dot_general", "conv_general_dilated"):
+        yield op, runs
+    for region in op.regions:
+        for inner in region.ops:
+            yield from _products(inner, runs * op.trips)
+
+
 def _row(
     space: Space, choices: tuple[int, ...], tag: str, value: int, role: str, count: int, where: str
 ) -> Tensor:
-    kind, layout = space.program.graph.types[value], _layout(space, choices, tag)
+    kind, layout = _one_microbatch(space, value, role), _layout(space, choices, tag)
     local = layout.local_shape(kind.shape, space.mesh)
+    name = spoken(space)[tag.rpartition(":")[0]] if role == "activation" else tag
     return Tensor(
-        name=tag, role=role, dtype=kind.dtype, shape=kind.shape, local_shape=local, sharding=str(layout),
+        name=name, role=role, dtype=kind.dtype, shape=kind.shape, local_shape=local, sharding=str(layout),
         count=count, local_bytes=count * kind.nbytes / layout.ways(space.mesh), where=where,
     )  # fmt: skip
+
+
+def _one_microbatch(space: Space, value: int, role: str) -> TensorType:
+    """The type of a value as it exists at one time."""
+    kind, axis = space.program.graph.types[value], space.program.time
+    if role != "activation" or isinstance(axis, Refusal) or value not in axis.split:
+        return kind
+    dim = axis.split[value]
+    shape = list(kind.shape)
+    shape[dim] //= space.microbatches
+    return TensorType(kind.dtype, tuple(shape))
 
 
 def _layout(space: Space, choices: tuple[int, ...], tag: str) -> Sharding:
@@ -178,11 +199,39 @@ def _layout(space: Space, choices: tuple[int, ...], tag: str) -> Sharding:
     return space.layouts.known[home.layouts[0 if home.node is None else choices[home.node]]]
 
 
+SILENT = frozenset({"copy", "convert_element_type", "transpose", "reshape"})  # named by what they read
+
+
+def spoken(space: Space) -> dict[str, str]:
+    """Op tag -> what a reader knows its result by: "dot_general model.py:31", or the input
+    that it casts, transposes or copies."""
+    graph, tags = space.program.graph, space.program.value_tags
+    values = {v: tags[v] for v in graph.inputs}
+    found: dict[str, str] = {}
+    for visit in graph.visits:
+        op = visit.op
+        for region in op.regions:
+            values.update({v: tags[v] for v in region.inputs})
+        silent = op.kind in SILENT and op.inputs[0] in values
+        found[op.tag] = values[op.inputs[0]] if silent else f"{op.kind} {op.where}".strip()
+        values.update(dict.fromkeys(op.outputs, found[op.tag]))
+    return found
+
+
+def _say(names: Mapping[str, str], tag: str) -> str:
+    """A value's or an op's tag in words; names of inputs stay."""
+    if tag in names:
+        return names[tag]
+    op, _, _ = tag.rpartition(":")
+    return names.get(op, tag)
+
+
 def find_collectives(space: Space, choices: tuple[int, ...]) -> list[Collective]:
     """Every communication that the chosen layouts imply, equal ones added up."""
     found: dict[tuple, Collective] = {}
+    names = spoken(space)
     for item in space.transfers:
-        for entry in _moves(space, choices, item):
+        for entry in _moves(space, choices, item, names):
             _count(found, entry)
     for entry in _settlements(space, choices):
         _count(found, entry)
@@ -199,7 +248,9 @@ def _count(found: dict[tuple, Collective], entry: Collective) -> None:
     found[key] = entry
 
 
-def _moves(space: Space, choices: tuple[int, ...], item: Transfer) -> list[Collective]:
+def _moves(
+    space: Space, choices: tuple[int, ...], item: Transfer, names: Mapping[str, str]
+) -> list[Collective]:
     source = _chosen(space, choices, item.have, item.producer)
     target = _chosen(
         space, choices, item.wanted, item.consumer if item.consumer is not None else item.producer
@@ -217,7 +268,7 @@ def _moves(space: Space, choices: tuple[int, ...], item: Transfer) -> list[Colle
                     nbytes=nbytes,
                     count=item.runs,
                     seconds=seconds,
-                    what=f"{item.source} -> {item.reader}",
+                    what=f"{_say(names, item.source)} -> {_say(names, item.reader)}",
                     phase=item.phase,
                 )  # fmt: skip
             )
@@ -251,7 +302,7 @@ def _settlements(space: Space, choices: tuple[int, ...]) -> list[Collective]:
                     nbytes=nbytes,
                     count=visit.times,
                     seconds=seconds,
-                    what=f"{op.kind} {op.tag}",
+                    what=f"{op.kind} {op.where}".strip(),
                     phase=phase,
                 )  # fmt: skip
             )

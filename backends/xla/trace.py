@@ -39,8 +39,12 @@ def trace(
     if not inner:
         _check_arguments(args, kwargs, names, options)
     jitted = step if inner and not options else jax.jit(step, **options)
+    static = _static(names, len(args), options)
+    bare = [arg if i in static else _bare(arg) for i, arg in enumerate(args)]
+    chosen = _as_tuple(options.get("static_argnames"))
+    named = {name: arg if name in chosen else _bare(arg) for name, arg in kwargs.items()}
     try:
-        traced = jitted.trace(*args, **kwargs)  # type: ignore[attr-defined]
+        traced = jitted.trace(*bare, **named)  # type: ignore[attr-defined]
     except CaptureError:
         raise
     except Exception as error:
@@ -62,6 +66,18 @@ def trace(
         ),
         donated=donated,
     )
+
+
+def _bare(argument: Any) -> Any:
+    """Without the layout that arrays have by now: the plan decides that."""
+    return jax.tree.map(_shape, argument)
+
+
+def _shape(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return leaf
+    weak = bool(getattr(leaf, "weak_type", False))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
 
 
 def _donated_inside(closed: Any) -> frozenset[int]:
@@ -94,7 +110,7 @@ def _kept_names(names: list[str], args: tuple, options: Mapping[str, Any]) -> li
 
 
 def _static(names: list[str], count: int, options: Mapping[str, Any]) -> set[int]:
-    numbers = {n % count if count else n for n in _as_tuple(options.get("static_argnums"))}
+    numbers = {n if n >= 0 else n + len(names) for n in _as_tuple(options.get("static_argnums"))}
     by_name = set(_as_tuple(options.get("static_argnames")))
     return numbers | {i for i, name in enumerate(names[:count]) if name in by_name}
 

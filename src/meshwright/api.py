@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,25 @@ class Options:
     static_argnames: tuple[str, ...] = ()
     donate_argnums: tuple[int, ...] = ()
     donate_argnames: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, step: Callable, given: Mapping[str, Any]) -> Options:
+        """From what the user gave; static parameters known by number are known by name too."""
+        found = cls(
+            _ints(given.get("static_argnums", ())),
+            _strings(given.get("static_argnames", ())),
+            _ints(given.get("donate_argnums", ())),
+            _strings(given.get("donate_argnames", ())),
+        )
+        if not found.static_argnums and not found.static_argnames:
+            return found
+        names = _parameters(step)
+        numbers = {n % len(names) for n in found.static_argnums}
+        numbers |= {i for i, name in enumerate(names) if name in found.static_argnames}
+        known = set(found.static_argnames) | {names[i] for i in numbers}
+        return replace(
+            found, static_argnums=tuple(sorted(numbers)), static_argnames=tuple(sorted(known))
+        )
 
     def capture(self, step: Callable, args: tuple, kwargs: dict) -> Captured:
         return capture(
@@ -68,13 +87,11 @@ def plan(
     Raises:
         CaptureError, ClusterError, PlanError, InfeasibleError: each says what to try.
     """
-    options = Options(
-        _ints(static_argnums),
-        _strings(static_argnames),
-        _ints(donate_argnums),
-        _strings(donate_argnames),
-    )
-    captured = options.capture(step, args, kwargs)
+    given = {
+        "static_argnums": static_argnums, "static_argnames": static_argnames,
+        "donate_argnums": donate_argnums, "donate_argnames": donate_argnames,
+    }  # fmt: skip
+    captured = Options.of(step, given).capture(step, args, kwargs)
     return plan_captured(captured, cluster, request or Request(), _name(step), tell)
 
 
@@ -107,12 +124,9 @@ def lower(
         MismatchError: the plan belongs to another step or other shapes.
         LoweringError: this process has too few devices.
     """
-    trace = {key: options.pop(key) for key in Options.__dataclass_fields__ if key in options}
-    chosen = Options(
-        _ints(trace.get("static_argnums", ())), _strings(trace.get("static_argnames", ())),
-        _ints(trace.get("donate_argnums", ())), _strings(trace.get("donate_argnames", ())),
-    )  # fmt: skip
-    return RunningStep(lower_flat(plan, chosen.capture(step, args, options), devices))
+    given = {key: options.pop(key) for key in Options.__dataclass_fields__ if key in options}
+    captured = Options.of(step, given).capture(step, args, options)
+    return RunningStep(lower_flat(plan, captured, devices))
 
 
 @dataclass(frozen=True)
@@ -158,31 +172,25 @@ class ParallelStep:
     verify: bool
     fixed: Plan | None
     _known: dict[Any, RunningStep] = field(default_factory=dict)
+    _found: dict[Any, tuple[Plan, Captured]] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arrays, static = self._split(args, kwargs)
-        leaves, tree = jax.tree.flatten(arrays)
-        key = (tree, static, tuple([_aval(leaf) for leaf in leaves]))
+        key, leaves = self._key(args, kwargs)
         running = self._known.get(key)
-        if running is None:
-            running = self._known[key] = self._prepare(args, kwargs)
-            if self.verify:
-                return self._verified(running, leaves, args, kwargs)
-        return running.run(leaves)
+        if running is not None:
+            return running.run(leaves)
+        running = self._known[key] = self._prepare(key, args, kwargs)
+        return self._verified(running, leaves, args, kwargs) if self.verify else running.run(leaves)
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments (abstract ones do), found now if it was not yet."""
-        return (
-            self.lower(*args, **kwargs).plan if self._runs_here() else self._find(args, kwargs)[0]
-        )
+        return self._plan(self._key(args, kwargs)[0], args, kwargs)[0]
 
     def lower(self, *args: Any, **kwargs: Any) -> RunningStep:
         """The program for these arguments."""
-        arrays, static = self._split(args, kwargs)
-        leaves, tree = jax.tree.flatten(arrays)
-        key = (tree, static, tuple([_aval(leaf) for leaf in leaves]))
+        key, _ = self._key(args, kwargs)
         if key not in self._known:
-            self._known[key] = self._prepare(args, kwargs)
+            self._known[key] = self._prepare(key, args, kwargs)
         return self._known[key]
 
     def explain(self, *args: Any, **kwargs: Any) -> str:
@@ -191,18 +199,21 @@ class ParallelStep:
 
         return plan_text(self.plan(*args, **kwargs))
 
-    def _runs_here(self) -> bool:
-        return self.cluster is None
+    def _key(self, args: tuple, kwargs: dict) -> tuple[Any, list[Any]]:
+        """What a program is cached by, and the leaves of the array arguments."""
+        arrays, static = self._split(args, kwargs)
+        leaves, tree = jax.tree.flatten(arrays)
+        return (tree, static, tuple([_aval(leaf) for leaf in leaves])), leaves
 
-    def _find(self, args: tuple, kwargs: dict) -> tuple[Plan, Captured]:
-        captured = self.options.capture(self.step, args, kwargs)
-        if self.fixed is not None:
-            return self.fixed, captured
-        return plan_captured(captured, self.cluster, self.request, _name(self.step)), captured
+    def _plan(self, key: Any, args: tuple, kwargs: dict) -> tuple[Plan, Captured]:
+        if key not in self._found:
+            captured = self.options.capture(self.step, args, kwargs)
+            found = self.fixed or plan_captured(captured, self.cluster, self.request, _name(self.step))
+            self._found[key] = (found, captured)
+        return self._found[key]
 
-    def _prepare(self, args: tuple, kwargs: dict) -> RunningStep:
-        found, captured = self._find(args, kwargs)
-        return RunningStep(lower_flat(found, captured))
+    def _prepare(self, key: Any, args: tuple, kwargs: dict) -> RunningStep:
+        return RunningStep(lower_flat(*self._plan(key, args, kwargs)))
 
     def _verified(self, running: RunningStep, leaves: list[Any], args: tuple, kwargs: dict) -> Any:
         """Run both, compare, and return what the sharded step gave."""
@@ -242,14 +253,8 @@ class ParallelStep:
 
 
     def _static(self) -> tuple[frozenset[int], frozenset[str]]:
-        """Positions and names of static parameters, however they were given."""
-        numbers, names = set(self.options.static_argnums), set(self.options.static_argnames)
-        if not numbers and not names:
-            return frozenset(), frozenset()
-        parameters = _parameters(self.step)
-        numbers = {i % len(parameters) for i in numbers}
-        numbers |= {i for i, name in enumerate(parameters) if name in names}
-        return frozenset(numbers), frozenset(names | {parameters[i] for i in numbers})
+        """Positions and names of static parameters."""
+        return frozenset(self.options.static_argnums), frozenset(self.options.static_argnames)
 
 
 def parallelize(
@@ -286,13 +291,11 @@ def parallelize(
             where=_name(step),
             fix=f"one of {', '.join(REQUEST_KEYS)}",
         )
-    options = Options(
-        _ints(static_argnums),
-        _strings(static_argnames),
-        _ints(donate_argnums),
-        _strings(donate_argnames),
-    )
-    wrapped = ParallelStep(step, cluster, options, Request(**request), verify, plan)
+    given = {
+        "static_argnums": static_argnums, "static_argnames": static_argnames,
+        "donate_argnums": donate_argnums, "donate_argnames": donate_argnames,
+    }  # fmt: skip
+    wrapped = ParallelStep(step, cluster, Options.of(step, given), Request(**request), verify, plan)
     functools.update_wrapper(wrapped, step, updated=())
     return wrapped
 
@@ -306,6 +309,8 @@ def _parameters(step: Callable) -> list[str]:
 
 
 def _name(step: Callable) -> str:
+    while isinstance(step, functools.partial):
+        step = step.func
     return getattr(step, "__qualname__", type(step).__name__)
 
 

@@ -115,7 +115,7 @@ def _memory(plan: Plan) -> str:
 
 def _tensors(plan: Plan) -> str:
     shown = largest(plan, TENSORS)
-    head = ("tensor", "role", "whole", "sharding", "cut", "part", "count", "bytes")
+    head = ("tensor", "role", "whole", "sharding", "cut", "part", "bytes each")
     table = _table(head, map(_tensor, shown))
     rest = [t for t in plan.tensors if t not in shown]
     if not rest:
@@ -134,8 +134,7 @@ def _tensor(tensor: Tensor) -> tuple[str, ...]:
         f"<code>{escape(tensor.sharding)}</code>",
         cut_picture(ways),
         f"1/{prod(ways)}" if prod(ways) > 1 else "all",
-        f"{tensor.count}",
-        f"<!--n-->{format_bytes(tensor.local_bytes)}",
+        f"<!--n-->{tensor.count} × {format_bytes(tensor.local_bytes / tensor.count)}",
     )
 
 
@@ -170,7 +169,7 @@ def _proof(plan: Plan) -> str:
         f"<p>{escape(p.status)}, stopped by {escape(p.stopped_by)} after {p.seconds:.1f} s, seed {p.seed}. "
         f"Prices: {escape(p.cost_model)}, {escape(p.band)}.</p>"
         + (f"<ul>{notes}</ul>" if notes else "")
-        + f"<details open><summary>not searched</summary><ul>{left_out}</ul></details>"
+        + f"<details open='open'><summary>not searched</summary><ul>{left_out}</ul></details>"
         f"<details><summary>how the search went</summary><ul>{searched}</ul></details>"
     )
 

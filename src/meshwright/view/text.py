@@ -100,8 +100,7 @@ def _tensor_rows(plan: Plan, most: int | None) -> list[tuple[str, ...]]:
             tensor.role,
             f"{tensor.dtype}{list(tensor.shape)}",
             tensor.sharding,
-            f"×{tensor.count}" if tensor.count > 1 else "",
-            format_bytes(tensor.local_bytes),
+            f"{tensor.count} × {format_bytes(tensor.local_bytes / tensor.count)}",
         )
         for tensor in shown
     ]
