@@ -134,6 +134,7 @@ def test_every_error_has_an_exit_code_of_the_cli():
         "GraphError": 2,
         "PlanError": 2,
         "InfeasibleError": 3,
+        "StoppedError": 4,
         "LoweringError": 5,
         "MismatchError": 5,
         "VerificationError": 1,

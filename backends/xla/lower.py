@@ -75,7 +75,7 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
     sharded = jax.shard_map(
         local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
-    sharded.__name__ = re.sub(r"\W", "_", plan.name)  # what profilers and dumps call the program
+    sharded.__name__ = re.sub(r"\W", "_", plan.name)  # type: ignore[attr-defined]  for profilers
     in_shardings = tuple(NamedSharding(mesh, spec) for spec in in_specs)
     out_shardings = tuple(NamedSharding(mesh, spec) for spec in out_specs)
     jitted = jax.jit(
