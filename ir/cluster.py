@@ -12,268 +12,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    PlainSerializer,
     SerializerFunctionWrapHandler,
     ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
     model_serializer,
     model_validator,
 )
 
 from . import presets
+from .cluster_file import is_path, read, translate
+from .cluster_parts import DTYPES, Device, Group, Part, Price, Tier, near
 from .errors import ClusterError, MeshwrightError, UsageError, did_you_mean
 from .units import (
     Bytes,
-    BytesPerSecond,
     format_bandwidth,
     format_bytes,
     format_flops,
     format_seconds,
-    parse_bandwidth,
-    parse_bytes,
-    parse_flops,
-    parse_seconds,
-    spell_bandwidth,
-    spell_bytes,
-    spell_flops,
-    spell_seconds,
 )
 
-SCHEMA, DTYPES = presets.SCHEMA, presets.DTYPES
+__all__ = ["Cluster", "Device", "Group", "Origin", "Price", "Tier"]
+
+SCHEMA = presets.SCHEMA
 Origin = Literal["declared", "preset", "detected", "measured"]
 
 
-def _read_as(parse: Callable[[str], float], example: str, zero: bool = False) -> BeforeValidator:
-    """A number that files write with its unit; Python may give it in the base unit."""
-
-    def read(value: object, info: ValidationInfo) -> float:
-        if isinstance(value, str):
-            number = parse(value)
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise UsageError(
-                f"`{value}` is no quantity.", fix=f"a number with its unit: `{example}`"
-            )
-        elif info.context == "file" or info.mode == "json":
-            raise UsageError(f"`{value}` has no unit.", fix=f"a number with its unit: `{example}`")
-        else:
-            number = float(value)
-        if not (0 <= number < float("inf")) or (number == 0 and not zero):
-            least = "zero or more" if zero else "more than zero"
-            raise UsageError(f"`{value}` must be {least}.", fix=f"something like `{example}`")
-        return number
-
-    return BeforeValidator(read)
-
-
-def _write_as(spell: Callable[[float], str]) -> PlainSerializer:
-    return PlainSerializer(spell, return_type=str, when_used="json")
-
-
-def _example(text: str) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string", "examples": [text]})
-
-
-Size = Annotated[
-    float, _read_as(parse_bytes, "80 GiB", zero=True), _write_as(spell_bytes), _example("2 GiB")
-]
-Memory = Annotated[
-    float, _read_as(parse_bytes, "80 GiB"), _write_as(spell_bytes), _example("80 GiB")
-]
-Rate = Annotated[
-    float, _read_as(parse_bandwidth, "450 GB/s"), _write_as(spell_bandwidth), _example("450 GB/s")
-]
-Time = Annotated[
-    float, _read_as(parse_seconds, "2 us", zero=True), _write_as(spell_seconds), _example("2 us")
-]
-Peak = Annotated[
-    float, _read_as(parse_flops, "989 TFLOP/s"), _write_as(spell_flops), _example("989 TFLOP/s")
-]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-    def __hash__(self) -> int:
-        return hash(self.model_dump_json())
-
-
-class Device(_Part):
-    """One accelerator, as a step sees it.
-
-    Invariants: `reserve < memory`; peaks are dense, one per dtype in the graph's names.
-    """
-
-    name: str = Field(default="", exclude=True)  # the key in `devices`
-    kind: Literal["cuda", "rocm", "tpu", "cpu"]
-    memory: Memory
-    reserve: Size = 2 * 2.0**30  # context, communication buffers, allocator slack
-    peak_flops: dict[str, Peak] = Field(min_length=1, examples=[{"bf16": "989 TFLOP/s"}])
-    memory_bandwidth: Rate
-    launch: Time = 5e-6  # seconds per kernel, whatever its size
-    efficiency: float = Field(default=0.8, gt=0, le=1)  # share of the peak that large products get
-    elementwise_flops: Peak | None = None  # simple f32 operations/s outside the matrix units
-    source: str | None = None
-
-    @property
-    def vector_flops(self) -> float:
-        """Simple operations/s; if not given, half the f32 peak, which counts an FMA as two.
-
-        A device whose f32 peak is unknown counts as 1/16 of its fastest.
-        """
-        peaks = self.peak_flops
-        return self.elementwise_flops or peaks.get("f32", max(peaks.values()) / 16) / 2
-
-    @field_validator("peak_flops", mode="before")
-    @classmethod
-    def _per_dtype(cls, value: object) -> object:
-        if not isinstance(value, Mapping):
-            raise UsageError(f"`{value}` has no dtype.", fix=f"`peak_flops: {{bf16: {value}}}`")
-        for dtype in value:
-            if dtype not in DTYPES:
-                raise UsageError(f"`{dtype}` is not a dtype.", fix=did_you_mean(str(dtype), DTYPES))
-        return {name: peak for dtype, peak in value.items() for name in DTYPES[dtype]}
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.reserve >= self.memory:
-            raise ClusterError(
-                f"a reserve of {format_bytes(self.reserve)} leaves nothing of "
-                f"{format_bytes(self.memory)} of memory.",
-                where="reserve",
-                fix="the memory to keep free for context and communication buffers, often `2 GiB`",
-            )
-        for dtype, peak in self.peak_flops.items():
-            if dense := _dense_of(self.name, dtype, peak):
-                raise ClusterError(
-                    f"{spell_flops(peak)} in {dtype} is the figure with 2:4 sparsity.",
-                    where=f"peak_flops.{dtype}",
-                    fix=f"{spell_flops(dense)} is the dense figure",
-                )
-        return self
-
-
-class Group(_Part):
-    """Equal hosts: `hosts` of them with `per_host` devices each."""
-
-    device: str
-    hosts: int = Field(gt=0, examples=[4, "gpu[00-31]"])
-    per_host: int = Field(gt=0, examples=[8])
-    names: tuple[str, ...] | None = None  # of the hosts
-    host_memory: Memory | None = None
-    host_link: Rate | None = None  # between one device and its host's memory
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named_hosts(cls, data: Any) -> Any:
-        hosts = data.get("hosts") if isinstance(data, Mapping) else None
-        if (isinstance(hosts, str) and not hosts.isdigit()) or isinstance(hosts, list):
-            names = presets.host_names(hosts)
-            return {**data, "hosts": len(names), "names": names}
-        return data
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.names is not None and len(self.names) != self.hosts:
-            what = f"{len(self.names)} host names do not name {self.hosts} hosts."
-            raise ClusterError(what, where="names", fix="one name per host, or none")
-        return self
-
-
-class Hosts(_Part):
-    """The scope of a tier that joins so many consecutive hosts: `{hosts: 4}`."""
-
-    hosts: int = Field(gt=1)
-
-
-def _scope(value: object) -> object:
-    if value in ("host", "all") or isinstance(value, Hosts):
-        return value
-    if isinstance(value, Mapping) and list(value) == ["hosts"]:
-        hosts = value["hosts"]
-        if isinstance(hosts, int) and not isinstance(hosts, bool) and hosts > 1:
-            return value
-    raise UsageError(
-        f"`{value}` is not the scope of a tier.",
-        fix="`host` (the devices of one host), `{hosts: 4}` (of 4 hosts each) or `all`",
-    )
-
-
-def _shape(value: object) -> object:
-    if isinstance(value, str):
-        parts = value.lower().split("x")
-        if not all(part.isdigit() and int(part) for part in parts):
-            raise UsageError(f"`{value}` is not a shape.", fix="sizes joined by x, like `4x4x8`")
-        return tuple(map(int, parts))
-    return value
-
-
-class Tier(_Part):
-    """One level of the fabric: what joins the devices of a host, of some hosts, or all.
-
-    `bandwidth` is what one device can send into the tier while it receives as much:
-    over a switch or a ring of several links, all its links together; over a torus or a
-    mesh (a torus that does not wrap), what a ring along one dimension gets; over `full`
-    (a link per pair), all its links together, of which a group of n uses n - 1.
-    """
-
-    tier: str  # its name
-    scope: Annotated[Literal["host", "all"] | Hosts, BeforeValidator(_scope)]
-    kind: Literal["switch", "ring", "torus", "mesh", "full"] = "switch"
-    bandwidth: Rate
-    latency: Time = 5e-6  # seconds per message
-    oversubscription: float = Field(default=1.0, ge=1)  # 2: half the bandwidth when all send
-    rails: int = Field(default=1, gt=0)  # separate networks, one per device position in the host
-    shape: Annotated[tuple[int, ...] | None, BeforeValidator(_shape)] = None  # of a torus or mesh
-    source: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.tier
-
-    @property
-    def hosts(self) -> float:
-        """How many hosts it joins; infinite for `all`."""
-        if isinstance(self.scope, Hosts):
-            return self.scope.hosts
-        return 1 if self.scope == "host" else float("inf")
-
-    @property
-    def effective_bandwidth(self) -> BytesPerSecond:
-        """Bandwidth per device and direction when every device sends at once."""
-        return self.bandwidth / self.oversubscription
-
-
-class Price(_Part):
-    """`per_device_hour: 2.49 USD`."""
-
-    per_device_hour: float = Field(ge=0)
-    currency: str = Field(default="USD", pattern="[A-Z]{3}")
-    spot: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _amount(cls, data: Any) -> Any:
-        price = data.get("per_device_hour") if isinstance(data, Mapping) else None
-        if isinstance(price, str):
-            amount, currency = _money(price)
-            return {**data, "per_device_hour": amount, "currency": currency}
-        return data
-
-
-class Cluster(_Part):
+class Cluster(Part):
     """Devices, hosts and fabric (closest tier first), with the origin of every figure.
 
     `cluster.provenance["fabric.ib400.bandwidth"]` is "preset". Ranks count through the
@@ -339,7 +111,7 @@ class Cluster(_Part):
             return cls._checked(dict(text), {}, "cluster given as a mapping")
         if text == "local":
             return cls.local()
-        if isinstance(text, Path) or _is_path(text):
+        if isinstance(text, Path) or is_path(text):
             return cls.load(text)
         try:
             data = presets.shorthand(text)
@@ -352,7 +124,7 @@ class Cluster(_Part):
     @classmethod
     def load(cls, path: str | Path) -> Cluster:
         """Read a YAML (or JSON) file. Each mistake is a ClusterError that names its line."""
-        data, lines = _read(Path(path))
+        data, lines = read(Path(path))
         return cls._checked(data, lines, f"cluster spec {path}", context="file")
 
     @classmethod
@@ -367,7 +139,7 @@ class Cluster(_Part):
         try:
             return cls.model_validate(data, context=context)
         except ValidationError as error:
-            raise _translate(error, data, lines, origin) from None
+            raise translate(error, data, lines, origin, cls) from None
 
     # ------------------------------------------------------------ asking
 
@@ -539,8 +311,8 @@ def _check_fabric(cluster: Cluster) -> None:
             )
         _check_shape(cluster, tier)
         _check_one_way(cluster, tier)
-    for near, far in zip(cluster.fabric, cluster.fabric[1:], strict=False):
-        _check_order(near, far)
+    for closer, farther in zip(cluster.fabric, cluster.fabric[1:], strict=False):
+        _check_order(closer, farther)
     if cluster.size > 1 and not (cluster.fabric and cluster.fabric[-1].hosts >= cluster.hosts):
         reach = (
             f"`{names[-1]}` reaches {cluster.fabric[-1].hosts:.0f}" if names else "there is none"
@@ -593,121 +365,12 @@ def _check_one_way(cluster: Cluster, tier: Tier) -> None:
     for device in cluster.devices.values():
         inside = presets.inside_bandwidth(presets.family(device.name))
         quoted = device.kind in ("cuda", "rocm") and tier is cluster.fabric[0]
-        if inside and quoted and _near(tier.bandwidth, 2 * inside):
+        if inside and quoted and near(tier.bandwidth, 2 * inside):
             raise ClusterError(
                 f"{format_bandwidth(tier.bandwidth)} counts both directions of {device.name}'s links.",
                 where=f"fabric.{tier.name}.bandwidth",
                 fix=f"per direction it is {format_bandwidth(inside)}",
             )
-
-
-def _dense_of(name: str, dtype: str, peak: float) -> float | None:
-    """The dense figure when `peak` is the sparse one of this device (of any, if it is unknown)."""
-    kind = presets.family(name)
-    facts = presets.hardware()["devices"]
-    tables = [facts[kind]] if kind else list(facts.values())
-    given = [
-        (d, parse_flops(p))
-        for t in tables
-        if t["kind"] in ("cuda", "rocm")
-        for d, p in t["peak_flops"].items()
-    ]
-    dense = [p for d, p in given if dtype in DTYPES[d] and d not in ("f32", "f64")]
-    if any(_near(peak, p) for p in dense):
-        return None
-    return next((p for p in dense if _near(peak, 2 * p)), None)
-
-
-def _near(a: float, b: float) -> bool:
-    return abs(a - b) <= 0.01 * b
-
-
-# ---------------------------------------------------------------- files
-
-
-def _is_path(text: str) -> bool:
-    return text.endswith((".yaml", ".yml", ".json", ".toml")) or "/" in text or Path(text).is_file()
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Content of a file, and the line of each dotted path in it."""
-    try:
-        loader = yaml.SafeLoader(path.read_text())
-        node = loader.get_single_node()
-        lines = dict(_lines(node, "", str(path)))
-        data = loader.construct_document(node) if node else None
-    except FileNotFoundError:
-        raise _no_file(path) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ClusterError(f"`{path}` cannot be read: {error}.", fix="a YAML file") from None
-    except yaml.YAMLError as error:
-        raise _not_yaml(path, error) from None
-    if not isinstance(data, dict):
-        what = f"`{path}` holds no cluster: a mapping with `devices`, `groups` and `fabric`."
-        raise ClusterError(what, fix="docs/cluster.md shows a file")
-    return data, lines
-
-
-def _no_file(path: Path) -> ClusterError:
-    beside = path.parent.glob("*.y*ml") if path.parent.is_dir() else ()
-    near = did_you_mean(path.name, sorted(p.name for p in beside))
-    fix = near if near.startswith("`") else f"a shorthand such as `{presets.EXAMPLES[1]}`"
-    return ClusterError(f"there is no file `{path}`.", fix=fix)
-
-
-def _not_yaml(path: Path, error: yaml.YAMLError) -> ClusterError:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error)
-    bracket = "'['" in problem or "']'" in problem
-    return ClusterError(
-        f"`{path}` is not YAML: {problem}.",
-        where=f"line {mark.line + 1}, column {mark.column + 1}" if mark else None,
-        fix='quotes around a pattern of hosts: `"gpu[00-31]"`'
-        if bracket
-        else "docs/cluster.md shows a file",
-    )
-
-
-def _lines(node: yaml.Node | None, path: str, file: str) -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in seen:
-                what = f"`{name}` is given twice, on lines {seen[name]} and {line}."
-                raise ClusterError(
-                    what, where=path or None, origin=f"cluster spec {file}", fix="keep one of them"
-                )
-            seen[name] = line
-            yield f"{path}{name}", line
-            yield from _lines(value, f"{path}{name}.", file)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            plain = (
-                {k.value: v.value for k, v in item.value}
-                if isinstance(item, yaml.MappingNode)
-                else {}
-            )
-            name = _item(path.removesuffix("."), index, plain)
-            yield f"{path}{name}", item.start_mark.line + 1
-            yield from _lines(item, f"{path}{name}.", file)
-
-
-def _item(parent: str, index: int, fields: object) -> str:
-    """How a list's item is called in a path: tiers by name, all else by number."""
-    if parent == "fabric" and isinstance(fields, Mapping):
-        return str(fields.get("tier") or fields.get("preset") or index)
-    return str(index)
-
-
-def _money(text: str) -> tuple[float, str]:
-    number, _, currency = text.strip().partition(" ")
-    try:
-        return float(number), currency.strip() or "?"
-    except ValueError:
-        raise UsageError(
-            f"`{text}` is no price.", fix="an amount and a currency, like `2.49 USD`"
-        ) from None
 
 
 def _tidy(data: dict[str, Any]) -> dict[str, Any]:
@@ -766,86 +429,3 @@ def _assign(data: Any, path: str, value: Any) -> None:
         node[field] = value
     if field == "hosts":
         node.pop("names", None)
-
-
-# ---------------------------------------------------------------- messages
-
-_MODELS: dict[str, type[BaseModel]] = {
-    "devices": Device,
-    "groups": Group,
-    "fabric": Tier,
-    "price": Price,
-}
-
-
-def _translate(
-    error: ValidationError, data: Any, lines: Mapping[str, int], origin: str
-) -> ClusterError:
-    """The first mistake that pydantic found, in the house form; misspelled keys before missing ones."""
-    found = [
-        e for e in error.errors(include_url=False) if e["type"] != "too_short" or not e["input"]
-    ]
-    first = min(found, key=lambda each: each["type"] != "extra_forbidden")
-    made = first.get("ctx", {}).get("error")
-    path = _path_of(first["loc"], data)
-    if isinstance(made, MeshwrightError):
-        path = ".".join(filter(None, (path, made.where)))
-    else:
-        made = _reworded(first, path)
-        path = path.rpartition(".")[0] if first["type"] == "missing" else path
-    line = next((lines[p] for p in _parents(path) if p in lines), None)
-    where = ", ".join([f"`{path}`"] * bool(path) + [f"line {line}"] * bool(line))
-    more = len({e["loc"] for e in found}) - 1
-    fixed = ClusterError(
-        made.what, fix=made.fix and made.fix + (f"; {more} more after this" if more else "")
-    )
-    return ClusterError.at(fixed, where or None, made.origin or origin)
-
-
-def _reworded(first: Any, path: str) -> ClusterError:
-    loc, kind, given = first["loc"], first["type"], first["input"]
-    key = str(loc[-1]) if loc else "cluster"
-    model = _MODELS.get(str(loc[0]), Cluster) if len(loc) > 1 else Cluster
-    example = model.model_json_schema()["properties"].get(key, {}).get("examples", [None])[0]
-    like = f"`{key}: {example}`" if example is not None else "docs/cluster.md shows a file"
-    if kind == "extra_forbidden":
-        fields = [f.alias or n for n, f in model.model_fields.items() if not f.exclude]
-        fields += ["preset"] if model in (Device, Tier) else []
-        return ClusterError(
-            f"`{key}` is not a field of a {model.__name__.lower()}.", fix=did_you_mean(key, fields)
-        )
-    if kind == "missing":
-        return ClusterError(
-            f"`{key}` is missing.", fix=f"add {like}" if example is not None else like
-        )
-    if kind == "literal_error":
-        options = first["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        return ClusterError(
-            f"`{given}` is not a {key} that we know.", fix=did_you_mean(str(given), options)
-        )
-    message = (
-        first["msg"]
-        .replace("Input should", "it should")
-        .replace("Field required", "it is required")
-    )
-    return ClusterError(f"`{key}` is `{given}`; {message}.", fix=like)
-
-
-def _path_of(loc: tuple[Any, ...], data: Any) -> str:
-    names: list[str] = []
-    for part in loc:
-        data = data[part] if _holds(data, part) else None
-        names.append(_item(".".join(names), part, data) if isinstance(part, int) else str(part))
-    return ".".join(names)
-
-
-def _holds(data: Any, part: Any) -> bool:
-    if isinstance(data, list | tuple):
-        return isinstance(part, int) and part < len(data)
-    return isinstance(data, Mapping) and part in data
-
-
-def _parents(path: str) -> Iterator[str]:
-    while path:
-        yield path
-        path = path.rpartition(".")[0]

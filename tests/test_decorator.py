@@ -295,3 +295,31 @@ def test_rematerialised_custom_and_nested_functions_are_ordinary():
 
     params, batch = arguments()
     same(parallel(own)(params, batch), jax.jit(own)(params, batch))
+
+
+def test_the_quick_way_in_notices_other_shapes_trees_and_layouts():
+    params, batch = arguments()
+    train, plain = parallel(), jax.jit(step)
+    for _ in range(4):
+        same(train(params, batch), plain(params, batch))
+    assert train._quick[1] is not None
+    small = arguments(batch=16)
+    same(train(*small), plain(*small))
+    same(train(params, batch), plain(params, batch))
+    for _ in range(3):
+        same(train(params, batch), plain(params, batch))
+    elsewhere = jax.device_put(params, jax.devices()[3])
+    same(train(elsewhere, batch), plain(params, batch))
+    same(train(params, batch=batch), plain(params, batch))
+    with pytest.raises(CaptureError, match="missing 1 required"):
+        train(params)
+
+
+def test_the_quick_way_in_donates_what_was_asked():
+    params, batch = arguments()
+    train = parallel(donate_argnums=0)
+    for _ in range(5):
+        before = params
+        params, _ = train(params, batch)
+    assert train._quick[1] is not None
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))

@@ -26,8 +26,7 @@ THIRD_PARTIES = {
     "models": {"numpy", "jax", "flax", "optax", "equinox", "torch"},
     "front": {"numpy", "jax", "typer", "rich"},
 }
-LONGEST = 500  # lines; ir/cluster.py is the exception, to be split along its parser
-EXCEPTIONS = {"ir/cluster.py": 870}
+LONGEST = 500  # lines
 
 
 def sources():
@@ -104,7 +103,7 @@ def test_links_lead_to_the_real_folders():
 def test_files_fit_in_a_head():
     for file in sources():
         name, lines = str(file.relative_to(ROOT)), len(file.read_text().splitlines())
-        assert lines <= EXCEPTIONS.get(name, LONGEST), f"{name} has {lines} lines"
+        assert lines <= LONGEST, f"{name} has {lines} lines"
 
 
 def test_every_module_says_what_it_is_for():

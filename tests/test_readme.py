@@ -60,7 +60,7 @@ def test_python_snippets_run():
 
 
 def test_links_lead_somewhere():
-    for file in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("docs/*.md")]:
+    for file in [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/README.md"), *ROOT.glob("docs/*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
             assert (file.parent / target).exists(), f"{file.name} -> {target}"
 

@@ -37,7 +37,7 @@ _ITEM = {"pred": 1, "s4": 1, "u4": 1, "c64": 8, "c128": 16, "bf16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One collective of the compiled program. `count` is None if a loop's trip count is unknown."""
+    """One collective of the compiled program, and how often it runs per step."""
 
     kind: str
     axes: tuple[str, ...]  # mesh axes its groups span; () when they match none

@@ -23,6 +23,10 @@ from .capture import Captured
 from .spmd import LocalStep
 
 
+class OtherShapes(Exception):
+    """A program was called with arguments that it was not made for."""
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A sharded step on flat leaves.
@@ -33,6 +37,7 @@ class Lowered:
 
     plan: Plan
     captured: Captured
+    local: Callable[..., Sequence[Any]]  # the traced function inside `jitted`
     jitted: Callable[..., Sequence[Any]]
     mesh: DeviceMesh
     input_shardings: tuple[NamedSharding, ...]
@@ -48,6 +53,39 @@ class Lowered:
             )
         ]
         return self.jitted.lower(*avals).compile()  # type: ignore[attr-defined]
+
+    @cached_property
+    def by_tree(self) -> Callable[..., Any] | None:
+        """The same program on the user's own positional arguments, so that jax takes them
+        apart itself: its compiled dispatch is several times quicker than ours could be.
+
+        Called with other shapes it raises OtherShapes. None where jax cannot do this:
+        keyword arguments, or part of an argument donated.
+        """
+        binding, donated = self.captured.binding, self.captured.graph.donated
+        marks = [position in donated for position in range(len(binding.in_avals))]
+        try:
+            (given, named), (shardings, _) = (
+                jax.tree.unflatten(binding.in_tree, marks),
+                jax.tree.unflatten(binding.in_tree, list(self.input_shardings)),
+            )
+            results = jax.tree.unflatten(binding.out_tree, list(self.output_shardings))
+        except Exception:  # a user's container that holds nothing but arrays
+            return None
+        numbers = [i for i, arg in enumerate(given) if any(jax.tree.leaves(arg))]
+        if named or not all(all(jax.tree.leaves(given[i])) for i in numbers):
+            return None
+
+        def step(*args: Any) -> Any:
+            leaves = jax.tree.leaves(args)
+            found = [(leaf.shape, leaf.dtype) for leaf in leaves]
+            if found != [(aval.shape, aval.dtype) for aval in binding.in_avals]:
+                raise OtherShapes
+            return jax.tree.unflatten(binding.out_tree, self.local(*leaves))
+
+        return jax.jit(
+            step, in_shardings=shardings, out_shardings=results, donate_argnums=tuple(numbers)
+        )
 
     def hlo(self) -> str:
         """The compiled program as text."""
@@ -84,7 +122,7 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
         out_shardings=out_shardings,
         donate_argnums=tuple(sorted(captured.graph.donated)),
     )
-    return Lowered(plan, captured, jitted, mesh, in_shardings, out_shardings)
+    return Lowered(plan, captured, sharded, jitted, mesh, in_shardings, out_shardings)
 
 
 def _check_graph(plan: Plan, captured: Captured) -> None:

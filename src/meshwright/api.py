@@ -13,7 +13,7 @@ import jax
 
 from .backends.xla.audit import Audit, audit
 from .backends.xla.capture import Captured, capture
-from .backends.xla.lower import Lowered
+from .backends.xla.lower import Lowered, OtherShapes
 from .backends.xla.lower import lower as lower_flat
 from .backends.xla.verify import reference, verify_outputs
 from .ir.blocks import fold
@@ -173,11 +173,28 @@ class ParallelStep:
     fixed: Plan | None
     _known: dict[Any, RunningStep] = field(default_factory=dict)
     _found: dict[Any, tuple[Plan, Captured]] = field(default_factory=dict)
+    _quick: tuple[Any, Callable[..., Any] | None] = (None, None)  # key of the last call, program
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        quick = self._quick[1]
+        if quick is None or kwargs:
+            return self._call(args, kwargs)
+        try:
+            return quick(*args)
+        except (OtherShapes, ValueError, TypeError):  # new shapes, trees or devices
+            self._quick = (None, None)
+            return self._call(args, kwargs)
+
+    def _call(self, args: tuple, kwargs: dict) -> Any:
+        """Look the program up by the shapes of all arguments, making it where there is none.
+
+        Twice in a row the same program, with positional arrays alone: jax may look from then on.
+        """
         key, leaves = self._key(args, kwargs)
         running = self._known.get(key)
         if running is not None:
+            again = key == self._quick[0] and not kwargs and not self.options.static_argnums
+            self._quick = (key, running.lowered.by_tree if again else None)
             return running.run(leaves)
         running = self._known[key] = self._prepare(key, args, kwargs)
         return self._verified(running, leaves, args, kwargs) if self.verify else running.run(leaves)

@@ -1,0 +1,77 @@
+"""What is read out of a compiled program, and how it is held against a plan."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh as DeviceMesh
+from jax.sharding import PartitionSpec as P
+
+import meshwright as mw
+from meshwright.backends.xla.audit import compare
+from meshwright.backends.xla.hlo import Found, collectives
+from meshwright.ir.mesh import Mesh
+from meshwright.models import build
+
+MESH = Mesh.of(x=4, y=2)
+
+
+def compiled(body, *shapes, spec=None) -> str:
+    mesh = DeviceMesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    spec = spec or P(("x", "y"))
+    step = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(step).lower(*arguments).compile().as_text()
+
+
+def found_in(body, *shapes, spec=None) -> dict:
+    return {(f.kind, f.axes): (f.nbytes, f.count) for f in collectives(compiled(body, *shapes, spec=spec), MESH)}
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "axes", "nbytes"),
+    [
+        (lambda a: lax.psum(a, "x"), "all_reduce", ("x",), 4 * 16 * 4),
+        (lambda a: lax.psum(a, ("x", "y")), "all_reduce", ("x", "y"), 4 * 16 * 4),
+        (lambda a: lax.all_gather(a, "y", axis=0, tiled=True)[:4], "all_gather", ("y",), 2 * 4 * 16 * 4),
+        (lambda a: jnp.tile(lax.psum_scatter(a, "x", scatter_dimension=0, tiled=True), (4, 1)), "reduce_scatter", ("x",), 4 * 16 * 4),
+        (lambda a: lax.all_to_all(a, "y", 1, 0, tiled=True).reshape(4, 16), "all_to_all", ("y",), 4 * 16 * 4),
+    ],
+)  # fmt: skip
+def test_kind_axes_and_bytes_of_each_collective(body, kind, axes, nbytes):
+    found = found_in(body, (32, 16))
+    assert found[kind, axes] == (nbytes, 1)
+
+
+def test_collectives_in_a_loop_count_once_per_turn():
+    def body(a):
+        return lax.scan(lambda c, _: (lax.psum(c, "x") * 0.5, None), a, None, length=3)[0]
+
+    assert found_in(body, (32, 16))["all_reduce", ("x",)] == (4 * 16 * 4, 3)
+
+
+def test_a_program_without_communication_has_none():
+    assert found_in(lambda a: a * 2, (32, 16)) == {}
+
+
+def test_a_difference_is_reported_with_its_kind_and_axes(small_plan):
+    honest = [Found(c.kind, c.axes, c.nbytes, c.count) for c in small_plan.collectives]
+    assert all(line.difference == 0 for line in compare(small_plan, honest))
+    surprise = [*honest, Found("all_to_all", ("x",), 1024.0, 2)]
+    lines = {(line.kind, line.axes): line for line in compare(small_plan, surprise)}
+    assert lines["all_to_all", ("x",)].compiled_bytes == 2048
+    assert lines["all_to_all", ("x",)].difference == float("inf")
+    missing = [f for f in honest if f.kind != "all_gather"]
+    assert any(line.difference == -1 for line in compare(small_plan, missing))
+
+
+@pytest.mark.parametrize("name", ["gpt-tiny", "llama-tiny", "wrn-tiny"])
+def test_predicted_bytes_are_within_a_quarter_of_the_compiled_ones(name):
+    example = build(name)
+    arguments = (example.step, example.state, example.batch)
+    request = mw.Request(mesh=(4, 2), time_limit=20, gap=0.05)
+    plan = mw.plan(*arguments, cluster="8xcpu", donate_argnums=0, request=request)
+    audit = mw.lower(plan, *arguments, donate_argnums=0).audit()
+    assert abs(audit.difference) < 0.25
+    assert audit.compiled_peak > 0 and audit.compiled_bytes > 0
