@@ -49,11 +49,9 @@ def main() -> None:
             row = audited(name, mesh)
             rows.append(row)
             memory = row["compiled_peak"] / row["predicted_peak"] - 1
-            print(
-                f"{name:16} {row['mesh']:6} {row['predicted_bytes']:12.0f} {row['compiled_bytes']:12.0f} "
-                f"{row['difference']:+7.1%}   memory {row['predicted_peak']:12.0f} {row['compiled_peak']:12.0f} {memory:+7.1%}",
-                flush=True,
-            )
+            moved = f"{row['predicted_bytes']:.0f} -> {row['compiled_bytes']:.0f} bytes {row['difference']:+.1%}"
+            peak = f"{row['predicted_peak']:.0f} -> {row['compiled_peak']:.0f} bytes {memory:+.1%}"
+            print(f"{name:16} {row['mesh']:6} moved {moved}, memory {peak}", flush=True)
     if options.output:
         options.output.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -35,7 +35,7 @@ def found_in(body, *shapes, spec=None) -> dict:
         (lambda a: lax.psum(a, "x"), "all_reduce", ("x",), 4 * 16 * 4),
         (lambda a: lax.psum(a, ("x", "y")), "all_reduce", ("x", "y"), 4 * 16 * 4),
         (lambda a: lax.all_gather(a, "y", axis=0, tiled=True)[:4], "all_gather", ("y",), 2 * 4 * 16 * 4),
-        (lambda a: jnp.tile(lax.psum_scatter(a, "x", scatter_dimension=0, tiled=True), (4, 1)), "reduce_scatter", ("x",), 4 * 16 * 4),
+        (lambda a: jnp.tile(lax.psum_scatter(a, "x", tiled=True), (4, 1)), "reduce_scatter", ("x",), 4 * 16 * 4),
         (lambda a: lax.all_to_all(a, "y", 1, 0, tiled=True).reshape(4, 16), "all_to_all", ("y",), 4 * 16 * 4),
     ],
 )  # fmt: skip

@@ -152,7 +152,7 @@ def test_a_plan_that_cannot_run_here_or_belongs_elsewhere_is_refused(run, plan_f
     assert run("run", "unmade.json")[0] == 2
     run("plan", "--model", "gpt-tiny", "--cluster", "16xcpu", *("--mesh", "16", "--time-limit", "20"), "-o", "big.json")
     code, _, err = run("run", "big.json")
-    assert code == 5 and "needs 16 devices, this process has 8" in err
+    assert code == 5 and "16 devices are asked for, and jax already runs with 8" in err
     code, _, err = run("run", plan_file, "--data", plan_file)
     assert code == 2 and "does not read bytes" in err
 
@@ -202,3 +202,15 @@ def test_an_interrupt_returns_the_best_plan_so_far(tmp_path):
     assert process.returncode == 0, err
     assert "stopped by interrupt" in out
     assert load_plan(tmp_path / "p.json").proof.stopped_by == "interrupt"
+
+
+def test_the_demo_shows_plan_losses_and_audit(run, tmp_path):
+    (tmp_path / "text.txt").write_text("so much depends upon a red wheel barrow " * 500)
+    code, out, err = run("demo", "--steps", "3", "--no-large", "--data", "text.txt")
+    assert code == 0, err
+    for part in ("20,000 bytes of text.txt", "proof", "losses", "largest relative difference of 3 steps", "audit"):
+        assert part in out
+    worst = float(out.partition("of 3 steps: ")[2].partition(",")[0])
+    assert worst < 1e-3
+    code, _, err = run("demo", "--data", "nothing.txt")
+    assert code == 2 and "cannot be read" in err

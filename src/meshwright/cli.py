@@ -41,7 +41,6 @@ PlanFile = Annotated[Path, typer.Argument(help="A plan written by `meshwright pl
 Emulate = Annotated[
     bool, typer.Option("--emulate", help="Run on emulated CPU devices, whatever the plan is for.")
 ]
-DONT_EMULATE_ABOVE = 64  # emulated devices are threads of this machine
 
 
 def main() -> NoReturn:
@@ -271,24 +270,12 @@ def _made(found: Any) -> Any:
     return make(found.recipe)
 
 
-def _devices(found: Any, emulate: bool) -> None:
-    """Set up the CPU's devices before jax looks at them."""
-    import jax
+def _devices(found: Any, emulated: bool) -> None:
+    """Emulate devices where that is asked for, or the plan is for CPUs anyway."""
+    from .emulation import MOST, emulate
 
-    size, kind = found.mesh.size, found.cluster.device.kind
-    if emulate:
-        jax.config.update("jax_platforms", "cpu")
-    if not (emulate or kind == "cpu"):
-        return
-    if size > DONT_EMULATE_ABOVE:
-        raise UsageError(
-            f"{size} devices are too many to emulate on one machine.",
-            fix=f"a plan for at most {DONT_EMULATE_ABOVE} devices",
-        )
-    try:
-        jax.config.update("jax_num_cpu_devices", size)
-    except RuntimeError:  # jax runs already, as in tests: `lower` checks the number
-        return
+    if emulated or (found.cluster.device.kind == "cpu" and found.mesh.size <= MOST):
+        emulate(found.mesh.size)
 
 
 # ---------------------------------------------------------------- lists
@@ -357,7 +344,7 @@ def demo(
         Path | None, typer.Option(help="Text to train on; this project's own sources if not given.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1)] = 30,
-    devices: Annotated[int, typer.Option(min=1, max=DONT_EMULATE_ABOVE)] = 8,
+    devices: Annotated[int, typer.Option(min=1, help="How many to emulate.")] = 8,
     large: Annotated[bool, typer.Option(help="Also plan gpt3-175b for 1024 GPUs.")] = True,
 ) -> None:
     """Train a byte-level GPT on emulated devices with a plan found on the spot."""

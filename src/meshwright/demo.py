@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .api import RunningStep, plan_captured
 from .backends.xla.lower import lower
 from .backends.xla.measure import measured_cluster
+from .emulation import emulate
 from .ir.cluster import Cluster
 from .ir.codec import save_plan
 from .ir.plan import Plan
@@ -32,8 +33,7 @@ ROWS = 10  # of the side-by-side table
 
 def run_demo(data: Path | None, steps: int, devices: int, large: bool) -> None:
     """Everything on one screen after the other; results to stdout, progress to stderr."""
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", devices)
+    emulate(devices)
     text = read_text(data)
     made = make({"model": MODEL})
     with Status() as status:
