@@ -26,8 +26,7 @@ class Layouts:
         self.mesh: Mesh = collectives.mesh
         self.known: list[Sharding] = []
         self._numbers: dict[Sharding, int] = {}
-        self._fixed = np.full((64, 64), np.nan)
-        self._slope = np.full((64, 64), np.nan)
+        self._lines = {late: np.full((2, 64, 64), np.nan) for late in (False, True)}
         self._ways: list[int] = []
         self._rules: dict[int, Rule] = {}  # kept alive, so that an id names one rule
         self._around: dict[tuple[int, Strategy], tuple[int, ...]] = {}
@@ -67,31 +66,31 @@ class Layouts:
             self._followed[key] = follow(rule, operand, self.known[number], self.mesh, time)
         return self._followed[key]
 
-    def seconds(self, sources: np.ndarray, targets: np.ndarray, nbytes: float) -> np.ndarray:
+    def seconds(
+        self, sources: np.ndarray, targets: np.ndarray, nbytes: float, phase: str
+    ) -> np.ndarray:
         """Seconds to change a tensor of `nbytes` from each source to each target layout."""
         rows, row_of = np.unique(sources, return_inverse=True)
         columns, column_of = np.unique(targets, return_inverse=True)
-        self._fill(rows, columns)
         cell = np.ix_(rows, columns)
+        fixed, slope = self._filled(rows, columns, phase)
         with np.errstate(invalid="ignore"):
-            unique = self._fixed[cell] + self._slope[cell] * nbytes
+            unique = fixed[cell] + slope[cell] * nbytes
         return unique[np.ix_(row_of, column_of)]
 
-    def _fill(self, rows: np.ndarray, columns: np.ndarray) -> None:
-        self._grow(max(int(rows.max()), int(columns.max())) + 1)
-        missing = np.argwhere(np.isnan(self._fixed[np.ix_(rows, columns)]))
-        for i, j in missing:
+    def _filled(self, rows: np.ndarray, columns: np.ndarray, phase: str) -> np.ndarray:
+        """The table of lines (fixed, slope), with these cells worked out."""
+        late = phase == "update"
+        size, table = max(int(rows.max()), int(columns.max())) + 1, self._lines[late]
+        while table.shape[1] < size:
+            extra = table.shape[1]
+            table = np.pad(table, ((0, 0), (0, extra), (0, extra)), constant_values=np.nan)
+        for i, j in np.argwhere(np.isnan(table[0][np.ix_(rows, columns)])):
             source, target = rows[i], columns[j]
-            line = self.collectives.resharding(self.known[source], self.known[target])
-            self._fixed[source, target] = np.inf if line is None else line.fixed
-            self._slope[source, target] = 0.0 if line is None else line.slope
-
-    def _grow(self, size: int) -> None:
-        while self._fixed.shape[0] < size:
-            extra = self._fixed.shape[0]
-            pad = ((0, extra), (0, extra))
-            self._fixed = np.pad(self._fixed, pad, constant_values=np.nan)
-            self._slope = np.pad(self._slope, pad, constant_values=np.nan)
+            line = self.collectives.resharding(self.known[source], self.known[target], phase)
+            table[:, source, target] = (np.inf, 0.0) if line is None else (line.fixed, line.slope)
+        self._lines[late] = table
+        return table
 
 
 def layouts_of(shape: tuple[int, ...], mesh: Mesh, owed: bool = False) -> list[Sharding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -260,7 +261,10 @@ def _moves(
         larger, share = prices.shares(step, share)
         if step.kind != "slice":
             nbytes = item.nbytes * larger
-            seconds = item.runs * prices.line(step.kind, step.axes)(nbytes)
+            line = prices.line(step.kind, step.axes)
+            if prices.joins(step.kind, item.phase):
+                line = replace(line, fixed=0.0)
+            seconds = item.runs * line(nbytes)
             entries.append(
                 Collective(
                     kind=step.kind,

@@ -369,7 +369,9 @@ class _Builder:
         space.transfers.append(item)
         if a == b and np.array_equal(item.have, item.wanted):
             return
-        matrix = item.runs * self.layouts.seconds(item.have, item.wanted, item.nbytes)
+        matrix = item.runs * self.layouts.seconds(
+            item.have, item.wanted, item.nbytes, item.phase
+        )
         if a is None and b is None:
             return
         if a == b:
