@@ -36,7 +36,7 @@ def captured(name: str, batch: int, layers: int | None = None) -> tuple[Any, flo
     return found, time.perf_counter() - start
 
 
-def by_depth(layers: int, repeats: int = 3) -> dict[str, Any]:
+def by_depth(layers: int, repeats: int = 2) -> dict[str, Any]:
     from meshwright.api import plan_captured
     from meshwright.planner.request import Request
 

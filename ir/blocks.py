@@ -82,14 +82,17 @@ def find_blocks(symbols: np.ndarray, heavy: Sequence[bool]) -> tuple[Block, ...]
     """Disjoint tandem repeats, those that save most ops first.
 
     First the repeats with real work in them (layers); then, among the rest,
-    repeats with the same count (their optimizer updates). Chance repeats of a
-    few small ops are no blocks.
+    repeats with the same count (their optimizer updates) or many more (a sum over
+    all leaves, one after another). Chance repeats of a few small ops are no blocks.
     """
     free = np.ones(len(symbols), bool)
     work = np.concatenate([[0], np.cumsum(heavy)])
     found = _take_repeats(symbols, free, lambda block: bool(work[_end(block)] - work[block.start]))
     counts = {near for block in found for near in (block.repeats - 1, block.repeats)} - {1}
-    found += _take_repeats(symbols, free, lambda block: block.repeats in counts)
+    many = 2 * max(counts, default=len(symbols))
+    found += _take_repeats(
+        symbols, free, lambda block: block.repeats in counts or block.repeats > many
+    )
     found.sort(key=lambda block: block.start)
     return tuple(replace(block, name=f"block{i}") for i, block in enumerate(found))
 

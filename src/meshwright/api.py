@@ -21,6 +21,7 @@ from .ir.cluster import Cluster
 from .ir.errors import UsageError
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
+from .ir.verify import verify as verify_graph
 from .planner.request import Request
 from .planner.search import search
 
@@ -101,6 +102,7 @@ def plan_captured(
 ) -> Plan:  # fmt: skip
     """Plan a step that was captured before."""
     where = Cluster.local() if cluster is None else Cluster.parse(cluster)
+    verify_graph(captured.graph)
     return search(
         fold(captured.graph),
         where,
