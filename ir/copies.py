@@ -35,7 +35,8 @@ def insert_copies(graph: Graph, phases: Sequence[str]) -> Graph:
     tags = dict(zip(graph.inputs, graph.input_tags, strict=True)) if graph.input_tags else {}
     writer = {v: (op, phase) for op, phase in zip(ops, phases, strict=True) for v in op.outputs}
     prepared = {v for v, (_, phase) in writer.items() if phase == "prepare"} | set(graph.inputs)
-    placer = _Placer(fresh, {v: op for v, (op, _) in writer.items()}, prepared, tags)
+    counts = dict(zip(graph.inputs, graph.input_counts, strict=True)) if graph.input_counts else {}
+    placer = _Placer(fresh, {v: op for v, (op, _) in writer.items()}, prepared, tags, counts)
     new_ops = placer.place(ops, phases)
     return replace(graph, types=fresh.types, ops=new_ops)
 
@@ -51,7 +52,7 @@ def _inside(op: Op, phase: str, fresh: Fresh) -> Op:
         for i, v in enumerate(region.inputs)
         if i < int(consts) or i >= int(consts) + int(carry)  # type: ignore[arg-type]
     }
-    placer = _Placer(fresh, {v: o for o in body for v in o.outputs}, set(given), given)
+    placer = _Placer(fresh, {v: o for o in body for v in o.outputs}, set(given), given, {})
     ops = placer.place(body, [phase] * len(body))
     return replace(op, regions=(Region(region.inputs, ops, region.outputs),))
 
@@ -60,9 +61,15 @@ class _Placer:
     """Decides, for one list of ops, which values get copies, and rewrites the readers."""
 
     def __init__(
-        self, fresh: Fresh, writer: dict[int, Op], prepared: set[int], tags: dict[int, str]
+        self,
+        fresh: Fresh,
+        writer: dict[int, Op],
+        prepared: set[int],
+        tags: dict[int, str],
+        counts: dict[int, int],
     ):
-        self.fresh, self.writer, self.prepared, self.tags = fresh, writer, prepared, tags
+        self.fresh, self.writer, self.prepared = fresh, writer, prepared
+        self.tags, self.counts = tags, counts
 
     def place(self, ops: Sequence[Op], phases: Sequence[str]) -> tuple[Op, ...]:
         readers: dict[tuple[int, str], list[int]] = defaultdict(list)
@@ -77,7 +84,7 @@ class _Placer:
             if not chosen:
                 continue
             source = shared.get(value, value)
-            copy = self._copy(source, f"{self._tag(value)}~{phase}", ops[chosen[0]].count)
+            copy = self._copy(source, f"{self._tag(value)}~{phase}", self._count(value))
             before[chosen[0]].append(copy)
             rename.update({(position, value): copy.outputs[0] for position in chosen})
         return tuple(
@@ -93,7 +100,7 @@ class _Placer:
             ]
             if len(phases) == 2 and self._large(value):
                 first = readers[value, "forward"][0]
-                copy = self._copy(value, f"{self._tag(value)}~step", ops[first].count)
+                copy = self._copy(value, f"{self._tag(value)}~step", self._count(value))
                 before[first].append(copy)
                 shared[value] = copy.outputs[0]
         return shared
@@ -126,6 +133,10 @@ class _Placer:
             op = self.writer[value]
             return f"{op.tag}:{op.outputs.index(value)}"
         return self.tags.get(value, f"in{value}")
+
+    def _count(self, value: int) -> int:
+        """How many layers a value stands for; its readers may stand for others."""
+        return self.writer[value].count if value in self.writer else self.counts.get(value, 1)
 
     def _copy(self, source: int, tag: str, count: int) -> Op:
         return Op("copy", (source,), (self.fresh.like(source),), tag=tag, count=count)

@@ -11,7 +11,7 @@ its maximum is at one of them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -104,10 +104,12 @@ class _Analysis:
         self.defined: dict[int, int] = {}
         self.used: dict[int, list[int]] = defaultdict(list)
         self.spans: list[Span] = []  # one per top-level op
+        self.bounds: list[tuple[int, int]] = []  # ticks of each top-level op
         self.position: dict[int, int] = {}  # value -> top-level op that makes it
 
     def run(self) -> Lifetimes:
         ticks = self._tick()
+        self._read_siblings()
         segments = [s for v in self.defined if v in self.kept for s in self._life(v, ticks - 1)]
         causes = {s.value: self._cause(s.value) for s in segments}
         scale = {v: self._scale(v) for v in causes}
@@ -125,6 +127,7 @@ class _Analysis:
             tick = self._visit(op, tick)
             self.position.update(dict.fromkeys(op.outputs, position))
             bounds.append((start, tick - 1))
+        self.bounds = bounds
         for value in self.graph.outputs:
             self.used[value].append(tick - 1)
         self._make_spans(bounds)
@@ -145,6 +148,17 @@ class _Analysis:
             self.used[value].append(end - 1)
         return end
 
+    def _read_siblings(self) -> None:
+        """In a folded graph a middle layer reads the first layer's value where, in the whole
+        one, all but one of its layers read a middle layer's: those are read here too."""
+        tags = self.program.value_tags
+        middle = {tags[v]: v for op in self.graph.ops if op.count > 1 for v in op.outputs}
+        for op, (_, end) in zip(self.graph.ops, self.bounds, strict=True):
+            for value in op.inputs if op.count > 1 else ():
+                sibling = middle.get(tags[value])
+                if sibling is not None and sibling != value and self.defined[sibling] < end:
+                    self.used[sibling].append(end)
+
     def _make_spans(self, bounds: list[tuple[int, int]]) -> None:
         groups = block_instances(self.graph.ops)
         edge: dict[tuple[str, int], tuple[int, int]] = {}
@@ -153,8 +167,12 @@ class _Analysis:
                 low, high = edge.get(group, (start, end))
                 edge[group] = (min(low, start), max(high, end))
         current: tuple[str, int] | None = None
-        for op, group, (start, end) in zip(self.graph.ops, groups, bounds, strict=True):
-            current = group or (current if current and start <= edge[current][1] else None)
+        coming = _coming(self.graph.ops, groups)
+        for position, (op, (start, end)) in enumerate(zip(self.graph.ops, bounds, strict=True)):
+            inside = current if current and start <= edge[current][1] else None
+            current = groups[position] or inside or coming[position]
+            if current:
+                edge[current] = (min(edge[current][0], start), edge[current][1])
             low, high = edge[current] if current else (start, end)
             self.spans.append(Span(low, high, op.count, current))
 
@@ -173,8 +191,11 @@ class _Analysis:
         if self._reuses_input(value):
             return
         span = self.spans[self.position[value]]
-        start, end = self._across_time(value, start, end)
-        yield from self._weighted(value, start, end, span)
+        first, last = self._across_time(value, start, end)
+        if (first, last) == (start, end):
+            yield from self._weighted(value, start, end, span)
+        else:
+            yield from self._through_loop(value, first, last, span)
 
     def _across_time(self, value: int, start: int, end: int) -> tuple[int, int]:
         """With microbatches, what the loop reads or adds up lives as long as the loop."""
@@ -188,26 +209,37 @@ class _Analysis:
             return min(start, first), max(end, last)
         return start, end
 
+    def _through_loop(self, value: int, start: int, end: int, own: Span) -> Iterator[Segment]:
+        """What every microbatch needs: all layers are alive from the loop's start, or from
+        where they are made before it, to the loop's end; then until they are read."""
+        many, leave = own.count, max(self.spans[p].end for p in self.time.body)  # type: ignore[union-attr]
+        if start >= own.start and own.end < leave:
+            yield Segment(value, start, own.end, 1, many)
+            start = own.end + 1
+        yield Segment(value, start, leave, many, many)
+        yield from self._until_read(value, leave + 1, end, many)
+
+    def _until_read(self, value: int, start: int, end: int, many: int) -> Iterator[Segment]:
+        """From `start`, where all layers are alive, through the readers' span, where they go."""
+        reader = self._span_at(end)
+        if start > end or reader is None or reader.count == 1:
+            yield from [Segment(value, start, end, many, many)] if start <= end else []
+            return
+        if start < reader.start:
+            yield Segment(value, start, reader.start - 1, many, many)
+        yield Segment(value, max(reader.start, start), end, many, 1)
+        if end < reader.end:
+            yield Segment(value, end + 1, reader.end, many - 1, 0)
+
     def _weighted(self, value: int, start: int, end: int, own: Span) -> Iterator[Segment]:
         many = own.count
         if many == 1 or end <= own.end or self._handed_on(value, own):
             yield Segment(value, start, end, 1, 1)
             return
-        if start < own.start:
-            yield Segment(value, start, own.start - 1, many, many)
-            start = own.start
         if start > own.start:
             yield Segment(value, own.start, start - 1, 0, many - 1)
         yield Segment(value, start, own.end, 1, many)
-        reader = self._span_at(end)
-        if reader is None or reader.count == 1:
-            yield Segment(value, own.end + 1, end, many, many)
-            return
-        if own.end + 1 < reader.start:
-            yield Segment(value, own.end + 1, reader.start - 1, many, many)
-        yield Segment(value, max(reader.start, own.end + 1), end, many, 1)
-        if end < reader.end:
-            yield Segment(value, end + 1, reader.end, many - 1, 0)
+        yield from self._until_read(value, own.end + 1, end, many)
 
     def _span_at(self, tick: int) -> Span | None:
         low, high = 0, len(self.spans) - 1
@@ -271,6 +303,20 @@ class _Analysis:
         if value in self.time.totals and self.position.get(value) in self.time.body:
             return max(1.0, 4 / max(1, ITEM_BYTES[self.graph.types[value].dtype]))
         return 1.0
+
+
+def _coming(
+    ops: Sequence[Op], groups: Sequence[tuple[str, int] | None]
+) -> list[tuple[str, int] | None]:
+    """For ops of many layers outside any block (recomputed ones, copies): the block instance
+    right after them, which they are made for, if it stands for as many layers."""
+    found: list[tuple[str, int] | None] = []
+    following, count = None, 1
+    for op, group in zip(reversed(ops), reversed(groups), strict=True):
+        if group:
+            following, count = group, op.count
+        found.append(following if op.count == count > 1 else None)
+    return found[::-1]
 
 
 def _length(op: Op) -> int:

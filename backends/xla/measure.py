@@ -23,6 +23,7 @@ from ...ir.cluster import Cluster
 SIDE = 384  # of the square products per device
 STREAM = 4 << 20  # elements of the memory test per device
 SMALL, LARGE = 1 << 10, 1 << 20  # float32 elements of the two all-reduces per device
+PRODUCTS = 4  # between two collectives: about what a layer does
 REPEATS = 7
 
 
@@ -133,7 +134,7 @@ def _launch(mesh: Mesh) -> float:
 def _all_reduce(mesh: Mesh) -> tuple[float, float]:
     """(latency, bandwidth) of the planner's line through a small and a large all-reduce.
 
-    Each follows a product, as in a step, and the product's own time is taken off: a
+    Each follows products, as in a step, and their own time is taken off: a
     collective waits for the last device, which costs more than its messages do.
     """
     n = mesh.size
@@ -147,13 +148,14 @@ def _all_reduce(mesh: Mesh) -> tuple[float, float]:
 
 
 def _between_products(mesh: Mesh, size: int) -> float:
-    """Seconds of one product and one all-reduce of `size` numbers after it, if any."""
+    """Seconds of some products and one all-reduce of `size` numbers after them, if any."""
     times, n = 10, mesh.size
 
     def body(x: Any, y: Any) -> Any:
         def turn(_: Any, state: Any) -> Any:
             x, y = state
-            x = (x @ x) * 1e-3
+            for _ in range(PRODUCTS):
+                x = (x @ x) * 1e-3
             if size:
                 x, y = lax.optimization_barrier((x, y))
                 y = lax.psum(y, "d") / n
