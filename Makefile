@@ -1,5 +1,7 @@
 # Everything a fresh machine needs: `make demo` runs the main job, `make test` the checks.
-PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3.13 python3,$(shell command -v $(p) 2>/dev/null)))
+# The first of these that runs and is new enough (a name on the path may be a shim that does not run).
+PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
 .PHONY: demo test test-all lint env clean
@@ -7,8 +9,7 @@ BIN := .venv/bin
 env: .venv/ready
 
 .venv/ready: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "no python3 found; install Python 3.11 or newer, or run make PYTHON=/path/to/python"; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11; run make PYTHON=/path/to/newer"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; install it, or run make PYTHON=/path/to/it"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
