@@ -323,19 +323,3 @@ def test_the_quick_way_in_donates_what_was_asked():
         params, _ = train(params, batch)
     assert train._quick[1] is not None
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
-
-
-def test_what_the_step_leaves_alone_is_handed_through():
-    def own(state, batch):
-        weights, frozen = state
-        new, out = step(weights, batch)
-        return (new, frozen), out
-
-    params, batch = arguments()
-    frozen = jnp.arange(64.0).reshape(8, 8)
-    train = parallel(own)
-    state, _ = train((params, frozen), batch)
-    same(state[1], frozen)
-    again, _ = train(state, batch)
-    first, second = (s[1].addressable_shards[0].data.unsafe_buffer_pointer() for s in (state, again))
-    assert first == second

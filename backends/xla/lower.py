@@ -16,7 +16,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ...ir.blocks import fold
 from ...ir.errors import LoweringError, MismatchError
 from ...ir.fingerprint import fingerprint
-from ...ir.graph import Graph
 from ...ir.plan import Plan
 from ...ir.program import prepare
 from ...ir.sharding import Sharding
@@ -114,7 +113,6 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
     sharded = jax.shard_map(
         local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
-    sharded = _forwarding(sharded, captured.graph)
     sharded.__name__ = re.sub(r"\W", "_", plan.name)  # type: ignore[attr-defined]  for profilers
     in_shardings = tuple(NamedSharding(mesh, spec) for spec in in_specs)
     out_shardings = tuple(NamedSharding(mesh, spec) for spec in out_specs)
@@ -125,20 +123,6 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
         donate_argnums=tuple(sorted(captured.graph.donated)),
     )
     return Lowered(plan, captured, sharded, jitted, mesh, in_shardings, out_shardings)
-
-
-def _forwarding(sharded: Callable[..., Any], graph: Graph) -> Callable[..., Any]:
-    """Outputs that are inputs, untouched, are handed through, so that jax need not copy them."""
-    place = {value: position for position, value in enumerate(graph.inputs)}
-
-    def step(*leaves: Any) -> tuple[Any, ...]:
-        results = sharded(*leaves)
-        return tuple(
-            leaves[place[value]] if value in place else result
-            for value, result in zip(graph.outputs, results, strict=True)
-        )
-
-    return step
 
 
 def _check_graph(plan: Plan, captured: Captured) -> None:
