@@ -1,6 +1,6 @@
 """Predicted against compiled communication and memory, for every model of the zoo on three meshes.
 
-    python benchmarks/audit_zoo.py [-o FILE]
+    python benchmarks/audit_zoo.py [--meshes 8 4x2 2x2x2] [-o FILE]
 
 Tiny sizes on 8 emulated CPU devices; the plan is free, the program is compiled, not run.
 """
@@ -18,7 +18,6 @@ ZOO = (
     "gpt-tiny", "gpt-tiny-scan", "llama-tiny", "llama-tiny-scan", "mixtral-tiny", "vit-tiny", "wrn-tiny", "dlrm-tiny",
     "gpt-bytes",
 )  # fmt: skip
-MESHES = ((8,), (4, 2), (2, 2, 2))
 
 
 def audited(name: str, mesh: tuple[int, ...]) -> dict[str, Any]:
@@ -40,13 +39,14 @@ def audited(name: str, mesh: tuple[int, ...]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--meshes", nargs="*", default=["8", "4x2", "2x2x2"])
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     rows = []
     for name in ZOO:
-        for mesh in MESHES:
-            row = audited(name, mesh)
+        for mesh in options.meshes:
+            row = audited(name, tuple(map(int, mesh.split("x"))))
             rows.append(row)
             memory = row["compiled_peak"] / row["predicted_peak"] - 1
             moved = f"{row['predicted_bytes']:.0f} -> {row['compiled_bytes']:.0f} bytes {row['difference']:+.1%}"

@@ -14,7 +14,7 @@ from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.verify import Reference, verify_outputs
-from meshwright.ir.errors import InfeasibleError, PlanError
+from meshwright.ir.errors import InfeasibleError, PlanError, StoppedError
 from meshwright.ir.recompute import POLICIES
 from meshwright.models import build
 from meshwright.planner.request import Request
@@ -39,7 +39,7 @@ def case(name: str):
 def check(name: str, **request) -> float:
     """Plan, run, compare; returns the plan's peak bytes."""
     captured, inputs, expected = case(name)
-    found = plan_captured(captured, "8xcpu", Request(time_limit=10, gap=0.05, **request), name)
+    found = plan_captured(captured, "8xcpu", Request(time_limit=20, gap=0.05, **request), name)
     results = lower(found, captured).jitted(*jax.tree.map(np.asarray, jax.tree.leaves(inputs)))
     verify_outputs(expected, results, captured.graph.output_names)
     return found.estimate.peak_bytes
@@ -59,7 +59,7 @@ def test_free_and_squeezed_plans_equal_one_device(name, mesh):
     for share in (0.2, 0.4, 0.6, 0.8):
         try:
             check(name, mesh=mesh, memory=least + share * (peak - least))
-        except InfeasibleError:
+        except (InfeasibleError, StoppedError):  # a slow machine may find nothing in time
             continue
         return
     raise AssertionError(f"{name} fits in {peak} bytes and in nothing less")
