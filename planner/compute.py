@@ -75,21 +75,29 @@ class Ways:
     work: np.ndarray
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Values that are written to memory; those of them that end a fused kernel."""
+
+    values: frozenset[int]
+    ends: frozenset[int]
+
+
 def op_seconds(
     op: Op,
     rule: Rule,
     types: Mapping[int, TensorType],
     device: Device,
     ways: Ways,
-    in_memory: frozenset[int],
+    stored: Stored,
 ) -> np.ndarray | float:
     """Seconds on one device for every choice.
 
     A kernel reads all operands and writes all results. A fused op does its
-    arithmetic and writes only results that are kept in memory (`in_memory`).
+    arithmetic and writes only results that are stored; it is launched where it ends.
     """
     kernel = op.kind in KERNELS
-    written = [v in in_memory for v in op.outputs]
+    written = [v in stored.values for v in op.outputs]
     if op.kind in FREE:
         return 0.0
     if not (kernel or any(written)):
@@ -109,7 +117,8 @@ def op_seconds(
         seconds = np.maximum(seconds, work / _peak(device, types[op.inputs[0]].dtype))
     elif not kernel:
         seconds = np.maximum(seconds, arithmetic_seconds(op, types, device, ways))
-    return device.launch + seconds
+    launched = kernel or not stored.ends.isdisjoint(op.outputs)
+    return device.launch * launched + seconds
 
 
 def arithmetic_seconds(

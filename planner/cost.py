@@ -18,7 +18,7 @@ from ..ir.graph import Op, TensorType
 from ..ir.mesh import Mesh
 from ..ir.rule import Rule
 from .collectives import Collectives
-from .compute import Ways, op_seconds
+from .compute import Stored, Ways, op_seconds
 
 
 class CostModel(Protocol):
@@ -38,7 +38,7 @@ class CostModel(Protocol):
         rule: Rule,
         types: Mapping[int, TensorType],
         ways: Ways,
-        in_memory: frozenset[int],
+        stored: Stored,
     ) -> np.ndarray | float: ...
 
 
@@ -69,7 +69,7 @@ class Roofline:
         rule: Rule,
         types: Mapping[int, TensorType],
         ways: Ways,
-        in_memory: frozenset[int],
+        stored: Stored,
     ) -> np.ndarray | float:
         """Seconds of one run on one device, for every choice."""
-        return op_seconds(op, rule, types, self.device, ways, in_memory)
+        return op_seconds(op, rule, types, self.device, ways, stored)

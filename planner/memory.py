@@ -23,7 +23,7 @@ from ..ir.microbatch import TimeAxis
 from ..ir.program import Program
 from ..ir.values import block_instances
 from .layouts import layouts_of
-from .space import Space, free_values, memory_values
+from .space import Space, free_values, stored_values
 
 FIRST, LAST = 0, 1  # the two moments of a tick that stands for many layers
 
@@ -100,7 +100,7 @@ class _Analysis:
         self.time = (
             program.time if microbatches > 1 and isinstance(program.time, TimeAxis) else None
         )
-        self.kept = memory_values(program)
+        self.kept = stored_values(program).values
         self.defined: dict[int, int] = {}
         self.used: dict[int, list[int]] = defaultdict(list)
         self.spans: list[Span] = []  # one per top-level op

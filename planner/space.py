@@ -26,7 +26,7 @@ from ..ir.program import Program
 from ..ir.rule import NONE, Rule, Strategy, settled_axes
 from ..ir.rules import rule_of
 from ..ir.sharding import Sharding, replicated
-from .compute import KERNELS, Ways
+from .compute import KERNELS, Stored, Ways
 from .cost import CostModel
 from .layouts import Layouts, layouts_of
 from .strategies import strategies
@@ -113,7 +113,7 @@ class _Builder:
         self.types = self.graph.types
         self.tags = space.program.value_tags
         self.time = space.program.time if isinstance(space.program.time, TimeAxis) else None
-        self.in_memory = memory_values(self.program)
+        self.stored = stored_values(self.program)
         self.first: dict[str, tuple[Op, Rule]] = {}  # op tag -> one op that carries it
         self.runs: dict[str, int] = defaultdict(int)
         self.phases: dict[str, str] = {}
@@ -352,7 +352,7 @@ class _Builder:
         ]
         work = np.array([_cut_ways(s, self.mesh) for s in chosen]) * max(parts)
         seconds = self.cost.op_seconds(
-            op, rule, self.types, Ways(operands, results, work), self.in_memory
+            op, rule, self.types, Ways(operands, results, work), self.stored
         )
         seconds = np.broadcast_to(seconds, (len(chosen),)).copy()
         inside = any(factor.reduction not in ("", "sum") for factor in rule.factors)
@@ -397,25 +397,23 @@ def _carries_sum(node: Node) -> np.ndarray:
     )
 
 
-def memory_values(program: Program) -> frozenset[int]:
-    """Values that are written to memory; the rest live inside fused kernels.
+def stored_values(program: Program) -> Stored:
+    """Which values are written to memory; the rest live inside fused kernels.
 
     A value is written when a kernel makes or reads it, when it enters or leaves a
-    loop or the step, or when it waits from one phase to another.
+    loop or the step, or when it waits from one phase to another. Waiting alone does
+    not end a fused kernel: that is one more result of it.
     """
     graph = program.graph
     found = {*graph.inputs, *graph.outputs}
+    waiting: set[int] = set()
     phase_of: dict[int, str] = {}
 
     def visit(ops: tuple[Op, ...], phase: Callable[[int], str]) -> None:
         for i, op in enumerate(ops):
-            for value in op.inputs:
-                if (
-                    op.kind in KERNELS
-                    or op.kind == "scan"
-                    or phase_of.get(value, phase(i)) != phase(i)
-                ):
-                    found.add(value)
+            if op.kind in KERNELS or op.kind == "scan":
+                found.update(op.inputs)
+            waiting.update(v for v in op.inputs if phase_of.get(v, phase(i)) != phase(i))
             if op.kind in KERNELS or op.kind == "scan":
                 found.update(op.outputs)
             phase_of.update(dict.fromkeys(op.outputs, phase(i)))
@@ -425,7 +423,7 @@ def memory_values(program: Program) -> frozenset[int]:
                 visit(region.ops, partial(_same, phase(i)))
 
     visit(graph.ops, lambda i: program.phases[i])
-    return frozenset(found)
+    return Stored(frozenset(found | waiting), frozenset(found))
 
 
 def _spreads_scalar(op: Op, types: Mapping[int, TensorType]) -> bool:

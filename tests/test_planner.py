@@ -203,11 +203,28 @@ def test_squeezing_memory_shards_states_then_recomputes_and_gets_slower():
     assert seconds == sorted(seconds) or all(
         b >= a * (1 - 0.005) for a, b in itertools.pairwise(seconds)
     )
-    assert "replicated states" in words(free)
     assert "ZeRO-3 (FSDP)" in words(plans[4])
     order = [POLICIES.index(p.recompute) for p in plans]
     assert order[-1] == POLICIES.index("full") and order[0] < order[-1]
     assert "the least is with" in str(refusal.value) and "more devices" in str(refusal.value)
+
+
+def test_over_two_hosts_states_are_replicated_until_memory_says_otherwise():
+    """One all-reduce up the hosts is cheaper than a scatter and a gather of 8 apart."""
+    example = build("wrn-50-2")
+    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
+
+    def within(memory: float | None):
+        request = Request(memory=memory, mesh=(8,), gap=0.01)
+        return plan_captured(captured, "2xh100x4@ib400", request, "wrn-50-2")
+
+    free = within(None)
+    squeezed, least = within(2.1 * 2**30), within(1.3 * 2**30)
+    assert "replicated states" in words(free)
+    assert "ZeRO-3 (FSDP)" in words(squeezed)
+    assert {"ZeRO-3 (FSDP)", "recompute full"} <= set(words(least))
+    seconds = [p.estimate.step_seconds for p in (free, squeezed, least)]
+    assert seconds == sorted(seconds)
 
 
 def test_just_below_the_least_nothing_fits():
