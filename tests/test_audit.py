@@ -44,6 +44,17 @@ def test_kind_axes_and_bytes_of_each_collective(body, kind, axes, nbytes):
     assert found[kind, axes] == (nbytes, 1)
 
 
+@pytest.mark.parametrize(
+    "groups",
+    ["{{0,2,4,6},{1,3,5,7}}", "[2,4]<=[4,2]T(1,0)", "mesh['x'=4,'y'=2] {'x'}"],
+    ids=["lists", "iota", "named"],
+)
+def test_every_notation_of_groups_is_read(groups):
+    line = f"%psum = f32[4]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add"
+    text = f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  {line}\n}}"
+    assert collectives(text, MESH) == [Found("all_reduce", ("x",), 16.0, 1)]
+
+
 def test_collectives_in_a_loop_count_once_per_turn():
     def body(a):
         return lax.scan(lambda c, _: (lax.psum(c, "x") * 0.5, None), a, None, length=3)[0]

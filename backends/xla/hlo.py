@@ -31,6 +31,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _CALLED = re.compile(
     r"(?:body|to_apply|calls|branch_computations|called_computations)=\{?%?([\w.\-, %]+)\}?"
 )
+_NAMED = re.compile(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] ?\{((?:'\w+',?)+)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ITEM = {"pred": 1, "s4": 1, "u4": 1, "c64": 8, "c128": 16, "bf16": 2}
 
@@ -124,7 +125,11 @@ def _item(kind: str) -> int:
 
 
 def _groups(rest: str) -> np.ndarray:
-    """replica_groups as rows of device numbers, from either notation."""
+    """replica_groups as rows of device numbers, from any of XLA's three notations.
+
+    Lists `{{0,1},{2,3}}`; iotas `[2,2]<=[4]`; since jax 0.11 also names of a mesh,
+    `mesh['x'=4,'y'=2] {'y'}`, devices numbered in row-major order.
+    """
     if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", rest):
         return np.array(
             [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", match[1])]
@@ -135,6 +140,13 @@ def _groups(rest: str) -> np.ndarray:
         if match[3]:
             order = order.transpose([int(n) for n in match[3].split(",")])
         return order.reshape(rows)
+    if match := _NAMED.search(rest):
+        names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", match[1]), strict=True)
+        inside = [names.index(name) for name in re.findall(r"'(\w+)'", match[2])]
+        outside = [k for k in range(len(names)) if k not in inside]
+        shape = [int(size) for size in sizes]
+        order = np.arange(prod(shape)).reshape(shape).transpose(outside + inside)
+        return order.reshape(-1, prod(shape[k] for k in inside))
     return np.zeros((0, 0), int)
 
 
