@@ -17,96 +17,156 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 
-from .onehot import Choices, Edge
+from .flat import Flat, flatten
+from .onehot import Edge
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What one pass found.
+    """What one pass found; choices and their reduced costs are counted through all nodes.
 
-    `bound <= optimum`; with node i at p, the optimum is at least `floor + reduced[i][p]`,
+    `bound <= optimum`; with choice c, the optimum is at least `floor + reduced[c]`,
     where `floor` is the bound of the pass before (so this needs two passes at equal costs).
     """
 
     bound: float
     floor: float
-    choices: Choices
-    reduced: tuple[np.ndarray, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """One end of an edge: its table seen from node `here` as (choices there, choices here)."""
-
-    edge: int
-    there: int
-    table: np.ndarray
+    choices: np.ndarray
+    reduced: np.ndarray
 
 
 class Messages:
     """The messages of one graph, kept warm between passes and price changes.
 
-    `Messages(costs, edges).sweep(costs)` passes over the nodes once, in turn
-    forwards and backwards. All costs must be finite.
+    `Messages(sizes, edges).sweep(costs)` passes over the nodes once, in turn
+    forwards and backwards; `costs` are those of all nodes one after another.
+    All costs must be finite.
     """
 
-    def __init__(self, costs: Sequence[np.ndarray], edges: Sequence[Edge]) -> None:
-        self.sides: list[list[_Side]] = [[] for _ in costs]
-        for index, edge in enumerate(edges):
-            forward = np.ascontiguousarray(edge.costs)
-            self.sides[edge.a].append(_Side(index, edge.b, np.ascontiguousarray(forward.T)))
-            self.sides[edge.b].append(_Side(index, edge.a, forward))
-        self.push = {(e, i): np.zeros(costs[i].size) for i, e in self._ends()}
-        self.rest = [np.zeros(cost.size) for cost in costs]
-        self.constants = np.zeros(len(costs))
+    def __init__(self, sizes: Sequence[int] | np.ndarray, edges: Sequence[Edge]) -> None:
+        self.flat = flat = flatten(sizes, edges)
+        self.push_a = np.zeros(flat.at_a[-1])
+        self.push_b = np.zeros(flat.at_b[-1])
+        for e, edge in enumerate(edges):  # as after a backward pass: collected at the lower end
+            if edge.a < edge.b:
+                self.push_a[flat.at_a[e] : flat.at_a[e + 1]] = edge.costs.min(axis=1)
+            else:
+                self.push_b[flat.at_b[e] : flat.at_b[e + 1]] = edge.costs.min(axis=0)
+        self.constants = np.zeros(len(flat.starts) - 1)
+        self.rest = np.zeros(flat.starts[-1])
+        self.reduced = np.zeros(flat.starts[-1])
+        self.choices = np.zeros(len(flat.starts) - 1, dtype=np.int64)
         self.forwards = False
-        for i, side in ((i, side) for i, sides in enumerate(self.sides) for side in sides):
-            if i < side.there:  # as after a backward pass: every edge is collected at its lower end
-                self.push[side.edge, i] = side.table.min(axis=0)
 
-    def _ends(self) -> list[tuple[int, int]]:
-        return [(i, side.edge) for i, sides in enumerate(self.sides) for side in sides]
-
-    def sweep(self, costs: Sequence[np.ndarray]) -> Pass:
+    def sweep(self, costs: np.ndarray) -> Pass:
         """Visit every node once."""
         self.forwards = not self.forwards
-        count, floor = len(costs), float(self.constants.sum())
-        choices = [-1] * count
-        reduced: list[np.ndarray] = [self.rest[0]] * count
-        for i in range(count) if self.forwards else reversed(range(count)):
-            guide = self._visit(i, costs[i], choices, reduced)
-            choices[i] = int(guide.argmin())
-        return Pass(float(self.constants.sum()), floor, tuple(choices), tuple(reduced))
-
-    def _visit(
-        self, i: int, cost: np.ndarray, choices: list[int], reduced: list[np.ndarray]
-    ) -> np.ndarray:
-        """Collect, keep the minimum, spread; returns what decoding should minimise at `i`."""
-        total, guide, ahead, behind = cost - self.constants[i], cost.copy(), [], 0
-        for side in self.sides[i]:
-            if choices[side.there] >= 0:
-                there = self.push[side.edge, side.there]
-                collected = np.subtract(side.table, there[:, None]).min(axis=0)
-                guide += side.table[choices[side.there]]
-                self.push[side.edge, i] = collected
-                behind += 1
-            else:
-                collected = self.push[side.edge, i]
-                guide += collected
-                ahead.append(side.edge)
-            total += collected
-        self.constants[i] += (low := float(total.min()))
-        reduced[i] = rest = total - low
-        share = 1.0 / max(len(ahead), behind, 1)
-        for edge in ahead:
-            self.push[edge, i] = self.push[edge, i] - share * rest
-        self.rest[i] = rest * (1.0 - share * len(ahead))
-        return guide
+        floor = float(self.constants.sum())
+        _sweep(
+            self.forwards, self.flat, costs, self.push_a, self.push_b,
+            self.constants, self.rest, self.reduced, self.choices,
+        )  # fmt: skip
+        return Pass(float(self.constants.sum()), floor, self.choices.copy(), self.reduced.copy())
 
     def pair_costs(self, index: int, edge: Edge) -> np.ndarray:
         """Reduced cost of every pair of one edge, valid after a sweep (add it to the bound)."""
-        left = self.rest[edge.a] - self.push[index, edge.a]
-        right = self.rest[edge.b] - self.push[index, edge.b]
+        flat = self.flat
+        push_a = self.push_a[flat.at_a[index] : flat.at_a[index + 1]]
+        push_b = self.push_b[flat.at_b[index] : flat.at_b[index + 1]]
+        left = self.rest[flat.starts[edge.a] : flat.starts[edge.a + 1]] - push_a
+        right = self.rest[flat.starts[edge.b] : flat.starts[edge.b + 1]] - push_b
         return edge.costs + left[:, None] + right[None, :]
+
+
+@numba.njit(cache=True, nogil=True)
+def _sweep(
+    forwards: bool,
+    flat: Flat,
+    costs: np.ndarray,
+    push_a: np.ndarray,
+    push_b: np.ndarray,
+    constants: np.ndarray,
+    rest: np.ndarray,
+    reduced: np.ndarray,
+    choices: np.ndarray,
+) -> None:
+    """One pass; all arrays but `costs` change in place."""
+    count = flat.starts.size - 1
+    visited = np.zeros(count, dtype=np.bool_)
+    widest = 0
+    for i in range(count):
+        widest = max(widest, flat.starts[i + 1] - flat.starts[i])
+    total, guide = np.empty(widest), np.empty(widest)
+    for step in range(count):
+        i = step if forwards else count - 1 - step
+        start = flat.starts[i]
+        size = flat.starts[i + 1] - start
+        for p in range(size):
+            total[p] = costs[start + p] - constants[i]
+            guide[p] = costs[start + p]
+        ahead = behind = 0
+        for k in range(flat.first[i], flat.first[i + 1]):
+            e = flat.near[k]
+            at_a = flat.a[e] == i
+            other = flat.b[e] if at_a else flat.a[e]
+            push, here = (push_a, flat.at_a[e]) if at_a else (push_b, flat.at_b[e])
+            if visited[other]:
+                behind += 1
+                _collect(flat, e, at_a, size, push_a, push_b, np.int64(choices[other]), guide)
+            else:
+                ahead += 1
+                for p in range(size):
+                    guide[p] += push[here + p]
+            for p in range(size):
+                total[p] += push[here + p]
+        low = total[:size].min()
+        share = 1.0 / max(ahead, behind, 1)
+        for k in range(flat.first[i], flat.first[i + 1]):
+            e = flat.near[k]
+            at_a = flat.a[e] == i
+            if not visited[flat.b[e] if at_a else flat.a[e]]:
+                push, here = (push_a, flat.at_a[e]) if at_a else (push_b, flat.at_b[e])
+                for p in range(size):
+                    push[here + p] -= share * (total[p] - low)
+        for p in range(size):
+            reduced[start + p] = total[p] - low
+            rest[start + p] = (total[p] - low) * (1.0 - share * ahead)
+        constants[i] += low
+        choices[i] = guide[:size].argmin()
+        visited[i] = True
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _collect(
+    flat: Flat,
+    e: int,
+    at_a: bool,
+    size: int,
+    push_a: np.ndarray,
+    push_b: np.ndarray,
+    chosen: np.int64,
+    guide: np.ndarray,
+) -> None:
+    """The min-marginals of edge e at one end, given what its other end took."""
+    table, here_a, here_b = flat.at[e], flat.at_a[e], flat.at_b[e]
+    if at_a:
+        width = flat.at_b[e + 1] - here_b
+        for p in range(size):
+            low = np.inf
+            row = table + p * width
+            for q in range(width):
+                low = min(low, flat.tables[row + q] - push_b[here_b + q])
+            push_a[here_a + p] = low
+            guide[p] += flat.tables[row + chosen]
+        return
+    for p in range(size):
+        push_b[here_b + p] = np.inf
+    for q in range(flat.at_a[e + 1] - here_a):
+        row = table + q * size
+        for p in range(size):
+            push_b[here_b + p] = min(push_b[here_b + p], flat.tables[row + p] - push_a[here_a + q])
+    for p in range(size):
+        guide[p] += flat.tables[table + chosen * size + p]

@@ -250,17 +250,23 @@ def _look_by_messages(search: Search, model: Reduced, prices: np.ndarray) -> _Vi
     """Passes of messages until the bound stands still; the assignments met are repaired."""
     asked = prices[model.rows]
     costs, refund = _priced_costs(model, asked), float(asked @ model.limits)
-    messages, local = Messages(costs, model.edges), Neighbourhood(model)
-    _offer(search, local, messages.sweep(costs).choices)
-    last, still = messages.sweep(costs), 0
+    messages, local = Messages(model.sizes, model.edges), Neighbourhood(model)
+    flat = np.concatenate(costs)
+    _offer(search, local, _listed(messages.sweep(flat).choices))
+    last, still = messages.sweep(flat), 0
     while still < 3 and not search.over:
-        before, last = last.bound, messages.sweep(costs)
+        before, last = last.bound, messages.sweep(flat)
         search.raise_bound(last.bound - refund)
         still = still + 1 if last.bound - before <= SLOW * abs(before) else 0
-    _offer(search, local, last.choices)
+    _offer(search, local, _listed(last.choices))
     floor, bound = last.floor - refund, last.bound - refund
     pairs = tuple(bound + messages.pair_costs(k, edge) for k, edge in enumerate(model.edges))
-    return _View(model, bound, tuple(floor + r for r in last.reduced), pairs, exact=False)
+    nodes = np.split(floor + last.reduced, np.cumsum(model.sizes)[:-1])
+    return _View(model, bound, tuple(nodes), pairs, exact=False)
+
+
+def _listed(choices: np.ndarray) -> Choices:
+    return tuple(int(x) for x in choices)
 
 
 def _look_exactly(search: Search, model: Reduced, prices: np.ndarray, entries: int) -> _View | None:

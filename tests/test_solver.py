@@ -179,11 +179,13 @@ def test_min_marginals_are_the_optimum_with_one_choice_fixed(seed):
 @given(st.integers(0, 10**6))
 def test_messages_bound_every_choice_from_below(seed):
     problem = random_problem(seed, rows=0, forbidden=0.0)
-    messages = Messages(problem.costs, problem.edges)
-    last = [messages.sweep(problem.costs) for _ in range(6)][-1]
-    order = elimination_order([cost.size for cost in problem.costs], problem.edges)
+    sizes = [cost.size for cost in problem.costs]
+    messages = Messages(sizes, problem.edges)
+    last = [messages.sweep(np.concatenate(problem.costs)) for _ in range(6)][-1]
+    reduced_costs = np.split(last.reduced, np.cumsum(sizes)[:-1])
+    order = elimination_order(sizes, problem.edges)
     assert last.bound <= eliminate(problem.costs, problem.edges, order)[0] + 1e-9
-    for node, reduced in enumerate(last.reduced):
+    for node, reduced in enumerate(reduced_costs):
         for choice, more in enumerate(reduced):
             fixed = list(problem.costs)
             fixed[node] = np.where(np.arange(reduced.size) == choice, fixed[node], inf)

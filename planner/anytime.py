@@ -1,0 +1,373 @@
+"""Anytime search for problems too large to solve outright: memory over time, 10^5 choices.
+
+1. `contraction` and `live.tighten` reduce exactly.
+2. `ascent` prices the moments and raises a lower bound; assignments that fit are kept.
+3. `tree_moves` walk from the best assignment; `region` solves neighbourhoods of it.
+4. Choices whose bound exceeds the best assignment go; contract again.
+5. What is small enough goes to the exact `solver`; else back to 2.
+
+At any moment there is a best assignment that fits, recomputed on the original problem,
+and a valid lower bound.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from math import inf
+from time import perf_counter
+
+import numpy as np
+
+from .ascent import Ascent
+from .contraction import Contracted, contract
+from .live import Live, memory_rows, restrict, tighten
+from .messages import Messages
+from .onehot import Choices, Edge, Problem, Solution, relative_gap
+from .region import Region
+from .solver import solve
+from .tree_moves import TreeMoves
+
+Report = Callable[[float, float], None]  # objective, bound
+
+ASCENT_SHARE, EXACT_SHARE = 0.12, 0.25  # of the time limit, per round
+FIRST_MOVES_SHARE, MOVES_SHARE = 0.04, 0.25
+SLICE = 6.0  # seconds after which walks and neighbourhoods start from the best again
+SMALL = 2000  # choices up to which the exact solver comes first
+PRESSES = 100  # times that all prices are raised while nothing fits
+EXACT_CHOICES = 20_000  # choices from which on the exact solver is not tried
+EXACT_ENTRIES = 20_000_000  # entries of its rows: 160 MB
+EXACT_ROUNDS = 20  # of adding the moments that its answer breaks
+TOLERANCES = (0.0, 0.001, 0.01, 0.1, 0.3)  # share of the cost that a first move may add
+TREES = (200, 20)  # most nodes of a tree
+RUN_MOVES = 50  # per node
+BATCHES = 40  # steps in which the tolerance falls
+LAST_TOLERANCE = 3e-3  # of the first one
+
+
+def solve_live(
+    live: Live,
+    *,
+    time_limit: float = 60.0,
+    gap: float = 1e-6,
+    seed: int = 0,
+    report: Report | None = None,
+) -> Solution:
+    """Choose for every node so that the cost is least and no moment is over its limit.
+
+    Args:
+        time_limit: seconds of wall clock; the best assignment so far comes back then.
+        gap: `optimal` means `objective - lower_bound <= gap * |objective|`.
+        seed: of the moves; equal seeds give equal walks, but how far they get is time.
+        report: hears of every better objective and bound.
+
+    Ctrl-C ends the search like the time limit does.
+    """
+    search = _Search(live, gap, perf_counter(), time_limit, seed, report)
+    try:
+        search.run()
+    except KeyboardInterrupt:
+        return search.answer("interrupt")
+    return search.answer("proof" if search.closed else "time")
+
+
+@dataclass
+class _Core:
+    """The problem as far as it is reduced, and how to get back."""
+
+    live: Live
+    steps: tuple[Contracted, ...]
+
+    def lift(self, choices: np.ndarray) -> Choices:
+        found: Choices | np.ndarray = choices
+        for step in reversed(self.steps):
+            found = step.lift(found)
+        return tuple(int(x) for x in found)
+
+    def lower(self, choices: Choices) -> np.ndarray | None:
+        found: np.ndarray | None = np.asarray(choices)
+        for step in self.steps:
+            found = None if found is None else step.lower(tuple(found))
+        return found
+
+
+@dataclass
+class _Search:
+    live: Live
+    gap: float
+    began: float
+    time_limit: float
+    seed: int
+    report: Report | None
+    choices: Choices | None = None
+    objective: float = inf
+    bound: float = -inf
+    discarded: float = inf  # every assignment dropped so far costs at least this
+    refuted: str = ""
+
+    def __post_init__(self) -> None:
+        cores = min(4, os.cpu_count() or 1)
+        self.walkers = [Walker(self.seed * 64 + k) for k in range(max(1, cores - 1))]
+        self.region = Region(np.random.default_rng(self.seed))
+
+    # ------------------------------------------------------------ state
+
+    @property
+    def left(self) -> float:
+        return self.began + self.time_limit - perf_counter()
+
+    @property
+    def closed(self) -> bool:
+        return bool(self.refuted) or (
+            self.choices is not None and relative_gap(self.objective, self.bound) <= self.gap
+        )
+
+    @property
+    def over(self) -> bool:
+        return self.closed or self.left <= 0
+
+    @property
+    def target(self) -> float:
+        """Assignments from this cost on may go unseen: half the gap is spent here."""
+        return self.objective - 0.5 * self.gap * abs(self.objective)
+
+    def offer(self, choices: Choices) -> None:
+        """Take an assignment of the original problem when it fits and is better."""
+        value = self.live.cost(choices)
+        if value < self.objective and self.live.fits(choices):
+            self.choices, self.objective = choices, value
+            self._tell()
+
+    def raise_bound(self, bound: float) -> None:
+        """Take a bound of what is left; what was dropped has its own."""
+        bound = min(bound, self.objective, self.discarded)
+        if bound > self.bound:
+            self.bound = bound
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.report:
+            self.report(self.objective, self.bound)
+
+    def answer(self, stopped_by: str) -> Solution:
+        if self.refuted:
+            return Solution("infeasible", "proof", None, None, inf, self.refuted)
+        if self.choices is None:
+            reason = "no assignment under the limits found yet"
+            return Solution("feasible", stopped_by, None, None, self.bound, reason)  # type: ignore[arg-type]
+        status = "optimal" if relative_gap(self.objective, self.bound) <= self.gap else "feasible"
+        return Solution(status, stopped_by, self.choices, self.objective, self.bound)  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------ search
+
+    def run(self) -> None:
+        self.refuted = _least_refutes(self.live)
+        if self.refuted:
+            return
+        core = self._reduce(_Core(self.live, ()))
+        if core is None:
+            self.refuted = "no assignment meets all forbidden choices and pairs"
+            return
+        prices, tried = np.zeros(self.live.limits.size), inf
+        if core.live.sizes.sum() <= SMALL:
+            self._solve_core(core, prices)
+        while not self.over:
+            prices, bounds = self._price(core, prices)
+            share = FIRST_MOVES_SHARE if tried == inf else MOVES_SHARE
+            self._improve(core, prices, bounds, share * self.time_limit)
+            smaller = None if self.over else self._prune(core, bounds)
+            if smaller is None:
+                return
+            core = smaller
+            count = int(core.live.sizes.sum())
+            if count < 0.9 * tried:
+                tried = count
+                if count <= EXACT_CHOICES:
+                    self._solve_core(core, prices)
+
+    def _reduce(self, core: _Core) -> _Core | None:
+        """Contract and tighten; None when nothing is left."""
+        step = contract(core.live)
+        return None if step is None else _Core(tighten(step.live), (*core.steps, step))
+
+    def _price(self, core: _Core, prices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Raise the bound for a share of the time; the best prices and the choices' bounds."""
+        live = _finite(core.live, self.objective)
+        costs = np.concatenate(live.costs)
+        ascent = Ascent(
+            live, costs, Messages(live.sizes, live.edges), lambda x: self.offer(core.lift(x))
+        )
+        ascent.start(prices[core.live.moments])
+        until = perf_counter() + ASCENT_SHARE * self.time_limit
+        while not (self.over or ascent.settled or perf_counter() > until):
+            ascent.step(self.objective if self.choices else 2 * abs(ascent.reached))
+            self.raise_bound(ascent.bound)
+        best = ascent.prices
+        for _ in range(PRESSES):  # ask more until an assignment fits
+            if self.choices is not None or self.over:
+                break
+            ascent.press()
+            ascent.step(2 * abs(ascent.reached))
+            self.raise_bound(ascent.bound)
+        found = np.zeros(prices.size)
+        found[core.live.moments] = best
+        return found, ascent.choice_bounds()
+
+    def _improve(self, core: _Core, prices: np.ndarray, bounds: np.ndarray, seconds: float) -> None:
+        """From the best assignment: walks on all cores but one, neighbourhoods by MIP on that."""
+        live = _finite(core.live, self.objective)
+        costs = np.concatenate(live.costs)
+        moves = TreeMoves(live, Messages(live.sizes, live.edges).flat, costs)
+        asked = prices[core.live.moments]
+        until = min(perf_counter() + seconds, self.began + self.time_limit)
+        with ThreadPoolExecutor(len(self.walkers)) as pool:
+            while perf_counter() < until and not self.over and self.choices:
+                start = core.lower(self.choices)
+                assert start is not None  # pruning keeps it
+                pause = min(perf_counter() + SLICE, until)
+                walks = [pool.submit(w.run, moves, start, asked, pause) for w in self.walkers]
+                near = self.region.solve(core.live, bounds, start, pause - perf_counter())
+                for found in (near, *(walk.result() for walk in walks)):
+                    if found is not None:
+                        self.offer(core.lift(found))
+
+    def _prune(self, core: _Core, bounds: np.ndarray) -> _Core | None:
+        """Drop choices that nothing below the target holds; None when nothing is left."""
+        if self.choices is None:
+            return core
+        keep = bounds < self.target
+        known = core.lower(self.choices)
+        if known is not None:
+            keep[core.live.starts[:-1] + known] = True
+        masks = np.split(keep, core.live.starts[1:-1])
+        if keep.all():
+            return core
+        self.discarded = min(self.discarded, self.target)
+        smaller = None
+        if all(mask.any() for mask in masks):
+            smaller = self._reduce(_Core(restrict(core.live, masks), (*core.steps, _kept(masks))))
+        if smaller is None:
+            self.raise_bound(self.target)
+        return smaller
+
+    def _solve_core(self, core: _Core, prices: np.ndarray) -> None:
+        """The exact solver on the moments that matter, more of them as its answers break them."""
+        live = core.live
+        until = perf_counter() + EXACT_SHARE * self.time_limit
+        active = prices[live.moments] > 0
+        if live.limits.size * live.sizes.sum() <= EXACT_ENTRIES:
+            active[:] = True
+        known = core.lower(self.choices) if self.choices else None
+        for _ in range(EXACT_ROUNDS):
+            problem = Problem(live.costs, live.edges, memory_rows(live, active))
+            found = solve(
+                problem,
+                time_limit=max(0.1, min(until - perf_counter(), self.left)),
+                gap=0.5 * self.gap,
+                incumbent=None if known is None else tuple(int(x) for x in known),
+                cutoff=self.objective,
+            )
+            self.raise_bound(found.lower_bound)
+            if found.status == "infeasible" and self.choices is None:
+                self.refuted = (
+                    "no assignment meets all limits, forbidden choices and pairs together"
+                )
+            if found.choices is None or perf_counter() > until or self.over:
+                return
+            over = live.used(found.choices) - live.limits
+            if not (over > 0).any():
+                self.offer(core.lift(np.array(found.choices)))
+                return
+            active[int(over.argmax())] = True
+
+
+class Walker:
+    """Runs of threshold accepting; a tolerance stays in use while it finds something better."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.tolerance = 0  # index into TOLERANCES
+        self.batch = 0  # batches made, each with a seed of its own
+        self.seconds_per_move = 0.0
+
+    def run(
+        self, moves: TreeMoves, start: np.ndarray, prices: np.ndarray, until: float
+    ) -> np.ndarray:
+        """The best assignment met until then."""
+        best, least = start, moves.live.cost(start)
+        while perf_counter() < until:
+            found, cost = self._once(moves, best, least, prices, until)
+            if cost < least:
+                best, least = found, cost
+            else:
+                self.tolerance = (self.tolerance + 1) % len(TOLERANCES)
+        return best
+
+    def _once(
+        self, moves: TreeMoves, start: np.ndarray, cost: float, prices: np.ndarray, until: float
+    ) -> tuple[np.ndarray, float]:
+        """One run whose tolerance falls to nearly nothing by its end."""
+        each = max(1, RUN_MOVES * len(moves.live.costs) // BATCHES)
+        if self.seconds_per_move:
+            in_time = (until - perf_counter()) / self.seconds_per_move / BATCHES
+            each = max(1, min(each, int(in_time)))
+        first = TOLERANCES[self.tolerance] * abs(cost)
+        best, least, choices = start, cost, start
+        for batch in range(BATCHES):
+            began = perf_counter()
+            choices, found, value = moves.run(
+                choices,
+                prices,
+                seed=(self.seed * 1_000_003 + self.batch) % 2**32,
+                moves=each,
+                most_nodes=TREES[self.batch // BATCHES % len(TREES)],
+                tolerance=first * LAST_TOLERANCE ** (batch / BATCHES),
+            )
+            self.batch += 1
+            self.seconds_per_move = (perf_counter() - began) / each
+            if value < least:
+                best, least = found, value
+            if perf_counter() > until:
+                break
+        return best, least
+
+
+def _finite(live: Live, ceiling: float) -> Live:
+    """Cap every table so that all numbers are finite and no optimum below `ceiling` changes.
+
+    Taking one entry of `least + (ceiling - sum of leasts)` already costs the ceiling.
+    Without one the cap is more than any finite assignment costs.
+    """
+    tables = [*live.costs, *(edge.costs for edge in live.edges)]
+    leasts = [float(table.min()) for table in tables]
+    if ceiling < inf:
+        span = max(ceiling - sum(leasts), 0.0) * (1 + 1e-9) + 1e-9 * abs(ceiling)
+    else:
+        span = 1.0 + 2 * sum(
+            float(t[np.isfinite(t)].max()) - low for t, low in zip(tables, leasts, strict=True)
+        )
+    capped = [np.minimum(table, low + span) for table, low in zip(tables, leasts, strict=True)]
+    count = len(live.costs)
+    edges = tuple(Edge(e.a, e.b, c) for e, c in zip(live.edges, capped[count:], strict=True))
+    return replace(live, costs=tuple(capped[:count]), edges=edges)
+
+
+def _kept(masks: list[np.ndarray]) -> Contracted:
+    """The step back over dropped choices."""
+    origins = tuple({k: np.flatnonzero(mask)} for k, mask in enumerate(masks))
+    return Contracted(Live((), (), (), np.zeros(0)), origins)
+
+
+def _least_refutes(live: Live) -> str:
+    """Why nothing fits, when a moment overflows even if every node takes its least there."""
+    least = live.table.extremes()[0]
+    over = least - live.limits
+    if not over.size or over.max() <= 0:
+        return ""
+    t = int(over.argmax())
+    return (
+        f"moment {live.moments[t]} needs at least {least[t]:.6g} bytes, {over[t]:.6g} more"
+        f" than its limit of {live.limits[t]:.6g}"
+    )

@@ -1,0 +1,91 @@
+"""Prices of memory at thousands of moments, by averaged subgradients of the message bound.
+
+At fixed prices message passing gives a bound and an assignment; the bytes by which
+the assignments of a few passes miss the limits say where to ask more and where less.
+
+Source: Held, Wolfe & Crowder, "Validation of subgradient optimization",
+Math. Programming 6, 1974 (step towards a target cost).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .live import Live
+from .messages import Messages, Pass
+
+PASSES = 4  # of messages at one set of prices
+FIRST_STEP, LEAST_STEP = 0.02, 1e-7  # share of the target cost that one step may promise
+RISEN, NOT_RISEN = 1.1, 0.97  # how the step changes with success
+MEMORY = 0.7  # weight of older misses in the average
+PRESSED = 1.2  # how much more is asked while no assignment fits
+BACK = 0.1  # how far the prices are pulled back to the best ones
+
+
+@dataclass
+class Ascent:
+    """The best bound so far with its prices; `offer` hears of every assignment that fits."""
+
+    live: Live
+    costs: np.ndarray
+    messages: Messages
+    offer: Callable[[np.ndarray], None]
+
+    def __post_init__(self) -> None:
+        self.prices = np.zeros(self.live.limits.size)
+        self.bound = -np.inf
+        self.last: Pass = self.messages.sweep(self.costs)
+        self._asked = self.prices
+        self._missed: np.ndarray | None = None
+        self._step = FIRST_STEP
+
+    @property
+    def settled(self) -> bool:
+        return self._step < LEAST_STEP
+
+    def start(self, prices: np.ndarray) -> None:
+        """Begin at prices known from before."""
+        self._asked = prices
+
+    def choice_bounds(self) -> np.ndarray:
+        """For every choice, counted through all nodes, a bound on the assignments that hold it."""
+        if self.bound == -np.inf:
+            return np.full(self.costs.size, -np.inf)
+        refund = float(self.prices @ self.live.limits)
+        return self.last.floor - refund + self.last.reduced
+
+    @property
+    def reached(self) -> float:
+        """A cost near the bound, whatever the prices."""
+        return max(self.bound, self.last.bound)
+
+    def press(self) -> None:
+        """Ask more everywhere, so that assignments come nearer to fitting."""
+        self._asked = self._asked * PRESSED
+        self._step = max(self._step, FIRST_STEP)
+
+    def step(self, target: float) -> None:
+        """Ask the messages at the present prices, then move these towards `target`."""
+        asked, limits = self._asked, self.live.limits
+        costs = self.costs + self.live.table.priced(asked)
+        found, misses = self.last, np.zeros(limits.size)
+        for _ in range(PASSES):
+            found = self.messages.sweep(costs)
+            used = self.live.table.used(found.choices)
+            if (used <= limits).all():
+                self.offer(found.choices)
+            misses += (used - limits) / PASSES
+        bound = found.bound - float(asked @ limits)
+        self._step *= RISEN if bound > self.bound else NOT_RISEN
+        if bound > self.bound:
+            self.bound, self.prices, self.last = bound, asked, found
+        before = misses if self._missed is None else self._missed
+        self._missed = MEMORY * before + (1 - MEMORY) * misses
+        slope = np.where((asked > 0) | (self._missed > 0), self._missed, 0.0)
+        steep = float(slope @ slope)
+        length = self._step * abs(target) / steep if steep > 0 else 0.0
+        centre = (1 - BACK) * asked + BACK * self.prices
+        self._asked = np.maximum(0.0, centre + length * slope)
