@@ -87,27 +87,35 @@ class _Work:
 
     def run(self) -> bool:
         """Reduce until nothing changes; False when a node loses its last choice."""
-        waiting = dict.fromkeys(range(len(self.costs)))
-        while waiting:
-            node = next(iter(waiting))
-            del waiting[node]
-            if not self.origins[node]:
-                continue
-            mask = self._possible(node)
-            if not mask.any():
+        for node, cost in enumerate(self.costs):
+            if not self._keep_possible(node, np.isfinite(cost)):
                 return False
-            if not mask.all():
-                self._keep(node, mask)
-                waiting.update(dict.fromkeys(self.near[node]))
-            waiting.update(dict.fromkeys(self._fold_separable(node)))
-            waiting.update(dict.fromkeys(self._follow(node)))
+        waiting = {(a, b): None for a, near in enumerate(self.near) for b in near if a < b}
+        while waiting:
+            a, b = next(iter(waiting))
+            del waiting[a, b]
+            if b not in self.near[a]:
+                continue
+            finite = np.isfinite(self.near[a][b])
+            for node, axis in ((a, 1), (b, 0)):
+                before = self.costs[node].size
+                if not self._keep_possible(node, np.asarray(finite.any(axis=axis))):
+                    return False
+                if self.costs[node].size < before:
+                    waiting.update(dict.fromkeys(self._edges(node)))
+            if not self._fold_separable(a, b) and (leader := self._leader(a, b)) is not None:
+                follower = a if leader == b else b
+                waiting.update(dict.fromkeys(self._merge(follower, leader)))
         return True
 
-    def _possible(self, node: int) -> np.ndarray:
-        mask = np.isfinite(self.costs[node])
-        for table in self.near[node].values():
-            mask &= np.isfinite(table).any(axis=1)
-        return mask
+    def _edges(self, node: int) -> list[tuple[int, int]]:
+        return [(min(node, other), max(node, other)) for other in self.near[node]]
+
+    def _keep_possible(self, node: int, mask: np.ndarray) -> bool:
+        """Drop the other choices of a node; whether one is left."""
+        if not mask.all():
+            self._keep(node, mask)
+        return bool(mask.any())
 
     def _keep(self, node: int, mask: np.ndarray) -> None:
         self.costs[node] = self.costs[node][mask]
@@ -117,31 +125,30 @@ class _Work:
             self.near[node][other] = table[mask]
             self.near[other][node] = self.near[node][other].T
 
-    def _fold_separable(self, node: int) -> list[int]:
-        """Fold edges that are a sum of two vectors; returns the neighbours that got cheaper tables."""
-        done = []
-        for other, table in list(self.near[node].items()):
-            if not np.isfinite(table).all():
-                continue
-            ours, theirs = table[:, 0], table[0] - table[0, 0]
-            scale = SEPARABLE * max(1.0, float(np.abs(table).max()))
-            if np.abs(table - ours[:, None] - theirs[None, :]).max() <= scale:
-                self.costs[node] = self.costs[node] + ours
-                self.costs[other] = self.costs[other] + theirs
-                self._part(node, other)
-                done.append(other)
-        return done
+    def _fold_separable(self, a: int, b: int) -> bool:
+        """Fold an edge whose costs are a sum of two vectors into its nodes; whether it was one."""
+        table = self.near[a][b]
+        if not np.isfinite(table).all():
+            return False
+        ours, theirs = table[:, 0], table[0] - table[0, 0]
+        scale = SEPARABLE * max(1.0, float(np.abs(table).max()))
+        if np.abs(table - ours[:, None] - theirs[None, :]).max() > scale:
+            return False
+        self.costs[a] = self.costs[a] + ours
+        self.costs[b] = self.costs[b] + theirs
+        self._part(a, b)
+        return True
 
-    def _follow(self, node: int) -> list[int]:
-        """Merge `node` into a neighbour that decides it; returns the nodes to look at again."""
-        for leader, table in self.near[node].items():
-            finite = np.isfinite(table)
-            if (finite.sum(axis=0) == 1).all():
-                return self._merge(node, leader, finite.argmax(axis=0))
-        return []
+    def _leader(self, a: int, b: int) -> int | None:
+        """The end whose choice decides the other's; of two such the one with more neighbours."""
+        finite = np.isfinite(self.near[a][b])
+        leaders = [n for n, axis in ((a, 1), (b, 0)) if (finite.sum(axis=axis) == 1).all()]
+        return max(leaders, key=lambda n: len(self.near[n]), default=None)
 
-    def _merge(self, node: int, leader: int, choice: np.ndarray) -> list[int]:
+    def _merge(self, node: int, leader: int) -> list[tuple[int, int]]:
+        """`node` becomes part of `leader`; returns the edges that changed."""
         table = self.near[node][leader]
+        choice = np.isfinite(table).argmax(axis=0)
         self.costs[leader] = (
             self.costs[leader] + self.costs[node][choice] + table[choice, np.arange(choice.size)]
         )
@@ -154,7 +161,7 @@ class _Work:
             self._join(leader, other, self.near[node][other][choice])
             self._part(node, other)
         self.demands[node], self.origins[node] = [], {}
-        return [leader, *touched]
+        return [(min(leader, other), max(leader, other)) for other in touched]
 
     def result(self, original: Live) -> Contracted:
         alive = [i for i, origin in enumerate(self.origins) if origin]

@@ -15,16 +15,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from .contraction import contract
-from .live import Live, memory_rows, restrict, tighten
+from .live import Demand, Live, memory_rows, tighten
 from .mip import solve_mip
-from .onehot import Problem
-from .reductions import drop_dominated, drop_impossible, drop_slack_rows, reduced_from
+from .onehot import Choices, Edge, Problem
+from .reductions import Reduced, drop_dominated, drop_impossible, drop_slack_rows, reduced_from
 
 COUNTS = (2, 3, 4, 6, 8, 12, 16)  # promising choices per node
 FIRST_ENTRIES = 6000  # entries of the edge tables of a region
 GROW, SHRINK = 1.5, 0.7
 GAP = 1e-6
 LEAST_SECONDS = 0.3
+
+Near = list[dict[int, np.ndarray]]  # per node, its neighbours' tables with rows for the node
 
 
 class Region:
@@ -34,6 +36,7 @@ class Region:
         self.rng = rng
         self.entries = FIRST_ENTRIES
         self.turn = 0
+        self.known: tuple[Live, Near] | None = None
 
     def solve(
         self, live: Live, bounds: np.ndarray, choices: np.ndarray, seconds: float
@@ -41,57 +44,53 @@ class Region:
         """One region's optimum when it is below the cost of `choices`."""
         if seconds < LEAST_SECONDS:
             return None
+        near = self._near(live)
         count = COUNTS[self.turn % len(COUNTS)]
         self.turn += 1
-        masks = self._masks(live, _promising(live, bounds, choices, count), choices)
-        index = [np.flatnonzero(mask) for mask in masks]
-        step = contract(restrict(live, masks))
+        kept = _promising(live, bounds, choices, count)
+        inside = self._grow(near, [k.size for k in kept])
+        if not inside:
+            return None
+        part = _part_of(live, near, choices, inside, kept)
+        step = contract(part)
         if step is None:
             return None
         small = tighten(step.live)
-        problem = Problem(
-            small.costs, small.edges, memory_rows(small, np.ones(small.limits.size, bool))
-        )
+        every = np.ones(small.limits.size, bool)
+        problem = Problem(small.costs, small.edges, memory_rows(small, every))
         model = drop_impossible(reduced_from(problem))
         if not all(model.sizes):
             return None
         model = drop_dominated(drop_slack_rows(model))
-        cost = live.cost(choices)
-        found = solve_mip(
-            model,
-            [np.isfinite(edge.costs) for edge in model.edges],
-            scale=cost,
-            gap=GAP,
-            seconds=seconds,
-        )
-        closed = found.bound >= cost * (1 - 2 * GAP) or found.choices is not None
-        self.entries = int(self.entries * (GROW if closed else SHRINK))
-        if found.choices is None:
+        before = part.cost([int(np.flatnonzero(kept[i] == choices[i])[0]) for i in inside])
+        chosen = self._best(model, live.cost(choices), seconds)
+        self.entries = int(self.entries * (SHRINK if chosen is None else GROW))
+        if chosen is None:
             return None
-        inner = step.lift(model.lift(found.choices))
-        better = np.array([kept[x] for kept, x in zip(index, inner, strict=True)])
-        return better if live.cost(better) < cost and live.fits(better) else None
+        inner = step.lift(model.lift(chosen))
+        if not part.cost(inner) < before:
+            return None
+        better = choices.copy()
+        better[inside] = [kept[i][x] for i, x in zip(inside, inner, strict=True)]
+        return better if live.fits(better) else None
 
-    def _masks(
-        self, live: Live, promising: Sequence[np.ndarray], choices: np.ndarray
-    ) -> list[np.ndarray]:
-        """Promising choices inside the region, the present one elsewhere."""
-        inside = self._nodes(live, [int(mask.sum()) for mask in promising])
-        masks = []
-        for node, mask in enumerate(promising):
-            if node not in inside:
-                mask = np.zeros(mask.size, bool)
-                mask[choices[node]] = True
-            masks.append(mask)
-        return masks
+    def _best(self, model: Reduced, scale: float, seconds: float) -> Choices | None:
+        if max(model.sizes) == 1:
+            return (0,) * len(model.sizes)
+        allowed = [np.isfinite(edge.costs) for edge in model.edges]
+        return solve_mip(model, allowed, scale=scale, gap=GAP, seconds=seconds).choices
 
-    def _nodes(self, live: Live, widths: Sequence[int]) -> set[int]:
+    def _near(self, live: Live) -> Near:
+        if self.known is None or self.known[0] is not live:
+            near: Near = [{} for _ in live.costs]
+            for edge in live.edges:
+                near[edge.a][edge.b], near[edge.b][edge.a] = edge.costs, edge.costs.T
+            self.known = live, near
+        return self.known[1]
+
+    def _grow(self, near: Near, widths: Sequence[int]) -> list[int]:
         """Breadth first from random roots until the tables between its nodes are large enough."""
-        near: list[list[int]] = [[] for _ in live.costs]
-        for edge in live.edges:
-            near[edge.a].append(edge.b)
-            near[edge.b].append(edge.a)
-        inside: set[int] = set()
+        inside: dict[int, None] = {}
         entries = 0
         for root in self.rng.permutation(len(near)):
             queue = deque([int(root)])
@@ -100,21 +99,44 @@ class Region:
                 if node in inside or widths[node] == 1:
                     continue
                 entries += widths[node] * (1 + sum(widths[j] for j in near[node] if j in inside))
-                if entries > self.entries:
-                    return inside
-                inside.add(node)
-                queue.extend(self.rng.permutation(near[node]).tolist())
-        return inside
+                if entries > self.entries and inside:
+                    return sorted(inside)
+                inside[node] = None
+                queue.extend(self.rng.permutation(list(near[node])).astype(int).tolist())
+        return sorted(inside)
+
+
+def _part_of(
+    live: Live, near: Near, choices: np.ndarray, inside: Sequence[int], kept: Sequence[np.ndarray]
+) -> Live:
+    """The problem of some nodes and some of their choices while all others stay."""
+    place = {node: k for k, node in enumerate(inside)}
+    costs, edges = [], []
+    for k, node in enumerate(inside):
+        cost = live.costs[node][kept[node]]
+        for other, table in near[node].items():
+            if other not in place:
+                cost = cost + table[kept[node], choices[other]]
+            elif node < other:
+                part = table[np.ix_(kept[node], kept[other])]
+                edges.append(Edge(k, place[other], part))
+        costs.append(cost)
+    demands = tuple(
+        Demand(place[d.node], d.first, d.last, d.nbytes[kept[d.node]])
+        for d in live.demands
+        if d.node in place
+    )
+    free = live.limits - live.used(choices)
+    for d in live.demands:
+        if d.node in place:
+            free[d.first : d.last] += d.nbytes[choices[d.node]]
+    return Live(tuple(costs), tuple(edges), demands, free)
 
 
 def _promising(live: Live, bounds: np.ndarray, choices: np.ndarray, count: int) -> list[np.ndarray]:
     """The `count` choices of each node with the lowest bounds, and the present one."""
-    masks = []
+    kept = []
     for node, of_node in enumerate(np.split(bounds, live.starts[1:-1])):
-        rank = min(count, of_node.size) - 1
-        order = np.argsort(of_node, kind="stable")[: rank + 1]
-        mask = np.zeros(of_node.size, bool)
-        mask[order] = True
-        mask[choices[node]] = True
-        masks.append(mask)
-    return masks
+        lowest = np.argsort(of_node, kind="stable")[:count]
+        kept.append(np.union1d(lowest, choices[node]))
+    return kept
