@@ -1,12 +1,13 @@
 """Graphs and plans as versioned JSON, strict on reading and whole on writing.
 
-    save_plan(plan, "plan.json")     the file appears complete or not at all
-    load_plan("plan.json")           refuses other versions and damaged files by name
-    dump_graph(graph) / load_graph(text)
+save_plan(plan, "plan.json")     the file appears complete or not at all
+load_plan("plan.json")           refuses other versions and damaged files by name
+dump_graph(graph) / load_graph(text)
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -22,6 +23,7 @@ from .plan import PLAN_VERSION, Plan
 from .verify import verify
 
 GRAPH_VERSION = 1
+CHECKSUM = "checksum"
 
 # ---------------------------------------------------------------- plans
 
@@ -32,7 +34,8 @@ def save_plan(plan: Plan, path: str | Path) -> None:
     Raises:
         PlanError: the folder is missing or not writable.
     """
-    write_whole(Path(path), plan.model_dump_json(indent=1) + "\n")
+    data = json.loads(plan.model_dump_json())
+    write_whole(Path(path), json.dumps({**data, CHECKSUM: _digest(data)}, indent=1) + "\n")
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -64,7 +67,9 @@ def parse_plan(text: str, origin: str) -> Plan:
             fix="plan again with this version",
         )
     try:
-        return Plan.model_validate_json(text)
+        found = Plan.model_validate_json(
+            json.dumps({k: v for k, v in data.items() if k != CHECKSUM})
+        )
     except MeshwrightError as error:
         raise PlanError.at(error, None, origin) from error
     except ValidationError as error:
@@ -75,6 +80,18 @@ def parse_plan(text: str, origin: str) -> Plan:
             origin=origin,
             fix="plan again; plans are not meant to be edited by hand",
         ) from error
+    if data.pop(CHECKSUM, None) != _digest(data):
+        raise PlanError(
+            "the plan was changed or damaged after it was written.",
+            origin=origin,
+            fix="plan again; what is to be fixed is pinned in the request",
+        )
+    return found
+
+
+def _digest(data: dict[str, Any]) -> str:
+    """Of everything in a plan's file but the digest itself."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _object(text: str, origin: str) -> dict[str, Any]:
@@ -90,25 +107,44 @@ def _object(text: str, origin: str) -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file in full or not at all: beside its place first, then moved there."""
+    """Write a file in full or not at all: beside its place first, then moved there.
+
+    A link stays one and its target is replaced; what is no file is refused.
+    """
+    check_writable(path)
+    place = path.resolve()
+    beside = ""
     try:
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+            "w", encoding="utf-8", dir=place.parent, prefix=f".{place.name}.", delete=False
         ) as file:
+            beside = file.name
             file.write(text)
-        os.chmod(file.name, 0o666 & ~_umask())
-        os.replace(file.name, path)
+        os.chmod(beside, 0o666 & ~_umask())
+        os.replace(beside, place)
     except OSError as error:
-        raise PlanError(
-            f"{path} cannot be written: {_reason(error)}.", fix="a path in a writable folder"
-        ) from error
+        if beside:
+            Path(beside).unlink(missing_ok=True)
+        raise _unwritable(path, _reason(error)) from error
 
 
 def check_writable(path: Path) -> None:
     """Refuse a path before hours of work end in a file that cannot be written."""
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        why = "it is a folder" if path.is_dir() else "its folder is missing or not writable"
-        raise PlanError(f"{path} cannot be written: {why}.", fix="a path in a writable folder")
+    place = path.resolve()
+    if place.exists() and not place.is_file():
+        raise _unwritable(path, "it is a folder" if place.is_dir() else "it is no ordinary file")
+    try:
+        with tempfile.NamedTemporaryFile(dir=place.parent, prefix=f".{place.name}."):
+            pass
+    except OSError as error:
+        why = (
+            "its folder is missing or not writable" if not place.parent.is_dir() else _reason(error)
+        )
+        raise _unwritable(path, why) from error
+
+
+def _unwritable(path: Path, why: str) -> PlanError:
+    return PlanError(f"{path} cannot be written: {why}.", fix="a path in a writable folder")
 
 
 def _umask() -> int:

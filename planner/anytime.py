@@ -38,8 +38,8 @@ SLICE = 6.0  # seconds after which walks and neighbourhoods start from the best 
 SMALL = 2000  # choices up to which the exact solver comes first
 PRESSES = 100  # times that all prices are raised while nothing fits
 EXACT_CHOICES = 20_000  # choices from which on the exact solver is not tried
-EXACT_ENTRIES = 20_000_000  # entries of its rows: 160 MB
-EXACT_ROUNDS = 20  # of adding the moments that its answer breaks
+EXACT_MOMENTS, MOMENTS_MORE = 200, 10  # memory rows at first; added when an answer breaks others
+EXACT_ROUNDS = 50
 TOLERANCES = (0.0, 0.001, 0.01, 0.1, 0.3)  # share of the cost that a first move may add
 TREES = (200, 20)  # most nodes of a tree
 RUN_MOVES = 50  # per node
@@ -257,8 +257,7 @@ class _Search:
         live = core.live
         until = perf_counter() + EXACT_SHARE * self.time_limit
         active = prices[live.moments] > 0
-        if live.limits.size * live.sizes.sum() <= EXACT_ENTRIES:
-            active[:] = True
+        active[np.argsort(live.limits - live.table.extremes()[1])[:EXACT_MOMENTS]] = True
         known = core.lower(self.choices) if self.choices else None
         for _ in range(EXACT_ROUNDS):
             problem = Problem(live.costs, live.edges, memory_rows(live, active))
@@ -280,7 +279,7 @@ class _Search:
             if not (over > 0).any():
                 self.offer(core.lift(np.array(found.choices)))
                 return
-            active[int(over.argmax())] = True
+            active[np.argsort(-over)[:MOMENTS_MORE]] = True
 
 
 class Walker:

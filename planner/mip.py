@@ -61,8 +61,9 @@ def solve_mip(
     limits: Any = model.limits
     constraints = [LinearConstraint(ties.matrix, ties.right, ties.right)]
     if model.limits.size:
-        usage = np.hstack([*model.usage, np.zeros((model.limits.size, costs.size - starts[-1]))])
-        constraints.append(LinearConstraint(csr_array(usage), -np.inf, limits))
+        usage = csr_array(np.hstack(model.usage))
+        usage.resize(model.limits.size, costs.size)
+        constraints.append(LinearConstraint(usage, -np.inf, limits))
     found = _in_thread(
         milp,
         costs,

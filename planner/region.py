@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from time import perf_counter
 
 import numpy as np
 
@@ -25,6 +26,7 @@ FIRST_ENTRIES = 6000  # entries of the edge tables of a region
 GROW, SHRINK = 1.5, 0.7
 GAP = 1e-6
 LEAST_SECONDS = 0.3
+MOMENTS, MOMENTS_MORE = 100, 10  # memory rows of the first program; added when it breaks others
 
 Near = list[dict[int, np.ndarray]]  # per node, its neighbours' tables with rows for the node
 
@@ -56,29 +58,36 @@ class Region:
         if step is None:
             return None
         small = tighten(step.live)
-        every = np.ones(small.limits.size, bool)
-        problem = Problem(small.costs, small.edges, memory_rows(small, every))
-        model = drop_impossible(reduced_from(problem))
-        if not all(model.sizes):
-            return None
-        model = drop_dominated(drop_slack_rows(model))
         before = part.cost([int(np.flatnonzero(kept[i] == choices[i])[0]) for i in inside])
-        chosen = self._best(model, live.cost(choices), seconds)
+        chosen = self._best(small, live.cost(choices), perf_counter() + seconds)
         self.entries = int(self.entries * (SHRINK if chosen is None else GROW))
         if chosen is None:
             return None
-        inner = step.lift(model.lift(chosen))
+        inner = step.lift(chosen)
         if not part.cost(inner) < before:
             return None
         better = choices.copy()
         better[inside] = [kept[i][x] for i, x in zip(inside, inner, strict=True)]
         return better if live.fits(better) else None
 
-    def _best(self, model: Reduced, scale: float, seconds: float) -> Choices | None:
-        if max(model.sizes) == 1:
-            return (0,) * len(model.sizes)
-        allowed = [np.isfinite(edge.costs) for edge in model.edges]
-        return solve_mip(model, allowed, scale=scale, gap=GAP, seconds=seconds).choices
+    def _best(self, live: Live, scale: float, deadline: float) -> Choices | None:
+        """The optimum, with the moments that could overflow most and those that answers broke."""
+        excess = live.table.extremes()[1] - live.limits
+        active = np.zeros(excess.size, bool)
+        active[np.argsort(-excess)[:MOMENTS]] = True
+        while perf_counter() < deadline:
+            problem = Problem(live.costs, live.edges, memory_rows(live, active))
+            model = drop_impossible(reduced_from(problem))
+            if not all(model.sizes):
+                return None
+            chosen = _closed(drop_dominated(drop_slack_rows(model)), scale, deadline)
+            if chosen is None:
+                return None
+            over = live.used(chosen) - live.limits
+            if not (over > 0).any():
+                return chosen
+            active[np.argsort(-over)[:MOMENTS_MORE]] = True
+        return None
 
     def _near(self, live: Live) -> Near:
         if self.known is None or self.known[0] is not live:
@@ -104,6 +113,15 @@ class Region:
                 inside[node] = None
                 queue.extend(self.rng.permutation(list(near[node])).astype(int).tolist())
         return sorted(inside)
+
+
+def _closed(model: Reduced, scale: float, deadline: float) -> Choices | None:
+    if max(model.sizes) == 1:
+        return model.lift((0,) * len(model.sizes))
+    allowed = [np.isfinite(edge.costs) for edge in model.edges]
+    seconds = max(0.1, deadline - perf_counter())
+    found = solve_mip(model, allowed, scale=scale, gap=GAP, seconds=seconds).choices
+    return None if found is None else model.lift(found)
 
 
 def _part_of(

@@ -262,7 +262,7 @@ def _moves(
         if step.kind != "slice":
             nbytes = item.nbytes * larger
             line = prices.line(step.kind, step.axes)
-            if prices.joins(step.kind, item.phase):
+            if prices.joins(step.kind, item.phase, source):
                 line = replace(line, fixed=0.0)
             seconds = item.runs * line(nbytes)
             entries.append(

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
+from numbers import Integral
+from typing import NoReturn
 
 from ..ir.cluster import Cluster
 from ..ir.errors import PlanError, did_you_mean
 from ..ir.microbatch import Refusal, TimeAxis
 from ..ir.recompute import POLICIES, Policy
+from ..ir.units import parse_bytes
 
 HEADROOM = 0.10  # of device memory kept free; runs above ~90 % lose speed to the allocator
 
@@ -35,6 +38,35 @@ class Request:
     gap: float = 0.01
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Accept sizes as they are written on the command line; refuse what is neither."""
+        if isinstance(self.memory, str):
+            object.__setattr__(self, "memory", parse_bytes(self.memory))
+        if isinstance(self.mesh, str | int):
+            object.__setattr__(self, "mesh", parse_mesh(str(self.mesh)))
+        for name in ("memory", "headroom", "time_limit", "gap"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, float | int | None):
+                _refuse(name, repr(value), "a number")
+        for name in ("microbatches", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral | None):
+                _refuse(name, repr(value), "a whole number")
+        if self.mesh is not None:
+            if not all(isinstance(size, Integral) for size in self.mesh):
+                _refuse("mesh", repr(self.mesh), "sizes of axes, as in (4, 2)")
+            # An axis of one device cuts nothing.
+            cutting = tuple(int(size) for size in self.mesh if size != 1)
+            object.__setattr__(self, "mesh", cutting or tuple(self.mesh[:1]))
+
+
+def parse_mesh(text: str) -> tuple[int, ...]:
+    """Sizes of a mesh's axes: `128x8` is (128, 8)."""
+    parts = text.lower().replace("×", "x").split("x")
+    if not all(part.strip().isdigit() for part in parts):
+        _refuse("mesh", f"`{text}`", "sizes of axes, as in 128x8")
+    return tuple(int(part) for part in parts)
+
 
 def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
     """Refuse what cannot be honoured.
@@ -43,6 +75,12 @@ def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
         PlanError: the field, its value, and values that would do.
     """
     _check_numbers(request)
+    if request.memory is not None and request.memory > cluster.device.memory:
+        _refuse(
+            "memory",
+            f"{request.memory:.4g} bytes",
+            f"at most the {cluster.device.memory:.4g} bytes that a {cluster.device.name} has",
+        )
     if request.recompute is not None and request.recompute not in POLICIES:
         _refuse("recompute", request.recompute, did_you_mean(str(request.recompute), POLICIES))
     if request.mesh is not None:
@@ -94,5 +132,5 @@ def _check_microbatches(count: int, time: TimeAxis | Refusal) -> None:
         )
 
 
-def _refuse(field: str, value: object, fix: str) -> None:
+def _refuse(field: str, value: object, fix: str) -> NoReturn:
     raise PlanError(f"{field} cannot be {value}.", where=f"request: {field}", fix=fix)

@@ -260,6 +260,8 @@ class Search:
         solution = relax(
             problem_of(space), time_limit=left, gap=self.request.gap / 2, cutoff=self.best.seconds
         )
+        if solution.stopped_by == "interrupt":
+            raise KeyboardInterrupt
         if solution.choices is None:
             return solution.lower_bound, False
         ledger = Ledger(space, lives)

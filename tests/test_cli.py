@@ -10,7 +10,7 @@ import time
 import pytest
 
 from meshwright.cli import main
-from meshwright.ir.codec import load_plan
+from meshwright.ir.codec import load_plan, save_plan
 
 QUICK = ("--mesh", "8", "--microbatches", "1", "--time-limit", "20")
 
@@ -110,6 +110,78 @@ def test_lists(run):
     assert json.loads(run("models", "--format", "json")[1])
 
 
+STEPS = """
+import jax, jax.numpy as jnp
+shape = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+
+def step(weight, x, y, scale):
+    loss, gradient = jax.value_and_grad(lambda w: jnp.mean((x @ w - y) ** 2))(weight)
+    return weight - 0.1 * gradient * scale[0, 0], {"loss": loss}
+
+def four(): return step, shape, shape, shape, shape
+def fails(): raise ValueError("no data here")
+def asks(path): return step, shape, shape
+def stateless(): return (lambda w, x: jnp.sum(w @ x)), shape, shape
+"""
+
+
+def test_a_step_of_ones_own_with_any_number_of_arguments(run, tmp_path):
+    (tmp_path / "own.py").write_text(STEPS)
+    code, out, err = run("plan", "--model", "own.py:four", "--cluster", "8xcpu", *QUICK, "-o", "p.json")
+    assert code == 0, err
+    code, out, err = run("run", "p.json", "--steps", "2", "--verify")
+    assert code == 0 and len(out.splitlines()) == 2, err
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"), [("fails", "ValueError: no data here"), ("asks", "missing 1 required")]
+)
+def test_what_goes_wrong_in_a_users_file_is_said_with_its_line(run, tmp_path, name, complaint):
+    (tmp_path / "own.py").write_text(STEPS)
+    code, _, err = run("plan", "--model", f"own.py:{name}", "--cluster", "8xcpu")
+    assert code == 2 and complaint in err and "Traceback" not in err
+
+
+def test_a_step_without_state_cannot_be_trained(run, tmp_path):
+    (tmp_path / "own.py").write_text(STEPS)
+    assert run("plan", "--model", "own.py:stateless", "--cluster", "8xcpu", *QUICK, "-o", "p.json")[0] == 0
+    code, _, err = run("run", "p.json")
+    assert code == 2 and "does not return its state first" in err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda plan: plan.update(microbatches=5),
+        lambda plan: plan.update(recompute="full"),
+        lambda plan: plan["strategies"].clear(),
+        lambda plan: plan.pop("checksum"),
+    ],
+)
+def test_a_plan_that_was_changed_is_refused(run, plan_file, tmp_path, damage):
+    data = json.loads((tmp_path / plan_file).read_text())
+    damage(data)
+    (tmp_path / plan_file).write_text(json.dumps(data))
+    code, out, err = run("run", plan_file)
+    assert code == 2 and "changed or damaged" in err and not out
+
+
+def test_a_link_stays_a_link_and_nothing_half_written_stays(run, tmp_path, monkeypatch):
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    assert run("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", *QUICK, "-o", "link.json")[0] == 0
+    assert (tmp_path / "link.json").is_symlink() and load_plan(tmp_path / "real.json")
+    before = sorted(p.name for p in tmp_path.iterdir())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    code, _, err = run("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", *QUICK, "-o", "other.json")
+    assert code == 2 and "No space left" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
 MISTAKES = [
     (2, "no such command", ("plam",)),
     (2, "no such option", ("plan", "--modle", "gpt2", "--cluster", "8xcpu")),
@@ -117,7 +189,7 @@ MISTAKES = [
     (2, "no model is named", ("plan", "--model", "gpt5", "--cluster", "8xcpu")),
     (2, "has no option", ("plan", "--model", "dlrm-tiny", "--cluster", "8xcpu", "--layers", "3")),
     (2, "cannot be 0", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--global-batch", "0")),
-    (2, "is no mesh", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--mesh", "a")),
+    (2, "mesh cannot be `a`", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--mesh", "a")),
     (2, "has 6 devices", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--mesh", "2x3")),
     (2, "cannot be cut into 5", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--microbatches", "5")),
     (2, "recompute cannot be all", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--recompute", "all")),
@@ -129,6 +201,10 @@ MISTAKES = [
     (2, "cannot be read", ("show", "nothing.json")),
     (2, "no model is named", ("models", "gpt5")),
     (2, "only this machine", ("clusters", "8xcpu", "--measure")),
+    (2, "memory cannot be", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--memory", "300GiB")),
+    (2, "no ordinary file", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "-o", "/dev/null")),
+    (2, "cannot be read", ("solve", "nothing.json")),
+    (2, "time limit", ("solve", "nothing.json", "--time-limit", "0")),
     (3, "no plan fits", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--memory", "100KiB")),
 ]  # fmt: skip
 
@@ -142,8 +218,9 @@ def test_mistakes_end_in_a_house_error_and_no_file(run, tmp_path, code, complain
 
 
 def test_a_plan_that_cannot_run_here_or_belongs_elsewhere_is_refused(run, plan_file, tmp_path):
+    plan = load_plan(tmp_path / plan_file)
+    save_plan(plan.model_copy(update={"recipe": {"model": "gpt-tiny", "seq": 16}}), "other.json")
     data = json.loads((tmp_path / plan_file).read_text())
-    (tmp_path / "other.json").write_text(json.dumps({**data, "recipe": {"model": "gpt-tiny", "seq": 16}}))
     code, _, err = run("run", "other.json")
     assert code == 5 and "was made for graph" in err
     (tmp_path / "old.json").write_text(json.dumps({**data, "version": 0}))

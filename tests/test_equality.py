@@ -33,7 +33,9 @@ def case(name: str):
     captured = capture(example.step, example.state, example.batch, donate_argnums=0)
     state, batch = example.init(jax.random.key(0)), example.make_batch(np.random.default_rng(0))
     results = jax.jit(example.step)(state, batch)
-    return captured, (state, batch), Reference(results, results, 0.0)  # f32: strict
+    leaves = jax.tree.leaves((state, batch))
+    before = {o: leaves[i] for i, o in captured.graph.state}
+    return captured, (state, batch), Reference(results, (), 0.0, before)  # f32: strict
 
 
 def check(name: str, **request) -> float:

@@ -173,6 +173,20 @@ def test_finer_meshes_are_never_worse():
     assert seconds[2, 2, 2] <= min(seconds.values()) * (1 + 1e-9)
 
 
+def test_an_axis_of_one_device_is_no_axis():
+    assert Request(mesh=(8, 1)).mesh == (8,)
+    assert Request(mesh=(1,)).mesh == (1,)
+    assert Request(mesh="4x2", memory="1GiB") == Request(mesh=(4, 2), memory=float(2**30))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mesh": (4.0, 2)}, {"mesh": "a"}, {"microbatches": "2"}, {"time_limit": "5"}, {"seed": 1.5}]
+)
+def test_what_is_no_request_is_refused_by_name(wrong):
+    with pytest.raises(PlanError, match=next(iter(wrong))):
+        Request(**wrong)
+
+
 # ---------------------------------------------------------------- memory
 
 

@@ -1,6 +1,7 @@
 """Every command and every snippet of the README runs as it stands."""
 
 import contextlib
+import json
 import re
 import shlex
 import sys
@@ -12,6 +13,14 @@ from meshwright.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+GRAPH = {
+    "problem": {
+        "name": "two nodes",
+        "nodes": {"intervals": [[0, 2], [1, 3]], "costs": [[1, 2], [3, 4]], "usages": [[5, 1], [5, 1]]},
+        "edges": {"nodes": [[0, 1]], "costs": [[0, 9, 9, 0]]},
+        "usage_limit": 6,
+    }
+}
 SLOW = ("gpt3-175b", "demo")
 
 
@@ -31,7 +40,8 @@ def run(line: str, monkeypatch) -> None:
 def test_quick_commands_run_in_the_order_shown(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     quick = [c for c in commands() if c.startswith("meshwright") and not any(s in c for s in SLOW)]
-    assert len(quick) == 6
+    assert len(quick) == 7
+    Path("graph.json").write_text(json.dumps(GRAPH))
     for line in quick:
         run(line, monkeypatch)
     assert {"plan.json", "plan.html"} <= {file.name for file in tmp_path.iterdir()}

@@ -38,6 +38,7 @@ class Audit:
     lines: tuple[Line, ...]
     predicted_peak: float
     compiled_peak: float
+    limit: float  # bytes that the plan was allowed
 
     @property
     def predicted_bytes(self) -> float:
@@ -69,6 +70,7 @@ def audit(lowered: Lowered) -> Audit:
         compare(lowered.plan, found),
         lowered.plan.estimate.peak_bytes,
         arguments + temporary + outputs,
+        lowered.plan.estimate.limit_bytes,
     )
 
 

@@ -149,8 +149,10 @@ def _device_mesh(plan: Plan, devices: Sequence[Any] | None) -> DeviceMesh:
 
 def _more_devices(needed: int, found: list[Any]) -> str:
     if found and found[0].platform == "cpu":
-        setting = f'jax.config.update("jax_num_cpu_devices", {needed})'
-        return f"{setting} before jax is first used, or a plan for {len(found)} devices"
+        return (
+            f"mw.emulate({needed}) before jax is first used (--emulate on the command line),"
+            f" or a plan for {len(found)} devices"
+        )
     return f"run where {needed} devices are visible, or plan for {len(found)} devices"
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import ParallelStep, RunningStep, lower, parallelize, plan
+    from .emulation import emulate
     from .ir.cluster import Cluster
     from .ir.codec import load_plan, save_plan
     from .ir.errors import MeshwrightError
@@ -30,6 +31,7 @@ _HOMES = {
     "Plan": "ir.plan",
     "Request": "planner.request",
     "RunningStep": "api",
+    "emulate": "emulation",
     "load_plan": "ir.codec",
     "lower": "api",
     "parallelize": "api",
@@ -39,7 +41,7 @@ _HOMES = {
 
 __all__ = [
     "Cluster", "MeshwrightError", "ParallelStep", "Plan", "Request", "RunningStep", "__version__",
-    "load_plan", "lower", "parallelize", "plan", "save_plan",
+    "emulate", "load_plan", "lower", "parallelize", "plan", "save_plan",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from .backends.xla.lower import lower as lower_flat
 from .backends.xla.verify import reference, verify_outputs
 from .ir.blocks import fold
 from .ir.cluster import Cluster
-from .ir.errors import UsageError
+from .ir.errors import MismatchError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
 from .ir.verify import verify as verify_graph
@@ -49,6 +49,13 @@ class Options:
         if not found.static_argnums and not found.static_argnames:
             return found
         names = _parameters(step)
+        for number in found.static_argnums:
+            if not -len(names) <= number < len(names):
+                raise UsageError(
+                    f"static_argnums has {number}; the step has {len(names)} positional parameters.",
+                    where=_name(step),
+                    fix="a number below that, or static_argnames",
+                )
         numbers = {n % len(names) for n in found.static_argnums}
         numbers |= {i for i, name in enumerate(names) if name in found.static_argnames}
         known = set(found.static_argnames) | {names[i] for i in numbers}
@@ -137,19 +144,46 @@ class RunningStep:
 
     lowered: Lowered
 
+    _started: list[bool] = field(default_factory=list)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = jax.tree.leaves((args, kwargs))
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        binding = self.lowered.captured.binding
+        wanted = [_aval(aval)[:2] for aval in binding.in_avals]
+        if tree != binding.in_tree or [_shape(leaf) for leaf in leaves] != wanted:
+            raise MismatchError(
+                "the program was made for other arguments.",
+                where=f"plan `{self.plan.name}`",
+                origin=_first_other(leaves, tree, binding),
+                fix="call it as it was lowered, keywords included; or lower it again for these arguments",
+            )
         return self.run(leaves)
 
     def run(self, leaves: Sequence[Any]) -> Any:
+        """Run on the leaves of all arguments, which are not checked."""
         lowered = self.lowered
         try:
-            results = lowered.jitted(*leaves)
+            results = lowered.jitted(*self.placed(leaves))
         except ValueError as error:
             if "device" not in str(error):
                 raise
             results = lowered.jitted(*jax.device_put(leaves, list(lowered.input_shardings)))
         return jax.tree.unflatten(lowered.captured.binding.out_tree, results)
+
+    def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
+        """Before the first run, put the state where later runs will find it.
+
+        jax compiles a program anew when its inputs come placed otherwise than before.
+        """
+        if self._started:
+            return leaves
+        self._started.append(True)
+        found = list(leaves)
+        for position, _ in self.lowered.captured.graph.state:
+            found[position] = jax.device_put(
+                found[position], self.lowered.input_shardings[position]
+            )
+        return found
 
     @property
     def plan(self) -> Plan:
@@ -163,7 +197,7 @@ class RunningStep:
         return self.lowered.hlo()
 
 
-@dataclass
+@dataclass(eq=False)
 class ParallelStep:
     """A training step that plans itself once per argument shapes and runs sharded."""
 
@@ -190,16 +224,40 @@ class ParallelStep:
     def _call(self, args: tuple, kwargs: dict) -> Any:
         """Look the program up by the shapes of all arguments, making it where there is none.
 
-        Twice in a row the same program, with positional arrays alone: jax may look from then on.
+        With positional arrays alone, jax looks from then on.
         """
         key, leaves = self._key(args, kwargs)
         running = self._known.get(key)
-        if running is not None:
-            again = key == self._quick[0] and not kwargs and not self.options.static_argnums
-            self._quick = (key, running.lowered.by_tree if again else None)
+        if running is None:
+            running = self._known[key] = self._prepare(key, args, kwargs)
+            if self.verify:
+                return self._verified(running, leaves, args, kwargs)
+        return self._run(running, key, leaves, args, kwargs)
+
+    def _run(
+        self, running: RunningStep, key: Any, leaves: Sequence[Any], args: tuple, kwargs: dict
+    ) -> Any:
+        """Run by jax's own dispatch where it takes these arguments; else on flat leaves."""
+        plain = not (kwargs or self.options.static_argnums)
+        quick = running.lowered.by_tree if plain else None
+        if quick is None:
             return running.run(leaves)
-        running = self._known[key] = self._prepare(key, args, kwargs)
-        return self._verified(running, leaves, args, kwargs) if self.verify else running.run(leaves)
+        placed, _ = jax.tree.unflatten(jax.tree.structure((args, kwargs)), running.placed(leaves))
+        try:
+            results = quick(*placed)
+        except (OtherShapes, ValueError, TypeError):  # on other devices than the mesh's
+            return running.run(leaves)
+        self._quick = (key, quick)
+        return results
+
+    def __get__(self, instance: Any, owner: Any = None) -> ParallelStep:
+        if instance is None:
+            return self
+        raise UsageError(
+            "a method cannot be parallelized where it is defined: `self` is no array.",
+            where=_name(self.step),
+            fix="self.train = mw.parallelize(self.train) in __init__, or a function of arrays",
+        )
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments (abstract ones do), found now if it was not yet."""
@@ -227,7 +285,9 @@ class ParallelStep:
     def _plan(self, key: Any, args: tuple, kwargs: dict) -> tuple[Plan, Captured]:
         if key not in self._found:
             captured = self.options.capture(self.step, args, kwargs)
-            found = self.fixed or plan_captured(captured, self.cluster, self.request, _name(self.step))
+            found = self.fixed or plan_captured(
+                captured, self.cluster, self.request, _name(self.step)
+            )
             self._found[key] = (found, captured)
         return self._found[key]
 
@@ -239,7 +299,7 @@ class ParallelStep:
         unsharded = self._unsharded(args, kwargs)
         graph = running.lowered.captured.graph
         truth = reference(unsharded, graph, leaves)
-        results = running.run(leaves)
+        results = self._run(running, self._key(args, kwargs)[0], leaves, args, kwargs)
         verify_outputs(truth, results, graph.output_names)
         return results
 
@@ -269,7 +329,6 @@ class ParallelStep:
             static,
             tuple(sorted((k, v) for k, v in kwargs.items() if k in names)),
         )
-
 
     def _static(self) -> tuple[frozenset[int], frozenset[str]]:
         """Positions and names of static parameters."""
@@ -304,6 +363,10 @@ def parallelize(
             parallelize, cluster=cluster, plan=plan, verify=verify, static_argnums=static_argnums,
             static_argnames=static_argnames, donate_argnums=donate_argnums, donate_argnames=donate_argnames, **request,
         )  # fmt: skip
+    if not callable(step):
+        raise UsageError(
+            f"parallelize takes a function, not {step!r}.", fix="@mw.parallelize above a def"
+        )
     if unknown := sorted(set(request) - set(REQUEST_KEYS)):
         raise UsageError(
             f"parallelize has no option {unknown[0]!r}.",
@@ -320,11 +383,32 @@ def parallelize(
 
 
 def _aval(leaf: Any) -> Any:
-    return (leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else type(leaf)
+    if not hasattr(leaf, "dtype"):
+        return (type(leaf),)
+    return (leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False))
+
+
+def _shape(leaf: Any) -> Any:
+    """Shape and type of a leaf as jax sees it; a plain number has those of its array."""
+    aval = leaf if hasattr(leaf, "dtype") else jax.typeof(leaf)
+    return (aval.shape, aval.dtype)
+
+
+def _first_other(leaves: Sequence[Any], tree: Any, binding: Any) -> str:
+    if tree != binding.in_tree:
+        return f"it takes {binding.in_tree}, was given {tree}"
+    for leaf, aval in zip(leaves, binding.in_avals, strict=True):
+        (shape, dtype), wanted = _shape(leaf), (aval.shape, aval.dtype)
+        if (shape, dtype) != wanted:
+            return f"it takes {aval.dtype}{list(aval.shape)}, was given {dtype}{list(shape)}"
+    return ""
 
 
 def _parameters(step: Callable) -> list[str]:
-    return list(inspect.signature(step).parameters)
+    """Names of the parameters that can be given by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    found = inspect.signature(step).parameters.values()
+    return [parameter.name for parameter in found if parameter.kind in kinds]
 
 
 def _name(step: Callable) -> str:

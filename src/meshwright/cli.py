@@ -3,7 +3,7 @@
 Exit codes: 0 done; 1 the sharded results differ from the unsharded ones; 2 wrong
 usage, model, cluster or file; 3 nothing fits; 4 stopped before any plan was found;
 5 the plan cannot run here, or belongs to something else; 6 a package is missing;
-130 interrupted.
+70 a defect of meshwright; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Format(StrEnum):
 
 
 FormatOption = Annotated[Format, typer.Option("--format", help="How results are printed.")]
+INTERRUPTED = 130
 PlanFile = Annotated[Path, typer.Argument(help="A plan written by `meshwright plan`.")]
 Emulate = Annotated[
     bool, typer.Option("--emulate", help="Run on emulated CPU devices, whatever the plan is for.")
@@ -45,22 +46,36 @@ Emulate = Annotated[
 
 def main() -> NoReturn:
     """Run the command line and exit with the code that belongs to the outcome."""
+    code: object = 0
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except MeshwrightError as error:
         _fail(error.report(), error.exit_code)
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
+        code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
         if hasattr(error, "format_message"):  # what typer says about options it does not know
             _fail(_usage(error), 2)
-        raise
+        if os.environ.get("MESHWRIGHT_TRACEBACK"):
+            raise
+        _fail(_defect(error), 70)
+    if code == INTERRUPTED:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)  # at once: XLA's threads may be in the middle of a step
     sys.exit(0)
+
+
+def _defect(error: Exception) -> str:
+    """An error that no one foresaw, in the house form."""
+    return MeshwrightError(
+        f"meshwright failed: {type(error).__name__}: {error}.",
+        fix="MESHWRIGHT_TRACEBACK=1 shows where; please report it with the command",
+    ).report()
 
 
 def _usage(error: Any) -> str:
@@ -114,7 +129,7 @@ def plan(
     """
     from .ir.cluster import Cluster
     from .ir.codec import check_writable, save_plan
-    from .planner.request import Request
+    from .planner.request import Request, parse_mesh
     from .recipe import make
 
     options = {
@@ -124,7 +139,7 @@ def plan(
     where = Cluster.parse(cluster)
     request = Request(
         memory=None if memory is None else parse_bytes(memory),
-        mesh=None if mesh is None else _sizes(mesh),
+        mesh=None if mesh is None else parse_mesh(mesh),
         microbatches=microbatches,
         recompute=cast(Any, recompute),
         time_limit=time_limit,
@@ -150,13 +165,6 @@ def _search(made: Any, where: Any, request: Any) -> Any:
         captured = made.capture()
         progress.say(f"searching plans for {where.size} devices (Ctrl-C: best so far)")
         return plan_captured(captured, where, request, made.name, progress.line)
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    parts = text.lower().replace("×", "x").split("x")
-    if not all(part.strip().isdigit() for part in parts):
-        raise UsageError(f"`{text}` is no mesh.", where="--mesh", fix="sizes of axes, as in 128x8")
-    return tuple(int(part) for part in parts)
 
 
 def _print_plan(found: Any, format: Format, everything: bool) -> None:
@@ -248,7 +256,7 @@ def audit(
         totals = {
             "predicted_bytes": report.predicted_bytes, "compiled_bytes": report.compiled_bytes,
             "difference": _finite(report.difference), "predicted_peak": report.predicted_peak,
-            "compiled_peak": report.compiled_peak,
+            "compiled_peak": report.compiled_peak, "limit": report.limit,
         }  # fmt: skip
         print(json.dumps({**totals, "lines": lines}, indent=1))
         return

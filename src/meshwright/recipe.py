@@ -1,14 +1,15 @@
 """Steps that the command line can name: the zoo's models, and functions in a user's file.
 
-    gpt3-175b                     a model of the zoo, with --global-batch and so on
-    train.py:make                 `make()` returns an object with `step`, `state` and `batch`,
-                                  or a tuple (step, *arguments); arrays or jax.ShapeDtypeStruct
+gpt3-175b                     a model of the zoo, with --global-batch and so on
+train.py:make                 `make()` returns an object with `step`, `state` and `batch`,
+                              or a tuple (step, *arguments); arrays or jax.ShapeDtypeStruct
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,10 @@ def make(recipe: Recipe) -> Made:
         UsageError: no such model, option, file or function.
     """
     options = {name: value for name, value in recipe.items() if name != "model"}
+    if "model" not in recipe:
+        raise UsageError(
+            "the plan's recipe names no model.", fix="plan again; plans are not edited by hand"
+        )
     model = str(recipe["model"])
     if ".py:" in model:
         return _from_file(model, options, recipe)
@@ -51,6 +56,10 @@ def make(recipe: Recipe) -> Made:
         example = build(model, **options)  # type: ignore[arg-type]
     except ModelError as error:
         raise UsageError(error.what, where=error.where, fix=error.hint) from error
+    except TypeError as error:
+        raise UsageError(
+            f"{model} cannot be built: {error}.", fix="options of `meshwright plan --help`"
+        ) from error
     return Made(example.name, example.step, (example.state, example.batch), recipe, example)
 
 
@@ -65,7 +74,14 @@ def _from_file(model: str, options: Mapping[str, Any], recipe: Recipe) -> Made:
     function = getattr(_module(Path(path)), name, None)
     if not callable(function):
         raise UsageError(f"{path} has no function `{name}`.", fix="FILE.py:FUNCTION")
-    found: Any = function()
+    try:
+        found: Any = function()
+    except Exception as error:
+        raise UsageError(
+            f"`{name}()` failed: {type(error).__name__}: {error}.",
+            where=_line_in(error, Path(path)) or model,
+            fix="a function without arguments that returns (step, state, batch)",
+        ) from error
     if isinstance(found, tuple) and len(found) > 1 and callable(found[0]):
         return Made(name, found[0], tuple(found[1:]), recipe)
     if isinstance(found, tuple) or not all(hasattr(found, p) for p in ("step", "state", "batch")):
@@ -75,6 +91,16 @@ def _from_file(model: str, options: Mapping[str, Any], recipe: Recipe) -> Made:
             fix="return (step, state, batch), or an object with these three",
         )
     return Made(name, found.step, (found.state, found.batch), recipe)
+
+
+def _line_in(error: Exception, path: Path) -> str:
+    """Where in the user's file an error came from."""
+    lines = [
+        f.lineno
+        for f in traceback.extract_tb(error.__traceback__)
+        if f.filename.endswith(path.name)
+    ]
+    return f"{path}:{lines[-1]}" if lines else ""
 
 
 def _module(path: Path) -> Any:
@@ -89,6 +115,7 @@ def _module(path: Path) -> Any:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UsageError(
-            f"{path} cannot be imported: {type(error).__name__}: {error}.", fix="python " + str(path)
+            f"{path} cannot be imported: {type(error).__name__}: {error}.",
+            fix="python " + str(path),
         ) from error
     return module

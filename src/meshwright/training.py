@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from itertools import repeat
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from .api import RunningStep
 from .backends.xla.lower import lower
 from .backends.xla.verify import Reference, reference, verify_outputs
 from .ir.errors import UsageError
@@ -34,22 +33,36 @@ def train(
         VerificationError: with `verify`, the first results differ from the unsharded step's.
     """
     captured = made.capture()
-    running = RunningStep(lower(plan, captured))
+    lowered = lower(plan, captured)
     state, batches = start(made, data, seed)
     first = next(batches)
-    truth = _unsharded(made, captured.graph, state, first) if verify else None
+    truth = _unsharded(made, captured.graph, state, *first) if verify else None
     results: dict[str, list[float]] = {"losses": [], "seconds": []}
-    running.lowered.compiled  # noqa: B018  compiled before the clock runs
+    program = lowered.compiled  # before the clock runs
     for number in range(steps):
         batch = first if number == 0 else next(batches)
         begin = time.perf_counter()
-        out = jax.block_until_ready(running(state, batch))
+        leaves = jax.device_put(jax.tree.leaves((state, *batch)), list(lowered.input_shardings))
+        out = jax.tree.unflatten(captured.binding.out_tree, jax.block_until_ready(program(*leaves)))
         results["seconds"].append(time.perf_counter() - begin)
         if number == 0 and truth is not None:
             verify_outputs(truth, out, captured.graph.output_names)
-        state = out[0]
+        state = _next_state(out, state, made.name)
         results["losses"].append(loss_of(out))
     return results
+
+
+def _next_state(out: Any, state: Any, name: str) -> Any:
+    """The step's first result, when it can be its next first argument."""
+    found = out[0] if isinstance(out, tuple) and out else out
+    same = jax.tree.structure(found) == jax.tree.structure(state)
+    if same and [*map(np.shape, jax.tree.leaves(found))] == [*map(np.shape, jax.tree.leaves(state))]:
+        return found
+    raise UsageError(
+        "the step does not return its state first.",
+        where=name,
+        fix="return (state, metrics), the state as it came in",
+    )
 
 
 def _unsharded(made: Made, graph: Graph, *args: Any) -> Reference:
@@ -58,24 +71,25 @@ def _unsharded(made: Made, graph: Graph, *args: Any) -> Reference:
     return reference(step, graph, leaves)
 
 
-def start(made: Made, data: Path | None, seed: int) -> tuple[Any, Iterator[Any]]:
-    """Initial state and endless batches of a step."""
+def start(made: Made, data: Path | None, seed: int) -> tuple[Any, Iterator[tuple[Any, ...]]]:
+    """Initial state, and endless tuples of the step's other arguments."""
     if made.example is None:
         if data is not None:
             raise UsageError("--data is for byte-level models of the zoo.", where=made.name)
         zeros = [jax.tree.map(_materialise, argument) for argument in made.args]
-        return zeros[0], repeat(zeros[1])
+        return zeros[0], repeat(tuple(zeros[1:]))
     example = made.example
     state = example.init(jax.random.key(seed))
     if data is None:
-        return state, map(example.make_batch, repeat(np.random.default_rng(seed)))
+        rng = np.random.default_rng(seed)
+        return state, ((example.make_batch(rng),) for _ in count())
     tokens = example.batch.get("tokens") if isinstance(example.batch, dict) else None
     if tokens is None or not example.name.startswith("gpt-bytes"):
         raise UsageError(
             f"{example.name} does not read bytes.", where="--data", fix="a plan for gpt-bytes"
         )
     batch, seq = tokens.shape
-    return state, read_text(data).batches(batch, seq, seed)
+    return state, ((found,) for found in read_text(data).batches(batch, seq, seed))
 
 
 def _materialise(leaf: Any) -> Any:

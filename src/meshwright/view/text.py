@@ -188,7 +188,10 @@ def audit_text(audit: Audit) -> str:
         f"{format_bytes(audit.compiled_peak)} compiled"
     )
     table = _table("audit: communication per step and device, plan against compiled program", head + rows)
-    return "\n".join([table, f"  {total}", f"  {peak}"])
+    lines = [table, f"  {total}", f"  {peak}"]
+    if audit.compiled_peak > audit.limit:
+        lines.append(f"  over the limit: the plan was allowed {format_bytes(audit.limit)}, the program takes more")
+    return "\n".join(lines)
 
 
 def _table(title: str, rows: Iterable[tuple[str, ...]]) -> str:
