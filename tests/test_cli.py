@@ -281,6 +281,20 @@ def test_an_interrupt_returns_the_best_plan_so_far(tmp_path):
     assert load_plan(tmp_path / "p.json").proof.stopped_by == "interrupt"
 
 
+def test_an_interrupt_before_any_plan_exits_130(tmp_path):
+    words = ("plan", "--model", "gpt3-175b", "--cluster", "128xa100x8@hdr200", "-o", str(tmp_path / "p.json"))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-m", "meshwright", *words], **pipes)
+    for line in process.stderr:
+        if line.startswith("tracing"):
+            break
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in err and not out
+    assert os.listdir(tmp_path) == []
+
+
 def test_the_demo_shows_plan_losses_and_audit(run, tmp_path):
     (tmp_path / "text.txt").write_text("so much depends upon a red wheel barrow " * 500)
     code, out, err = run("demo", "--steps", "3", "--no-large", "--data", "text.txt")
