@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .flat import cost_of
 from .live import Live
 from .messages import Messages, Pass
 
@@ -27,7 +28,7 @@ BACK = 0.1  # how far the prices are pulled back to the best ones
 
 @dataclass
 class Ascent:
-    """The best bound so far with its prices; `offer` hears of every assignment that fits."""
+    """The best bound so far with its prices; `offer` hears of each cheaper assignment that fits."""
 
     live: Live
     costs: np.ndarray
@@ -37,6 +38,7 @@ class Ascent:
     def __post_init__(self) -> None:
         self.prices = np.zeros(self.live.limits.size)
         self.bound = -np.inf
+        self.cheapest = np.inf
         self.last: Pass = self.messages.sweep(self.costs)
         self._asked = self.prices
         self._missed: np.ndarray | None = None
@@ -76,7 +78,10 @@ class Ascent:
             found = self.messages.sweep(costs)
             used = self.live.table.used(found.choices)
             if (used <= limits).all():
-                self.offer(found.choices)
+                cost = cost_of(self.messages.flat, self.costs, found.choices)
+                if cost < self.cheapest:
+                    self.cheapest = cost
+                    self.offer(found.choices)
             misses += (used - limits) / PASSES
         bound = found.bound - float(asked @ limits)
         self._step *= RISEN if bound > self.bound else NOT_RISEN

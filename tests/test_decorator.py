@@ -206,6 +206,37 @@ def test_tolerances_are_those_of_the_precision_and_of_rounding():
         verify_outputs(truth, {"w": one["w"] * np.float32("nan")}, ["w"])
 
 
+def test_a_lowered_program_refuses_other_arguments():
+    params, batch = arguments()
+    running = mw.lower(mw.plan(step, params, batch, cluster="8xcpu", request=QUICK), step, params, batch)
+    with pytest.raises(MismatchError, match=r"it takes float32\[\d+, \d+\], was given float32"):
+        running(params, jax.tree.map(lambda x: x[: len(x) // 2], batch))
+    with pytest.raises(MismatchError, match="made for other arguments"):
+        running(batch=batch, params=params)
+
+
+def test_a_step_is_compiled_once(caplog):
+    train, (params, batch) = parallel(), arguments()
+    with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
+        for _ in range(4):
+            params, _ = train(params, batch)
+    found = [r.getMessage() for r in caplog.records if "Finished XLA compilation of jit(step)" in r.getMessage()]
+    assert len(found) == 1, found
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: mw.parallelize(3), "takes a function"),
+        (lambda: mw.parallelize(step, memory=(1,)), "memory cannot be"),
+        (lambda: mw.parallelize(step, static_argnums=7), "static_argnums has 7"),
+    ],
+)
+def test_wrong_options_are_refused_where_they_are_given(make, complaint):
+    with pytest.raises(mw.MeshwrightError, match=complaint):
+        make()
+
+
 def test_updated_state_is_judged_by_its_change():
     """A gradient 8 times too large is a wrong step, however small the learning rate."""
     before, gradient = np.ones(4, np.float32), np.full(4, 0.5, np.float32)
