@@ -5,6 +5,7 @@ momentum *are* the gradients: Adam would hide an error of scale.
 """
 
 import functools
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
-from meshwright.backends.xla.verify import Reference, verify_outputs
+from meshwright.backends.xla.verify import reference, verify_outputs
 from meshwright.ir.errors import InfeasibleError, PlanError, StoppedError
 from meshwright.ir.recompute import POLICIES
 from meshwright.models import build
@@ -32,10 +33,10 @@ def case(name: str):
     example = build(name, optimizer="sgd", dtype="f32")
     captured = capture(example.step, example.state, example.batch, donate_argnums=0)
     state, batch = example.init(jax.random.key(0)), example.make_batch(np.random.default_rng(0))
-    results = jax.jit(example.step)(state, batch)
-    leaves = jax.tree.leaves((state, batch))
-    before = {o: leaves[i] for i, o in captured.graph.state}
-    return captured, (state, batch), Reference(results, (), 0.0, before)  # f32: strict
+    leaves, tree = jax.tree.flatten((state, batch))
+    flat = jax.jit(lambda *leaves: example.step(*jax.tree.unflatten(tree, leaves)))
+    truth = reference(flat, captured.graph, leaves)
+    return captured, (state, batch), replace(truth, tolerance=0.0)  # f32 throughout: strict
 
 
 def check(name: str, **request) -> float:
