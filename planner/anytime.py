@@ -228,7 +228,12 @@ class _Search:
                 assert start is not None  # pruning keeps it
                 pause = min(perf_counter() + SLICE, until)
                 walks = [pool.submit(w.run, moves, start, asked, pause) for w in self.walkers]
-                near = self.region.solve(core.live, bounds, start, pause - perf_counter())
+                try:
+                    near = self.region.solve(core.live, bounds, start, pause - perf_counter())
+                except KeyboardInterrupt:
+                    for walker in self.walkers:
+                        walker.stopped = True
+                    raise
                 for found in (near, *(walk.result() for walk in walks)):
                     if found is not None:
                         self.offer(core.lift(found))
@@ -268,6 +273,8 @@ class _Search:
                 incumbent=None if known is None else tuple(int(x) for x in known),
                 cutoff=self.objective,
             )
+            if found.stopped_by == "interrupt":
+                raise KeyboardInterrupt
             self.raise_bound(found.lower_bound)
             if found.status == "infeasible" and self.choices is None:
                 self.refuted = (
@@ -290,13 +297,14 @@ class Walker:
         self.tolerance = 0  # index into TOLERANCES
         self.batch = 0  # batches made, each with a seed of its own
         self.seconds_per_move = 0.0
+        self.stopped = False
 
     def run(
         self, moves: TreeMoves, start: np.ndarray, prices: np.ndarray, until: float
     ) -> np.ndarray:
         """The best assignment met until then."""
         best, least = start, moves.live.cost(start)
-        while perf_counter() < until:
+        while perf_counter() < until and not self.stopped:
             found, cost = self._once(moves, best, least, prices, until)
             if cost < least:
                 best, least = found, cost
@@ -328,7 +336,7 @@ class Walker:
             self.seconds_per_move = (perf_counter() - began) / each
             if value < least:
                 best, least = found, value
-            if perf_counter() > until:
+            if perf_counter() > until or self.stopped:
                 break
         return best, least
 

@@ -1,11 +1,14 @@
 """Laws of the solver for memory over time: brute force, published optima, nothing over a limit."""
 
+import _thread
 import gzip
 import itertools
 import json
 from dataclasses import replace
 from math import inf, isfinite
 from pathlib import Path
+from threading import Timer
+from time import perf_counter
 
 import numpy as np
 import pytest
@@ -236,6 +239,19 @@ def test_large_contest_graphs_are_within_half_a_percent_of_the_best_team(name):
     assert cost == found.objective <= 1.005 * CONTEST[name]
     assert peak <= limit
     assert found.lower_bound <= cost
+
+
+@pytest.mark.skipif(not GRAPHS.exists(), reason="published cost graphs are not here")
+@pytest.mark.parametrize("after", [0.5, 3.0, 8.0])
+def test_an_interrupt_ends_the_search_at_once(after):
+    """While prices rise, while walks run, and inside the exact solver, on a graph that stays open."""
+    live = read(GRAPHS / "asplos-2025-iopddl-V.json.gz")
+    begin = perf_counter()
+    Timer(after, _thread.interrupt_main).start()
+    found = solve_live(live, time_limit=20, gap=0.0)
+    assert found.stopped_by == "interrupt" and perf_counter() - begin < after + 3
+    if found.choices is not None:
+        assert live.fits(found.choices) and found.objective == live.cost(found.choices) >= found.lower_bound
 
 
 def alpa(name: str) -> list:
