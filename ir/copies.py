@@ -46,11 +46,11 @@ def _inside(op: Op, phase: str, fresh: Fresh) -> Op:
         return op
     region = op.regions[0]
     body = tuple(_inside(o, phase, fresh) for o in region.ops)
-    consts, carry = op.attr("num_consts"), op.attr("num_carry")
+    consts, carry = op.loop_inputs
     given = {
         v: f"{op.tag}/in{i}"
         for i, v in enumerate(region.inputs)
-        if i < int(consts) or i >= int(consts) + int(carry)  # type: ignore[arg-type]
+        if i < consts or i >= consts + carry
     }
     placer = _Placer(fresh, {v: o for o in body for v in o.outputs}, set(given), given, {})
     ops = placer.place(body, [phase] * len(body))

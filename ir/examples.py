@@ -110,7 +110,7 @@ class Examples:
     # ------------------------------------------------------------ loops
 
     def _loop(self, op: Op) -> None:
-        region, first_xs = op.regions[0], _count(op, "num_consts") + _count(op, "num_carry")
+        region, first_xs = op.regions[0], sum(op.loop_inputs)
         over_batch = False
         for i, (outside, inside) in enumerate(zip(op.inputs, region.inputs, strict=True)):
             if outside in self.depends:
@@ -127,8 +127,8 @@ class Examples:
     def _join(self, op: Op, region: Region) -> bool:
         """Hand each carry's end to its start; True when that taught something."""
         learnt = False
-        consts = _count(op, "num_consts")
-        for k in range(_count(op, "num_carry")):
+        consts, carry = op.loop_inputs
+        for k in range(carry):
             start, end = region.inputs[consts + k], region.outputs[k]
             if end in self.depends and start not in self.depends:
                 self.depends.add(start)
@@ -142,7 +142,7 @@ class Examples:
         return learnt
 
     def _leave(self, op: Op, region: Region, over_batch: bool) -> None:
-        carry = _count(op, "num_carry")
+        _, carry = op.loop_inputs
         for k, (result, end) in enumerate(zip(op.outputs, region.outputs, strict=True)):
             if end in self.depends:
                 self.depends.add(result)
@@ -173,9 +173,3 @@ def _spread(rule: Rule, dims: tuple[tuple[int, ...], ...], shares: Mapping[int, 
 
 def _shifted(dims: Mapping[int, int], by: int) -> Dims:
     return {d + by: n for d, n in dims.items() if d + by >= 0}
-
-
-def _count(op: Op, name: str) -> int:
-    found = op.attr(name)
-    assert isinstance(found, int)
-    return found

@@ -88,6 +88,14 @@ class Op:
         return dict(self.attrs)[name]
 
     @property
+    def loop_inputs(self) -> tuple[int, int]:
+        """Of a scan: how many inputs stay the same in every turn, and how many are carried on."""
+        attrs = dict(self.attrs)
+        consts, carry = attrs["num_consts"], attrs["num_carry"]
+        assert isinstance(consts, int) and isinstance(carry, int)
+        return consts, carry
+
+    @property
     def trips(self) -> int:
         """How often the regions run: the length of a scan, else once."""
         length = dict(self.attrs).get("length", 1) if self.kind == "scan" else 1

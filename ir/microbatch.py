@@ -167,7 +167,7 @@ class _Flow:
 
     def _scan(self, op: Op) -> None:
         """A loop in the body: what its carry is settles after at most two rounds."""
-        region, consts, carry = op.regions[0], int(op.attr("num_consts")), int(op.attr("num_carry"))  # type: ignore[arg-type]
+        region, (consts, carry) = op.regions[0], op.loop_inputs
         inner = _Flow(self.graph, {}, {}, set())
         for i, (outside, inside) in enumerate(zip(op.inputs, region.inputs, strict=True)):
             if outside in self.split:

@@ -188,15 +188,7 @@ def _recompute_loops(
 
 
 def _xs(op: Op) -> tuple[int, ...]:
-    return op.inputs[_consts(op) + _carry(op) :]
-
-
-def _consts(op: Op) -> int:
-    return int(op.attr("num_consts"))  # type: ignore[arg-type]
-
-
-def _carry(op: Op) -> int:
-    return int(op.attr("num_carry"))  # type: ignore[arg-type]
+    return op.inputs[sum(op.loop_inputs) :]
 
 
 def _read_elsewhere(graph: Graph, forward: int, backward: int) -> set[int]:
@@ -216,7 +208,7 @@ def _redo_loop(
     gates: Collection[int],
     fresh: Fresh,
 ) -> tuple[Op, Op]:
-    body, carry = forward.regions[0], _carry(forward)
+    body, (_, carry) = forward.regions[0], forward.loop_inputs
     handed = dict(
         zip(forward.outputs[carry:], body.outputs[carry:], strict=True)
     )  # stacked -> inner
@@ -270,7 +262,7 @@ def _trace_back(
 
 def _given(loop: Op) -> dict[int, tuple[str, int]]:
     """Inner name -> how it is handed in: a constant or an xs of the loop, by outer value."""
-    consts, first_xs = _consts(loop), _consts(loop) + _carry(loop)
+    consts, first_xs = loop.loop_inputs[0], sum(loop.loop_inputs)
     pairs = list(zip(loop.regions[0].inputs, loop.inputs, strict=True))
     return {
         **{inner: ("const", outer) for inner, outer in pairs[:consts]},
@@ -283,7 +275,7 @@ def _redo_in_backward(
     stacks: dict[int, int], gates: Collection[int], fresh: Fresh,
 ) -> Op:  # fmt: skip
     given, body = _given(forward), backward.regions[0]
-    consts, first_xs = _consts(backward), _consts(backward) + _carry(backward)
+    consts, first_xs = backward.loop_inputs[0], sum(backward.loop_inputs)
     new_consts: list[tuple[int, int]] = []  # (outer, inner)
     new_xs: list[tuple[int, int]] = []
     names: dict[int, int] = {}

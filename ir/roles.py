@@ -235,8 +235,7 @@ class _Look:
         return self.examples.holds(self._carried(self.ops[position]))
 
     def _carried(self, op: Op) -> tuple[int, ...]:
-        consts, carry = op.attr("num_consts"), op.attr("num_carry")
-        assert isinstance(consts, int) and isinstance(carry, int)
+        consts, carry = op.loop_inputs
         return op.inputs[consts : consts + carry]
 
     def inside(self, position: int) -> _Look:

@@ -51,7 +51,7 @@ def _trim_barrier(op: Op, live: set[int]) -> Op:
 def _trim_scan(op: Op, live: set[int]) -> Op:
     """A scan with only the parts its live results need. Carries can need each other."""
     region, attrs = op.regions[0], dict(op.attrs)
-    consts, carry = int(attrs["num_consts"]), int(attrs["num_carry"])  # type: ignore[arg-type]
+    consts, carry = op.loop_inputs
     needed = {k for k, v in enumerate(op.outputs) if v in live}
     while True:
         body, alive = _live_ops(region.ops, {region.outputs[k] for k in needed})

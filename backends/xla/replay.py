@@ -76,7 +76,7 @@ class Walk:
 
     def scan(self, op: Op, operands: Sequence[Any], env: Env) -> Sequence[Any]:
         region, attrs = op.regions[0], dict(op.attrs)
-        consts, carry = int(attrs["num_consts"]), int(attrs["num_carry"])  # type: ignore[arg-type]
+        consts, carry = op.loop_inputs
         first_xs = consts + carry
 
         def body(state: Sequence[Any], xs: Sequence[Any]) -> tuple[Any, Any]:

@@ -95,7 +95,7 @@ class LocalStep:
             return layouts[op.inputs[k]]
         if op.kind != "scan":
             return result_sharding(rule_of(op, self.types), self._strategy(op), self.mesh, k)
-        consts, carry = int(op.attr("num_consts")), int(op.attr("num_carry"))  # type: ignore[arg-type]
+        consts, carry = op.loop_inputs
         if k < carry:
             return self._slot(f"{op.tag}/in{consts + k}")
         return _stacked(self._slot(f"{op.tag}/out{k}"))
@@ -240,7 +240,7 @@ class LocalStep:
 
     def _scan(self, op: Op, scope: Scope) -> None:
         region, attrs = op.regions[0], dict(op.attrs)
-        consts, carry = int(attrs["num_consts"]), int(attrs["num_carry"])  # type: ignore[arg-type]
+        consts, carry = op.loop_inputs
         layouts = [self._slot(f"{op.tag}/in{i}") for i in range(len(op.inputs))]
         given = [
             self._loop_input(op, i, layouts[i], i >= consts + carry, scope)
