@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from math import inf
 
 import numpy as np
 
+from ..ir.microbatch import batch_dims
+from ..ir.sharding import Sharding
 from .memory import Ledger, Lifetimes
-from .solver import Edge, MemoryRow, Problem, Solution, solve
+from .solver.anytime import solve_live
+from .solver.live import Demand, Live
+from .solver.mcmc import walk
+from .solver.onehot import Choices, Edge, Solution
 from .space import Space
-
-MOST_ROUNDS = 24  # rounds of adding the memory row that the last answer broke
 
 
 @dataclass(frozen=True)
@@ -20,14 +22,22 @@ class Answer:
     """A solve's result. `peak` and `moment` say where the answer's memory is highest."""
 
     solution: Solution
-    peak: float
-    moment: tuple[int, int]
-    rounds: int
+    peak: float = inf
+    moment: tuple[int, int] = (0, 0)
 
 
-def problem_of(space: Space) -> Problem:
+def live_of(space: Space, ledger: Ledger | None = None, limit: float = inf) -> Live:
+    """The space as the solver's problem; without a ledger nobody asks for memory.
+
+    The moments are the ticks of the step twice: as the first and as the last of the
+    layers that a tick stands for runs.
+    """
     edges = tuple(Edge(a, b, matrix) for (a, b), matrix in sorted(space.edges.items()))
-    return Problem(tuple(node.seconds for node in space.nodes), edges)
+    costs = tuple(node.seconds for node in space.nodes)
+    if ledger is None:
+        return Live(costs, edges, (), np.zeros(0))
+    demands = tuple(Demand(node, first, last, held) for node, first, last, held in ledger.demands())
+    return Live(costs, edges, demands, limit - ledger.fixed())
 
 
 def solve_space(
@@ -35,47 +45,59 @@ def solve_space(
     lives: Lifetimes,
     limit: float,
     *,
-    deadline: float,
+    time_limit: float,
     gap: float,
-    seed: int,
+    seed: int = 0,
     cutoff: float = inf,
 ) -> Answer:
-    """Minimise predicted seconds with memory at every moment at most `limit`.
+    """Minimise predicted seconds with memory at every moment at most `limit`."""
+    ledger = Ledger(space, lives)
+    live = live_of(space, ledger, limit)
+    solution = solve_live(live, time_limit=time_limit, gap=gap, seed=seed, cutoff=cutoff)
+    if solution.choices is None:
+        return Answer(solution)
+    return Answer(solution, *ledger.peak(ledger.local_bytes(solution.choices)))
 
-    Rows are added lazily: solve, find the moment where the answer is over the
-    limit, add its row, solve again. Every bound on the way is a bound of the whole.
+
+def walk_space(
+    space: Space, lives: Lifetimes, limit: float, *, time_limit: float, seed: int = 0
+) -> Answer:
+    """The same problem by FlexFlow's Markov chains, from data parallelism on: no proof."""
+    ledger = Ledger(space, lives)
+    live = live_of(space, ledger, limit)
+    solution = walk(live, data_parallel(space), time_limit=time_limit, seed=seed)
+    if solution.choices is None:
+        return Answer(solution)
+    return Answer(solution, *ledger.peak(ledger.local_bytes(solution.choices)))
+
+
+def data_parallel(space: Space) -> Choices:
+    """The batch cut over all devices, as far as it divides, and all state whole on each.
+
+    Every other node, in program order, then takes what costs least after those before it.
     """
-    ledger, problem = Ledger(space, lives), problem_of(space)
-    rows: dict[tuple[int, int], MemoryRow] = {}
-    bound = 0.0
-    for round_number in range(1, MOST_ROUNDS + 1):
-        left = max(0.2, deadline - time.monotonic())
-        current = Problem(problem.costs, problem.edges, tuple(rows.values()))
-        solution = solve(current, time_limit=left, gap=gap, seed=seed, cutoff=cutoff)
-        bound = max(bound, solution.lower_bound)
-        if solution.choices is None:
-            return Answer(solution, inf, (0, 0), round_number)
-        peak, moment = ledger.peak(ledger.local_bytes(solution.choices))
-        if peak <= limit:
-            return Answer(_with_bound(solution, bound), peak, moment, round_number)
-        if moment in rows or time.monotonic() > deadline:
-            break
-        rows[moment] = _row(ledger, moment, limit)
-    stopped = Solution(
-        "feasible", "time", None, None, bound, "no layout under the memory limit was found in time"
-    )
-    return Answer(stopped, inf, (0, 0), len(rows))
+    graph = space.program.graph
+    batch = {graph.input_tags[position]: dim for position, dim in batch_dims(graph).items()}
+    pinned = {
+        space.homes[tag].node: _whole_but(space, tag, batch.get(tag)) for tag in graph.input_tags
+    }
+    before: list[list[tuple[int, np.ndarray]]] = [[] for _ in space.nodes]
+    for (a, b), matrix in space.edges.items():
+        before[b].append((a, matrix))
+    chosen: list[int] = []
+    for number, node in enumerate(space.nodes):
+        seconds = node.seconds + sum((table[chosen[a]] for a, table in before[number]), 0.0)
+        chosen.append(pinned.get(number, int(np.argmin(seconds))))
+    return tuple(chosen)
 
 
-def _row(ledger: Ledger, moment: tuple[int, int], limit: float) -> MemoryRow:
-    fixed, usage = ledger.row(*moment)
-    return MemoryRow(
-        f"tick {moment[1]}", limit - fixed, {n: np.asarray(u) for n, u in usage.items()}
-    )
-
-
-def _with_bound(solution: Solution, bound: float) -> Solution:
-    return Solution(
-        solution.status, solution.stopped_by, solution.choices, solution.objective,
-        max(bound, solution.lower_bound), solution.reason,
-    )  # fmt: skip
+def _whole_but(space: Space, tag: str, dim: int | None) -> int:
+    """The layout of an input that cuts `dim` most and nothing else."""
+    node = space.homes[tag].node
+    assert node is not None
+    ways = []
+    for layout in space.nodes[node].choices:
+        assert isinstance(layout, Sharding)
+        whole = all(not axes for d, axes in enumerate(layout.dims) if d != dim)
+        ways.append(layout.ways(space.mesh) if whole else 0)
+    return int(np.argmax(ways))

@@ -7,6 +7,7 @@ depend on its shape, so it is worked out once per pair and mesh.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -15,7 +16,24 @@ from ..ir.mesh import Mesh
 from ..ir.rule import Rule, Strategy, operand_sharding, result_sharding
 from ..ir.sharding import Sharding
 from .collectives import Collectives
-from .strategies import follow
+from .strategies import cut_ways, follow, strategies
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Strategies of one op and what each implies; shared, so nothing here changes.
+
+    `numbers[k]` are the layouts of operand k by strategy, then of the results; `cuts` into
+    how many parts the work is cut.
+    """
+
+    strategies: list[Strategy]
+    numbers: np.ndarray
+    cuts: np.ndarray
+
+    def at(self, keep: np.ndarray) -> Taken:
+        chosen = [s for s, k in zip(self.strategies, keep, strict=True) if k]
+        return Taken(chosen, self.numbers[:, keep], self.cuts[keep])
 
 
 class Layouts:
@@ -29,8 +47,8 @@ class Layouts:
         self._lines = {late: np.full((2, 64, 64), np.nan) for late in (False, True)}
         self._ways: list[int] = []
         self._rules: dict[int, Rule] = {}  # kept alive, so that an id names one rule
-        self._around: dict[tuple[int, Strategy], tuple[int, ...]] = {}
-        self._followed: dict[tuple, Strategy | None] = {}
+        self._taken: dict[tuple, Taken] = {}
+        self._followed: dict[tuple, tuple[Taken, np.ndarray]] = {}
 
     def number(self, layout: Sharding) -> int:
         if layout not in self._numbers:
@@ -46,25 +64,34 @@ class Layouts:
         """Number of different shards of each layout."""
         return np.array(self._ways)[numbers]
 
-    def around(self, rule: Rule, strategy: Strategy) -> tuple[int, ...]:
-        """Layout numbers of an op's operands, then of its results; equal ops share them."""
-        key = (id(rule), strategy)
-        if key not in self._around:
-            self._rules[id(rule)] = rule
-            wanted = (operand_sharding(rule, strategy, self.mesh, k) for k in range(len(rule.operands)))
-            left = (result_sharding(rule, strategy, self.mesh, k) for k in range(len(rule.results)))
-            self._around[key] = tuple(self.number(layout) for layout in (*wanted, *left))
-        return self._around[key]
+    def taken(self, rule: Rule, time: Mapping[int, int]) -> Taken:
+        """All strategies of an op; equal ops share the answer."""
+        key = (id(rule), *time.items())
+        if key not in self._taken:
+            self._taken[key] = self._around(rule, strategies(rule, self.mesh, time))
+        return self._taken[key]
 
-    def follow(
-        self, rule: Rule, operand: int, number: int, time: Mapping[int, int]
-    ) -> Strategy | None:
-        """`strategies.follow` of a numbered layout; equal ops share the answer."""
-        key = (id(rule), operand, number, *time.items())
+    def followed(
+        self, rule: Rule, operand: int, numbers: np.ndarray, time: Mapping[int, int]
+    ) -> tuple[Taken, np.ndarray]:
+        """The strategies that take an operand as it lies, and which layouts have one."""
+        key = (id(rule), operand, numbers.tobytes(), *time.items())
         if key not in self._followed:
-            self._rules[id(rule)] = rule
-            self._followed[key] = follow(rule, operand, self.known[number], self.mesh, time)
+            layouts = [self.known[n] for n in numbers.tolist()]
+            matched = [follow(rule, operand, layout, self.mesh, time) for layout in layouts]
+            taken = self._around(rule, [m for m in matched if m is not None])
+            self._followed[key] = taken, np.array([m is not None for m in matched])
         return self._followed[key]
+
+    def _around(self, rule: Rule, chosen: list[Strategy]) -> Taken:
+        self._rules[id(rule)] = rule
+        rows = []
+        for strategy in chosen:
+            wanted = [operand_sharding(rule, strategy, self.mesh, k) for k in range(len(rule.operands))]
+            left = [result_sharding(rule, strategy, self.mesh, k) for k in range(len(rule.results))]
+            rows.append([self.number(layout) for layout in (*wanted, *left)])
+        numbers = np.array(rows, np.int64).reshape(len(rows), len(rule.operands) + len(rule.results))
+        return Taken(chosen, numbers.T, np.array([cut_ways(s, self.mesh) for s in chosen]))
 
     def seconds(
         self, sources: np.ndarray, targets: np.ndarray, nbytes: float, phase: str

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -59,6 +59,13 @@ class Lifetimes:
     ticks: int
     causes: dict[int, str]
     scale: dict[int, float]  # value -> factor on its bytes (microbatches, wider accumulators)
+
+    def counted(self, microbatches: int) -> Lifetimes:
+        """The same lives with another microbatch count; both counts are above 1."""
+        time = self.program.time
+        split = time.split if isinstance(time, TimeAxis) else {}
+        scale = {v: 1.0 / microbatches if v in split else s for v, s in self.scale.items()}
+        return replace(self, microbatches=microbatches, scale=scale)
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, ...]:
@@ -367,25 +374,26 @@ class Ledger:
             for value, (node, sizes) in self._bytes.items()
         }
 
-    def smallest(self) -> dict[int, float]:
-        return {value: float(sizes.min()) for value, (_, sizes) in self._bytes.items()}
-
     def peak(self, nbytes: dict[int, float]) -> tuple[float, tuple[int, int]]:
         """Largest total, and the (moment, tick) where it is reached."""
         profile = self.lives.profile(nbytes)
         moment, tick = np.unravel_index(int(profile.argmax()), profile.shape)
         return float(profile[moment, tick]), (int(moment), int(tick))
 
-    def row(self, moment: int, tick: int) -> tuple[float, dict[int, np.ndarray]]:
-        """Bytes that do not depend on any choice, and bytes per choice of each node."""
-        fixed, usage = 0.0, {}
-        for value, count in self.lives.alive(moment, tick).items():
-            node, sizes = self._bytes[value]
-            if node is None:
-                fixed += count * float(sizes[0])
-            else:
-                usage[node] = usage.get(node, 0.0) + count * sizes
-        return fixed, usage
+    def demands(self) -> Iterator[tuple[int, int, int, np.ndarray]]:
+        """Node, first moment, end (not included) and bytes by choice, of all lives that a choice
+        decides. Moments are the ticks as `FIRST`, then the ticks as `LAST`."""
+        for segment in self.lives.segments:
+            node, sizes = self._bytes[segment.value]
+            for moment, weight in ((FIRST, segment.first), (LAST, segment.last)):
+                if node is not None and weight > 0:
+                    shift = moment * self.lives.ticks
+                    yield node, segment.start + shift, segment.end + 1 + shift, weight * sizes
+
+    def fixed(self) -> np.ndarray:
+        """Bytes at each moment that no choice decides."""
+        nbytes = {v: float(s[0]) if node is None else 0.0 for v, (node, s) in self._bytes.items()}
+        return self.lives.profile(nbytes).ravel()
 
     def by_cause(self, choices: tuple[int, ...], at: tuple[int, int]) -> dict[str, float]:
         nbytes, causes = self.local_bytes(choices), self.lives.causes

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
 from numbers import Integral
-from typing import NoReturn
+from typing import Literal, NoReturn, get_args
 
 from ..ir.cluster import Cluster
 from ..ir.errors import PlanError, did_you_mean
@@ -14,6 +14,7 @@ from ..ir.microbatch import Refusal, TimeAxis
 from ..ir.recompute import POLICIES, Policy
 from ..ir.units import parse_bytes
 
+Searcher = Literal["exact", "mcmc"]
 HEADROOM = 0.10  # of device memory kept free; runs above ~90 % lose speed to the allocator
 
 
@@ -27,6 +28,7 @@ class Request:
     recompute     "none", "elementwise", "selective" or "full"
     time_limit    seconds of search
     gap           the search ends when no plan can be faster by more than this share
+    search        "exact" proves its plans; "mcmc" is FlexFlow's, for comparison, and proves nothing
     """
 
     memory: float | None = None
@@ -37,6 +39,7 @@ class Request:
     time_limit: float = 60.0
     gap: float = 0.01
     seed: int = 0
+    search: Searcher = "exact"
 
     def __post_init__(self) -> None:
         """Accept sizes as they are written on the command line; refuse what is neither."""
@@ -83,6 +86,8 @@ def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
         )
     if request.recompute is not None and request.recompute not in POLICIES:
         _refuse("recompute", request.recompute, did_you_mean(str(request.recompute), POLICIES))
+    if request.search not in get_args(Searcher):
+        _refuse("search", request.search, did_you_mean(str(request.search), get_args(Searcher)))
     if request.mesh is not None:
         _check_mesh(request.mesh, cluster)
     if request.microbatches is not None:

@@ -4,6 +4,9 @@ candidates   (mesh, recompute, microbatches)
 bound        each (mesh, recompute) without a memory limit, for one microbatch:
              more microbatches on it cost at least that
 solve        under the memory limit, in order of the bounds, until none beats the incumbent
+
+`Request(search="mcmc")` walks the same candidates by FlexFlow's chains instead, in equal
+shares of the time, and proves no more than the floor of all contractions.
 """
 
 from __future__ import annotations
@@ -25,13 +28,13 @@ from ..ir.roles import roles
 from ..ir.units import format_bytes, format_seconds
 from .compute import contraction_seconds
 from .cost import CostModel, Roofline
-from .intra import Answer, problem_of, solve_space
+from .intra import Answer, live_of, solve_space, walk_space
 from .layouts import Layouts
 from .memory import Ledger, Lifetimes, least_peak, lifetimes
 from .meshes import mesh_of, meshes
 from .report import write_plan
 from .request import Request, check
-from .solver import relax
+from .solver.anytime import solve_live
 from .space import Space, build
 
 MOST_MICROBATCHES = 64
@@ -89,7 +92,10 @@ class Search:
     def run(self) -> Plan:
         check(self.request, self.cluster, self.program("none").time)
         try:
-            self._explore()
+            if self.request.search == "mcmc":
+                self._walk()
+            else:
+                self._explore()
         except KeyboardInterrupt:
             self.stopped_by = "interrupt"
         if self.best.answer is None:
@@ -176,13 +182,47 @@ class Search:
         if plain not in finest:
             self._seed(plain)
         while self.open_bounds:
-            candidate = min(self.open_bounds, key=lambda c: self.open_bounds[c])
+            candidate = self._next()
             if self.open_bounds[candidate] >= self._enough():
                 return
             if self.late():
                 self.stopped_by = "time"
                 return
             self._advance(candidate)
+
+    def _walk(self) -> None:
+        """FlexFlow's search: every finest mesh and recompute policy, in equal shares of the time."""
+        finest, first = _finest(self._meshes()), self._counts()[0]
+        roots = [Candidate(mesh, policy, first) for mesh in finest for policy in self._policies()]
+        self.open_bounds = dict.fromkeys(roots, self._floor())
+        self.stopped_by = "time"
+        for number, root in enumerate(roots):
+            share = (self.deadline - time.monotonic()) / (len(roots) - number)
+            self._walk_family(root, time.monotonic() + share)
+            self._forget(keep=self.best.candidate)
+
+    def _walk_family(self, root: Candidate, until: float) -> None:
+        """The smallest microbatch count at which a chain finds something that fits."""
+        candidate = self._smallest_count(root)
+        while candidate is not None and time.monotonic() < until:
+            space, lives = self.open(candidate)
+            seconds = (until - time.monotonic()) / 2
+            answer = walk_space(
+                space, lives, self.limit, time_limit=seconds, seed=self.request.seed
+            )
+            if answer.solution.stopped_by == "interrupt":
+                raise KeyboardInterrupt
+            if answer.solution.choices is not None:
+                self._offer(candidate, answer)
+                return
+            candidate = self._next_count(candidate)
+
+    def _next(self) -> Candidate:
+        """The lowest bound; while nothing is found, of those looked at the one with most room."""
+        lowest = min(self.open_bounds, key=lambda c: self.open_bounds[c])
+        if self.best.answer is not None or lowest not in self._fitting:
+            return lowest
+        return min(self._fitting & self.open_bounds.keys(), key=self.least)
 
     def _seed(self, mesh: Mesh) -> None:
         """Plans on one plain mesh, to have something to beat."""
@@ -257,9 +297,10 @@ class Search:
         counts, and whether the answer fits all the same."""
         space, lives = self.open(candidate)
         left = min(10.0, max(1.0, self.deadline - time.monotonic()))
-        solution = relax(
-            problem_of(space), time_limit=left, gap=self.request.gap / 2, cutoff=self.best.seconds
-        )
+        solution = solve_live(
+            live_of(space), time_limit=left, gap=self.request.gap / 2, seed=self.request.seed,
+            cutoff=self.best.seconds,
+        )  # fmt: skip
         if solution.stopped_by == "interrupt":
             raise KeyboardInterrupt
         if solution.choices is None:
@@ -267,7 +308,7 @@ class Search:
         ledger = Ledger(space, lives)
         peak, moment = ledger.peak(ledger.local_bytes(solution.choices))
         if peak <= self.limit:
-            self._offer(candidate, Answer(solution, peak, moment, 0))
+            self._offer(candidate, Answer(solution, peak, moment))
         return solution.lower_bound, peak <= self.limit
 
     def _offer(self, candidate: Candidate, answer: Answer) -> None:
@@ -302,9 +343,15 @@ class Search:
         return least_peak(self._lives_of(candidate.policy, candidate.microbatches), candidate.mesh)
 
     def _lives_of(self, policy: Policy, count: int) -> Lifetimes:
+        """Lives differ between one microbatch and several; between several only in size."""
         if (policy, count) not in self._lives:
-            program = self.program(policy)
-            self._lives[policy, count] = lifetimes(program, count, roles(program.graph))
+            known = next((c for p, c in self._lives if p == policy and c > 1), None)
+            if known is not None and count > 1:
+                found = self._lives[policy, known].counted(count)
+            else:
+                program = self.program(policy)
+                found = lifetimes(program, count, roles(program.graph))
+            self._lives[policy, count] = found
         return self._lives[policy, count]
 
     _lives: dict[tuple[Policy, int], Lifetimes] = field(default_factory=dict)
@@ -314,8 +361,8 @@ class Search:
         space, lives = self.open(candidate)
         share = max(2.0, (self.deadline - time.monotonic()) / 4)
         answer = solve_space(
-            space, lives, self.limit, deadline=time.monotonic() + share,
-            gap=self.request.gap / 2, seed=self.request.seed, cutoff=self.best.seconds,
+            space, lives, self.limit, time_limit=share, gap=self.request.gap / 2,
+            seed=self.request.seed, cutoff=self.best.seconds,
         )  # fmt: skip
         if answer.solution.status == "infeasible":
             self._note(f"{candidate}: does not fit ({answer.solution.reason})")

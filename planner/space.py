@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from math import prod
 
 import numpy as np
 
@@ -28,8 +27,7 @@ from ..ir.rules import rule_of
 from ..ir.sharding import Sharding, replicated
 from .compute import KERNELS, Stored, Ways
 from .cost import CostModel
-from .layouts import Layouts, layouts_of
-from .strategies import strategies
+from .layouts import Layouts, Taken, layouts_of
 
 # Ops that never follow: they do real work, or a layout of their own is the point.
 LEADERS = frozenset({
@@ -115,6 +113,7 @@ class _Builder:
         self.time = space.program.time if isinstance(space.program.time, TimeAxis) else None
         self.stored = stored_values(self.program)
         self.first: dict[str, tuple[Op, Rule]] = {}  # op tag -> one op that carries it
+        self.taken: dict[str, Taken] = {}
         self.runs: dict[str, int] = defaultdict(int)
         self.phases: dict[str, str] = {}
         # (reader tag, operand) -> layout per choice
@@ -213,11 +212,11 @@ class _Builder:
             self._try_follow(op, rule, k, time) for k in self._by_size(op)
         ):
             return
-        choices = strategies(rule, self.mesh, time)
+        taken = self.layouts.taken(rule, time)
         if op.kind == "copy":
-            choices = [c for c in choices if min(c.axes) >= NONE]
-        node = self._node(Node(op.tag, choices, np.zeros(len(choices))))
-        self._settle(op, rule, node, choices)
+            taken = taken.at(np.array([min(s.axes) >= NONE for s in taken.strategies]))
+        node = self._node(Node(op.tag, taken.strategies, np.zeros(len(taken.strategies))))
+        self._settle(op, node, taken)
 
     def _time_factors(self, op: Op, rule: Rule) -> dict[int, int]:
         """The factor that is already cut into microbatches."""
@@ -239,13 +238,12 @@ class _Builder:
         node = self.space.nodes[home.node]
         if self.types[op.outputs[0]].size > self.types[op.inputs[operand]].size:
             return False  # a broadcast may be cut in dims that its operand does not have
-        matched = [self.layouts.follow(rule, operand, n, time) for n in home.layouts.tolist()]
-        failed = np.array([m is None for m in matched])
-        if failed.any():
-            if not np.all(_carries_sum(node)[failed]):
+        taken, matched = self.layouts.followed(rule, operand, home.layouts, time)
+        if not matched.all():
+            if not np.all(_carries_sum(node)[~matched]):
                 return False
-            self._drop(home.node, ~failed)
-        self._settle(op, rule, home.node, [m for m in matched if m is not None])
+            self._drop(home.node, matched)
+        self._settle(op, home.node, taken)
         return True
 
     def _drop(self, number: int, keep: np.ndarray) -> None:
@@ -257,22 +255,20 @@ class _Builder:
             if home.node == number:
                 space.homes[tag] = Home(number, home.layouts[keep])
         for tag in node.members:
-            space.strategies[tag] = [
-                s for s, k in zip(space.strategies[tag], keep, strict=True) if k
-            ]
+            self.taken[tag] = self.taken[tag].at(keep)
+            space.strategies[tag] = self.taken[tag].strategies
             for k in range(len(self.first[tag][0].inputs)):
                 self.wants[tag, k] = self.wants[tag, k][keep]
 
-    def _settle(self, op: Op, rule: Rule, node: int, chosen: list[Strategy]) -> None:
-        self.space.strategies[op.tag] = chosen
+    def _settle(self, op: Op, node: int, taken: Taken) -> None:
+        self.taken[op.tag] = taken
+        self.space.strategies[op.tag] = taken.strategies
         self.space.op_node[op.tag] = node
         self.space.nodes[node].members.append(op.tag)
-        numbers = np.array([self.layouts.around(rule, s) for s in chosen], np.int64)
-        numbers = numbers.reshape(len(chosen), len(op.inputs) + len(op.outputs)).T
         for k, value in enumerate(op.outputs):
-            self.space.homes[self.tags[value]] = Home(node, numbers[len(op.inputs) + k])
+            self.space.homes[self.tags[value]] = Home(node, taken.numbers[len(op.inputs) + k])
         for k in range(len(op.inputs)):
-            self.wants[op.tag, k] = numbers[k]
+            self.wants[op.tag, k] = taken.numbers[k]
 
     # ------------------------------------------------------------ loops and outputs
 
@@ -350,7 +346,7 @@ class _Builder:
             self.layouts.ways(self.space.homes[self.tags[v]].layouts) * parts[len(op.inputs) + k]
             for k, v in enumerate(op.outputs)
         ]
-        work = np.array([_cut_ways(s, self.mesh) for s in chosen]) * max(parts)
+        work = self.taken[op.tag].cuts * max(parts)
         seconds = self.cost.op_seconds(
             op, rule, self.types, Ways(operands, results, work), self.stored
         )
@@ -384,10 +380,6 @@ class _Builder:
             key, cell = ((a, b), matrix) if a < b else ((b, a), matrix.T)
             old = space.edges.get(key)
             space.edges[key] = cell.copy() if old is None else old + cell
-
-
-def _cut_ways(strategy: Strategy, mesh: Mesh) -> int:
-    return prod(size for size, code in zip(mesh.shape, strategy.axes, strict=True) if code >= 0)
 
 
 def _carries_sum(node: Node) -> np.ndarray:

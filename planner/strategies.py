@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import product
+from math import prod
 
 from ..ir.mesh import Mesh
 from ..ir.rule import NONE, Rule, Strategy, cuttable, owing
@@ -22,6 +23,11 @@ def strategies(rule: Rule, mesh: Mesh, time: Mapping[int, int]) -> list[Strategy
         for codes in product(options, repeat=len(mesh.axes))
         if _divides(rule, mesh, codes, time)
     ]
+
+
+def cut_ways(strategy: Strategy, mesh: Mesh) -> int:
+    """Into how many parts a strategy cuts the op's work."""
+    return prod(size for size, code in zip(mesh.shape, strategy.axes, strict=True) if code >= 0)
 
 
 def _carried(rule: Rule) -> list[int]:

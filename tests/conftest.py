@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -43,6 +45,16 @@ class Golden:
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(GOLDEN / f"{request.node.name}.txt", request.config.getoption("--update-golden"))
+
+
+@pytest.fixture
+def ctrl_c():
+    """`ctrl_c(0.5)`: as if the user pressed Ctrl-C half a second from now."""
+
+    def press() -> None:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    return lambda after: threading.Timer(after, press).start()
 
 
 @pytest.fixture(scope="session")

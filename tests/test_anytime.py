@@ -1,13 +1,11 @@
 """Laws of the solver for memory over time: brute force, published optima, nothing over a limit."""
 
-import _thread
 import gzip
 import itertools
 import json
 from dataclasses import replace
 from math import inf, isfinite
 from pathlib import Path
-from threading import Timer
 from time import perf_counter
 
 import numpy as np
@@ -16,17 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.ir.errors import UsageError
-from meshwright.planner.anytime import solve_live
-from meshwright.planner.ascent import Ascent
-from meshwright.planner.contraction import contract
-from meshwright.planner.flat import cost_of
-from meshwright.planner.iopddl import read
-from meshwright.planner.live import Demand, Live, memory_rows, tighten
-from meshwright.planner.messages import Messages
-from meshwright.planner.onehot import Edge, row_usage
-from meshwright.planner.region import Region
+from meshwright.planner.solver.anytime import solve_live
+from meshwright.planner.solver.ascent import Ascent
+from meshwright.planner.solver.contraction import contract
+from meshwright.planner.solver.flat import cost_of
+from meshwright.planner.solver.iopddl import read
+from meshwright.planner.solver.live import Demand, Live, memory_rows, tighten
+from meshwright.planner.solver.messages import Messages
+from meshwright.planner.solver.onehot import Edge, row_usage
+from meshwright.planner.solver.region import Region
+from meshwright.planner.solver.tree_moves import TreeMoves
 from meshwright.planner.stages import cut_into_stages
-from meshwright.planner.tree_moves import TreeMoves
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 GRAPHS = DATA / "iopddl"
@@ -243,11 +241,11 @@ def test_large_contest_graphs_are_within_half_a_percent_of_the_best_team(name):
 
 @pytest.mark.skipif(not GRAPHS.exists(), reason="published cost graphs are not here")
 @pytest.mark.parametrize("after", [0.5, 3.0, 8.0])
-def test_an_interrupt_ends_the_search_at_once(after):
+def test_an_interrupt_ends_the_search_at_once(after, ctrl_c):
     """While prices rise, while walks run, and inside the exact solver, on a graph that stays open."""
     live = read(GRAPHS / "asplos-2025-iopddl-V.json.gz")
     begin = perf_counter()
-    Timer(after, _thread.interrupt_main).start()
+    ctrl_c(after)
     found = solve_live(live, time_limit=20, gap=0.0)
     assert found.stopped_by == "interrupt" and perf_counter() - begin < after + 3
     if found.choices is not None:

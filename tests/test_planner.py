@@ -21,14 +21,13 @@ from meshwright.ir.recompute import POLICIES
 from meshwright.ir.roles import roles
 from meshwright.models import build
 from meshwright.planner.cost import Roofline
-from meshwright.planner.intra import problem_of, solve_space
+from meshwright.planner.intra import live_of, solve_space
 from meshwright.planner.layouts import Layouts
 from meshwright.planner.memory import Ledger, lifetimes
 from meshwright.planner.meshes import mesh_of, meshes
 from meshwright.planner.report import find_collectives
 from meshwright.planner.request import Request
 from meshwright.planner.search import _finest
-from meshwright.planner.solver import evaluate
 from meshwright.planner.space import Space
 from meshwright.planner.space import build as build_space
 from meshwright.view.words import words
@@ -74,9 +73,9 @@ def space_of(step, params, x, mesh: Mesh) -> tuple[Space, Ledger]:
 
 def cheapest(space: Space, ledger: Ledger, limit: float) -> float:
     """Every assignment, its price recomputed from scratch, its peak from liveness."""
-    problem, best = problem_of(space), np.inf
+    problem, best = live_of(space), np.inf
     for choices in itertools.product(*(range(len(node.choices)) for node in space.nodes)):
-        seconds = evaluate(problem, choices)
+        seconds = problem.cost(choices)
         if seconds < best and ledger.peak(ledger.local_bytes(choices))[0] <= limit:
             best = seconds
     return best
@@ -89,7 +88,7 @@ def test_a_solve_under_memory_matches_brute_force(case, shape, share):
     assume(1 < np.prod([float(len(node.choices)) for node in space.nodes]) <= MOST)
     most = ledger.peak(ledger.local_bytes((0,) * len(space.nodes)))[0]
     limit = share * most
-    answer = solve_space(space, ledger.lives, limit, deadline=np.inf, gap=0.0, seed=0)
+    answer = solve_space(space, ledger.lives, limit, time_limit=60.0, gap=0.0)
     best = cheapest(space, ledger, limit)
     if np.isinf(best):
         assert answer.solution.status == "infeasible"
@@ -141,14 +140,14 @@ def test_the_search_matches_solving_every_combination(memory):
 def test_the_estimate_is_the_sum_of_its_parts():
     """Communication listed in the plan plus every op's own time is the objective."""
     space, _ = space_of(mlp, *mlp_arguments(), mesh_of((2, 2)))
-    rng, problem = np.random.default_rng(0), problem_of(space)
+    rng, problem = np.random.default_rng(0), live_of(space)
     for _ in range(200):
         choices = tuple(int(rng.integers(len(node.choices))) for node in space.nodes)
-        total = evaluate(problem, choices)
+        total = problem.cost(choices)
         if np.isinf(total):
             continue
         moved = sum(c.seconds for c in find_collectives(space, choices))
-        alone = evaluate(problem_of(_without_links(choices)), choices)
+        alone = live_of(_without_links(choices)).cost(choices)
         assert total - moved == pytest.approx(alone, rel=1e-6, abs=1e-12)
 
 

@@ -1,31 +1,28 @@
 """Laws of the one-hot solver: it agrees with brute force, and never says more than it knows."""
 
-import _thread
 import itertools
 from dataclasses import replace
 from math import inf
-from threading import Timer
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from meshwright.planner.elimination import eliminate, elimination_order, min_marginals
-from meshwright.planner.messages import Messages
-from meshwright.planner.mip import solve_mip
-from meshwright.planner.multipliers import Prices
-from meshwright.planner.reductions import reduced_from
-from meshwright.planner.solver import (
+from meshwright.planner.solver.elimination import eliminate, elimination_order, min_marginals
+from meshwright.planner.solver.exact import (
     Edge,
     MemoryRow,
     Problem,
     evaluate,
     fits,
     relative_gap,
-    relax,
     solve,
 )
+from meshwright.planner.solver.messages import Messages
+from meshwright.planner.solver.mip import solve_mip
+from meshwright.planner.solver.multipliers import Prices
+from meshwright.planner.solver.reductions import reduced_from
 
 
 def random_problem(seed: int, *, rows: int = 3, forbidden: float = 0.15) -> Problem:
@@ -102,7 +99,7 @@ def transformer_like(
     activations = [10 ** rng.uniform(7, 8.5) / ways for _ in range(nodes)]
     if not rows:
         return problem
-    free = relax(problem).choices
+    free = solve(replace(problem, rows=())).choices
     assert free is not None
     return replace(
         problem,
@@ -155,7 +152,7 @@ def test_cutoff_never_hides_a_better_answer(seed, cutoff):
 @given(st.integers(0, 10**6))
 def test_relaxing_never_costs_more(seed):
     problem = random_problem(seed)
-    found = relax(problem)
+    found = solve(replace(problem, rows=()))
     if found.status != "infeasible":
         assert found.lower_bound <= brute_force(problem)
         assert found.objective == pytest.approx(brute_force(replace(problem, rows=())), rel=1e-4)
@@ -239,7 +236,7 @@ def test_binding_memory_is_closed_to_the_gap(seed):
     assert found.status == "optimal"
     assert found.choices is not None and found.objective is not None
     assert fits(problem, found.choices)
-    assert not fits(problem, relax(problem).choices or ())
+    assert not fits(problem, solve(replace(problem, rows=())).choices or ())
     assert relative_gap(found.objective, found.lower_bound) <= 1e-4
 
 
@@ -258,10 +255,10 @@ def test_scale_of_seconds_does_not_matter():
     assert solve(tiny).objective == pytest.approx(1e-6 * (solve(problem).objective or 0), rel=2e-4)
 
 
-def test_interrupt_returns_the_incumbent():
+def test_interrupt_returns_the_incumbent(ctrl_c):
     problem = transformer_like(150, 5, rows=0)
     cheapest = tuple(int(cost.argmin()) for cost in problem.costs)
-    Timer(0.3, _thread.interrupt_main).start()
+    ctrl_c(0.3)
     found = solve(problem, incumbent=cheapest, time_limit=60, gap=0.0)
     assert (found.status, found.stopped_by) == ("feasible", "interrupt")
     assert found.choices is not None and found.objective is not None

@@ -16,6 +16,7 @@ from .backends.xla.capture import Captured, capture
 from .backends.xla.lower import Lowered, OtherShapes
 from .backends.xla.lower import lower as lower_flat
 from .backends.xla.verify import reference, verify_outputs
+from .interrupts import heard
 from .ir.blocks import fold
 from .ir.cluster import Cluster
 from .ir.errors import MismatchError, UsageError
@@ -70,6 +71,7 @@ class Options:
         )  # fmt: skip
 
 
+@heard()
 def plan(
     step: Callable,
     *args: Any,
@@ -103,6 +105,7 @@ def plan(
     return plan_captured(captured, cluster, request or Request(), _name(step), tell)
 
 
+@heard()
 def plan_captured(
     captured: Captured, cluster: Cluster | str | Path | None, request: Request, name: str,
     tell: Callable[[str], None] = lambda line: None,

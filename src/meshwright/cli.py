@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
+from .interrupts import heard
 from .ir.errors import MeshwrightError, UsageError
 from .ir.units import parse_bytes
 
@@ -48,7 +49,8 @@ def main() -> NoReturn:
     """Run the command line and exit with the code that belongs to the outcome."""
     code: object = 0
     try:
-        code = app(standalone_mode=False)
+        with heard():
+            code = app(standalone_mode=False)
     except MeshwrightError as error:
         _fail(error.report(), error.exit_code)
     except typer.Exit as done:
@@ -117,6 +119,9 @@ def plan(
     time_limit: Annotated[float, typer.Option(help="Seconds of search.")] = 60.0,
     gap: Annotated[float, typer.Option(help="Good enough: 0.01 stops at a proven 1 %.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal plans.")] = 0,
+    search: Annotated[
+        str, typer.Option(help="exact, or mcmc: FlexFlow's search, for comparison; it proves nothing.")
+    ] = "exact",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to save; MODEL.plan.json if not given.")
     ] = None,
@@ -145,6 +150,7 @@ def plan(
         time_limit=time_limit,
         gap=gap,
         seed=seed,
+        search=cast(Any, search),
     )
     made = make(recipe)
     place = output or Path(f"{made.name}.plan.json")
@@ -306,9 +312,9 @@ def solve(
     """
     from .ir.codec import check_writable, write_whole
     from .ir.errors import InfeasibleError, StoppedError
-    from .planner.anytime import solve_live
-    from .planner.iopddl import read
-    from .planner.onehot import relative_gap
+    from .planner.solver.anytime import solve_live
+    from .planner.solver.iopddl import read
+    from .planner.solver.onehot import relative_gap
     from .progress import Progress
 
     if not 0 < time_limit < float("inf"):

@@ -8,20 +8,21 @@ of the pairs tied to the choices (the local polytope):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import Thread
-from typing import Any
+from time import perf_counter
 
+import highspy
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array, csr_array, vstack
 
 from .onehot import Choices, Edge
 from .reductions import Reduced
 
+HEAR = 0.1  # seconds within which Ctrl-C is heard
+GRACE = 1.0  # seconds after the time limit in which HiGHS may still answer
 OBJECTIVE_SCALE = 1e3  # HiGHS' tolerances are absolute, about 1e-7
 
 
@@ -39,7 +40,7 @@ class _Ties:
     """Equality rows `matrix @ (x, z) = right` and the cost of each pair variable."""
 
     matrix: csr_array
-    right: Any  # np.ndarray; scipy's stubs want a float
+    right: np.ndarray
     pair_costs: np.ndarray
 
 
@@ -58,37 +59,69 @@ def solve_mip(
     costs = costs / unit
     integrality = np.zeros(costs.size)
     integrality[: starts[-1]] = 1
-    limits: Any = model.limits
-    constraints = [LinearConstraint(ties.matrix, ties.right, ties.right)]
+    rows, lower, upper = ties.matrix, ties.right, ties.right
     if model.limits.size:
         usage = csr_array(np.hstack(model.usage))
         usage.resize(model.limits.size, costs.size)
-        constraints.append(LinearConstraint(usage, -np.inf, limits))
-    found = _in_thread(
-        milp,
-        costs,
-        integrality=integrality,
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"time_limit": max(0.05, seconds), "mip_rel_gap": gap},
-    )
-    bound = -np.inf if found.mip_dual_bound is None else found.mip_dual_bound * unit
-    choices = None if found.x is None else _read(found.x, starts)
-    return MipAnswer(found.status == 2, choices, bound)
+        rows = csr_array(vstack([rows, usage]))
+        lower = np.concatenate([lower, np.full(model.limits.size, -np.inf)])
+        upper = np.concatenate([upper, model.limits])
+    found = _highs(_Program(costs, integrality, rows, lower, upper), gap, seconds)
+    choices = None if found.values is None else _read(found.values, starts)
+    return MipAnswer(found.infeasible, choices, found.bound * unit)
 
 
-def _in_thread(function: Callable[..., Any], *args: Any, **named: Any) -> Any:
-    """Call a function that holds no Python lock, and stay open to KeyboardInterrupt meanwhile."""
-    future: Future[Any] = Future()
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """Least `costs @ x` with `lower <= rows @ x <= upper` and x in [0, 1], whole where marked."""
 
-    def run() -> None:
-        try:
-            future.set_result(function(*args, **named))
-        except Exception as error:
-            future.set_exception(error)
+    costs: np.ndarray
+    integrality: np.ndarray
+    rows: csr_array
+    lower: np.ndarray
+    upper: np.ndarray
 
-    Thread(target=run, daemon=True).start()
-    return future.result()
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    infeasible: bool
+    values: np.ndarray | None
+    bound: float
+
+
+def _highs(program: _Program, gap: float, seconds: float) -> _Found:
+    """HiGHS on one program, in a thread of its own so that Ctrl-C is heard; it then ends too."""
+    solver = highspy.Highs()
+    solver.setOptionValue("output_flag", False)
+    solver.HandleUserInterrupt = True
+    solver.setOptionValue("time_limit", max(0.05, seconds))
+    solver.setOptionValue("mip_rel_gap", gap)
+    solver.setOptionValue("threads", 1)
+    height, width = program.lower.size, program.costs.size
+    rows = program.rows
+    solver.passModel(
+        width, height, rows.nnz, int(highspy.MatrixFormat.kRowwise), int(highspy.ObjSense.kMinimize),
+        0.0, program.costs, np.zeros(width), np.ones(width), program.lower, program.upper,
+        rows.indptr.astype(np.int32), rows.indices.astype(np.int32), rows.data.astype(float),
+        program.integrality.astype(np.int32),
+    )  # fmt: skip
+    worker = Thread(target=solver.run, daemon=True)
+    worker.start()
+    late = perf_counter() + seconds + GRACE
+    try:
+        while worker.is_alive():
+            worker.join(HEAR)
+            if perf_counter() > late:  # it looks at its clock too rarely: leave it behind
+                solver.cancelSolve()
+                return _Found(False, None, -np.inf)
+    except KeyboardInterrupt:
+        solver.cancelSolve()
+        raise
+    infeasible = solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible
+    info = solver.getInfo()
+    if info.primal_solution_status != int(highspy.SolutionStatus.kSolutionStatusFeasible):
+        return _Found(infeasible, None, info.mip_dual_bound)
+    return _Found(infeasible, np.array(solver.getSolution().col_value), info.mip_dual_bound)
 
 
 def _read(values: np.ndarray, starts: np.ndarray) -> Choices:

@@ -23,6 +23,8 @@ import numpy as np
 from .flat import Flat, flatten
 from .onehot import Edge
 
+Saved = tuple[np.ndarray, np.ndarray, np.ndarray]
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -70,6 +72,14 @@ class Messages:
             self.constants, self.rest, self.reduced, self.choices,
         )  # fmt: skip
         return Pass(float(self.constants.sum()), floor, self.choices.copy(), self.reduced.copy())
+
+    def saved(self) -> Saved:
+        """The messages as they are, for `restore`."""
+        return self.push_a.copy(), self.push_b.copy(), self.constants.copy()
+
+    def restore(self, saved: Saved) -> None:
+        """Go back to saved messages, after any passes in either direction."""
+        self.push_a[:], self.push_b[:], self.constants[:] = saved
 
     def pair_costs(self, index: int, edge: Edge) -> np.ndarray:
         """Reduced cost of every pair of one edge, valid after a sweep (add it to the bound)."""

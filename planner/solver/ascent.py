@@ -39,7 +39,7 @@ class Ascent:
         self.prices = np.zeros(self.live.limits.size)
         self.bound = -np.inf
         self.cheapest = np.inf
-        self.last: Pass = self.messages.sweep(self.costs)
+        self.last: Pass | None = None  # the pass that gave the bound
         self._asked = self.prices
         self._missed: np.ndarray | None = None
         self._step = FIRST_STEP
@@ -48,13 +48,13 @@ class Ascent:
     def settled(self) -> bool:
         return self._step < LEAST_STEP
 
-    def start(self, prices: np.ndarray) -> None:
-        """Begin at prices known from before."""
-        self._asked = prices
+    def start(self, prices: np.ndarray, step: float = FIRST_STEP) -> None:
+        """Begin at prices known from before, with a step that promises this share of the target."""
+        self._asked, self._step = prices, step
 
     def choice_bounds(self) -> np.ndarray:
         """For every choice, counted through all nodes, a bound on the assignments that hold it."""
-        if self.bound == -np.inf:
+        if self.last is None:
             return np.full(self.costs.size, -np.inf)
         refund = float(self.prices @ self.live.limits)
         return self.last.floor - refund + self.last.reduced
@@ -62,6 +62,8 @@ class Ascent:
     @property
     def reached(self) -> float:
         """A cost near the bound, whatever the prices."""
+        if self.last is None:
+            return self.messages.sweep(self.costs + self.live.table.priced(self._asked)).bound
         return max(self.bound, self.last.bound)
 
     def press(self) -> None:
@@ -73,9 +75,10 @@ class Ascent:
         """Ask the messages at the present prices, then move these towards `target`."""
         asked, limits = self._asked, self.live.limits
         costs = self.costs + self.live.table.priced(asked)
-        found, misses = self.last, np.zeros(limits.size)
-        for _ in range(PASSES):
-            found = self.messages.sweep(costs)
+        misses = np.zeros(limits.size)
+        found = self.messages.sweep(costs)
+        for turn in range(PASSES):
+            found = self.messages.sweep(costs) if turn else found
             used = self.live.table.used(found.choices)
             if (used <= limits).all():
                 cost = cost_of(self.messages.flat, self.costs, found.choices)

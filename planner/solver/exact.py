@@ -53,7 +53,6 @@ __all__ = [
     "evaluate",
     "fits",
     "relative_gap",
-    "relax",
     "row_usage",
     "solve",
 ]
@@ -96,13 +95,6 @@ def solve(
     except KeyboardInterrupt:
         return search.answer("interrupt")
     return search.answer("proof" if search.closed else "time")
-
-
-def relax(
-    problem: Problem, *, time_limit: float = 10.0, gap: float = 1e-4, cutoff: float = inf
-) -> Solution:
-    """`solve` without the memory rows: a quick lower bound."""
-    return solve(replace(problem, rows=()), time_limit=time_limit, gap=gap, cutoff=cutoff)
 
 
 @dataclass

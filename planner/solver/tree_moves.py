@@ -36,6 +36,12 @@ class Held(NamedTuple):
     limits: np.ndarray
 
 
+def held_of(live: Live) -> Held:
+    table = live.table
+    of = np.searchsorted(table.node, np.arange(len(live.costs) + 1)).astype(np.int64)
+    return Held(of, table.first, table.last, table.offset, table.nbytes, live.limits)
+
+
 class State(NamedTuple):
     """An assignment, the bytes used at each moment, and the best assignment met; changed in place."""
 
@@ -48,9 +54,7 @@ class TreeMoves:
     """`TreeMoves(live, flat, costs).run(choices, prices, ...)`: start from an assignment that fits."""
 
     def __init__(self, live: Live, flat: Flat, costs: np.ndarray) -> None:
-        table = live.table
-        of = np.searchsorted(table.node, np.arange(len(live.costs) + 1)).astype(np.int64)
-        self.held = Held(of, table.first, table.last, table.offset, table.nbytes, live.limits)
+        self.held = held_of(live)
         self.live, self.flat, self.costs = live, flat, costs
 
     def run(

@@ -4,7 +4,7 @@
 2. `ascent` prices the moments and raises a lower bound; assignments that fit are kept.
 3. `tree_moves` walk from the best assignment; `region` solves neighbourhoods of it.
 4. Choices whose bound exceeds the best assignment go; contract again.
-5. What is small enough goes to the exact `solver`; else back to 2.
+5. What is small enough is split by `branch` and goes to the `exact` solver; else back to 2.
 
 At any moment there is a best assignment that fits, recomputed on the original problem,
 and a valid lower bound.
@@ -15,24 +15,26 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from time import perf_counter
 
 import numpy as np
 
 from .ascent import Ascent
+from .branch import Branching
 from .contraction import Contracted, contract
-from .live import Live, memory_rows, restrict, tighten
+from .exact import solve
+from .live import Live, finite, memory_rows, restrict, tighten
 from .messages import Messages
-from .onehot import Choices, Edge, Problem, Solution, relative_gap
+from .onehot import Choices, Problem, Solution, relative_gap
 from .region import Region
-from .solver import solve
 from .tree_moves import TreeMoves
 
 Report = Callable[[float, float], None]  # objective, bound
 
 ASCENT_SHARE, EXACT_SHARE = 0.12, 0.25  # of the time limit, per round
+BRANCH_SHARE = 0.15
 FIRST_MOVES_SHARE, MOVES_SHARE = 0.04, 0.25
 SLICE = 6.0  # seconds after which walks and neighbourhoods start from the best again
 SMALL = 2000  # choices up to which the exact solver comes first
@@ -53,6 +55,7 @@ def solve_live(
     time_limit: float = 60.0,
     gap: float = 1e-6,
     seed: int = 0,
+    cutoff: float = inf,
     report: Report | None = None,
 ) -> Solution:
     """Choose for every node so that the cost is least and no moment is over its limit.
@@ -61,11 +64,13 @@ def solve_live(
         time_limit: seconds of wall clock; the best assignment so far comes back then.
         gap: `optimal` means `objective - lower_bound <= gap * |objective|`.
         seed: of the moves; equal seeds give equal walks, but how far they get is time.
+        cutoff: cost of a solution known elsewhere; the search may stop once nothing here
+            beats it by more than the gap.
         report: hears of every better objective and bound.
 
     Ctrl-C ends the search like the time limit does.
     """
-    search = _Search(live, gap, perf_counter(), time_limit, seed, report)
+    search = _Search(live, gap, perf_counter(), time_limit, seed, cutoff, report)
     try:
         search.run()
     except KeyboardInterrupt:
@@ -100,6 +105,7 @@ class _Search:
     began: float
     time_limit: float
     seed: int
+    cutoff: float
     report: Report | None
     choices: Choices | None = None
     objective: float = inf
@@ -120,18 +126,21 @@ class _Search:
 
     @property
     def closed(self) -> bool:
-        return bool(self.refuted) or (
-            self.choices is not None and relative_gap(self.objective, self.bound) <= self.gap
-        )
+        return bool(self.refuted) or relative_gap(self.ceiling, self.bound) <= self.gap
 
     @property
     def over(self) -> bool:
         return self.closed or self.left <= 0
 
     @property
+    def ceiling(self) -> float:
+        """What a better assignment must stay below."""
+        return min(self.objective, self.cutoff)
+
+    @property
     def target(self) -> float:
         """Assignments from this cost on may go unseen: half the gap is spent here."""
-        return self.objective - 0.5 * self.gap * abs(self.objective)
+        return self.ceiling - 0.5 * self.gap * abs(self.ceiling) if self.ceiling < inf else inf
 
     def offer(self, choices: Choices) -> None:
         """Take an assignment of the original problem when it fits and is better."""
@@ -142,7 +151,7 @@ class _Search:
 
     def raise_bound(self, bound: float) -> None:
         """Take a bound of what is left; what was dropped has its own."""
-        bound = min(bound, self.objective, self.discarded)
+        bound = min(bound, self.ceiling, self.discarded)
         if bound > self.bound:
             self.bound = bound
             self._tell()
@@ -155,7 +164,8 @@ class _Search:
         if self.refuted:
             return Solution("infeasible", "proof", None, None, inf, self.refuted)
         if self.choices is None:
-            reason = "no assignment under the limits found yet"
+            beaten = self.cutoff < inf and self.closed
+            reason = "nothing here beats the cutoff" if beaten else "no assignment found yet"
             return Solution("feasible", stopped_by, None, None, self.bound, reason)  # type: ignore[arg-type]
         status = "optimal" if relative_gap(self.objective, self.bound) <= self.gap else "feasible"
         return Solution(status, stopped_by, self.choices, self.objective, self.bound)  # type: ignore[arg-type]
@@ -185,6 +195,8 @@ class _Search:
             if count < 0.9 * tried:
                 tried = count
                 if count <= EXACT_CHOICES:
+                    self._branch(core, prices)
+                if count <= EXACT_CHOICES and not self.over:
                     self._solve_core(core, prices)
 
     def _reduce(self, core: _Core) -> _Core | None:
@@ -194,7 +206,7 @@ class _Search:
 
     def _price(self, core: _Core, prices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Raise the bound for a share of the time; the best prices and the choices' bounds."""
-        live = _finite(core.live, self.objective)
+        live = finite(core.live, self.ceiling)
         costs = np.concatenate(live.costs)
         ascent = Ascent(
             live, costs, Messages(live.sizes, live.edges), lambda x: self.offer(core.lift(x))
@@ -202,7 +214,7 @@ class _Search:
         ascent.start(prices[core.live.moments])
         until = perf_counter() + ASCENT_SHARE * self.time_limit
         while not (self.over or ascent.settled or perf_counter() > until):
-            ascent.step(self.objective if self.choices else 2 * abs(ascent.reached))
+            ascent.step(self.ceiling if self.ceiling < inf else 2 * abs(ascent.reached))
             self.raise_bound(ascent.bound)
         best = ascent.prices
         for _ in range(PRESSES):  # ask more until an assignment fits
@@ -217,7 +229,7 @@ class _Search:
 
     def _improve(self, core: _Core, prices: np.ndarray, bounds: np.ndarray, seconds: float) -> None:
         """From the best assignment: walks on all cores but one, neighbourhoods by MIP on that."""
-        live = _finite(core.live, self.objective)
+        live = finite(core.live, self.objective)
         costs = np.concatenate(live.costs)
         moves = TreeMoves(live, Messages(live.sizes, live.edges).flat, costs)
         asked = prices[core.live.moments]
@@ -240,10 +252,10 @@ class _Search:
 
     def _prune(self, core: _Core, bounds: np.ndarray) -> _Core | None:
         """Drop choices that nothing below the target holds; None when nothing is left."""
-        if self.choices is None:
+        if self.ceiling == inf:
             return core
         keep = bounds < self.target
-        known = core.lower(self.choices)
+        known = core.lower(self.choices) if self.choices else None
         if known is not None:
             keep[core.live.starts[:-1] + known] = True
         masks = np.split(keep, core.live.starts[1:-1])
@@ -256,6 +268,17 @@ class _Search:
         if smaller is None:
             self.raise_bound(self.target)
         return smaller
+
+    def _branch(self, core: _Core, prices: np.ndarray) -> None:
+        """Split the core where memory tears it, for a share of the time."""
+        until = perf_counter() + BRANCH_SHARE * self.time_limit
+        branching = Branching(
+            finite(core.live, self.ceiling),
+            lambda choices: self.offer(core.lift(choices)),
+            lambda: self.target,
+            lambda: self.over or perf_counter() > until,
+        )
+        branching.run(prices[core.live.moments], self.raise_bound)
 
     def _solve_core(self, core: _Core, prices: np.ndarray) -> None:
         """The exact solver on the moments that matter, more of them as its answers break them."""
@@ -271,12 +294,12 @@ class _Search:
                 time_limit=max(0.1, min(until - perf_counter(), self.left)),
                 gap=0.5 * self.gap,
                 incumbent=None if known is None else tuple(int(x) for x in known),
-                cutoff=self.objective,
+                cutoff=self.ceiling,
             )
             if found.stopped_by == "interrupt":
                 raise KeyboardInterrupt
             self.raise_bound(found.lower_bound)
-            if found.status == "infeasible" and self.choices is None:
+            if found.status == "infeasible" and self.discarded == inf:
                 self.refuted = (
                     "no assignment meets all limits, forbidden choices and pairs together"
                 )
@@ -339,26 +362,6 @@ class Walker:
             if perf_counter() > until or self.stopped:
                 break
         return best, least
-
-
-def _finite(live: Live, ceiling: float) -> Live:
-    """Cap every table so that all numbers are finite and no optimum below `ceiling` changes.
-
-    Taking one entry of `least + (ceiling - sum of leasts)` already costs the ceiling.
-    Without one the cap is more than any finite assignment costs.
-    """
-    tables = [*live.costs, *(edge.costs for edge in live.edges)]
-    leasts = [float(table.min()) for table in tables]
-    if ceiling < inf:
-        span = max(ceiling - sum(leasts), 0.0) * (1 + 1e-9) + 1e-9 * abs(ceiling)
-    else:
-        span = 1.0 + 2 * sum(
-            float(t[np.isfinite(t)].max()) - low for t, low in zip(tables, leasts, strict=True)
-        )
-    capped = [np.minimum(table, low + span) for table, low in zip(tables, leasts, strict=True)]
-    count = len(live.costs)
-    edges = tuple(Edge(e.a, e.b, c) for e, c in zip(live.edges, capped[count:], strict=True))
-    return replace(live, costs=tuple(capped[:count]), edges=edges)
 
 
 def _kept(masks: list[np.ndarray]) -> Contracted:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 
 import numpy as np
 
@@ -200,6 +201,26 @@ def restrict(live: Live, masks: Sequence[np.ndarray]) -> Live:
         live.limits,
         live.when,
     )
+
+
+def finite(live: Live, ceiling: float = inf) -> Live:
+    """Cap every table so that all numbers are finite and no optimum below `ceiling` changes.
+
+    Taking one entry of `least + (ceiling - sum of leasts)` already costs the ceiling.
+    Without one the cap is more than any finite assignment costs.
+    """
+    tables = [*live.costs, *(edge.costs for edge in live.edges)]
+    leasts = [float(table.min()) for table in tables]
+    if ceiling < inf:
+        span = max(ceiling - sum(leasts), 0.0) * (1 + 1e-9) + 1e-9 * abs(ceiling)
+    else:
+        span = 1.0 + 2 * sum(
+            float(t[np.isfinite(t)].max()) - low for t, low in zip(tables, leasts, strict=True)
+        )
+    capped = [np.minimum(table, low + span) for table, low in zip(tables, leasts, strict=True)]
+    count = len(live.costs)
+    edges = tuple(Edge(e.a, e.b, c) for e, c in zip(live.edges, capped[count:], strict=True))
+    return replace(live, costs=tuple(capped[:count]), edges=edges)
 
 
 def memory_rows(live: Live, active: np.ndarray) -> tuple[MemoryRow, ...]:

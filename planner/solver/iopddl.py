@@ -18,7 +18,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..ir.errors import UsageError
+from ...ir.errors import UsageError
 from .live import Demand, Live
 from .onehot import Edge
 

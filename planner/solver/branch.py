@@ -1,0 +1,132 @@
+"""Branch and bound on the priced message bound: closes what one set of prices leaves open.
+
+At the best prices some nodes are torn between a choice that is cheap and large and one that
+is dear and small: with memory paid for, both cost the same. The node where that matters most
+is split into its larger and its smaller choices; of all parts the one with the lowest bound
+is split next. Where no node is torn, one is split into its best choice and the others.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+
+import numpy as np
+
+from .ascent import Ascent
+from .live import Live
+from .messages import Messages, Saved
+
+ROOT_STEPS, STEPS = 300, 60  # of the ascent, at most
+STALL = 20  # steps without progress after which a part is split
+PROGRESS = 0.01  # of the distance to the target
+FIRST_STEP = 0.5  # of that distance: what the first step of a part promises
+CLOSE = 0.15  # of that distance: a choice this near the best one is as good
+PENALTY = 4.0  # times that distance, on what a part forbids: enough to be out of question
+
+
+@dataclass(order=True)
+class Part:
+    """The assignments that hold none of the `forbidden` choices, and a bound on them."""
+
+    bound: float
+    number: int
+    forbidden: np.ndarray = field(compare=False)
+    prices: np.ndarray = field(compare=False)
+    reduced: np.ndarray = field(compare=False)  # of each choice, at these prices
+    messages: Saved = field(compare=False)
+
+
+@dataclass
+class Branching:
+    """`Branching(live, offer, target, over).run(prices, tell)`; all tables of `live` are finite.
+
+    `offer` hears of assignments that fit, `target` says from which bound on a part is done
+    with, `over` when to stop, `tell` of bounds on the whole.
+    """
+
+    live: Live
+    offer: Callable[[np.ndarray], None]
+    target: Callable[[], float]
+    over: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        self.costs = np.concatenate(self.live.costs)
+        self.messages = Messages(self.live.sizes, self.live.edges)
+        self.owner = np.repeat(np.arange(len(self.live.costs)), self.live.sizes)
+        self.numbers = count()
+
+    def run(self, prices: np.ndarray, tell: Callable[[float], None]) -> None:
+        whole = np.zeros(self.costs.size, bool)
+        parts = [self._bounded(whole, prices, -np.inf, ROOT_STEPS)]
+        closed = np.inf  # the least bound of the parts done with
+        while parts and not self.over():
+            tell(min(parts[0].bound, closed))
+            part = heapq.heappop(parts)
+            halves = None if part.bound >= self.target() else self._halves(part)
+            if halves is None:
+                closed = min(closed, part.bound)
+                if part.bound < self.target():
+                    return  # one choice per node is left, and messages do not see it
+                continue
+            for forbidden in halves:
+                self.messages.restore(part.messages)
+                heapq.heappush(parts, self._bounded(forbidden, part.prices, part.bound, STEPS))
+        tell(min([closed, *(part.bound for part in parts[:1])]))
+
+    def _bounded(
+        self, forbidden: np.ndarray, prices: np.ndarray, floor: float, steps: int
+    ) -> Part:
+        """Raise the bound of a part until it is done with or stalls."""
+        away = self.target() - floor if floor > -np.inf else 0.0
+        ascent = Ascent(
+            self.live, self.costs + PENALTY * away * forbidden, self.messages, self.offer
+        )
+        if away > 0:
+            ascent.start(prices, FIRST_STEP * away / abs(self.target()))
+        else:
+            ascent.start(prices)
+        saved, best, waited = self.messages.saved(), -np.inf, 0
+        for _ in range(steps):
+            target, before = self.target(), ascent.bound
+            ascent.step(target)
+            if ascent.bound > before:
+                saved = self.messages.saved()
+            if ascent.bound >= target or self.over():
+                break
+            waited += 1
+            if ascent.bound > best + PROGRESS * (target - ascent.bound):
+                best, waited = ascent.bound, 0
+            if waited > STALL:
+                break
+        reduced = self.costs if ascent.last is None else ascent.last.reduced
+        bound = max(floor, ascent.bound)
+        return Part(bound, next(self.numbers), forbidden, ascent.prices, reduced, saved)
+
+    def _halves(self, part: Part) -> tuple[np.ndarray, np.ndarray] | None:
+        """What two parts of a part forbid; None when every node has one choice left."""
+        starts, near = self.live.starts[:-1], CLOSE * (self.target() - part.bound)
+        good = ~part.forbidden & (part.reduced <= near)
+        paid = self.live.table.priced(part.prices)
+        low = np.minimum.reduceat(np.where(good, paid, np.inf), starts)
+        high = np.maximum.reduceat(np.where(good, paid, -np.inf), starts)
+        node = int((high - low).argmax())
+        if high[node] > low[node]:
+            mine = self.owner == node
+            large = mine & (paid > (low[node] + high[node]) / 2)
+            return part.forbidden | large, part.forbidden | (mine & ~large)
+        rivals = np.add.reduceat(good.astype(int), starts)
+        open_ = np.add.reduceat((~part.forbidden).astype(int), starts) > 1
+        if not open_.any():
+            return None
+        node = int(np.where(open_, rivals, -1).argmax())
+        mine = np.flatnonzero((self.owner == node) & ~part.forbidden)
+        best = mine[part.reduced[mine].argmin()]
+        one = np.zeros_like(part.forbidden)
+        one[mine] = True
+        one[best] = False
+        other = part.forbidden.copy()
+        other[best] = True
+        return part.forbidden | one, other
