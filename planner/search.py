@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import floor, inf, log2
 
 from ..ir.blocks import Folded
 from ..ir.cluster import Cluster
@@ -359,7 +359,8 @@ class Search:
     def _solve(self, candidate: Candidate) -> float:
         """Solve one candidate under the memory limit; returns its own lower bound."""
         space, lives = self.open(candidate)
-        share = max(2.0, (self.deadline - time.monotonic()) / 4)
+        left = max(1.0, self.deadline - time.monotonic())
+        share = 2.0 ** floor(log2(left / 2))  # rough, so that equal requests get equal shares
         answer = solve_space(
             space, lives, self.limit, time_limit=share, gap=self.request.gap / 2,
             seed=self.request.seed, cutoff=self.best.seconds,

@@ -157,13 +157,13 @@ def test_walks_stay_under_the_limits_and_know_their_cost(seed, tolerance):
     flat = Messages(live.sizes, live.edges).flat
     moves = TreeMoves(live, flat, costs)
     last, best, cost = moves.run(
-        np.array(start), np.zeros(live.limits.size), seed=seed, moves=60, most_nodes=6, tolerance=tolerance
+        np.array(start), np.zeros(live.limits.size), seed=seed, work=3000, most_nodes=6, tolerance=tolerance
     )  # fmt: skip
     assert live.fits(last) and live.fits(best)
     assert cost == pytest.approx(live.cost(best)) == pytest.approx(cost_of(flat, costs, best))
     assert cost <= live.cost(start) + 1e-9
     again = moves.run(
-        np.array(start), np.zeros(live.limits.size), seed=seed, moves=60, most_nodes=6, tolerance=tolerance
+        np.array(start), np.zeros(live.limits.size), seed=seed, work=3000, most_nodes=6, tolerance=tolerance
     )  # fmt: skip
     assert (again[0] == last).all() and again[2] == cost
 

@@ -14,28 +14,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import inf
 from time import perf_counter
 
 import numpy as np
 
-from .ascent import Ascent
+from .ascent import PASSES, Ascent
 from .branch import Branching
 from .contraction import Contracted, contract
 from .exact import solve
 from .live import Live, finite, memory_rows, restrict, tighten
 from .messages import Messages
 from .onehot import Choices, Problem, Solution, relative_gap
-from .region import Region
+from .region import LEAST_SECONDS, Region
 from .tree_moves import TreeMoves
 
 Report = Callable[[float, float], None]  # objective, bound
 
-ASCENT_SHARE, EXACT_SHARE = 0.12, 0.25  # of the time limit, per round
-BRANCH_SHARE = 0.15
+# Shares of the time are counted as work, so that equal seeds give equal answers.
+RATE = 5e8  # table entries per second, of messages and moves; measured 2e8 to 1e9 on a Xeon core
+ASCENT_SHARE, BRANCH_SHARE, EXACT_SHARE = 0.12, 0.15, 0.25  # of the time limit, per round
 FIRST_MOVES_SHARE, MOVES_SHARE = 0.04, 0.25
+LEAST_STEPS = 50  # of the ascent
 SLICE = 6.0  # seconds after which walks and neighbourhoods start from the best again
 SMALL = 2000  # choices up to which the exact solver comes first
 PRESSES = 100  # times that all prices are raised while nothing fits
@@ -44,7 +46,7 @@ EXACT_MOMENTS, MOMENTS_MORE = 200, 10  # memory rows at first; added when an ans
 EXACT_ROUNDS = 50
 TOLERANCES = (0.0, 0.001, 0.01, 0.1, 0.3)  # share of the cost that a first move may add
 TREES = (200, 20)  # most nodes of a tree
-RUN_MOVES = 50  # per node
+RUN_PASSES = 1000  # work of a whole run: so often all tables
 BATCHES = 40  # steps in which the tolerance falls
 LAST_TOLERANCE = 3e-3  # of the first one
 
@@ -63,7 +65,8 @@ def solve_live(
     Args:
         time_limit: seconds of wall clock; the best assignment so far comes back then.
         gap: `optimal` means `objective - lower_bound <= gap * |objective|`.
-        seed: of the moves; equal seeds give equal walks, but how far they get is time.
+        seed: of the moves. Equal seeds give equal answers when the search ends by proof, unless
+            HiGHS was cut off by the clock on the way.
         cutoff: cost of a solution known elsewhere; the search may stop once nothing here
             beats it by more than the gap.
         report: hears of every better objective and bound.
@@ -186,7 +189,7 @@ class _Search:
         while not self.over:
             prices, bounds = self._price(core, prices)
             share = FIRST_MOVES_SHARE if tried == inf else MOVES_SHARE
-            self._improve(core, prices, bounds, share * self.time_limit)
+            self._improve(core, prices, bounds, share)
             smaller = None if self.over else self._prune(core, bounds)
             if smaller is None:
                 return
@@ -212,8 +215,10 @@ class _Search:
             live, costs, Messages(live.sizes, live.edges), lambda x: self.offer(core.lift(x))
         )
         ascent.start(prices[core.live.moments])
-        until = perf_counter() + ASCENT_SHARE * self.time_limit
-        while not (self.over or ascent.settled or perf_counter() > until):
+        steps = LEAST_STEPS + int(self._work(ASCENT_SHARE) / (PASSES * live.entries))
+        for _ in range(steps):
+            if self.over or ascent.settled:
+                break
             ascent.step(self.ceiling if self.ceiling < inf else 2 * abs(ascent.reached))
             self.raise_bound(ascent.bound)
         best = ascent.prices
@@ -227,28 +232,45 @@ class _Search:
         found[core.live.moments] = best
         return found, ascent.choice_bounds()
 
-    def _improve(self, core: _Core, prices: np.ndarray, bounds: np.ndarray, seconds: float) -> None:
+    def _work(self, share: float) -> float:
+        """Table entries that fit into a share of the time."""
+        return share * self.time_limit * RATE
+
+    def _improve(self, core: _Core, prices: np.ndarray, bounds: np.ndarray, share: float) -> None:
         """From the best assignment: walks on all cores but one, neighbourhoods by MIP on that."""
         live = finite(core.live, self.objective)
         costs = np.concatenate(live.costs)
         moves = TreeMoves(live, Messages(live.sizes, live.edges).flat, costs)
         asked = prices[core.live.moments]
-        until = min(perf_counter() + seconds, self.began + self.time_limit)
+        seconds = share * self.time_limit
+        slices = max(1, round(seconds / SLICE))
         with ThreadPoolExecutor(len(self.walkers)) as pool:
-            while perf_counter() < until and not self.over and self.choices:
+            for _ in range(slices):
+                if self.over or not self.choices:
+                    return
                 start = core.lower(self.choices)
                 assert start is not None  # pruning keeps it
-                pause = min(perf_counter() + SLICE, until)
-                walks = [pool.submit(w.run, moves, start, asked, pause) for w in self.walkers]
+                end, work = self.began + self.time_limit, self._work(share / slices)
+                walks = [pool.submit(w.run, moves, start, asked, work, end) for w in self.walkers]
                 try:
-                    near = self.region.solve(core.live, bounds, start, pause - perf_counter())
+                    near = self._near(core.live, bounds, start, seconds / slices, walks)
                 except KeyboardInterrupt:
                     for walker in self.walkers:
                         walker.stopped = True
                     raise
                 for found in (near, *(walk.result() for walk in walks)):
-                    if found is not None:
-                        self.offer(core.lift(found))
+                    self.offer(core.lift(found))
+
+    def _near(
+        self, live: Live, bounds: np.ndarray, start: np.ndarray, seconds: float, walks: list[Future]
+    ) -> np.ndarray:
+        """Better and better by one neighbourhood after another, while the walks last."""
+        until = perf_counter() + min(seconds, self.left)
+        best = start
+        while perf_counter() < until - LEAST_SECONDS and not all(walk.done() for walk in walks):
+            found = self.region.solve(live, bounds, best, until - perf_counter())
+            best = best if found is None else found
+        return best
 
     def _prune(self, core: _Core, bounds: np.ndarray) -> _Core | None:
         """Drop choices that nothing below the target holds; None when nothing is left."""
@@ -271,12 +293,13 @@ class _Search:
 
     def _branch(self, core: _Core, prices: np.ndarray) -> None:
         """Split the core where memory tears it, for a share of the time."""
-        until = perf_counter() + BRANCH_SHARE * self.time_limit
+        live = finite(core.live, self.ceiling)
+        most = LEAST_STEPS + self._work(BRANCH_SHARE) / (PASSES * live.entries)
         branching = Branching(
-            finite(core.live, self.ceiling),
+            live,
             lambda choices: self.offer(core.lift(choices)),
             lambda: self.target,
-            lambda: self.over or perf_counter() > until,
+            lambda: self.over or branching.steps > most,
         )
         branching.run(prices[core.live.moments], self.raise_bound)
 
@@ -319,16 +342,17 @@ class Walker:
         self.seed = seed
         self.tolerance = 0  # index into TOLERANCES
         self.batch = 0  # batches made, each with a seed of its own
-        self.seconds_per_move = 0.0
         self.stopped = False
 
     def run(
-        self, moves: TreeMoves, start: np.ndarray, prices: np.ndarray, until: float
+        self, moves: TreeMoves, start: np.ndarray, prices: np.ndarray, work: float, end: float
     ) -> np.ndarray:
-        """The best assignment met until then."""
+        """The best assignment met with so much work, or until `end`."""
         best, least = start, moves.live.cost(start)
-        while perf_counter() < until and not self.stopped:
-            found, cost = self._once(moves, best, least, prices, until)
+        most = float(RUN_PASSES * moves.live.entries)
+        while work > 0 and perf_counter() < end and not self.stopped:
+            found, cost = self._once(moves, best, least, prices, min(work, most), end)
+            work -= most
             if cost < least:
                 best, least = found, cost
             else:
@@ -336,30 +360,25 @@ class Walker:
         return best
 
     def _once(
-        self, moves: TreeMoves, start: np.ndarray, cost: float, prices: np.ndarray, until: float
-    ) -> tuple[np.ndarray, float]:
+        self, moves: TreeMoves, start: np.ndarray, cost: float, prices: np.ndarray,
+        work: float, end: float,
+    ) -> tuple[np.ndarray, float]:  # fmt: skip
         """One run whose tolerance falls to nearly nothing by its end."""
-        each = max(1, RUN_MOVES * len(moves.live.costs) // BATCHES)
-        if self.seconds_per_move:
-            in_time = (until - perf_counter()) / self.seconds_per_move / BATCHES
-            each = max(1, min(each, int(in_time)))
         first = TOLERANCES[self.tolerance] * abs(cost)
         best, least, choices = start, cost, start
         for batch in range(BATCHES):
-            began = perf_counter()
             choices, found, value = moves.run(
                 choices,
                 prices,
                 seed=(self.seed * 1_000_003 + self.batch) % 2**32,
-                moves=each,
+                work=work / BATCHES,
                 most_nodes=TREES[self.batch // BATCHES % len(TREES)],
                 tolerance=first * LAST_TOLERANCE ** (batch / BATCHES),
             )
             self.batch += 1
-            self.seconds_per_move = (perf_counter() - began) / each
             if value < least:
                 best, least = found, value
-            if perf_counter() > until or self.stopped:
+            if perf_counter() > end or self.stopped:
                 break
         return best, least
 

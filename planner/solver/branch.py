@@ -23,6 +23,7 @@ ROOT_STEPS, STEPS = 300, 60  # of the ascent, at most
 STALL = 20  # steps without progress after which a part is split
 PROGRESS = 0.01  # of the distance to the target
 FIRST_STEP = 0.5  # of that distance: what the first step of a part promises
+LOOK, MOVED = 40, 0.02  # give up when so many parts moved the bound by less than this share
 CLOSE = 0.15  # of that distance: a choice this near the best one is as good
 PENALTY = 4.0  # times that distance, on what a part forbids: enough to be out of question
 
@@ -44,7 +45,7 @@ class Branching:
     """`Branching(live, offer, target, over).run(prices, tell)`; all tables of `live` are finite.
 
     `offer` hears of assignments that fit, `target` says from which bound on a part is done
-    with, `over` when to stop, `tell` of bounds on the whole.
+    with, `over` when to stop, `tell` of bounds on the whole. `steps` counts those of the ascent.
     """
 
     live: Live
@@ -57,13 +58,20 @@ class Branching:
         self.messages = Messages(self.live.sizes, self.live.edges)
         self.owner = np.repeat(np.arange(len(self.live.costs)), self.live.sizes)
         self.numbers = count()
+        self.steps = 0
 
     def run(self, prices: np.ndarray, tell: Callable[[float], None]) -> None:
         whole = np.zeros(self.costs.size, bool)
         parts = [self._bounded(whole, prices, -np.inf, ROOT_STEPS)]
         closed = np.inf  # the least bound of the parts done with
+        looked, before = 0, -np.inf
         while parts and not self.over():
             tell(min(parts[0].bound, closed))
+            looked += 1
+            if looked % LOOK == 0:
+                if parts[0].bound < before + MOVED * (self.target() - before):
+                    return
+                before = parts[0].bound
             part = heapq.heappop(parts)
             halves = None if part.bound >= self.target() else self._halves(part)
             if halves is None:
@@ -92,6 +100,7 @@ class Branching:
         for _ in range(steps):
             target, before = self.target(), ascent.bound
             ascent.step(target)
+            self.steps += 1
             if ascent.bound > before:
                 saved = self.messages.saved()
             if ascent.bound >= target or self.over():

@@ -58,6 +58,11 @@ class Live:
         return np.concatenate([[0], np.cumsum(self.sizes)])
 
     @cached_property
+    def entries(self) -> int:
+        """Numbers in all tables: what one pass over the problem reads."""
+        return int(self.sizes.sum()) + sum(edge.costs.size for edge in self.edges)
+
+    @cached_property
     def table(self) -> DemandTable:
         return DemandTable.of(self)
 

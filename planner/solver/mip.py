@@ -28,11 +28,15 @@ OBJECTIVE_SCALE = 1e3  # HiGHS' tolerances are absolute, about 1e-7
 
 @dataclass(frozen=True, slots=True)
 class MipAnswer:
-    """`bound` holds for the program given; `choices` may miss a row by HiGHS' 1e-6."""
+    """`bound` holds for the program given; `choices` may miss a row by HiGHS' 1e-6.
+
+    `work` is what it took: simplex iterations times entries of the matrix.
+    """
 
     infeasible: bool
     choices: Choices | None
     bound: float
+    work: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ def solve_mip(
         upper = np.concatenate([upper, model.limits])
     found = _highs(_Program(costs, integrality, rows, lower, upper), gap, seconds)
     choices = None if found.values is None else _read(found.values, starts)
-    return MipAnswer(found.infeasible, choices, found.bound * unit)
+    return MipAnswer(found.infeasible, choices, found.bound * unit, found.iterations * rows.nnz)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ class _Found:
     infeasible: bool
     values: np.ndarray | None
     bound: float
+    iterations: int
 
 
 def _highs(program: _Program, gap: float, seconds: float) -> _Found:
@@ -113,15 +118,16 @@ def _highs(program: _Program, gap: float, seconds: float) -> _Found:
             worker.join(HEAR)
             if perf_counter() > late:  # it looks at its clock too rarely: leave it behind
                 solver.cancelSolve()
-                return _Found(False, None, -np.inf)
+                return _Found(False, None, -np.inf, 0)
     except KeyboardInterrupt:
         solver.cancelSolve()
         raise
     infeasible = solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible
     info = solver.getInfo()
     if info.primal_solution_status != int(highspy.SolutionStatus.kSolutionStatusFeasible):
-        return _Found(infeasible, None, info.mip_dual_bound)
-    return _Found(infeasible, np.array(solver.getSolution().col_value), info.mip_dual_bound)
+        return _Found(infeasible, None, info.mip_dual_bound, info.simplex_iteration_count)
+    values = np.array(solver.getSolution().col_value)
+    return _Found(infeasible, values, info.mip_dual_bound, info.simplex_iteration_count)
 
 
 def _read(values: np.ndarray, starts: np.ndarray) -> Choices:

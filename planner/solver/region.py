@@ -25,7 +25,7 @@ COUNTS = (2, 3, 4, 6, 8, 12, 16)  # promising choices per node
 FIRST_ENTRIES = 6000  # entries of the edge tables of a region
 GROW, SHRINK = 1.5, 0.7
 GAP = 1e-6
-LEAST_SECONDS = 0.3
+LEAST_SECONDS = 2.0  # less is not enough for a program of a useful size
 MOMENTS, MOMENTS_MORE = 100, 10  # memory rows of the first program; added when it breaks others
 
 Near = list[dict[int, np.ndarray]]  # per node, its neighbours' tables with rows for the node

@@ -63,11 +63,12 @@ class TreeMoves:
         prices: np.ndarray,
         *,
         seed: int,
-        moves: int,
+        work: float,
         most_nodes: int,
         tolerance: float = 0.0,
     ) -> tuple[np.ndarray, np.ndarray, float]:
-        """Make `moves` moves; returns the last assignment, the best one and its cost."""
+        """Move until `work` table entries were read; returns the last assignment, the best one
+        and its cost."""
         start = np.array(choices, dtype=np.int64)
         state = State(start, self.live.used(start), start.copy())
         cost = cost_of(self.flat, self.costs, start)
@@ -79,7 +80,7 @@ class TreeMoves:
             state,
             cost,
             seed,
-            moves,
+            work,
             most_nodes,
             tolerance,
         )
@@ -95,7 +96,7 @@ def _walk(
     state: State,
     cost: float,
     seed: int,
-    moves: int,
+    work: float,
     most_nodes: int,
     tolerance: float,
 ) -> float:
@@ -114,16 +115,18 @@ def _walk(
     then = state.used.copy()
     asked = prices.copy()
     best = cost
-    for move in range(moves):
+    move, done = 0, 0.0
+    while done < work:
         if move % RESET == 0:
             asked[:] = prices
+        move += 1
         most = 2 + int(most_nodes ** np.random.random())
         size = _grow(flat, np.random.randint(count), most, place, order, parent, link)
         factor = 0.0 if np.random.random() < COSTLESS else MOST_PRICE * np.random.random()
         for _ in range(ATTEMPTS):
             for t in range(moments):
                 upto[t + 1] = upto[t] + factor * asked[t]
-            _own_costs(flat, costs, held, state.choices, place, order, size, upto, sums, at)
+            done += moments + _own_costs(flat, costs, held, state.choices, place, order, size, upto, sums, at)
             _choose(flat, place, order, parent, link, size, sums, at, after)
             rise = _rise(flat, costs, state.choices, after, place, order, size)
             if rise > tolerance:
@@ -200,9 +203,13 @@ def _own_costs(
     upto: np.ndarray,
     sums: np.ndarray,
     at: np.ndarray,
-) -> None:
-    """Per tree node: its costs, priced memory, and its edges to nodes that stay as they are."""
+) -> float:
+    """Per tree node: its costs, priced memory, and its edges to nodes that stay as they are.
+
+    Returns how many table entries the whole move reads.
+    """
     o = 0
+    read = 0.0
     for k in range(size):
         i = order[k]
         at[k] = o
@@ -215,11 +222,14 @@ def _own_costs(
             if rate > 0.0:
                 for p in range(width):
                     sums[o + p] += rate * held.nbytes[held.offset[d] + p]
+        read += width * (1.0 + flat.first[i + 1] - flat.first[i])
         for n in range(flat.first[i], flat.first[i + 1]):
             e = flat.near[n]
             if flat.a[e] == i:
                 j = flat.b[e]
-                if place[j] < 0:
+                if place[j] >= 0:
+                    read += flat.at[e + 1] - flat.at[e]
+                else:
                     step = flat.starts[j + 1] - flat.starts[j]
                     for p in range(width):
                         sums[o + p] += flat.tables[flat.at[e] + p * step + choices[j]]
@@ -228,6 +238,7 @@ def _own_costs(
                 for p in range(width):
                     sums[o + p] += flat.tables[row + p]
         o += width
+    return float(read)
 
 
 @numba.njit(cache=True, nogil=True)
