@@ -1,56 +1,212 @@
-"""How long planning takes: by depth, for one solve, and for whole searches.
+"""How fast, how well proven and how large planning is: five tables.
 
-    python benchmarks/planning.py [-o FILE]
+    python benchmarks/planning.py [zoo autoparallel mcmc depth solve] [--models ...] [--clusters ...] [-o FILE]
 
-1. gpt3-175b with 12, 48 and 96 layers, after capture: fold and search on all meshes of
-   128xa100x8@hdr200, without a memory limit, so that all three do the same work; and one
-   solve under a memory limit in proportion to depth.
-2. That solve in detail: a three-axis mesh, 96 layers, 70.2 GiB.
-3. Whole searches of several models, with their gap.
+zoo           the zoo at real size on three clusters; each row is one whole search pinned to one
+              mesh (1, 2, 3 axes): all recompute policies and microbatch counts, under the
+              devices' memory, to a gap of 1 %. `kinds`: different repeated blocks of the forward
+              pass. A job that does not fit says so, proven.
+autoparallel  the job Meta's AutoParallel was measured on, in a process of its own, from import to
+              proven plan: CPU seconds and memory.
+mcmc          FlexFlow's search against ours: same inputs, prices, memory limit and machine.
+depth         gpt3-175b with 12, 48 and 96 layers: search on all meshes; one solve in proportion.
+solve         one problem of the last in detail.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-CLUSTER, BATCH, MESH = "128xa100x8@hdr200", 1536, (64, 2, 8)
 GIB = 2.0**30
-SEARCHES = (
-    ("gpt3-1.3b", 512, "4xh100x8@ib400"), ("gpt3-175b", 1536, "128xa100x8@hdr200"),
-    ("llama3-70b", 1024, "16xh100x8@ib400"), ("mixtral-8x7b", 256, "4xh100x8@ib400"),
+CLUSTERS = {
+    "h100x8": ((8,), (4, 2), (2, 2, 2)),
+    "32xh100x8@ib400": ((256,), (32, 8), (4, 8, 8)),
+    "v5p-256": ((128,), (32, 4), (4, 8, 4)),
+}
+MODELS = (
+    "gpt3-1.3b", "gpt3-13b", "gpt3-175b", "llama3-8b", "llama3-70b", "llama3-405b", "mixtral-8x7b",
+    "vit-l16", "vit-h14", "wrn-50-2", "wrn-alpa-1b", "wrn-alpa-13b", "dlrm",
 )  # fmt: skip
+GAP, SECONDS_PER_KIND = 0.01, 5.0
+DEEP, DEEP_BATCH, DEEP_MESH = "128xa100x8@hdr200", 1536, (64, 2, 8)
+# What AutoParallel took, on 2 cores: tracing and building, then solving; gigabytes; binaries.
+AUTOPARALLEL = {"trace_cpu_seconds": 174, "solve_cpu_seconds": 88, "gigabytes": 4.4, "binaries": 580_690}
+COMPARED = (
+    ("gpt3-1.3b", "h100x8", (4, 2)), ("gpt3-1.3b", "h100x8", (2, 2, 2)), ("llama3-8b", "32xh100x8@ib400", (32, 8)),
+    ("mixtral-8x7b", "32xh100x8@ib400", (32, 8)), ("gpt3-175b", "32xh100x8@ib400", (32, 8)),
+    ("vit-l16", "32xh100x8@ib400", (4, 8, 8)), ("wrn-50-2", "h100x8", (4, 2)), ("dlrm", "h100x8", (4, 2)),
+)  # fmt: skip
+CHAIN_SECONDS = 60.0
 
 
-def captured(name: str, batch: int, layers: int | None = None) -> tuple[Any, float]:
+def captured(name: str, **options: Any) -> Any:
     from meshwright.backends.xla.capture import capture
     from meshwright.models import build
 
-    start = time.perf_counter()
-    example = build(name, batch=batch, layers=layers)
-    found = capture(example.step, example.state, example.batch, donate_argnums=0)
-    return found, time.perf_counter() - start
+    example = build(name, **options)
+    return capture(example.step, example.state, example.batch, donate_argnums=0)
 
 
-def by_depth(layers: int, repeats: int = 2) -> dict[str, Any]:
+def block_kinds(folded: Any) -> int:
+    """Different repeated blocks of the forward pass; at least one."""
+    from meshwright.ir.program import prepare
+    from meshwright.ir.values import block_instances
+
+    program = prepare(folded.small, "none")
+    groups = block_instances(program.graph.ops)
+    forward = {g[0] for g, p in zip(groups, program.phases, strict=True) if g and p == "forward"}
+    return max(1, len(forward))
+
+
+def searched(step: Any, cluster: str, name: str, **pins: Any) -> dict[str, Any]:
+    """One search after capture; what it found, how sure it is, and the incumbent's size."""
+    from meshwright.ir.blocks import fold
+    from meshwright.ir.cluster import Cluster
+    from meshwright.ir.errors import InfeasibleError, StoppedError
+    from meshwright.planner.cost import Roofline
+    from meshwright.planner.request import Request
+    from meshwright.planner.search import Search
+
+    where, start = Cluster.parse(cluster), time.perf_counter()
+    folded = fold(step.graph)
+    request = Request(**{"time_limit": 60, "gap": GAP, **pins})
+    search = Search(folded, where, request, Roofline(where), name, "", lambda line: None)
+    row: dict[str, Any] = {"model": name, "cluster": cluster, "mesh": list(pins.get("mesh", ()))}
+    try:
+        row |= _told(search.run())
+    except (InfeasibleError, StoppedError) as error:
+        fate = "does not fit" if isinstance(error, InfeasibleError) else "nothing found"
+        row |= {"status": fate, "gap": None, "step_seconds": None, "plan": error.what}
+    space = search.best.space
+    return row | {
+        "seconds": time.perf_counter() - start,
+        "kinds": block_kinds(folded),
+        "nodes": len(space.nodes) if space else None,
+        "choices": sum(len(node.choices) for node in space.nodes) if space else None,
+        "pairs": sum(table.size for table in space.edges.values()) if space else None,
+    }
+
+
+def _told(plan: Any) -> dict[str, Any]:
+    from meshwright.view.words import words
+
+    return {
+        "status": plan.proof.status, "gap": plan.proof.gap, "step_seconds": plan.estimate.step_seconds,
+        "plan": "; ".join(words(plan)), "search_seconds": plan.proof.seconds,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- tables
+
+
+def zoo(options: argparse.Namespace) -> list[dict[str, Any]]:
+    print("| model | cluster | mesh | kinds | nodes | choices | pairs | seconds | gap | step |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    rows = []
+    for name in options.models:
+        step = captured(name)
+        for cluster in options.clusters:
+            for mesh in CLUSTERS[cluster]:
+                rows.append(searched(step, cluster, name, mesh=mesh))
+                print(_zoo_line(rows[-1]), flush=True)
+    fitting = [row for row in rows if row["gap"] is not None]
+    wide = sum(row["gap"] > GAP for row in fitting)
+    late = sum(row["seconds"] > SECONDS_PER_KIND * row["kinds"] for row in rows)
+    print(f"\n{len(rows)} searches, {len(fitting)} with a plan; {wide} with a gap above {GAP:.0%},"
+          f" {late} slower than {SECONDS_PER_KIND:.0f} s per block kind")  # fmt: skip
+    return rows
+
+
+def _zoo_line(row: dict[str, Any]) -> str:
+    mesh = "x".join(map(str, row["mesh"]))
+    gap = row["status"] if row["gap"] is None else f"{row['gap']:.2%}"
+    step = "" if row["step_seconds"] is None else f"{row['step_seconds'] * 1e3:.1f} ms"
+    sizes = " | ".join(str(row[key] or "") for key in ("kinds", "nodes", "choices", "pairs"))
+    return f"| {row['model']} | {row['cluster']} | {mesh} | {sizes} | {row['seconds']:.1f} | {gap} | {step} |"
+
+
+def autoparallel(options: argparse.Namespace) -> dict[str, Any]:
+    """Runs itself as a child, so that the figures are those of a whole process."""
+    begin = time.perf_counter()
+    run = subprocess.run([sys.executable, __file__, "autoparallel-job"], stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(run.stdout.splitlines()[-1])
+    found |= {"wall_seconds": time.perf_counter() - begin, "autoparallel": AUTOPARALLEL}
+    print(json.dumps(found, indent=1), flush=True)
+    return found
+
+
+def autoparallel_job() -> None:
+    step = captured("llama3-8b", batch=16, seq=8192)
+    traced = _cpu_seconds()
+    row = searched(step, "8xh100x8@ib400", "llama3-8b", mesh=(8, 8))
+    row |= {"capture_cpu_seconds": traced, "cpu_seconds": _cpu_seconds()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(row | {"gigabytes": peak / 1e9}))
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def mcmc(options: argparse.Namespace) -> list[dict[str, Any]]:
+    print("| model | cluster | mesh | ours | gap | seconds | FlexFlow's chains | seconds | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    rows = []
+    for name, cluster, mesh in COMPARED:
+        step = captured(name)
+        ours = searched(step, cluster, name, mesh=mesh)
+        chains = searched(step, cluster, name, mesh=mesh, search="mcmc", time_limit=CHAIN_SECONDS)
+        rows.append({"ours": ours, "mcmc": chains})
+        print(_mcmc_line(ours, chains), flush=True)
+    return rows
+
+
+def _mcmc_line(ours: dict[str, Any], chains: dict[str, Any]) -> str:
+    where = f"{ours['model']} | {ours['cluster']} | {'x'.join(map(str, ours['mesh']))}"
+    proven = f"{ours['step_seconds'] * 1e3:.1f} ms | {ours['gap']:.2%} | {ours['seconds']:.1f}"
+    if chains["step_seconds"] is None:
+        return f"| {where} | {proven} | {chains['status']} | {chains['seconds']:.1f} | |"
+    ratio = chains["step_seconds"] / ours["step_seconds"]
+    return f"| {where} | {proven} | {chains['step_seconds'] * 1e3:.1f} ms | {chains['seconds']:.1f} | {ratio:.2f} |"
+
+
+def depth(options: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for layers in (12, 48, 96):
+        rows.append(_by_depth(layers))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _by_depth(layers: int, repeats: int = 2) -> dict[str, Any]:
+    """With memory for everything, so that all depths do the same work; and one solve under a limit."""
     from meshwright.api import plan_captured
+    from meshwright.ir.cluster import Cluster
     from meshwright.planner.request import Request
 
-    step, capture_seconds = captured("gpt3-175b", BATCH, layers)
+    start = time.perf_counter()
+    step = captured("gpt3-175b", batch=DEEP_BATCH, layers=layers)
+    capture_seconds = time.perf_counter() - start
+    limit = 70.2 * GIB * layers / 96
+    pins = Request(memory=limit, mesh=DEEP_MESH, recompute="selective", microbatches=3, time_limit=600)
+    roomy = Cluster.parse(DEEP).with_("device.memory", 1e6 * GIB)
     free, bound = [], []
     for _ in range(repeats):
         start = time.perf_counter()
-        plan_captured(step, CLUSTER, Request(memory=1e6 * GIB, time_limit=600), "depth")
+        plan_captured(step, roomy, Request(time_limit=600), "depth")
         free.append(time.perf_counter() - start)
-        limit = Request(
-            memory=70.2 * GIB * layers / 96, mesh=MESH, recompute="selective", microbatches=3, time_limit=600
-        )
         start = time.perf_counter()
-        plan_captured(step, CLUSTER, limit, "depth")
+        plan_captured(step, DEEP, pins, "depth")
         bound.append(time.perf_counter() - start)
     return {
         "layers": layers, "capture_seconds": capture_seconds, "search_seconds": median(free),
@@ -58,7 +214,7 @@ def by_depth(layers: int, repeats: int = 2) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def one_solve() -> dict[str, Any]:
+def solve(options: argparse.Namespace) -> dict[str, Any]:
     """The ILP alone: build the space, then solve under memory to a proven gap."""
     from meshwright.ir.blocks import fold
     from meshwright.ir.cluster import Cluster
@@ -71,53 +227,49 @@ def one_solve() -> dict[str, Any]:
     from meshwright.planner.meshes import mesh_of
     from meshwright.planner.space import build
 
-    step, _ = captured("gpt3-175b", BATCH)
-    program, cost = prepare(fold(step.graph).small, "selective"), Roofline(Cluster.parse(CLUSTER))
+    step = captured("gpt3-175b", batch=DEEP_BATCH)
+    program, cost = prepare(fold(step.graph).small, "selective"), Roofline(Cluster.parse(DEEP))
     start = time.perf_counter()
-    space = build(program, 3, cost, Layouts(cost.collectives(mesh_of(MESH))))
+    space = build(program, 3, cost, Layouts(cost.collectives(mesh_of(DEEP_MESH))))
     built = time.perf_counter() - start
     lives = lifetimes(program, 3, roles(program.graph))
     start = time.perf_counter()
-    answer = solve_space(space, lives, 70.2 * GIB, deadline=time.monotonic() + 60, gap=0.01, seed=0)
+    answer = solve_space(space, lives, 70.2 * GIB, time_limit=16, gap=GAP)
     seconds, solution = time.perf_counter() - start, answer.solution
     assert solution.objective is not None
-    return {
-        "mesh": MESH, "nodes": len(space.nodes), "edges": len(space.edges),
-        "choices": sum(len(node.choices) for node in space.nodes),
-        "build_seconds": built, "solve_seconds": seconds,
-        "gap": 1 - solution.lower_bound / solution.objective, "rounds": answer.rounds,
+    found = {
+        "mesh": DEEP_MESH, "nodes": len(space.nodes), "edges": len(space.edges),
+        "choices": sum(len(node.choices) for node in space.nodes), "build_seconds": built,
+        "solve_seconds": seconds, "gap": 1 - solution.lower_bound / solution.objective,
     }  # fmt: skip
+    print(found, flush=True)
+    return found
 
 
-def whole_search(name: str, batch: int, cluster: str) -> dict[str, Any]:
-    from meshwright.api import plan_captured
-    from meshwright.planner.request import Request
-    from meshwright.view.words import words
-
-    step, capture_seconds = captured(name, batch)
-    plan = plan_captured(step, cluster, Request(time_limit=60), name)
-    return {
-        "model": name, "batch": batch, "cluster": cluster, "capture_seconds": capture_seconds,
-        "search_seconds": plan.proof.seconds, "gap": plan.proof.gap, "status": plan.proof.status,
-        "step_seconds": plan.estimate.step_seconds, "plan": "; ".join(words(plan)),
-    }  # fmt: skip
+TABLES = {"zoo": zoo, "autoparallel": autoparallel, "mcmc": mcmc, "depth": depth, "solve": solve}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", default=list(TABLES), metavar="TABLE")
+    parser.add_argument("--clusters", nargs="+", default=list(CLUSTERS), choices=list(CLUSTERS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    results: dict[str, Any] = {"depth": [], "searches": []}
-    for layers in (12, 48, 96):
-        results["depth"].append(by_depth(layers))
-        print(results["depth"][-1], flush=True)
-    results["solve"] = one_solve()
-    print(results["solve"], flush=True)
-    for case in SEARCHES:
-        results["searches"].append(whole_search(*case))
-        print(results["searches"][-1], flush=True)
+    if options.tables == ["autoparallel-job"]:
+        return autoparallel_job()
+    if unknown := set(options.tables) - set(TABLES):
+        parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
+    results = dict(_run(options))
     if options.output:
         options.output.write_text(json.dumps(results, indent=1) + "\n")
+    return None
+
+
+def _run(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    for name in options.tables:
+        print(f"\n{name}", flush=True)
+        yield name, TABLES[name](options)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.ir.errors import UsageError
+from meshwright.planner.solver import anytime, branch
 from meshwright.planner.solver.anytime import solve_live
 from meshwright.planner.solver.ascent import Ascent
+from meshwright.planner.solver.branch import Branching
 from meshwright.planner.solver.contraction import contract
 from meshwright.planner.solver.flat import cost_of
 from meshwright.planner.solver.iopddl import read
 from meshwright.planner.solver.live import Demand, Live, memory_rows, tighten
+from meshwright.planner.solver.mcmc import walk
 from meshwright.planner.solver.messages import Messages
 from meshwright.planner.solver.onehot import Edge, row_usage
 from meshwright.planner.solver.region import Region
@@ -144,6 +147,84 @@ def test_ascent_never_says_more_than_the_optimum(seed):
     for x in everything(live):
         if live.fits(x):
             assert all(b[p] <= live.cost(x) + 1e-6 for b, p in zip(bounds, x, strict=True))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10**6))
+def test_branching_ends_at_the_optimum(seed):
+    live = random_live(seed, forbidden=0.0)
+    best = brute_force(live)
+    met: list[float] = []
+    bounds: list[float] = []
+
+    def offer(choices: np.ndarray) -> None:
+        assert live.fits(choices)
+        met.append(live.cost(choices))
+
+    branching = Branching(live, offer, lambda: min([*met, 1e3]), lambda: branching.steps > 50_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(branch, "LOOK", 10**9)  # it never gives up
+        branching.run(np.zeros(live.limits.size), bounds.append)
+    assert bounds == sorted(bounds) and bounds[-1] <= best + 1e-6
+    if isfinite(best):
+        assert min(met) == best and bounds[-1] >= best - 1e-6
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10**6), st.integers(-3, 3))
+def test_nothing_beyond_a_cutoff_is_claimed(seed, beyond):
+    live = random_live(seed)
+    best = brute_force(live)
+    cutoff = 40.0 if not isfinite(best) else best + beyond
+    found = solve_live(live, time_limit=20, cutoff=cutoff)
+    assert found.lower_bound <= min(best, cutoff) or found.status == "infeasible"
+    if best < cutoff:
+        assert found.objective == best and found.status == "optimal"
+    elif found.choices is None and found.status != "infeasible":
+        assert found.lower_bound == pytest.approx(cutoff) and found.stopped_by == "proof"
+
+
+def copies(live: Live, times: int) -> Live:
+    """Many times the same graph, in one memory."""
+    shifts = range(0, times * len(live.costs), len(live.costs))
+    return Live(
+        live.costs * times,
+        tuple(replace(e, a=e.a + k, b=e.b + k) for k in shifts for e in live.edges),
+        tuple(replace(d, node=d.node + k) for k in shifts for d in live.demands),
+        live.limits * 0.8 * times,
+    )
+
+
+def test_equal_seeds_give_equal_answers(monkeypatch):
+    """Also where walks and branching do the work, not the exact solver."""
+    monkeypatch.setattr(anytime, "SMALL", 0)
+    live = copies(random_live(8, forbidden=0.0), 40)
+    first, again = (solve_live(live, time_limit=16, gap=0.02, seed=3) for _ in range(2))
+    assert first.choices == again.choices and first.stopped_by == "proof"
+
+
+def in_seconds_and_bytes(live: Live) -> Live:
+    """Milliseconds and gigabytes: chains weigh bytes over the limit against seconds."""
+    return Live(
+        tuple(cost * 1e-3 for cost in live.costs),
+        tuple(replace(e, costs=e.costs * 1e-3) for e in live.edges),
+        tuple(replace(d, nbytes=d.nbytes * 1e9) for d in live.demands),
+        live.limits * 1e9,
+    )
+
+
+def test_chains_meet_most_optima_of_small_problems():
+    """FlexFlow's search is a fair rival: what it returns fits, costs what it says, and is mostly best."""
+    met = []
+    for seed in range(30):
+        live = in_seconds_and_bytes(random_live(seed, forbidden=0.0))
+        best = brute_force(live)
+        found = walk(live, (0,) * len(live.costs), time_limit=0.3, seed=seed)
+        assert found.lower_bound == -inf and found.status == "feasible"
+        if found.choices is not None:
+            assert live.fits(found.choices) and found.objective == live.cost(found.choices)
+        met.append(best == pytest.approx(found.objective if found.choices else inf))
+    assert sum(met) >= 24
 
 
 @settings(max_examples=60, deadline=None)

@@ -21,7 +21,7 @@ from meshwright.ir.recompute import POLICIES
 from meshwright.ir.roles import roles
 from meshwright.models import build
 from meshwright.planner.cost import Roofline
-from meshwright.planner.intra import live_of, solve_space
+from meshwright.planner.intra import data_parallel, live_of, solve_space
 from meshwright.planner.layouts import Layouts
 from meshwright.planner.memory import Ledger, lifetimes
 from meshwright.planner.meshes import mesh_of, meshes
@@ -135,6 +135,21 @@ def test_the_search_matches_solving_every_combination(memory):
     assert found.estimate.step_seconds == pytest.approx(best, rel=1e-5)
     assert found.proof.lower_bound <= best * (1 + 1e-9)
     assert found.proof.status == "optimal"
+
+
+def test_flexflows_search_starts_at_data_parallelism_and_proves_nothing():
+    captured = capture(mlp, *mlp_arguments())
+    space, _ = space_of(mlp, *mlp_arguments(), mesh_of((4,)))
+    start = data_parallel(space)
+    layouts = {n.tag: str(n.choices[x]) for n, x in zip(space.nodes, start, strict=True)}
+    state = {tag: layout for tag, layout in layouts.items() if tag in space.program.graph.input_tags}
+    assert sorted(state.values()) == ["[-, -]", "[-, -]", "[x, -]", "[x, -]"]
+    exact = plan_captured(captured, CLUSTER, Request(gap=1e-6), "mlp")
+    walked = plan_captured(captured, CLUSTER, Request(search="mcmc", time_limit=6), "mlp")
+    assert walked.proof.status == "feasible" and walked.proof.lower_bound <= exact.estimate.step_seconds
+    assert exact.estimate.step_seconds <= walked.estimate.step_seconds * (1 + 1e-6)
+    assert walked.estimate.step_seconds <= live_of(space).cost(start) * (1 + 1e-9)
+    assert walked.estimate.peak_bytes <= walked.estimate.limit_bytes
 
 
 def test_the_estimate_is_the_sum_of_its_parts():
@@ -284,6 +299,7 @@ def test_a_vocabulary_is_cut_when_logits_do_not_fit():
         ({"gap": 2.0}, "gap cannot be 2.0"),
         ({"time_limit": 0.0}, "time_limit cannot be 0.0"),
         ({"headroom": 1.0}, "headroom cannot be 1.0"),
+        ({"search": "genetic"}, "search cannot be genetic"),
     ],
 )
 def test_requests_that_cannot_be_honoured_are_refused(pins, complaint):

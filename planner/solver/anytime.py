@@ -30,6 +30,7 @@ from .messages import Messages
 from .onehot import Choices, Problem, Solution, relative_gap
 from .region import LEAST_SECONDS, Region
 from .tree_moves import TreeMoves
+from .walker import Walker
 
 Report = Callable[[float, float], None]  # objective, bound
 
@@ -44,11 +45,6 @@ PRESSES = 100  # times that all prices are raised while nothing fits
 EXACT_CHOICES = 20_000  # choices from which on the exact solver is not tried
 EXACT_MOMENTS, MOMENTS_MORE = 200, 10  # memory rows at first; added when an answer breaks others
 EXACT_ROUNDS = 50
-TOLERANCES = (0.0, 0.001, 0.01, 0.1, 0.3)  # share of the cost that a first move may add
-TREES = (200, 20)  # most nodes of a tree
-RUN_PASSES = 1000  # work of a whole run: so often all tables
-BATCHES = 40  # steps in which the tolerance falls
-LAST_TOLERANCE = 3e-3  # of the first one
 
 
 def solve_live(
@@ -65,8 +61,8 @@ def solve_live(
     Args:
         time_limit: seconds of wall clock; the best assignment so far comes back then.
         gap: `optimal` means `objective - lower_bound <= gap * |objective|`.
-        seed: of the moves. Equal seeds give equal answers when the search ends by proof, unless
-            HiGHS was cut off by the clock on the way.
+        seed: of the moves. On machines with as many cores, equal seeds give equal answers when
+            the search ends by proof, unless HiGHS was cut off by the clock on the way.
         cutoff: cost of a solution known elsewhere; the search may stop once nothing here
             beats it by more than the gap.
         report: hears of every better objective and bound.
@@ -188,8 +184,7 @@ class _Search:
             self._solve_core(core, prices)
         while not self.over:
             prices, bounds = self._price(core, prices)
-            share = FIRST_MOVES_SHARE if tried == inf else MOVES_SHARE
-            self._improve(core, prices, bounds, share)
+            self._improve(core, prices, bounds, first=tried == inf)
             smaller = None if self.over else self._prune(core, bounds)
             if smaller is None:
                 return
@@ -236,12 +231,16 @@ class _Search:
         """Table entries that fit into a share of the time."""
         return share * self.time_limit * RATE
 
-    def _improve(self, core: _Core, prices: np.ndarray, bounds: np.ndarray, share: float) -> None:
-        """From the best assignment: walks on all cores but one, neighbourhoods by MIP on that."""
+    def _improve(self, core: _Core, prices: np.ndarray, bounds: np.ndarray, first: bool) -> None:
+        """From the best assignment: walks on all cores but one, neighbourhoods by MIP on that.
+
+        The first time walks alone: how many programs HiGHS ends in a given time is never the same.
+        """
         live = finite(core.live, self.objective)
         costs = np.concatenate(live.costs)
         moves = TreeMoves(live, Messages(live.sizes, live.edges).flat, costs)
         asked = prices[core.live.moments]
+        share = FIRST_MOVES_SHARE if first else MOVES_SHARE
         seconds = share * self.time_limit
         slices = max(1, round(seconds / SLICE))
         with ThreadPoolExecutor(len(self.walkers)) as pool:
@@ -253,13 +252,14 @@ class _Search:
                 end, work = self.began + self.time_limit, self._work(share / slices)
                 walks = [pool.submit(w.run, moves, start, asked, work, end) for w in self.walkers]
                 try:
-                    near = self._near(core.live, bounds, start, seconds / slices, walks)
+                    pause = 0.0 if first else seconds / slices
+                    near = self._near(core.live, bounds, start, pause, walks)
+                    for found in (near, *(walk.result() for walk in walks)):
+                        self.offer(core.lift(found))
                 except KeyboardInterrupt:
                     for walker in self.walkers:
                         walker.stopped = True
                     raise
-                for found in (near, *(walk.result() for walk in walks)):
-                    self.offer(core.lift(found))
 
     def _near(
         self, live: Live, bounds: np.ndarray, start: np.ndarray, seconds: float, walks: list[Future]
@@ -333,54 +333,6 @@ class _Search:
                 self.offer(core.lift(np.array(found.choices)))
                 return
             active[np.argsort(-over)[:MOMENTS_MORE]] = True
-
-
-class Walker:
-    """Runs of threshold accepting; a tolerance stays in use while it finds something better."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.tolerance = 0  # index into TOLERANCES
-        self.batch = 0  # batches made, each with a seed of its own
-        self.stopped = False
-
-    def run(
-        self, moves: TreeMoves, start: np.ndarray, prices: np.ndarray, work: float, end: float
-    ) -> np.ndarray:
-        """The best assignment met with so much work, or until `end`."""
-        best, least = start, moves.live.cost(start)
-        most = float(RUN_PASSES * moves.live.entries)
-        while work > 0 and perf_counter() < end and not self.stopped:
-            found, cost = self._once(moves, best, least, prices, min(work, most), end)
-            work -= most
-            if cost < least:
-                best, least = found, cost
-            else:
-                self.tolerance = (self.tolerance + 1) % len(TOLERANCES)
-        return best
-
-    def _once(
-        self, moves: TreeMoves, start: np.ndarray, cost: float, prices: np.ndarray,
-        work: float, end: float,
-    ) -> tuple[np.ndarray, float]:  # fmt: skip
-        """One run whose tolerance falls to nearly nothing by its end."""
-        first = TOLERANCES[self.tolerance] * abs(cost)
-        best, least, choices = start, cost, start
-        for batch in range(BATCHES):
-            choices, found, value = moves.run(
-                choices,
-                prices,
-                seed=(self.seed * 1_000_003 + self.batch) % 2**32,
-                work=work / BATCHES,
-                most_nodes=TREES[self.batch // BATCHES % len(TREES)],
-                tolerance=first * LAST_TOLERANCE ** (batch / BATCHES),
-            )
-            self.batch += 1
-            if value < least:
-                best, least = found, value
-            if perf_counter() > end or self.stopped:
-                break
-        return best, least
 
 
 def _kept(masks: list[np.ndarray]) -> Contracted:

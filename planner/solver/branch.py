@@ -73,11 +73,12 @@ class Branching:
                     return
                 before = parts[0].bound
             part = heapq.heappop(parts)
-            halves = None if part.bound >= self.target() else self._halves(part)
-            if halves is None:
+            if part.bound >= self.target():
                 closed = min(closed, part.bound)
-                if part.bound < self.target():
-                    return  # one choice per node is left, and messages do not see it
+                continue
+            halves = self._halves(part)
+            if halves is None:
+                closed = min(closed, self._only(part))
                 continue
             for forbidden in halves:
                 self.messages.restore(part.messages)
@@ -113,6 +114,14 @@ class Branching:
         reduced = self.costs if ascent.last is None else ascent.last.reduced
         bound = max(floor, ascent.bound)
         return Part(bound, next(self.numbers), forbidden, ascent.prices, reduced, saved)
+
+    def _only(self, part: Part) -> float:
+        """The cost of a part of one assignment; inf when it does not fit."""
+        choices = self.live.choices_of(~part.forbidden)
+        if not self.live.fits(choices):
+            return np.inf
+        self.offer(choices)
+        return self.live.cost(choices)
 
     def _halves(self, part: Part) -> tuple[np.ndarray, np.ndarray] | None:
         """What two parts of a part forbid; None when every node has one choice left."""

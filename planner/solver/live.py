@@ -71,6 +71,10 @@ class Live:
         total = sum(float(cost[x]) for cost, x in zip(self.costs, choices, strict=True))
         return total + sum(float(e.costs[choices[e.a], choices[e.b]]) for e in self.edges)
 
+    def choices_of(self, marked: np.ndarray) -> np.ndarray:
+        """The assignment of the choices marked, one per node, counted through all nodes."""
+        return np.flatnonzero(marked) - self.starts[:-1]
+
     def used(self, choices: Sequence[int] | np.ndarray) -> np.ndarray:
         """Bytes held at each moment."""
         return self.table.used(np.asarray(choices, dtype=np.int64))
