@@ -5,7 +5,8 @@
 zoo           the zoo at real size on three clusters; each row is one whole search pinned to one
               mesh (1, 2, 3 axes): all recompute policies and microbatch counts, under the
               devices' memory, to a gap of 1 %. `kinds`: different repeated blocks of the forward
-              pass. A job that does not fit says so, proven.
+              pass; `problems`: combinations looked at, the slowest and all of them in seconds.
+              A job that does not fit says so, proven.
 autoparallel  the job Meta's AutoParallel was measured on, in a process of its own, from import to
               proven plan: CPU seconds and memory.
 mcmc          FlexFlow's search against ours: same inputs, prices, memory limit and machine.
@@ -74,12 +75,21 @@ def searched(step: Any, cluster: str, name: str, **pins: Any) -> dict[str, Any]:
     from meshwright.ir.errors import InfeasibleError, StoppedError
     from meshwright.planner.cost import Roofline
     from meshwright.planner.request import Request
-    from meshwright.planner.search import Search
+    from meshwright.planner.search import Candidate, Search
 
+    class Timed(Search):
+        """Seconds spent on each combination: build, relax, solve."""
+
+        def _advance(self, candidate: Candidate) -> None:
+            start = time.perf_counter()
+            super()._advance(candidate)
+            spent[candidate] = spent.get(candidate, 0.0) + time.perf_counter() - start
+
+    spent: dict[Candidate, float] = {}
     where, start = Cluster.parse(cluster), time.perf_counter()
     folded = fold(step.graph)
     request = Request(**{"time_limit": 60, "gap": GAP, **pins})
-    search = Search(folded, where, request, Roofline(where), name, "", lambda line: None)
+    search = Timed(folded, where, request, Roofline(where), name, "", lambda line: None)
     row: dict[str, Any] = {"model": name, "cluster": cluster, "mesh": list(pins.get("mesh", ()))}
     try:
         row |= _told(search.run())
@@ -89,6 +99,8 @@ def searched(step: Any, cluster: str, name: str, **pins: Any) -> dict[str, Any]:
     space = search.best.space
     return row | {
         "seconds": time.perf_counter() - start,
+        "problems": len(spent),
+        "slowest": max(spent.values(), default=None),
         "kinds": block_kinds(folded),
         "nodes": len(space.nodes) if space else None,
         "choices": sum(len(node.choices) for node in space.nodes) if space else None,
@@ -109,8 +121,8 @@ def _told(plan: Any) -> dict[str, Any]:
 
 
 def zoo(options: argparse.Namespace) -> list[dict[str, Any]]:
-    print("| model | cluster | mesh | kinds | nodes | choices | pairs | seconds | gap | step |")
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("| model | cluster | mesh | kinds | nodes | choices | pairs | problems | slowest | search | gap | step |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     rows = []
     for name in options.models:
         step = captured(name)
@@ -120,9 +132,9 @@ def zoo(options: argparse.Namespace) -> list[dict[str, Any]]:
                 print(_zoo_line(rows[-1]), flush=True)
     fitting = [row for row in rows if row["gap"] is not None]
     wide = sum(row["gap"] > GAP for row in fitting)
-    late = sum(row["seconds"] > SECONDS_PER_KIND * row["kinds"] for row in rows)
-    print(f"\n{len(rows)} searches, {len(fitting)} with a plan; {wide} with a gap above {GAP:.0%},"
-          f" {late} slower than {SECONDS_PER_KIND:.0f} s per block kind")  # fmt: skip
+    late = [sum(row[key] > SECONDS_PER_KIND * row["kinds"] for row in rows) for key in ("slowest", "seconds")]
+    print(f"\n{len(rows)} searches, {len(fitting)} with a plan; {wide} with a gap above {GAP:.0%}. More than "
+          f"{SECONDS_PER_KIND:.0f} s per block kind: {late[0]} in their slowest problem, {late[1]} in all")  # fmt: skip
     return rows
 
 
@@ -130,8 +142,9 @@ def _zoo_line(row: dict[str, Any]) -> str:
     mesh = "x".join(map(str, row["mesh"]))
     gap = row["status"] if row["gap"] is None else f"{row['gap']:.2%}"
     step = "" if row["step_seconds"] is None else f"{row['step_seconds'] * 1e3:.1f} ms"
-    sizes = " | ".join(str(row[key] or "") for key in ("kinds", "nodes", "choices", "pairs"))
-    return f"| {row['model']} | {row['cluster']} | {mesh} | {sizes} | {row['seconds']:.1f} | {gap} | {step} |"
+    sizes = " | ".join(str(row[key] or "") for key in ("kinds", "nodes", "choices", "pairs", "problems"))
+    times = f"{row['slowest']:.1f} | {row['seconds']:.1f}"
+    return f"| {row['model']} | {row['cluster']} | {mesh} | {sizes} | {times} | {gap} | {step} |"
 
 
 def autoparallel(options: argparse.Namespace) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from .solver.anytime import solve_live
 from .space import Space, build
 
 MOST_MICROBATCHES = 64
+PROBE = 1.0  # seconds that a candidate is solved for at first
 
 
 @dataclass(frozen=True)
@@ -241,26 +242,41 @@ class Search:
 
         A root is relaxed; if its answer does not fit, the smallest microbatch
         count that can fit takes its place. That one is solved under the memory
-        limit, and the next count takes its place, and so on: more microbatches
-        never make a step faster in this model, so its relaxed bound carries over.
-        It stays open to the end, so that an interrupt never leaves a bound too high.
+        limit, first for a moment: its bound then says when it is worth more time.
+        The next count joins it: more microbatches never make a step faster in this
+        model, so its relaxed bound carries over. A candidate stays open to its end,
+        so that an interrupt never leaves a bound too high.
         """
+        if candidate in self._probed:
+            self._close(candidate, self._solve(candidate))
+            self._forget(keep=self.best.candidate)
+            return
         relaxed, _ = self._relaxed(candidate)
         bound = self.open_bounds[candidate] = max(self.open_bounds[candidate], relaxed)
         if bound >= self._enough():
-            self.closed_bound = min(self.closed_bound, bound)
+            self._close(candidate, bound)
         elif candidate in self._fitting:
-            solved = self._solve(candidate)
-            self.closed_bound = min(self.closed_bound, max(bound, solved))
-            self._open(self._next_count(candidate), bound)
+            self._probe(candidate, bound)
         else:
             following = self._smallest_count(candidate)
             if following == candidate:
                 self._fitting.add(candidate)
                 return
             self._open(following, bound)
-        del self.open_bounds[candidate]
+            del self.open_bounds[candidate]
         self._forget(keep=self.best.candidate)
+
+    def _probe(self, candidate: Candidate, relaxed: float) -> None:
+        solved = self._solve(candidate, PROBE)
+        self._open(self._next_count(candidate), relaxed)
+        self._probed.add(candidate)
+        self.open_bounds[candidate] = max(relaxed, solved)
+        if self.open_bounds[candidate] >= self._enough():
+            self._close(candidate, solved)
+
+    def _close(self, candidate: Candidate, bound: float) -> None:
+        self.closed_bound = min(self.closed_bound, max(self.open_bounds[candidate], bound))
+        del self.open_bounds[candidate]
 
     def _open(self, candidate: Candidate | None, bound: float) -> None:
         if candidate is not None:
@@ -269,7 +285,8 @@ class Search:
 
     open_bounds: dict[Candidate, float] = field(default_factory=dict)
     closed_bound: float = inf  # of all candidates that were looked at to their end
-    _fitting: set[Candidate] = field(default_factory=set)
+    _fitting: set[Candidate] = field(default_factory=set)  # least bytes below the limit
+    _probed: set[Candidate] = field(default_factory=set)
 
     def lower_bound(self) -> float:
         """No plan of any candidate is faster than this."""
@@ -356,11 +373,11 @@ class Search:
 
     _lives: dict[tuple[Policy, int], Lifetimes] = field(default_factory=dict)
 
-    def _solve(self, candidate: Candidate) -> float:
+    def _solve(self, candidate: Candidate, most: float = inf) -> float:
         """Solve one candidate under the memory limit; returns its own lower bound."""
         space, lives = self.open(candidate)
         left = max(1.0, self.deadline - time.monotonic())
-        share = 2.0 ** floor(log2(left / 2))  # rough, so that equal requests get equal shares
+        share = min(most, 2.0 ** floor(log2(left / 2)))  # rough: equal requests get equal shares
         answer = solve_space(
             space, lives, self.limit, time_limit=share, gap=self.request.gap / 2,
             seed=self.request.seed, cutoff=self.best.seconds,
