@@ -49,11 +49,14 @@ def solve_space(
     gap: float,
     seed: int = 0,
     cutoff: float = inf,
+    probe: float | None = None,
 ) -> Answer:
-    """Minimise predicted seconds with memory at every moment at most `limit`."""
+    """Minimise predicted seconds with memory at every moment at most `limit`; see `solve_live`."""
     ledger = Ledger(space, lives)
     live = live_of(space, ledger, limit)
-    solution = solve_live(live, time_limit=time_limit, gap=gap, seed=seed, cutoff=cutoff)
+    solution = solve_live(
+        live, time_limit=time_limit, gap=gap, seed=seed, cutoff=cutoff, probe=probe
+    )
     if solution.choices is None:
         return Answer(solution)
     return Answer(solution, *ledger.peak(ledger.local_bytes(solution.choices)))

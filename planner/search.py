@@ -38,7 +38,7 @@ from .solver.anytime import solve_live
 from .space import Space, build
 
 MOST_MICROBATCHES = 64
-PROBE = 1.0  # seconds that a candidate is solved for at first
+PROBE = 1.0  # seconds' worth of work that a candidate gets at first
 
 
 @dataclass(frozen=True)
@@ -373,14 +373,14 @@ class Search:
 
     _lives: dict[tuple[Policy, int], Lifetimes] = field(default_factory=dict)
 
-    def _solve(self, candidate: Candidate, most: float = inf) -> float:
+    def _solve(self, candidate: Candidate, probe: float | None = None) -> float:
         """Solve one candidate under the memory limit; returns its own lower bound."""
         space, lives = self.open(candidate)
         left = max(1.0, self.deadline - time.monotonic())
-        share = min(most, 2.0 ** floor(log2(left / 2)))  # rough: equal requests get equal shares
+        share = 2.0 ** floor(log2(left / 2))  # rough, so that equal requests get equal shares
         answer = solve_space(
             space, lives, self.limit, time_limit=share, gap=self.request.gap / 2,
-            seed=self.request.seed, cutoff=self.best.seconds,
+            seed=self.request.seed, cutoff=self.best.seconds, probe=probe,
         )  # fmt: skip
         if answer.solution.status == "infeasible":
             self._note(f"{candidate}: does not fit ({answer.solution.reason})")

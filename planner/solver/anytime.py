@@ -54,6 +54,7 @@ def solve_live(
     gap: float = 1e-6,
     seed: int = 0,
     cutoff: float = inf,
+    probe: float | None = None,
     report: Report | None = None,
 ) -> Solution:
     """Choose for every node so that the cost is least and no moment is over its limit.
@@ -65,11 +66,13 @@ def solve_live(
             the search ends by proof, unless HiGHS was cut off by the clock on the way.
         cutoff: cost of a solution known elsewhere; the search may stop once nothing here
             beats it by more than the gap.
+        probe: make one round only, with shares of so many seconds instead of the time limit.
         report: hears of every better objective and bound.
 
     Ctrl-C ends the search like the time limit does.
     """
-    search = _Search(live, gap, perf_counter(), time_limit, seed, cutoff, report)
+    search = _Search(live, gap, perf_counter() + time_limit, probe or time_limit, seed, cutoff, report)
+    search.rounds = 1 if probe else None
     try:
         search.run()
     except KeyboardInterrupt:
@@ -101,8 +104,8 @@ class _Core:
 class _Search:
     live: Live
     gap: float
-    began: float
-    time_limit: float
+    deadline: float
+    effort: float  # seconds that shares are taken of
     seed: int
     cutoff: float
     report: Report | None
@@ -111,6 +114,7 @@ class _Search:
     bound: float = -inf
     discarded: float = inf  # every assignment dropped so far costs at least this
     refuted: str = ""
+    rounds: int | None = None  # made at most; None: until the end
 
     def __post_init__(self) -> None:
         cores = min(4, os.cpu_count() or 1)
@@ -121,7 +125,7 @@ class _Search:
 
     @property
     def left(self) -> float:
-        return self.began + self.time_limit - perf_counter()
+        return self.deadline - perf_counter()
 
     @property
     def closed(self) -> bool:
@@ -182,7 +186,8 @@ class _Search:
         prices, tried = np.zeros(self.live.limits.size), inf
         if core.live.sizes.sum() <= SMALL:
             self._solve_core(core, prices)
-        while not self.over:
+        while not self.over and self.rounds != 0:
+            self.rounds = None if self.rounds is None else self.rounds - 1
             prices, bounds = self._price(core, prices)
             self._improve(core, prices, bounds, first=tried == inf)
             smaller = None if self.over else self._prune(core, bounds)
@@ -228,8 +233,8 @@ class _Search:
         return found, ascent.choice_bounds()
 
     def _work(self, share: float) -> float:
-        """Table entries that fit into a share of the time."""
-        return share * self.time_limit * RATE
+        """Table entries that fit into a share of the effort."""
+        return share * self.effort * RATE
 
     def _improve(self, core: _Core, prices: np.ndarray, bounds: np.ndarray, first: bool) -> None:
         """From the best assignment: walks on all cores but one, neighbourhoods by MIP on that.
@@ -241,7 +246,7 @@ class _Search:
         moves = TreeMoves(live, Messages(live.sizes, live.edges).flat, costs)
         asked = prices[core.live.moments]
         share = FIRST_MOVES_SHARE if first else MOVES_SHARE
-        seconds = share * self.time_limit
+        seconds = share * self.effort
         slices = max(1, round(seconds / SLICE))
         with ThreadPoolExecutor(len(self.walkers)) as pool:
             for _ in range(slices):
@@ -249,8 +254,11 @@ class _Search:
                     return
                 start = core.lower(self.choices)
                 assert start is not None  # pruning keeps it
-                end, work = self.began + self.time_limit, self._work(share / slices)
-                walks = [pool.submit(w.run, moves, start, asked, work, end) for w in self.walkers]
+                work = self._work(share / slices)
+                walks = [
+                    pool.submit(w.run, moves, start, asked, work, self.deadline)
+                    for w in self.walkers
+                ]
                 try:
                     pause = 0.0 if first else seconds / slices
                     near = self._near(core.live, bounds, start, pause, walks)
@@ -306,7 +314,7 @@ class _Search:
     def _solve_core(self, core: _Core, prices: np.ndarray) -> None:
         """The exact solver on the moments that matter, more of them as its answers break them."""
         live = core.live
-        until = perf_counter() + EXACT_SHARE * self.time_limit
+        until = perf_counter() + EXACT_SHARE * self.effort
         active = prices[live.moments] > 0
         active[np.argsort(live.limits - live.table.extremes()[1])[:EXACT_MOMENTS]] = True
         known = core.lower(self.choices) if self.choices else None
