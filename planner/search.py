@@ -38,6 +38,7 @@ from .solver.anytime import solve_live
 from .space import Space, build
 
 MOST_MICROBATCHES = 64
+ONE_SOLVE = 0.8  # of the gap asked for: what one solve may leave open
 PROBE = 1.0  # seconds' worth of work that a candidate gets at first
 
 
@@ -315,7 +316,7 @@ class Search:
         space, lives = self.open(candidate)
         left = min(10.0, max(1.0, self.deadline - time.monotonic()))
         solution = solve_live(
-            live_of(space), time_limit=left, gap=self.request.gap / 2, seed=self.request.seed,
+            live_of(space), time_limit=left, gap=ONE_SOLVE * self.request.gap, seed=self.request.seed,
             cutoff=self.best.seconds,
         )  # fmt: skip
         if solution.stopped_by == "interrupt":
@@ -379,7 +380,7 @@ class Search:
         left = max(1.0, self.deadline - time.monotonic())
         share = 2.0 ** floor(log2(left / 2))  # rough, so that equal requests get equal shares
         answer = solve_space(
-            space, lives, self.limit, time_limit=share, gap=self.request.gap / 2,
+            space, lives, self.limit, time_limit=share, gap=ONE_SOLVE * self.request.gap,
             seed=self.request.seed, cutoff=self.best.seconds, probe=probe,
         )  # fmt: skip
         if answer.solution.status == "infeasible":

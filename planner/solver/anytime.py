@@ -36,7 +36,7 @@ Report = Callable[[float, float], None]  # objective, bound
 
 # Shares of the time are counted as work, so that equal seeds give equal answers.
 RATE = 5e8  # table entries per second, of messages and moves; measured 2e8 to 1e9 on a Xeon core
-ASCENT_SHARE, BRANCH_SHARE, EXACT_SHARE = 0.12, 0.15, 0.25  # of the time limit, per round
+ASCENT_SHARE, BRANCH_SHARE, EXACT_SHARE = 0.12, 0.3, 0.25  # of the time limit, per round
 FIRST_MOVES_SHARE, MOVES_SHARE = 0.04, 0.25
 LEAST_STEPS = 50  # of the ascent
 SLICE = 6.0  # seconds after which walks and neighbourhoods start from the best again

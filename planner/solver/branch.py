@@ -19,8 +19,8 @@ from .ascent import Ascent
 from .live import Live
 from .messages import Messages, Saved
 
-ROOT_STEPS, STEPS = 300, 60  # of the ascent, at most
-STALL = 20  # steps without progress after which a part is split
+ROOT_STEPS, STEPS = 300, 200  # of the ascent, at most
+STALL = 60  # steps without progress after which a part is split
 PROGRESS = 0.01  # of the distance to the target
 FIRST_STEP = 0.5  # of that distance: what the first step of a part promises
 LOOK, MOVED = 40, 0.02  # give up when so many parts moved the bound by less than this share
