@@ -46,7 +46,7 @@ COMPARED = (
     ("mixtral-8x7b", "32xh100x8@ib400", (32, 8)), ("gpt3-175b", "32xh100x8@ib400", (32, 8)),
     ("vit-l16", "32xh100x8@ib400", (4, 8, 8)), ("wrn-50-2", "h100x8", (4, 2)), ("dlrm", "h100x8", (4, 2)),
 )  # fmt: skip
-CHAIN_SECONDS = 60.0
+CHAIN_SECONDS = 30.0
 
 
 def captured(name: str, **options: Any) -> Any:

@@ -55,6 +55,10 @@ class Request:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral | None):
                 _refuse(name, repr(value), "a whole number")
+        if self.seed < 0:
+            _refuse("seed", self.seed, "0 or more")
+        if self.search not in get_args(Searcher):
+            _refuse("search", repr(self.search), did_you_mean(str(self.search), get_args(Searcher)))
         if self.mesh is not None:
             if not all(isinstance(size, Integral) for size in self.mesh):
                 _refuse("mesh", repr(self.mesh), "sizes of axes, as in (4, 2)")
@@ -86,8 +90,6 @@ def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
         )
     if request.recompute is not None and request.recompute not in POLICIES:
         _refuse("recompute", request.recompute, did_you_mean(str(request.recompute), POLICIES))
-    if request.search not in get_args(Searcher):
-        _refuse("search", request.search, did_you_mean(str(request.search), get_args(Searcher)))
     if request.mesh is not None:
         _check_mesh(request.mesh, cluster)
     if request.microbatches is not None:

@@ -198,17 +198,16 @@ class Search:
         roots = [Candidate(mesh, policy, first) for mesh in finest for policy in self._policies()]
         self.open_bounds = dict.fromkeys(roots, self._floor())
         self.stopped_by = "time"
-        for number, root in enumerate(roots):
-            share = (self.deadline - time.monotonic()) / (len(roots) - number)
-            self._walk_family(root, time.monotonic() + share)
+        for root in roots:
+            self._walk_family(root, self.request.time_limit / len(roots))
             self._forget(keep=self.best.candidate)
 
-    def _walk_family(self, root: Candidate, until: float) -> None:
+    def _walk_family(self, root: Candidate, seconds: float) -> None:
         """The smallest microbatch count at which a chain finds something that fits."""
         candidate = self._smallest_count(root)
-        while candidate is not None and time.monotonic() < until:
+        while candidate is not None and not self.late():
             space, lives = self.open(candidate)
-            seconds = (until - time.monotonic()) / 2
+            seconds /= 2
             answer = walk_space(
                 space, lives, self.limit, time_limit=seconds, seed=self.request.seed
             )

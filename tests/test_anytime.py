@@ -307,6 +307,19 @@ def test_small_contest_graphs_are_proven(name):
     assert peak <= limit
 
 
+def test_only_the_order_of_times_matters(tmp_path):
+    """Moments far apart cost no memory, and are named as the file names them."""
+    far = 10**30
+    nodes = {"intervals": [[5, far], [7, far + 1]], "costs": [[1, 9], [1, 9]], "usages": [[8, 2], [8, 2]]}
+    text = {"problem": {"nodes": nodes, "edges": {"nodes": [], "costs": []}, "usage_limit": 10}}
+    (tmp_path / "far.json").write_text(json.dumps(text))
+    found = solve_live(read(tmp_path / "far.json"))
+    assert found.objective == 10 and found.status == "optimal"
+    text["problem"]["usage_limit"] = 3
+    (tmp_path / "far.json").write_text(json.dumps(text))
+    assert solve_live(read(tmp_path / "far.json")).reason.startswith("moment 7 needs at least 4 bytes")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not GRAPHS.exists(), reason="published cost graphs are not here")
 @pytest.mark.parametrize("name", sorted(set(CONTEST) - {"B", "G"}))

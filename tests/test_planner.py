@@ -145,7 +145,10 @@ def test_flexflows_search_starts_at_data_parallelism_and_proves_nothing():
     state = {tag: layout for tag, layout in layouts.items() if tag in space.program.graph.input_tags}
     assert sorted(state.values()) == ["[-, -]", "[-, -]", "[x, -]", "[x, -]"]
     exact = plan_captured(captured, CLUSTER, Request(gap=1e-6), "mlp")
-    walked = plan_captured(captured, CLUSTER, Request(search="mcmc", time_limit=6), "mlp")
+    walked, again = (
+        plan_captured(captured, CLUSTER, Request(search="mcmc", time_limit=6), "mlp") for _ in range(2)
+    )
+    assert walked.strategies == again.strategies and walked.slots == again.slots
     assert walked.proof.status == "feasible" and walked.proof.lower_bound <= exact.estimate.step_seconds
     assert exact.estimate.step_seconds <= walked.estimate.step_seconds * (1 + 1e-6)
     assert walked.estimate.step_seconds <= live_of(space).cost(start) * (1 + 1e-9)
@@ -299,12 +302,19 @@ def test_a_vocabulary_is_cut_when_logits_do_not_fit():
         ({"gap": 2.0}, "gap cannot be 2.0"),
         ({"time_limit": 0.0}, "time_limit cannot be 0.0"),
         ({"headroom": 1.0}, "headroom cannot be 1.0"),
-        ({"search": "genetic"}, "search cannot be genetic"),
+        ({"search": "genetic"}, "search cannot be 'genetic'"),
+        ({"seed": -1}, "seed cannot be -1"),
     ],
 )
 def test_requests_that_cannot_be_honoured_are_refused(pins, complaint):
     with pytest.raises(PlanError, match=complaint):
         plan(mlp, *mlp_arguments(), cluster=CLUSTER, request=Request(**pins))
+
+
+@pytest.mark.parametrize("request_", [{"search": "mcmc"}, "mcmc", 5, Request])
+def test_what_is_no_request_is_refused(request_):
+    with pytest.raises(PlanError, match="request cannot be"):
+        plan(mlp, *mlp_arguments(), cluster=CLUSTER, request=request_)
 
 
 def test_a_batch_that_does_not_divide_is_planned_and_said():

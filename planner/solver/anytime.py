@@ -357,6 +357,6 @@ def _least_refutes(live: Live) -> str:
         return ""
     t = int(over.argmax())
     return (
-        f"moment {live.moments[t]} needs at least {least[t]:.6g} bytes, {over[t]:.6g} more"
+        f"moment {live.labels[t] if live.labels else t} needs at least {least[t]:.6g} bytes, {over[t]:.6g} more"
         f" than its limit of {live.limits[t]:.6g}"
     )

@@ -43,6 +43,8 @@ class _Nodes(_Part):
                 f"{count} intervals, {len(self.costs)} costs and {len(self.usages)} usages;"
                 " one of each per node is needed"
             )
+        if not self.costs:
+            raise ValueError("there are no nodes")
         for i, (costs, usages) in enumerate(zip(self.costs, self.usages, strict=True)):
             if not costs or len(costs) != len(usages):
                 raise ValueError(
@@ -129,14 +131,16 @@ def _live(problem: _Problem) -> Live:
             costs[a] = costs[a] + np.diagonal(table)
         else:
             edges.append(Edge(a, b, table))
+    held = [(i, *ends) for i, ends in enumerate(nodes.intervals) if ends[1] > ends[0]]
+    times = sorted({time for _, *ends in held for time in ends})
+    place = {time: k for k, time in enumerate(times)}
     demands = tuple(
-        Demand(i, first, last, np.array(usage, dtype=float))
-        for i, ((first, last), usage) in enumerate(zip(nodes.intervals, nodes.usages, strict=True))
-        if last > first
+        Demand(i, place[first], place[last], np.array(nodes.usages[i], dtype=float))
+        for i, first, last in held
     )
-    moments = max((d.last for d in demands), default=0)
     limit = np.inf if problem.usage_limit is None else problem.usage_limit
-    return Live(tuple(costs), tuple(edges), demands, np.full(moments, limit))
+    limits = np.full(max(len(times) - 1, 0), limit)
+    return Live(tuple(costs), tuple(edges), demands, limits, labels=tuple(times[:-1]))
 
 
 def _allowed(costs: np.ndarray) -> np.ndarray:

@@ -43,6 +43,7 @@ class Live:
     demands: tuple[Demand, ...]
     limits: np.ndarray
     when: np.ndarray | None = None  # the moment each limit was given for; None: 0, 1, 2 ...
+    labels: tuple[int, ...] = ()  # what the user calls the moments; none: 0, 1, 2 ...
 
     @property
     def moments(self) -> np.ndarray:

@@ -27,6 +27,7 @@ from .tree_moves import Held, held_of
 
 SECONDS_PER_BYTE = 1e-3 / 1e6
 TEMPERATURES = (1e-3, 1e-4, 1e-2)  # share of the start's cost
+RATE = 3e5  # proposals per second of the time given: counted, so that equal seeds walk alike
 PROPOSALS = 20_000  # between looks at the clock
 CHAINS = 4  # the time is cut into this many
 
@@ -64,38 +65,38 @@ class _Chains:
 
     def run(self, start: np.ndarray | None, seconds: float) -> None:
         rng = np.random.default_rng(self.seed)
-        number = 0
-        while perf_counter() < self.deadline:
+        batches = max(2, int(seconds * RATE / PROPOSALS))
+        left, number = CHAINS * batches, 0
+        while left > 0 and perf_counter() < self.deadline:
             if start is None:
                 start = rng.integers(self.live.sizes)
             temperature = TEMPERATURES[number % len(TEMPERATURES)] * self.known_cost(start)
-            self.chain(start, temperature, min(seconds, self.deadline - perf_counter()), number)
+            left -= self.chain(start, temperature, min(batches, left), number)
             start, number = None, number + 1
 
     def known_cost(self, start: np.ndarray) -> float:
         """A cost to measure temperatures by: the best one met, or the start's."""
         return self.least if self.least < inf else abs(self.live.cost(start))
 
-    def chain(self, start: np.ndarray, temperature: float, seconds: float, number: int) -> None:
+    def chain(self, start: np.ndarray, temperature: float, batches: int, number: int) -> int:
+        """One chain; how many batches of proposals it took."""
         costs = np.concatenate(self.live.costs)
         flat, held = flatten(self.live.sizes, self.live.edges), held_of(self.live)
         choices = np.array(start, dtype=np.int64)
         used, best = self.live.used(choices), choices.copy()
         cost, least = cost_of(flat, costs, choices), inf
-        began = risen = perf_counter()
-        batch = 0
-        while perf_counter() - began < seconds:
-            if perf_counter() - risen > max(seconds / 2, 0.05):
-                break
+        risen = batch = 0
+        while batch < batches and batch - risen <= batches / 2 and perf_counter() < self.deadline:
             seed = ((self.seed * 1000 + number) * 1_000_003 + batch) % 2**32
             cost, found = _walk(
                 flat, costs, held, choices, used, best, cost, least, temperature, PROPOSALS, seed
             )
-            if found < least:
-                least, risen = found, perf_counter()
             batch += 1
+            if found < least:
+                least, risen = found, batch
         if least < self.least:
             self.least, self.best = least, best
+        return batch
 
 
 @numba.njit(cache=True, nogil=True)

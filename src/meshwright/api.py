@@ -19,7 +19,7 @@ from .backends.xla.verify import reference, verify_outputs
 from .interrupts import heard
 from .ir.blocks import fold
 from .ir.cluster import Cluster
-from .ir.errors import MismatchError, UsageError
+from .ir.errors import MismatchError, PlanError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
 from .ir.verify import verify as verify_graph
@@ -97,6 +97,10 @@ def plan(
     Raises:
         CaptureError, ClusterError, PlanError, InfeasibleError: each says what to try.
     """
+    if request is not None and not isinstance(request, Request):
+        raise PlanError(
+            f"request cannot be {request!r}.", where="plan", fix="mw.Request(mesh=(4, 2), memory=60e9)"
+        )
     given = {
         "static_argnums": static_argnums, "static_argnames": static_argnames,
         "donate_argnums": donate_argnums, "donate_argnames": donate_argnames,

@@ -321,6 +321,8 @@ def solve(
         raise UsageError(f"a time limit of {time_limit} s is none.", where="--time-limit", fix="seconds above 0")
     if not 0 <= gap < 1:
         raise UsageError(f"a gap of {gap} is none.", where="--gap", fix="a share from 0 up to 1")
+    if seed < 0:
+        raise UsageError(f"a seed of {seed} is none.", where="--seed", fix="0 or more")
     if output is not None:
         check_writable(output)
     live = read(file)
@@ -328,7 +330,8 @@ def solve(
         progress.say(f"searching {len(live.costs)} nodes, {int(live.sizes.sum())} strategies")
         found = solve_live(live, time_limit=time_limit, gap=gap, seed=seed, report=_told(progress))
     if found.status == "infeasible":
-        raise InfeasibleError(f"nothing fits: {found.reason}.", where=str(file), fix="a larger usage_limit")
+        fix = "a larger usage_limit" if "limit" in found.reason else "fewer costs of 1e18 and more"
+        raise InfeasibleError(f"nothing fits: {found.reason}.", where=str(file), fix=fix)
     if found.choices is None or found.objective is None:
         raise StoppedError(f"{found.reason}.", where=f"stopped by {found.stopped_by}", fix="more time")
     results = {
