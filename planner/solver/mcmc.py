@@ -28,6 +28,7 @@ from .tree_moves import Held, held_of
 SECONDS_PER_BYTE = 1e-3 / 1e6
 TEMPERATURES = (1e-3, 1e-4, 1e-2)  # share of the start's cost
 RATE = 3e5  # proposals per second of the time given: counted, so that equal seeds walk alike
+LEAST_SECONDS = 5.0  # a walk is not cut off earlier: the first one compiles
 PROPOSALS = 20_000  # between looks at the clock
 CHAINS = 4  # the time is cut into this many
 
@@ -35,13 +36,16 @@ CHAINS = 4  # the time is cut into this many
 def walk(live: Live, start: Choices, *, time_limit: float, seed: int = 0) -> Solution:
     """The cheapest fitting assignment that the chains meet; `lower_bound` says nothing (-inf).
 
+    `time_limit` is counted in proposals; on a machine too slow for that it is cut off at twice
+    the time.
+
     Ctrl-C ends the walk like the time limit does.
     """
     step = contract(live)
     if step is None:
         reason = "no assignment meets all forbidden choices and pairs"
         return Solution("infeasible", "proof", None, None, inf, reason)
-    chains = _Chains(finite(tighten(step.live)), seed, perf_counter() + time_limit)
+    chains = _Chains(finite(tighten(step.live)), seed, perf_counter() + max(2 * time_limit, LEAST_SECONDS))
     stopped_by = "time"
     try:
         chains.run(step.lower(start), time_limit / CHAINS)
