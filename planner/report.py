@@ -108,7 +108,7 @@ def _proof(search: Search) -> Proof:
     stopped = "proof" if proven else ("time" if search.stopped_by == "proof" else search.stopped_by)
     return Proof(
         status=status,
-        stopped_by=stopped,  # type: ignore[arg-type]
+        stopped_by=stopped,
         objective=objective,
         lower_bound=bound,
         seed=search.request.seed,

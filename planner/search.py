@@ -35,6 +35,7 @@ from .meshes import mesh_of, meshes
 from .report import write_plan
 from .request import Request, check
 from .solver.anytime import solve_live
+from .solver.onehot import Stop
 from .space import Space, build
 
 MOST_MICROBATCHES = 64
@@ -87,7 +88,7 @@ class Search:
     started: float = field(default_factory=time.monotonic)
     best: Best = field(default_factory=Best)
     log: list[str] = field(default_factory=list)
-    stopped_by: str = "proof"
+    stopped_by: Stop = "proof"
 
     # ------------------------------------------------------------ frame
 
@@ -197,7 +198,6 @@ class Search:
         finest, first = _finest(self._meshes()), self._counts()[0]
         roots = [Candidate(mesh, policy, first) for mesh in finest for policy in self._policies()]
         self.open_bounds = dict.fromkeys(roots, self._floor())
-        self.stopped_by = "time"
         for root in roots:
             self._walk_family(root, self.request.time_limit / len(roots))
             self._forget(keep=self.best.candidate)
@@ -206,15 +206,17 @@ class Search:
         """The smallest microbatch count at which a chain finds something that fits."""
         candidate = self._smallest_count(root)
         while candidate is not None and not self.late():
+            self.stopped_by = "time"  # it may fit, whatever the chains meet
             space, lives = self.open(candidate)
             seconds /= 2
             answer = walk_space(
                 space, lives, self.limit, time_limit=seconds, seed=self.request.seed
             )
+            if answer.solution.choices is not None:
+                self._offer(candidate, answer)
             if answer.solution.stopped_by == "interrupt":
                 raise KeyboardInterrupt
             if answer.solution.choices is not None:
-                self._offer(candidate, answer)
                 return
             candidate = self._next_count(candidate)
 

@@ -153,6 +153,8 @@ def test_flexflows_search_starts_at_data_parallelism_and_proves_nothing():
     assert exact.estimate.step_seconds <= walked.estimate.step_seconds * (1 + 1e-6)
     assert walked.estimate.step_seconds <= live_of(space).cost(start) * (1 + 1e-9)
     assert walked.estimate.peak_bytes <= walked.estimate.limit_bytes
+    with pytest.raises(InfeasibleError, match="no plan fits"):
+        plan_captured(captured, CLUSTER, Request(search="mcmc", memory=1000.0), "mlp")
 
 
 def test_the_estimate_is_the_sum_of_its_parts():

@@ -27,7 +27,7 @@ from .contraction import Contracted, contract
 from .exact import solve
 from .live import Live, finite, memory_rows, restrict, tighten
 from .messages import Messages
-from .onehot import Choices, Problem, Solution, relative_gap
+from .onehot import Choices, Problem, Solution, Stop, relative_gap
 from .region import LEAST_SECONDS, Region
 from .tree_moves import TreeMoves
 from .walker import Walker
@@ -163,15 +163,15 @@ class _Search:
         if self.report:
             self.report(self.objective, self.bound)
 
-    def answer(self, stopped_by: str) -> Solution:
+    def answer(self, stopped_by: Stop) -> Solution:
         if self.refuted:
             return Solution("infeasible", "proof", None, None, inf, self.refuted)
         if self.choices is None:
             beaten = self.cutoff < inf and self.closed
             reason = "nothing here beats the cutoff" if beaten else "no assignment found yet"
-            return Solution("feasible", stopped_by, None, None, self.bound, reason)  # type: ignore[arg-type]
+            return Solution("feasible", stopped_by, None, None, self.bound, reason)
         status = "optimal" if relative_gap(self.objective, self.bound) <= self.gap else "feasible"
-        return Solution(status, stopped_by, self.choices, self.objective, self.bound)  # type: ignore[arg-type]
+        return Solution(status, stopped_by, self.choices, self.objective, self.bound)
 
     # ------------------------------------------------------------ search
 

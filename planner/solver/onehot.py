@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 Choices = tuple[int, ...]
+Stop = Literal["proof", "time", "interrupt"]
 # Relative rounding that a sum of a few thousand float64 may carry.
 ROUNDING = 1e-11
 PICOSECOND = 1e-12  # far below any kernel's launch: nothing real costs this little
@@ -67,7 +68,7 @@ class Solution:
     """
 
     status: Literal["optimal", "feasible", "infeasible"]
-    stopped_by: Literal["proof", "time", "interrupt"]
+    stopped_by: Stop
     choices: Choices | None
     objective: float | None
     lower_bound: float
