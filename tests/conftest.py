@@ -17,6 +17,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")
 
+# A runner started in the background ignores Ctrl-C, and so would all its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
