@@ -5,6 +5,12 @@
     selective    also redo products of activations with activations (attention scores)
     full         keep only what one block hands to the next
 
+Two more describe frameworks that run one fused kernel at a time and keep its operands
+(PyTorch, Megatron-LM); they price what others ran, no plan of ours chooses them:
+
+    fused            keep what products read and make; fused kernels redo their insides
+    fused-selective  the same, but for the attention scores and weights
+
 `recompute(graph, phases, policy)` returns a graph in which backward readers of a
 dropped value read a copy of the op instead, placed before its first reader behind
 an `optimization_barrier` on a value of the backward pass, so that a compiler
@@ -17,15 +23,15 @@ Large Transformer Models", MLSys 2023, section 4.2.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from .graph import Graph, Op, Region, TensorType
 from .values import Fresh, block_instances
 
-Policy = Literal["none", "elementwise", "selective", "full"]
-POLICIES: tuple[Policy, ...] = ("none", "elementwise", "selective", "full")
+Policy = Literal["none", "elementwise", "selective", "full", "fused", "fused-selective"]
+POLICIES: tuple[Policy, ...] = ("none", "elementwise", "selective", "full")  # what a plan may choose
 
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 COSTLY = PRODUCTS | {
@@ -87,10 +93,19 @@ def _facts(graph: Graph, phases: Sequence[str], policy: Policy) -> _Flat:
     group = block_instances(graph.ops)
     forward = [i for i, phase in enumerate(phases) if phase == "forward"]
     products = _activation_products(graph, forward)
+    readers: dict[int, list[Op]] = {}
+    for i in forward:
+        for value in graph.ops[i].inputs:
+            readers.setdefault(value, []).append(graph.ops[i])
     kept = set(graph.outputs)
     for i in forward:
         if _stays(graph.ops[i], policy, i in products, group[i] is not None):
             kept.update(graph.ops[i].outputs)
+        if policy.startswith("fused") and graph.ops[i].kind in PRODUCTS:
+            skip = policy == "fused-selective" and i in products
+            kept.update(() if skip else (v for v in graph.ops[i].inputs if v in writer))
+            kept -= {graph.ops[i].outputs[0]}
+            kept.update(() if skip else [_added_up(graph, graph.ops[i].outputs[0], readers)])
         for value in graph.ops[i].inputs:
             at = writer.get(value)
             if at is not None and group[at] != group[i]:
@@ -98,10 +113,20 @@ def _facts(graph: Graph, phases: Sequence[str], policy: Policy) -> _Flat:
     return _Flat(writer, group, frozenset(kept))
 
 
+def _added_up(graph: Graph, value: int, readers: Mapping[int, list[Op]]) -> int:
+    """Where a product ends up after a bias and a residual were added to it: what is kept
+    instead of the product itself, which may still owe a sum over devices."""
+    while len(found := readers.get(value, [])) == 1 and found[0].kind == "add":
+        if graph.types[found[0].outputs[0]] != graph.types[value]:
+            break
+        value = found[0].outputs[0]
+    return value
+
+
 def _stays(op: Op, policy: Policy, activations_only: bool, in_block: bool) -> bool:
     if policy == "full" and in_block:
         return op.kind in ("scan", "while", "cond")
-    if policy != "elementwise" and activations_only:
+    if policy not in ("elementwise", "fused") and activations_only:
         return False
     return op.kind in COSTLY
 

@@ -18,29 +18,10 @@ from ..ir.cluster import Device
 from ..ir.graph import Op, TensorType
 from ..ir.rule import Rule
 from ..ir.rules import rule_of
+from .kernels import CONTRACTIONS, FREE, KERNELS, Kernels, work
+from .products import product_share
 
-# Ops that start a kernel of their own and read and write memory. Everything
-# else is fused into its neighbours.
-KERNELS = frozenset({
-    "dot_general", "conv_general_dilated", "gather", "scatter", "scatter-add", "sort", "top_k",
-    "cumsum", "reduce_window_max", "reduce_window_sum", "select_and_scatter_add", "concatenate",
-    "random_bits", "threefry2x32", "dynamic_update_slice", "while", "cond",
-})  # fmt: skip
-CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated"})
-FREE = frozenset(
-    {"copy", "optimization_barrier", "reshape", "squeeze", "broadcast_in_dim"}
-)  # no kernel
-# Arithmetic per element of a fused op, in simple operations; one where not listed.
-# Measured on one x86 core with XLA's vectorised expansions: exp and tanh take 10 to
-# 20 times a multiplication, division and roots about 4 times.
-WEIGHTS = {
-    **dict.fromkeys(
-        ("exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "sin", "cos", "erf", "pow"),
-        16.0,
-    ),
-    **dict.fromkeys(("div", "sqrt", "rsqrt", "cbrt", "rem"), 4.0),
-}
-
+CAUSAL = 0.5  # of the products inside fused attention: keys after the query are skipped
 
 def flop(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> float:
     """Floating-point operations of one op on whole tensors.
@@ -75,75 +56,107 @@ class Ways:
     work: np.ndarray
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """Values that are written to memory; those of them that end a fused kernel."""
-
-    values: frozenset[int]
-    ends: frozenset[int]
-
-
 def op_seconds(
     op: Op,
     rule: Rule,
     types: Mapping[int, TensorType],
     device: Device,
     ways: Ways,
-    stored: Stored,
+    kernels: Kernels,
 ) -> np.ndarray | float:
-    """Seconds on one device for every choice.
+    """Seconds on one device for every choice; `kernels` says what the op reads and writes.
 
-    A kernel reads all operands and writes all results. A fused op does its
-    arithmetic and writes only results that are stored; it is launched where it ends.
+    A fused op pays for what its chain first reads at it and for what it writes. Of its
+    arithmetic it pays the part by which the chain's arithmetic exceeds the chain's memory
+    traffic, so that a chain takes the larger of the two.
     """
-    kernel = op.kind in KERNELS
-    written = [v in stored.values for v in op.outputs]
-    if op.kind in FREE:
+    if op.kind in FREE or (kernels.inside.issuperset(op.outputs) and op.kind not in CONTRACTIONS):
         return 0.0
-    if not (kernel or any(written)):
-        return arithmetic_seconds(op, types, device, ways)
-    moved = sum(
-        types[v].nbytes / w
-        for v, w, kept in zip(op.outputs, ways.results, written, strict=True)
-        if kept
-    )
-    if kernel:
-        moved = moved + sum(
-            types[v].nbytes / w for v, w in zip(op.inputs, ways.operands, strict=True)
-        )
-    seconds = moved / device.memory_bandwidth
     if op.kind in CONTRACTIONS:
-        work = flop(op, rule, types) / ways.work
-        seconds = np.maximum(seconds, work / _peak(device, types[op.inputs[0]].dtype))
-    elif not kernel:
-        seconds = np.maximum(seconds, arithmetic_seconds(op, types, device, ways))
-    launched = kernel or not stored.ends.isdisjoint(op.outputs)
+        return device.launch + np.maximum(
+            _moved(op, types, ways, kernels) / _bandwidth(device),
+            _product_seconds(op, rule, types, device, ways, kernels),
+        )
+    if op.kind in KERNELS:
+        return device.launch + _touched(op, types, ways, kernels) / _bandwidth(device)
+    return _fused_seconds(op, types, device, ways, kernels)
+
+
+def _fused_seconds(
+    op: Op, types: Mapping[int, TensorType], device: Device, ways: Ways, kernels: Kernels
+) -> np.ndarray | float:
+    first, chain = op.outputs[0], kernels.chains[op.outputs[0]]
+    nbytes: np.ndarray | float = sum(
+        types[v].nbytes / w for v, w in zip(op.outputs, ways.results, strict=True) if v in kernels.stores
+    )
+    nbytes += sum(types[v].nbytes / ways.operands[k] for k, v in kernels.reads.get(first, ()))
+    arithmetic, memory = chain.work / device.vector_flops, chain.nbytes / _bandwidth(device)
+    excess = max(0.0, 1 - memory / arithmetic) if arithmetic else 0.0
+    _, cut = max(
+        zip(
+            (types[v].size for v in (*op.inputs, *op.outputs)),
+            (*ways.operands, *ways.results), strict=True,
+        ),
+        key=lambda side: side[0],
+    )  # fmt: skip
+    launched = not kernels.ends.isdisjoint(op.outputs)
+    seconds = nbytes / _bandwidth(device) + excess * work(op, types) / cut / device.vector_flops
     return device.launch * launched + seconds
 
 
-def arithmetic_seconds(
-    op: Op, types: Mapping[int, TensorType], device: Device, ways: Ways
+def _moved(op: Op, types: Mapping[int, TensorType], ways: Ways, kernels: Kernels) -> np.ndarray | float:
+    """Bytes of all operands and results, but for those inside fused attention."""
+    sides = zip((*op.inputs, *op.outputs), (*ways.operands, *ways.results), strict=True)
+    return sum((types[v].nbytes / w for v, w in sides if v not in kernels.inside), 0.0)
+
+
+def _touched(op: Op, types: Mapping[int, TensorType], ways: Ways, kernels: Kernels) -> np.ndarray | float:
+    """Bytes that a look-up or an update touches: not the whole table it reads or changes."""
+    results = sum((types[v].nbytes / w for v, w in zip(op.outputs, ways.results, strict=True)), 0.0)
+    if op.kind == "gather":
+        return 2 * results + types[op.inputs[1]].nbytes / ways.operands[1]
+    if op.kind == "dynamic_update_slice":
+        return 2 * types[op.inputs[1]].nbytes / ways.operands[1]
+    if op.kind in ("scatter", "scatter-add"):
+        return results + 2 * types[op.inputs[2]].nbytes / ways.operands[2]
+    return _moved(op, types, ways, kernels)
+
+
+def _product_seconds(
+    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, ways: Ways, kernels: Kernels
 ) -> np.ndarray | float:
-    """Seconds of a fused op's arithmetic: elements of its largest side times its weight."""
-    sides = [
-        (types[v].size, w)
+    """Seconds of a contraction's arithmetic at the rate that its shape achieves."""
+    peak, total = _peak(device, types[op.inputs[0]].dtype), flop(op, rule, types) / ways.work
+    if not kernels.inside.isdisjoint((*op.inputs, *op.outputs)):
+        return total * CAUSAL / (peak * device.attention_efficiency)
+    if op.kind != "dot_general":
+        return total / (peak * device.efficiency)
+    left, right, result = (
+        types[v].size / w
         for v, w in zip((*op.inputs, *op.outputs), (*ways.operands, *ways.results), strict=True)
-    ]
-    size, cut = max(sides, key=lambda side: side[0])
-    return size * WEIGHTS.get(op.kind, 1.0) / cut / device.vector_flops
+    )
+    terms = total / 2  # batch * m * n * k
+    batch = left * right * result / terms**2
+    return total / (peak * product_share(terms / right, terms / left, terms / result, batch, device))
+
+
+def _bandwidth(device: Device) -> float:
+    return device.memory_bandwidth * device.memory_efficiency
 
 
 def contraction_seconds(op: Op, types: Mapping[int, TensorType], device: Device) -> float:
     """Seconds of a contraction on one device at full rate; 0 for any other op."""
     if op.kind not in CONTRACTIONS:
         return 0.0
-    return flop(op, rule_of(op, types), types) / _peak(device, types[op.inputs[0]].dtype)
+    return flop(op, rule_of(op, types), types) / (
+        _peak(device, types[op.inputs[0]].dtype) * device.efficiency
+    )
 
 
 def _peak(device: Device, dtype: str) -> float:
-    """Achieved FLOP/s of large products in this element type."""
+    """FLOP/s of the datasheet in this element type, or in the nearest one that it states."""
     peaks = device.peak_flops
     best = peaks.get(dtype) or peaks.get(
         {"f32": "tf32", "f16": "bf16", "bf16": "f16"}.get(dtype, "")
     )
-    return (best or min(peaks.values())) * device.efficiency
+    return best or min(peaks.values())

@@ -18,7 +18,8 @@ from ..ir.graph import Op, TensorType
 from ..ir.mesh import Mesh
 from ..ir.rule import Rule
 from .collectives import Collectives
-from .compute import Stored, Ways, op_seconds
+from .compute import Ways, op_seconds
+from .kernels import Kernels
 
 
 class CostModel(Protocol):
@@ -30,6 +31,9 @@ class CostModel(Protocol):
     @property
     def band(self) -> str: ...
 
+    @property
+    def fused_attention(self) -> bool: ...
+
     def collectives(self, mesh: Mesh) -> Collectives: ...
 
     def op_seconds(
@@ -38,7 +42,7 @@ class CostModel(Protocol):
         rule: Rule,
         types: Mapping[int, TensorType],
         ways: Ways,
-        stored: Stored,
+        kernels: Kernels,
     ) -> np.ndarray | float: ...
 
 
@@ -47,10 +51,11 @@ class Roofline:
     """Compute by roofline, collectives by latency and bandwidth, no overlap."""
 
     cluster: Cluster
+    fused_attention: bool = False  # one kernel for scores, softmax and their products
 
     @property
     def name(self) -> str:
-        return "roofline-1"
+        return "roofline-2"
 
     @property
     def band(self) -> str:
@@ -69,7 +74,7 @@ class Roofline:
         rule: Rule,
         types: Mapping[int, TensorType],
         ways: Ways,
-        stored: Stored,
+        kernels: Kernels,
     ) -> np.ndarray | float:
         """Seconds of one run on one device, for every choice."""
-        return op_seconds(op, rule, types, self.device, ways, stored)
+        return op_seconds(op, rule, types, self.device, ways, kernels)

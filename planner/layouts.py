@@ -71,6 +71,10 @@ class Layouts:
             self._taken[key] = self._around(rule, strategies(rule, self.mesh, time))
         return self._taken[key]
 
+    def only(self, rule: Rule, strategy: Strategy) -> Taken:
+        """One given strategy of an op."""
+        return self._around(rule, [strategy])
+
     def followed(
         self, rule: Rule, operand: int, numbers: np.ndarray, time: Mapping[int, int]
     ) -> tuple[Taken, np.ndarray]:

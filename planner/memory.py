@@ -22,8 +22,9 @@ from ..ir.mesh import Mesh
 from ..ir.microbatch import TimeAxis
 from ..ir.program import Program
 from ..ir.values import block_instances
+from .kernels import Kernels, free_values, kernels_of
 from .layouts import layouts_of
-from .space import Space, free_values, stored_values
+from .space import Space
 
 FIRST, LAST = 0, 1  # the two moments of a tick that stands for many layers
 
@@ -95,19 +96,23 @@ class Lifetimes:
         return counts
 
 
-def lifetimes(program: Program, microbatches: int, roles: Mapping[int, str]) -> Lifetimes:
+def lifetimes(
+    program: Program, microbatches: int, roles: Mapping[int, str], kernels: Kernels | None = None
+) -> Lifetimes:
     """Work out every value's life; `roles` names the part of each input position."""
-    return _Analysis(program, microbatches, roles).run()
+    return _Analysis(program, microbatches, roles, kernels or kernels_of(program)).run()
 
 
 class _Analysis:
-    def __init__(self, program: Program, microbatches: int, roles: Mapping[int, str]):
+    def __init__(
+        self, program: Program, microbatches: int, roles: Mapping[int, str], kernels: Kernels
+    ):
         self.program, self.microbatches, self.roles = program, microbatches, roles
         self.graph: Graph = program.graph
         self.time = (
             program.time if microbatches > 1 and isinstance(program.time, TimeAxis) else None
         )
-        self.kept = stored_values(program).values
+        self.kept = kernels.kept
         self.defined: dict[int, int] = {}
         self.used: dict[int, list[int]] = defaultdict(list)
         self.spans: list[Span] = []  # one per top-level op

@@ -232,9 +232,9 @@ def find_collectives(space: Space, choices: tuple[int, ...]) -> list[Collective]
     found: dict[tuple, Collective] = {}
     names = spoken(space)
     for item in space.transfers:
-        for entry in _moves(space, choices, item, names):
+        for entry in moves(space, choices, item, names):
             _count(found, entry)
-    for entry in _settlements(space, choices):
+    for _, entry in settlements(space, choices):
         _count(found, entry)
     return sorted(found.values(), key=lambda c: -c.seconds)
 
@@ -249,7 +249,7 @@ def _count(found: dict[tuple, Collective], entry: Collective) -> None:
     found[key] = entry
 
 
-def _moves(
+def moves(
     space: Space, choices: tuple[int, ...], item: Transfer, names: Mapping[str, str]
 ) -> list[Collective]:
     source = _chosen(space, choices, item.have, item.producer)
@@ -286,9 +286,10 @@ def _chosen(
     return space.layouts.known[numbers[index]]
 
 
-def _settlements(space: Space, choices: tuple[int, ...]) -> list[Collective]:
+def settlements(space: Space, choices: tuple[int, ...]) -> list[tuple[Op, Collective]]:
     """All-reduces inside ops whose reduction is not a sum (max, min, and, or)."""
-    graph, entries, phase = space.program.graph, [], "forward"
+    graph, phase = space.program.graph, "forward"
+    entries: list[tuple[Op, Collective]] = []
     for visit in graph.visits:
         op = visit.op
         if op.tag not in space.op_node:
@@ -299,15 +300,9 @@ def _settlements(space: Space, choices: tuple[int, ...]) -> list[Collective]:
             whole = space.layouts.collectives.wire_bytes(graph.types[op.outputs[0]])
             nbytes = whole / result_sharding(rule, strategy, space.mesh, 0).ways(space.mesh)
             seconds = visit.times * space.layouts.collectives.line("all_reduce", axes)(nbytes)
-            entries.append(
-                Collective(
-                    kind="all_reduce",
-                    axes=axes,
-                    nbytes=nbytes,
-                    count=visit.times,
-                    seconds=seconds,
-                    what=f"{op.kind} {op.where}".strip(),
-                    phase=phase,
-                )  # fmt: skip
-            )
+            entry = Collective(
+                kind="all_reduce", axes=axes, nbytes=nbytes, count=visit.times, seconds=seconds,
+                what=f"{op.kind} {op.where}".strip(), phase=phase,
+            )  # fmt: skip
+            entries.append((op, entry))
     return entries

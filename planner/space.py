@@ -12,29 +12,22 @@ Ops of repeated layers share their node (equal tags), so depth costs nothing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from typing import Protocol
 
 import numpy as np
 
-from ..ir.graph import Op, TensorType
+from ..ir.graph import Op
 from ..ir.mesh import Mesh
 from ..ir.microbatch import TimeAxis
 from ..ir.program import Program
 from ..ir.rule import NONE, Rule, Strategy, settled_axes
 from ..ir.rules import rule_of
 from ..ir.sharding import Sharding, replicated
-from .compute import KERNELS, Stored, Ways
+from .compute import Ways
 from .cost import CostModel
+from .kernels import LEADERS, kernels_of, spreads_scalar
 from .layouts import Layouts, Taken, layouts_of
-
-# Ops that never follow: they do real work, or a layout of their own is the point.
-LEADERS = frozenset({
-    "dot_general", "conv_general_dilated", "copy", "gather", "scatter", "scatter-add", "sort",
-    "top_k", "cumsum", "while", "cond", "dynamic_slice", "dynamic_update_slice", "concatenate",
-    "select_and_scatter_add", "reduce_window_max", "reduce_window_sum", "random_bits", "threefry2x32",
-})  # fmt: skip
 
 
 @dataclass
@@ -73,6 +66,8 @@ class Space:
     strategies: dict[str, list[Strategy]] = field(default_factory=dict)  # op tag -> per choice
     op_node: dict[str, int] = field(default_factory=dict)
     transfers: list[Transfer] = field(default_factory=list)
+    own: dict[str, np.ndarray] = field(default_factory=dict)  # op tag -> seconds of one run, per choice
+    runs: dict[str, int] = field(default_factory=dict)  # op tag -> runs per step
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +85,27 @@ class Transfer:
     phase: str
 
 
-def build(program: Program, microbatches: int, cost: CostModel, layouts: Layouts) -> Space:
-    """Lay out the decisions of a prepared graph on the mesh of `layouts`."""
+class Decided(Protocol):
+    """Decisions already made: the one strategy of each op, the one layout of each slot."""
+
+    def strategy(self, op: Op, rule: Rule) -> Strategy: ...
+
+    def layout(self, tag: str, value: int) -> Sharding: ...
+
+
+def build(
+    program: Program,
+    microbatches: int,
+    cost: CostModel,
+    layouts: Layouts,
+    decided: Decided | None = None,
+) -> Space:
+    """Lay out the decisions of a prepared graph on the mesh of `layouts`.
+
+    With `decided` every node has one choice: a strategy that somebody else made, to be priced.
+    """
     space = Space(program, layouts.mesh, microbatches, layouts)
-    _Builder(space, cost).build()
+    _Builder(space, cost, decided).build()
     return space
 
 
@@ -104,17 +116,18 @@ class _Builder:
     looked at once.
     """
 
-    def __init__(self, space: Space, cost: CostModel):
-        self.space, self.cost = space, cost
+    def __init__(self, space: Space, cost: CostModel, decided: Decided | None):
+        self.space, self.cost, self.decided = space, cost, decided
         self.program, self.mesh, self.layouts = space.program, space.mesh, space.layouts
         self.graph = space.program.graph
         self.types = self.graph.types
         self.tags = space.program.value_tags
         self.time = space.program.time if isinstance(space.program.time, TimeAxis) else None
-        self.stored = stored_values(self.program)
+        self.kernels = kernels_of(self.program, cost.fused_attention)
         self.first: dict[str, tuple[Op, Rule]] = {}  # op tag -> one op that carries it
         self.taken: dict[str, Taken] = {}
         self.runs: dict[str, int] = defaultdict(int)
+        space.runs = self.runs
         self.phases: dict[str, str] = {}
         # (reader tag, operand) -> layout per choice
         self.wants: dict[tuple[str, int], np.ndarray] = {}
@@ -168,7 +181,7 @@ class _Builder:
     def _is_free(self, op: Op) -> bool:
         """Cheap and made from constants or one scalar alone: every device can make its own."""
         made = op.kind not in LEADERS and all(self._home(v).node is None for v in op.inputs)
-        return made or _spreads_scalar(op, self.types)
+        return made or spreads_scalar(op, self.types)
 
     def _settle_scalar(self, op: Op, runs: int, phase: str) -> None:
         """A scalar that is spread must be known everywhere: no sum owed."""
@@ -193,7 +206,7 @@ class _Builder:
         dim = self._split_dim(value)
         if dim is not None:
             shape[dim] //= self.space.microbatches
-        choices = layouts_of(tuple(shape), self.mesh, owed)
+        choices = [self.decided.layout(tag, value)] if self.decided else layouts_of(tuple(shape), self.mesh, owed)
         node = self._node(Node(tag, choices, np.zeros(len(choices))))
         self.space.homes[tag] = Home(node, self.layouts.numbers(choices))
         return node
@@ -207,6 +220,10 @@ class _Builder:
 
     def _decide(self, op: Op, rule: Rule) -> None:
         """Let the op follow one of its operands, or make it a node."""
+        if self.decided:
+            taken = self.layouts.only(rule, self.decided.strategy(op, rule))
+            self._settle(op, self._node(Node(op.tag, taken.strategies, np.zeros(1))), taken)
+            return
         time = self._time_factors(op, rule)
         if op.kind not in LEADERS and any(
             self._try_follow(op, rule, k, time) for k in self._by_size(op)
@@ -320,7 +337,8 @@ class _Builder:
     def _price(self) -> None:
         for tag, (op, rule) in self.first.items():
             node = self.space.nodes[self.space.op_node[tag]]
-            node.seconds = node.seconds + self.runs[tag] * self._own_seconds(op, rule)
+            own = self.space.own[tag] = self._own_seconds(op, rule)
+            node.seconds = node.seconds + self.runs[tag] * own
         for (source, reader, k), (value, consumer, runs, phase) in self.readings.items():
             home = self.space.homes[source]
             parts = self.space.microbatches if self._split_dim(value) is not None else 1
@@ -348,7 +366,7 @@ class _Builder:
         ]
         work = self.taken[op.tag].cuts * max(parts)
         seconds = self.cost.op_seconds(
-            op, rule, self.types, Ways(operands, results, work), self.stored
+            op, rule, self.types, Ways(operands, results, work), self.kernels
         )
         seconds = np.broadcast_to(seconds, (len(chosen),)).copy()
         inside = any(factor.reduction not in ("", "sum") for factor in rule.factors)
@@ -387,55 +405,3 @@ def _carries_sum(node: Node) -> np.ndarray:
     return np.array(
         [isinstance(c, Strategy) and min(c.axes, default=0) < NONE for c in node.choices]
     )
-
-
-def stored_values(program: Program) -> Stored:
-    """Which values are written to memory; the rest live inside fused kernels.
-
-    A value is written when a kernel makes or reads it, when it enters or leaves a
-    loop or the step, or when it waits from one phase to another. Waiting alone does
-    not end a fused kernel: that is one more result of it.
-    """
-    graph = program.graph
-    found = {*graph.inputs, *graph.outputs}
-    waiting: set[int] = set()
-    phase_of: dict[int, str] = {}
-
-    def visit(ops: tuple[Op, ...], phase: Callable[[int], str]) -> None:
-        for i, op in enumerate(ops):
-            if op.kind in KERNELS or op.kind == "scan":
-                found.update(op.inputs)
-            waiting.update(v for v in op.inputs if phase_of.get(v, phase(i)) != phase(i))
-            if op.kind in KERNELS or op.kind == "scan":
-                found.update(op.outputs)
-            phase_of.update(dict.fromkeys(op.outputs, phase(i)))
-            for region in op.regions:
-                found.update(region.inputs)
-                found.update(region.outputs)
-                visit(region.ops, partial(_same, phase(i)))
-
-    visit(graph.ops, lambda i: program.phases[i])
-    return Stored(frozenset(found | waiting), frozenset(found))
-
-
-def _spreads_scalar(op: Op, types: Mapping[int, TensorType]) -> bool:
-    return op.kind == "broadcast_in_dim" and types[op.inputs[0]].size == 1
-
-
-def _same(phase: str, _: int) -> str:
-    return phase
-
-
-def free_values(program: Program) -> frozenset[int]:
-    """Results of cheap ops on constants alone (masks, zeros): made where they are read, never stored."""
-    graph = program.graph
-    known = set(graph.constant_ids)
-    found: set[int] = set()
-    for visit in graph.visits:
-        op = visit.op
-        if op.kind in LEADERS or op.kind == "scan":
-            continue
-        if known.issuperset(op.inputs) or _spreads_scalar(op, graph.types):
-            known.update(op.outputs)
-            found.update(op.outputs)
-    return frozenset(found)

@@ -19,7 +19,7 @@ PRODUCTS = ("dot_general", "conv_general_dilated")
 def axis_uses(space: Space, choices: tuple[int, ...]) -> tuple[AxisUse, ...]:
     """One entry per axis of the mesh."""
     graph = space.program.graph
-    examples, positions = _followed(graph, 0), _followed(graph, _sequence_dim(graph))
+    examples, positions = followed(graph, 0), followed(graph, sequence_dim(graph))
     shares = [defaultdict[str, float](float) for _ in space.mesh.axes]
     total = 0.0
     for visit in graph.visits:
@@ -65,9 +65,9 @@ def _grows(op: Op, rule: Rule, code: int, examples: Examples) -> bool:
     return any(code in rule.results[0][d] for d in dims)
 
 
-def _followed(graph: Graph, dim: int | None) -> Examples:
+def followed(graph: Graph, dim: int | None, tracker: type[Examples] = Examples) -> Examples:
     """Where one dim of the batch inputs goes."""
-    found = Examples(graph.types)
+    found = tracker(graph.types)
     if dim is None:
         return found
     for position in batch_dims(graph):
@@ -80,7 +80,7 @@ def _followed(graph: Graph, dim: int | None) -> Examples:
     return found
 
 
-def _sequence_dim(graph: Graph) -> int | None:
+def sequence_dim(graph: Graph) -> int | None:
     """1 when the batch is two or more integer arrays of one shape [B, T]: tokens and targets."""
     shapes = [
         kind.shape

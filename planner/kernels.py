@@ -1,0 +1,263 @@
+"""Which kernels a compiler makes of the ops: what is written to memory, read, and launched.
+
+Products, look-ups and the like are kernels of their own. Chains of cheap ops between
+them are fused: a chain reads what enters it once and writes what leaves it.
+
+    dot ─▶ [ add ─ gelu ] ─▶ dot        the chain reads one product and writes the operand of the next
+    dot ─▶ [ mask ─ softmax ] ─▶ dot    with fused attention nothing between the products is written
+
+A chain also ends at a reduction over leading dims (gradients of a bias) or down to one
+number (a norm): what follows needs all of it, so it cannot be the same pass.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from ..ir.graph import Op, TensorType
+from ..ir.program import Program
+
+# Ops that start a kernel of their own and read and write memory.
+KERNELS = frozenset({
+    "dot_general", "conv_general_dilated", "gather", "scatter", "scatter-add", "sort", "top_k",
+    "cumsum", "reduce_window_max", "reduce_window_sum", "select_and_scatter_add", "random_bits",
+    "threefry2x32", "dynamic_update_slice", "while", "cond",
+})  # fmt: skip
+CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated"})
+FREE = frozenset({"copy", "optimization_barrier", "reshape", "squeeze", "broadcast_in_dim"})  # no kernel
+# Ops that never follow another's layout: they do real work, or a layout of their own is the point.
+LEADERS = frozenset({
+    "dot_general", "conv_general_dilated", "copy", "gather", "scatter", "scatter-add", "sort",
+    "top_k", "cumsum", "while", "cond", "dynamic_slice", "dynamic_update_slice", "concatenate",
+    "select_and_scatter_add", "reduce_window_max", "reduce_window_sum", "random_bits", "threefry2x32",
+})  # fmt: skip
+REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"})
+
+
+# Arithmetic per element of a fused op, in simple operations; one where not listed.
+# Measured on one x86 core with XLA's vectorised expansions: exp and tanh take 10 to
+# 20 times a multiplication, division and roots about 4 times.
+WEIGHTS = {
+    **dict.fromkeys(
+        ("exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "sin", "cos", "erf", "pow"),
+        16.0,
+    ),
+    **dict.fromkeys(("div", "sqrt", "rsqrt", "cbrt", "rem"), 4.0),
+}
+
+
+@dataclass(slots=True)
+class Chain:
+    """One fused chain on whole tensors: bytes it moves, simple operations it does."""
+
+    nbytes: float = 0.0
+    work: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """What of a program's values touches memory.
+
+    `kept` exist in memory for some time; `ends` are those of them that end a fused
+    chain; `stores` are written where they are made, also when only an alias of them (a
+    copy, a reshape) is kept. `reads[v]` are the (operand, value) pairs that a chain
+    first reads at the fused op whose first result is v; `chains[v]` is that op's chain in
+    whole tensors: bytes read and written, and its arithmetic in simple operations.
+    `inside` never leave a fused attention kernel.
+    """
+
+    kept: frozenset[int]
+    ends: frozenset[int]
+    stores: frozenset[int]
+    reads: Mapping[int, tuple[tuple[int, int], ...]]
+    chains: Mapping[int, Chain]
+    inside: frozenset[int] = frozenset()
+
+
+def kernels_of(program: Program, fused_attention: bool = False) -> Kernels:
+    """Work out the kernels of a prepared graph."""
+    inside = attention_values(program) if fused_attention else frozenset()
+    return _Analysis(program, inside).run()
+
+
+class _Analysis:
+    def __init__(self, program: Program, inside: frozenset[int]):
+        self.program, self.graph, self.inside = program, program.graph, inside
+        self.found = {*self.graph.inputs, *self.graph.outputs}  # values at the border of a kernel
+        self.waiting: set[int] = set()
+        self.phase_of: dict[int, str] = {}
+        self.roots: dict[int, int] = {}  # alias -> the value it shows
+        self.chains = _Chains()
+        self.reads: dict[int, tuple[tuple[int, int], ...]] = {}
+
+    def run(self) -> Kernels:
+        self._border(self.graph.ops, lambda i: self.program.phases[i])
+        self._join(self.graph.ops)
+        free = free_values(self.program)
+        self._read(self.graph.ops, free)
+        kept = (self.found | self.waiting) - self.inside
+        stores = kept | {self.roots.get(v, v) for v in kept}
+        return Kernels(
+            frozenset(kept), frozenset(self.found - self.inside), frozenset(stores), self.reads,
+            self._measure(stores), self.inside,
+        )  # fmt: skip
+
+    def _measure(self, stores: Collection[int]) -> dict[int, Chain]:
+        types, chains = self.graph.types, defaultdict[int, Chain](Chain)
+        for visit in self.graph.visits:
+            op = visit.op
+            if _is_fused(op):
+                chain = chains[self.chains.of(op.outputs[0])]
+                chain.nbytes += sum(types[v].nbytes for v in op.outputs if v in stores)
+                chain.nbytes += sum(types[v].nbytes for _, v in self.reads.get(op.outputs[0], ()))
+                chain.work += work(op, types)
+        return {v: chains[self.chains.of(v)] for v in self.chains.parent}
+
+    def _border(self, ops: Iterable[Op], phase: Callable[[int], str]) -> None:
+        for i, op in enumerate(ops):
+            self.waiting.update(v for v in op.inputs if self.phase_of.get(v, phase(i)) != phase(i))
+            if op.kind in KERNELS or op.kind == "scan":
+                self.found.update(op.inputs)
+                self.found.update(op.outputs)
+            elif _ends_chain(op, self.graph.types):
+                self.found.update(op.outputs)
+            self.phase_of.update(dict.fromkeys(op.outputs, phase(i)))
+            for region in op.regions:
+                self.found.update(region.inputs)
+                self.found.update(region.outputs)
+                self._border(region.ops, partial(_same, phase(i)))
+
+    def _join(self, ops: Iterable[Op]) -> None:
+        """Tie each fused op to the fused ops whose results it reads without memory between."""
+        for op in ops:
+            if op.kind in FREE:
+                self._alias(op)
+            elif _is_fused(op):
+                self.chains.add(op)
+                for value in op.inputs:
+                    root = self.roots.get(value, value)
+                    here = self.phase_of.get(root) == self.phase_of[op.outputs[0]]
+                    if here and root not in self.found:
+                        self.chains.tie(root, op.outputs[0])
+            for region in op.regions:
+                self._join(region.ops)
+
+    def _alias(self, op: Op) -> None:
+        for source, result in zip(op.inputs, op.outputs, strict=False):
+            self.roots[result] = self.roots.get(source, source)
+
+    def _read(self, ops: Iterable[Op], free: frozenset[int]) -> None:
+        seen: set[tuple[int, int]] = set()
+        for op in ops:
+            if _is_fused(op):
+                chain = self.chains.of(op.outputs[0])
+                mine = []
+                for k, value in enumerate(op.inputs):
+                    root = self.roots.get(value, value)
+                    apart = root in self.found or self.chains.of(root) != chain
+                    if apart and root not in free and root not in self.inside and (chain, root) not in seen:
+                        seen.add((chain, root))
+                        mine.append((k, root))
+                if mine:
+                    self.reads[op.outputs[0]] = tuple(mine)
+            for region in op.regions:
+                self._read(region.ops, free)
+
+
+class _Chains:
+    """Union-find over the first results of fused ops."""
+
+    def __init__(self) -> None:
+        self.parent: dict[int, int] = {}
+
+    def add(self, op: Op) -> None:
+        for value in op.outputs:
+            self.parent[value] = op.outputs[0]
+
+    def of(self, value: int) -> int:
+        while self.parent.get(value, value) != value:
+            value = self.parent[value]
+        return value
+
+    def tie(self, a: int, b: int) -> None:
+        if a in self.parent:
+            self.parent[self.of(b)] = self.of(a)
+
+
+def work(op: Op, types: Mapping[int, TensorType]) -> float:
+    """Simple operations of a fused op on whole tensors: elements of its largest side by weight."""
+    return max(types[v].size for v in (*op.inputs, *op.outputs)) * WEIGHTS.get(op.kind, 1.0)
+
+
+def _is_fused(op: Op) -> bool:
+    return op.kind not in KERNELS and op.kind not in FREE and op.kind != "scan" and bool(op.outputs)
+
+
+def _ends_chain(op: Op, types: Mapping[int, TensorType]) -> bool:
+    """A reduction over leading dims, or of everything to one number."""
+    if op.kind not in REDUCTIONS:
+        return False
+    shape, dims = types[op.inputs[0]].shape, set(dict(op.attrs).get("axes") or ())
+    long = [d for d, size in enumerate(shape) if size > 1]
+    over = [d for d in long if d in dims]
+    return bool(over) and (len(over) == len(long) or over != long[-len(over) :])
+
+
+def _same(phase: str, _: int) -> str:
+    return phase
+
+
+def attention_values(program: Program) -> frozenset[int]:
+    """Scores, weights and their gradients: as large as the product of queries and keys.
+
+    A product of two activations whose result is larger than both operands makes the
+    scores; whatever has the same dims in the same block of ops (in any order) lies
+    between the products of attention.
+    """
+    graph = program.graph
+    made = {v for visit in graph.visits for v in visit.op.outputs}
+    prepared = {
+        v for op, phase in zip(graph.ops, program.phases, strict=True) if phase == "prepare" for v in op.outputs
+    }
+    activations = made - prepared
+    scores = {
+        _dims(graph.types[op.outputs[0]])
+        for visit in graph.visits
+        if (op := visit.op).kind == "dot_general"
+        and activations.issuperset(op.inputs)
+        and graph.types[op.outputs[0]].size > 2 * max(graph.types[v].size for v in op.inputs)
+        and _square(graph.types[op.outputs[0]])
+    }
+    return frozenset(v for v in made if _dims(graph.types[v]) in scores)
+
+
+def _dims(kind: TensorType) -> tuple[int, ...]:
+    return tuple(sorted(size for size in kind.shape if size > 1))
+
+
+def _square(kind: TensorType) -> bool:
+    """Whether some size appears twice: queries by keys."""
+    dims = _dims(kind)
+    return len(set(dims)) < len(dims)
+
+
+def free_values(program: Program) -> frozenset[int]:
+    """Results of cheap ops on constants alone (masks, zeros): made where they are read, never stored."""
+    graph = program.graph
+    known = set(graph.constant_ids)
+    found: set[int] = set()
+    for visit in graph.visits:
+        op = visit.op
+        if op.kind in LEADERS or op.kind == "scan":
+            continue
+        if known.issuperset(op.inputs) or spreads_scalar(op, graph.types):
+            known.update(op.outputs)
+            found.update(op.outputs)
+    return frozenset(found)
+
+
+def spreads_scalar(op: Op, types: Mapping[int, TensorType]) -> bool:
+    return op.kind == "broadcast_in_dim" and types[op.inputs[0]].size == 1

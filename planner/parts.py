@@ -1,0 +1,271 @@
+"""What the parts of a model cost under one pinned parallelism: embedding, one layer, head.
+
+A short model (a few layers, one microbatch) is priced op by op through the same space as
+any plan; what runs once per layer is one layer's, the rest belongs before or after the
+layers. A job of any depth is then put together from the parts (`price`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from ..ir.graph import Op
+from ..ir.plan import Collective
+from ..ir.program import Program
+from ..ir.roles import roles
+from ..ir.rules import rule_of
+from .compute import flop
+from .cost import CostModel
+from .kernels import CONTRACTIONS, FREE, kernels_of
+from .layouts import Layouts
+from .memory import Ledger, lifetimes
+from .pinned import Parallelism, Pinned
+from .report import moves, settlements, spoken
+from .space import Space, build
+
+Place = Literal["embedding", "layer", "head"]
+PLACES: tuple[Place, ...] = ("embedding", "layer", "head")
+
+
+@dataclass
+class Work:
+    """One pass over one part on one device, for one microbatch (an update: for one step).
+
+    Seconds: `compute`; `exchange`, collectives between ops of the same layer (tensor,
+    sequence, context, expert parallelism); `gather`, of parameters; `reduce`, of gradients.
+    `collectives` lists them. `flop` counts products on whole tensors.
+    """
+
+    compute: float = 0.0
+    exchange: float = 0.0
+    gather: float = 0.0
+    reduce: float = 0.0
+    flop: float = 0.0
+    collectives: list[Collective] = field(default_factory=list)
+
+
+@dataclass
+class Part:
+    """One part: seconds of its passes, bytes it holds on one device.
+
+    `state` are parameters and optimizer state as they are kept between steps, `casts` the
+    parameters in the element type of the computation, `saved` the activations of one
+    microbatch that wait for the backward pass. `weights` counts this device's parameters,
+    `shard` those of them whose optimizer state it holds.
+    """
+
+    forward: Work = field(default_factory=Work)
+    backward: Work = field(default_factory=Work)
+    prepare: Work = field(default_factory=Work)
+    update: Work = field(default_factory=Work)
+    state: float = 0.0
+    casts: float = 0.0
+    saved: float = 0.0
+    weights: float = 0.0
+    shard: float = 0.0
+
+
+@dataclass
+class Parts:
+    """All parts of one model; `transient` is what one device needs beside saved activations."""
+
+    parts: dict[Place, Part]
+    transient: float
+    traced_layers: int
+
+    def __getitem__(self, place: Place) -> Part:
+        return self.parts[place]
+
+
+def parts_of(
+    program: Program, layers: int, parallelism: Parallelism, cost: CostModel
+) -> Parts:
+    """Price a program of `layers` layers, folded and prepared, that stands for one microbatch."""
+    pinned = Pinned(program, parallelism)
+    space = build(program, 1, cost, Layouts(cost.collectives(pinned.mesh)), pinned)
+    return _Sorting(space, layers, cost, pinned).run()
+
+
+class _Sorting:
+    def __init__(self, space: Space, layers: int, cost: CostModel, pinned: Pinned):
+        self.space, self.layers, self.cost, self.pinned = space, layers, cost, pinned
+        self.program, self.graph = space.program, space.program.graph
+        self.kernels = kernels_of(self.program, cost.fused_attention)
+        self.tags = self.program.value_tags
+        self.choices = (0,) * len(space.nodes)
+        self.parts: dict[Place, Part] = {place: Part() for place in PLACES}
+        self.phase: dict[str, str] = {}
+        self.place: dict[str, Place] = {}
+        self._counts = {v: op.count for op in self.graph.ops for v in op.outputs}
+        self._sort()
+
+    # ------------------------------------------------------------ where ops belong
+
+    def _sort(self) -> None:
+        """Ops of all layers share a tag that runs once per layer; of the others, those that
+        read layers come after them in their pass."""
+        runs = defaultdict(int)
+        for op in self.graph.ops:
+            runs[op.tag] += op.count
+        after: dict[str, set[int]] = {"forward": set(), "backward": set()}
+        for op, phase in zip(self.graph.ops, self.program.phases, strict=True):
+            self.phase[op.tag] = phase
+            seen = after.setdefault(phase, set())
+            if runs[op.tag] >= self.layers - 1:
+                place: Place = "layer"
+            elif phase == "backward":
+                place = "head" if seen.isdisjoint(op.inputs) else "embedding"
+            else:
+                place = "embedding" if seen.isdisjoint(op.inputs) else "head"
+            self.place.setdefault(op.tag, place)
+            if place == "layer" or not seen.isdisjoint(op.inputs):
+                seen.update(op.outputs)
+
+    def run(self) -> Parts:
+        for op in self._once():
+            if op.tag in self.space.own:
+                work, share = self._work(op.tag), self._share(op.tag)
+                work.compute += float(self.space.own[op.tag][0]) * share
+                if op.kind in CONTRACTIONS:
+                    rule = rule_of(op, self.graph.types)
+                    work.flop += flop(op, rule, self.graph.types) * share
+        self._communicate()
+        transient = self._hold()
+        return Parts(self.parts, transient, self.layers)
+
+    def _once(self) -> Iterator[Op]:
+        seen: set[str] = set()
+        for op in self.graph.ops:
+            if op.tag not in seen:
+                seen.add(op.tag)
+                yield op
+
+    def _share(self, tag: str) -> float:
+        """Runs that belong to one part: of a layer's op, one per layer."""
+        runs = self.space.runs.get(tag, 1)
+        return runs / self.layers if self.place.get(tag) == "layer" else runs
+
+    def _work(self, tag: str) -> Work:
+        part = self.parts[self.place.get(tag, "head")]
+        return getattr(part, self.phase.get(tag, "update"))
+
+    # ------------------------------------------------------------ communication
+
+    def _communicate(self) -> None:
+        names = spoken(self.space)
+        for item in self.space.transfers:
+            reader = item.reader if item.reader in self.phase else item.source.rpartition(":")[0]
+            for entry in moves(self.space, self.choices, item, names):
+                self._add(entry, reader, self._kind(item.source, item.phase))
+        for op, entry in settlements(self.space, self.choices):
+            self._add(entry, op.tag, "exchange")
+
+    def _kind(self, source: str, phase: str) -> str:
+        if phase == "update":
+            return "reduce"
+        maker = source.rpartition(":")[0]
+        prepared = maker not in self.phase or self.phase[maker] == "prepare"
+        return "gather" if prepared else "exchange"
+
+    def _add(self, entry: Collective, tag: str, kind: str) -> None:
+        work = self._work(tag)
+        scale = 1 / self.layers if self.place.get(tag) == "layer" else 1.0
+        setattr(work, kind, getattr(work, kind) + entry.seconds * scale)
+        work.collectives.append(entry)
+
+    # ------------------------------------------------------------ memory
+
+    def _hold(self) -> float:
+        """Fill in bytes held by each part; returns bytes beside them at the worst moment."""
+        known = roles(self.graph)
+        lives = lifetimes(self.program, 1, known, self.kernels)
+        local = Ledger(self.space, lives).local_bytes(self.choices)
+        self._inputs(local, known)
+        saved = self._saved(local)
+        for value, nbytes in saved.items():
+            place = self.place[self._maker(value)]
+            count = self._counts[value] if place == "layer" else 1
+            self.parts[place].saved += nbytes * count / (self.layers if place == "layer" else 1)
+        moving = {v: b if v in self.pinned.batch.dims else 0.0 for v, b in local.items()}
+        peak = float(lives.profile(moving).max())
+        return max(0.0, peak - sum(nbytes * self._counts[v] for v, nbytes in saved.items()))
+
+    def _inputs(self, local: Mapping[int, float], known: Mapping[int, str]) -> None:
+        counts = self.graph.input_counts or (1,) * len(self.graph.inputs)
+        readers: dict[int, str] = {}
+        for op in reversed(self.graph.ops):
+            readers.update(dict.fromkeys(op.inputs, op.tag))
+        casts: dict[int, Op] = {
+            op.inputs[0]: op
+            for op, phase in zip(self.graph.ops, self.program.phases, strict=True)
+            if phase == "prepare" and op.kind == "convert_element_type"
+        }
+        totals: dict[str, int] = defaultdict(int)
+        for position, value in enumerate(self.graph.inputs):
+            totals[self.graph.input_tags[position]] += counts[position]
+        for position, value in enumerate(self.graph.inputs):
+            if known.get(position) not in ("parameter", "optimizer"):
+                continue
+            tag = self.graph.input_tags[position]
+            layered = totals[tag] >= self.layers - 1
+            place: Place = "layer" if layered else self._edge(value)
+            part, scale = self.parts[place], counts[position] / (self.layers if layered else 1)
+            part.state += local.get(value, 0.0) * scale
+            if known[position] == "parameter":
+                self._weights(part, value, casts.get(value), scale)
+
+    def _edge(self, value: int) -> Place:
+        """Where a parameter outside the layers is read first by the forward pass."""
+        shown = {value}
+        for op, phase in zip(self.graph.ops, self.program.phases, strict=True):
+            if shown.isdisjoint(op.inputs):
+                continue
+            if phase == "forward" and op.kind not in FREE:
+                return self.place[op.tag]
+            shown.update(op.outputs)
+        return "head"
+
+    def _weights(self, part: Part, value: int, cast: Op | None, scale: float) -> None:
+        kind, home = self.graph.types[value], self.space.homes[self.tags[value]]
+        held = kind.size / self.space.layouts.ways(home.layouts)[0]
+        spread = held
+        zero = self.pinned.state.dims.get(value)
+        if zero and self.pinned.asked.zero < 3:
+            spread = held * self.space.mesh.sizes.get("dp", 1)
+        part.weights += spread * scale
+        part.shard += held * scale
+        if cast is not None:
+            part.casts += spread * self.graph.types[cast.outputs[0]].nbytes / kind.size * scale
+
+    def _maker(self, value: int) -> str:
+        return self.tags[value].rpartition(":")[0]
+
+    def _saved(self, local: Mapping[int, float]) -> dict[int, float]:
+        """Forward values that the backward pass reads, each once, whatever it is called."""
+        phase_of = {
+            v: phase for op, phase in zip(self.graph.ops, self.program.phases, strict=True) for v in op.outputs
+        }
+        writer = {v: op for op in self.graph.ops for v in op.outputs}
+        found: dict[int, float] = {}
+        for op, phase in zip(self.graph.ops, self.program.phases, strict=True):
+            for value in op.inputs if phase == "backward" else ():
+                if phase_of.get(value) != "forward":
+                    continue
+                while writer[value].kind in ("copy", "reshape", "squeeze") and self._same_bytes(value, writer[value]):
+                    source = writer[value].inputs[0]
+                    if phase_of.get(source) != "forward":
+                        break
+                    value = source
+                if value in local and local[value] > 0:
+                    found[value] = local[value]
+        return found
+
+    def _same_bytes(self, value: int, op: Op) -> bool:
+        have, had = (self.space.homes[self.tags[v]] for v in (value, op.inputs[0]))
+        ways = self.space.layouts.ways
+        return bool(np.all(ways(have.layouts)[0] == ways(had.layouts)[0]))

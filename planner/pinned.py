@@ -1,0 +1,252 @@
+"""A parallelization given as numbers (tp, dp, cp, ep, zero, sequence parallel), made into decisions.
+
+Axes of a stage's mesh, outermost first as Megatron-LM ranks them: dp, ep, cp, tp.
+
+    dp   cuts examples; with ZeRO also optimizer state (1), gradients (2), parameters (3)
+    ep   cuts experts in the experts' layers, examples elsewhere
+    cp   cuts positions of a sequence
+    tp   cuts heads, feed-forward and vocabulary; with sequence parallelism, positions elsewhere
+
+Which dims are heads or vocabulary is read off the zoo's names of parameters, whose letters
+name their dims (`qkv_D3NH`, `up_DF`, `token_VD`). From there dims are followed through every op
+by its dim rule, so the backward pass and the optimizer need no names. Source of the layouts:
+Narayanan et al., SC'21, section 2.3; Korthikanti et al., MLSys 2023, section 4.2 (sequence
+parallelism); Rajbhandari et al., SC'20 (ZeRO).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..ir.errors import PlanError
+from ..ir.examples import Examples
+from ..ir.graph import Op
+from ..ir.mesh import Axis, Mesh
+from ..ir.program import Program
+from ..ir.roles import roles
+from ..ir.rule import NONE, Rule, Strategy, cuttable
+from ..ir.rules import rule_of
+from ..ir.sharding import Sharding
+from .usage import followed, sequence_dim
+
+LETTERS = re.compile(r"_([A-Z0-9]+)\W*$")
+TENSOR, EXPERT = "NKFV", "E"
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """Degrees of one training job; `dp` counts the ranks of `ep` too, as Megatron-LM does."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    dp: int = 1
+    cp: int = 1
+    ep: int = 1
+    zero: int = 0
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "vpp", "dp", "cp", "ep"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name} cannot be {getattr(self, name)}.", where=name, fix="1 or more")
+        if self.zero not in (0, 1, 2, 3):
+            raise PlanError(f"zero cannot be {self.zero}.", where="zero", fix="0, 1, 2 or 3")
+        if self.dp % self.ep:
+            raise PlanError(
+                f"{self.ep} expert ranks do not divide {self.dp} data ranks.", where="ep", fix="an ep that divides dp"
+            )
+        if self.vpp > 1 and self.pp == 1:
+            raise PlanError(f"{self.vpp} virtual stages need a pipeline.", where="vpp", fix="pp above 1, or vpp=1")
+
+    @property
+    def devices(self) -> int:
+        return self.tp * self.pp * self.dp * self.cp
+
+    @property
+    def mesh(self) -> Mesh:
+        """Of one pipeline stage; axes of size 1 are left out."""
+        sizes = {"dp": self.dp // self.ep, "ep": self.ep, "cp": self.cp, "tp": self.tp}
+        axes = tuple(Axis(name, size) for name, size in sizes.items() if size > 1)
+        return Mesh(axes or (Axis("dp", 1),))
+
+
+class Pinned:
+    """The decisions (`space.Decided`) that a `Parallelism` implies for one program."""
+
+    def __init__(self, program: Program, parallelism: Parallelism):
+        self.program, self.graph, self.asked = program, program.graph, parallelism
+        self.mesh = parallelism.mesh
+        self.types, self.tags = self.graph.types, program.value_tags
+        self.phase_of = {
+            op.tag: phase for op, phase in zip(self.graph.ops, program.phases, strict=True)
+        }
+        self.batch = followed(self.graph, 0)
+        self.positions = followed(self.graph, sequence_dim(self.graph), Queries)
+        self.tensor = self._follow(lambda tag, shape: _named(tag, shape, TENSOR, parallelism.tp))
+        self.experts = self._follow(lambda tag, shape: _named(tag, shape, EXPERT, parallelism.ep))
+        self.state = self._follow(self._sharded_state)
+
+    # ------------------------------------------------------------ what `build` asks
+
+    def strategy(self, op: Op, rule: Rule) -> Strategy:
+        allowed = cuttable(rule)
+        codes: list[int] = []
+        for axis in self.mesh.axes:
+            wanted = [f for f in self._factors(axis.name, op, rule) if f in allowed]
+            fits = [f for f in wanted if self._divides(rule, f, axis.size, codes)]
+            codes.append(fits[0] if fits else NONE)
+        return Strategy(tuple(codes))
+
+    def layout(self, tag: str, value: int) -> Sharding:
+        """Of an input: cut as the trackers say."""
+        dims: list[tuple[str, ...]] = [() for _ in self.types[value].shape]
+        for axis in self.mesh.axes:
+            for dim in self._dims(axis.name, value):
+                ways = self.mesh.ways(dims[dim]) * axis.size
+                if self.types[value].shape[dim] % ways == 0:
+                    dims[dim] = (*dims[dim], axis.name)
+                    break
+        return Sharding(tuple(dims))
+
+    # ------------------------------------------------------------ axes
+
+    def _factors(self, axis: str, op: Op, rule: Rule) -> list[int]:
+        """Factors that an axis may cut in this op, the preferred first."""
+        if axis == "tp":
+            found = self._shares(self.tensor, op, rule)
+            whole = not self.asked.sequence_parallel or self._gathers(op)
+            return found or ([] if whole else self._positions(op, rule))
+        if axis == "cp":
+            return self._positions(op, rule)
+        if axis == "ep" and (found := self._shares(self.experts, op, rule)):
+            return found
+        found = self._shares(self.batch, op, rule)
+        if found or axis == "ep":
+            return found
+        return self._shares(self.state, op, rule) if self._keeps_shards(op) else []
+
+    def _gathers(self, op: Op) -> bool:
+        """Whether an op outside tensor parallelism works on whole sequences all the same: a copy
+        for products that tensor parallelism cuts, or the optimizer."""
+        if self.phase_of.get(op.tag) == "update":
+            return True
+        readers = self._readers.get(op.outputs[0], ()) if op.kind == "copy" else ()
+        return any(
+            reader.kind == "dot_general" and self._shares(self.tensor, reader, rule_of(reader, self.types))
+            for reader in readers
+        )
+
+    @cached_property
+    def _readers(self) -> dict[int, list[Op]]:
+        found: dict[int, list[Op]] = {}
+        for op in self.graph.ops:
+            for value in op.inputs:
+                found.setdefault(value, []).append(op)
+        return found
+
+    def _keeps_shards(self, op: Op) -> bool:
+        """Whether an op on parameters or their state works on ZeRO's shards."""
+        if op.kind == "copy":
+            return op.tag.endswith("~step") and self.asked.zero == 3
+        return self.phase_of.get(op.tag) in ("prepare", "update")
+
+    def _positions(self, op: Op, rule: Rule) -> list[int]:
+        """Positions: of the queries where an op has both queries and keys."""
+        return self._shares(self.positions, op, rule)
+
+    @staticmethod
+    def _shares(tracker: Examples, op: Op, rule: Rule) -> list[int]:
+        shares = tracker.shares(op, rule) if not rule.opaque else {}
+        for result, dims in zip(op.outputs, rule.results, strict=True):
+            for d in tracker.dims.get(result, {}):
+                for factor in dims[d][:1]:
+                    shares.setdefault(factor, rule.factors[factor].size)
+        kept = {f for dims in rule.results for dim in dims for f in dim}
+        return sorted(shares, key=lambda f: (f not in kept, f))
+
+    def _dims(self, axis: str, value: int) -> list[int]:
+        trackers = {
+            "tp": [self.tensor],
+            "cp": [self.positions],
+            "ep": [self.experts, self.batch],
+            "dp": [self.batch, self.state],
+        }[axis]
+        for tracker in trackers:
+            if found := tracker.dims.get(value):
+                return sorted(found)
+        return []
+
+    def _divides(self, rule: Rule, factor: int, size: int, codes: Collection[int]) -> bool:
+        ways = size
+        for axis, code in zip(self.mesh.axes, codes, strict=False):
+            ways *= axis.size if code == factor else 1
+        return rule.factors[factor].size % ways == 0
+
+    # ------------------------------------------------------------ dims that are followed
+
+    def _follow(self, seed) -> Examples:
+        """Dims of state inputs that `seed(tag, shape)` names, followed through the step and back
+        from the optimizer to the gradients it reads."""
+        found, known = Examples(self.types), roles(self.graph)
+        for position, value in enumerate(self.graph.inputs):
+            if known.get(position) in ("parameter", "optimizer"):
+                dims = seed(self.graph.input_tags[position], self.types[value].shape)
+                if dims:
+                    found.dims[value] = dims
+                    found.depends.add(value)
+        found.run(self.graph.ops)
+        self._follow_back(found)
+        return found
+
+    def _follow_back(self, found: Examples) -> None:
+        for op, phase in zip(reversed(self.graph.ops), reversed(self.program.phases), strict=True):
+            if phase != "update" or op.kind in ("scan", "optimization_barrier"):
+                continue
+            rule = rule_of(op, self.types)
+            if rule.opaque:
+                continue
+            shares = set(self._shares(found, op, rule))
+            for value, dims in zip(op.inputs, rule.operands, strict=True):
+                mine = {d: self.types[value].shape[d] for d, dim in enumerate(dims) if dim and dim[0] in shares}
+                if mine and value not in found.dims and value not in self.graph.inputs:
+                    found.dims[value] = mine
+
+    def _sharded_state(self, tag: str, shape: tuple[int, ...]) -> Mapping[int, int]:
+        """The longest dim of a weight that ZeRO can cut and nobody else cuts."""
+        ways = self.mesh.sizes.get("dp", 1)
+        letters = _letters(tag, shape)
+        if not self.asked.zero or len(shape) < 2 or "bias" in tag or not letters:
+            return {}
+        taken = set(_named(tag, shape, TENSOR, self.asked.tp)) if self.asked.tp > 1 else set()
+        taken |= set(_named(tag, shape, EXPERT, self.asked.ep)) if self.asked.ep > 1 else set()
+        able = [d for d, size in enumerate(shape) if d not in taken and size % ways == 0]
+        if not able:
+            able = [d for d in taken if shape[d] % (ways * self.asked.tp) == 0]
+        return {max(able, key=lambda d: shape[d]): max(shape)} if able else {}
+
+
+class Queries(Examples):
+    """Positions, where queries meet keys those of the queries alone: keys stay whole there."""
+
+    def _simple(self, op: Op) -> None:
+        super()._simple(op)
+        for result in op.outputs:
+            dims = self.dims.get(result, {})
+            if len(dims) > 1:
+                first = min(dims)
+                self.dims[result] = {first: dims[first]}
+
+
+def _letters(tag: str, shape: tuple[int, ...]) -> str:
+    match = LETTERS.search(tag)
+    return match[1] if match and len(match[1]) == len(shape) else ""
+
+
+def _named(tag: str, shape: tuple[int, ...], letters: str, ways: int) -> dict[int, int]:
+    """The dim of an input whose letter is one of these: dim -> size."""
+    found = [d for d, letter in enumerate(_letters(tag, shape)) if letter in letters and shape[d] % ways == 0]
+    return {found[0]: shape[found[0]]} if found else {}
