@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
+from zlib import crc32
 
 from .graph import Graph, Op, Region, TensorType
 from .values import Fresh, block_instances
@@ -184,11 +185,17 @@ def _again(
             needed.add(at)
             stack.extend(graph.ops[at].inputs)
     held = tuple(frontier) if gate is None else (*frontier, gate)
-    barrier = fresh.barrier(held, f"{reader.tag}~hold", reader.count)
+    barrier = fresh.barrier(held, f"{reader.tag}~hold{_digest(graph, facts, frontier)}", reader.count)
     names = dict(zip(frontier, barrier.outputs, strict=False))
     clones = [fresh.clone(graph.ops[i], names, "~again", reader.count) for i in sorted(needed)]
     kept_names = {v: n for v, n in names.items() if v not in frontier}
     return ([barrier, *clones] if frontier else clones), kept_names
+
+
+def _digest(graph: Graph, facts: _Flat, held: Iterable[int]) -> str:
+    """Tells barriers apart that hold different things, as a first and a last layer's may."""
+    names = [f"{graph.ops[at].tag}:{graph.ops[at].outputs.index(v)}" for v in held for at in [facts.writer[v]]]
+    return f"{crc32(' '.join(names).encode()):08x}"
 
 
 # ---------------------------------------------------------------- loops over layers

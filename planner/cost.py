@@ -52,6 +52,7 @@ class Roofline:
 
     cluster: Cluster
     fused_attention: bool = False  # one kernel for scores, softmax and their products
+    products: str = "bf16"  # element type that products of 16-bit operands with weights are done in
 
     @property
     def name(self) -> str:

@@ -1,0 +1,161 @@
+"""Price a training job given as numbers: `meshwright price`, and the replay of published runs.
+
+The zoo's model of that shape is traced with a few layers, folded, laid out as the numbers
+say and priced part by part; the parts are then put together to the whole depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from .ir.cluster import Cluster
+from .ir.errors import PlanError, UsageError, did_you_mean
+from .ir.program import Program, prepare
+from .ir.recompute import Policy
+from .planner.cost import Roofline
+from .planner.parts import Parts, parts_of
+from .planner.pinned import Parallelism
+from .planner.price import Job, Price, price
+
+TRACED = 4  # layers of the model that is traced: a first, a repeated pair, a last
+RECOMPUTE: dict[str, Policy] = {"none": "fused", "selective": "fused-selective", "full": "full"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder as numbers. `family` is the zoo's architecture: gpt, llama or mixtral."""
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    seq: int
+
+    def __post_init__(self) -> None:
+        if self.family not in ("gpt", "llama"):
+            raise UsageError(f"family `{self.family}` is not known.", fix=did_you_mean(self.family, ("gpt", "llama")))
+        for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} cannot be {getattr(self, name)}.", where=name, fix="1 or more")
+        if self.hidden % self.heads or self.heads % self.kv_heads:
+            raise UsageError(
+                f"{self.heads} heads of {self.kv_heads} keys and values do not divide a width of {self.hidden}.",
+                where="heads", fix="heads that divide hidden, kv_heads that divide heads",
+            )  # fmt: skip
+        if self.family == "gpt" and (self.ffn != 4 * self.hidden or self.kv_heads != self.heads):
+            raise UsageError(
+                "the zoo's gpt has a feed-forward of 4 x hidden and as many keys as queries.",
+                where="ffn, kv_heads", fix="--family llama for gated feed-forward or grouped queries",
+            )  # fmt: skip
+
+
+def shape_of(model: str, seq: int | None = None, layers: int | None = None) -> Shape:
+    """The shape of a model of the zoo by name."""
+    from .models import gpt, llama
+
+    if model in gpt.CONFIGS:
+        g = gpt.CONFIGS[model]
+        return Shape("gpt", layers or g.layers, g.width, g.heads, g.heads, 4 * g.width, g.vocab, seq or g.seq)
+    if model in llama.CONFIGS:
+        c = llama.CONFIGS[model]
+        return Shape("llama", layers or c.layers, c.width, c.heads, c.kv_heads, c.hidden, c.vocab, seq or c.seq)
+    raise UsageError(f"`{model}` is no decoder of the zoo.", fix=did_you_mean(model, [*gpt.CONFIGS, *llama.CONFIGS]))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a job runs beside its degrees: what others state in a table of results."""
+
+    recompute: str = "none"
+    fused_attention: bool = True
+    products: str = "bf16"  # element type of products with weights: bf16, f16 or fp8
+    overlap: frozenset[str] = frozenset()
+    reduce_in_fp32: bool = True
+
+    def __post_init__(self) -> None:
+        if self.recompute not in RECOMPUTE:
+            raise PlanError(
+                f"recompute cannot be `{self.recompute}`.", where="recompute", fix=did_you_mean(self.recompute, RECOMPUTE)
+            )
+
+
+def price_job(
+    shape: Shape, parallelism: Parallelism, cluster: Cluster, *, global_batch: int, microbatch: int, setting: Setting
+) -> Price:
+    """Price one step of `global_batch` sequences.
+
+    Raises:
+        PlanError: degrees that do not fit the cluster, the batch or the model.
+    """
+    if parallelism.devices != cluster.size:
+        raise PlanError(
+            f"tp x pp x dp x cp is {parallelism.devices}, the cluster has {cluster.size} devices.",
+            where="parallelism", fix=f"degrees that multiply to {cluster.size}",
+        )  # fmt: skip
+    if global_batch % (microbatch * parallelism.dp):
+        raise PlanError(
+            f"a batch of {global_batch} does not divide into microbatches of {microbatch} on {parallelism.dp} data ranks.",
+            where="global batch", fix=f"a multiple of {microbatch * parallelism.dp}",
+        )  # fmt: skip
+    parts = job_parts(shape, microbatch, parallelism, setting, cluster)
+    job = Job(
+        layers=shape.layers, parallelism=parallelism, microbatch=microbatch,
+        microbatches=global_batch // (microbatch * parallelism.dp),
+        overlap=setting.overlap, reduce_in_fp32=setting.reduce_in_fp32,
+    )  # fmt: skip
+    boundary = 2.0 * microbatch * shape.seq * shape.hidden / parallelism.cp / parallelism.tp
+    return price(parts, job, cluster, boundary)
+
+
+@lru_cache(maxsize=256)
+def job_parts(shape: Shape, microbatch: int, parallelism: Parallelism, setting: Setting, cluster: Cluster) -> Parts:
+    one_stage = replace(parallelism, pp=1, vpp=1)
+    return _parts(
+        replace(shape, layers=TRACED), microbatch, one_stage, setting.recompute, setting.fused_attention,
+        setting.products, cluster,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def _parts(
+    shape: Shape, microbatch: int, parallelism: Parallelism, recompute: str, fused_attention: bool, products: str,
+    cluster: Cluster,
+) -> Parts:  # fmt: skip
+    policy = RECOMPUTE[recompute]
+    if fused_attention and policy == "fused":
+        policy = "fused-selective"  # fused attention keeps no scores to begin with
+    program = _program(shape, microbatch * parallelism.dp, policy)
+    return parts_of(program, shape.layers, parallelism, Roofline(cluster, fused_attention, products))
+
+
+@lru_cache(maxsize=64)
+def _program(shape: Shape, batch: int, policy: Policy) -> Program:
+    return prepare(_folded(shape, batch), policy)
+
+
+@lru_cache(maxsize=64)
+def _folded(shape: Shape, batch: int) -> Any:
+    from .backends.xla.capture import capture
+    from .ir.blocks import fold
+
+    example = _example(shape, batch)
+    return fold(capture(example.step, example.state, example.batch, donate_argnums=0).graph).small
+
+
+def _example(shape: Shape, batch: int) -> Any:
+    from .models import gpt, llama
+
+    if shape.family == "gpt":
+        config = gpt.GPTConfig(
+            shape.layers, shape.hidden, shape.heads, 1e-4, batch, seq=shape.seq, vocab=shape.vocab
+        )
+        return gpt.make("gpt", config)
+    config = llama.LlamaConfig(
+        shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, 1e-4, batch, seq=shape.seq, vocab=shape.vocab
+    )
+    return llama.make("llama", config)
