@@ -219,9 +219,10 @@ def attention_values(program: Program) -> frozenset[int]:
     """
     graph = program.graph
     made = {v for visit in graph.visits for v in visit.op.outputs}
-    prepared = {
-        v for op, phase in zip(graph.ops, program.phases, strict=True) if phase == "prepare" for v in op.outputs
-    }
+    prepared = {*graph.inputs, *graph.constant_ids}
+    for op, phase in zip(graph.ops, program.phases, strict=True):
+        if phase == "prepare" or (op.kind == "copy" and prepared.issuperset(op.inputs)):
+            prepared.update(op.outputs)
     activations = made - prepared
     scores = {
         _dims(graph.types[op.outputs[0]])

@@ -17,7 +17,7 @@ parallelism); Rajbhandari et al., SC'20 (ZeRO).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -88,7 +88,7 @@ class Pinned:
         self.positions = followed(self.graph, sequence_dim(self.graph), Queries)
         self.tensor = self._follow(lambda tag, shape: _named(tag, shape, TENSOR, parallelism.tp))
         self.experts = self._follow(lambda tag, shape: _named(tag, shape, EXPERT, parallelism.ep))
-        self.state = self._follow(self._sharded_state)
+        self.state = self._follow(self._sharded_state, ("prepare", "update"))
 
     # ------------------------------------------------------------ what `build` asks
 
@@ -97,7 +97,8 @@ class Pinned:
         codes: list[int] = []
         for axis in self.mesh.axes:
             wanted = [f for f in self._factors(axis.name, op, rule) if f in allowed]
-            fits = [f for f in wanted if self._divides(rule, f, axis.size, codes)]
+            padded = axis.name == "dp" and not self._shares(self.batch, op, rule)
+            fits = wanted if padded else [f for f in wanted if self._divides(rule, f, axis.size, codes)]
             codes.append(fits[0] if fits else NONE)
         return Strategy(tuple(codes))
 
@@ -107,7 +108,8 @@ class Pinned:
         for axis in self.mesh.axes:
             for dim in self._dims(axis.name, value):
                 ways = self.mesh.ways(dims[dim]) * axis.size
-                if self.types[value].shape[dim] % ways == 0:
+                padded = axis.name == "dp" and value not in self.batch.dims
+                if padded or self.types[value].shape[dim] % ways == 0:
                     dims[dim] = (*dims[dim], axis.name)
                     break
         return Sharding(tuple(dims))
@@ -151,7 +153,7 @@ class Pinned:
     def _keeps_shards(self, op: Op) -> bool:
         """Whether an op on parameters or their state works on ZeRO's shards."""
         if op.kind == "copy":
-            return op.tag.endswith("~step") and self.asked.zero == 3
+            return op.tag.endswith("~update") or (op.tag.endswith("~step") and self.asked.zero == 3)
         return self.phase_of.get(op.tag) in ("prepare", "update")
 
     def _positions(self, op: Op, rule: Rule) -> list[int]:
@@ -188,19 +190,28 @@ class Pinned:
 
     # ------------------------------------------------------------ dims that are followed
 
-    def _follow(self, seed) -> Examples:
-        """Dims of state inputs that `seed(tag, shape)` names, followed through the step and back
-        from the optimizer to the gradients it reads."""
+    def _follow(
+        self,
+        seed: Callable[[str, tuple[int, ...]], Mapping[int, int]],
+        where: Collection[str] = ("prepare", "forward", "backward", "update"),
+    ) -> Examples:
+        """Dims of state inputs that `seed(tag, shape)` names, followed through these phases and
+        back from the optimizer to the gradients it reads."""
         found, known = Examples(self.types), roles(self.graph)
         for position, value in enumerate(self.graph.inputs):
             if known.get(position) in ("parameter", "optimizer"):
                 dims = seed(self.graph.input_tags[position], self.types[value].shape)
                 if dims:
-                    found.dims[value] = dims
+                    found.dims[value] = dict(dims)
                     found.depends.add(value)
-        found.run(self.graph.ops)
+        found.run(self._ops(where))
         self._follow_back(found)
+        found.depends.update(found.dims)
+        found.run(self._ops(["update"]))
         return found
+
+    def _ops(self, phases: Collection[str]) -> list[Op]:
+        return [op for op, phase in zip(self.graph.ops, self.program.phases, strict=True) if phase in phases]
 
     def _follow_back(self, found: Examples) -> None:
         for op, phase in zip(reversed(self.graph.ops), reversed(self.program.phases), strict=True):
@@ -216,17 +227,16 @@ class Pinned:
                     found.dims[value] = mine
 
     def _sharded_state(self, tag: str, shape: tuple[int, ...]) -> Mapping[int, int]:
-        """The longest dim of a weight that ZeRO can cut and nobody else cuts."""
-        ways = self.mesh.sizes.get("dp", 1)
+        """The longest dim of a weight that nobody else cuts. Shards of a dim that does not divide
+        are padded, as frameworks pad the flat shards they keep."""
         letters = _letters(tag, shape)
         if not self.asked.zero or len(shape) < 2 or "bias" in tag or not letters:
             return {}
         taken = set(_named(tag, shape, TENSOR, self.asked.tp)) if self.asked.tp > 1 else set()
         taken |= set(_named(tag, shape, EXPERT, self.asked.ep)) if self.asked.ep > 1 else set()
-        able = [d for d, size in enumerate(shape) if d not in taken and size % ways == 0]
-        if not able:
-            able = [d for d in taken if shape[d] % (ways * self.asked.tp) == 0]
-        return {max(able, key=lambda d: shape[d]): max(shape)} if able else {}
+        able = [d for d in range(len(shape)) if d not in taken]
+        longest = max(able, key=lambda d: shape[d], default=None)
+        return {} if longest is None else {longest: shape[longest]}
 
 
 class Queries(Examples):

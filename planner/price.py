@@ -107,18 +107,21 @@ class _Pricing:
         return {"embedding": int(index == 0), "layer": layers, "head": int(index == count - 1)}
 
     def _pass(self, stage: dict[Place, int], which: str) -> float:
-        return sum(n * self._seconds(getattr(self.parts[place], which)) for place, n in stage.items())
+        return sum(n * self._seconds(self.parts[place], which) for place, n in stage.items())
 
-    def _seconds(self, work: Work) -> float:
+    def _seconds(self, part: Part, which: str) -> float:
         """One pass over one part. What overlaps costs only where it outlasts the computation."""
+        work: Work = getattr(part, which)
         seconds = work.compute
         seconds = max(seconds, work.exchange) if "tensor" in self.job.overlap else seconds + work.exchange
-        if "parameters" in self.job.overlap:
-            return max(seconds, work.gather + self._per_microbatch(work.reduce))
-        return seconds + work.gather + self._per_microbatch(work.reduce)
+        travel = work.gather
+        if which == "backward" and self.job.parallelism.zero >= 2:
+            travel += self._reduce(part)
+        return max(seconds, travel) if "parameters" in self.job.overlap else seconds + travel
 
-    def _per_microbatch(self, seconds: float) -> float:
-        return seconds if self.job.parallelism.zero >= 2 else 0.0
+    def _reduce(self, part: Part) -> float:
+        wide = 2.0 if self.job.reduce_in_fp32 and self.job.parallelism.dp > 1 else 1.0
+        return part.update.reduce * wide
 
     def _hop(self) -> float:
         """Seconds of one send to the next stage."""
@@ -134,8 +137,7 @@ class _Pricing:
         for stage in stages:
             for place, n in stage.items():
                 part = self.parts[place]
-                wide = 2.0 if self.job.reduce_in_fp32 else 1.0
-                reduce += n * part.update.reduce * (wide if self.job.parallelism.dp > 1 else 1)
+                reduce += n * self._reduce(part)
                 gather += n * part.prepare.gather
                 update += n * (part.update.compute + part.prepare.compute)
         if self.job.parallelism.zero >= 2:
