@@ -14,7 +14,7 @@ import csv
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -131,10 +131,13 @@ SIMUMAX = {"llama3-70b": "llama3-70b", "llama3-405b": "llama3-405b"}
 
 
 def simumax(row: Row) -> Case | None:
-    """SimuMax on one B200 host: everything stated; ZeRO-1, sequence parallel."""
+    """SimuMax on one B200 host: ZeRO-1, sequence parallel. Its llama3-405b has 16 key-value heads
+    (SimuMax @4dcaae513b, configs/models/llama3-405b_padding_128.json), Meta's has 8."""
     if row["model"] not in SIMUMAX or whole(row, "cp", 1) != 1:
         return None
     shape = pricing.shape_of(row["model"], int(row["seq"]), int(row["layers"]))
+    if row["model"] == "llama3-405b":
+        shape = replace(shape, kv_heads=16)
     tp, pp, dp = int(row["tp"]), int(row["pp"]), int(row["dp"])
     return Case(
         row, "b200x8", shape, [Parallelism(tp=tp, pp=pp, dp=dp, zero=1, sequence_parallel=tp > 1)],

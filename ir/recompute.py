@@ -5,11 +5,12 @@
     selective    also redo products of activations with activations (attention scores)
     full         keep only what one block hands to the next
 
-Two more describe frameworks that run one fused kernel at a time and keep its operands
+Three more describe frameworks that run one fused kernel at a time and keep its operands
 (PyTorch, Megatron-LM); they price what others ran, no plan of ours chooses them:
 
     fused            keep what products read and make; fused kernels redo their insides
     fused-selective  the same, but for the attention scores and weights
+    fused-full       run a block's whole forward pass again, also what nobody reads of it
 
 `recompute(graph, phases, policy)` returns a graph in which backward readers of a
 dropped value read a copy of the op instead, placed before its first reader behind
@@ -31,7 +32,9 @@ from zlib import crc32
 from .graph import Graph, Op, Region, TensorType
 from .values import Fresh, block_instances
 
-Policy = Literal["none", "elementwise", "selective", "full", "fused", "fused-selective"]
+Policy = Literal[
+    "none", "elementwise", "selective", "full", "fused", "fused-selective", "fused-full"
+]
 POLICIES: tuple[Policy, ...] = ("none", "elementwise", "selective", "full")  # what a plan may choose
 
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
@@ -86,7 +89,13 @@ def _recompute_flat(
             if at is not None and phases[at] == "forward" and value not in facts.kept:
                 wanted.setdefault(facts.group[at], []).append(value)
                 readers.setdefault(facts.group[at], position)
-    return _splice(graph, phases, facts, wanted, readers, gates, fresh) if wanted else graph
+    if not wanted:
+        return graph
+    again: dict[tuple[str, int] | None, list[int]] = {}
+    for position, phase in enumerate(phases) if policy == "fused-full" else ():
+        if phase == "forward" and facts.group[position] in wanted and facts.group[position] is not None:
+            again.setdefault(facts.group[position], []).append(position)
+    return _splice(graph, phases, facts, wanted, again, readers, gates, fresh)
 
 
 def _facts(graph: Graph, phases: Sequence[str], policy: Policy) -> _Flat:
@@ -102,7 +111,7 @@ def _facts(graph: Graph, phases: Sequence[str], policy: Policy) -> _Flat:
     for i in forward:
         if _stays(graph.ops[i], policy, i in products, group[i] is not None):
             kept.update(graph.ops[i].outputs)
-        if policy.startswith("fused") and graph.ops[i].kind in PRODUCTS:
+        if policy in ("fused", "fused-selective") and graph.ops[i].kind in PRODUCTS:
             skip = policy == "fused-selective" and i in products
             kept.update(() if skip else (v for v in graph.ops[i].inputs if v in writer))
             kept -= {graph.ops[i].outputs[0]}
@@ -125,7 +134,7 @@ def _added_up(graph: Graph, value: int, readers: Mapping[int, list[Op]]) -> int:
 
 
 def _stays(op: Op, policy: Policy, activations_only: bool, in_block: bool) -> bool:
-    if policy == "full" and in_block:
+    if policy in ("full", "fused-full") and in_block:
         return op.kind in ("scan", "while", "cond")
     if policy not in ("elementwise", "fused") and activations_only:
         return False
@@ -143,7 +152,7 @@ def _activation_products(graph: Graph, forward: list[int]) -> set[int]:
 
 
 def _splice(
-    graph: Graph, phases, facts: _Flat, wanted, readers, gates: Collection[int], fresh: Fresh
+    graph: Graph, phases, facts: _Flat, wanted, whole, readers, gates: Collection[int], fresh: Fresh
 ) -> Graph:
     """Put each group's copies before its first backward reader and redirect the readers."""
     starts = {position: group for group, position in readers.items()}
@@ -152,7 +161,10 @@ def _splice(
     ops: list[Op] = []
     for position, op in enumerate(graph.ops):
         if position in starts:
-            again, names = _again(graph, phases, facts, wanted[starts[position]], gate, op, fresh)
+            group = starts[position]
+            again, names = _again(
+                graph, phases, facts, wanted[group], whole.get(group, ()), gate, op, fresh
+            )
             ops.extend(again)
             redirect.update(names)
         if phases[position] == "backward":
@@ -167,13 +179,14 @@ def _again(
     phases,
     facts: _Flat,
     wanted: Iterable[int],
+    whole: Sequence[int],
     gate: int | None,
     reader: Op,
     fresh: Fresh,
 ) -> tuple[list[Op], dict[int, int]]:
-    needed: set[int] = set()
+    needed: set[int] = set(whole)
     frontier: dict[int, None] = {}
-    stack = list(wanted)
+    stack = [*wanted, *(v for at in whole for v in graph.ops[at].inputs if facts.writer.get(v) not in needed)]
     while stack:
         value = stack.pop()
         at = facts.writer.get(value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -23,7 +23,7 @@ from .compute import flop
 from .cost import CostModel
 from .kernels import CONTRACTIONS, FREE, kernels_of
 from .layouts import Layouts
-from .memory import Ledger, lifetimes
+from .memory import Ledger, Lifetimes, lifetimes
 from .pinned import Parallelism, Pinned
 from .report import moves, settlements, spoken
 from .space import Space, build
@@ -191,9 +191,23 @@ class _Sorting:
             place = self.place[self._maker(value)]
             count = self._counts[value] if place == "layer" else 1
             self.parts[place].saved += nbytes * count / (self.layers if place == "layer" else 1)
-        moving = {v: b if v in self.pinned.batch.dims else 0.0 for v, b in local.items()}
-        peak = float(lives.profile(moving).max())
+        peak = float(_passing(lives, self._gradients()).profile(self._moving(local)).max())
         return max(0.0, peak - sum(nbytes * self._counts[v] for v, nbytes in saved.items()))
+
+    def _moving(self, local: Mapping[int, float]) -> dict[int, float]:
+        """Bytes of activations and of fresh gradients, which are added to those of the step."""
+        passing = self._gradients()
+        return {v: b if v in self.pinned.batch.dims or v in passing else 0.0 for v, b in local.items()}
+
+    def _gradients(self) -> frozenset[int]:
+        """What the backward pass makes of parameters: sums over examples."""
+        return frozenset(
+            v
+            for op, phase in zip(self.graph.ops, self.program.phases, strict=True)
+            if phase == "backward" and op.kind != "copy"
+            for v in op.outputs
+            if v not in self.pinned.batch.dims and self.graph.types[v].rank > 1
+        )
 
     def _inputs(self, local: Mapping[int, float], known: Mapping[int, str]) -> None:
         counts = self.graph.input_counts or (1,) * len(self.graph.inputs)
@@ -206,8 +220,8 @@ class _Sorting:
             if phase == "prepare" and op.kind == "convert_element_type"
         }
         totals: dict[str, int] = defaultdict(int)
-        for position, value in enumerate(self.graph.inputs):
-            totals[self.graph.input_tags[position]] += counts[position]
+        for tag, count in zip(self.graph.input_tags, counts, strict=True):
+            totals[tag] += count
         for position, value in enumerate(self.graph.inputs):
             if known.get(position) not in ("parameter", "optimizer"):
                 continue
@@ -269,3 +283,11 @@ class _Sorting:
         have, had = (self.space.homes[self.tags[v]] for v in (value, op.inputs[0]))
         ways = self.space.layouts.ways
         return bool(np.all(ways(have.layouts)[0] == ways(had.layouts)[0]))
+
+
+def _passing(lives: Lifetimes, values: frozenset[int]) -> Lifetimes:
+    """The same lives, but these values are gone as soon as they are made."""
+    segments = tuple(
+        replace(s, end=s.start, last=s.first) if s.value in values else s for s in lives.segments
+    )
+    return replace(lives, segments=segments)

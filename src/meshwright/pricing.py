@@ -20,7 +20,7 @@ from .planner.pinned import Parallelism
 from .planner.price import Job, Price, price
 
 TRACED = 4  # layers of the model that is traced: a first, a repeated pair, a last
-RECOMPUTE: dict[str, Policy] = {"none": "fused", "selective": "fused-selective", "full": "full"}
+RECOMPUTE: dict[str, Policy] = {"none": "fused", "selective": "fused-selective", "full": "fused-full"}
 
 
 @dataclass(frozen=True)
