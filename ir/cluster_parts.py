@@ -220,6 +220,8 @@ class Tier(Part):
     kind: Literal["switch", "ring", "torus", "mesh", "full"] = "switch"
     bandwidth: Rate
     latency: Time = 5e-6  # seconds per message
+    efficiency: float = Field(default=1.0, gt=0, le=1)  # share of the bandwidth that collectives get
+    nvls: float | None = Field(default=None, gt=0, le=1)  # the switch reduces, at this share of it
     oversubscription: float = Field(default=1.0, ge=1)  # 2: half the bandwidth when all send
     rails: int = Field(default=1, gt=0)  # separate networks, one per device position in the host
     shape: Annotated[tuple[int, ...] | None, BeforeValidator(_shape)] = None  # of a torus or mesh
@@ -240,6 +242,11 @@ class Tier(Part):
     def effective_bandwidth(self) -> BytesPerSecond:
         """Bandwidth per device and direction when every device sends at once."""
         return self.bandwidth / self.oversubscription
+
+    @property
+    def achieved(self) -> BytesPerSecond:
+        """What a large collective gets of it."""
+        return self.effective_bandwidth * self.efficiency
 
 
 class Price(Part):

@@ -1,30 +1,28 @@
 """Seconds of one collective over some axes of a mesh.
 
-Each axis of a mesh lies in the closest fabric tier that joins its ranks. A
-group over several tiers works as a hierarchy: every tier carries its share
-while the others carry theirs, so the slowest tier sets the time.
+A group is looked at tier by tier (`groups`). Each tier carries its share while the others
+carry theirs, as the rings and trees of NCCL do, so the slowest sets the slope of the price; hops
+of all tiers add up to its fixed part.
+
+    all_gather, reduce_scatter   a ring over all ranks
+    all_reduce                   a ring's bytes, a tree's hops; or reduced inside the switch (NVLS)
+    all_to_all                   every rank sends to every other, each over its own link
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, log2
 
 from ..ir.cluster import Cluster
+from ..ir.errors import PlanError, did_you_mean
 from ..ir.graph import TensorType
 from ..ir.mesh import Mesh
 from ..ir.sharding import Sharding, Step, reshard
+from .groups import Level, levels_of
 
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """What one device sees of a tier: seconds per message, bytes/s each way."""
-
-    name: str
-    latency: float
-    bandwidth: float
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,36 +41,16 @@ class Line:
 
 FREE = Line()
 
-# Bytes that cross each link per byte of the larger of the local operand and
-# result, for a group of n. Source: Thakur, Rabenseifner & Gropp, IJHPCA 19(1),
-# 2005, sections 4.1-4.5 (ring and pairwise exchange).
-TRAFFIC: dict[str, Callable[[int], float]] = {
-    "all_gather": lambda n: (n - 1) / n,
-    "reduce_scatter": lambda n: (n - 1) / n,
-    "all_reduce": lambda n: 2 * (n - 1) / n,
-    "all_to_all": lambda n: (n - 1) / n,
-}
-ROUNDS = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}
-
-
 @dataclass(frozen=True)
 class Collectives:
     """Prices collectives on one mesh of one cluster.
 
-    `links[axis]` is the tier an axis lies in. Leaves out congestion between
-    groups that share a link, and overlap with compute.
+    All groups of the same axes work at the same time, each rank on its own link. Leaves out
+    congestion between groups that share a link, and overlap with compute.
     """
 
     mesh: Mesh
     cluster: Cluster
-
-    @cached_property
-    def links(self) -> dict[str, Link]:
-        return {axis.name: self._link(axis.name) for axis in self.mesh.axes}
-
-    def _link(self, name: str) -> Link:
-        tier = self.cluster.tier_for(self.mesh.stride(name) * self.mesh.sizes[name])
-        return Link(tier.name, tier.latency, tier.bandwidth / tier.oversubscription)
 
     def wire_bytes(self, kind: TensorType) -> int:
         """Bytes of a whole tensor when it travels.
@@ -105,24 +83,51 @@ class Collectives:
         return {}
 
     def _line(self, kind: str, axes: tuple[str, ...]) -> Line:
-        """The line behind `line`.
+        if kind not in KINDS:
+            raise PlanError(f"`{kind}` is no collective.", where="collective", fix=did_you_mean(kind, KINDS))
+        levels = levels_of(axes, self.mesh, self.cluster)
+        if not levels:
+            return FREE
+        price = {"all_reduce": self._all_reduce, "all_to_all": _all_to_all}.get(kind, self._ring)
+        return price(levels)
 
-            fixed  rounds * sum over axes of latency * ceil(log2 n)
-            slope  max over tiers of traffic(n) * (share of the bytes in that tier) / bandwidth
+    def _ring(self, levels: tuple[Level, ...]) -> Line:
+        """Every byte passes every link of a ring over all n ranks but one: (n - 1) / n of them.
+        The ranks of one part pass on to the next with all their links at once.
 
-        The innermost axis moves all bytes; each axis outside moves what is left
-        after the inner ones have been combined: 1 / (product of their sizes).
-        Source: hierarchical rings as in Cho et al., "BlueConnect", MLSys 2019.
+        Source: Thakur, Rabenseifner & Gropp, IJHPCA 19(1), 2005, sections 4.1 and 4.2.
         """
-        inner, slope, fixed = 1, 0.0, 0.0
-        for name in sorted(axes, key=self.mesh.stride):
-            n, link = self.mesh.sizes[name], self.links[name]
-            if n == 1:
-                continue
-            slope = max(slope, TRAFFIC[kind](n) / inner / link.bandwidth)
-            fixed += ROUNDS[kind] * link.latency * ceil(log2(n))
-            inner *= n
-        return Line(fixed, slope)
+        n = levels[-1].inside
+        slope = max((n - 1) / n / level.bandwidth for level in levels)
+        hops = _ring_hops if self._on_gpus else _tree_hops
+        return Line(hops(levels), slope)
+
+    def _all_reduce(self, levels: tuple[Level, ...]) -> Line:
+        """Twice a ring's bytes; twice a tree's hops. A switch that reduces (`nvls`) is sent the
+        bytes once and sends the sum back: n / (n - 1) of them at its efficiency.
+
+        Source: NCCL @5067397c26, src/graph/tuning.cc (nvlsEfficiency); 8 H100 reach 480 GB/s
+        of bus bandwidth that way [nccl-tests, recalled], this formula 477.
+        """
+        n = levels[-1].inside
+        slopes = []
+        for level in levels:
+            ring = 2 * (n - 1) / n / level.bandwidth
+            switch = level.tier.nvls and level.lanes == 1
+            if switch and level.parts > 1:
+                share = level.parts / (level.parts - 1)
+                ring = min(ring, share / (level.tier.achieved * level.tier.nvls))
+            slopes.append(ring)
+        return Line(2 * _tree_hops(levels), max(slopes))
+
+    @property
+    def _on_gpus(self) -> bool:
+        return self.cluster.device.kind in ("cuda", "rocm")
+
+    def hop(self, stride: int, nbytes: float) -> float:
+        """Seconds of sending from every rank to the one `stride` ranks on (pipeline neighbours)."""
+        tier = self.cluster.tier_for(min(2 * stride, self.cluster.size))
+        return tier.latency + nbytes / tier.achieved
 
     def resharding(self, source: Sharding, target: Sharding, phase: str) -> Line | None:
         """Seconds of moving one tensor between two layouts, as a line in its *global* bytes.
@@ -163,3 +168,28 @@ class Collectives:
                 return share, share / ways
             case _:
                 return share, share
+
+
+def _all_to_all(levels: tuple[Level, ...]) -> Line:
+    """A rank sends as much to each of the others; those that a tier joins share its own link.
+
+    Source: pairwise exchange, Thakur et al., section 4.4.
+    """
+    n, slope, before = levels[-1].inside, 0.0, 1
+    for level in levels:
+        slope = max(slope, (level.inside - before) / n / level.tier.achieved)
+        before = level.inside
+    return Line(_tree_hops(levels), slope)
+
+
+def _ring_hops(levels: tuple[Level, ...]) -> float:
+    """A ring's n - 1 hops, each over the tier that joins its two ranks."""
+    n, before, seconds = levels[-1].inside, 1, 0.0
+    for level in levels:
+        seconds += (n / before - n / level.inside) * level.tier.latency
+        before = level.inside
+    return seconds
+
+
+def _tree_hops(levels: tuple[Level, ...]) -> float:
+    return sum(ceil(log2(level.parts)) * level.tier.latency for level in levels)
