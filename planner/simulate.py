@@ -1,0 +1,263 @@
+"""A discrete-event simulator: tasks on the streams of devices, as a runtime would issue them.
+
+Each device has streams ("compute", "send", "gather", ...) that run their tasks in the order
+given, like the streams of a GPU. A task starts when its stream is free and what it waits for
+is done. While a device computes and communicates at once, both may slow down. Equal input
+gives equal times, to the last bit.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..ir.errors import PlanError
+from .schedules import Schedule, Step, needs
+
+COMPUTE = "compute"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """`seconds` of work on one stream of one device, after the tasks at these positions."""
+
+    name: str
+    device: int
+    stream: str
+    seconds: float
+    after: tuple[int, ...] = ()
+    kind: str = "forward"
+
+
+@dataclass(frozen=True)
+class Run:
+    """When each task started and ended, in seconds."""
+
+    tasks: Sequence[Task]
+    start: list[float]
+    end: list[float]
+
+    @property
+    def makespan(self) -> float:
+        return max(self.end, default=0.0)
+
+    def span(self, device: int) -> float:
+        """From the first start to the last end on one device."""
+        mine = [i for i, task in enumerate(self.tasks) if task.device == device]
+        return max(self.end[i] for i in mine) - min(self.start[i] for i in mine) if mine else 0.0
+
+    def busy(self, device: int, stream: str = COMPUTE) -> float:
+        """Seconds in which a stream works."""
+        return sum(e - s for s, e in self.pieces(device, stream))
+
+    def exposed(self, device: int) -> float:
+        """Seconds in which a device communicates and does not compute."""
+        computing = self.pieces(device, COMPUTE)
+        moving = _joined(
+            (s, e)
+            for task, s, e in zip(self.tasks, self.start, self.end, strict=True)
+            if task.device == device and task.stream != COMPUTE
+        )
+        return sum(e - s for s, e in moving) - _overlap(moving, computing)
+
+    def idle(self, device: int) -> float:
+        """Seconds of the makespan in which a device does not compute."""
+        return self.makespan - self.busy(device)
+
+    def pieces(self, device: int, stream: str) -> list[tuple[float, float]]:
+        """When a stream works, as intervals in order."""
+        return _joined(
+            (s, e)
+            for task, s, e in zip(self.tasks, self.start, self.end, strict=True)
+            if task.device == device and task.stream == stream
+        )
+
+
+def simulate(tasks: Sequence[Task], slowdown: float = 1.0) -> Run:
+    """Run all tasks.
+
+    Args:
+        slowdown: factor (1 or more) by which computing and communicating both take longer
+            while a device does both.
+
+    Raises:
+        PlanError: a task waits for itself, through others or in its stream's order.
+    """
+    if slowdown < 1:
+        raise PlanError(f"slowdown cannot be {slowdown}.", where="slowdown", fix="1 (none) or more")
+    run = _longest_path(tasks) if slowdown == 1 else _Events(tasks, slowdown).run()
+    if len(run.end) < len(tasks) or any(e < 0 for e in run.end):
+        stuck = next(task.name for task, e in zip(tasks, run.end, strict=True) if e < 0)
+        raise PlanError(f"`{stuck}` waits for itself.", where="simulation", fix="an order without a cycle")
+    return run
+
+
+def _waits(tasks: Sequence[Task]) -> tuple[list[list[int]], list[int]]:
+    """For each task those that wait for it, and how many it waits for itself."""
+    followers: list[list[int]] = [[] for _ in tasks]
+    waiting = [0] * len(tasks)
+    last: dict[tuple[int, str], int] = {}
+    for i, task in enumerate(tasks):
+        before = last.get((task.device, task.stream))
+        last[task.device, task.stream] = i
+        for j in task.after if before is None else (*task.after, before):
+            followers[j].append(i)
+            waiting[i] += 1
+    return followers, waiting
+
+
+def _longest_path(tasks: Sequence[Task]) -> Run:
+    followers, waiting = _waits(tasks)
+    start, end = [0.0] * len(tasks), [-1.0] * len(tasks)
+    ready = [i for i, count in enumerate(waiting) if count == 0]
+    while ready:
+        i = ready.pop()
+        end[i] = done = start[i] + tasks[i].seconds
+        for j in followers[i]:
+            if done > start[j]:
+                start[j] = done
+            waiting[j] -= 1
+            if waiting[j] == 0:
+                ready.append(j)
+    return Run(tasks, start, end)
+
+
+@dataclass
+class _Events:
+    """Tasks in progress, at rates that change when something starts or ends on their device."""
+
+    tasks: Sequence[Task]
+    slowdown: float
+    now: float = 0.0
+    left: dict[int, float] = field(default_factory=dict)  # of tasks in progress: seconds of work
+    since: dict[int, float] = field(default_factory=dict)
+    rate: dict[int, float] = field(default_factory=dict)
+    version: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    queue: list[tuple[float, int, int]] = field(default_factory=list)
+
+    def run(self) -> Run:
+        followers, waiting = _waits(self.tasks)
+        start, end = [0.0] * len(self.tasks), [-1.0] * len(self.tasks)
+        active: dict[int, set[int]] = defaultdict(set)
+        for i, count in enumerate(waiting):
+            if count == 0:
+                self._begin(i, active)
+        while self.queue:
+            self.now, i, version = heapq.heappop(self.queue)
+            if version != self.version[i] or end[i] >= 0:
+                continue
+            end[i] = self.now
+            device = self.tasks[i].device
+            active[device].discard(i)
+            self._pace(active[device])
+            for j in followers[i]:
+                waiting[j] -= 1
+                if waiting[j] == 0:
+                    start[j] = self.now
+                    self._begin(j, active)
+        return Run(self.tasks, start, end)
+
+    def _begin(self, i: int, active: dict[int, set[int]]) -> None:
+        self.left[i], self.since[i], self.rate[i] = self.tasks[i].seconds, self.now, 0.0
+        active[self.tasks[i].device].add(i)
+        self._pace(active[self.tasks[i].device])
+
+    def _pace(self, here: set[int]) -> None:
+        """Work done so far at the old rate; from now on at the new one."""
+        working = [i for i in here if self.tasks[i].seconds > 0]
+        both = len({self.tasks[i].stream == COMPUTE for i in working}) == 2
+        rate = 1 / self.slowdown if both else 1.0
+        for i in sorted(here):
+            if rate != self.rate[i]:
+                self.left[i] -= (self.now - self.since[i]) * self.rate[i]
+                self.since[i], self.rate[i] = self.now, rate
+                self.version[i] += 1
+                heapq.heappush(self.queue, (self.now + max(0.0, self.left[i]) / rate, i, self.version[i]))
+
+
+def _joined(pieces) -> list[tuple[float, float]]:
+    found: list[tuple[float, float]] = []
+    for start, end in sorted(pieces):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        elif end > start:
+            found.append((start, end))
+    return found
+
+
+def _overlap(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]]) -> float:
+    i = j = 0
+    total = 0.0
+    while i < len(a) and j < len(b):
+        total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total
+
+
+# ---------------------------------------------------------------- pipelines
+
+
+@dataclass(frozen=True)
+class StageSeconds:
+    """Seconds of one microbatch on one stage; `send` to the next stage or back to the one before."""
+
+    forward: float
+    backward: float
+    weight: float = 0.0
+    send: float = 0.0
+
+
+def pipeline_tasks(
+    schedule: Schedule,
+    stages: Sequence[StageSeconds],
+    tail: Mapping[int, float] | None = None,
+    blocking: bool = False,
+) -> list[Task]:
+    """The tasks of one step: every pass of the schedule, the sends between stages, a tail per rank.
+
+    Args:
+        tail: seconds that a rank works after its last pass (reduce gradients, update).
+        blocking: a rank computes nothing while it sends, as without asynchronous transfers.
+    """
+    tasks: list[Task] = []
+    sent: dict[tuple[int, Step], int] = {}  # (stage, step) -> the task after which others may use it
+    places = [(rank, step) for rank, order in enumerate(schedule.orders) for step in order]
+    first = _positions(schedule, stages, places)
+    for rank, step in places:
+        stage = schedule.stage(rank, step.chunk)
+        after = tuple(
+            first[before][1 if before[0] != stage else 0] for before in needs(schedule, stage, step)
+        )
+        mark = {"forward": "F", "backward": "B", "weight": "W"}[step.kind]
+        name = f"{mark}{step.microbatch}" + (f".{step.chunk}" if schedule.chunks > 1 else "")
+        sent[stage, step] = len(tasks)
+        tasks.append(Task(name, rank, COMPUTE, getattr(stages[stage], step.kind), after, step.kind))
+        if _sends(schedule, stages, stage, step):
+            stream = COMPUTE if blocking else "send"
+            tasks.append(Task(f"send {name}", rank, stream, stages[stage].send, (len(tasks) - 1,), "send"))
+    for rank, seconds in (tail or {}).items():
+        tasks.append(Task("update", rank, COMPUTE, seconds, (), "update"))
+    return tasks
+
+
+def _sends(schedule: Schedule, stages: Sequence[StageSeconds], stage: int, step: Step) -> bool:
+    to = {"forward": stage + 1, "backward": stage - 1, "weight": -1}[step.kind]
+    return 0 <= to < schedule.stages and stages[stage].send > 0
+
+
+def _positions(
+    schedule: Schedule, stages: Sequence[StageSeconds], places: list[tuple[int, Step]]
+) -> dict[tuple[int, Step], tuple[int, int]]:
+    """Where each pass will stand among the tasks, and its send, if it has one."""
+    found, at = {}, 0
+    for rank, step in places:
+        stage = schedule.stage(rank, step.chunk)
+        extra = int(_sends(schedule, stages, stage, step))
+        found[stage, step] = (at, at + extra)
+        at += 1 + extra
+    return found
