@@ -99,7 +99,7 @@ def megatron(row: Row) -> Case | None:
         row, hosts("a100", row, "hdr200"), shape,
         [Parallelism(tp=tp, pp=pp, vpp=v, dp=dp, zero=zero, sequence_parallel=sp) for v in vpps],
         [int(row["mbs"])] if row["mbs"] else [1, 2, 4, 8],
-        [pricing.Setting(row["recompute"] or "full", False, "f16", reduce_in_fp32=False)],
+        [pricing.Setting(row["recompute"] or "full", False, reduce_in_fp32=False)],
         int(row["gbs"]), float(row["iter_s"]),
     )  # fmt: skip
 
@@ -116,7 +116,7 @@ def megatron_core(row: Row) -> Case | None:
     return Case(
         row, hosts("h100", row, "ib400"), shape,
         [Parallelism(tp=tp, pp=pp, vpp=v, dp=dp, zero=1, sequence_parallel=tp > 1) for v in chunks(shape.layers, pp)],
-        [1, 2, 4], [pricing.Setting(r, True, "bf16", overlap) for r in ("none", "full")],
+        [1, 2, 4], [pricing.Setting(r, overlap=overlap | {"stages"}) for r in ("none", "full")],
         int(row["gbs"]), measured,
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ def simumax(row: Row) -> Case | None:
     tp, pp, dp = int(row["tp"]), int(row["pp"]), int(row["dp"])
     return Case(
         row, "b200x8", shape, [Parallelism(tp=tp, pp=pp, dp=dp, zero=1, sequence_parallel=tp > 1)],
-        [int(row["mbs"])], [pricing.Setting("none", True, "bf16", frozenset())],
+        [int(row["mbs"])], [pricing.Setting("none")],
         int(row["gbs"]), float(row["iter_s"]), float(row["mem_gib"]),
     )  # fmt: skip
 

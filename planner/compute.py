@@ -63,8 +63,12 @@ def op_seconds(
     device: Device,
     ways: Ways,
     kernels: Kernels,
+    products: str | None = None,
 ) -> np.ndarray | float:
     """Seconds on one device for every choice; `kernels` says what the op reads and writes.
+
+    `products` is an element type to which the operands of products outside attention are
+    cast first ("f8e4m3fn").
 
     A fused op pays for what its chain first reads at it and for what it writes. Of its
     arithmetic it pays the part by which the chain's arithmetic exceeds the chain's memory
@@ -73,10 +77,12 @@ def op_seconds(
     if op.kind in FREE or (kernels.inside.issuperset(op.outputs) and op.kind not in CONTRACTIONS):
         return 0.0
     if op.kind in CONTRACTIONS:
-        return device.launch + np.maximum(
+        narrow = products if kernels.inside.isdisjoint((*op.inputs, *op.outputs)) else None
+        seconds = device.launch + np.maximum(
             _moved(op, types, ways, kernels) / _bandwidth(device),
-            _product_seconds(op, rule, types, device, ways, kernels),
+            _product_seconds(op, rule, types, device, ways, kernels, narrow),
         )
+        return seconds + (_cast_seconds(op, types, device, ways) if narrow else 0.0)
     if op.kind in KERNELS:
         return device.launch + _touched(op, types, ways, kernels) / _bandwidth(device)
     return _fused_seconds(op, types, device, ways, kernels)
@@ -123,10 +129,11 @@ def _touched(op: Op, types: Mapping[int, TensorType], ways: Ways, kernels: Kerne
 
 
 def _product_seconds(
-    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, ways: Ways, kernels: Kernels
-) -> np.ndarray | float:
+    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, ways: Ways, kernels: Kernels,
+    narrow: str | None,
+) -> np.ndarray | float:  # fmt: skip
     """Seconds of a contraction's arithmetic at the rate that its shape achieves."""
-    peak, total = _peak(device, types[op.inputs[0]].dtype), flop(op, rule, types) / ways.work
+    peak, total = _peak(device, narrow or types[op.inputs[0]].dtype), flop(op, rule, types) / ways.work
     if not kernels.inside.isdisjoint((*op.inputs, *op.outputs)):
         return total * CAUSAL / (peak * device.attention_efficiency)
     if op.kind != "dot_general":
@@ -138,6 +145,13 @@ def _product_seconds(
     terms = total / 2  # batch * m * n * k
     batch = left * right * result / terms**2
     return total / (peak * product_share(terms / right, terms / left, terms / result, batch, device))
+
+
+def _cast_seconds(op: Op, types: Mapping[int, TensorType], device: Device, ways: Ways) -> np.ndarray | float:
+    """Two passes over each operand: one for the largest value, one to read and write it narrower."""
+    sizes = sum((types[v].size / w for v, w in zip(op.inputs, ways.operands, strict=True)), 0.0)
+    wide = types[op.inputs[0]].nbytes / types[op.inputs[0]].size
+    return sizes * (2 * wide + 1) / _bandwidth(device)
 
 
 def _bandwidth(device: Device) -> float:

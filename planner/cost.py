@@ -52,7 +52,7 @@ class Roofline:
 
     cluster: Cluster
     fused_attention: bool = False  # one kernel for scores, softmax and their products
-    products: str = "bf16"  # element type that products of 16-bit operands with weights are done in
+    products: str | None = None  # element type to which products outside attention cast their operands
 
     @property
     def name(self) -> str:
@@ -78,4 +78,4 @@ class Roofline:
         kernels: Kernels,
     ) -> np.ndarray | float:
         """Seconds of one run on one device, for every choice."""
-        return op_seconds(op, rule, types, self.device, ways, kernels)
+        return op_seconds(op, rule, types, self.device, ways, kernels, self.products)

@@ -69,6 +69,11 @@ class Part:
     weights: float = 0.0
     shard: float = 0.0
 
+    @property
+    def casts_whole(self) -> float:
+        """Bytes of the gathered parameters where ZeRO-3 keeps shards of them."""
+        return self.casts * self.weights / self.shard if self.shard else self.casts
+
 
 @dataclass
 class Parts:
@@ -249,12 +254,13 @@ class _Sorting:
         held = kind.size / self.space.layouts.ways(home.layouts)[0]
         spread = held
         zero = self.pinned.state.dims.get(value)
-        if zero and self.pinned.asked.zero < 3:
+        if zero:
             spread = held * self.space.mesh.sizes.get("dp", 1)
         part.weights += spread * scale
         part.shard += held * scale
         if cast is not None:
-            part.casts += spread * self.graph.types[cast.outputs[0]].nbytes / kind.size * scale
+            each = self.graph.types[cast.outputs[0]].nbytes / kind.size
+            part.casts += (held if self.pinned.asked.zero == 3 else spread) * each * scale
 
     def _maker(self, value: int) -> str:
         return self.tags[value].rpartition(":")[0]

@@ -14,9 +14,14 @@ from dataclasses import dataclass
 
 from ..ir.cluster import Cluster
 from ..ir.errors import PlanError
-from .parts import Parts, Place, Work
+from .parts import Part, Parts, Place, Work
 from .pinned import Parallelism
+from .schedules import Schedule, in_flight, schedule_of
+from .simulate import COMPUTE, Run, StageSeconds, pipeline_tasks, simulate
 
+# While a device computes and communicates at once, both take this much longer. Source: Galvatron,
+# hardware_configs, overlap_coe 1.1256 on A100 hosts.
+SLOWDOWN = 1.1256
 GRADIENT = 4  # bytes per accumulated gradient: fp32, as Megatron-LM and PyTorch FSDP keep them
 
 
@@ -44,8 +49,9 @@ class Job:
         stages = self.parallelism.pp * self.parallelism.vpp
         if self.layers < stages:
             raise PlanError(
-                f"{self.layers} layers are fewer than {stages} stages.", where="pp, vpp", fix=f"at most {self.layers} stages"
-            )
+                f"{self.layers} layers are fewer than {stages} stages.",
+                where="pp, vpp", fix=f"at most {self.layers} stages",
+            )  # fmt: skip
         if self.parallelism.vpp > 1 and self.microbatches % self.parallelism.pp:
             raise PlanError(
                 f"interleaving needs microbatches in groups of {self.parallelism.pp}, got {self.microbatches}.",
@@ -60,7 +66,8 @@ class Price:
     step: float
     seconds: dict[str, float]
     memory: tuple[dict[str, float], ...]
-    flop: float  # of products, on all devices, without recomputation
+    flop: float  # of products, on all devices of one data rank, without recomputation
+    run: Run
 
     @property
     def peak(self) -> float:
@@ -85,19 +92,27 @@ class _Pricing:
         forward = [self._pass(stage, "forward") for stage in stages]
         backward = [self._pass(stage, "backward") for stage in stages]
         hop = self._hop()
-        m = self.job.microbatches
-        ranks = [
-            (sum(forward[i::pp]), sum(backward[i::pp])) for i in range(pp)
-        ]
-        slowest = max(f + b for f, b in ranks)
-        sends = 2 * hop * vpp if pp > 1 else 0.0
-        pipeline = (m - 1) * (slowest + sends) + (sum(f + b for f, b in ranks) + (pp - 1) * sends) / vpp + slowest * (1 - 1 / vpp)
-        tail = max(self._tail(stages[i::pp], slowest) for i in range(pp))
-        seconds = {
-            "compute": m * slowest, "bubble": pipeline - m * (slowest + sends), "sends": m * sends, "gradients and update": tail,
-        }  # fmt: skip
-        memory = tuple(self._memory(i, stages[i::pp]) for i in range(pp))
-        return Price(pipeline + tail, seconds, memory, self._flop())
+        schedule = schedule_of(pp, self.job.microbatches, vpp)
+        seconds = [StageSeconds(f, b, send=hop) for f, b in zip(forward, backward, strict=True)]
+        tails = {i: self._tail(stages[i::pp], sum(forward[i::pp]), sum(backward[i::pp])) for i in range(pp)}
+        run = simulate(pipeline_tasks(schedule, seconds, tails, blocking="stages" not in self.job.overlap))
+        worst = max(range(pp), key=lambda i: sum(forward[i::pp]) + sum(backward[i::pp]))
+        memory = tuple(self._memory(schedule, i, stages[i::pp]) for i in range(pp))
+        return Price(run.makespan, self._causes(run, worst, stages[worst::pp]), memory, self._flop(), run)
+
+    def _causes(self, run: Run, rank: int, stages: list[dict[Place, int]]) -> dict[str, float]:
+        """Seconds of the slowest rank by what it does; what is hidden counts for nothing."""
+        found = dict.fromkeys(("compute", "exchange", "travel"), 0.0)
+        for stage in stages:
+            for place, n in stage.items():
+                for which in ("forward", "backward"):
+                    for cause, seconds in self._split(self.parts[place], which).items():
+                        found[cause] += n * seconds * self.job.microbatches
+        for task in run.tasks:
+            if task.device == rank and task.kind in ("send", "update"):
+                found[task.kind] = found.get(task.kind, 0.0) + task.seconds * (task.stream == COMPUTE)
+        found["bubble"] = run.makespan - sum(found.values())
+        return found
 
     def _stage(self, index: int) -> dict[Place, int]:
         """How many of each part one stage has; earlier stages take what does not divide."""
@@ -110,14 +125,19 @@ class _Pricing:
         return sum(n * self._seconds(self.parts[place], which) for place, n in stage.items())
 
     def _seconds(self, part: Part, which: str) -> float:
-        """One pass over one part. What overlaps costs only where it outlasts the computation."""
+        return sum(self._split(part, which).values())
+
+    def _split(self, part: Part, which: str) -> dict[str, float]:
+        """One pass over one part, by cause. What overlaps counts only where it outlasts the rest."""
         work: Work = getattr(part, which)
-        seconds = work.compute
-        seconds = max(seconds, work.exchange) if "tensor" in self.job.overlap else seconds + work.exchange
-        travel = work.gather
+        exchange, travel = work.exchange, work.gather
         if which == "backward" and self.job.parallelism.zero >= 2:
             travel += self._reduce(part)
-        return max(seconds, travel) if "parameters" in self.job.overlap else seconds + travel
+        if "tensor" in self.job.overlap:
+            exchange = _beside(exchange, work.compute)
+        if "parameters" in self.job.overlap:
+            travel = _beside(travel, work.compute + exchange)
+        return {"compute": work.compute, "exchange": exchange, "travel": travel}
 
     def _reduce(self, part: Part) -> float:
         wide = 2.0 if self.job.reduce_in_fp32 and self.job.parallelism.dp > 1 else 1.0
@@ -129,10 +149,11 @@ class _Pricing:
         if par.pp == 1:
             return 0.0
         tier = self.cluster.tier_for(par.devices // par.pp * 2)
-        return tier.latency + self.boundary / tier.effective_bandwidth
+        return tier.latency + self.boundary / tier.achieved
 
-    def _tail(self, stages: list[dict[Place, int]], slowest: float) -> float:
-        """After the last backward pass: gradients reduced, optimizer, parameters gathered again."""
+    def _tail(self, stages: list[dict[Place, int]], forward: float, backward: float) -> float:
+        """After the last backward pass: gradients reduced, optimizer, parameters gathered again.
+        Reductions may hide behind the last backward pass, gathers behind the first forward pass."""
         reduce = gather = update = 0.0
         for stage in stages:
             for place, n in stage.items():
@@ -143,38 +164,40 @@ class _Pricing:
         if self.job.parallelism.zero >= 2:
             reduce = 0.0
         if "gradients" in self.job.overlap:
-            reduce = max(0.0, reduce - slowest)
+            reduce = max(0.0, reduce - backward)
         if "parameters" in self.job.overlap:
-            gather = max(0.0, gather - slowest / 3)
+            gather = max(0.0, gather - forward)
         return reduce + update + gather
 
-    def _memory(self, rank: int, stages: list[dict[Place, int]]) -> dict[str, float]:
-        par, found = self.job.parallelism, dict.fromkeys(("state", "parameters", "gradients", "activations", "transient"), 0.0)
+    def _memory(
+        self, schedule: Schedule, rank: int, stages: list[dict[Place, int]]
+    ) -> dict[str, float]:
+        par = self.job.parallelism
+        found = dict.fromkeys(("state", "parameters", "gradients", "activations", "transient"), 0.0)
         for stage in stages:
             for place, n in stage.items():
                 part = self.parts[place]
                 found["state"] += n * part.state
                 found["parameters"] += n * (part.casts if par.zero < 3 else 0.0)
                 found["gradients"] += n * GRADIENT * (part.weights if par.zero < 2 else part.shard)
-        found["activations"] = self._waiting(rank, stages)
+        saved = [sum(n * self.parts[place].saved for place, n in stage.items()) for stage in stages]
+        found["activations"] = in_flight(schedule, rank) * sum(saved) / len(saved)
         found["transient"] = self.parts.transient
         if par.zero == 3:
-            found["parameters"] = 2 * self.parts["layer"].casts
+            found["parameters"] = 2 * max(part.casts_whole for part in self.parts.parts.values())
         return found
 
-    def _waiting(self, rank: int, stages: list[dict[Place, int]]) -> float:
-        """Saved activations of all microbatches in flight."""
-        par, m = self.job.parallelism, self.job.microbatches
-        saved = [sum(n * self.parts[place].saved for place, n in stage.items()) for stage in stages]
-        if par.vpp == 1:
-            return saved[0] * min(m, par.pp - rank)
-        most = min(m * par.vpp, 2 * (par.pp - rank - 1) + (par.vpp - 1) * par.pp + 1)
-        return sum(saved) / par.vpp * most
-
     def _flop(self) -> float:
-        par, job = self.job.parallelism, self.job
+        job = self.job
         once = sum(
             (job.layers if place == "layer" else 1) * (part.forward.flop * 3)
             for place, part in self.parts.parts.items()
         )
         return once * job.microbatches
+
+
+def _beside(moving: float, computing: float) -> float:
+    """Seconds that communication adds to a computation it runs beside, both slowed down."""
+    together = min(moving * SLOWDOWN, computing * SLOWDOWN)
+    hidden = together / SLOWDOWN  # of each
+    return together + (moving - hidden) + (computing - hidden) - computing

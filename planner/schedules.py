@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import networkx as nx
@@ -135,7 +136,7 @@ def check(schedule: Schedule) -> None:
     for rank, order in enumerate(schedule.orders):
         places = [(schedule.stage(rank, step.chunk), step) for step in order]
         _complete(schedule, rank, order)
-        waits.add_edges_from(zip(places, places[1:], strict=False))
+        waits.add_edges_from(pairwise(places))
         for stage, step in places:
             for before in needs(schedule, stage, step):
                 waits.add_edge(before, (stage, step))

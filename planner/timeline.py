@@ -67,7 +67,9 @@ class Timeline:
     def perfetto(self) -> dict[str, Any]:
         """Chrome's trace-event format, which Perfetto opens: microseconds, a process per device,
         a thread per stream, the step as the outermost slice of each."""
-        lanes = sorted({(s.device, s.stream) for s in self.slices}, key=lambda lane: (lane[0], lane[1] != COMPUTE, lane[1]))
+        lanes = sorted(
+            {(s.device, s.stream) for s in self.slices}, key=lambda lane: (lane[0], lane[1] != COMPUTE, lane[1])
+        )
         number = {lane: i for i, lane in enumerate(lanes)}
         events: list[dict[str, Any]] = []
         for device, stream in lanes:

@@ -20,6 +20,7 @@ from .planner.pinned import Parallelism
 from .planner.price import Job, Price, price
 
 TRACED = 4  # layers of the model that is traced: a first, a repeated pair, a last
+PRODUCTS: dict[str, str | None] = {"bf16": None, "fp8": "f8e4m3fn"}
 RECOMPUTE: dict[str, Policy] = {"none": "fused", "selective": "fused-selective", "full": "fused-full"}
 
 
@@ -73,14 +74,19 @@ class Setting:
 
     recompute: str = "none"
     fused_attention: bool = True
-    products: str = "bf16"  # element type of products with weights: bf16, f16 or fp8
+    products: str = "bf16"  # what products outside attention are done in: bf16 or fp8
     overlap: frozenset[str] = frozenset()
     reduce_in_fp32: bool = True
 
     def __post_init__(self) -> None:
         if self.recompute not in RECOMPUTE:
             raise PlanError(
-                f"recompute cannot be `{self.recompute}`.", where="recompute", fix=did_you_mean(self.recompute, RECOMPUTE)
+                f"recompute cannot be `{self.recompute}`.",
+                where="recompute", fix=did_you_mean(self.recompute, RECOMPUTE),
+            )  # fmt: skip
+        if self.products not in PRODUCTS:
+            raise PlanError(
+                f"products cannot be `{self.products}`.", where="products", fix=did_you_mean(self.products, PRODUCTS)
             )
 
 
@@ -99,7 +105,7 @@ def price_job(
         )  # fmt: skip
     if global_batch % (microbatch * parallelism.dp):
         raise PlanError(
-            f"a batch of {global_batch} does not divide into microbatches of {microbatch} on {parallelism.dp} data ranks.",
+            f"a batch of {global_batch} is not cut into microbatches of {microbatch} on {parallelism.dp} data ranks.",
             where="global batch", fix=f"a multiple of {microbatch * parallelism.dp}",
         )  # fmt: skip
     parts = job_parts(shape, microbatch, parallelism, setting, cluster)
@@ -130,7 +136,7 @@ def _parts(
     if fused_attention and policy == "fused":
         policy = "fused-selective"  # fused attention keeps no scores to begin with
     program = _program(shape, microbatch * parallelism.dp, policy)
-    return parts_of(program, shape.layers, parallelism, Roofline(cluster, fused_attention, products))
+    return parts_of(program, shape.layers, parallelism, Roofline(cluster, fused_attention, PRODUCTS[products]))
 
 
 @lru_cache(maxsize=64)
@@ -156,6 +162,7 @@ def _example(shape: Shape, batch: int) -> Any:
         )
         return gpt.make("gpt", config)
     config = llama.LlamaConfig(
-        shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, 1e-4, batch, seq=shape.seq, vocab=shape.vocab
-    )
+        shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, 1e-4, batch,
+        seq=shape.seq, vocab=shape.vocab,
+    )  # fmt: skip
     return llama.make("llama", config)
