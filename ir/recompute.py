@@ -5,11 +5,13 @@
     selective    also redo products of activations with activations (attention scores)
     full         keep only what one block hands to the next
 
-Three more describe frameworks that run one fused kernel at a time and keep its operands
+Four more describe frameworks that run one fused kernel at a time and keep its operands
 (PyTorch, Megatron-LM); they price what others ran, no plan of ours chooses them:
 
     fused            keep what products read and make; fused kernels redo their insides
     fused-selective  the same, but for the attention scores and weights
+    fused-alternate  keep attention's results and every other product with a weight (torchtitan's
+                     `selective` by op: pytorch/torchtitan, activation_checkpoint.py)
     fused-full       run a block's whole forward pass again, also what nobody reads of it
 
 `recompute(graph, phases, policy)` returns a graph in which backward readers of a
@@ -33,7 +35,7 @@ from .graph import Graph, Op, Region, TensorType
 from .values import Fresh, block_instances
 
 Policy = Literal[
-    "none", "elementwise", "selective", "full", "fused", "fused-selective", "fused-full"
+    "none", "elementwise", "selective", "full", "fused", "fused-selective", "fused-alternate", "fused-full"
 ]
 POLICIES: tuple[Policy, ...] = ("none", "elementwise", "selective", "full")  # what a plan may choose
 
@@ -108,6 +110,9 @@ def _facts(graph: Graph, phases: Sequence[str], policy: Policy) -> _Flat:
         for value in graph.ops[i].inputs:
             readers.setdefault(value, []).append(graph.ops[i])
     kept = set(graph.outputs)
+    if policy == "fused-alternate":
+        redone = _every_other(graph, forward, products, group)
+        products = products - _attention_results(graph, products) | redone
     for i in forward:
         if _stays(graph.ops[i], policy, i in products, group[i] is not None):
             kept.update(graph.ops[i].outputs)
@@ -121,6 +126,27 @@ def _facts(graph: Graph, phases: Sequence[str], policy: Policy) -> _Flat:
             if at is not None and group[at] != group[i]:
                 kept.add(value)
     return _Flat(writer, group, frozenset(kept))
+
+
+def _every_other(graph: Graph, forward: list[int], activations: set[int], group) -> set[int]:
+    """The second, fourth, ... product with a weight of each block."""
+    count: dict[tuple[str, int] | None, int] = {}
+    found = set()
+    for i in forward:
+        if graph.ops[i].kind in PRODUCTS and i not in activations and group[i] is not None:
+            count[group[i]] = count.get(group[i], 0) + 1
+            if count[group[i]] % 2 == 0:
+                found.add(i)
+    return found
+
+
+def _attention_results(graph: Graph, activations: set[int]) -> set[int]:
+    """Products of activations that are not larger than what they are made of."""
+    return {
+        i
+        for i in activations
+        if graph.types[graph.ops[i].outputs[0]].size <= max(graph.types[v].size for v in graph.ops[i].inputs)
+    }
 
 
 def _added_up(graph: Graph, value: int, readers: Mapping[int, list[Op]]) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ..ir.cluster import Cluster
 from ..ir.errors import PlanError
+from .collectives import Collectives
 from .parts import Part, Parts, Place, Work
 from .pinned import Parallelism
 from .schedules import Schedule, in_flight, schedule_of
@@ -144,12 +145,17 @@ class _Pricing:
         return part.update.reduce * wide
 
     def _hop(self) -> float:
-        """Seconds of one send to the next stage."""
+        """Seconds of one send to the next stage. Ranks that hold equal copies each send a part,
+        which is gathered on the other side (Narayanan et al., SC'21, section 4.1)."""
         par = self.job.parallelism
         if par.pp == 1:
             return 0.0
         tier = self.cluster.tier_for(par.devices // par.pp * 2)
-        return tier.latency + self.boundary / tier.achieved
+        seconds = tier.latency + self.boundary / tier.achieved
+        if par.tp > 1 and not par.sequence_parallel:
+            whole = Collectives(par.mesh, self.cluster).line("all_gather", ("tp",))
+            seconds += whole(self.boundary * par.tp)
+        return seconds
 
     def _tail(self, stages: list[dict[Place, int]], forward: float, backward: float) -> float:
         """After the last backward pass: gradients reduced, optimizer, parameters gathered again.

@@ -21,7 +21,9 @@ from .planner.price import Job, Price, price
 
 TRACED = 4  # layers of the model that is traced: a first, a repeated pair, a last
 PRODUCTS: dict[str, str | None] = {"bf16": None, "fp8": "f8e4m3fn"}
-RECOMPUTE: dict[str, Policy] = {"none": "fused", "selective": "fused-selective", "full": "fused-full"}
+RECOMPUTE: dict[str, Policy] = {
+    "none": "fused", "selective": "fused-selective", "alternate": "fused-alternate", "full": "fused-full",
+}
 
 
 @dataclass(frozen=True)
