@@ -58,6 +58,7 @@ class Result:
     predicted_memory: float
     memory_error: float | None
     chosen: str
+    seconds: dict[str, float]
 
 
 def whole(row: Row, name: str, default: int | None = None) -> int | None:
@@ -196,7 +197,8 @@ def best(case: Case) -> Result:
             problems.append(error.what)
             continue
         fits = priced.peak <= cluster.device.memory - cluster.device.reserve
-        found.append((not fits, priced.step if fits else priced.peak, priced.peak, (priced, parallelism, microbatch, setting)))
+        rank = (not fits, priced.step if fits else priced.peak)
+        found.append((*rank, priced.peak, (priced, parallelism, microbatch, setting)))
     if not found:
         raise SystemExit(f"row {case.row['id']}: {problems[:2]}")
     _, _, peak, (priced, parallelism, microbatch, setting) = min(found, key=lambda f: f[:2])
@@ -204,9 +206,17 @@ def best(case: Case) -> Result:
     return Result(
         case.row["id"], case.row["model"], case.measured, priced.step, priced.step / case.measured - 1,
         case.memory, gib, gib / case.memory - 1 if case.memory else None,
-        f"tp{parallelism.tp} pp{parallelism.pp}x{parallelism.vpp} dp{parallelism.dp} z{parallelism.zero} mb{microbatch} {setting.recompute}"
-        + " ".join(f" {k}={v:.3f}" for k, v in priced.seconds.items()),
+        f"tp{parallelism.tp} pp{parallelism.pp}x{parallelism.vpp} dp{parallelism.dp} z{parallelism.zero}"
+        f" mb{microbatch} {setting.recompute}", {k: round(v, 4) for k, v in priced.seconds.items()},
     )  # fmt: skip
+
+
+def line(name: str, r: Result) -> str:
+    memory = f"{r.predicted_memory:7.2f} GiB"
+    if r.memory is not None and r.memory_error is not None:
+        memory += f" of {r.memory:7.2f} {r.memory_error:+6.1%}"
+    step = f"{r.measured:8.3f} {r.predicted:8.3f} s {r.error:+6.1%}"
+    return f"{name:14} {r.id:>5} {r.model:12} {step}  {memory}  {r.chosen}"
 
 
 def main() -> None:
@@ -223,14 +233,13 @@ def main() -> None:
         results = []
         for case in cases:
             results.append(best(case))
-            r = results[-1]
-            memory = f"{r.memory:7.2f} {r.predicted_memory:7.2f} GiB {r.memory_error:+6.1%}" if r.memory else f"{r.predicted_memory:7.2f} GiB"
-            print(f"{name:14} {r.id:>5} {r.model:12} {r.measured:8.3f} {r.predicted:8.3f} s {r.error:+6.1%}  {memory}  {r.chosen}", flush=True)
-        if results:
-            mape = statistics.mean(abs(r.error) for r in results)
-            held = [abs(r.memory_error) for r in results if r.memory_error is not None]
-            print(f"{name}: {len(results)} rows, MAPE {mape:.1%} (bar {bar:.0%})" + (f", memory {statistics.mean(held):.1%}" if held else ""))
-            report[name] = {"bar": bar, "mape": mape, "rows": [asdict(r) for r in results]}
+            print(line(name, results[-1]), flush=True)
+        mape = statistics.mean(abs(r.error) for r in results)
+        held = [abs(r.memory_error) for r in results if r.memory_error is not None]
+        memory = statistics.mean(held) if held else None
+        end = f", memory {memory:.1%}" if memory else ""
+        print(f"{name}: {len(results)} rows, MAPE {mape:.1%} (bar {bar:.0%}){end}")
+        report[name] = {"bar": bar, "mape": mape, "memory_mape": memory, "rows": [asdict(r) for r in results]}
     if options.output:
         options.output.write_text(json.dumps(report, indent=1) + "\n")
 

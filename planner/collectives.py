@@ -113,8 +113,7 @@ class Collectives:
         slopes = []
         for level in levels:
             ring = 2 * (n - 1) / n / level.bandwidth
-            switch = level.tier.nvls and level.lanes == 1
-            if switch and level.parts > 1:
+            if level.tier.nvls is not None and level.lanes == 1:
                 share = level.parts / (level.parts - 1)
                 ring = min(ring, share / (level.tier.achieved * level.tier.nvls))
             slopes.append(ring)

@@ -251,7 +251,7 @@ class _Sorting:
 
     def _weights(self, part: Part, value: int, cast: Op | None, scale: float) -> None:
         kind, home = self.graph.types[value], self.space.homes[self.tags[value]]
-        held = kind.size / self.space.layouts.ways(home.layouts)[0]
+        held = kind.size / int(self.space.layouts.ways(home.layouts)[0])
         spread = held
         zero = self.pinned.state.dims.get(value)
         if zero:

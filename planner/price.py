@@ -103,7 +103,7 @@ class _Pricing:
 
     def _causes(self, run: Run, rank: int, stages: list[dict[Place, int]]) -> dict[str, float]:
         """Seconds of the slowest rank by what it does; what is hidden counts for nothing."""
-        found = dict.fromkeys(("compute", "exchange", "travel"), 0.0)
+        found: dict[str, float] = {"compute": 0.0, "exchange": 0.0, "travel": 0.0}
         for stage in stages:
             for place, n in stage.items():
                 for which in ("forward", "backward"):
@@ -179,7 +179,7 @@ class _Pricing:
         self, schedule: Schedule, rank: int, stages: list[dict[Place, int]]
     ) -> dict[str, float]:
         par = self.job.parallelism
-        found = dict.fromkeys(("state", "parameters", "gradients", "activations", "transient"), 0.0)
+        found: dict[str, float] = {"state": 0.0, "parameters": 0.0, "gradients": 0.0}
         for stage in stages:
             for place, n in stage.items():
                 part = self.parts[place]

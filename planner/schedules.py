@@ -163,7 +163,7 @@ def needs(schedule: Schedule, stage: int, step: Step) -> list[tuple[int, Step]]:
 
 def _complete(schedule: Schedule, rank: int, order: tuple[Step, ...]) -> None:
     count = Counter(order)
-    kinds = {"forward", "backward"} | {step.kind for step in order}
+    kinds: set[Kind] = {"forward", "backward", *(step.kind for step in order)}
     for kind in sorted(kinds):
         for chunk in range(schedule.chunks):
             for m in range(schedule.microbatches):

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.ir.errors import PlanError
-from meshwright.planner.schedules import Schedule, Step, check, gpipe, in_flight, interleaved, one_f_one_b
+from meshwright.planner.schedules import (
+    Schedule,
+    Step,
+    check,
+    gpipe,
+    in_flight,
+    interleaved,
+    one_f_one_b,
+)
 from meshwright.planner.simulate import COMPUTE, Run, StageSeconds, Task, pipeline_tasks, simulate
 from meshwright.planner.timeline import Timeline, check_nested
 

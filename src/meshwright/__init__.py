@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .ir.plan import Plan
     from .ir.version import VERSION as __version__
     from .planner.request import Request
+    from .simulation import simulate
 
 # name -> module that has it; imported when first asked for, so that `meshwright --help` stays quick
 _HOMES = {
@@ -37,11 +38,12 @@ _HOMES = {
     "parallelize": "api",
     "plan": "api",
     "save_plan": "ir.codec",
+    "simulate": "simulation",
 }
 
 __all__ = [
     "Cluster", "MeshwrightError", "ParallelStep", "Plan", "Request", "RunningStep", "__version__",
-    "emulate", "load_plan", "lower", "parallelize", "plan", "save_plan",
+    "emulate", "load_plan", "lower", "parallelize", "plan", "save_plan", "simulate",
 ]  # fmt: skip
 
 

@@ -441,3 +441,4 @@ def demo(
     run_demo(data, steps, devices, large)
 
 
+from . import whatif  # noqa: E402, F401  (adds the commands that need this module's app)

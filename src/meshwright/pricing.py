@@ -6,7 +6,7 @@ say and priced part by part; the parts are then put together to the whole depth.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -92,6 +92,29 @@ class Setting:
             )
 
 
+OVERLAPS = ("gradients", "parameters", "tensor", "stages")
+
+
+def overlaps(text: str) -> frozenset[str]:
+    """What runs beside computation, from a list joined by commas."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in OVERLAPS:
+            raise PlanError(f"overlap cannot be `{name}`.", where="overlap", fix=did_you_mean(name, OVERLAPS))
+    return frozenset(names)
+
+
+def parallelism_on(cluster: Cluster, *, dp: int | None, **degrees: Any) -> Parallelism:
+    """The degrees given; data parallelism takes the rest of the devices if it is not."""
+    others = degrees["tp"] * degrees["pp"] * degrees["cp"]
+    if dp is None and (others < 1 or cluster.size % others):
+        raise PlanError(
+            f"tp x pp x cp is {others}, which does not divide {cluster.size} devices.",
+            where="parallelism", fix=f"degrees that divide {cluster.size}",
+        )  # fmt: skip
+    return Parallelism(dp=dp or cluster.size // others, **degrees)
+
+
 def price_job(
     shape: Shape, parallelism: Parallelism, cluster: Cluster, *, global_batch: int, microbatch: int, setting: Setting
 ) -> Price:
@@ -110,7 +133,9 @@ def price_job(
             f"a batch of {global_batch} is not cut into microbatches of {microbatch} on {parallelism.dp} data ranks.",
             where="global batch", fix=f"a multiple of {microbatch * parallelism.dp}",
         )  # fmt: skip
-    parts = job_parts(shape, microbatch, parallelism, setting, cluster)
+    parts = _parts(
+        replace(shape, layers=TRACED), microbatch, replace(parallelism, pp=1, vpp=1), setting, _Known(cluster)
+    )
     job = Job(
         layers=shape.layers, parallelism=parallelism, microbatch=microbatch,
         microbatches=global_batch // (microbatch * parallelism.dp),
@@ -120,25 +145,26 @@ def price_job(
     return price(parts, job, cluster, boundary)
 
 
-@lru_cache(maxsize=256)
-def job_parts(shape: Shape, microbatch: int, parallelism: Parallelism, setting: Setting, cluster: Cluster) -> Parts:
-    one_stage = replace(parallelism, pp=1, vpp=1)
-    return _parts(
-        replace(shape, layers=TRACED), microbatch, one_stage, setting.recompute, setting.fused_attention,
-        setting.products, cluster,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Known:
+    """A cluster that can be the key of a cache: clusters of equal content are equal."""
+
+    cluster: Cluster = field(compare=False)
+    content: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "content", self.cluster.fingerprint())
 
 
 @lru_cache(maxsize=256)
-def _parts(
-    shape: Shape, microbatch: int, parallelism: Parallelism, recompute: str, fused_attention: bool, products: str,
-    cluster: Cluster,
-) -> Parts:  # fmt: skip
-    policy = RECOMPUTE[recompute]
-    if fused_attention and policy == "fused":
+def _parts(shape: Shape, microbatch: int, parallelism: Parallelism, setting: Setting, known: _Known) -> Parts:
+    """What one stage without a pipeline costs, for a model of few layers."""
+    policy = RECOMPUTE[setting.recompute]
+    if setting.fused_attention and policy == "fused":
         policy = "fused-selective"  # fused attention keeps no scores to begin with
     program = _program(shape, microbatch * parallelism.dp, policy)
-    return parts_of(program, shape.layers, parallelism, Roofline(cluster, fused_attention, PRODUCTS[products]))
+    cost = Roofline(known.cluster, setting.fused_attention, PRODUCTS[setting.products])
+    return parts_of(program, shape.layers, parallelism, cost)
 
 
 @lru_cache(maxsize=64)

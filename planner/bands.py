@@ -1,0 +1,69 @@
+"""How far predictions have been off, by device and regime, and which figure they hang on.
+
+A band is what the published runs of `benchmarks/fidelity.py` showed: predicted over
+measured, minus one, from the lowest to the highest run. Outside these regimes there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..ir.cluster import Cluster
+from ..ir.mesh import Mesh
+from ..ir.plan import Collective
+from .groups import levels_of
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Errors of predicted seconds: -0.1 is 10 % too fast."""
+
+    low: float
+    high: float
+    runs: int
+    regime: str
+
+    def __str__(self) -> str:
+        return f"{self.low:+.0%} to {self.high:+.0%} on {self.runs} published runs ({self.regime})"
+
+    def around(self, predicted: float) -> tuple[float, float]:
+        """Where the measured seconds lie if the error is one that was seen."""
+        return predicted / (1 + self.high), predicted / (1 + self.low)
+
+
+# From benchmarks/results/fidelity.json; tests hold the two together.
+BANDS = {
+    "a100": Band(-0.11, 0.07, 24, "transformers with Megatron-LM, 8 to 3072 devices"),
+    "h100": Band(-0.16, -0.02, 9, "transformers with Megatron-Core, 48 to 6144 devices"),
+    "b200": Band(-0.11, 0.01, 24, "transformers with Megatron-Core on one host"),
+}
+NONE = "not validated on this device against published runs"
+
+
+def band_of(cluster: Cluster) -> Band | None:
+    """The band of the cluster's device; None where no run was compared."""
+    return BANDS.get(cluster.device.name)
+
+
+def told(cluster: Cluster) -> str:
+    """The band in words."""
+    band = band_of(cluster)
+    return str(band) if band else NONE
+
+
+def weakest(cluster: Cluster, mesh: Mesh, compute: float, collectives: Iterable[Collective]) -> str:
+    """The figure not measured that most predicted seconds hang on, with its origin."""
+    seconds = {f"devices.{cluster.device.name}.efficiency": compute}
+    for entry in collectives:
+        levels = levels_of(entry.axes, mesh, cluster)
+        if levels:
+            slowest = min(levels, key=lambda level: level.bandwidth)
+            field = f"fabric.{slowest.tier.name}.bandwidth"
+            seconds[field] = seconds.get(field, 0.0) + entry.seconds
+    open_ = {f: s for f, s in seconds.items() if cluster.provenance.get(f, "preset") != "measured"}
+    if not open_:
+        return "every figure that matters was measured"
+    field = max(open_, key=lambda f: open_[f])
+    share = open_[field] / max(sum(seconds.values()), 1e-30)
+    return f"{share:.0%} of it hangs on {field} ({cluster.provenance.get(field, 'preset')})"

@@ -1,0 +1,111 @@
+"""Simulate a plan: what a step takes when communication runs beside computation, and what-ifs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .api import Options
+from .ir.blocks import fold
+from .ir.cluster import Cluster
+from .ir.errors import MismatchError, UsageError
+from .ir.fingerprint import fingerprint
+from .ir.plan import Plan
+from .ir.program import prepare
+from .planner.bands import band_of, told, weakest
+from .planner.cost import Roofline
+from .planner.instructions import Simulation, simulate_plan
+from .planner.timeline import Timeline
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A plan's step as simulated on its cluster, or on a changed one.
+
+    `band` says how far predictions on this device have been off, `hangs_on` which figure not
+    measured the result depends on most.
+    """
+
+    plan: Plan
+    cluster: Cluster
+    result: Simulation
+    band: str
+    hangs_on: str
+
+    @property
+    def seconds(self) -> float:
+        return self.result.seconds
+
+    @property
+    def between(self) -> tuple[float, float] | None:
+        """Seconds that the band allows for; None without a band."""
+        band = band_of(self.cluster)
+        return band.around(self.seconds) if band else None
+
+    @property
+    def limit(self) -> float:
+        return self.cluster.memory_per_device
+
+    @property
+    def timeline(self) -> Timeline:
+        return Timeline.of(self.result.run)
+
+
+def simulate(
+    plan: Plan,
+    step: Callable[..., Any] | None = None,
+    *args: Any,
+    cluster: Cluster | str | None = None,
+    changes: Mapping[str, str] | None = None,
+    **options: Any,
+) -> Simulated:
+    """Simulate one step of a plan.
+
+    Args:
+        plan: as made or loaded.
+        step, args: the step and its arguments; a plan made on the command line knows its own.
+        cluster: another cluster with as many devices; the plan's own if not given.
+        changes: fields of the cluster to change first: {"fabric.ib400.bandwidth": "100 GB/s"}.
+
+    Raises:
+        UsageError, ClusterError: no step, no such field, a value that makes no sense.
+        MismatchError: the plan was made for another step, or the cluster has another size.
+    """
+    where = plan.cluster if cluster is None else Cluster.parse(cluster)
+    if where.size != plan.mesh.size:
+        raise MismatchError(
+            f"the plan is for {plan.mesh.size} devices, the cluster has {where.size}.",
+            where=f"cluster {where.name}", fix="a cluster of as many devices, or plan again",
+        )  # fmt: skip
+    for path, value in (changes or {}).items():
+        where = where.with_(path, value)
+    if where.size != plan.mesh.size:
+        raise MismatchError(
+            f"a change of size needs a new plan: {plan.mesh.size} devices became {where.size}.",
+            where="changes", fix="meshwright plan",
+        )  # fmt: skip
+    captured = _captured(plan, step, args, options)
+    if fingerprint(captured.graph) != plan.graph:
+        raise MismatchError(
+            f"the plan was made for another step than `{plan.name}` is now.",
+            where="graph fingerprint", fix="plan again",
+        )  # fmt: skip
+    program = prepare(fold(captured.graph).small, plan.recompute)  # type: ignore[arg-type]
+    result = simulate_plan(plan, program, Roofline(where))
+    hangs_on = weakest(where, plan.mesh, result.compute, result.collectives)
+    return Simulated(plan, where, result, told(where), hangs_on)
+
+
+def _captured(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    if step is not None:
+        given = {key: options.pop(key) for key in Options.__dataclass_fields__ if key in options}
+        return Options.of(step, given).capture(step, args, options)
+    if not plan.recipe:
+        raise UsageError(
+            f"the plan does not say how its step `{plan.name}` is made.",
+            fix="mw.simulate(plan, step, *arguments)",
+        )
+    from .recipe import make
+
+    return make(plan.recipe).capture()

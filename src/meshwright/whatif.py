@@ -1,0 +1,177 @@
+"""The commands that predict without planning: `price` and `simulate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cli import Format, FormatOption, PlanFile, app
+from .ir.errors import UsageError
+from .ir.units import format_bytes, format_seconds
+
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a field of the cluster first: fabric.ib400.bandwidth=100GB/s. May be repeated."),
+]
+Trace = Annotated[Path | None, typer.Option(help="Also write the timeline for Perfetto (ui.perfetto.dev).")]
+
+
+@app.command()
+def simulate(
+    plan: PlanFile,
+    changes: Changes = None,
+    trace: Trace = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Simulate a step of a saved plan, with communication beside computation."""
+    from .ir.codec import check_writable, load_plan, write_whole
+    from .simulation import simulate as run
+
+    if trace is not None:
+        check_writable(trace)
+    found = run(load_plan(plan), changes=_changes(changes))
+    if trace is not None:
+        write_whole(trace, json.dumps(found.timeline.perfetto()))
+    if format is Format.json:
+        print(json.dumps(_simulated(found), indent=1))
+        return
+    result, between = found.result, found.between
+    print(f"step           {format_seconds(found.seconds)}" + _between(between))
+    print(f"compute        {format_seconds(result.compute)}")
+    hidden = result.communication - result.exposed
+    print(
+        f"communication  {format_seconds(result.communication)}, {format_seconds(max(0.0, hidden))} hidden,"
+        f" {format_seconds(result.exposed)} exposed"
+    )
+    planned = format_seconds(found.plan.estimate.step_seconds)
+    print(f"unoverlapped   {format_seconds(result.serial)}; the plan says {planned}")
+    print(f"memory         {_memory(result.memory)} of {format_bytes(found.limit)}")
+    print(f"error          {found.band}; {found.hangs_on}")
+    print(found.timeline.text())
+
+
+def _simulated(found: Any) -> dict[str, Any]:
+    result = found.result
+    return {
+        "seconds": found.seconds, "between": found.between, "serial": result.serial, "compute": result.compute,
+        "communication": result.communication, "exposed": result.exposed, "memory": result.memory,
+        "peak_bytes": result.peak, "limit_bytes": found.limit, "planned": found.plan.estimate.step_seconds,
+        "band": found.band, "hangs_on": found.hangs_on,
+    }  # fmt: skip
+
+
+@app.command()
+def price(
+    cluster: Annotated[str, typer.Option(help="128xa100x8@hdr200, a YAML file; see `clusters`.")],
+    global_batch: Annotated[int, typer.Option("--global-batch", "--batch", help="Sequences per step.")],
+    model: Annotated[str | None, typer.Option(help="A decoder of the zoo; or give its numbers.")] = None,
+    family: Annotated[str, typer.Option(help="gpt or llama, when the model is given as numbers.")] = "gpt",
+    layers: Annotated[int | None, typer.Option(help="Depth.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key and value heads; as many as heads if not given.")] = None,
+    ffn: Annotated[int | None, typer.Option(help="Feed-forward width; 4 x hidden if not given.")] = None,
+    vocab: Annotated[int, typer.Option(help="Vocabulary, when the model is given as numbers.")] = 51_200,
+    seq: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    microbatch: Annotated[int, typer.Option(help="Sequences per microbatch and data rank.")] = 1,
+    tp: Annotated[int, typer.Option(help="Tensor parallelism.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    vpp: Annotated[int, typer.Option(help="Virtual stages per rank (interleaving).")] = 1,
+    dp: Annotated[int | None, typer.Option(help="Data parallelism; the rest of the devices if not given.")] = None,
+    cp: Annotated[int, typer.Option(help="Context parallelism.")] = 1,
+    zero: Annotated[int, typer.Option(help="ZeRO stage: 0, 1, 2 or 3.")] = 0,
+    sequence_parallel: Annotated[bool, typer.Option("--sp", help="Sequence parallelism beside tp.")] = False,
+    recompute: Annotated[str, typer.Option(help="none, selective, alternate or full.")] = "none",
+    plain_attention: Annotated[
+        bool, typer.Option("--plain-attention", help="Scores in memory, no fused kernel.")
+    ] = False,
+    products: Annotated[str, typer.Option(help="Products in bf16 or fp8.")] = "bf16",
+    overlap: Annotated[
+        str, typer.Option(help="What runs beside computation: gradients,parameters,tensor,stages.")
+    ] = "",
+    changes: Changes = None,
+    trace: Trace = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Price a training job given as numbers: seconds per step and memory per stage."""
+    from .ir.cluster import Cluster
+    from .ir.codec import check_writable, write_whole
+    from .planner.timeline import Timeline
+    from .pricing import Setting, Shape, overlaps, parallelism_on, price_job, shape_of
+
+    if trace is not None:
+        check_writable(trace)
+    where = Cluster.parse(cluster)
+    for path, value in _changes(changes).items():
+        where = where.with_(path, value)
+    if model is not None:
+        given = {"--hidden": hidden, "--heads": heads, "--kv-heads": kv_heads, "--ffn": ffn}
+        for name, number in given.items():
+            if number is not None:
+                raise UsageError(
+                    f"{name} is for models given as numbers.", where=f"--model {model}", fix=f"leave {name} out"
+                )
+        shape = shape_of(model, seq, layers)
+    else:
+        for name, number in {"--layers": layers, "--hidden": hidden, "--heads": heads}.items():
+            if number is None:
+                raise UsageError(
+                    f"{name} is missing.", where="price", fix="--model NAME, or --layers, --hidden and --heads"
+                )
+        assert layers is not None and hidden is not None and heads is not None
+        shape = Shape(family, layers, hidden, heads, kv_heads or heads, ffn or 4 * hidden, vocab, seq or 2048)
+    degrees = {"tp": tp, "pp": pp, "vpp": vpp, "dp": dp, "cp": cp, "zero": zero}
+    parallelism = parallelism_on(where, **degrees, sequence_parallel=sequence_parallel)
+    setting = Setting(recompute, not plain_attention, products, overlaps(overlap))
+    found = price_job(shape, parallelism, where, global_batch=global_batch, microbatch=microbatch, setting=setting)
+    if trace is not None:
+        write_whole(trace, json.dumps(Timeline.of(found.run).perfetto()))
+    _print_price(found, where, format)
+
+
+def _print_price(found: Any, where: Any, format: Format) -> None:
+    from .planner.bands import band_of, told
+
+    band = band_of(where)
+    between = band.around(found.step) if band else None
+    fits = bool(found.peak <= where.memory_per_device)
+    worst = max(range(len(found.memory)), key=lambda i: sum(found.memory[i].values()))
+    if format is Format.json:
+        data = {
+            "seconds": found.step, "between": between, "by_cause": found.seconds, "memory": list(found.memory),
+            "peak_bytes": found.peak, "limit_bytes": where.memory_per_device, "fits": fits, "band": told(where),
+        }  # fmt: skip
+        print(json.dumps(data, indent=1))
+        return
+    print(f"step    {format_seconds(found.step)}" + _between(between))
+    print("        " + ", ".join(f"{cause} {format_seconds(s)}" for cause, s in found.seconds.items() if s > 0))
+    print(f"memory  {_memory(found.memory[worst])} of {format_bytes(where.memory_per_device)} (stage {worst})")
+    if not fits:
+        print(f"        does not fit: {format_bytes(found.peak - where.memory_per_device)} too much")
+    elif found.peak > 0.9 * where.memory_per_device:
+        print("        above 90 % of the memory; measured runs lose much of their speed there")
+    print(f"error   {told(where)}")
+
+
+def _changes(pairs: list[str] | None) -> dict[str, str]:
+    found = {}
+    for pair in pairs or []:
+        field, equals, value = pair.partition("=")
+        if not equals or not field or not value:
+            raise UsageError(f"`{pair}` changes nothing.", where="--set", fix="--set fabric.ib400.bandwidth=100GB/s")
+        if field in found:
+            raise UsageError(f"`{field}` is set twice.", where="--set", fix="once")
+        found[field] = value
+    return found
+
+
+def _between(between: tuple[float, float] | None) -> str:
+    return f" ({format_seconds(between[0])} to {format_seconds(between[1])})" if between else ""
+
+
+def _memory(causes: dict[str, float]) -> str:
+    rows = [f"{cause} {format_bytes(held)}" for cause, held in sorted(causes.items(), key=lambda c: -c[1]) if held > 0]
+    return f"{format_bytes(sum(causes.values()))}: {', '.join(rows)};"
