@@ -31,6 +31,7 @@ from . import presets
 from .cluster_file import is_path, read, translate
 from .cluster_parts import DTYPES, Device, Group, Part, Price, Tier, near
 from .errors import ClusterError, MeshwrightError, UsageError, did_you_mean
+from .profile import MeasuredLine, Profile, load_profile
 from .units import (
     Bytes,
     format_bandwidth,
@@ -59,6 +60,7 @@ class Cluster(Part):
     groups: tuple[Group, ...] = Field(min_length=1)
     fabric: tuple[Tier, ...] = ()
     price: Price | None = None
+    measured: tuple[MeasuredLine, ...] = ()  # collectives by group layout, from a profile
     provenance: dict[str, Origin] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -125,7 +127,11 @@ class Cluster(Part):
     def load(cls, path: str | Path) -> Cluster:
         """Read a YAML (or JSON) file. Each mistake is a ClusterError that names its line."""
         data, lines = read(Path(path))
-        return cls._checked(data, lines, f"cluster spec {path}", context="file")
+        profile = data.pop("profile", None)
+        found = cls._checked(data, lines, f"cluster spec {path}", context="file")
+        if profile is None:
+            return found
+        return found.with_profile(load_profile(Path(path).parent / str(profile)))
 
     @classmethod
     def local(cls, fabric: str | None = None) -> Cluster:
@@ -229,6 +235,38 @@ class Cluster(Part):
         if leaf == "hosts":  # the old names do not fit
             data["provenance"].pop(full.removesuffix(leaf) + "names", None)
         return Cluster._checked(data, {}, f"override `{path}={value}`")
+
+    def with_profile(self, profile: Profile | str | Path) -> Cluster:
+        """A copy with a machine's measured figures; those that were declared stay.
+
+        Raises:
+            ClusterError: the profile is of another device, or of another number of emulated ones.
+        """
+        found = profile if isinstance(profile, Profile) else load_profile(profile)
+        name = self.groups[0].device
+        if len(self.devices) > 1 or found.device != name:
+            raise ClusterError(
+                f"the profile is of `{found.device}` ({found.described}), the cluster has {', '.join(self.devices)}.",
+                where="profile", fix=f"meshwright calibrate on a machine with {name}",
+            )  # fmt: skip
+        if self.device.kind == "cpu" and found.count != self.per_host:
+            raise ClusterError(
+                f"the profile is of {found.count} CPU devices on one machine, the cluster has {self.per_host} on each;"
+                " what each gets depends on how many share its cores.",
+                where="profile", fix=f"meshwright calibrate --devices {self.per_host}",
+            )  # fmt: skip
+        at, figures = f"devices.{name}", {}
+        figures |= {f"{at}.peak_flops.{dtype}": rate for dtype, rate in found.peak_flops.items()}
+        figures |= {f"{at}.memory_bandwidth": found.memory_bandwidth, f"{at}.memory_efficiency": 1.0}
+        figures |= {f"{at}.efficiency": 1.0, f"{at}.launch": found.launch}
+        figures |= {f"{at}.elementwise_flops": found.elementwise_flops}
+        changed = self
+        for path, figure in figures.items():
+            if self.provenance.get(path) != "declared":
+                changed = changed.with_(path, figure, "measured")
+        data = changed.model_dump(mode="json", by_alias=True)
+        data["measured"] = [line.model_dump() for line in found.lines]
+        return Cluster._checked(data, {}, f"profile of {found.described}")
 
     def describe(self) -> str:
         """A few lines for people; marks after a figure tell its origin unless it is preset."""

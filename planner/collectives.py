@@ -85,11 +85,27 @@ class Collectives:
     def _line(self, kind: str, axes: tuple[str, ...]) -> Line:
         if kind not in KINDS:
             raise PlanError(f"`{kind}` is no collective.", where="collective", fix=did_you_mean(kind, KINDS))
+        measured = self._measured(kind, axes)
+        if measured is not None:
+            return measured
         levels = levels_of(axes, self.mesh, self.cluster)
         if not levels:
             return FREE
         price = {"all_reduce": self._all_reduce, "all_to_all": _all_to_all}.get(kind, self._ring)
         return price(levels)
+
+    def _measured(self, kind: str, axes: tuple[str, ...]) -> Line | None:
+        """What a profile says of groups that lie like this; axes next to each other are one group."""
+        strides = sorted((self.mesh.stride(name), self.mesh.sizes[name]) for name in axes)
+        size = stride = 1
+        for step, n in strides:
+            if size > 1 and step != stride * size:
+                return None
+            stride, size = (stride if size > 1 else step), size * n
+        for line in self.cluster.measured:
+            if (line.kind, line.size, line.stride) == (kind, size, stride):
+                return Line(line.fixed, line.slope)
+        return None
 
     def _ring(self, levels: tuple[Level, ...]) -> Line:
         """Every byte passes every link of a ring over all n ranks but one: (n - 1) / n of them.

@@ -17,6 +17,7 @@ from ..ir.cluster import Cluster, Device
 from ..ir.graph import Op, TensorType
 from ..ir.mesh import Mesh
 from ..ir.rule import Rule
+from .bands import told
 from .collectives import Collectives
 from .compute import Ways, op_seconds
 from .kernels import Kernels
@@ -60,7 +61,7 @@ class Roofline:
 
     @property
     def band(self) -> str:
-        return "not validated for this device; no overlap of communication with compute is assumed"
+        return f"{told(self.cluster)}; no overlap of communication with compute is assumed"
 
     @cached_property
     def device(self) -> Device:

@@ -47,7 +47,7 @@ def measure(devices: list[Any] | None = None) -> Measured:
     """Run a few seconds of products, copies and all-reduces on the devices."""
     found = devices or jax.devices()
     mesh = Mesh(np.array(found), ("d",))
-    launch = _launch(mesh)
+    launch = launch_seconds(mesh)
     latency, bandwidth = _all_reduce(mesh)
     return Measured(
         flops={
@@ -55,7 +55,7 @@ def measure(devices: list[Any] | None = None) -> Measured:
             for name, dtype in (("f32", jnp.float32), ("bf16", jnp.bfloat16))
         },
         memory_bandwidth=_stream(mesh),
-        elementwise=_elementwise(mesh),
+        elementwise=elementwise_rate(mesh),
         launch=launch,
         latency=latency,
         bandwidth=bandwidth,
@@ -80,7 +80,7 @@ def measured_cluster(devices: list[Any] | None = None) -> Cluster:
     return cluster
 
 
-def _seconds(step: Callable[..., Any], *args: Any) -> float:
+def seconds_of(step: Callable[..., Any], *args: Any) -> float:
     """Median wall time of a compiled step, first call left out."""
     jax.block_until_ready(step(*args))
     times = []
@@ -91,44 +91,47 @@ def _seconds(step: Callable[..., Any], *args: Any) -> float:
     return median(times)
 
 
-def _everywhere(mesh: Mesh, body: Callable[..., Any]) -> Callable[..., Any]:
+def everywhere(mesh: Mesh, body: Callable[..., Any], operands: int = 1) -> Callable[..., Any]:
+    """The body on every device's part of its operands, compiled."""
     spec = PartitionSpec("d")
-    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    return jax.jit(
+        jax.shard_map(body, mesh=mesh, in_specs=(spec,) * operands, out_specs=spec, check_vma=False)
+    )
 
 
-def _ones(mesh: Mesh, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+def ones(mesh: Mesh, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     full = (shape[0] * mesh.size, *shape[1:])
     return jax.device_put(jnp.ones(full, dtype), NamedSharding(mesh, PartitionSpec("d")))
 
 
-def _loop(body: Callable[[Any], Any], times: int) -> Callable[[Any], Any]:
+def loop(body: Callable[[Any], Any], times: int) -> Callable[[Any], Any]:
     return lambda x: lax.fori_loop(0, times, lambda _, y: body(y), x)
 
 
 def _product(mesh: Mesh, dtype: Any) -> float:
     times = 8
-    step = _everywhere(mesh, _loop(lambda x: (x @ x) * jnp.asarray(1e-3, dtype), times))
-    return times * 2.0 * SIDE**3 / _seconds(step, _ones(mesh, (SIDE, SIDE), dtype))
+    step = everywhere(mesh, loop(lambda x: (x @ x) * jnp.asarray(1e-3, dtype), times))
+    return times * 2.0 * SIDE**3 / seconds_of(step, ones(mesh, (SIDE, SIDE), dtype))
 
 
 def _stream(mesh: Mesh) -> float:
     times = 4
-    step = _everywhere(mesh, _loop(lambda x: lax.optimization_barrier(x * 1.0001 + 1.0), times))
-    return times * 2.0 * 4 * STREAM / _seconds(step, _ones(mesh, (STREAM,)))
+    step = everywhere(mesh, loop(lambda x: lax.optimization_barrier(x * 1.0001 + 1.0), times))
+    return times * 2.0 * 4 * STREAM / seconds_of(step, ones(mesh, (STREAM,)))
 
 
-def _elementwise(mesh: Mesh) -> float:
+def elementwise_rate(mesh: Mesh) -> float:
     """Simple operations per second: exponentials that stay in the cache, at their weight of 16."""
     times, size = 64, 1 << 14
-    step = _everywhere(mesh, _loop(lambda x: jnp.exp(x * -0.5), times))
-    return times * 17.0 * size / _seconds(step, _ones(mesh, (size,)))
+    step = everywhere(mesh, loop(lambda x: jnp.exp(x * -0.5), times))
+    return times * 17.0 * size / seconds_of(step, ones(mesh, (size,)))
 
 
-def _launch(mesh: Mesh) -> float:
+def launch_seconds(mesh: Mesh) -> float:
     """Seconds of one small kernel inside a program."""
     times = 200
-    step = _everywhere(mesh, _loop(lambda x: lax.optimization_barrier(x @ x), times))
-    return _seconds(step, _ones(mesh, (8, 8))) / times
+    step = everywhere(mesh, loop(lambda x: lax.optimization_barrier(x @ x), times))
+    return seconds_of(step, ones(mesh, (8, 8))) / times
 
 
 def _all_reduce(mesh: Mesh) -> tuple[float, float]:
@@ -168,4 +171,4 @@ def _between_products(mesh: Mesh, size: int) -> float:
     step = jax.jit(
         jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=(spec, spec), check_vma=False)
     )
-    return _seconds(step, _ones(mesh, (SIDE, SIDE)), _ones(mesh, (max(size, 8),))) / times
+    return seconds_of(step, ones(mesh, (SIDE, SIDE)), ones(mesh, (max(size, 8),))) / times

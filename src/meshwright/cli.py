@@ -108,6 +108,9 @@ def plan(
     layers: Annotated[int | None, typer.Option(help="Depth.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw or sgd.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the computation: bf16 or f32.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Measured figures of the cluster's devices, from `calibrate`.")
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Bytes per device that may be used, as in 60GiB.")
     ] = None,
@@ -142,6 +145,8 @@ def plan(
     }  # fmt: skip
     recipe = {"model": model, **{k: v for k, v in options.items() if v is not None}}
     where = Cluster.parse(cluster)
+    if profile is not None:
+        where = where.with_profile(profile)
     request = Request(
         memory=None if memory is None else parse_bytes(memory),
         mesh=None if mesh is None else parse_mesh(mesh),

@@ -1,4 +1,4 @@
-"""The commands that predict without planning: `price` and `simulate`."""
+"""The commands that predict without planning, and measure what predictions rest on."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def price(
     cp: Annotated[int, typer.Option(help="Context parallelism.")] = 1,
     zero: Annotated[int, typer.Option(help="ZeRO stage: 0, 1, 2 or 3.")] = 0,
     sequence_parallel: Annotated[bool, typer.Option("--sp", help="Sequence parallelism beside tp.")] = False,
-    recompute: Annotated[str, typer.Option(help="none, selective, alternate or full.")] = "none",
+    recompute: Annotated[str, typer.Option(help="none, selective, alternate, full; with XLA dots or blocks.")] = "none",
     plain_attention: Annotated[
         bool, typer.Option("--plain-attention", help="Scores in memory, no fused kernel.")
     ] = False,
@@ -130,6 +130,33 @@ def price(
     if trace is not None:
         write_whole(trace, json.dumps(Timeline.of(found.run).perfetto()))
     _print_price(found, where, format)
+
+
+@app.command()
+def calibrate(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to save the profile.")],
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Emulate so many CPU devices; this process's own if not given.")
+    ] = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Measure this machine's devices and write a profile that a cluster file can name.
+
+    Takes tens of seconds; nothing else should run meanwhile.
+    """
+    from .calibration import calibrate as measure
+    from .calibration import profile_text
+    from .emulation import emulate
+    from .ir.codec import check_writable, write_whole
+    from .progress import Progress
+
+    check_writable(output)
+    if devices is not None:
+        emulate(devices)
+    with Progress() as progress:
+        found = measure(tell=progress.say)
+    write_whole(output, found.dump())
+    print(found.dump() if format is Format.json else profile_text(found))
 
 
 def _print_price(found: Any, where: Any, format: Format) -> None:

@@ -1,0 +1,103 @@
+"""Fit the figures of a profile to measured points, and say how well they describe the rest.
+
+    product      seconds = launch + FLOP / peak
+    copy         seconds = launch + bytes / bandwidth
+    collective   seconds = fixed + bytes * slope          per kind and group layout
+
+Every third point by size is left out of the fit and predicted afterwards. Errors are
+relative, so that small sizes count as much as large ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+
+from ..ir.profile import CollectivePoint, CopyPoint, Fit, MeasuredLine, ProductPoint
+
+
+def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """(fixed, slope) of least relative error, neither below 0; robust: fitted again without outliers.
+
+    One size alone gives a slope and nothing fixed.
+    """
+    x, y = np.asarray(sizes, float), np.asarray(seconds, float)
+    if len(set(sizes)) < 2:
+        return 0.0, float(np.median(y / x))
+    fixed, slope = _weighted(x, y)
+    errors = np.abs((fixed + slope * x) / y - 1)
+    good = errors <= 3 * max(float(np.median(errors)), 1e-3)
+    if good.sum() >= 2 and len(set(x[good])) > 1:
+        fixed, slope = _weighted(x[good], y[good])
+    return fixed, slope
+
+
+def _weighted(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    columns = np.stack([1 / y, x / y], axis=1)
+    (fixed, slope), *_ = np.linalg.lstsq(columns, np.ones(len(y)), rcond=None)
+    if fixed < 0:
+        return 0.0, float(np.sum(x / y) / np.sum((x / y) ** 2))
+    if slope < 0:
+        return float(np.sum(1 / y) / np.sum(1 / y**2)), 0.0
+    return float(fixed), float(slope)
+
+
+def held_out(count: int) -> np.ndarray:
+    """Which of so many points, in order of size, are left out of a fit: every third, never the ends."""
+    index = np.arange(count)
+    return (index % 3 == 1) & (index > 0) & (index < count - 1)
+
+
+def judge(family: str, sizes: Sequence[float], seconds: Sequence[float]) -> tuple[tuple[float, float], Fit]:
+    """A line fitted to two thirds of the points, and its errors on the others."""
+    order = np.argsort(sizes, kind="stable")
+    x, y = np.asarray(sizes, float)[order], np.asarray(seconds, float)[order]
+    out = held_out(len(x))
+    line = fit_line(x[~out].tolist(), y[~out].tolist())
+    errors = np.abs((line[0] + line[1] * x[out]) / y[out] - 1) if out.any() else np.zeros(1)
+    median, worst = float(np.median(errors)), float(errors.max())
+    return line, Fit(family=family, points=len(x), held_out=int(out.sum()), median=median, worst=worst)
+
+
+def fit_products(points: Sequence[ProductPoint]) -> tuple[dict[str, float], list[float], list[Fit]]:
+    """Peak FLOP/s by dtype, the fixed seconds of each, and fits."""
+    peaks, fixed, fits = {}, [], []
+    for dtype in sorted({p.dtype for p in points}):
+        mine = [p for p in points if p.dtype == dtype]
+        (start, slope), fit = judge(
+            f"products {dtype}", [2.0 * p.m * p.n * p.k for p in mine], [p.seconds for p in mine]
+        )
+        peaks[dtype] = 1 / max(slope, 1e-30)
+        fixed.append(start)
+        fits.append(fit)
+    return peaks, fixed, fits
+
+
+def fit_copies(points: Sequence[CopyPoint]) -> tuple[float, Fit]:
+    """Bytes/s of streaming kernels."""
+    (_, slope), fit = judge("memory", [p.nbytes for p in points], [p.seconds for p in points])
+    return 1 / max(slope, 1e-30), fit
+
+
+def fit_collectives(points: Sequence[CollectivePoint]) -> tuple[list[MeasuredLine], list[Fit]]:
+    """A line per kind and layout; fits of all layouts of a kind together."""
+
+    def layout(p: CollectivePoint) -> tuple[str, int, int]:
+        return p.kind, p.size, p.stride
+
+    lines, by_kind = [], {}
+    for (kind, size, stride), group in groupby(sorted(points, key=layout), key=layout):
+        mine = list(group)
+        (fixed, slope), fit = judge(kind, [p.nbytes for p in mine], [p.seconds for p in mine])
+        lines.append(MeasuredLine(kind=kind, size=size, stride=stride, fixed=fixed, slope=slope))
+        by_kind.setdefault(kind, []).append(fit)
+    fits = [
+        Fit(
+            family=kind, points=sum(f.points for f in found), held_out=sum(f.held_out for f in found),
+            median=float(np.median([f.median for f in found])), worst=max(f.worst for f in found),
+        )
+        for kind, found in by_kind.items()
+    ]  # fmt: skip
+    return lines, fits

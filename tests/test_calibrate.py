@@ -1,0 +1,160 @@
+"""Profiles: fits recover known constants, files are checked, clusters take what was measured."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.ir.cluster import Cluster
+from meshwright.ir.errors import ClusterError
+from meshwright.ir.mesh import Mesh
+from meshwright.ir.profile import (
+    CollectivePoint,
+    CopyPoint,
+    MeasuredLine,
+    ProductPoint,
+    Profile,
+    load_profile,
+)
+from meshwright.planner.calibrate import fit_collectives, fit_line, fit_products, held_out, judge
+from meshwright.planner.collectives import Collectives
+
+
+@given(st.floats(1e-7, 1e-3), st.floats(1e-12, 1e-8), st.integers(0, 1000))
+def test_a_line_with_noise_is_found_again(fixed, slope, seed):
+    sizes = [10.0**p for p in np.linspace(2, 8, 18)]
+    noise = np.random.default_rng(seed).uniform(0.97, 1.03, len(sizes))
+    seconds = [(fixed + slope * x) * n for x, n in zip(sizes, noise, strict=True)]
+    (a, b), fit = judge("x", sizes, seconds)
+    assert fit.worst < 0.12
+    predicted = np.array([a + b * x for x in sizes])
+    assert np.all(np.abs(predicted / [fixed + slope * x for x in sizes] - 1) < 0.08)
+
+
+def test_one_wild_point_does_not_bend_the_line():
+    sizes = [1e3, 1e4, 1e5, 1e6, 1e7]
+    seconds = [1e-5 + 1e-9 * x for x in sizes]
+    seconds[3] *= 20
+    fixed, slope = fit_line(sizes, seconds)
+    assert slope == pytest.approx(1e-9, rel=0.05)
+    assert fixed == pytest.approx(1e-5, rel=0.05)
+
+
+def test_a_wrong_form_shows_in_what_was_held_out():
+    """Seconds that grow with the square are no line: the held-out error says so."""
+    sizes = [float(x) for x in np.geomspace(1, 1e4, 15)]
+    _, fit = judge("square", sizes, [1e-6 + 1e-6 * x * x for x in sizes])
+    assert fit.held_out == 5 and fit.worst > 0.3
+
+
+def test_the_ends_are_never_held_out():
+    for count in range(1, 12):
+        out = held_out(count)
+        assert not out[0] and not out[-1]
+    assert held_out(9).sum() == 3
+
+
+def test_products_and_collectives_by_family():
+    points = [
+        ProductPoint(dtype="f32", m=n, n=n, k=n, seconds=2e-6 + 2.0 * n**3 / 5e10) for n in (64, 128, 256, 384, 512)
+    ]
+    peaks, fixed, fits = fit_products(points)
+    assert peaks["f32"] == pytest.approx(5e10, rel=1e-3) and fixed == [pytest.approx(2e-6, rel=1e-2)]
+    assert fits[0].family == "products f32" and fits[0].worst < 1e-6
+    sent = [
+        CollectivePoint(kind="all_reduce", size=4, stride=s, nbytes=x, seconds=s * (1e-5 + x / 1e9))
+        for s in (1, 2)
+        for x in (1e3, 1e4, 1e5, 1e6)
+    ]
+    lines, (fit,) = fit_collectives(sent)
+    assert [(v.size, v.stride) for v in lines] == [(4, 1), (4, 2)]
+    assert lines[1].slope == pytest.approx(2e-9) and fit.points == 8 and fit.worst < 1e-6
+
+
+# ---------------------------------------------------------------- files and clusters
+
+
+def profile(**changes) -> Profile:
+    line = MeasuredLine(kind="all_reduce", size=4, stride=2, fixed=1e-3, slope=1e-8)
+    figures = {
+        "device": "cpu", "described": "test", "count": 8, "made_with": "test", "peak_flops": {"f32": 7e9, "bf16": 3e9},
+        "memory_bandwidth": 2e9, "elementwise_flops": 1e9, "launch": 3e-6, "lines": (line,), "fits": (),
+        "products": (ProductPoint(dtype="f32", m=1, n=1, k=1, seconds=1.0),),
+        "copies": (CopyPoint(nbytes=1, seconds=1.0),), "collectives": (),
+    }  # fmt: skip
+    return Profile(**(figures | changes))
+
+
+def test_a_cluster_file_names_its_profile(tmp_path):
+    (tmp_path / "lab.json").write_text(profile().dump())
+    preset = "schema: meshwright/cluster/v1\ndevices: {cpu: {preset: cpu, launch: 9 us}}\n"
+    preset += "groups: [{device: cpu, hosts: 1, per_host: 8}]\nfabric: [{preset: shared}]\nprofile: lab.json\n"
+    (tmp_path / "own.yaml").write_text(preset)
+    found = Cluster.load(tmp_path / "own.yaml")
+    assert found.device.peak_flops["f32"] == 7e9
+    assert found.provenance["devices.cpu.peak_flops.f32"] == "measured"
+    assert found.device.launch == 9e-6  # declared in the file: it stays
+    assert found.fingerprint() != Cluster.parse("8xcpu").fingerprint()
+    again = Cluster.parse("8xcpu").with_profile(profile(launch=4e-6))
+    assert again.fingerprint() != Cluster.parse("8xcpu").with_profile(profile()).fingerprint()
+
+
+def test_measured_lines_price_groups_that_lie_alike():
+    cluster = Cluster.parse("8xcpu").with_profile(profile())
+    prices = Collectives(Mesh.of(a=4, b=2), cluster)
+    assert prices.line("all_reduce", ("a",))(1e6) == pytest.approx(1e-3 + 1e-2)
+    plain = Collectives(Mesh.of(a=4, b=2), Cluster.parse("8xcpu"))
+    assert prices.line("all_reduce", ("b",))(1e6) == plain.line("all_reduce", ("b",))(1e6)
+    joined = Collectives(Mesh.of(a=2, b=2, c=2), cluster)  # a and b together: 4 ranks, 2 apart
+    assert joined.line("all_reduce", ("a", "b"))(1e6) == pytest.approx(1e-3 + 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(launch=1.0), "checksum does not fit"),
+        (lambda d: d.update(schema="meshwright/profile/v9"), "no profile of version"),
+        (lambda d: d.clear(), "no profile of version"),
+    ],
+)
+def test_damaged_profiles_are_refused(tmp_path, change, message):
+    data = json.loads(profile().dump())
+    change(data)
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ClusterError, match=message):
+        load_profile(path)
+
+
+def test_profiles_of_other_machines_are_refused(tmp_path):
+    with pytest.raises(ClusterError, match="profile is of `cpu`"):
+        Cluster.parse("h100x8").with_profile(profile())
+    with pytest.raises(ClusterError, match="of 8 CPU devices on one machine, the cluster has 4"):
+        Cluster.parse("4xcpu").with_profile(profile())
+    with pytest.raises(ClusterError, match="there is no profile"):
+        load_profile(tmp_path / "none.json")
+    (tmp_path / "text.json").write_text("{")
+    with pytest.raises(ClusterError, match="is no profile"):
+        load_profile(tmp_path / "text.json")
+
+
+def test_a_small_calibration_end_to_end(monkeypatch, tmp_path):
+    """Real measurements of a few sizes on 8 emulated devices, used to plan."""
+    from meshwright.backends.xla import microbench
+    from meshwright.calibration import calibrate, profile_text
+
+    monkeypatch.setattr(microbench, "SHAPES", ((64, 64, 64), (128, 128, 128), (256, 256, 256)))
+    monkeypatch.setattr(microbench, "COPIES", (1 << 12, 1 << 14, 1 << 16))
+    monkeypatch.setattr(microbench, "SENT", (1 << 8, 1 << 11, 1 << 14))
+    monkeypatch.setattr(microbench, "layouts", lambda count: iter([(8, 1), (2, 4)]))
+    found = calibrate()
+    assert found.count == 8 and {line.kind for line in found.lines} == set(microbench._BODIES)
+    assert found.peak_flops["f32"] > 1e8 and found.memory_bandwidth > 1e7
+    (tmp_path / "p.json").write_text(found.dump())
+    cluster = Cluster.parse("8xcpu").with_profile(tmp_path / "p.json")
+    assert cluster.device.peak_flops["f32"] == found.peak_flops["f32"]
+    assert "products f32" in profile_text(found)
