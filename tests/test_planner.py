@@ -242,14 +242,14 @@ def test_squeezing_memory_shards_states_then_recomputes_and_gets_slower():
     assert "the least is with" in str(refusal.value) and "more devices" in str(refusal.value)
 
 
-def test_over_two_hosts_states_are_replicated_until_memory_says_otherwise():
-    """One all-reduce up the hosts is cheaper than a scatter and a gather of 8 apart."""
+def test_over_hosts_states_are_replicated_until_memory_says_otherwise():
+    """One all-reduce, in the hops of a tree, is cheaper than a scatter and a gather, in those of a ring."""
     example = build("wrn-50-2")
     captured = capture(example.step, example.state, example.batch, donate_argnums=0)
 
     def within(memory: float | None):
         request = Request(memory=memory, mesh=(8,), gap=0.01)
-        return plan_captured(captured, "2xh100x4@ib400", request, "wrn-50-2")
+        return plan_captured(captured, "8xh100x1@ib400", request, "wrn-50-2")
 
     free = within(None)
     squeezed, least = within(2.1 * 2**30), within(1.3 * 2**30)

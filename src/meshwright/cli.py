@@ -11,38 +11,18 @@ from __future__ import annotations
 import json
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
+from . import whatif  # noqa: F401  (adds its commands to the app)
 from .interrupts import heard
 from .ir.errors import MeshwrightError, UsageError
 from .ir.units import parse_bytes
+from .options import Emulate, Format, FormatOption, PlanFile, app
 
-app = typer.Typer(
-    name="meshwright",
-    help="Plan, inspect and run parallel training steps.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-class Format(StrEnum):
-    text = "text"
-    json = "json"
-
-
-FormatOption = Annotated[Format, typer.Option("--format", help="How results are printed.")]
 INTERRUPTED = 130
-PlanFile = Annotated[Path, typer.Argument(help="A plan written by `meshwright plan`.")]
-Emulate = Annotated[
-    bool, typer.Option("--emulate", help="Run on emulated CPU devices, whatever the plan is for.")
-]
 
 
 def main() -> NoReturn:
@@ -444,6 +424,3 @@ def demo(
     from .demo import run_demo
 
     run_demo(data, steps, devices, large)
-
-
-from . import whatif  # noqa: E402, F401  (adds the commands that need this module's app)

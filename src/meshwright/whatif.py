@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli import Format, FormatOption, PlanFile, app
 from .ir.errors import UsageError
 from .ir.units import format_bytes, format_seconds
+from .options import Format, FormatOption, PlanFile, app
 
 Changes = Annotated[
     list[str] | None,

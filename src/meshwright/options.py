@@ -1,0 +1,31 @@
+"""The command line's app, and the options that several commands share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="meshwright",
+    help="Plan, inspect and run parallel training steps.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Format(StrEnum):
+    text = "text"
+    json = "json"
+
+
+FormatOption = Annotated[Format, typer.Option("--format", help="How results are printed.")]
+PlanFile = Annotated[Path, typer.Argument(help="A plan written by `meshwright plan`.")]
+Emulate = Annotated[
+    bool, typer.Option("--emulate", help="Run on emulated CPU devices, whatever the plan is for.")
+]
