@@ -79,12 +79,12 @@ def op_seconds(
     if op.kind in CONTRACTIONS:
         narrow = products if kernels.inside.isdisjoint((*op.inputs, *op.outputs)) else None
         seconds = device.launch + np.maximum(
-            _moved(op, types, ways, kernels) / _bandwidth(device),
+            device.stream_seconds(_moved(op, types, ways, kernels)),
             _product_seconds(op, rule, types, device, ways, kernels, narrow),
         )
         return seconds + (_cast_seconds(op, types, device, ways) if narrow else 0.0)
     if op.kind in KERNELS:
-        return device.launch + _touched(op, types, ways, kernels) / _bandwidth(device)
+        return device.launch + device.stream_seconds(_touched(op, types, ways, kernels))
     return _fused_seconds(op, types, device, ways, kernels)
 
 
@@ -96,7 +96,7 @@ def _fused_seconds(
         types[v].nbytes / w for v, w in zip(op.outputs, ways.results, strict=True) if v in kernels.stores
     )
     nbytes += sum(types[v].nbytes / ways.operands[k] for k, v in kernels.reads.get(first, ()))
-    arithmetic, memory = chain.work / device.vector_flops, chain.nbytes / _bandwidth(device)
+    arithmetic, memory = chain.work / device.vector_flops, device.stream_seconds(chain.nbytes)
     excess = max(0.0, 1 - memory / arithmetic) if arithmetic else 0.0
     _, cut = max(
         zip(
@@ -106,7 +106,7 @@ def _fused_seconds(
         key=lambda side: side[0],
     )  # fmt: skip
     launched = not kernels.ends.isdisjoint(op.outputs)
-    seconds = nbytes / _bandwidth(device) + excess * work(op, types) / cut / device.vector_flops
+    seconds = device.stream_seconds(nbytes) + excess * work(op, types) / cut / device.vector_flops
     return device.launch * launched + seconds
 
 
@@ -151,11 +151,7 @@ def _cast_seconds(op: Op, types: Mapping[int, TensorType], device: Device, ways:
     """Two passes over each operand: one for the largest value, one to read and write it narrower."""
     sizes = sum((types[v].size / w for v, w in zip(op.inputs, ways.operands, strict=True)), 0.0)
     wide = types[op.inputs[0]].nbytes / types[op.inputs[0]].size
-    return sizes * (2 * wide + 1) / _bandwidth(device)
-
-
-def _bandwidth(device: Device) -> float:
-    return device.memory_bandwidth * device.memory_efficiency
+    return device.stream_seconds(sizes * (2 * wide + 1))
 
 
 def contraction_seconds(op: Op, types: Mapping[int, TensorType], device: Device) -> float:

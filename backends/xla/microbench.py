@@ -22,7 +22,7 @@ DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 # Square, tall and skinny products of each dtype; thrice the side is 27 times the work.
 SHAPES = ((128, 128, 128), (256, 256, 256), (384, 384, 384), (512, 512, 512), (1024, 256, 256), (256, 1024, 256),
           (256, 256, 1024), (64, 512, 512))  # fmt: skip
-COPIES = tuple(1 << p for p in range(14, 23))  # float32 elements
+COPIES = tuple(part << p for p in range(13, 22) for part in (2, 3))  # float32 elements
 SENT = tuple(1 << p for p in range(8, 21, 2))  # float32 elements of the larger local side
 
 
