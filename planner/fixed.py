@@ -1,0 +1,56 @@
+"""A plan whose decisions are given as numbers: priced and written down, not searched."""
+
+from __future__ import annotations
+
+from ..ir.blocks import Folded
+from ..ir.cluster import Cluster
+from ..ir.errors import PlanError
+from ..ir.plan import Plan
+from ..ir.recompute import Policy
+from ..ir.roles import roles
+from .cost import Roofline
+from .intra import Answer
+from .layouts import Layouts
+from .memory import Ledger, lifetimes
+from .pinned import Parallelism, Pinned
+from .report import write_plan
+from .request import Request, check
+from .search import Candidate, Search
+from .solver.onehot import Solution
+from .space import build
+
+
+def fixed_plan(
+    folded: Folded, cluster: Cluster, parallelism: Parallelism, *, microbatches: int = 1, recompute: Policy = "none",
+    name: str, fingerprint: str,
+) -> Plan:  # fmt: skip
+    """The plan of one stage that these degrees make for a model of the zoo.
+
+    Its proof claims nothing: no bound is known, nothing else was looked at.
+
+    Raises:
+        PlanError: degrees that do not fit the cluster or need a pipeline, microbatches that do not divide.
+    """
+    if parallelism.pp > 1 or parallelism.devices != cluster.size:
+        raise PlanError(
+            f"tp x dp x cp is {parallelism.devices // parallelism.pp}, the cluster has {cluster.size} devices.",
+            where="parallelism", fix=f"degrees that multiply to {cluster.size}, and pp=1",
+        )  # fmt: skip
+    request = Request(microbatches=microbatches, recompute=recompute, gap=0.0)
+    found = Search(folded, cluster, request, Roofline(cluster), name, fingerprint, lambda line: None)
+    program = found.program(recompute)
+    check(request, cluster, program.time)
+    pinned = Pinned(program, parallelism)
+    space = build(program, microbatches, found.cost, Layouts(found.cost.collectives(pinned.mesh)), pinned)
+    lives = lifetimes(program, microbatches, roles(program.graph))
+    choices = (0,) * len(space.nodes)
+    seconds = sum(float(node.seconds[0]) for node in space.nodes)
+    seconds += sum(float(matrix[0, 0]) for matrix in space.edges.values())
+    ledger = Ledger(space, lives)
+    solution = Solution("feasible", "proof", choices, seconds, 0.0)
+    found.best.candidate = Candidate(pinned.mesh, recompute, microbatches)
+    found.best.space, found.best.lives = space, lives
+    found.best.answer = Answer(solution, *ledger.peak(ledger.local_bytes(choices)))
+    found.closed_bound = 0.0
+    found.log.append(f"{parallelism}: given, not searched")
+    return write_plan(found)
