@@ -260,7 +260,6 @@ class Cluster(Part):
         figures |= {f"{at}.memory_bandwidth": found.memory_bandwidth, f"{at}.memory_efficiency": 1.0}
         figures |= {f"{at}.efficiency": 1.0, f"{at}.launch": found.launch}
         figures |= {f"{at}.elementwise_flops": found.elementwise_flops}
-        figures |= {f"{at}.cache": found.cache, f"{at}.cache_bandwidth": found.cache_bandwidth}
         changed = self
         for path, figure in figures.items():
             if self.provenance.get(path) != "declared":

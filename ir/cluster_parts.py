@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -109,8 +108,6 @@ class Device(Part):
     launch: Time = 5e-6  # seconds per kernel, whatever its size
     efficiency: float = Field(default=0.8, gt=0, le=1)  # share of the peak that large products get
     memory_efficiency: float = Field(default=1.0, gt=0, le=1)  # share of it that streaming kernels get
-    cache: Size | None = None  # bytes of a kernel that run at `cache_bandwidth` instead
-    cache_bandwidth: Rate | None = None
     attention_efficiency: float = Field(default=0.4, gt=0, le=1)  # share of the peak in fused attention
     units: int | None = Field(default=None, gt=0)  # multiprocessors that share a product's tiles
     elementwise_flops: Peak | None = None  # simple f32 operations/s outside the matrix units
@@ -126,13 +123,8 @@ class Device(Part):
         return self.elementwise_flops or peaks.get("f32", max(peaks.values()) / 16) / 2
 
     def stream_seconds(self, nbytes: Any) -> Any:
-        """Seconds in which a kernel reads and writes so many bytes, a number or an array: up to the
-        size of the cache at its rate, what exceeds it at the memory's."""
-        memory = self.memory_bandwidth * self.memory_efficiency
-        if self.cache is None or self.cache_bandwidth is None:
-            return nbytes / memory
-        fast = np.minimum(nbytes, self.cache)
-        return fast / self.cache_bandwidth + (nbytes - fast) / memory
+        """Seconds in which a kernel reads and writes so many bytes, a number or an array."""
+        return nbytes / (self.memory_bandwidth * self.memory_efficiency)
 
     @field_validator("peak_flops", mode="before")
     @classmethod

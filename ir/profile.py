@@ -72,8 +72,7 @@ class Fit(_Part):
 class Profile(_Part):
     """Points and figures of one machine.
 
-    `peak_flops` by dtype, `memory_bandwidth` (`cache_bandwidth` for the first `cache` bytes of a
-    kernel), `launch` (seconds per kernel) and
+    `peak_flops` by dtype, `memory_bandwidth`, `launch` (seconds per kernel) and
     `elementwise_flops` describe one device while all are busy.
     """
 
@@ -84,8 +83,6 @@ class Profile(_Part):
     made_with: str
     peak_flops: dict[str, float]
     memory_bandwidth: float = Field(gt=0)
-    cache: float = Field(ge=0)
-    cache_bandwidth: float = Field(gt=0)
     elementwise_flops: float = Field(gt=0)
     launch: float = Field(ge=0)
     lines: tuple[MeasuredLine, ...]

@@ -1,7 +1,7 @@
 """Fit the figures of a profile to measured points, and say how well they describe the rest.
 
     product      seconds = launch + FLOP / peak
-    copy         seconds = bytes in the cache / its bandwidth + bytes beyond / the memory's
+    copy         seconds = launch + bytes / bandwidth
     collective   seconds = fixed + bytes * slope          per kind and group layout
 
 Every third point by size is left out of the fit and predicted afterwards. Errors are
@@ -75,29 +75,10 @@ def fit_products(points: Sequence[ProductPoint]) -> tuple[dict[str, float], list
     return peaks, fixed, fits
 
 
-def fit_copies(points: Sequence[CopyPoint]) -> tuple[float, float, float, Fit]:
-    """Bytes/s of memory, bytes of the cache, bytes/s of the cache; the break that fits best."""
-    ordered = sorted(points, key=lambda p: p.nbytes)
-    x, y = np.array([p.nbytes for p in ordered]), np.array([p.seconds for p in ordered])
-    out = held_out(len(x))
-    found = min((_broken(x[~out], y[~out], cache) for cache in x), key=lambda f: f[0])
-    _, cache, inside, beyond = found
-    predicted = inside * np.minimum(x, cache) + beyond * np.maximum(0.0, x - cache)
-    errors = np.abs(predicted[out] / y[out] - 1) if out.any() else np.zeros(1)
-    median, worst = float(np.median(errors)), float(errors.max())
-    fit = Fit(family="memory", points=len(x), held_out=int(out.sum()), median=median, worst=worst)
-    return 1 / beyond, cache, 1 / inside, fit
-
-
-def _broken(x: np.ndarray, y: np.ndarray, cache: float) -> tuple[float, float, float, float]:
-    """Squared relative error, the break, and seconds per byte before and after it."""
-    columns = np.stack([np.minimum(x, cache), np.maximum(0.0, x - cache)], axis=1) / y[:, None]
-    slopes, *_ = np.linalg.lstsq(columns, np.ones(len(y)), rcond=None)
-    inside, beyond = (max(float(s), 1e-30) for s in slopes)
-    if not np.any(x > cache) or beyond < inside:
-        inside = beyond = float(np.sum(x / y) / np.sum((x / y) ** 2))
-    errors = (inside * np.minimum(x, cache) + beyond * np.maximum(0.0, x - cache)) / y - 1
-    return float(np.sum(errors**2)), float(cache), inside, beyond
+def fit_copies(points: Sequence[CopyPoint]) -> tuple[float, Fit]:
+    """Bytes/s of streaming kernels."""
+    (_, slope), fit = judge("memory", [p.nbytes for p in points], [p.seconds for p in points])
+    return 1 / max(slope, 1e-30), fit
 
 
 def fit_collectives(points: Sequence[CollectivePoint]) -> tuple[list[MeasuredLine], list[Fit]]:

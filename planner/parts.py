@@ -7,6 +7,7 @@ layers. A job of any depth is then put together from the parts (`price`).
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -77,11 +78,15 @@ class Part:
 
 @dataclass
 class Parts:
-    """All parts of one model; `transient` is what one device needs beside saved activations."""
+    """All parts of one model; `transient` is what one device needs beside saved activations.
+
+    `shared` holds what the head reads of the embedding's parameters (tied embeddings): a pipeline
+    keeps a second copy of it on its last stage.
+    """
 
     parts: dict[Place, Part]
+    shared: Part
     transient: float
-    traced_layers: int
 
     def __getitem__(self, place: Place) -> Part:
         return self.parts[place]
@@ -104,6 +109,7 @@ class _Sorting:
         self.tags = self.program.value_tags
         self.choices = (0,) * len(space.nodes)
         self.parts: dict[Place, Part] = {place: Part() for place in PLACES}
+        self.shared = Part()
         self.phase: dict[str, str] = {}
         self.place: dict[str, Place] = {}
         self._counts = {v: op.count for op in self.graph.ops for v in op.outputs}
@@ -141,7 +147,7 @@ class _Sorting:
                     work.flop += flop(op, rule, self.graph.types) * share
         self._communicate()
         transient = self._hold()
-        return Parts(self.parts, transient, self.layers)
+        return Parts(self.parts, self.shared, transient)
 
     def _once(self) -> Iterator[Op]:
         seen: set[str] = set()
@@ -232,22 +238,39 @@ class _Sorting:
                 continue
             tag = self.graph.input_tags[position]
             layered = totals[tag] >= self.layers - 1
-            place: Place = "layer" if layered else self._edge(value)
-            part, scale = self.parts[place], counts[position] / (self.layers if layered else 1)
-            part.state += local.get(value, 0.0) * scale
-            if known[position] == "parameter":
-                self._weights(part, value, casts.get(value), scale)
+            places: list[Place] = ["layer"] if layered else self._places(position, value, known)
+            scale = counts[position] / (self.layers if layered else 1)
+            holders = [self.parts[places[0]], *([self.shared] if len(places) > 1 else [])]
+            for part in holders:
+                part.state += local.get(value, 0.0) * scale
+                if known[position] == "parameter":
+                    self._weights(part, value, casts.get(value), scale)
 
-    def _edge(self, value: int) -> Place:
-        """Where a parameter outside the layers is read first by the forward pass."""
-        shown = {value}
+    def _places(self, position: int, value: int, known: Mapping[int, str]) -> list[Place]:
+        """Where a parameter outside the layers is read; its moments are where it is, told by name and shape."""
+
+        def named(at: int) -> tuple[str, tuple[int, ...]]:
+            return re.findall(r"\w+", self.graph.input_tags[at])[-1], self.graph.types[self.graph.inputs[at]].shape
+
+        if known[position] == "parameter":
+            return self._readers(value)
+        for at, owner in enumerate(self.graph.inputs):
+            if known.get(at) == "parameter" and named(at) == named(position):
+                return self._readers(owner)
+        return ["head"]
+
+    def _readers(self, value: int) -> list[Place]:
+        """The parts whose forward pass reads a parameter, in order."""
+        shown, found = {value}, list[Place]()
         for op, phase in zip(self.graph.ops, self.program.phases, strict=True):
             if shown.isdisjoint(op.inputs):
                 continue
             if phase == "forward" and op.kind not in FREE:
-                return self.place[op.tag]
-            shown.update(op.outputs)
-        return "head"
+                if self.place[op.tag] not in found:
+                    found.append(self.place[op.tag])
+            elif phase in ("prepare", "forward"):
+                shown.update(op.outputs)
+        return found or ["head"]
 
     def _weights(self, part: Part, value: int, cast: Op | None, scale: float) -> None:
         kind, home = self.graph.types[value], self.space.homes[self.tags[value]]

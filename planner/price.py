@@ -180,12 +180,13 @@ class _Pricing:
     ) -> dict[str, float]:
         par = self.job.parallelism
         found: dict[str, float] = {"state": 0.0, "parameters": 0.0, "gradients": 0.0}
-        for stage in stages:
-            for place, n in stage.items():
-                part = self.parts[place]
-                found["state"] += n * part.state
-                found["parameters"] += n * (part.casts if par.zero < 3 else 0.0)
-                found["gradients"] += n * GRADIENT * (part.weights if par.zero < 2 else part.shard)
+        held = [(n, self.parts[place]) for stage in stages for place, n in stage.items()]
+        if par.pp > 1 and any(stage["head"] for stage in stages):
+            held.append((1, self.parts.shared))
+        for n, part in held:
+            found["state"] += n * part.state
+            found["parameters"] += n * (part.casts if par.zero < 3 else 0.0)
+            found["gradients"] += n * GRADIENT * (part.weights if par.zero < 2 else part.shard)
         saved = [sum(n * self.parts[place].saved for place, n in stage.items()) for stage in stages]
         found["activations"] = in_flight(schedule, rank) * sum(saved) / len(saved)
         found["transient"] = self.parts.transient

@@ -22,7 +22,6 @@ from meshwright.ir.profile import (
 )
 from meshwright.planner.calibrate import (
     fit_collectives,
-    fit_copies,
     fit_line,
     fit_products,
     held_out,
@@ -82,17 +81,6 @@ def test_products_and_collectives_by_family():
     assert lines[1].slope == pytest.approx(2e-9) and fit.points == 8 and fit.worst < 1e-6
 
 
-def test_memory_and_cache_are_told_apart():
-    sizes = [2.0**p for p in range(12, 26)]
-    truth = [min(x, 2**19) / 4e10 + max(0, x - 2**19) / 2e9 for x in sizes]
-    points = [CopyPoint(nbytes=x, seconds=s) for x, s in zip(sizes, truth, strict=True)]
-    memory, cache, inside, fit = fit_copies(points)
-    assert (memory, cache, inside) == (pytest.approx(2e9), 2**19, pytest.approx(4e10))
-    assert fit.held_out == 4 and fit.worst < 1e-6
-    plain = [CopyPoint(nbytes=x, seconds=x / 3e9) for x in sizes]
-    assert fit_copies(plain)[0] == pytest.approx(3e9)
-
-
 # ---------------------------------------------------------------- files and clusters
 
 
@@ -100,7 +88,7 @@ def profile(**changes) -> Profile:
     line = MeasuredLine(kind="all_reduce", size=4, stride=2, fixed=1e-3, slope=1e-8)
     figures = {
         "device": "cpu", "described": "test", "count": 8, "made_with": "test", "peak_flops": {"f32": 7e9, "bf16": 3e9},
-        "memory_bandwidth": 2e9, "cache": 1e6, "cache_bandwidth": 2e10, "elementwise_flops": 1e9, "launch": 3e-6,
+        "memory_bandwidth": 2e9, "elementwise_flops": 1e9, "launch": 3e-6,
         "lines": (line,), "fits": (),
         "products": (ProductPoint(dtype="f32", m=1, n=1, k=1, seconds=1.0),),
         "copies": (CopyPoint(nbytes=1, seconds=1.0),), "collectives": (),
@@ -117,7 +105,7 @@ def test_a_cluster_file_names_its_profile(tmp_path):
     assert found.device.peak_flops["f32"] == 7e9
     assert found.provenance["devices.cpu.peak_flops.f32"] == "measured"
     assert found.device.launch == 9e-6  # declared in the file: it stays
-    assert found.device.stream_seconds(3e6) == pytest.approx(1e6 / 2e10 + 2e6 / 2e9)
+    assert found.device.stream_seconds(3e6) == pytest.approx(3e6 / 2e9)
     assert found.fingerprint() != Cluster.parse("8xcpu").fingerprint()
     again = Cluster.parse("8xcpu").with_profile(profile(launch=4e-6))
     assert again.fingerprint() != Cluster.parse("8xcpu").with_profile(profile()).fingerprint()
@@ -169,6 +157,7 @@ def test_a_small_calibration_end_to_end(monkeypatch, tmp_path):
 
     monkeypatch.setattr(microbench, "SHAPES", ((64, 64, 64), (128, 128, 128), (256, 256, 256)))
     monkeypatch.setattr(microbench, "COPIES", (1 << 12, 1 << 14, 1 << 16))
+    monkeypatch.setattr(microbench, "APART", 1 << 18)
     monkeypatch.setattr(microbench, "SENT", (1 << 8, 1 << 11, 1 << 14))
     monkeypatch.setattr(microbench, "layouts", lambda count: iter([(8, 1), (2, 4)]))
     found = calibrate()

@@ -16,13 +16,14 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ...ir.profile import CollectivePoint, CopyPoint, ProductPoint
-from .measure import everywhere, loop, ones, seconds_of
+from .measure import everywhere, ones, seconds_of
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 # Square, tall and skinny products of each dtype; thrice the side is 27 times the work.
 SHAPES = ((128, 128, 128), (256, 256, 256), (384, 384, 384), (512, 512, 512), (1024, 256, 256), (256, 1024, 256),
           (256, 256, 1024), (64, 512, 512))  # fmt: skip
-COPIES = tuple(part << p for p in range(13, 22) for part in (2, 3))  # float32 elements
+COPIES = tuple(1 << p for p in range(12, 22))  # float32 elements
+APART = 1 << 23  # elements between two uses of one buffer, so that no cache has it any more
 SENT = tuple(1 << p for p in range(8, 21, 2))  # float32 elements of the larger local side
 
 
@@ -67,12 +68,21 @@ def _chained(times: int, dtype: Any) -> Callable[[Any, Any], Any]:
 
 
 def copies(mesh: Mesh, tell: Callable[[str], None]) -> list[CopyPoint]:
+    """Kernels that read one buffer and write another, each the next of many: as a step meets them."""
     found = []
     for size in COPIES:
         tell(f"copy of {4 * size} bytes")
-        times = max(2, min(256, (1 << 23) // size))
-        step = everywhere(mesh, loop(lambda x: lax.optimization_barrier(x * 1.0001 + 1.0), times), 1)
-        found.append(CopyPoint(nbytes=8.0 * size, seconds=seconds_of(step, ones(mesh, (size,))) / times))
+        rows = max(2, APART // size)
+
+        def body(x: Any, rows: int = rows) -> Any:
+            def turn(i: Any, x: Any) -> Any:
+                row = lax.dynamic_index_in_dim(x, i, keepdims=False)
+                return lax.dynamic_update_index_in_dim(x, row * 1.0001 + 1.0, (i + 1) % rows, 0)
+
+            return lax.fori_loop(0, rows, turn, x)
+
+        step = everywhere(mesh, body, 1)
+        found.append(CopyPoint(nbytes=8.0 * size, seconds=seconds_of(step, ones(mesh, (rows, size))) / rows))
     return found
 
 

@@ -25,12 +25,11 @@ def calibrate(devices: list[Any] | None = None, tell: Callable[[str], None] = la
     copies = microbench.copies(mesh, tell)
     sent = microbench.collectives(found, tell) if len(found) > 1 else []
     peaks, _, fits = fit_products(products)
-    bandwidth, cache, cache_bandwidth, copied = fit_copies(copies)
+    bandwidth, copied = fit_copies(copies)
     lines, moved = fit_collectives(sent)
     return Profile(
         device=Cluster.local().groups[0].device, described=str(found[0].device_kind), count=len(found),
         made_with=f"meshwright {VERSION}, jax {jax.__version__}", peak_flops=peaks, memory_bandwidth=bandwidth,
-        cache=cache, cache_bandwidth=cache_bandwidth,
         elementwise_flops=elementwise_rate(mesh), launch=launch_seconds(mesh), lines=tuple(lines),
         fits=(*fits, copied, *moved), products=tuple(products), copies=tuple(copies), collectives=tuple(sent),
     )  # fmt: skip
@@ -38,13 +37,12 @@ def calibrate(devices: list[Any] | None = None, tell: Callable[[str], None] = la
 
 def profile_text(profile: Profile) -> str:
     """The fitted figures and how well they fit, for people."""
-    from .ir.units import format_bandwidth, format_bytes, format_flops, format_seconds
+    from .ir.units import format_bandwidth, format_flops, format_seconds
 
     peaks = ", ".join(f"{dtype} {format_flops(rate)}" for dtype, rate in profile.peak_flops.items())
     rows = [
         f"{profile.count} × {profile.described} ({profile.device})",
-        f"  peak {peaks}; memory {format_bandwidth(profile.memory_bandwidth)},"
-        f" {format_bandwidth(profile.cache_bandwidth)} up to {format_bytes(profile.cache)};"
+        f"  peak {peaks}; memory {format_bandwidth(profile.memory_bandwidth)};"
         f" launch {format_seconds(profile.launch)}",
         "",
         f"  {'family':18} {'points':>6} {'held out':>8} {'median error':>12} {'worst':>8}",
