@@ -103,8 +103,9 @@ def main() -> None:
         found = compared(name, cluster, options.rounds)
         report.append(found)
         print(
-            f"{name}: {found['strategies']} strategies, rank correlation {found['rank_correlation']:.3f}, the first takes"
-            f" {found['first_over_best']:.3f} of the best, measured / predicted {found['measured_over_predicted']:.2f}",
+            f"{name}: {found['strategies']} strategies, rank correlation {found['rank_correlation']:.3f},"
+            f" the first takes {found['first_over_best']:.3f} of the best,"
+            f" measured / predicted {found['measured_over_predicted']:.2f}",
             flush=True,
         )
         if options.output:

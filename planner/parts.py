@@ -249,15 +249,15 @@ class _Sorting:
     def _places(self, position: int, value: int, known: Mapping[int, str]) -> list[Place]:
         """Where a parameter outside the layers is read; its moments are where it is, told by name and shape."""
 
-        def named(at: int) -> tuple[str, tuple[int, ...]]:
-            return re.findall(r"\w+", self.graph.input_tags[at])[-1], self.graph.types[self.graph.inputs[at]].shape
-
         if known[position] == "parameter":
             return self._readers(value)
-        for at, owner in enumerate(self.graph.inputs):
-            if known.get(at) == "parameter" and named(at) == named(position):
-                return self._readers(owner)
-        return ["head"]
+        owners = [
+            (_common_end(self.graph.input_tags[at], self.graph.input_tags[position]), owner)
+            for at, owner in enumerate(self.graph.inputs)
+            if known.get(at) == "parameter" and self.graph.types[owner].shape == self.graph.types[value].shape
+        ]
+        most, owner = max(owners, default=(0, value))
+        return self._readers(owner) if most else ["head"]
 
     def _readers(self, value: int) -> list[Place]:
         """The parts whose forward pass reads a parameter, in order."""
@@ -320,3 +320,13 @@ def _passing(lives: Lifetimes, values: frozenset[int]) -> Lifetimes:
         replace(s, end=s.start, last=s.first) if s.value in values else s for s in lives.segments
     )
     return replace(lives, segments=segments)
+
+
+def _common_end(a: str, b: str) -> int:
+    """How many names two paths into the state share at their ends."""
+    count = 0
+    for mine, theirs in zip(reversed(re.findall(r"\w+", a)), reversed(re.findall(r"\w+", b)), strict=False):
+        if mine != theirs:
+            break
+        count += 1
+    return count

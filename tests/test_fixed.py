@@ -36,10 +36,10 @@ CASES = [
     ("gpt-tiny", Parallelism(dp=8), {}),
     ("gpt-tiny", Parallelism(dp=2, tp=4, sequence_parallel=True), {"recompute": "full"}),
     ("gpt-tiny", Parallelism(dp=4, tp=2, zero=3), {"microbatches": 2}),
-    ("gpt-tiny", Parallelism(dp=4, tp=2), {"recompute": "fused-selective"}),
-    ("llama-tiny", Parallelism(tp=4, dp=2, zero=1), {"recompute": "fused-full"}),
+    ("gpt-tiny", Parallelism(dp=4, tp=2), {"recompute": "selective"}),
+    ("llama-tiny", Parallelism(tp=4, dp=2, zero=1), {"recompute": "full"}),
     ("llama-tiny", Parallelism(dp=2, cp=4), {}),
-    ("llama-tiny", Parallelism(dp=4, tp=2, zero=3, sequence_parallel=True), {"recompute": "fused-alternate"}),
+    ("llama-tiny", Parallelism(dp=4, tp=2, zero=3, sequence_parallel=True), {"recompute": "elementwise"}),
 ]
 
 
@@ -91,5 +91,7 @@ def test_degrees_that_do_not_fit_are_refused():
         fixed("gpt-tiny", Parallelism(dp=4))
     with pytest.raises(PlanError, match="pp=1"):
         fixed("gpt-tiny", Parallelism(dp=4, pp=2))
+    with pytest.raises(PlanError, match="recompute cannot be fused"):
+        fixed("gpt-tiny", Parallelism(dp=8), recompute="fused")
     with pytest.raises(PlanError, match="cannot be cut into 5"):
         fixed("gpt-tiny", Parallelism(dp=8), microbatches=5)

@@ -182,11 +182,11 @@ def test_tied_embeddings_are_kept_on_both_ends_of_a_pipeline():
     """gpt's head reads the embedding: two stages hold it, one stage once. llama's are two tensors."""
     known = pricing._Known(Cluster.parse("a100x1"))
     setting = Setting("full")
-    gpt = pricing._parts(replace(GPT22B, layers=4), 1, Parallelism(), setting, known)
+    gpt = pricing._parts(replace(GPT22B, layers=4), 2, Parallelism(), setting, known)
     assert gpt.shared.weights == 51200 * 6144
     assert gpt["head"].weights == 2 * 6144
     assert gpt["embedding"].state == 12 * gpt["embedding"].weights
-    llama = pricing._parts(replace(GPT22B, layers=4, family="llama"), 1, Parallelism(), setting, known)
+    llama = pricing._parts(replace(GPT22B, layers=4, family="llama"), 2, Parallelism(), setting, known)
     assert llama.shared.weights == 0 and llama["head"].weights == 51200 * 6144 + 6144
 
 
