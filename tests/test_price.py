@@ -252,6 +252,17 @@ def test_jobs_that_cannot_be_are_refused(change, message):
         price_job(cluster=Cluster.parse("a100x8"), setting=Setting(), **asked)
 
 
+def test_a_vocabulary_is_padded_as_megatron_pads_it():
+    padded, whole = (
+        price_job(
+            replace(GPT22B, layers=4, vocab=vocab), Parallelism(tp=8), Cluster.parse("a100x8"),
+            global_batch=2, microbatch=2, setting=Setting(),
+        )
+        for vocab in (50257, 51200)
+    )  # fmt: skip
+    assert padded.memory == whole.memory and padded.step == whole.step
+
+
 def test_settings_and_shapes_that_cannot_be_are_refused():
     for make in (lambda: Setting("some"), lambda: Setting(products="fp7"), lambda: Parallelism(tp=0)):
         with pytest.raises(PlanError):
@@ -322,6 +333,12 @@ def test_price_by_name_and_by_numbers(tmp_path):
         (["--model", "gpt2", "--set", "fabric.x.bandwidth=1GB/s"], "no field `fabric.x.bandwidth`"),
         (["--model", "gpt2", "--overlap", "all"], "overlap cannot be `all`"),
         (["--model", "gpt2", "--tp", "3"], "does not divide 8 devices"),
+        (["--model", "gpt2", "--tp", "8"], "12 heads cannot be cut 8 ways"),
+        (["--model", "llama-tiny", "--tp", "8"], "4 key-value heads cannot be cut 8 ways"),
+        (["--model", "gpt2", "--microbatch", "0"], "microbatch cannot be 0"),
+        (["--model", "gpt2", "--seq", "0"], "seq cannot be 0"),
+        (["--model", "gpt2", "--layers", "0"], "layers cannot be 0"),
+        (["--model", "gpt2", "--vocab", "3"], "--vocab is for models given as numbers"),
     ],
 )
 def test_price_refuses_by_name(arguments, message):

@@ -65,10 +65,12 @@ def shape_of(model: str, seq: int | None = None, layers: int | None = None) -> S
 
     if model in gpt.CONFIGS:
         g = gpt.CONFIGS[model]
-        return Shape("gpt", layers or g.layers, g.width, g.heads, g.heads, 4 * g.width, g.vocab, seq or g.seq)
+        depth, length = g.layers if layers is None else layers, g.seq if seq is None else seq
+        return Shape("gpt", depth, g.width, g.heads, g.heads, 4 * g.width, g.vocab, length)
     if model in llama.CONFIGS:
         c = llama.CONFIGS[model]
-        return Shape("llama", layers or c.layers, c.width, c.heads, c.kv_heads, c.hidden, c.vocab, seq or c.seq)
+        depth, length = c.layers if layers is None else layers, c.seq if seq is None else seq
+        return Shape("llama", depth, c.width, c.heads, c.kv_heads, c.hidden, c.vocab, length)
     raise UsageError(f"`{model}` is no decoder of the zoo.", fix=did_you_mean(model, [*gpt.CONFIGS, *llama.CONFIGS]))
 
 
@@ -125,6 +127,9 @@ def price_job(
     Raises:
         PlanError: degrees that do not fit the cluster, the batch or the model.
     """
+    for name, count in (("global batch", global_batch), ("microbatch", microbatch)):
+        if count < 1:
+            raise PlanError(f"{name} cannot be {count}.", where=name, fix="1 or more")
     if parallelism.devices != cluster.size:
         raise PlanError(
             f"tp x pp x dp x cp is {parallelism.devices}, the cluster has {cluster.size} devices.",
@@ -135,6 +140,7 @@ def price_job(
             f"a batch of {global_batch} is not cut into microbatches of {microbatch} on {parallelism.dp} data ranks.",
             where="global batch", fix=f"a multiple of {microbatch * parallelism.dp}",
         )  # fmt: skip
+    shape = _divided(shape, parallelism)
     parts = _parts(
         replace(shape, layers=TRACED), microbatch, replace(parallelism, pp=1, vpp=1), setting, _Known(cluster)
     )
@@ -145,6 +151,27 @@ def price_job(
     )  # fmt: skip
     boundary = 2.0 * microbatch * shape.seq * shape.hidden / parallelism.cp / parallelism.tp
     return price(parts, job, cluster, boundary)
+
+
+def _divided(shape: Shape, parallelism: Parallelism) -> Shape:
+    """The shape with its vocabulary padded to a multiple of 128 tp, as Megatron-LM pads it.
+
+    Raises:
+        PlanError: heads, feed-forward or positions that these degrees do not divide.
+    """
+    tp, cp = parallelism.tp, parallelism.cp
+    cuts = cp * (tp if parallelism.sequence_parallel else 1)
+    for what, size, ways in (
+        ("heads", shape.heads, tp), ("key-value heads", shape.kv_heads, tp), ("feed-forward", shape.ffn, tp),
+        ("positions", shape.seq, cuts),
+    ):  # fmt: skip
+        if size % ways:
+            name = "tp" if what != "positions" else "cp and sequence parallelism"
+            raise PlanError(
+                f"{size} {what} cannot be cut {ways} ways.", where=name, fix=f"a {name} that divides {size}"
+            )
+    each = 128 * tp
+    return replace(shape, vocab=-(-shape.vocab // each) * each) if shape.vocab % tp else shape
 
 
 @dataclass(frozen=True)

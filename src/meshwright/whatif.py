@@ -74,7 +74,7 @@ def price(
     heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Key and value heads; as many as heads if not given.")] = None,
     ffn: Annotated[int | None, typer.Option(help="Feed-forward width; 4 x hidden if not given.")] = None,
-    vocab: Annotated[int, typer.Option(help="Vocabulary, when the model is given as numbers.")] = 51_200,
+    vocab: Annotated[int | None, typer.Option(help="Vocabulary; 51200 if not given.")] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
     microbatch: Annotated[int, typer.Option(help="Sequences per microbatch and data rank.")] = 1,
     tp: Annotated[int, typer.Option(help="Tensor parallelism.")] = 1,
@@ -108,7 +108,7 @@ def price(
     for path, value in _changes(changes).items():
         where = where.with_(path, value)
     if model is not None:
-        given = {"--hidden": hidden, "--heads": heads, "--kv-heads": kv_heads, "--ffn": ffn}
+        given = {"--hidden": hidden, "--heads": heads, "--kv-heads": kv_heads, "--ffn": ffn, "--vocab": vocab}
         for name, number in given.items():
             if number is not None:
                 raise UsageError(
@@ -122,14 +122,17 @@ def price(
                     f"{name} is missing.", where="price", fix="--model NAME, or --layers, --hidden and --heads"
                 )
         assert layers is not None and hidden is not None and heads is not None
-        shape = Shape(family, layers, hidden, heads, kv_heads or heads, ffn or 4 * hidden, vocab, seq or 2048)
+        shape = Shape(
+            family, layers, hidden, heads, heads if kv_heads is None else kv_heads, 4 * hidden if ffn is None else ffn,
+            51_200 if vocab is None else vocab, 2048 if seq is None else seq,
+        )  # fmt: skip
     degrees = {"tp": tp, "pp": pp, "vpp": vpp, "dp": dp, "cp": cp, "zero": zero}
     parallelism = parallelism_on(where, **degrees, sequence_parallel=sequence_parallel)
     setting = Setting(recompute, not plain_attention, products, overlaps(overlap))
     found = price_job(shape, parallelism, where, global_batch=global_batch, microbatch=microbatch, setting=setting)
     if trace is not None:
         write_whole(trace, json.dumps(Timeline.of(found.run).perfetto()))
-    _print_price(found, where, format)
+    _print_price(found, where, cp, format)
 
 
 @app.command()
@@ -159,17 +162,17 @@ def calibrate(
     print(found.dump() if format is Format.json else profile_text(found))
 
 
-def _print_price(found: Any, where: Any, format: Format) -> None:
-    from .planner.bands import band_of, told
+def _print_price(found: Any, where: Any, cp: int, format: Format) -> None:
+    from .planner.bands import NONE, band_of, told
 
-    band = band_of(where)
+    band, words = (band_of(where), told(where)) if cp == 1 else (None, f"{NONE} with context parallelism")
     between = band.around(found.step) if band else None
     fits = bool(found.peak <= where.memory_per_device)
     worst = max(range(len(found.memory)), key=lambda i: sum(found.memory[i].values()))
     if format is Format.json:
         data = {
             "seconds": found.step, "between": between, "by_cause": found.seconds, "memory": list(found.memory),
-            "peak_bytes": found.peak, "limit_bytes": where.memory_per_device, "fits": fits, "band": told(where),
+            "peak_bytes": found.peak, "limit_bytes": where.memory_per_device, "fits": fits, "band": words,
         }  # fmt: skip
         print(json.dumps(data, indent=1))
         return
@@ -180,7 +183,7 @@ def _print_price(found: Any, where: Any, format: Format) -> None:
         print(f"        does not fit: {format_bytes(found.peak - where.memory_per_device)} too much")
     elif found.peak > 0.9 * where.memory_per_device:
         print("        above 90 % of the memory; measured runs lose much of their speed there")
-    print(f"error   {told(where)}")
+    print(f"error   {words}")
 
 
 def _changes(pairs: list[str] | None) -> dict[str, str]:
