@@ -234,17 +234,23 @@ class Cluster(Part):
         data["provenance"] = self.provenance | dict.fromkeys(changed, source)
         if leaf == "hosts":  # the old names do not fit
             data["provenance"].pop(full.removesuffix(leaf) + "names", None)
+        if leaf == "per_host" or (self.fabric and full.startswith(f"fabric.{self.fabric[0].name}.")):
+            data.pop("measured", None)  # they are of the old one, and would hide the change
         return Cluster._checked(data, {}, f"override `{path}={value}`")
 
     def with_profile(self, profile: Profile | str | Path) -> Cluster:
         """A copy with a machine's measured figures; those that were declared stay.
+
+        A rate is what is reached, so its share of the peak becomes 1. Where the rate or its share
+        was declared both stay: either alone would count the share twice, or not at all. Collectives
+        are measured on one host: groups that cross hosts keep the fabric's prices.
 
         Raises:
             ClusterError: the profile is of another device, or of another number of emulated ones.
         """
         found = profile if isinstance(profile, Profile) else load_profile(profile)
         name = self.groups[0].device
-        if len(self.devices) > 1 or found.device != name:
+        if len(self.devices) > 1 or not self._described_by(found):
             raise ClusterError(
                 f"the profile is of `{found.device}` ({found.described}), the cluster has {', '.join(self.devices)}.",
                 where="profile", fix=f"meshwright calibrate on a machine with {name}",
@@ -255,18 +261,31 @@ class Cluster(Part):
                 " what each gets depends on how many share its cores.",
                 where="profile", fix=f"meshwright calibrate --devices {self.per_host}",
             )  # fmt: skip
-        at, figures = f"devices.{name}", {}
-        figures |= {f"{at}.peak_flops.{dtype}": rate for dtype, rate in found.peak_flops.items()}
-        figures |= {f"{at}.memory_bandwidth": found.memory_bandwidth, f"{at}.memory_efficiency": 1.0}
-        figures |= {f"{at}.efficiency": 1.0, f"{at}.launch": found.launch}
-        figures |= {f"{at}.elementwise_flops": found.elementwise_flops}
+        peaks = {f"peak_flops.{dtype}": rate for dtype, rate in found.peak_flops.items()}
+        together: tuple[dict[str, float], ...] = (
+            {**peaks, "efficiency": 1.0},
+            {"memory_bandwidth": found.memory_bandwidth, "memory_efficiency": 1.0},
+            {"launch": found.launch}, {"elementwise_flops": found.elementwise_flops},
+        )  # fmt: skip
         changed = self
-        for path, figure in figures.items():
-            if self.provenance.get(path) != "declared":
-                changed = changed.with_(path, figure, "measured")
+        for figures in together:
+            if not any(self._declared(f"devices.{name}", field) for field in figures):
+                for field, figure in figures.items():
+                    changed = changed.with_(f"devices.{name}.{field}", figure, "measured")
         data = changed.model_dump(mode="json", by_alias=True)
-        data["measured"] = [line.model_dump() for line in found.lines]
+        inside = min(group.per_host for group in self.groups)
+        data["measured"] = [line.model_dump() for line in found.lines if line.size * line.stride <= inside]
         return Cluster._checked(data, {}, f"profile of {found.described}")
+
+    def _declared(self, at: str, field: str) -> bool:
+        """Whether a file states a figure of a device; one peak of several is enough."""
+        own = f"{at}.{field.partition('.')[0]}."
+        return any(f"{path}.".startswith(own) and origin == "declared" for path, origin in self.provenance.items())
+
+    def _described_by(self, profile: Profile) -> bool:
+        """Whether a profile is of this type of device, whatever a file calls it."""
+        name = self.groups[0].device
+        return profile.device in (name, presets.family(name), "cpu" if self.device.kind == "cpu" else None)
 
     def describe(self) -> str:
         """A few lines for people; marks after a figure tell its origin unless it is preset."""

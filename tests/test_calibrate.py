@@ -121,6 +121,66 @@ def test_measured_lines_price_groups_that_lie_alike():
     assert joined.line("all_reduce", ("a", "b"))(1e6) == pytest.approx(1e-3 + 1e-2)
 
 
+SPEC = """schema: meshwright/cluster/v1
+devices: {{{name}: {device}}}
+groups: [{{device: {name}, hosts: 1, per_host: 8}}]
+fabric: [{{preset: shared}}]
+"""
+
+
+def test_a_rate_and_its_share_of_the_peak_stay_together(tmp_path):
+    """Products reach 7 GFLOP/s: half of that is wrong, and so is all of a declared peak."""
+
+    def load(device):
+        (tmp_path / "c.yaml").write_text(SPEC.format(name="cpu", device=device))
+        cluster = Cluster.load(tmp_path / "c.yaml")
+        return cluster.device, cluster.with_profile(profile()).device
+
+    plain, found = load("{preset: cpu}")
+    assert found.peak_flops["f32"] * found.efficiency == 7e9
+    assert found.memory_bandwidth * found.memory_efficiency == 2e9
+    for stated in ("efficiency: 0.5", "peak_flops: {f32: 50 GFLOP/s}"):
+        plain, found = load(f"{{preset: cpu, {stated}}}")
+        assert (found.peak_flops, found.efficiency) == (plain.peak_flops, plain.efficiency)
+        assert found.memory_bandwidth == 2e9 and found.launch == 3e-6
+    plain, found = load("{preset: cpu, memory_efficiency: 0.5}")
+    assert found.memory_bandwidth == plain.memory_bandwidth and found.peak_flops["f32"] == 7e9
+
+
+def test_a_device_may_have_a_name_of_its_own(tmp_path):
+    (tmp_path / "c.yaml").write_text(SPEC.format(name="lab-node", device="{preset: cpu}"))
+    found = Cluster.load(tmp_path / "c.yaml").with_profile(profile())
+    assert found.device.peak_flops["f32"] == 7e9
+    assert found.provenance["devices.lab-node.launch"] == "measured"
+
+
+def test_a_what_if_on_the_fabric_is_not_hidden_by_what_was_measured():
+    cluster = Cluster.parse("8xcpu").with_profile(profile())
+
+    def seconds(cluster):
+        return Collectives(Mesh.of(a=4, b=2), cluster).line("all_reduce", ("a",))(1e6)
+
+    slow, plain = ("fabric.shared.bandwidth", "1 kB/s"), Cluster.parse("8xcpu")
+    assert seconds(cluster.with_(*slow)) == seconds(plain.with_(*slow)) > 100
+    assert seconds(cluster.with_("device.launch", "1 ms")) == seconds(cluster) == pytest.approx(1.1e-2)
+
+
+def test_measured_lines_do_not_price_groups_that_cross_hosts():
+    """8 ranks were measured on one host; here they are 4 on each of two, over InfiniBand."""
+    lines = tuple(
+        MeasuredLine(kind="all_reduce", size=size, stride=stride, fixed=1e-6, slope=1e-15)
+        for size, stride in ((8, 1), (4, 2), (4, 1))
+    )
+    plain = Cluster.parse("2xh100x4@ib400")
+    found = plain.with_profile(profile(device="h100", lines=lines))
+    assert [(line.size, line.stride) for line in found.measured] == [(4, 1)]
+    mesh = Mesh.of(a=8)
+    crossing = Collectives(mesh, plain).line("all_reduce", ("a",))
+    assert Collectives(mesh, found).line("all_reduce", ("a",)) == crossing
+    inside = Collectives(Mesh.of(a=2, b=4), found).line("all_reduce", ("b",))
+    assert (inside.fixed, inside.slope) == (1e-6, 1e-15)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
