@@ -210,6 +210,14 @@ def test_profiles_of_other_machines_are_refused(tmp_path):
         load_profile(tmp_path / "text.json")
 
 
+def test_what_a_call_costs_once_is_not_part_of_a_turn():
+    """A loop of n turns takes 0.154 s + n * 2 us: the copy of its operand is no turn's."""
+    from meshwright.backends.xla.microbench import per_turn
+
+    assert per_turn(lambda n: 0.154 + 2e-6 * n, 128, 640) == pytest.approx(2e-6)
+    assert per_turn(lambda n: 0.154, 128, 640) == 0.154 / 640  # never zero, nor below
+
+
 def test_a_small_calibration_end_to_end(monkeypatch, tmp_path):
     """Real measurements of a few sizes on 8 emulated devices, used to plan."""
     from meshwright.backends.xla import microbench
