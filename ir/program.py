@@ -16,9 +16,9 @@ from .recompute import Policy, recompute
 from .roles import phases as find_phases
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
-    """`phases` has one entry per top-level op of `graph`."""
+    """`phases` has one entry per top-level op of `graph`. Equal to itself alone, so analyses can be kept."""
 
     graph: Graph
     phases: tuple[str, ...]

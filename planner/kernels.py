@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 from ..ir.graph import Op, TensorType
 from ..ir.program import Program
@@ -77,8 +77,9 @@ class Kernels:
     inside: frozenset[int] = frozenset()
 
 
+@lru_cache(maxsize=16)
 def kernels_of(program: Program, fused_attention: bool = False) -> Kernels:
-    """Work out the kernels of a prepared graph."""
+    """Work out the kernels of a prepared graph; a search asks for those of a few graphs again and again."""
     inside = attention_values(program) if fused_attention else frozenset()
     return _Analysis(program, inside).run()
 
