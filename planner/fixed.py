@@ -18,6 +18,7 @@ from .request import Request, check
 from .search import Candidate, Search
 from .solver.onehot import Solution
 from .space import build
+from .storage import as_xla
 
 
 def fixed_plan(
@@ -42,7 +43,7 @@ def fixed_plan(
     check(request, cluster, program.time)
     pinned = Pinned(program, parallelism)
     space = build(program, microbatches, found.cost, Layouts(found.cost.collectives(pinned.mesh)), pinned)
-    lives = lifetimes(program, microbatches, roles(program.graph))
+    lives = lifetimes(program, microbatches, roles(program.graph), as_xla(program, cluster.device.kind))
     choices = (0,) * len(space.nodes)
     seconds = sum(float(node.seconds[0]) for node in space.nodes)
     seconds += sum(float(matrix[0, 0]) for matrix in space.edges.values())

@@ -23,6 +23,7 @@ from .price import SLOWDOWN
 from .report import moves, settlements, spoken
 from .simulate import COMPUTE, Run, Task, simulate
 from .space import Space, build
+from .storage import as_xla
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def simulate_plan(plan: Plan, program: Program, cost: CostModel) -> Simulation:
     compute = sum(task.seconds for task in tasks if task.stream == COMPUTE)
     moving = sum(task.seconds for task in tasks if task.stream != COMPUTE)
     choices = (0,) * len(space.nodes)
-    ledger = Ledger(space, lifetimes(program, plan.microbatches, roles(program.graph)))
+    storage = as_xla(program, plan.cluster.device.kind)
+    ledger = Ledger(space, lifetimes(program, plan.microbatches, roles(program.graph), storage))
     _, moment = ledger.peak(ledger.local_bytes(choices))
     return Simulation(run, compute + moving, compute, moving, ledger.by_cause(choices, moment), tuple(collectives))
 

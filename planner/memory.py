@@ -22,9 +22,10 @@ from ..ir.mesh import Mesh
 from ..ir.microbatch import TimeAxis
 from ..ir.program import Program
 from ..ir.values import block_instances
-from .kernels import Kernels, free_values, kernels_of
+from .kernels import free_values
 from .layouts import layouts_of
 from .space import Space
+from .storage import Storage, is_fused
 
 FIRST, LAST = 0, 1  # the two moments of a tick that stands for many layers
 
@@ -60,12 +61,14 @@ class Lifetimes:
     ticks: int
     causes: dict[int, str]
     scale: dict[int, float]  # value -> factor on its bytes (microbatches, wider accumulators)
+    copies: dict[int, int]  # copies of parameters -> what they show if their layout is the same
 
     def counted(self, microbatches: int) -> Lifetimes:
         """The same lives with another microbatch count; both counts are above 1."""
         time = self.program.time
         split = time.split if isinstance(time, TimeAxis) else {}
-        scale = {v: 1.0 / microbatches if v in split else s for v, s in self.scale.items()}
+        fewer = self.microbatches / microbatches
+        scale = {v: s * fewer if v in split else s for v, s in self.scale.items()}
         return replace(self, microbatches=microbatches, scale=scale)
 
     @cached_property
@@ -96,25 +99,31 @@ class Lifetimes:
         return counts
 
 
-def lifetimes(
-    program: Program, microbatches: int, roles: Mapping[int, str], kernels: Kernels | None = None
-) -> Lifetimes:
-    """Work out every value's life; `roles` names the part of each input position."""
-    return _Analysis(program, microbatches, roles, kernels or kernels_of(program)).run()
+def lifetimes(program: Program, microbatches: int, roles: Mapping[int, str], storage: Storage) -> Lifetimes:
+    """Work out every value's life.
+
+    Args:
+        program: a prepared graph.
+        microbatches: how many a step has.
+        roles: the part of each input position.
+        storage: which of its values are stored.
+    """
+    return _Analysis(program, microbatches, roles, storage).run()
 
 
 class _Analysis:
     def __init__(
-        self, program: Program, microbatches: int, roles: Mapping[int, str], kernels: Kernels
+        self, program: Program, microbatches: int, roles: Mapping[int, str], storage: Storage
     ):
         self.program, self.microbatches, self.roles = program, microbatches, roles
         self.graph: Graph = program.graph
         self.time = (
             program.time if microbatches > 1 and isinstance(program.time, TimeAxis) else None
         )
-        self.kept = kernels.kept
+        self.storage = storage
         self.defined: dict[int, int] = {}
         self.used: dict[int, list[int]] = defaultdict(list)
+        self.fused: dict[int, list[int]] = defaultdict(list)  # of these, by ops that are fused
         self.spans: list[Span] = []  # one per top-level op
         self.bounds: list[tuple[int, int]] = []  # ticks of each top-level op
         self.position: dict[int, int] = {}  # value -> top-level op that makes it
@@ -122,10 +131,13 @@ class _Analysis:
     def run(self) -> Lifetimes:
         ticks = self._tick()
         self._read_siblings()
-        segments = [s for v in self.defined if v in self.kept for s in self._life(v, ticks - 1)]
+        self._read_sources()
+        self._read_copies()
+        segments = [s for v in self.defined if v in self.storage.kept for s in self._life(v, ticks - 1)]
         causes = {s.value: self._cause(s.value) for s in segments}
         scale = {v: self._scale(v) for v in causes}
-        return Lifetimes(self.program, self.microbatches, tuple(segments), ticks, causes, scale)
+        copies = {v: source for v, source in self.copies.items() if v in causes and source in causes}
+        return Lifetimes(self.program, self.microbatches, tuple(segments), ticks, causes, scale, copies)
 
     # ------------------------------------------------------------ ticks
 
@@ -158,6 +170,8 @@ class _Analysis:
             self.used[value].append(end - 1)
         for value in op.inputs:
             self.used[value].append(end - 1)
+            if is_fused(op):
+                self.fused[value].append(end - 1)
         return end
 
     def _read_siblings(self) -> None:
@@ -170,6 +184,30 @@ class _Analysis:
                 sibling = middle.get(tags[value])
                 if sibling is not None and sibling != value and self.defined[sibling] < end:
                     self.used[sibling].append(end)
+                    if is_fused(op):
+                        self.fused[sibling].append(end)
+
+    def _read_sources(self) -> None:
+        """Who reads what is made again reads what it is made of."""
+        for value, sources in self.storage.made.items():
+            for source in sources:
+                self.used[source].extend(self.used[value])
+                self.fused[source].extend(self.used[value])
+        for value, sources in self.storage.twice.items():
+            for source in sources:
+                self.used[source].extend(self.fused.get(value, ()))
+
+    def _read_copies(self) -> None:
+        """A copy of a parameter (or of its copy for the step) may be the same memory: it lives as long."""
+        self.copies: dict[int, int] = {}
+        prepared = set(self.graph.inputs)
+        for op, phase in zip(self.graph.ops, self.program.phases, strict=True):
+            if op.kind == "copy" and op.inputs[0] in prepared:
+                self.copies[op.outputs[0]] = op.inputs[0]
+                if phase == "prepare":
+                    prepared.add(op.outputs[0])
+        for copy, source in reversed(self.copies.items()):
+            self.used[source].extend(self.used[copy])
 
     def _make_spans(self, bounds: list[tuple[int, int]]) -> None:
         groups = block_instances(self.graph.ops)
@@ -308,13 +346,14 @@ class _Analysis:
         )
 
     def _scale(self, value: int) -> float:
+        width = self.storage.widths.get(value, 1.0)
         if self.time is None:
-            return 1.0
+            return width
         if value in self.time.split:
-            return 1.0 / self.microbatches
+            return width / self.microbatches
         if value in self.time.totals and self.position.get(value) in self.time.body:
-            return max(1.0, 4 / max(1, ITEM_BYTES[self.graph.types[value].dtype]))
-        return 1.0
+            return max(width, 4 / max(1, ITEM_BYTES[self.graph.types[value].dtype]))
+        return width
 
 
 def _coming(
@@ -374,10 +413,21 @@ class Ledger:
             self._bytes[value] = (home.node, full / space.layouts.ways(home.layouts))
 
     def local_bytes(self, choices: tuple[int, ...]) -> dict[int, float]:
-        return {
+        """Bytes of every value; a copy that changes nothing has none.
+
+        The rows for the solver know no pairs and count such copies, so they ask for a little more
+        than is needed.
+        """
+        found = {
             value: float(sizes[choices[node]] if node is not None else sizes[0])
             for value, (node, sizes) in self._bytes.items()
         }
+        same = [c for c, s in self.lives.copies.items() if self._layout(c, choices) == self._layout(s, choices)]
+        return found | dict.fromkeys(same, 0.0)
+
+    def _layout(self, value: int, choices: tuple[int, ...]) -> int:
+        home = self.space.homes[self.tags[value]]
+        return int(home.layouts[choices[home.node] if home.node is not None else 0])
 
     def peak(self, nbytes: dict[int, float]) -> tuple[float, tuple[int, int]]:
         """Largest total, and the (moment, tick) where it is reached."""

@@ -28,6 +28,7 @@ from .memory import Ledger, Lifetimes, lifetimes
 from .pinned import Parallelism, Pinned
 from .report import moves, settlements, spoken
 from .space import Space, build
+from .storage import as_fused
 
 Place = Literal["embedding", "layer", "head"]
 PLACES: tuple[Place, ...] = ("embedding", "layer", "head")
@@ -194,7 +195,7 @@ class _Sorting:
     def _hold(self) -> float:
         """Fill in bytes held by each part; returns bytes beside them at the worst moment."""
         known = roles(self.graph)
-        lives = lifetimes(self.program, 1, known, self.kernels)
+        lives = lifetimes(self.program, 1, known, as_fused(self.kernels))
         local = Ledger(self.space, lives).local_bytes(self.choices)
         self._inputs(local, known)
         saved = self._saved(local)

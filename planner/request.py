@@ -12,7 +12,7 @@ from ..ir.cluster import Cluster
 from ..ir.errors import PlanError, did_you_mean
 from ..ir.microbatch import Refusal, TimeAxis
 from ..ir.recompute import POLICIES, Policy
-from ..ir.units import parse_bytes
+from ..ir.units import format_bytes, parse_bytes
 
 Searcher = Literal["exact", "mcmc"]
 HEADROOM = 0.10  # of device memory kept free; runs above ~90 % lose speed to the allocator
@@ -85,8 +85,8 @@ def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
     if request.memory is not None and request.memory > cluster.device.memory:
         _refuse(
             "memory",
-            f"{request.memory:.4g} bytes",
-            f"at most the {cluster.device.memory:.4g} bytes that a {cluster.device.name} has",
+            format_bytes(request.memory),
+            f"at most the {format_bytes(cluster.device.memory)} that a {cluster.device.name} has",
         )
     if request.recompute is not None and request.recompute not in POLICIES:
         _refuse("recompute", request.recompute, did_you_mean(str(request.recompute), POLICIES))

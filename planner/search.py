@@ -37,6 +37,7 @@ from .request import Request, check
 from .solver.anytime import solve_live
 from .solver.onehot import Stop
 from .space import Space, build
+from .storage import as_xla
 
 MOST_MICROBATCHES = 64
 ONE_SOLVE = 0.8  # of the gap asked for: what one solve may leave open
@@ -369,7 +370,7 @@ class Search:
                 found = self._lives[policy, known].counted(count)
             else:
                 program = self.program(policy)
-                found = lifetimes(program, count, roles(program.graph))
+                found = lifetimes(program, count, roles(program.graph), as_xla(program, self.cluster.device.kind))
             self._lives[policy, count] = found
         return self._lives[policy, count]
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 
+import jax
+
+from ...ir.errors import InfeasibleError, LoweringError, MeshwrightError
 from ...ir.plan import Plan
+from ...ir.units import format_bytes, parse_bytes
 from .hlo import Found, collectives
 from .lower import Lowered
 
+_TOO_LARGE = (  # what is needed, what there is; libtpu 0.0.52 has both
+    re.compile(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm"),
+    re.compile(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)"),
+)
 NOTEWORTHY = 0.25  # relative difference in bytes that is reported as such
 
 
@@ -37,8 +46,17 @@ class Audit:
 
     lines: tuple[Line, ...]
     predicted_peak: float
-    compiled_peak: float
+    parts: dict[str, float]  # bytes of the compiled program: arguments, temporaries, results
     limit: float  # bytes that the plan was allowed
+
+    @property
+    def compiled_peak(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def memory_difference(self) -> float:
+        """Compiled over predicted peak, minus one."""
+        return self.compiled_peak / self.predicted_peak - 1
 
     @property
     def predicted_bytes(self) -> float:
@@ -61,17 +79,38 @@ class Audit:
 
 
 def audit(lowered: Lowered) -> Audit:
-    """Compile the program (if it is not yet) and hold it against its plan."""
+    """Compile the program (if it is not yet) and hold it against its plan.
+
+    Raises:
+        InfeasibleError: the compiler says that the program does not fit into the device.
+    """
+    estimate = lowered.plan.estimate
+    try:
+        stats = lowered.compiled.memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        raise _refused(error, estimate.peak_bytes, lowered.plan.name) from error
+    parts = {
+        "arguments": float(stats.argument_size_in_bytes),
+        "temporaries": float(stats.temp_size_in_bytes),
+        "results": float(stats.output_size_in_bytes - stats.alias_size_in_bytes),
+    }
     found = collectives(lowered.hlo(), lowered.plan.mesh)
-    stats = lowered.compiled.memory_analysis()
-    arguments, temporary = stats.argument_size_in_bytes, stats.temp_size_in_bytes
-    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return Audit(
-        compare(lowered.plan, found),
-        lowered.plan.estimate.peak_bytes,
-        arguments + temporary + outputs,
-        lowered.plan.estimate.limit_bytes,
-    )
+    return Audit(compare(lowered.plan, found), estimate.peak_bytes, parts, estimate.limit_bytes)
+
+
+def _refused(error: Exception, predicted: float, name: str) -> MeshwrightError:
+    """What the compiler said, in the house form; TPU compilers know how much memory there is."""
+    first = str(error).strip().splitlines()[0].rstrip(".")
+    if "RESOURCE_EXHAUSTED" not in first:
+        return LoweringError(f"XLA cannot compile the program: {first}.", where=f"plan `{name}`")
+    match = next((m for m in (said.search(str(error)) for said in _TOO_LARGE) if m), None)
+    needed, limit = (parse_bytes(f"{n}iB") for n in match.groups()) if match else (None, None)
+    said = f"it needs {format_bytes(needed)} of {format_bytes(limit)}" if needed and limit else first
+    return InfeasibleError(
+        f"XLA refuses the program: {said} ({format_bytes(predicted)} were predicted).",
+        where=f"plan `{name}`", fix="plan again with less: meshwright plan --memory",
+        needed_bytes=needed, limit_bytes=limit,
+    )  # fmt: skip
 
 
 def compare(plan: Plan, found: list[Found]) -> tuple[Line, ...]:

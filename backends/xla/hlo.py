@@ -2,12 +2,16 @@
 
 Only what an audit needs: kind, groups of devices, bytes of the larger local
 side, and how often each runs (loops carry their trip count in the text).
+
+Two habits of the TPU compiler: a gather that runs beside other work is cut up over the fusions of
+a chain, each of which shows it whole; a reduce-scatter may be written as an all-reduce in a
+computation named after what it does.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -32,6 +36,7 @@ _CALLED = re.compile(
     r"(?:body|to_apply|calls|branch_computations|called_computations)=\{?%?([\w.\-, %]+)\}?"
 )
 _NAMED = re.compile(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] ?\{((?:'\w+',?)+)\}")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ITEM = {"pred": 1, "s4": 1, "u4": 1, "c64": 8, "c128": 16, "bf16": 2}
 
@@ -50,11 +55,12 @@ def collectives(text: str, mesh: Mesh) -> list[Found]:
     """Every collective of the program with the number of times it runs per step."""
     bodies = _computations(text)
     runs = _runs(bodies)
+    chains: set[str] = set()
     return [
         Found(kind, _axes(groups, mesh), nbytes, runs[name])
         for name, lines in bodies.items()
         if runs.get(name)
-        for kind, groups, nbytes in _in_lines(lines)
+        for kind, groups, nbytes in _in_lines(_first_links(lines, chains), "all-reduce-scatter" in name)
     ]
 
 
@@ -93,12 +99,26 @@ def _called(line: str) -> Iterator[str]:
             yield name.strip().lstrip("%")
 
 
-def _in_lines(lines: list[str]) -> Iterator[tuple[str, np.ndarray, float]]:
+def _first_links(lines: list[str], chains: set[str]) -> Iterator[str]:
+    """Lines, but of each chain (kept in `chains`) only the first."""
+    for line in lines:
+        if match := _CHAIN.search(line):
+            if match[1] in chains:
+                continue
+            chains.add(match[1])
+        yield line
+
+
+def _in_lines(lines: Iterable[str], scatters: bool) -> Iterator[tuple[str, np.ndarray, float]]:
+    """Kind, groups and bytes; an all-reduce of a computation that `scatters` keeps a part alone."""
     for line in lines:
         match = _OP.search(line)
         if not match:
             continue
         kind, groups = KINDS[match["kind"]], _groups(match["rest"])
+        if scatters and kind == "all_reduce":
+            yield "reduce_scatter", groups, _bytes(match["result"], bool(match["start"]))
+            continue
         result = _bytes(match["result"], bool(match["start"]))
         grows = groups.shape[1] if kind == "reduce_scatter" and groups.size else 1
         yield kind, groups, result * grows

@@ -84,8 +84,9 @@ class Lowered:
             return jax.tree.unflatten(binding.out_tree, self.local(*leaves))
 
         return jax.jit(
-            step, in_shardings=shardings, out_shardings=results, donate_argnums=tuple(numbers)
-        )
+            step, in_shardings=shardings, out_shardings=results, donate_argnums=tuple(numbers),
+            compiler_options=options_for(self.mesh),
+        )  # fmt: skip
 
     def hlo(self) -> str:
         """The compiled program as text."""
@@ -121,8 +122,16 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
         in_shardings=in_shardings,
         out_shardings=out_shardings,
         donate_argnums=tuple(sorted(captured.graph.donated)),
+        compiler_options=options_for(mesh),
     )
     return Lowered(plan, captured, sharded, jitted, mesh, in_shardings, out_shardings)
+
+
+def options_for(mesh: DeviceMesh) -> dict[str, str] | None:
+    """On CPUs XLA drops barriers before it looks for equal ops: what a plan recomputes would then
+    be found computed already, and be kept after all."""
+    platform = mesh.devices.flat[0].platform
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else None
 
 
 def _check_graph(plan: Plan, captured: Captured) -> None:
@@ -144,7 +153,19 @@ def _device_mesh(plan: Plan, devices: Sequence[Any] | None) -> DeviceMesh:
             origin=f"cluster {plan.cluster.name}",
             fix=_more_devices(plan.mesh.size, found),
         )
-    return DeviceMesh(np.array(found[: plan.mesh.size]).reshape(plan.mesh.shape), plan.mesh.names)
+    used = in_place(found[: plan.mesh.size])
+    return DeviceMesh(np.array(used).reshape(plan.mesh.shape), plan.mesh.names)
+
+
+def in_place(devices: Sequence[Any]) -> list[Any]:
+    """Chips of a TPU slice in the order in which plans number them: the last dimension first.
+
+    The runtime lists them host by host, 2x2 chips each; the axes of a plan's mesh are rows of
+    the slice. Other devices stay as they are listed.
+    """
+    if any(getattr(device, "platform", "") != "tpu" for device in devices):
+        return list(devices)
+    return sorted(devices, key=lambda d: (getattr(d, "slice_index", None) or 0, *d.coords, d.core_on_chip))
 
 
 def _more_devices(needed: int, found: list[Any]) -> str:

@@ -228,6 +228,9 @@ def run(
 def audit(
     plan: PlanFile,
     emulate: Emulate = False,
+    topology: Annotated[
+        str | None, typer.Option(help="Compile for this TPU slice, as v5e:2x4; no TPU is needed.")
+    ] = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Compile a saved plan and compare its communication and memory with the prediction."""
@@ -235,19 +238,26 @@ def audit(
 
     from .api import RunningStep
     from .backends.xla.lower import lower
+    from .backends.xla.topology import topology_devices
     from .ir.codec import load_plan
     from .view import audit_text
 
     found = load_plan(plan)
-    _devices(found, emulate)
+    if topology is None:
+        _devices(found, emulate)
+        devices = None
+    else:
+        if emulate:
+            raise UsageError("--emulate and --topology are two machines.", fix="one of them")
+        devices = topology_devices(topology, found.cluster)
     made = _made(found)
-    report = RunningStep(lower(found, made.capture())).audit()
+    report = RunningStep(lower(found, made.capture(), devices)).audit()
     if format is Format.json:
         lines = [{**asdict(line), "difference": _finite(line.difference)} for line in report.lines]
         totals = {
             "predicted_bytes": report.predicted_bytes, "compiled_bytes": report.compiled_bytes,
             "difference": _finite(report.difference), "predicted_peak": report.predicted_peak,
-            "compiled_peak": report.compiled_peak, "limit": report.limit,
+            "compiled_peak": report.compiled_peak, "compiled_parts": report.parts, "limit": report.limit,
         }  # fmt: skip
         print(json.dumps({**totals, "lines": lines}, indent=1))
         return

@@ -185,7 +185,8 @@ def audit_text(audit: Audit) -> str:
     )
     peak = (
         f"memory: {format_bytes(audit.predicted_peak)} predicted, "
-        f"{format_bytes(audit.compiled_peak)} compiled"
+        f"{format_bytes(audit.compiled_peak)} compiled ({audit.memory_difference:+.1%}): "
+        + ", ".join(f"{part} {format_bytes(nbytes)}" for part, nbytes in audit.parts.items())
     )
     table = _table("audit: communication per step and device, plan against compiled program", head + rows)
     lines = [table, f"  {total}", f"  {peak}"]

@@ -1,0 +1,187 @@
+"""Which values XLA writes to memory for later, and what it makes again from others.
+
+XLA fuses a cheap op into every one of its readers, those of the backward pass too, and then never
+stores its result: the readers make it again from what it was made of.
+
+    dot ─▶ add ─▶ [ tanh ] ─▶ mul ─▶ dot      stored: both operands of products, the first product
+             └─────── mul ────┘               and tanh, which is dear; `add` is made again
+
+Stored are borders of kernels, results of dear ops and reductions, and what a barrier holds; a
+reshape shows its operand. Source: XLA's rule of fusing a producer into all of its readers or into
+none (instruction_fusion.h), seen in compiled programs on CPUs and TPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from ..ir.graph import ITEM_BYTES, Graph, Op
+from ..ir.microbatch import TimeAxis
+from ..ir.program import Program
+from .kernels import CONTRACTIONS, KERNELS, REDUCTIONS, WEIGHTS, Kernels, kernels_of
+
+ALIASES = frozenset({"reshape", "squeeze", "optimization_barrier"})
+DEAR = KERNELS | REDUCTIONS | WEIGHTS.keys() | {"scan", "copy"}
+
+NARROW = frozenset({"bf16", "f16"})
+
+
+def is_fused(op: Op) -> bool:
+    """Whether XLA makes it a part of its readers, and makes its own operands again for it."""
+    return op.kind not in DEAR and op.kind not in ALIASES
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """What is stored for some time, and what is read in place of what is not.
+
+    `kept` are stored. Whoever reads a value of `made` reads its sources instead. A value of
+    `twice` is stored for kernels that read it, while fused readers make it again. `widths` are
+    factors on bytes, of values that are stored in a wider type.
+    """
+
+    kept: frozenset[int]
+    made: Mapping[int, frozenset[int]]
+    twice: Mapping[int, frozenset[int]]
+    widths: Mapping[int, float]
+
+
+def as_fused(kernels: Kernels) -> Storage:
+    """Whatever a kernel leaves is stored, as frameworks do that run op by op."""
+    return Storage(kernels.kept, {}, {}, {})
+
+
+def as_xla(program: Program, kind: str) -> Storage:
+    """What XLA stores on a kind of device: cpu, gpu or tpu.
+
+    On CPUs a reduction is a kernel of its own, which reads its operand from memory (or the two
+    factors of it), and narrow floats are widened: products read copies in f32, and what is made
+    in between is rounded and stored instead of made again.
+    """
+    return _Analysis(program, kernels_of(program), kind == "cpu").run()
+
+
+class _Analysis:
+    def __init__(self, program: Program, kernels: Kernels, cpu: bool):
+        self.kernels, self.cpu, self.types = kernels, cpu, program.graph.types
+        self.ops = [visit.op for visit in program.graph.visits]
+        self.maker = {v: op for op in self.ops for v in op.outputs}
+        self.aliases: dict[int, int] = {}  # to the value whose memory they show
+        self.slices: dict[int, int] = {}  # what a loop's body sees of one turn, to the whole
+        for op in self.ops:
+            self._join(op)
+        totals = program.time.totals if isinstance(program.time, TimeAxis) else ()
+        borders = (*self._borders(program.graph), *totals, *(self._reduced() if cpu else ()))
+        self.stored = frozenset(map(self.root, borders))
+        self.known = frozenset(program.graph.constant_ids)
+        self._sources: dict[int, frozenset[int]] = {}
+
+    def _join(self, op: Op) -> None:
+        """A loop reads its constants where they are, and turns its carry over in one place."""
+        if op.kind in ALIASES:
+            self.aliases |= dict(zip(op.outputs, op.inputs, strict=False))
+        elif op.kind == "scan":
+            consts, carry = op.loop_inputs
+            inside, first = op.regions[0].inputs, consts + carry
+            self.aliases |= dict(zip(inside[:consts], op.inputs, strict=False))
+            self.aliases |= dict(zip(inside[consts:first], op.outputs, strict=False))
+            self.slices |= dict(zip(inside[first:], op.inputs[first:], strict=True))
+
+    def _borders(self, graph: Graph) -> Iterator[int]:
+        yield from (*graph.inputs, *graph.outputs)
+        for op in self.ops:
+            if op.kind in KERNELS or op.kind == "scan":
+                yield from (*op.inputs, *op.outputs)
+            if op.kind == "optimization_barrier":
+                yield from op.inputs
+            if op.kind == "scan":
+                yield from op.regions[0].outputs[: op.loop_inputs[1]]
+
+    def run(self) -> Storage:
+        for op in self.ops:  # in order, so that no chain is followed twice
+            for value in op.outputs:
+                self.sources(value)
+        kept: set[int] = set()
+        made = {}
+        for value in self.kernels.kept:
+            sources = self.sources(value)
+            kept |= sources
+            if sources != {value}:
+                made[value] = sources
+        twice = {v: found for v in kept if (found := self._remakes(v))}
+        return Storage(frozenset(kept) - self.kernels.inside, made, twice, self._widths() if self.cpu else {})
+
+    def _remakes(self, value: int) -> frozenset[int]:
+        """What a fused reader makes a cheap stored value of."""
+        op = self.maker.get(value)
+        if op is None or not is_fused(op):
+            return frozenset()
+        return self._made_of(value) - {value}
+
+    def root(self, value: int) -> int:
+        while value in self.aliases:
+            value = self.aliases[value]
+        return value
+
+    def sources(self, value: int) -> frozenset[int]:
+        """The stored values that a reader of this one reads; none if constants make it."""
+        root = self.root(value)
+        if root not in self._sources:
+            made = self._made_of(root)
+            constant = root in self.known or (not made and self._is_plain(root))
+            self._sources[root] = frozenset() if constant else frozenset({root}) if self._is_kept(root) else made
+        return self._sources[root]
+
+    def _is_kept(self, root: int) -> bool:
+        if root in self.stored:
+            return True
+        op = self.maker.get(root)
+        if op is None:
+            return root not in self.slices
+        return not is_fused(op) or self._rounded(root)
+
+    def _is_plain(self, root: int) -> bool:
+        """Whether it is constant if its operands are."""
+        op = self.maker.get(root)
+        return root in self.slices if op is None else op.kind == "copy" or is_fused(op)
+
+    def _made_of(self, value: int) -> frozenset[int]:
+        op = self.maker.get(value)
+        operands = (self.slices[value],) if value in self.slices else op.inputs if op else ()
+        return frozenset().union(*map(self.sources, operands))
+
+    def _rounded(self, value: int) -> bool:
+        return self.cpu and self.types[value].dtype in NARROW
+
+    def _widths(self) -> dict[int, float]:
+        """An operand of products alone is stored as f32; one that others read too, as both.
+
+        What was gathered for products is widened at once, for all copies made of it, and what a
+        loop takes slices of before the loop.
+        """
+        products, others = set[int](), set[int]()
+        for op in reversed(self.ops):
+            gathered = op.kind == "copy" and self.maker.get(op.inputs[0], op).kind == "copy"
+            if op.kind in CONTRACTIONS or (gathered and op.outputs[0] in products):
+                products.update(map(self.root, op.inputs))
+            elif op.kind == "scan":
+                first = sum(op.loop_inputs)
+                others.update(map(self.root, op.inputs[:first]))
+                products.update(map(self.root, op.inputs[first:]))
+            elif op.kind not in ALIASES:
+                others.update(map(self.root, op.inputs))
+        return {
+            v: 4 / ITEM_BYTES[self.types[v].dtype] + (v in others)
+            for v in products
+            if self.types[v].dtype in NARROW
+        }
+
+    def _reduced(self) -> Iterator[int]:
+        for op in self.ops:
+            if op.kind in REDUCTIONS:
+                yield from _factors(self.maker.get(self.root(op.inputs[0])), op.inputs)
+
+
+def _factors(op: Op | None, operand: Collection[int]) -> Collection[int]:
+    return op.inputs if op is not None and op.kind == "mul" else operand
