@@ -26,7 +26,7 @@ jax.config.update("jax_platforms", "cpu")
 from meshwright import pricing  # noqa: E402
 from meshwright.ir.cluster import Cluster  # noqa: E402
 from meshwright.ir.errors import MeshwrightError  # noqa: E402
-from meshwright.planner.pinned import Parallelism  # noqa: E402
+from meshwright.planner.jobs.pinned import Parallelism  # noqa: E402
 
 Row = dict[str, str]
 

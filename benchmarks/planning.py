@@ -73,7 +73,7 @@ def searched(step: Any, cluster: str, name: str, **pins: Any) -> dict[str, Any]:
     from meshwright.ir.blocks import fold
     from meshwright.ir.cluster import Cluster
     from meshwright.ir.errors import InfeasibleError, StoppedError
-    from meshwright.planner.cost import Roofline
+    from meshwright.planner.cost.model import Roofline
     from meshwright.planner.request import Request
     from meshwright.planner.search import Candidate, Search
 
@@ -233,10 +233,10 @@ def solve(options: argparse.Namespace) -> dict[str, Any]:
     from meshwright.ir.cluster import Cluster
     from meshwright.ir.program import prepare
     from meshwright.ir.roles import roles
-    from meshwright.planner.cost import Roofline
+    from meshwright.planner.cost.model import Roofline
     from meshwright.planner.intra import solve_space
     from meshwright.planner.layouts import Layouts
-    from meshwright.planner.memory import lifetimes
+    from meshwright.planner.memory.lifetimes import lifetimes
     from meshwright.planner.meshes import mesh_of
     from meshwright.planner.space import build
 

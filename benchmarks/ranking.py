@@ -32,8 +32,8 @@ from meshwright.ir.blocks import fold  # noqa: E402
 from meshwright.ir.cluster import Cluster  # noqa: E402
 from meshwright.ir.fingerprint import fingerprint  # noqa: E402
 from meshwright.models import build  # noqa: E402
-from meshwright.planner.fixed import fixed_plan  # noqa: E402
-from meshwright.planner.pinned import Parallelism  # noqa: E402
+from meshwright.planner.jobs.fixed import fixed_plan  # noqa: E402
+from meshwright.planner.jobs.pinned import Parallelism  # noqa: E402
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama-tiny": {"batch": 64, "seq": 128, "dtype": "f32"},

@@ -16,14 +16,14 @@ from ..ir.program import Program
 from ..ir.roles import roles
 from ..ir.rule import Rule, Strategy
 from ..ir.sharding import Sharding
-from .cost import CostModel
+from .cost.model import CostModel
 from .layouts import Layouts
-from .memory import Ledger, lifetimes
-from .price import SLOWDOWN
-from .report import moves, settlements, spoken
-from .simulate import COMPUTE, Run, Task, simulate
+from .memory.ledger import Ledger
+from .memory.lifetimes import lifetimes
+from .memory.storage import as_xla
+from .moves import moves, settlements, spoken
+from .pipeline.simulate import COMPUTE, SLOWDOWN, Run, Task, simulate
 from .space import Space, build
-from .storage import as_xla
 
 
 @dataclass(frozen=True)

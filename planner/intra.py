@@ -9,7 +9,8 @@ import numpy as np
 
 from ..ir.microbatch import batch_dims
 from ..ir.sharding import Sharding
-from .memory import Ledger, Lifetimes
+from .memory.ledger import Ledger
+from .memory.lifetimes import Lifetimes
 from .solver.anytime import solve_live
 from .solver.live import Demand, Live
 from .solver.mcmc import walk

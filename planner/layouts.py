@@ -15,7 +15,7 @@ import numpy as np
 from ..ir.mesh import Mesh
 from ..ir.rule import Rule, Strategy, operand_sharding, result_sharding
 from ..ir.sharding import Sharding
-from .collectives import Collectives
+from .cost.collectives import Collectives
 from .strategies import cut_ways, follow, strategies
 
 

@@ -26,18 +26,19 @@ from ..ir.program import Program, prepare
 from ..ir.recompute import POLICIES, Policy
 from ..ir.roles import roles
 from ..ir.units import format_bytes, format_seconds
-from .compute import contraction_seconds
-from .cost import CostModel, Roofline
+from .cost.compute import contraction_seconds
+from .cost.model import CostModel, Roofline
 from .intra import Answer, live_of, solve_space, walk_space
 from .layouts import Layouts
-from .memory import Ledger, Lifetimes, least_peak, lifetimes
+from .memory.ledger import Ledger, least_peak
+from .memory.lifetimes import Lifetimes, lifetimes
+from .memory.storage import as_xla
 from .meshes import mesh_of, meshes
 from .report import write_plan
 from .request import Request, check
 from .solver.anytime import solve_live
 from .solver.onehot import Stop
 from .space import Space, build
-from .storage import as_xla
 
 MOST_MICROBATCHES = 64
 ONE_SOLVE = 0.8  # of the gap asked for: what one solve may leave open

@@ -24,9 +24,9 @@ from ..ir.program import Program
 from ..ir.rule import NONE, Rule, Strategy, settled_axes
 from ..ir.rules import rule_of
 from ..ir.sharding import Sharding, replicated
-from .compute import Ways
-from .cost import CostModel
-from .kernels import LEADERS, kernels_of, spreads_scalar
+from .cost.compute import Ways
+from .cost.kernels import LEADERS, kernels_of, spreads_scalar
+from .cost.model import CostModel
 from .layouts import Layouts, Taken, layouts_of
 
 

@@ -10,7 +10,7 @@ from ..ir.microbatch import batch_dims
 from ..ir.plan import AxisUse
 from ..ir.rule import NONE, Rule
 from ..ir.rules import rule_of
-from .compute import flop
+from .cost.compute import flop
 from .space import Space
 
 PRODUCTS = ("dot_general", "conv_general_dilated")

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.ir.errors import UsageError
+from meshwright.planner.pipeline.stages import cut_into_stages
 from meshwright.planner.solver import anytime, branch
 from meshwright.planner.solver.anytime import solve_live
 from meshwright.planner.solver.ascent import Ascent
@@ -27,7 +28,6 @@ from meshwright.planner.solver.messages import Messages
 from meshwright.planner.solver.onehot import Edge, row_usage
 from meshwright.planner.solver.region import Region
 from meshwright.planner.solver.tree_moves import TreeMoves
-from meshwright.planner.stages import cut_into_stages
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 GRAPHS = DATA / "iopddl"

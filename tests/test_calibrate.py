@@ -8,6 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from meshwright.planner.cost.model.calibrate import (
+    fit_collectives,
+    fit_line,
+    fit_products,
+    held_out,
+    judge,
+)
+from meshwright.planner.cost.model.collectives import Collectives
 
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.errors import ClusterError
@@ -20,14 +28,6 @@ from meshwright.ir.profile import (
     Profile,
     load_profile,
 )
-from meshwright.planner.calibrate import (
-    fit_collectives,
-    fit_line,
-    fit_products,
-    held_out,
-    judge,
-)
-from meshwright.planner.collectives import Collectives
 
 
 @given(st.floats(1e-7, 1e-3), st.floats(1e-12, 1e-8), st.integers(0, 1000))

@@ -14,8 +14,8 @@ from meshwright.ir.cluster import Cluster
 from meshwright.ir.errors import PlanError
 from meshwright.ir.fingerprint import fingerprint
 from meshwright.models import build
-from meshwright.planner.fixed import fixed_plan
-from meshwright.planner.pinned import Parallelism
+from meshwright.planner.jobs.fixed import fixed_plan
+from meshwright.planner.jobs.pinned import Parallelism
 
 
 def captured(name: str):

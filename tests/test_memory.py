@@ -11,7 +11,8 @@ from meshwright.ir.program import prepare
 from meshwright.ir.recompute import POLICIES
 from meshwright.ir.roles import roles
 from meshwright.models import build
-from meshwright.planner.memory import least_peak, lifetimes
+from meshwright.planner.memory.ledger import least_peak
+from meshwright.planner.memory.lifetimes import lifetimes
 from meshwright.planner.meshes import mesh_of
 
 

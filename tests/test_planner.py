@@ -20,12 +20,13 @@ from meshwright.ir.program import prepare
 from meshwright.ir.recompute import POLICIES
 from meshwright.ir.roles import roles
 from meshwright.models import build
-from meshwright.planner.cost import Roofline
+from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra import data_parallel, live_of, solve_space
 from meshwright.planner.layouts import Layouts
-from meshwright.planner.memory import Ledger, lifetimes
+from meshwright.planner.memory.ledger import Ledger
+from meshwright.planner.memory.lifetimes import lifetimes
 from meshwright.planner.meshes import mesh_of, meshes
-from meshwright.planner.report import find_collectives
+from meshwright.planner.moves import find_collectives
 from meshwright.planner.request import Request
 from meshwright.planner.search import _finest
 from meshwright.planner.space import Space

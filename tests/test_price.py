@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from meshwright.planner.cost.model.bands import BANDS
+from meshwright.planner.cost.model.collectives import Collectives
+from meshwright.planner.cost.model.groups import levels_of
+from meshwright.planner.cost.model.products import product_share
 from typer.testing import CliRunner
 
 from meshwright import pricing
@@ -18,11 +22,7 @@ from meshwright.cli import app
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.errors import MeshwrightError, PlanError, UsageError
 from meshwright.ir.mesh import Mesh
-from meshwright.planner.bands import BANDS
-from meshwright.planner.collectives import Collectives
-from meshwright.planner.groups import levels_of
-from meshwright.planner.pinned import Parallelism
-from meshwright.planner.products import product_share
+from meshwright.planner.jobs.pinned import Parallelism
 from meshwright.pricing import Setting, Shape, price_job
 
 ROOT = Path(__file__).parents[1]
@@ -365,7 +365,7 @@ def test_simulate_overlaps_and_never_exceeds_the_sum(saved, tmp_path):
     plan = json.loads(saved.read_text())
     assert data["peak_bytes"] == pytest.approx(plan["estimate"]["peak_bytes"], rel=1e-6)
     assert "h100.efficiency (preset)" in data["hangs_on"]
-    from meshwright.planner.timeline import check_nested
+    from meshwright.planner.pipeline.timeline import check_nested
 
     check_nested(json.loads(trace.read_text()))
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.ir.errors import PlanError
-from meshwright.planner.schedules import (
+from meshwright.planner.pipeline.schedules import (
     Schedule,
     Step,
     check,
@@ -19,8 +19,15 @@ from meshwright.planner.schedules import (
     interleaved,
     one_f_one_b,
 )
-from meshwright.planner.simulate import COMPUTE, Run, StageSeconds, Task, pipeline_tasks, simulate
-from meshwright.planner.timeline import Timeline, check_nested
+from meshwright.planner.pipeline.simulate import (
+    COMPUTE,
+    Run,
+    StageSeconds,
+    Task,
+    pipeline_tasks,
+    simulate,
+)
+from meshwright.planner.pipeline.timeline import Timeline, check_nested
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "pipeline"
 needs_data = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="published schedules are not here")

@@ -32,7 +32,7 @@ class Measured:
     """Rates per device with all devices busy: FLOP/s by dtype, bytes/s, seconds.
 
     `bandwidth` and `latency` are those of the line `latency * rounds + traffic /
-    bandwidth` that the planner prices collectives with (see planner.collectives).
+    bandwidth` that the planner prices collectives with (see planner.cost.collectives).
     """
 
     flops: dict[str, float]

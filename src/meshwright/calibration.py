@@ -17,7 +17,7 @@ def calibrate(devices: list[Any] | None = None, tell: Callable[[str], None] = la
     from .backends.xla import microbench
     from .backends.xla.measure import elementwise_rate, launch_seconds
     from .ir.cluster import Cluster
-    from .planner.calibrate import fit_collectives, fit_copies, fit_products
+    from .planner.cost.calibrate import fit_collectives, fit_copies, fit_products
 
     found = devices or jax.devices()
     mesh = jax.sharding.Mesh(np.array(found), ("d",))

@@ -14,10 +14,10 @@ from .ir.cluster import Cluster
 from .ir.errors import PlanError, UsageError, did_you_mean
 from .ir.program import Program, prepare
 from .ir.recompute import Policy
-from .planner.cost import Roofline
-from .planner.parts import Parts, parts_of
-from .planner.pinned import Parallelism
-from .planner.price import Job, Price, price
+from .planner.cost.model import Roofline
+from .planner.jobs.parts import Parts, parts_of
+from .planner.jobs.pinned import Parallelism
+from .planner.jobs.price import Job, Price, price
 
 TRACED = 4  # layers of the model that is traced: a first, a repeated pair, a last
 PRODUCTS: dict[str, str | None] = {"bf16": None, "fp8": "f8e4m3fn"}

@@ -13,10 +13,10 @@ from .ir.errors import MismatchError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
 from .ir.program import prepare
-from .planner.bands import band_of, told, weakest
-from .planner.cost import Roofline
+from .planner.cost.bands import band_of, told, weakest
+from .planner.cost.model import Roofline
 from .planner.instructions import Simulation, simulate_plan
-from .planner.timeline import Timeline
+from .planner.pipeline.timeline import Timeline
 
 
 @dataclass(frozen=True)

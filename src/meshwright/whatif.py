@@ -99,7 +99,7 @@ def price(
     """Price a training job given as numbers: seconds per step and memory per stage."""
     from .ir.cluster import Cluster
     from .ir.codec import check_writable, write_whole
-    from .planner.timeline import Timeline
+    from .planner.pipeline.timeline import Timeline
     from .pricing import Setting, Shape, overlaps, parallelism_on, price_job, shape_of
 
     if trace is not None:
@@ -163,7 +163,7 @@ def calibrate(
 
 
 def _print_price(found: Any, where: Any, cp: int, format: Format) -> None:
-    from .planner.bands import NONE, band_of, told
+    from .planner.cost.bands import NONE, band_of, told
 
     band, words = (band_of(where), told(where)) if cp == 1 else (None, f"{NONE} with context parallelism")
     between = band.around(found.step) if band else None

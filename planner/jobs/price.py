@@ -12,17 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..ir.cluster import Cluster
-from ..ir.errors import PlanError
-from .collectives import Collectives
+from ...ir.cluster import Cluster
+from ...ir.errors import PlanError
+from ..cost.collectives import Collectives
+from ..pipeline.schedules import Schedule, in_flight, schedule_of
+from ..pipeline.simulate import COMPUTE, SLOWDOWN, Run, StageSeconds, pipeline_tasks, simulate
 from .parts import Part, Parts, Place, Work
 from .pinned import Parallelism
-from .schedules import Schedule, in_flight, schedule_of
-from .simulate import COMPUTE, Run, StageSeconds, pipeline_tasks, simulate
 
-# While a device computes and communicates at once, both take this much longer. Source: Galvatron,
-# hardware_configs, overlap_coe 1.1256 on A100 hosts.
-SLOWDOWN = 1.1256
 GRADIENT = 4  # bytes per accumulated gradient: fp32, as Megatron-LM and PyTorch FSDP keep them
 
 

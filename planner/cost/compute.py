@@ -14,10 +14,10 @@ from math import prod
 
 import numpy as np
 
-from ..ir.cluster import Device
-from ..ir.graph import Op, TensorType
-from ..ir.rule import Rule
-from ..ir.rules import rule_of
+from ...ir.cluster import Device
+from ...ir.graph import Op, TensorType
+from ...ir.rule import Rule
+from ...ir.rules import rule_of
 from .kernels import CONTRACTIONS, FREE, KERNELS, Kernels, work
 from .products import product_share
 

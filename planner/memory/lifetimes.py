@@ -13,18 +13,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
-from ..ir.graph import ITEM_BYTES, Graph, Op
-from ..ir.mesh import Mesh
-from ..ir.microbatch import TimeAxis
-from ..ir.program import Program
-from ..ir.values import block_instances
-from .kernels import free_values
-from .layouts import layouts_of
-from .space import Space
+from ...ir.graph import ITEM_BYTES, Graph, Op
+from ...ir.microbatch import TimeAxis
+from ...ir.program import Program
+from ...ir.values import block_instances
 from .storage import Storage, is_fused
 
 FIRST, LAST = 0, 1  # the two moments of a tick that stands for many layers
@@ -373,86 +369,3 @@ def _coming(
 def _length(op: Op) -> int:
     inner = sum(_length(o) for region in op.regions for o in region.ops) if op.kind == "scan" else 0
     return 1 + inner
-
-
-def least_peak(lives: Lifetimes, mesh: Mesh) -> float:
-    """Bytes that no plan on this mesh can do without: every value cut as finely as it divides."""
-    graph, time = lives.program.graph, lives.program.time
-    split = time.split if isinstance(time, TimeAxis) and lives.microbatches > 1 else {}
-    free = free_values(lives.program)
-    nbytes = {}
-    for value in lives.causes:
-        shape = list(graph.types[value].shape)
-        if value in split:
-            shape[split[value]] //= lives.microbatches
-        size = 0.0 if value in free else graph.types[value].nbytes * lives.scale[value]
-        nbytes[value] = size / _most_ways(tuple(shape), mesh)
-    return float(lives.profile(nbytes).max())
-
-
-@lru_cache(maxsize=4096)
-def _most_ways(shape: tuple[int, ...], mesh: Mesh) -> int:
-    return max(layout.ways(mesh) for layout in layouts_of(shape, mesh))
-
-
-# ---------------------------------------------------------------- on a space
-
-
-class Ledger:
-    """Lifetimes joined with a space: rows for the solver, peaks of solutions."""
-
-    def __init__(self, space: Space, lives: Lifetimes):
-        self.space, self.lives = space, lives
-        self.types = space.program.graph.types
-        self.tags = space.program.value_tags
-        self._bytes: dict[int, tuple[int | None, np.ndarray]] = {}
-        for value in lives.causes:
-            home = space.homes[self.tags[value]]
-            made_anywhere = home.node is None and value not in space.program.graph.constant_ids
-            full = 0.0 if made_anywhere else self.types[value].nbytes * lives.scale[value]
-            self._bytes[value] = (home.node, full / space.layouts.ways(home.layouts))
-
-    def local_bytes(self, choices: tuple[int, ...]) -> dict[int, float]:
-        """Bytes of every value; a copy that changes nothing has none.
-
-        The rows for the solver know no pairs and count such copies, so they ask for a little more
-        than is needed.
-        """
-        found = {
-            value: float(sizes[choices[node]] if node is not None else sizes[0])
-            for value, (node, sizes) in self._bytes.items()
-        }
-        same = [c for c, s in self.lives.copies.items() if self._layout(c, choices) == self._layout(s, choices)]
-        return found | dict.fromkeys(same, 0.0)
-
-    def _layout(self, value: int, choices: tuple[int, ...]) -> int:
-        home = self.space.homes[self.tags[value]]
-        return int(home.layouts[choices[home.node] if home.node is not None else 0])
-
-    def peak(self, nbytes: dict[int, float]) -> tuple[float, tuple[int, int]]:
-        """Largest total, and the (moment, tick) where it is reached."""
-        profile = self.lives.profile(nbytes)
-        moment, tick = np.unravel_index(int(profile.argmax()), profile.shape)
-        return float(profile[moment, tick]), (int(moment), int(tick))
-
-    def demands(self) -> Iterator[tuple[int, int, int, np.ndarray]]:
-        """Node, first moment, end (not included) and bytes by choice, of all lives that a choice
-        decides. Moments are the ticks as `FIRST`, then the ticks as `LAST`."""
-        for segment in self.lives.segments:
-            node, sizes = self._bytes[segment.value]
-            for moment, weight in ((FIRST, segment.first), (LAST, segment.last)):
-                if node is not None and weight > 0:
-                    shift = moment * self.lives.ticks
-                    yield node, segment.start + shift, segment.end + 1 + shift, weight * sizes
-
-    def fixed(self) -> np.ndarray:
-        """Bytes at each moment that no choice decides."""
-        nbytes = {v: float(s[0]) if node is None else 0.0 for v, (node, s) in self._bytes.items()}
-        return self.lives.profile(nbytes).ravel()
-
-    def by_cause(self, choices: tuple[int, ...], at: tuple[int, int]) -> dict[str, float]:
-        nbytes, causes = self.local_bytes(choices), self.lives.causes
-        found: dict[str, float] = defaultdict(float)
-        for value, count in self.lives.alive(*at).items():
-            found[causes[value]] += count * nbytes[value]
-        return dict(sorted(found.items(), key=lambda item: -item[1]))

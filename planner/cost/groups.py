@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..ir.cluster import Cluster, Tier
-from ..ir.mesh import Mesh
+from ...ir.cluster import Cluster, Tier
+from ...ir.mesh import Mesh
 
 
 @dataclass(frozen=True, slots=True)

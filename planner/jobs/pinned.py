@@ -21,16 +21,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..ir.errors import PlanError
-from ..ir.examples import Examples
-from ..ir.graph import Op
-from ..ir.mesh import Axis, Mesh
-from ..ir.program import Program
-from ..ir.roles import roles
-from ..ir.rule import NONE, Rule, Strategy, cuttable
-from ..ir.rules import rule_of
-from ..ir.sharding import Sharding
-from .usage import followed, sequence_dim
+from ...ir.errors import PlanError
+from ...ir.examples import Examples
+from ...ir.graph import Op
+from ...ir.mesh import Axis, Mesh
+from ...ir.program import Program
+from ...ir.roles import roles
+from ...ir.rule import NONE, Rule, Strategy, cuttable
+from ...ir.rules import rule_of
+from ...ir.sharding import Sharding
+from ..usage import followed, sequence_dim
 
 LETTERS = re.compile(r"_([A-Z0-9]+)\W*$")
 TENSOR, EXPERT = "NKFV", "E"

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import networkx as nx
 
-from ..ir.errors import PlanError
+from ...ir.errors import PlanError
 
 Kind = Literal["forward", "backward", "weight"]
 

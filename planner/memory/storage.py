@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..ir.graph import ITEM_BYTES, Graph, Op
-from ..ir.microbatch import TimeAxis
-from ..ir.program import Program
-from .kernels import CONTRACTIONS, KERNELS, REDUCTIONS, WEIGHTS, Kernels, kernels_of
+from ...ir.graph import ITEM_BYTES, Graph, Op
+from ...ir.microbatch import TimeAxis
+from ...ir.program import Program
+from ..cost.kernels import CONTRACTIONS, KERNELS, REDUCTIONS, WEIGHTS, Kernels, kernels_of
 
 ALIASES = frozenset({"reshape", "squeeze", "optimization_barrier"})
 DEAR = KERNELS | REDUCTIONS | WEIGHTS.keys() | {"scan", "copy"}

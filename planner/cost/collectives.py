@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, log2
 
-from ..ir.cluster import Cluster
-from ..ir.errors import PlanError, did_you_mean
-from ..ir.graph import TensorType
-from ..ir.mesh import Mesh
-from ..ir.sharding import Sharding, Step, reshard
+from ...ir.cluster import Cluster
+from ...ir.errors import PlanError, did_you_mean
+from ...ir.graph import TensorType
+from ...ir.mesh import Mesh
+from ...ir.sharding import Sharding, Step, reshard
 from .groups import Level, levels_of
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")

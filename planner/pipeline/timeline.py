@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..ir.errors import PlanError
+from ...ir.errors import PlanError
 from .simulate import COMPUTE, Run
 
 MARKS = {"forward": "F", "backward": "B", "weight": "W", "update": "U"}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..ir.cluster import Device
+from ...ir.cluster import Device
 
 TILE = (128, 256)
 DEPTH = 200.0  # terms of a sum after which half of the tile's start-up is paid off

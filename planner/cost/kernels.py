@@ -17,8 +17,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from ..ir.graph import Op, TensorType
-from ..ir.program import Program
+from ...ir.graph import Op, TensorType
+from ...ir.program import Program
 
 # Ops that start a kernel of their own and read and write memory.
 KERNELS = frozenset({

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..ir.cluster import Cluster
-from ..ir.mesh import Mesh
-from ..ir.plan import Collective
+from ...ir.cluster import Cluster
+from ...ir.mesh import Mesh
+from ...ir.plan import Collective
 from .groups import levels_of
 
 

@@ -15,20 +15,21 @@ from typing import Literal
 
 import numpy as np
 
-from ..ir.graph import Op
-from ..ir.plan import Collective
-from ..ir.program import Program
-from ..ir.roles import roles
-from ..ir.rules import rule_of
-from .compute import flop
-from .cost import CostModel
-from .kernels import CONTRACTIONS, FREE, kernels_of
-from .layouts import Layouts
-from .memory import Ledger, Lifetimes, lifetimes
+from ...ir.graph import Op
+from ...ir.plan import Collective
+from ...ir.program import Program
+from ...ir.roles import roles
+from ...ir.rules import rule_of
+from ..cost.compute import flop
+from ..cost.kernels import CONTRACTIONS, FREE, kernels_of
+from ..cost.model import CostModel
+from ..layouts import Layouts
+from ..memory.ledger import Ledger
+from ..memory.lifetimes import Lifetimes, lifetimes
+from ..memory.storage import as_fused
+from ..moves import moves, settlements, spoken
+from ..space import Space, build
 from .pinned import Parallelism, Pinned
-from .report import moves, settlements, spoken
-from .space import Space, build
-from .storage import as_fused
 
 Place = Literal["embedding", "layer", "head"]
 PLACES: tuple[Place, ...] = ("embedding", "layer", "head")

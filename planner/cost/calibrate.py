@@ -15,7 +15,7 @@ from itertools import groupby
 
 import numpy as np
 
-from ..ir.profile import CollectivePoint, CopyPoint, Fit, MeasuredLine, ProductPoint
+from ...ir.profile import CollectivePoint, CopyPoint, Fit, MeasuredLine, ProductPoint
 
 
 def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:

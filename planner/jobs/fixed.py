@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from ..ir.blocks import Folded
-from ..ir.cluster import Cluster
-from ..ir.errors import PlanError
-from ..ir.plan import Plan
-from ..ir.recompute import Policy
-from ..ir.roles import roles
-from .cost import Roofline
-from .intra import Answer
-from .layouts import Layouts
-from .memory import Ledger, lifetimes
+from ...ir.blocks import Folded
+from ...ir.cluster import Cluster
+from ...ir.errors import PlanError
+from ...ir.plan import Plan
+from ...ir.recompute import Policy
+from ...ir.roles import roles
+from ..cost.model import Roofline
+from ..intra import Answer
+from ..layouts import Layouts
+from ..memory.ledger import Ledger
+from ..memory.lifetimes import lifetimes
+from ..memory.storage import as_xla
+from ..report import write_plan
+from ..request import Request, check
+from ..search import Candidate, Search
+from ..solver.onehot import Solution
+from ..space import build
 from .pinned import Parallelism, Pinned
-from .report import write_plan
-from .request import Request, check
-from .search import Candidate, Search
-from .solver.onehot import Solution
-from .space import build
-from .storage import as_xla
 
 
 def fixed_plan(

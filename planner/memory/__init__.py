@@ -1,0 +1,1 @@
+"""Bytes on one device at every moment of a step: what is stored, how long, where."""

@@ -1,0 +1,121 @@
+"""The collectives of a solution: what travels between ops, over which axes, how often."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from ..ir.graph import Op
+from ..ir.plan import Collective
+from ..ir.rule import Strategy, result_sharding, settled_axes
+from ..ir.rules import rule_of
+from ..ir.sharding import Sharding, reshard
+from .space import Space, Transfer
+
+SILENT = frozenset({"copy", "convert_element_type", "transpose", "reshape"})  # named by what they read
+
+def spoken(space: Space) -> dict[str, str]:
+    """Op tag -> what a reader knows its result by: "dot_general model.py:31", or the input
+    that it casts, transposes or copies."""
+    graph, tags = space.program.graph, space.program.value_tags
+    values = {v: tags[v] for v in graph.inputs}
+    found: dict[str, str] = {}
+    for visit in graph.visits:
+        op = visit.op
+        for region in op.regions:
+            values.update({v: tags[v] for v in region.inputs})
+        silent = op.kind in SILENT and op.inputs[0] in values
+        found[op.tag] = values[op.inputs[0]] if silent else f"{op.kind} {op.where}".strip()
+        values.update(dict.fromkeys(op.outputs, found[op.tag]))
+    return found
+
+
+def _say(names: Mapping[str, str], tag: str) -> str:
+    """A value's or an op's tag in words; names of inputs stay."""
+    if tag in names:
+        return names[tag]
+    op, _, _ = tag.rpartition(":")
+    return names.get(op, tag)
+
+
+def find_collectives(space: Space, choices: tuple[int, ...]) -> list[Collective]:
+    """Every communication that the chosen layouts imply, equal ones added up."""
+    found: dict[tuple, Collective] = {}
+    names = spoken(space)
+    for item in space.transfers:
+        for entry in moves(space, choices, item, names):
+            _count(found, entry)
+    for _, entry in settlements(space, choices):
+        _count(found, entry)
+    return sorted(found.values(), key=lambda c: -c.seconds)
+
+
+def _count(found: dict[tuple, Collective], entry: Collective) -> None:
+    key = (entry.kind, entry.axes, entry.nbytes, entry.what, entry.phase)
+    old = found.get(key)
+    if old is not None:
+        entry = entry.model_copy(
+            update={"count": old.count + entry.count, "seconds": old.seconds + entry.seconds}
+        )
+    found[key] = entry
+
+
+def moves(
+    space: Space, choices: tuple[int, ...], item: Transfer, names: Mapping[str, str]
+) -> list[Collective]:
+    source = _chosen(space, choices, item.have, item.producer)
+    target = _chosen(
+        space, choices, item.wanted, item.consumer if item.consumer is not None else item.producer
+    )
+    prices, share, entries = space.layouts.collectives, 1.0 / source.ways(space.mesh), []
+    for step in reshard(source, target) or ():
+        larger, share = prices.shares(step, share)
+        if step.kind != "slice":
+            nbytes = item.nbytes * larger
+            line = prices.line(step.kind, step.axes)
+            if prices.joins(step.kind, item.phase, source):
+                line = replace(line, fixed=0.0)
+            seconds = item.runs * line(nbytes)
+            entries.append(
+                Collective(
+                    kind=step.kind,
+                    axes=step.axes,
+                    nbytes=nbytes,
+                    count=item.runs,
+                    seconds=seconds,
+                    what=f"{_say(names, item.source)} -> {_say(names, item.reader)}",
+                    phase=item.phase,
+                )  # fmt: skip
+            )
+    return entries
+
+
+def _chosen(
+    space: Space, choices: tuple[int, ...], numbers: np.ndarray, node: int | None
+) -> Sharding:
+    index = 0 if node is None or len(numbers) == 1 else choices[node]
+    return space.layouts.known[numbers[index]]
+
+
+def settlements(space: Space, choices: tuple[int, ...]) -> list[tuple[Op, Collective]]:
+    """All-reduces inside ops whose reduction is not a sum (max, min, and, or)."""
+    graph, phase = space.program.graph, "forward"
+    entries: list[tuple[Op, Collective]] = []
+    for visit in graph.visits:
+        op = visit.op
+        if op.tag not in space.op_node:
+            continue
+        rule = rule_of(op, graph.types)
+        strategy: Strategy = space.strategies[op.tag][choices[space.op_node[op.tag]]]
+        for axes in settled_axes(rule, strategy, space.mesh).values():
+            whole = space.layouts.collectives.wire_bytes(graph.types[op.outputs[0]])
+            nbytes = whole / result_sharding(rule, strategy, space.mesh, 0).ways(space.mesh)
+            seconds = visit.times * space.layouts.collectives.line("all_reduce", axes)(nbytes)
+            entry = Collective(
+                kind="all_reduce", axes=axes, nbytes=nbytes, count=visit.times, seconds=seconds,
+                what=f"{op.kind} {op.where}".strip(), phase=phase,
+            )  # fmt: skip
+            entries.append((op, entry))
+    return entries

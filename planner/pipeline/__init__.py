@@ -1,0 +1,1 @@
+"""Stages, schedules as lists of steps, and the simulator that carries them out."""
