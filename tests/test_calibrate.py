@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from meshwright.planner.cost.model.calibrate import (
+from meshwright.planner.cost.calibrate import (
     fit_collectives,
     fit_line,
     fit_products,
     held_out,
     judge,
 )
-from meshwright.planner.cost.model.collectives import Collectives
+from meshwright.planner.cost.collectives import Collectives
 
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.errors import ClusterError

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from meshwright.planner.cost.model.bands import BANDS
-from meshwright.planner.cost.model.collectives import Collectives
-from meshwright.planner.cost.model.groups import levels_of
-from meshwright.planner.cost.model.products import product_share
+from meshwright.planner.cost.bands import BANDS
+from meshwright.planner.cost.collectives import Collectives
+from meshwright.planner.cost.groups import levels_of
+from meshwright.planner.cost.products import product_share
 from typer.testing import CliRunner
 
 from meshwright import pricing
