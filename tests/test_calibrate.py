@@ -8,14 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from meshwright.planner.cost.calibrate import (
-    fit_collectives,
-    fit_line,
-    fit_products,
-    held_out,
-    judge,
-)
-from meshwright.planner.cost.collectives import Collectives
 
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.errors import ClusterError
@@ -28,6 +20,14 @@ from meshwright.ir.profile import (
     Profile,
     load_profile,
 )
+from meshwright.planner.cost.calibrate import (
+    fit_collectives,
+    fit_line,
+    fit_products,
+    held_out,
+    judge,
+)
+from meshwright.planner.cost.collectives import Collectives
 
 
 @given(st.floats(1e-7, 1e-3), st.floats(1e-12, 1e-8), st.integers(0, 1000))

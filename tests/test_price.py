@@ -11,10 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from meshwright.planner.cost.bands import BANDS
-from meshwright.planner.cost.collectives import Collectives
-from meshwright.planner.cost.groups import levels_of
-from meshwright.planner.cost.products import product_share
 from typer.testing import CliRunner
 
 from meshwright import pricing
@@ -22,6 +18,10 @@ from meshwright.cli import app
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.errors import MeshwrightError, PlanError, UsageError
 from meshwright.ir.mesh import Mesh
+from meshwright.planner.cost.bands import BANDS
+from meshwright.planner.cost.collectives import Collectives
+from meshwright.planner.cost.groups import levels_of
+from meshwright.planner.cost.products import product_share
 from meshwright.planner.jobs.pinned import Parallelism
 from meshwright.pricing import Setting, Shape, price_job
 

@@ -1,0 +1,1 @@
+"""Published training runs read as jobs, a file per publisher; `fidelity.py` prices them."""
