@@ -1,10 +1,11 @@
 """Predicted against compiled communication and memory, for every model of the zoo.
 
-    python benchmarks/audit_zoo.py [--meshes 8 4x2 2x2x2] [--models NAME ...] [-o FILE]
+    python benchmarks/audit_zoo.py [--meshes 8 4x2 2x2x2] [--squeeze 0.7] [--models NAME ...] [-o FILE]
     python benchmarks/audit_zoo.py --tpu [--models NAME ...] [-o FILE]
 
 Plans are free, programs are compiled, not run: tiny sizes for 8 emulated CPU devices, or real sizes
-for TPU slices with the compiler of libtpu, which needs no TPU (extra `tpu`).
+for TPU slices with the compiler of libtpu, which needs no TPU (extra `tpu`). `--squeeze` plans again
+with that part of the memory that the free plan takes, so that microbatches and recomputation are met.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ TPU = (
 )
 
 
-def audited(name: str, options: dict[str, Any], cluster: str, mesh: tuple[int, ...] | None) -> dict[str, Any]:
+def audited(
+    name: str, options: dict[str, Any], cluster: str, mesh: tuple[int, ...] | None, squeeze: float | None = None
+) -> dict[str, Any]:
     import meshwright as mw
     from meshwright.api import capture
     from meshwright.backends.xla.lower import lower
@@ -46,6 +49,9 @@ def audited(name: str, options: dict[str, Any], cluster: str, mesh: tuple[int, .
     arguments = (example.step, example.state, example.batch)
     request = mw.Request(mesh=mesh, time_limit=60, gap=0.02)
     plan = mw.plan(*arguments, cluster=cluster, donate_argnums=0, request=request)
+    if squeeze:
+        request = mw.Request(mesh=mesh, time_limit=60, gap=0.02, memory=squeeze * plan.estimate.peak_bytes)
+        plan = mw.plan(*arguments, cluster=cluster, donate_argnums=0, request=request)
     topology = name_of(plan.cluster)
     devices = topology_devices(topology, plan.cluster) if topology else None
     begun = time.perf_counter()
@@ -64,6 +70,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--tpu", action="store_true")
     parser.add_argument("--models", nargs="*")
+    parser.add_argument("--squeeze", type=float)
     parser.add_argument("--meshes", nargs="*", default=["8", "4x2", "2x2x2"])
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
@@ -77,7 +84,7 @@ def main() -> None:
         if options.models and case[0] not in options.models:
             continue
         try:
-            row = audited(*case)
+            row = audited(*case, options.squeeze)
         except Exception as error:
             print(f"{case[0]:16} {case[2]:8} {type(error).__name__}: {error}", flush=True)
             rows.append({"model": case[0], **case[1], "cluster": case[2], "refused": str(error)})

@@ -237,6 +237,7 @@ def solve(options: argparse.Namespace) -> dict[str, Any]:
     from meshwright.planner.intra import solve_space
     from meshwright.planner.layouts import Layouts
     from meshwright.planner.memory.lifetimes import lifetimes
+    from meshwright.planner.memory.storage import as_xla
     from meshwright.planner.meshes import mesh_of
     from meshwright.planner.space import build
 
@@ -245,7 +246,7 @@ def solve(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     space = build(program, 3, cost, Layouts(cost.collectives(mesh_of(DEEP_MESH))))
     built = time.perf_counter() - start
-    lives = lifetimes(program, 3, roles(program.graph))
+    lives = lifetimes(program, 3, roles(program.graph), as_xla(program, "cuda"))
     start = time.perf_counter()
     answer = solve_space(space, lives, 70.2 * GIB, time_limit=16, gap=GAP)
     seconds, solution = time.perf_counter() - start, answer.solution

@@ -15,10 +15,11 @@ from typing import Any
 from ...ir.cluster import Cluster
 from ...ir.errors import MismatchError, MissingDependencyError, UsageError
 
-# libtpu looks for a TPU's host around it otherwise, and complains that there is none
+# libtpu looks for a TPU's host around it otherwise, complains that there is none, and refuses a second
+# process beside a first, as if both would run something.
 ALONE = {
     "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }  # fmt: skip
 
 

@@ -237,6 +237,8 @@ class _Analysis:
         if self._reuses_input(value):
             return
         span = self.spans[self.position[value]]
+        if value in self.storage.early and span.count == 1:
+            start = 0
         first, last = self._across_time(value, start, end)
         if (first, last) == (start, end):
             yield from self._weighted(value, start, end, span)

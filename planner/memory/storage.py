@@ -38,13 +38,15 @@ class Storage:
 
     `kept` are stored. Whoever reads a value of `made` reads its sources instead. A value of
     `twice` is stored for kernels that read it, while fused readers make it again. `widths` are
-    factors on bytes, of values that are stored in a wider type.
+    factors on bytes, of values that are stored in a wider type or more than once. `early` are
+    stored from the start of the step.
     """
 
     kept: frozenset[int]
     made: Mapping[int, frozenset[int]]
     twice: Mapping[int, frozenset[int]]
     widths: Mapping[int, float]
+    early: frozenset[int] = frozenset()
 
 
 def as_fused(kernels: Kernels) -> Storage:
@@ -57,7 +59,9 @@ def as_xla(program: Program, kind: str) -> Storage:
 
     On CPUs a reduction is a kernel of its own, which reads its operand from memory (or the two
     factors of it), and narrow floats are widened: products read copies in f32, and what is made
-    in between is rounded and stored instead of made again.
+    in between is rounded and stored instead of made again. Their scheduler goes breadth first:
+    what needs only inputs and constants is made at once, such as the zeros that a scatter adds
+    to, and transposed inputs for gradients of convolutions.
     """
     return _Analysis(program, kernels_of(program), kind == "cpu").run()
 
@@ -75,6 +79,7 @@ class _Analysis:
         borders = (*self._borders(program.graph), *totals, *(self._reduced() if cpu else ()))
         self.stored = frozenset(map(self.root, borders))
         self.known = frozenset(program.graph.constant_ids)
+        self.inputs = frozenset(program.graph.inputs)
         self._sources: dict[int, frozenset[int]] = {}
 
     def _join(self, op: Op) -> None:
@@ -110,7 +115,35 @@ class _Analysis:
             if sources != {value}:
                 made[value] = sources
         twice = {v: found for v in kept if (found := self._remakes(v))}
-        return Storage(frozenset(kept) - self.kernels.inside, made, twice, self._widths() if self.cpu else {})
+        stored = frozenset(kept) - self.kernels.inside
+        if not self.cpu:
+            return Storage(stored, made, twice, {})
+        return Storage(stored, made, twice, self._transposed(self._widths()), self._early())
+
+    def _early(self) -> frozenset[int]:
+        """Results of scatters that add to zeros."""
+        return frozenset(
+            op.outputs[0]
+            for op in self.ops
+            if op.kind in ("scatter", "scatter-add") and not self.sources(op.inputs[0])
+        )
+
+    def _transposed(self, widths: dict[int, float]) -> dict[int, float]:
+        """Inputs whose examples a convolution takes for features, to make the gradient of its kernel:
+        one copy more, in f32."""
+        for op in self.ops:
+            swapped = op.kind == "conv_general_dilated" and dict(op.attrs)["dimension_numbers"][0][0] != 0  # type: ignore[index]
+            if swapped and self._is_input(op.inputs[0]):
+                root = self.root(op.inputs[0])
+                widths[root] = widths.get(root, 1.0) + 4 / ITEM_BYTES[self.types[root].dtype]
+        return widths
+
+    def _is_input(self, value: int) -> bool:
+        """Whether it is an input of the step, or made of inputs alone, element by element."""
+        op = self.maker.get(value)
+        if op is None:
+            return value in self.inputs or value in self.known
+        return (is_fused(op) or op.kind in ALIASES or op.kind == "copy") and all(map(self._is_input, op.inputs))
 
     def _remakes(self, value: int) -> frozenset[int]:
         """What a fused reader makes a cheap stored value of."""
