@@ -8,7 +8,8 @@
 Four more describe frameworks that run one fused kernel at a time and keep its operands
 (PyTorch, Megatron-LM); they price what others ran, no plan of ours chooses them:
 
-    fused            keep what products read and make; fused kernels redo their insides
+    fused            keep what products read and make, what is dropped out and by which mask; fused
+                     kernels redo their insides
     fused-selective  the same, but for the attention scores and weights
     fused-alternate  keep attention's results and every other product with a weight (torchtitan's
                      `selective` by op: pytorch/torchtitan, activation_checkpoint.py)
@@ -105,10 +106,10 @@ def _facts(graph: Graph, phases: Sequence[str], policy: Policy) -> _Flat:
     group = block_instances(graph.ops)
     forward = [i for i, phase in enumerate(phases) if phase == "forward"]
     products = _activation_products(graph, forward)
-    readers: dict[int, list[Op]] = {}
+    readers: dict[int, list[int]] = {}
     for i in forward:
         for value in graph.ops[i].inputs:
-            readers.setdefault(value, []).append(graph.ops[i])
+            readers.setdefault(value, []).append(i)
     kept = set(graph.outputs)
     if policy == "fused-alternate":
         redone = _every_other(graph, forward, products, group)
@@ -116,6 +117,9 @@ def _facts(graph: Graph, phases: Sequence[str], policy: Policy) -> _Flat:
     for i in forward:
         if _stays(graph.ops[i], policy, i in products, group[i] is not None):
             kept.update(graph.ops[i].outputs)
+        if policy in ("fused", "fused-selective") and graph.ops[i].kind == "select_n":
+            within = policy == "fused-selective" and bool(_reached(graph, graph.ops[i], readers) & products)
+            kept.update(() if within else _dropped(graph, graph.ops[i], writer))
         if policy in ("fused", "fused-selective") and graph.ops[i].kind in PRODUCTS:
             skip = policy == "fused-selective" and i in products
             kept.update(() if skip else (v for v in graph.ops[i].inputs if v in writer))
@@ -149,14 +153,41 @@ def _attention_results(graph: Graph, activations: set[int]) -> set[int]:
     }
 
 
-def _added_up(graph: Graph, value: int, readers: Mapping[int, list[Op]]) -> int:
+def _added_up(graph: Graph, value: int, readers: Mapping[int, list[int]]) -> int:
     """Where a product ends up after a bias and a residual were added to it: what is kept
     instead of the product itself, which may still owe a sum over devices."""
-    while len(found := readers.get(value, [])) == 1 and found[0].kind == "add":
-        if graph.types[found[0].outputs[0]] != graph.types[value]:
+    while len(found := readers.get(value, [])) == 1 and graph.ops[found[0]].kind == "add":
+        result = graph.ops[found[0]].outputs[0]
+        if graph.types[result] != graph.types[value]:
             break
-        value = found[0].outputs[0]
+        value = result
     return value
+
+
+def _dropped(graph: Graph, op: Op, writer: Mapping[int, int]) -> tuple[int, ...]:
+    """Of a dropout (a choice by a hash or by random bits): its mask, and what it drops of."""
+    at = writer.get(op.inputs[0])
+    if at is None or graph.ops[at].kind not in ("ge", "lt", "gt", "le") or _is_known(graph, op.inputs[0], writer):
+        return ()
+    scaled = writer.get(op.inputs[-1])
+    source = graph.ops[scaled].inputs[0] if scaled is not None and graph.ops[scaled].kind in ("div", "mul") else None
+    return (op.inputs[0],) if source is None else (op.inputs[0], source)
+
+
+def _is_known(graph: Graph, value: int, writer: Mapping[int, int]) -> bool:
+    """Whether it is made of constants alone, as a causal mask is."""
+    if value not in writer:
+        return value in graph.constant_ids
+    return all(_is_known(graph, v, writer) for v in graph.ops[writer[value]].inputs)
+
+
+def _reached(graph: Graph, op: Op, readers: Mapping[int, list[int]]) -> set[int]:
+    """Positions of the forward ops that read a result, also through a conversion."""
+    found: set[int] = set()
+    for value in op.outputs:
+        for i in readers.get(value, ()):
+            found |= _reached(graph, graph.ops[i], readers) if graph.ops[i].kind == "convert_element_type" else {i}
+    return found
 
 
 def _stays(op: Op, policy: Policy, activations_only: bool, in_block: bool) -> bool:

@@ -41,7 +41,7 @@ _MODULES = {
 _SCANNED = ("gpt", "llama", "mixtral")  # modules whose layers can also be scanned
 _SIZES = ("batch", "seq", "layers")
 _CHOICES = {"optimizer": ("adamw", "sgd"), "dtype": ("bf16", "f32")}
-_OPTIONS = (*_SIZES, *_CHOICES, "scan", "remat")
+_OPTIONS = (*_SIZES, *_CHOICES, "scan", "remat", "dropout")
 
 
 def names() -> tuple[str, ...]:
@@ -64,6 +64,7 @@ def build(
     dtype: str | None = None,
     scan: bool | None = None,
     remat: bool | None = None,
+    dropout: float | None = None,
 ) -> Example:
     """Build one training step; nothing is materialised, whatever its size.
 
@@ -76,12 +77,13 @@ def build(
         dtype: of the computation, "bf16" or "f32"; parameters are fp32.
         scan: run the layers with `jax.lax.scan`; also spelt `NAME-scan`.
         remat: recompute every layer in the backward pass (`jax.checkpoint`).
+        dropout: part of the entries that are zeroed (GPT), 0 or more and below 1.
 
     An option left at None keeps the published value, or else the zoo's. One
     that the model does not have is refused, not ignored.
     """
     options = {"batch": batch, "seq": seq, "layers": layers, "optimizer": optimizer}
-    options |= {"dtype": dtype, "scan": scan, "remat": remat}
+    options |= {"dtype": dtype, "scan": scan, "remat": remat, "dropout": dropout}
     given = {option: value for option, value in options.items() if value is not None}
     base, module = _find(name)
     config = module.CONFIGS[base]
@@ -139,6 +141,8 @@ def _check(name: str, config: Any, given: dict[str, Any]) -> None:
             )
         if option in _SIZES and value < 1:
             raise ModelError(f"{option!r} cannot be {value}.", where=where, hint="1 or more")
+        if option == "dropout" and not 0 <= value < 1:
+            raise ModelError(f"{option!r} cannot be {value}.", where=where, hint="from 0 to below 1")
     if name.endswith("-scan") and given.get("scan") is False:
         raise ModelError(
             f"{name!r} is scanned by name, and scan=False contradicts it.",

@@ -1,7 +1,8 @@
 """GPT-2 and GPT-3: pre-norm decoder with learnt positions and tied embeddings.
 
 Plain JAX: parameters are nested dicts. `layers` is a list of one dict per
-layer (unrolled), or one dict of stacked arrays (scanned). No dropout.
+layer (unrolled), or one dict of stacked arrays (scanned). Dropout, where asked for, is that
+of GPT-2: on the embedding, on attention's weights and on what each half of a layer adds.
 
 Dims: B batch, T position, V vocabulary, L layers, D width, F feed-forward
 width, N heads, H head width, 3 query-key-value.
@@ -20,7 +21,7 @@ import optax
 
 from .data import counting_batch, source_batch, token_batch
 from .example import Example, abstract, count
-from .layers import cast, causal_attention, layer_norm, token_loss
+from .layers import cast, causal_attention, dropout, layer_norm, next_seed, token_loss
 from .optimizers import clipped_adamw, clipped_sgd
 
 Params = dict[str, Any]
@@ -46,6 +47,7 @@ class GPTConfig:
     dtype: str = "bf16"
     scan: bool = False
     remat: bool = False
+    dropout: float = 0.0
     corpus: str = "counting"  # what `make_batch` draws from: "counting" or "source"
 
 
@@ -116,10 +118,10 @@ def stack(layers: list[Params]) -> Params:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-def attention(layer: Params, x_BTD: jax.Array) -> jax.Array:
+def attention(layer: Params, x_BTD: jax.Array, rate: float, seed: jax.Array) -> jax.Array:
     qkv_BT3NH = jnp.einsum("btd,dcnh->btcnh", x_BTD, layer["qkv_D3NH"]) + layer["qkv_bias_3NH"]
     q_BTNH, k_BTNH, v_BTNH = (qkv_BT3NH[:, :, i] for i in range(3))
-    mixed_BTNH = causal_attention(q_BTNH, k_BTNH, v_BTNH)
+    mixed_BTNH = causal_attention(q_BTNH, k_BTNH, v_BTNH, rate, seed)
     return jnp.einsum("btnh,nhd->btd", mixed_BTNH, layer["out_NHD"]) + layer["out_bias_D"]
 
 
@@ -128,27 +130,34 @@ def feed_forward(layer: Params, x_BTD: jax.Array) -> jax.Array:
     return hidden_BTF @ layer["down_FD"] + layer["down_bias_D"]
 
 
-def block(x_BTD: jax.Array, layer: Params) -> jax.Array:
-    x_BTD = x_BTD + attention(layer, layer_norm(x_BTD, **layer["norm1"]))
-    return x_BTD + feed_forward(layer, layer_norm(x_BTD, **layer["norm2"]))
+def block(carry: tuple[jax.Array, jax.Array], layer: Params, rate: float) -> tuple[jax.Array, jax.Array]:
+    """One layer; the seed of dropout is handed on with the stream."""
+    x_BTD, seed = carry[0], next_seed(carry[1]) if rate else carry[1]
+    mixed_BTD = attention(layer, layer_norm(x_BTD, **layer["norm1"]), rate, seed)
+    x_BTD = x_BTD + dropout(mixed_BTD, rate, seed + 1)
+    fed_BTD = feed_forward(layer, layer_norm(x_BTD, **layer["norm2"]))
+    return x_BTD + dropout(fed_BTD, rate, seed + 2), seed
 
 
-def run_layers(config: GPTConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
-    layer_fn = jax.checkpoint(block) if config.remat else block
+def run_layers(config: GPTConfig, params: Params, x_BTD: jax.Array, seed: jax.Array) -> jax.Array:
+    layer_fn = partial(block, rate=config.dropout)
+    layer_fn = jax.checkpoint(layer_fn) if config.remat else layer_fn
+    carry = (x_BTD, seed)
     if config.scan:
-        x_BTD, _ = jax.lax.scan(
-            lambda x, layer: (layer_fn(x, layer), None), x_BTD, params["layers"]
+        carry, _ = jax.lax.scan(
+            lambda carry, layer: (layer_fn(carry, layer), None), carry, params["layers"]
         )
-        return x_BTD
+        return carry[0]
     for layer in params["layers"]:
-        x_BTD = layer_fn(x_BTD, layer)
-    return x_BTD
+        carry = layer_fn(carry, layer)
+    return carry[0]
 
 
-def loss_fn(params: Params, batch: Batch, config: GPTConfig) -> jax.Array:
+def loss_fn(params: Params, batch: Batch, seed: jax.Array, config: GPTConfig) -> jax.Array:
     params = cast(params, config.dtype)
     x_BTD = params["token_VD"][batch["tokens"]] + params["position_TD"]
-    x_BTD = run_layers(config, params, x_BTD)
+    x_BTD = dropout(x_BTD, config.dropout, seed)
+    x_BTD = run_layers(config, params, x_BTD, seed + 1)
     x_BTD = layer_norm(x_BTD, **params["norm"])
     logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, params["token_VD"])
     return token_loss(logits_BTV, batch["targets"])
@@ -157,7 +166,7 @@ def loss_fn(params: Params, batch: Batch, config: GPTConfig) -> jax.Array:
 def train_step(
     config: GPTConfig, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, config)
+    loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, state.step.astype(jnp.uint32), config)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}

@@ -1,6 +1,6 @@
 """Layers that several language models share.
 
-No model in the zoo uses dropout: large models are trained without it.
+Dropout is off in the zoo's named models: large models are trained without it today.
 
 Dims: B batch, T query position, S key position, D width, V vocabulary,
 N heads, K key-value heads, G query heads per key-value head, H head width.
@@ -58,6 +58,33 @@ def rotate(x_BTNH: jax.Array, theta: float) -> jax.Array:
     return rotated_BTNH.astype(x_BTNH.dtype)
 
 
+def next_seed(seed: jax.Array) -> jax.Array:
+    """A linear congruential step; constants of Numerical Recipes, 3rd ed., section 7.1."""
+    return seed * jnp.uint32(1_664_525) + jnp.uint32(1_013_904_223)
+
+
+def mixed(bits: jax.Array) -> jax.Array:
+    """The finalizer of MurmurHash3 (A. Appleby, 2011) on unsigned 32-bit integers."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return bits ^ (bits >> 16)
+
+
+def dropout(x: jax.Array, rate: float, seed: jax.Array) -> jax.Array:
+    """Zero a part `rate` of the entries and scale up the others (Srivastava et al., JMLR 15, 2014).
+
+    Whether an entry stays is a hash of its position and the seed, as in the counter-based
+    generators of GPU kernels, so that a shard of the result needs nothing of the others.
+    """
+    if rate == 0:
+        return x
+    strides = np.cumprod([1, *x.shape[:0:-1]])[::-1]
+    iotas = (jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) for dim in range(x.ndim))
+    position = sum(iota * jnp.uint32(stride) for iota, stride in zip(iotas, strides, strict=True))
+    keep = mixed(position ^ mixed(seed)) >= jnp.uint32(round(rate * 2**32))
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
 def causal_mask(seq: int) -> jax.Array:
     """True where query t may look at key s ≤ t."""
     shape = (seq, seq)
@@ -66,12 +93,16 @@ def causal_mask(seq: int) -> jax.Array:
     )
 
 
-def causal_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array) -> jax.Array:
-    """Softmax attention of Vaswani et al. 2017 (arXiv 1706.03762), fp32 softmax."""
+def causal_attention(
+    q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, rate: float = 0.0, seed: jax.Array | None = None
+) -> jax.Array:
+    """Softmax attention of Vaswani et al. 2017 (arXiv 1706.03762), fp32 softmax; `rate` of weights dropped."""
     _, seq, _, head = q_BTNH.shape
     scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH) * head**-0.5
     masked_BNTS = jnp.where(causal_mask(seq), scores_BNTS.astype(jnp.float32), -jnp.inf)
     weights_BNTS = jax.nn.softmax(masked_BNTS, axis=-1).astype(v_BSNH.dtype)
+    if seed is not None:
+        weights_BNTS = dropout(weights_BNTS, rate, seed)
     return jnp.einsum("bnts,bsnh->btnh", weights_BNTS, v_BSNH)
 
 

@@ -18,14 +18,14 @@ from meshwright.planner.jobs.fixed import fixed_plan
 from meshwright.planner.jobs.pinned import Parallelism
 
 
-def captured(name: str):
-    example = build(name, dtype="f32", optimizer="sgd")
+def captured(name: str, **options):
+    example = build(name, dtype="f32", optimizer="sgd", **options)
     found = capture(example.step, example.state, example.batch, donate_argnums=0)
     return example, found, fold(found.graph)
 
 
-def fixed(name: str, parallelism: Parallelism, **options):
-    example, found, folded = captured(name)
+def fixed(name: str, parallelism: Parallelism, dropout: float | None = None, **options):
+    example, found, folded = captured(name, dropout=dropout)
     plan = fixed_plan(
         folded, Cluster.parse("8xcpu"), parallelism, name=name, fingerprint=fingerprint(found.graph), **options
     )
@@ -37,6 +37,7 @@ CASES = [
     ("gpt-tiny", Parallelism(dp=2, tp=4, sequence_parallel=True), {"recompute": "full"}),
     ("gpt-tiny", Parallelism(dp=4, tp=2, zero=3), {"microbatches": 2}),
     ("gpt-tiny", Parallelism(dp=4, tp=2), {"recompute": "selective"}),
+    ("gpt-tiny", Parallelism(dp=2, tp=4, sequence_parallel=True), {"recompute": "selective", "dropout": 0.2}),
     ("llama-tiny", Parallelism(tp=4, dp=2, zero=1), {"recompute": "full"}),
     ("llama-tiny", Parallelism(dp=2, cp=4), {}),
     ("llama-tiny", Parallelism(dp=4, tp=2, zero=3, sequence_parallel=True), {"recompute": "elementwise"}),

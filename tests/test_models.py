@@ -12,6 +12,7 @@ import pytest
 
 from meshwright import models
 from meshwright.models import ModelError, build, describe, names
+from meshwright.models.layers import dropout
 
 FOLDER = Path(models.__file__).parent
 UNROLLED = (
@@ -189,6 +190,22 @@ def test_an_unknown_choice_is_refused():
 def test_a_size_below_one_is_refused():
     with pytest.raises(ModelError, match="'layers' cannot be 0"):
         build("gpt-tiny", layers=0)
+
+
+def test_dropout_zeroes_its_part_and_scales_up_the_rest():
+    """Masks of other seeds are others; the mean stays."""
+    ones = jnp.ones((64, 32, 64))
+    first, second = (np.asarray(dropout(ones, 0.2, jnp.uint32(seed))) for seed in (3, 4))
+    assert np.mean(first == 0) == pytest.approx(0.2, abs=0.005)
+    assert first.mean() == pytest.approx(1, abs=0.01) and set(np.unique(first)) == {0, np.float32(1.25)}
+    both = np.mean((first == 0) & (second == 0))
+    shifted = np.mean((first == 0)[..., 1:] & (second == 0)[..., :-1])
+    assert both == pytest.approx(0.04, abs=0.005) and shifted == pytest.approx(0.04, abs=0.005)
+
+
+def test_a_dropout_of_one_is_refused():
+    with pytest.raises(ModelError, match="'dropout' cannot be 1"):
+        build("gpt-tiny", dropout=1.0)
 
 
 def test_a_scanned_name_cannot_be_unrolled():

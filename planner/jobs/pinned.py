@@ -89,6 +89,8 @@ class Pinned:
         self.tensor = self._follow(lambda tag, shape: _named(tag, shape, TENSOR, parallelism.tp))
         self.experts = self._follow(lambda tag, shape: _named(tag, shape, EXPERT, parallelism.ep))
         self.state = self._follow(self._sharded_state, ("prepare", "update"))
+        for tracker in (self.batch, self.positions, self.tensor):
+            self._follow_readers(tracker)
 
     # ------------------------------------------------------------ what `build` asks
 
@@ -225,6 +227,29 @@ class Pinned:
                 mine = {d: self.types[value].shape[d] for d, dim in enumerate(dims) if dim and dim[0] in shares}
                 if mine and value not in found.dims and value not in self.graph.inputs:
                     found.dims[value] = mine
+
+    def _follow_readers(self, found: Examples) -> None:
+        """What scalars and constants make (the mask of a dropout) is made in the shards that its readers want."""
+        for op in reversed(self.graph.ops):
+            rule = rule_of(op, self.types)
+            if rule.opaque or op.kind == "scan":
+                continue
+            shares = set(self._shares(found, op, rule))
+            for value, dims in zip(op.inputs, rule.operands, strict=True):
+                mine = {d: self.types[value].shape[d] for d, dim in enumerate(dims) if dim and dim[0] in shares}
+                if mine and value in self._spread and value not in found.dims:
+                    found.dims[value] = mine
+                    found.depends.add(value)
+
+    @cached_property
+    def _spread(self) -> frozenset[int]:
+        """Values of several elements that only scalars and constants go into."""
+        known = {v for v, kind in self.types.items() if kind.size == 1} | set(self.graph.constant_ids)
+        known |= {v for op in self.graph.ops if not op.inputs for v in op.outputs}
+        for op in self.graph.ops:
+            if known.issuperset(op.inputs):
+                known.update(op.outputs)
+        return frozenset(v for v in known if self.types[v].size > 1)
 
     def _sharded_state(self, tag: str, shape: tuple[int, ...]) -> Mapping[int, int]:
         """The longest dim of a weight that nobody else cuts. Shards of a dim that does not divide

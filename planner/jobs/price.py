@@ -20,8 +20,6 @@ from ..pipeline.simulate import COMPUTE, SLOWDOWN, Run, StageSeconds, pipeline_t
 from .parts import Part, Parts, Place, Work
 from .pinned import Parallelism
 
-GRADIENT = 4  # bytes per accumulated gradient: fp32, as Megatron-LM and PyTorch FSDP keep them
-
 
 @dataclass(frozen=True)
 class Job:
@@ -38,7 +36,8 @@ class Job:
     microbatch: int
     microbatches: int
     overlap: frozenset[str] = frozenset()
-    reduce_in_fp32: bool = True
+    reduce_in_fp32: bool = True  # gradients are added up and reduced in fp32, as Megatron-LM and FSDP do; or in 16 bits
+    fused_accumulation: bool = True  # weight gradients are added up by the products that make them
 
     def __post_init__(self) -> None:
         for name in ("layers", "microbatch", "microbatches"):
@@ -55,6 +54,12 @@ class Job:
                 f"interleaving needs microbatches in groups of {self.parallelism.pp}, got {self.microbatches}.",
                 where="vpp", fix="another microbatch size, or vpp=1",
             )  # fmt: skip
+
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of one element of the sum of gradients."""
+        return 4 if self.reduce_in_fp32 else 2
 
 
 @dataclass(frozen=True)
@@ -128,14 +133,21 @@ class _Pricing:
     def _split(self, part: Part, which: str) -> dict[str, float]:
         """One pass over one part, by cause. What overlaps counts only where it outlasts the rest."""
         work: Work = getattr(part, which)
-        exchange, travel = work.exchange, work.gather
+        compute, exchange, travel = work.compute, work.exchange, work.gather
+        if which == "backward" and not self.job.fused_accumulation:
+            compute += self._add_up(part)
         if which == "backward" and self.job.parallelism.zero >= 2:
             travel += self._reduce(part)
         if "tensor" in self.job.overlap:
-            exchange = _beside(exchange, work.compute)
+            exchange = _beside(exchange, compute)
         if "parameters" in self.job.overlap:
-            travel = _beside(travel, work.compute + exchange)
-        return {"compute": work.compute, "exchange": exchange, "travel": travel}
+            travel = _beside(travel, compute + exchange)
+        return {"compute": compute, "exchange": exchange, "travel": travel}
+
+    def _add_up(self, part: Part) -> float:
+        """Seconds of adding one microbatch's gradients to the sum in a pass of its own: the gradient in 16
+        bits is read, the sum read and written. A product that adds does that while it multiplies."""
+        return self.cluster.device.stream_seconds((2 + 2 * self.job.gradient_bytes) * part.weights)
 
     def _reduce(self, part: Part) -> float:
         wide = 2.0 if self.job.reduce_in_fp32 and self.job.parallelism.dp > 1 else 1.0
@@ -183,7 +195,7 @@ class _Pricing:
         for n, part in held:
             found["state"] += n * part.state
             found["parameters"] += n * (part.casts if par.zero < 3 else 0.0)
-            found["gradients"] += n * GRADIENT * (part.weights if par.zero < 2 else part.shard)
+            found["gradients"] += n * self.job.gradient_bytes * (part.weights if par.zero < 2 else part.shard)
         saved = [sum(n * self.parts[place].saved for place, n in stage.items()) for stage in stages]
         found["activations"] = in_flight(schedule, rank) * sum(saved) / len(saved)
         found["transient"] = self.parts.transient

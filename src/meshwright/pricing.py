@@ -40,6 +40,7 @@ class Shape:
     ffn: int
     vocab: int
     seq: int
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.family not in ("gpt", "llama"):
@@ -47,6 +48,11 @@ class Shape:
         for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} cannot be {getattr(self, name)}.", where=name, fix="1 or more")
+        if not 0 <= self.dropout < 1 or (self.dropout and self.family != "gpt"):
+            raise UsageError(
+                f"dropout cannot be {self.dropout} in a {self.family}.",
+                where="dropout", fix="0; the zoo's gpt takes 0 or more and below 1",
+            )  # fmt: skip
         if self.hidden % self.heads or self.heads % self.kv_heads:
             raise UsageError(
                 f"{self.heads} heads of {self.kv_heads} keys and values do not divide a width of {self.hidden}.",
@@ -83,6 +89,7 @@ class Setting:
     products: str = "bf16"  # what products outside attention are done in: bf16 or fp8
     overlap: frozenset[str] = frozenset()
     reduce_in_fp32: bool = True
+    fused_accumulation: bool = True  # products add weight gradients to the step's sum themselves
 
     def __post_init__(self) -> None:
         if self.recompute not in RECOMPUTE:
@@ -148,6 +155,7 @@ def price_job(
         layers=shape.layers, parallelism=parallelism, microbatch=microbatch,
         microbatches=global_batch // (microbatch * parallelism.dp),
         overlap=setting.overlap, reduce_in_fp32=setting.reduce_in_fp32,
+        fused_accumulation=setting.fused_accumulation,
     )  # fmt: skip
     boundary = 2.0 * microbatch * shape.seq * shape.hidden / parallelism.cp / parallelism.tp
     return price(parts, job, cluster, boundary)
@@ -215,8 +223,9 @@ def _example(shape: Shape, batch: int) -> Any:
 
     if shape.family == "gpt":
         config = gpt.GPTConfig(
-            shape.layers, shape.hidden, shape.heads, 1e-4, batch, seq=shape.seq, vocab=shape.vocab
-        )
+            shape.layers, shape.hidden, shape.heads, 1e-4, batch, seq=shape.seq, vocab=shape.vocab,
+            dropout=shape.dropout,
+        )  # fmt: skip
         return gpt.make("gpt", config)
     config = llama.LlamaConfig(
         shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, 1e-4, batch,

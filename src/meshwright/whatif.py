@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,6 +77,7 @@ def price(
     ffn: Annotated[int | None, typer.Option(help="Feed-forward width; 4 x hidden if not given.")] = None,
     vocab: Annotated[int | None, typer.Option(help="Vocabulary; 51200 if not given.")] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    dropout: Annotated[float, typer.Option(help="Part of activations that a gpt drops out.")] = 0.0,
     microbatch: Annotated[int, typer.Option(help="Sequences per microbatch and data rank.")] = 1,
     tp: Annotated[int, typer.Option(help="Tensor parallelism.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
@@ -92,6 +94,12 @@ def price(
     overlap: Annotated[
         str, typer.Option(help="What runs beside computation: gradients,parameters,tensor,stages.")
     ] = "",
+    separate_accumulation: Annotated[
+        bool, typer.Option("--separate-accumulation", help="Gradients are added up in passes of their own.")
+    ] = False,
+    narrow_gradients: Annotated[
+        bool, typer.Option("--16-bit-gradients", help="Gradients are added up and reduced in 16 bits, not in fp32.")
+    ] = False,
     changes: Changes = None,
     trace: Trace = None,
     format: FormatOption = Format.text,
@@ -126,9 +134,13 @@ def price(
             family, layers, hidden, heads, heads if kv_heads is None else kv_heads, 4 * hidden if ffn is None else ffn,
             51_200 if vocab is None else vocab, 2048 if seq is None else seq,
         )  # fmt: skip
+    shape = replace(shape, dropout=dropout)
     degrees = {"tp": tp, "pp": pp, "vpp": vpp, "dp": dp, "cp": cp, "zero": zero}
     parallelism = parallelism_on(where, **degrees, sequence_parallel=sequence_parallel)
-    setting = Setting(recompute, not plain_attention, products, overlaps(overlap))
+    setting = Setting(
+        recompute, not plain_attention, products, overlaps(overlap), reduce_in_fp32=not narrow_gradients,
+        fused_accumulation=not separate_accumulation,
+    )  # fmt: skip
     found = price_job(shape, parallelism, where, global_batch=global_batch, microbatch=microbatch, setting=setting)
     if trace is not None:
         write_whole(trace, json.dumps(Timeline.of(found.run).perfetto()))
