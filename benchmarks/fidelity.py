@@ -57,6 +57,7 @@ SETS: dict[str, tuple[str, Callable[[Row], Case | None], float]] = {
     "torchtitan": ("torchtitan bench 2024-12", torchtitan, 0.15),
     "torchtitan-tp": ("torchtitan asyncTP 2025-06", torchtitan, 0.15),
     "maxtext": ("MaxText TPU", maxtext, 0.15),
+    "maxtext-2024": ("MaxText README 2024-03", maxtext, 0.15),
     "allreduce": ("Korthikanti 2205.05198 text", megatron, 0.04),
 }
 

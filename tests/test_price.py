@@ -267,7 +267,8 @@ def test_settings_and_shapes_that_cannot_be_are_refused():
     for make in (lambda: Setting("some"), lambda: Setting(products="fp7"), lambda: Parallelism(tp=0)):
         with pytest.raises(PlanError):
             make()
-    for wrong in ({"heads": 7}, {"ffn": 1000}, {"family": "t5"}):
+    odd = {"family": "llama", "head_dim": 97}  # rotary positions turn pairs
+    for wrong in ({"heads": 7}, {"kv_heads": 8}, {"head_dim": 0}, {"family": "t5"}, odd):
         with pytest.raises(UsageError):
             replace(GPT22B, **wrong)
 
