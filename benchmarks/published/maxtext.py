@@ -24,7 +24,8 @@ from meshwright.planner.jobs.pinned import Parallelism
 
 from .case import Case, Row
 
-OVERLAP = frozenset({"parameters", "gradients", "tensor"})  # LIBTPU_INIT_ARGS of the scripts: async collectives
+OVERLAP = frozenset({"parameters", "gradients", "tensor"})  # LIBTPU_INIT_ARGS of v5e and v5p: async collectives
+GATHERS = frozenset({"parameters"})  # those of v4: --xla_enable_async_all_gather alone
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Script:
     tp: int = 1
     fused_attention: bool = True
     causal: bool = False
+    overlap: frozenset[str] = OVERLAP
 
 
 def scaled(scale: int) -> pricing.Shape:
@@ -53,8 +55,8 @@ def explicit(layers: int, hidden: int, heads: int) -> pricing.Shape:
 
 
 SCRIPTS = {
-    ("TPU v4", "22B"): Script(explicit(48, 6144, 24), 16, "blocks", fused_attention=False),
-    ("TPU v4", "52B"): Script(explicit(32, 12288, 32), 10, "blocks", fused_attention=False),
+    ("TPU v4", "22B"): Script(explicit(48, 6144, 24), 16, "blocks", fused_attention=False, overlap=GATHERS),
+    ("TPU v4", "52B"): Script(explicit(32, 12288, 32), 10, "blocks", fused_attention=False, overlap=GATHERS),
     ("TPU v5e", "16B"): Script(scaled(16), 6, "blocks"),
     ("TPU v5e", "32B"): Script(scaled(32), 4, "blocks"),
     ("TPU v5e", "64B"): Script(scaled(64), 2, "blocks"),
@@ -82,7 +84,7 @@ def _case(row: Row, script: Script, measured: float) -> Case:
         tp=script.tp, dp=chips // script.tp, zero=3, sequence_parallel=script.tp > 1,
         shard_group=inside if slices > 1 else None,
     )  # fmt: skip
-    setting = pricing.Setting(script.recompute, script.fused_attention, overlap=OVERLAP)
+    setting = pricing.Setting(script.recompute, script.fused_attention, overlap=script.overlap)
     return Case(
         row, _cluster(row["hw"], slices, chips // slices), script.shape, [parallelism],
         [script.per_device * script.tp], [setting], script.per_device * chips, measured,

@@ -128,13 +128,13 @@ class _Pricing:
     def _split(self, part: Part, which: str) -> dict[str, float]:
         """One pass over one part, by cause. What overlaps counts only where it outlasts the rest."""
         work: Work = getattr(part, which)
-        exchange, travel = work.exchange, work.gather
-        if which == "backward" and self.job.parallelism.zero >= 2:
-            travel += self._reduce(part)
+        exchange, sharded = work.exchange, which == "backward" and self.job.parallelism.zero >= 2
+        travels = {"parameters": work.gather, "gradients": self._reduce(part) if sharded else 0.0}
         if "tensor" in self.job.overlap:
             exchange = _beside(exchange, work.compute)
-        if "parameters" in self.job.overlap:
-            travel = _beside(travel, work.compute + exchange)
+        beside = sum(seconds for name, seconds in travels.items() if name in self.job.overlap)
+        alone = sum(seconds for name, seconds in travels.items() if name not in self.job.overlap)
+        travel = _beside(beside, work.compute + exchange) + alone
         return {"compute": work.compute, "exchange": exchange, "travel": travel}
 
     def _reduce(self, part: Part) -> float:
