@@ -24,7 +24,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 
 from published.case import Case, Row  # noqa: E402
-from published.maxtext import maxtext  # noqa: E402
+from published.maxtext import maxtext, tiering  # noqa: E402
 from published.megatron import megatron, megatron_core  # noqa: E402
 from published.simumax import simumax  # noqa: E402
 from published.torchtitan import torchtitan  # noqa: E402
@@ -58,6 +58,7 @@ SETS: dict[str, tuple[str, Callable[[Row], Case | None], float]] = {
     "torchtitan-tp": ("torchtitan asyncTP 2025-06", torchtitan, 0.15),
     "maxtext": ("MaxText TPU", maxtext, 0.15),
     "maxtext-2024": ("MaxText README 2024-03", maxtext, 0.15),
+    "maxtext-tiers": ("MaxText tiering", tiering, 0.15),
     "allreduce": ("Korthikanti 2205.05198 text", megatron, 0.04),
 }
 

@@ -11,6 +11,9 @@ Figures and scripts changed at different times, so every set takes the scripts a
 embeddings, a vocabulary of 32768. Inside a slice parameters are sharded (FSDP), across slices gradients are
 summed over the data-centre network. MaxText's own decoder adds attention and
 feed-forward of the same input; here they follow each other.
+
+The tiering page (docs/reference/models/tiering.md @e591f30cb) links to the settings of its rows.
+Where those keep some products in host memory ("custom", `*_offload`), we price that blocks are redone.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ class Script:
 
     shape: pricing.Shape
     per_device: int
-    recompute: str
+    recompute: tuple[str, ...]
     tp: int = 1
     fused_attention: bool = True
     causal: bool = False
@@ -55,45 +58,66 @@ def explicit(layers: int, hidden: int, heads: int) -> pricing.Shape:
 
 
 SCRIPTS = {
-    ("TPU v4", "22B"): Script(explicit(48, 6144, 24), 16, "blocks", fused_attention=False, overlap=GATHERS),
-    ("TPU v4", "52B"): Script(explicit(32, 12288, 32), 10, "blocks", fused_attention=False, overlap=GATHERS),
-    ("TPU v5e", "16B"): Script(scaled(16), 6, "blocks"),
-    ("TPU v5e", "32B"): Script(scaled(32), 4, "blocks"),
-    ("TPU v5e", "64B"): Script(scaled(64), 2, "blocks"),
-    ("TPU v5e", "128B"): Script(scaled(128), 1, "blocks", tp=16),
-    ("TPU v5p", "32B"): Script(scaled(32), 8, "dots", tp=4, causal=True),
-    ("TPU v5p", "64B"): Script(scaled(64), 4, "dots", tp=4, causal=True),
-    ("TPU v5p", "128B"): Script(scaled(128), 2, "dots", tp=8, causal=True),
-    ("TPU v5p", "256B"): Script(scaled(256), 2, "dots", tp=8, causal=True),
-    ("TPU v5p", "512B"): Script(scaled(512), 2, "blocks", tp=16, causal=True),
-    ("TPU v5p", "1024B"): Script(scaled(1024), 2, "blocks", tp=16, causal=True),
+    ("TPU v4", "22B"): Script(explicit(48, 6144, 24), 16, ("blocks",), fused_attention=False, overlap=GATHERS),
+    ("TPU v4", "52B"): Script(explicit(32, 12288, 32), 10, ("blocks",), fused_attention=False, overlap=GATHERS),
+    ("TPU v5e", "16B"): Script(scaled(16), 6, ("blocks",)),
+    ("TPU v5e", "32B"): Script(scaled(32), 4, ("blocks",)),
+    ("TPU v5e", "64B"): Script(scaled(64), 2, ("blocks",)),
+    ("TPU v5e", "128B"): Script(scaled(128), 1, ("blocks",), tp=16),
+    ("TPU v5p", "32B"): Script(scaled(32), 8, ("dots",), tp=4, causal=True),
+    ("TPU v5p", "64B"): Script(scaled(64), 4, ("dots",), tp=4, causal=True),
+    ("TPU v5p", "128B"): Script(scaled(128), 2, ("dots",), tp=8, causal=True),
+    ("TPU v5p", "256B"): Script(scaled(256), 2, ("dots",), tp=8, causal=True),
+    ("TPU v5p", "512B"): Script(scaled(512), 2, ("blocks",), tp=16, causal=True),
+    ("TPU v5p", "1024B"): Script(scaled(1024), 2, ("blocks",), tp=16, causal=True),
+}
+
+
+LLAMA2_70B = pricing.Shape("llama", 80, 8192, 64, 8, 28672, 32000, 4096)  # Touvron et al. 2023, arXiv 2307.09288
+TIERING = {
+    # benchmarks/maxtext_trillium_model_configs.py @92e59fdf5, llama2_70b_4096 and llama3_1_70b_8192
+    ("TPU v6e", "Llama 2 70B"): Script(LLAMA2_70B, 4, ("blocks",)),
+    ("TPU v6e", "Llama 3.1 70B"): Script(pricing.shape_of("llama3-70b"), 5, ("blocks",)),
+    # AI-Hypercomputer/tpu-recipes @a9e092901, training/trillium/Llama3.1-8B-MaxText/v6e-256
+    ("TPU v6e", "Llama 3.1 8B"): Script(pricing.shape_of("llama3-8b"), 4, ("blocks",)),
+    # the same file @5e6a7caff, llama3_1_405b_8192_fsdp_dcn: two slices, sharded over both
+    ("TPU v6e", "Llama 3.1 405B"): Script(pricing.shape_of("llama3-405b"), 1, ("blocks",), tp=4),
+    # benchmarks/maxtext_v5p_model_configs.py @92e59fdf5: all products but two of the feed-forward are kept
+    ("TPU v5p", "Llama 2 70B"): Script(LLAMA2_70B, 4, ("dots", "blocks")),
 }
 
 
 def maxtext(row: Row) -> Case | None:
     """MaxText on one or several slices. The 1160B model's sizes are not published: left out."""
     script = SCRIPTS.get((row["hw"], row["model"].split()[1]))
-    return None if script is None else _case(row, script, model_flop(script) / (float(row["tflops_gpu"]) * 1e12))
+    if script is None:
+        return None
+    found = re.search(r"slice (\d+)x ", row["notes"])
+    slices = int(found[1]) if found else 1
+    inside = int(row["n_gpus"]) // slices // script.tp
+    group = inside if slices > 1 else None
+    return _case(row, script, slices, inside * slices, group, model_flop(script) / (float(row["tflops_gpu"]) * 1e12))
 
 
-def _case(row: Row, script: Script, measured: float) -> Case:
-    """One row; FSDP inside a slice, `measured` seconds per step."""
-    slices, chips = _slices(row["notes"]), int(row["n_gpus"])
-    inside = chips // slices // script.tp
-    parallelism = Parallelism(
-        tp=script.tp, dp=chips // script.tp, zero=3, sequence_parallel=script.tp > 1,
-        shard_group=inside if slices > 1 else None,
-    )  # fmt: skip
-    setting = pricing.Setting(script.recompute, script.fused_attention, overlap=script.overlap)
+def tiering(row: Row) -> Case | None:
+    """MaxText's tiers of optimised models; Mixtral's are left out."""
+    script = TIERING.get((row["hw"], row["model"]))
+    if script is None:
+        return None
+    slices = 2 if "405B" in row["model"] else 1
+    measured = script.per_device * script.shape.seq / float(row["tok_s_gpu"])
+    return _case(row, script, slices, slices * int(row["n_gpus"]) // script.tp, None, measured)
+
+
+def _case(row: Row, script: Script, slices: int, dp: int, group: int | None, measured: float) -> Case:
+    """One row; FSDP over `group` of `dp` ranks, `measured` seconds per step."""
+    parallelism = Parallelism(tp=script.tp, dp=dp, zero=3, sequence_parallel=script.tp > 1, shard_group=group)
+    chips = parallelism.devices
     return Case(
-        row, _cluster(row["hw"], slices, chips // slices), script.shape, [parallelism],
-        [script.per_device * script.tp], [setting], script.per_device * chips, measured,
+        row, _cluster(row["hw"], slices, chips // slices), script.shape, [parallelism], [script.per_device * script.tp],
+        [pricing.Setting(r, script.fused_attention, overlap=script.overlap) for r in script.recompute],
+        script.per_device * chips, measured,
     )  # fmt: skip
-
-
-def _slices(notes: str) -> int:
-    found = re.search(r"slice (\d+)x ", notes)
-    return int(found[1]) if found else 1
 
 
 def _cluster(hw: str, slices: int, chips: int) -> Cluster:
