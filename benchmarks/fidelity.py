@@ -24,6 +24,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 
 from published.case import Case, Row  # noqa: E402
+from published.llm_foundry import mpt  # noqa: E402
 from published.maxtext import maxtext, tiering  # noqa: E402
 from published.megatron import megatron, megatron_core  # noqa: E402
 from published.simumax import simumax  # noqa: E402
@@ -59,6 +60,7 @@ SETS: dict[str, tuple[str, Callable[[Row], Case | None], float]] = {
     "maxtext": ("MaxText TPU", maxtext, 0.15),
     "maxtext-2024": ("MaxText README 2024-03", maxtext, 0.15),
     "maxtext-tiers": ("MaxText tiering", tiering, 0.15),
+    "mpt": ("llm-foundry MPT", mpt, 1.0),
     "allreduce": ("Korthikanti 2205.05198 text", megatron, 0.04),
 }
 
