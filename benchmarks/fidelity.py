@@ -26,7 +26,7 @@ jax.config.update("jax_platforms", "cpu")
 from published.case import Case, Row  # noqa: E402
 from published.llm_foundry import mpt  # noqa: E402
 from published.maxtext import maxtext, tiering  # noqa: E402
-from published.megatron import megatron, megatron_core  # noqa: E402
+from published.megatron import megascale, megatron, megatron_core, zero_bubble  # noqa: E402
 from published.simumax import simumax  # noqa: E402
 from published.torchtitan import torchtitan  # noqa: E402
 
@@ -60,6 +60,9 @@ SETS: dict[str, tuple[str, Callable[[Row], Case | None], float]] = {
     "maxtext": ("MaxText TPU", maxtext, 0.15),
     "maxtext-2024": ("MaxText README 2024-03", maxtext, 0.15),
     "maxtext-tiers": ("MaxText tiering", tiering, 0.15),
+    "zero-bubble": ("Zero-Bubble T4", zero_bubble, 1.0),
+    "megascale": ("MegaScale T3 ablation", megascale, 1.0),
+    "megatron-readme": ("Megatron-LM README", megatron, 1.0),
     "mpt": ("llm-foundry MPT", mpt, 1.0),
     "allreduce": ("Korthikanti 2205.05198 text", megatron, 0.04),
 }

@@ -301,6 +301,23 @@ def test_a_pipeline_is_its_parts_and_a_bubble():
     assert sum(interleaved.memory[0].values()) > sum(flat.memory[0].values())
 
 
+def test_lean_ends_make_room_for_embedding_and_head():
+    """Two layers fewer, taken from the ends: the stages between keep what they had."""
+    cluster, memory, steps = Cluster.parse("a100x8"), [], []
+    setting = Setting("full", fused_attention=False)
+    for layers, lean in ((16, False), (14, True), (14, False)):
+        found = price_job(
+            replace(GPT22B, layers=layers), Parallelism(pp=8, lean_ends=lean), cluster,
+            global_batch=32, microbatch=1, setting=setting,
+        )  # fmt: skip
+        memory.append([stage["state"] for stage in found.memory])
+        steps.append(found.step)
+    whole, lean, uneven = memory
+    assert lean[1:7] == whole[1:7] and lean[0] < whole[0] and lean[7] < whole[7]
+    assert uneven[6] < lean[6] and sum(uneven) == pytest.approx(sum(lean))
+    assert steps[1] < steps[0]
+
+
 def test_hidden_communication_is_never_dearer_than_exposed():
     cluster = Cluster.parse("2xa100x8@hdr200")
     par = Parallelism(tp=2, dp=8, zero=3, sequence_parallel=True)
@@ -420,6 +437,7 @@ def test_price_by_name_and_by_numbers(tmp_path):
         (["--model", "gpt2", "--layers", "0"], "layers cannot be 0"),
         (["--model", "gpt2", "--vocab", "3"], "--vocab is for models given as numbers"),
         (["--model", "gpt2", "--head-dim", "3"], "--head-dim is for models given as numbers"),
+        (["--model", "gpt2", "--lean-ends"], "one stage has no ends"),
         (["--model", "gpt2", "--shard-group", "4"], "groups of 4 ranks share nothing without ZeRO"),
         (["--model", "gpt2", "--zero", "3", "--shard-group", "3"], "8 data ranks cannot be grouped by 3"),
     ],

@@ -43,7 +43,8 @@ class Parallelism:
     """Degrees of one training job; `dp` counts the ranks of `ep` too, as Megatron-LM does.
 
     `shard_group` data ranks next to each other hold one copy of what ZeRO shards, as in
-    PyTorch's hybrid FSDP; all data ranks do where it is None.
+    PyTorch's hybrid FSDP; all data ranks do where it is None. With `lean_ends` the first and the last
+    stage have a layer fewer than the others, for the embedding and the head.
     """
 
     tp: int = 1
@@ -55,6 +56,7 @@ class Parallelism:
     zero: int = 0
     sequence_parallel: bool = False
     shard_group: int | None = None
+    lean_ends: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "dp", "cp", "ep"):
@@ -68,6 +70,8 @@ class Parallelism:
             )
         if self.vpp > 1 and self.pp == 1:
             raise PlanError(f"{self.vpp} virtual stages need a pipeline.", where="vpp", fix="pp above 1, or vpp=1")
+        if self.lean_ends and self.pp == 1:
+            raise PlanError("one stage has no ends.", where="lean_ends", fix="pp above 1, or no lean_ends")
         if self.shard_group is not None:
             self._check_group(self.shard_group)
 

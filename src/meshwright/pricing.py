@@ -157,9 +157,8 @@ def price_job(
             where="global batch", fix=f"a multiple of {microbatch * parallelism.dp}",
         )  # fmt: skip
     shape = _divided(shape, parallelism)
-    parts = _parts(
-        replace(shape, layers=TRACED), microbatch, replace(parallelism, pp=1, vpp=1), setting, _Known(cluster)
-    )
+    stage = replace(parallelism, pp=1, vpp=1, lean_ends=False)
+    parts = _parts(replace(shape, layers=TRACED), microbatch, stage, setting, _Known(cluster))
     job = Job(
         layers=shape.layers, parallelism=parallelism, microbatch=microbatch,
         microbatches=global_batch // (microbatch * parallelism.dp),

@@ -81,6 +81,9 @@ def price(
     tp: Annotated[int, typer.Option(help="Tensor parallelism.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
     vpp: Annotated[int, typer.Option(help="Virtual stages per rank (interleaving).")] = 1,
+    lean_ends: Annotated[
+        bool, typer.Option("--lean-ends", help="First and last stage have a layer fewer, for embedding and head.")
+    ] = False,
     dp: Annotated[int | None, typer.Option(help="Data parallelism; the rest of the devices if not given.")] = None,
     cp: Annotated[int, typer.Option(help="Context parallelism.")] = 1,
     zero: Annotated[int, typer.Option(help="ZeRO stage: 0, 1, 2 or 3.")] = 0,
@@ -134,7 +137,7 @@ def price(
             51_200 if vocab is None else vocab, 2048 if seq is None else seq, head_dim,
         )  # fmt: skip
     degrees = {"tp": tp, "pp": pp, "vpp": vpp, "dp": dp, "cp": cp, "zero": zero, "shard_group": shard_group}
-    parallelism = parallelism_on(where, **degrees, sequence_parallel=sequence_parallel)
+    parallelism = parallelism_on(where, **degrees, sequence_parallel=sequence_parallel, lean_ends=lean_ends)
     setting = Setting(recompute, not plain_attention, products, overlaps(overlap))
     found = price_job(shape, parallelism, where, global_batch=global_batch, microbatch=microbatch, setting=setting)
     if trace is not None:
