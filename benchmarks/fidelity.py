@@ -24,8 +24,9 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 
 from published.case import Case, Row  # noqa: E402
-from published.maxtext import maxtext  # noqa: E402
-from published.megatron import megatron, megatron_core  # noqa: E402
+from published.llm_foundry import mpt  # noqa: E402
+from published.maxtext import maxtext, tiering  # noqa: E402
+from published.megatron import megascale, megatron, megatron_core, zero_bubble  # noqa: E402
 from published.simumax import simumax  # noqa: E402
 from published.torchtitan import torchtitan  # noqa: E402
 
@@ -57,6 +58,12 @@ SETS: dict[str, tuple[str, Callable[[Row], Case | None], float]] = {
     "torchtitan": ("torchtitan bench 2024-12", torchtitan, 0.15),
     "torchtitan-tp": ("torchtitan asyncTP 2025-06", torchtitan, 0.15),
     "maxtext": ("MaxText TPU", maxtext, 0.15),
+    "maxtext-2024": ("MaxText README 2024-03", maxtext, 0.15),
+    "maxtext-tiers": ("MaxText tiering", tiering, 0.15),
+    "zero-bubble": ("Zero-Bubble T4", zero_bubble, 1.0),
+    "megascale": ("MegaScale T3 ablation", megascale, 1.0),
+    "megatron-readme": ("Megatron-LM README", megatron, 1.0),
+    "mpt": ("llm-foundry MPT", mpt, 1.0),
     "allreduce": ("Korthikanti 2205.05198 text", megatron, 0.04),
 }
 

@@ -49,6 +49,8 @@ class GPTConfig:
     remat: bool = False
     dropout: float = 0.0
     corpus: str = "counting"  # what `make_batch` draws from: "counting" or "source"
+    head_dim: int | None = None  # width / heads if not given
+    hidden: int | None = None  # of the feed-forward; 4 x width if not given
 
 
 # GPT-2: Radford et al. 2019, table 2: layers, width; batch 512 and 1024 tokens
@@ -85,7 +87,8 @@ class TrainState(NamedTuple):
 
 def init_layer(config: GPTConfig, key: jax.Array) -> Params:
     """Normal weights of 0.02; residual outputs scaled by 1/sqrt(2L) (GPT-2 §2.3)."""
-    width, heads, head = config.width, config.heads, config.width // config.heads
+    width, heads, head = config.width, config.heads, config.head_dim or config.width // config.heads
+    hidden = config.hidden or 4 * width
     qkv_key, out_key, up_key, down_key = jax.random.split(key, 4)
     residual = 0.02 * (2 * config.layers) ** -0.5
     return {
@@ -95,9 +98,9 @@ def init_layer(config: GPTConfig, key: jax.Array) -> Params:
         "out_NHD": residual * jax.random.normal(out_key, (heads, head, width)),
         "out_bias_D": jnp.zeros(width),
         "norm2": {"scale": jnp.ones(width), "bias": jnp.zeros(width)},
-        "up_DF": 0.02 * jax.random.normal(up_key, (width, 4 * width)),
-        "up_bias_F": jnp.zeros(4 * width),
-        "down_FD": residual * jax.random.normal(down_key, (4 * width, width)),
+        "up_DF": 0.02 * jax.random.normal(up_key, (width, hidden)),
+        "up_bias_F": jnp.zeros(hidden),
+        "down_FD": residual * jax.random.normal(down_key, (hidden, width)),
         "down_bias_D": jnp.zeros(width),
     }
 

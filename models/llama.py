@@ -49,6 +49,7 @@ class LlamaConfig:
     dtype: str = "bf16"
     scan: bool = False
     remat: bool = False
+    head_dim: int | None = None  # width / heads if not given
 
 
 # Grattafiori et al. 2024 (arXiv 2407.21783), table 3: layers, width, hidden,
@@ -81,7 +82,8 @@ class Block(eqx.Module):
     theta: float = eqx.field(static=True)
 
     def __init__(self, config: LlamaConfig, key: jax.Array) -> None:
-        width, hidden, head = config.width, config.hidden, config.width // config.heads
+        width, hidden = config.width, config.hidden
+        head = config.head_dim or width // config.heads
         keys = jax.random.split(key, 7)
         self.norm1_D = jnp.ones(width)
         self.query_DNH = normal(keys[0], (width, config.heads, head))

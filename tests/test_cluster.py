@@ -79,6 +79,9 @@ def refused(path: Path, old: str, new: str) -> str:
         ("v5e-256", "v5e", 32, 8),
         ("v5p-256", "v5p", 32, 4),  # 256 TensorCores, 128 chips
         ("2xv5p-256@dcn", "v5p", 64, 4),
+        ("4xv4-128@dcn", "v4", 64, 4),
+        ("v4-384", "v4", 48, 4),
+        ("v5p-7680", "v5p", 960, 4),
     ],
 )
 def test_a_line_stands_for_these_hosts(text, device, hosts, per_host):

@@ -269,7 +269,8 @@ def test_settings_and_shapes_that_cannot_be_are_refused():
     for make in (lambda: Setting("some"), lambda: Setting(products="fp7"), lambda: Parallelism(tp=0)):
         with pytest.raises(PlanError):
             make()
-    for wrong in ({"heads": 7}, {"ffn": 1000}, {"family": "t5"}):
+    odd = {"family": "llama", "head_dim": 97}  # rotary positions turn pairs
+    for wrong in ({"heads": 7}, {"kv_heads": 8}, {"head_dim": 0}, {"family": "t5"}, odd):
         with pytest.raises(UsageError):
             replace(GPT22B, **wrong)
 
@@ -321,6 +322,8 @@ def test_price_by_name_and_by_numbers(tmp_path):
     assert same["seconds"] == pytest.approx(data["seconds"])
     slower = cli("price", *numbers, *common, "--set", "fabric.nvlink3.bandwidth=30GB/s", "--format", "json")
     assert json.loads(slower.output)["seconds"] > data["seconds"]
+    wider = json.loads(cli("price", *numbers, *common, "--head-dim", "256", "--format", "json").output)
+    assert wider["seconds"] > data["seconds"]
     text = cli("price", *numbers, *common).output
     assert "does not fit" in text or "memory" in text
 
@@ -341,6 +344,10 @@ def test_price_by_name_and_by_numbers(tmp_path):
         (["--model", "gpt2", "--seq", "0"], "seq cannot be 0"),
         (["--model", "gpt2", "--layers", "0"], "layers cannot be 0"),
         (["--model", "gpt2", "--vocab", "3"], "--vocab is for models given as numbers"),
+        (["--model", "gpt2", "--head-dim", "3"], "--head-dim is for models given as numbers"),
+        (["--model", "gpt2", "--lean-ends"], "one stage has no ends"),
+        (["--model", "gpt2", "--shard-group", "4"], "groups of 4 ranks share nothing without ZeRO"),
+        (["--model", "gpt2", "--zero", "3", "--shard-group", "3"], "8 data ranks cannot be grouped by 3"),
     ],
 )
 def test_price_refuses_by_name(arguments, message):

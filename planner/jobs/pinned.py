@@ -1,7 +1,8 @@
 """A parallelization given as numbers (tp, dp, cp, ep, zero, sequence parallel), made into decisions.
 
-Axes of a stage's mesh, outermost first as Megatron-LM ranks them: dp, ep, cp, tp.
+Axes of a stage's mesh, outermost first as Megatron-LM ranks them: copy, dp, ep, cp, tp.
 
+    copy cuts examples among groups that each hold all of ZeRO's shards (`shard_group`)
     dp   cuts examples; with ZeRO also optimizer state (1), gradients (2), parameters (3)
     ep   cuts experts in the experts' layers, examples elsewhere
     cp   cuts positions of a sequence
@@ -11,7 +12,8 @@ Which dims are heads or vocabulary is read off the zoo's names of parameters, wh
 name their dims (`qkv_D3NH`, `up_DF`, `token_VD`). From there dims are followed through every op
 by its dim rule, so the backward pass and the optimizer need no names. Source of the layouts:
 Narayanan et al., SC'21, section 2.3; Korthikanti et al., MLSys 2023, section 4.2 (sequence
-parallelism); Rajbhandari et al., SC'20 (ZeRO).
+parallelism); Rajbhandari et al., SC'20 (ZeRO); Zhang et al., VLDB'22, arXiv 2205.00119
+(MiCS: shards within a group, gradients summed inside it and then across groups).
 """
 
 from __future__ import annotations
@@ -38,7 +40,12 @@ TENSOR, EXPERT = "NKFV", "E"
 
 @dataclass(frozen=True)
 class Parallelism:
-    """Degrees of one training job; `dp` counts the ranks of `ep` too, as Megatron-LM does."""
+    """Degrees of one training job; `dp` counts the ranks of `ep` too, as Megatron-LM does.
+
+    `shard_group` data ranks next to each other hold one copy of what ZeRO shards, as in
+    PyTorch's hybrid FSDP; all data ranks do where it is None. With `lean_ends` the first and the last
+    stage have a layer fewer than the others, for the embedding and the head.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -48,6 +55,8 @@ class Parallelism:
     ep: int = 1
     zero: int = 0
     sequence_parallel: bool = False
+    shard_group: int | None = None
+    lean_ends: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tp", "pp", "vpp", "dp", "cp", "ep"):
@@ -61,6 +70,26 @@ class Parallelism:
             )
         if self.vpp > 1 and self.pp == 1:
             raise PlanError(f"{self.vpp} virtual stages need a pipeline.", where="vpp", fix="pp above 1, or vpp=1")
+        if self.lean_ends and self.pp == 1:
+            raise PlanError("one stage has no ends.", where="lean_ends", fix="pp above 1, or no lean_ends")
+        if self.shard_group is not None:
+            self._check_group(self.shard_group)
+
+    def _check_group(self, size: int) -> None:
+        if not self.zero:
+            raise PlanError(
+                f"groups of {size} ranks share nothing without ZeRO.", where="shard_group", fix="zero of 1, 2 or 3"
+            )
+        if size < 1 or self.dp % size or size % self.ep:
+            raise PlanError(
+                f"{self.dp} data ranks cannot be grouped by {size}.",
+                where="shard_group", fix=f"a multiple of ep = {self.ep} that divides {self.dp}",
+            )  # fmt: skip
+
+    @property
+    def copies(self) -> int:
+        """Groups of data ranks that each hold everything."""
+        return self.dp // (self.shard_group or self.dp)
 
     @property
     def devices(self) -> int:
@@ -69,7 +98,8 @@ class Parallelism:
     @property
     def mesh(self) -> Mesh:
         """Of one pipeline stage; axes of size 1 are left out."""
-        sizes = {"dp": self.dp // self.ep, "ep": self.ep, "cp": self.cp, "tp": self.tp}
+        dp = self.dp // self.ep // self.copies
+        sizes = {"copy": self.copies, "dp": dp, "ep": self.ep, "cp": self.cp, "tp": self.tp}
         axes = tuple(Axis(name, size) for name, size in sizes.items() if size > 1)
         return Mesh(axes or (Axis("dp", 1),))
 
@@ -129,7 +159,7 @@ class Pinned:
         if axis == "ep" and (found := self._shares(self.experts, op, rule)):
             return found
         found = self._shares(self.batch, op, rule)
-        if found or axis == "ep":
+        if found or axis in ("ep", "copy"):
             return found
         return self._shares(self.state, op, rule) if self._keeps_shards(op) else []
 
@@ -178,6 +208,7 @@ class Pinned:
             "cp": [self.positions],
             "ep": [self.experts, self.batch],
             "dp": [self.batch, self.state],
+            "copy": [self.batch],
         }[axis]
         for tracker in trackers:
             if found := tracker.dims.get(value):

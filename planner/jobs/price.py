@@ -44,10 +44,11 @@ class Job:
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} cannot be {getattr(self, name)}.", where=name, fix="1 or more")
         stages = self.parallelism.pp * self.parallelism.vpp
-        if self.layers < stages:
+        units = self.layers + 2 * self.parallelism.lean_ends
+        if units < stages:
             raise PlanError(
                 f"{self.layers} layers are fewer than {stages} stages.",
-                where="pp, vpp", fix=f"at most {self.layers} stages",
+                where="pp, vpp", fix=f"at most {units} stages",
             )  # fmt: skip
         if self.parallelism.vpp > 1 and self.microbatches % self.parallelism.pp:
             raise PlanError(
@@ -118,11 +119,16 @@ class _Pricing:
         return found
 
     def _stage(self, index: int) -> dict[Place, int]:
-        """How many of each part one stage has; earlier stages take what does not divide."""
-        count = self.job.parallelism.pp * self.job.parallelism.vpp
-        each, left = divmod(self.job.layers, count)
-        layers = each + (index < left)
-        return {"embedding": int(index == 0), "layer": layers, "head": int(index == count - 1)}
+        """How many of each part one stage has; earlier stages take what does not divide.
+
+        Where ends are lean, embedding and head count as a layer (Megatron-Core's
+        account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split).
+        """
+        count, lean = self.job.parallelism.pp * self.job.parallelism.vpp, self.job.parallelism.lean_ends
+        embedding, head = int(index == 0), int(index == count - 1)
+        each, left = divmod(self.job.layers + 2 * lean, count)
+        layers = each + (index < left) - lean * (embedding + head)
+        return {"embedding": embedding, "layer": layers, "head": head}
 
     def _pass(self, stage: dict[Place, int], which: str) -> float:
         return sum(n * self._seconds(self.parts[place], which) for place, n in stage.items())
@@ -133,15 +139,15 @@ class _Pricing:
     def _split(self, part: Part, which: str) -> dict[str, float]:
         """One pass over one part, by cause. What overlaps counts only where it outlasts the rest."""
         work: Work = getattr(part, which)
-        compute, exchange, travel = work.compute, work.exchange, work.gather
+        compute, exchange, sharded = work.compute, work.exchange, which == "backward" and self.job.parallelism.zero >= 2
         if which == "backward" and not self.job.fused_accumulation:
             compute += self._add_up(part)
-        if which == "backward" and self.job.parallelism.zero >= 2:
-            travel += self._reduce(part)
+        travels = {"parameters": work.gather, "gradients": self._reduce(part) if sharded else 0.0}
         if "tensor" in self.job.overlap:
             exchange = _beside(exchange, compute)
-        if "parameters" in self.job.overlap:
-            travel = _beside(travel, compute + exchange)
+        beside = sum(seconds for name, seconds in travels.items() if name in self.job.overlap)
+        alone = sum(seconds for name, seconds in travels.items() if name not in self.job.overlap)
+        travel = _beside(beside, compute + exchange) + alone
         return {"compute": compute, "exchange": exchange, "travel": travel}
 
     def _add_up(self, part: Part) -> float:

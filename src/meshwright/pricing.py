@@ -30,7 +30,11 @@ RECOMPUTE: dict[str, Policy] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder as numbers. `family` is the zoo's architecture: gpt, llama or mixtral."""
+    """A decoder as numbers. `family` is the zoo's architecture: gpt or llama.
+
+    `head_dim` is the width of one head where heads are not cut from the residual stream
+    (Gemma, MaxText); hidden / heads if not given.
+    """
 
     family: str
     layers: int
@@ -40,29 +44,41 @@ class Shape:
     ffn: int
     vocab: int
     seq: int
+    head_dim: int | None = None
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.family not in ("gpt", "llama"):
             raise UsageError(f"family `{self.family}` is not known.", fix=did_you_mean(self.family, ("gpt", "llama")))
-        for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} cannot be {getattr(self, name)}.", where=name, fix="1 or more")
+        for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "head_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} cannot be {value}.", where=name, fix="1 or more")
         if not 0 <= self.dropout < 1 or (self.dropout and self.family != "gpt"):
             raise UsageError(
                 f"dropout cannot be {self.dropout} in a {self.family}.",
                 where="dropout", fix="0; the zoo's gpt takes 0 or more and below 1",
             )  # fmt: skip
-        if self.hidden % self.heads or self.heads % self.kv_heads:
+        if (self.head_dim is None and self.hidden % self.heads) or self.heads % self.kv_heads:
             raise UsageError(
                 f"{self.heads} heads of {self.kv_heads} keys and values do not divide a width of {self.hidden}.",
-                where="heads", fix="heads that divide hidden, kv_heads that divide heads",
+                where="heads", fix="heads that divide hidden (or a head_dim), kv_heads that divide heads",
             )  # fmt: skip
-        if self.family == "gpt" and (self.ffn != 4 * self.hidden or self.kv_heads != self.heads):
+        if self.family == "llama" and self.head_width % 2:
             raise UsageError(
-                "the zoo's gpt has a feed-forward of 4 x hidden and as many keys as queries.",
-                where="ffn, kv_heads", fix="--family llama for gated feed-forward or grouped queries",
+                f"rotary positions turn pairs, so a head of {self.head_width} cannot be.",
+                where="head_dim", fix="an even head_dim, or --family gpt",
             )  # fmt: skip
+        if self.family == "gpt" and self.kv_heads != self.heads:
+            raise UsageError(
+                "the zoo's gpt has as many keys as queries.",
+                where="kv_heads", fix="--family llama for grouped queries",
+            )  # fmt: skip
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.hidden // self.heads
 
 
 def shape_of(model: str, seq: int | None = None, layers: int | None = None) -> Shape:
@@ -72,11 +88,11 @@ def shape_of(model: str, seq: int | None = None, layers: int | None = None) -> S
     if model in gpt.CONFIGS:
         g = gpt.CONFIGS[model]
         depth, length = g.layers if layers is None else layers, g.seq if seq is None else seq
-        return Shape("gpt", depth, g.width, g.heads, g.heads, 4 * g.width, g.vocab, length)
+        return Shape("gpt", depth, g.width, g.heads, g.heads, g.hidden or 4 * g.width, g.vocab, length, g.head_dim)
     if model in llama.CONFIGS:
         c = llama.CONFIGS[model]
         depth, length = c.layers if layers is None else layers, c.seq if seq is None else seq
-        return Shape("llama", depth, c.width, c.heads, c.kv_heads, c.hidden, c.vocab, length)
+        return Shape("llama", depth, c.width, c.heads, c.kv_heads, c.hidden, c.vocab, length, c.head_dim)
     raise UsageError(f"`{model}` is no decoder of the zoo.", fix=did_you_mean(model, [*gpt.CONFIGS, *llama.CONFIGS]))
 
 
@@ -148,9 +164,8 @@ def price_job(
             where="global batch", fix=f"a multiple of {microbatch * parallelism.dp}",
         )  # fmt: skip
     shape = _divided(shape, parallelism)
-    parts = _parts(
-        replace(shape, layers=TRACED), microbatch, replace(parallelism, pp=1, vpp=1), setting, _Known(cluster)
-    )
+    stage = replace(parallelism, pp=1, vpp=1, lean_ends=False)
+    parts = _parts(replace(shape, layers=TRACED), microbatch, stage, setting, _Known(cluster))
     job = Job(
         layers=shape.layers, parallelism=parallelism, microbatch=microbatch,
         microbatches=global_batch // (microbatch * parallelism.dp),
@@ -224,11 +239,11 @@ def _example(shape: Shape, batch: int) -> Any:
     if shape.family == "gpt":
         config = gpt.GPTConfig(
             shape.layers, shape.hidden, shape.heads, 1e-4, batch, seq=shape.seq, vocab=shape.vocab,
-            dropout=shape.dropout,
+            head_dim=shape.head_dim, hidden=shape.ffn, dropout=shape.dropout,
         )  # fmt: skip
         return gpt.make("gpt", config)
     config = llama.LlamaConfig(
         shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, 1e-4, batch,
-        seq=shape.seq, vocab=shape.vocab,
+        seq=shape.seq, vocab=shape.vocab, head_dim=shape.head_dim,
     )  # fmt: skip
     return llama.make("llama", config)

@@ -74,6 +74,7 @@ def price(
     hidden: Annotated[int | None, typer.Option(help="Width.")] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Key and value heads; as many as heads if not given.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Width of one head; hidden / heads if not given.")] = None,
     ffn: Annotated[int | None, typer.Option(help="Feed-forward width; 4 x hidden if not given.")] = None,
     vocab: Annotated[int | None, typer.Option(help="Vocabulary; 51200 if not given.")] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
@@ -82,9 +83,15 @@ def price(
     tp: Annotated[int, typer.Option(help="Tensor parallelism.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
     vpp: Annotated[int, typer.Option(help="Virtual stages per rank (interleaving).")] = 1,
+    lean_ends: Annotated[
+        bool, typer.Option("--lean-ends", help="First and last stage have a layer fewer, for embedding and head.")
+    ] = False,
     dp: Annotated[int | None, typer.Option(help="Data parallelism; the rest of the devices if not given.")] = None,
     cp: Annotated[int, typer.Option(help="Context parallelism.")] = 1,
     zero: Annotated[int, typer.Option(help="ZeRO stage: 0, 1, 2 or 3.")] = 0,
+    shard_group: Annotated[
+        int | None, typer.Option(help="Data ranks that ZeRO shards over (HSDP, MiCS), copies across; all if not given.")
+    ] = None,
     sequence_parallel: Annotated[bool, typer.Option("--sp", help="Sequence parallelism beside tp.")] = False,
     recompute: Annotated[str, typer.Option(help="none, selective, alternate, full; with XLA dots or blocks.")] = "none",
     plain_attention: Annotated[
@@ -116,7 +123,10 @@ def price(
     for path, value in _changes(changes).items():
         where = where.with_(path, value)
     if model is not None:
-        given = {"--hidden": hidden, "--heads": heads, "--kv-heads": kv_heads, "--ffn": ffn, "--vocab": vocab}
+        given = {
+            "--hidden": hidden, "--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim, "--ffn": ffn,
+            "--vocab": vocab,
+        }  # fmt: skip
         for name, number in given.items():
             if number is not None:
                 raise UsageError(
@@ -132,11 +142,11 @@ def price(
         assert layers is not None and hidden is not None and heads is not None
         shape = Shape(
             family, layers, hidden, heads, heads if kv_heads is None else kv_heads, 4 * hidden if ffn is None else ffn,
-            51_200 if vocab is None else vocab, 2048 if seq is None else seq,
+            51_200 if vocab is None else vocab, 2048 if seq is None else seq, head_dim,
         )  # fmt: skip
     shape = replace(shape, dropout=dropout)
-    degrees = {"tp": tp, "pp": pp, "vpp": vpp, "dp": dp, "cp": cp, "zero": zero}
-    parallelism = parallelism_on(where, **degrees, sequence_parallel=sequence_parallel)
+    degrees = {"tp": tp, "pp": pp, "vpp": vpp, "dp": dp, "cp": cp, "zero": zero, "shard_group": shard_group}
+    parallelism = parallelism_on(where, **degrees, sequence_parallel=sequence_parallel, lean_ends=lean_ends)
     setting = Setting(
         recompute, not plain_attention, products, overlaps(overlap), reduce_in_fp32=not narrow_gradients,
         fused_accumulation=not separate_accumulation,
