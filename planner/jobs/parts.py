@@ -29,7 +29,7 @@ from ..memory.lifetimes import Lifetimes, lifetimes
 from ..memory.storage import as_fused
 from ..moves import moves, settlements, spoken
 from ..space import Space, build
-from .pinned import Parallelism, Pinned
+from .pinned import STATE_AXES, Parallelism, Pinned
 
 Place = Literal["embedding", "layer", "head"]
 PLACES: tuple[Place, ...] = ("embedding", "layer", "head")
@@ -278,9 +278,9 @@ class _Sorting:
         kind, home = self.graph.types[value], self.space.homes[self.tags[value]]
         held = kind.size / int(self.space.layouts.ways(home.layouts)[0])
         spread = held
-        zero = self.pinned.state.dims.get(value)
-        if zero:
-            spread = held * self.space.mesh.sizes.get("dp", 1)
+        for dim in self.pinned.state.dims.get(value, {}):
+            axes = self.space.layouts.known[home.layouts[0]].dims[dim]
+            spread = held * self.space.mesh.ways(tuple(a for a in axes if a in STATE_AXES))
         part.weights += spread * scale
         part.shard += held * scale
         if cast is not None:

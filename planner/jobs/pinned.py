@@ -4,7 +4,7 @@ Axes of a stage's mesh, outermost first as Megatron-LM ranks them: dp, ep, cp, t
 
     dp   cuts examples; with ZeRO also optimizer state (1), gradients (2), parameters (3)
     ep   cuts experts in the experts' layers, examples elsewhere
-    cp   cuts positions of a sequence
+    cp   cuts positions of a sequence; attention meets whole sequences (`CP_KINDS`)
     tp   cuts heads, feed-forward and vocabulary; with sequence parallelism, positions elsewhere
 
 Which dims are heads or vocabulary is read off the zoo's names of parameters, whose letters
@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ...ir.errors import PlanError
+from ...ir.errors import PlanError, did_you_mean
 from ...ir.examples import Examples
 from ...ir.graph import Op
 from ...ir.mesh import Axis, Mesh
@@ -30,15 +30,26 @@ from ...ir.roles import roles
 from ...ir.rule import NONE, Rule, Strategy, cuttable
 from ...ir.rules import rule_of
 from ...ir.sharding import Sharding
-from ..usage import followed, sequence_dim
+from ..usage import followed
+from .positions import Attention, Positions
 
+# How attention under context parallelism meets the positions of other ranks: keys and values are
+# gathered first (torchtitan, Megatron-LM `all_gather`); they go round a ring beside the blocks of
+# attention (Megatron-LM `p2p`: Liu et al., arXiv 2310.01889); or heads are cut instead of
+# positions, by all-to-all before and after (Megatron-LM `a2a`: Jacobs et al., arXiv 2309.14509).
+CP_KINDS = ("all_gather", "p2p", "a2a")
 LETTERS = re.compile(r"_([A-Z0-9]+)\W*$")
 TENSOR, EXPERT = "NKFV", "E"
+STATE_AXES = ("dp", "ep", "cp")  # ZeRO's shards of state are cut over these
 
 
 @dataclass(frozen=True)
 class Parallelism:
-    """Degrees of one training job; `dp` counts the ranks of `ep` too, as Megatron-LM does."""
+    """Degrees of one training job; `dp` counts the ranks of `ep` too, as Megatron-LM does.
+
+    Gradients are summed over dp x cp, and ZeRO cuts state over dp x cp, as in Megatron-LM and
+    PyTorch FSDP; that of experts over dp / ep x cp.
+    """
 
     tp: int = 1
     pp: int = 1
@@ -48,8 +59,13 @@ class Parallelism:
     ep: int = 1
     zero: int = 0
     sequence_parallel: bool = False
+    cp_kind: str = "all_gather"
 
     def __post_init__(self) -> None:
+        if self.cp_kind not in CP_KINDS:
+            raise PlanError(
+                f"cp kind cannot be `{self.cp_kind}`.", where="cp kind", fix=did_you_mean(self.cp_kind, CP_KINDS)
+            )
         for name in ("tp", "pp", "vpp", "dp", "cp", "ep"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} cannot be {getattr(self, name)}.", where=name, fix="1 or more")
@@ -85,7 +101,8 @@ class Pinned:
             op.tag: phase for op, phase in zip(self.graph.ops, program.phases, strict=True)
         }
         self.batch = followed(self.graph, 0)
-        self.positions = followed(self.graph, sequence_dim(self.graph), Queries)
+        self.positions = Positions(self.graph)
+        self.attention = Attention(program)
         self.tensor = self._follow(lambda tag, shape: _named(tag, shape, TENSOR, parallelism.tp))
         self.experts = self._follow(lambda tag, shape: _named(tag, shape, EXPERT, parallelism.ep))
         self.state = self._follow(self._sharded_state, ("prepare", "update"))
@@ -97,7 +114,7 @@ class Pinned:
         codes: list[int] = []
         for axis in self.mesh.axes:
             wanted = [f for f in self._factors(axis.name, op, rule) if f in allowed]
-            padded = axis.name == "dp" and not self._shares(self.batch, op, rule)
+            padded = axis.name in STATE_AXES and not self._on_activations(op, rule)
             fits = wanted if padded else [f for f in wanted if self._divides(rule, f, axis.size, codes)]
             codes.append(fits[0] if fits else NONE)
         return Strategy(tuple(codes))
@@ -108,7 +125,7 @@ class Pinned:
         for axis in self.mesh.axes:
             for dim in self._dims(axis.name, value):
                 ways = self.mesh.ways(dims[dim]) * axis.size
-                padded = axis.name == "dp" and value not in self.batch.dims
+                padded = axis.name in STATE_AXES and dim in self.state.dims.get(value, {})
                 if padded or self.types[value].shape[dim] % ways == 0:
                     dims[dim] = (*dims[dim], axis.name)
                     break
@@ -121,15 +138,24 @@ class Pinned:
         if axis == "tp":
             found = self._shares(self.tensor, op, rule)
             whole = not self.asked.sequence_parallel or self._gathers(op)
-            return found or ([] if whole else self._positions(op, rule))
-        if axis == "cp":
-            return self._positions(op, rule)
+            return found or ([] if whole else self.positions.factors(op, rule))
         if axis == "ep" and (found := self._shares(self.experts, op, rule)):
             return found
-        found = self._shares(self.batch, op, rule)
-        if found or axis == "ep":
+        if axis == "cp" and self.asked.cp_kind == "a2a" and op in self.attention:
+            return self._shares(self.tensor, op, rule)
+        found = self.positions.factors(op, rule) if axis == "cp" else self._shares(self.batch, op, rule)
+        if found or not self._keeps_shards(op):
             return found
-        return self._shares(self.state, op, rule) if self._keeps_shards(op) else []
+        return self._shares(self.state, op, rule)
+
+    def order(self, op: Op) -> tuple[str, ...]:
+        """Heads that tensor parallelism has cut are cut again by `a2a`, so `cp` is the minor axis there."""
+        if self.asked.cp_kind != "a2a" or op not in self.attention:
+            return ()
+        return tuple(sorted(self.mesh.names, key=lambda name: name == "cp"))
+
+    def _on_activations(self, op: Op, rule: Rule) -> bool:
+        return bool(self._shares(self.batch, op, rule) or self.positions.factors(op, rule))
 
     def _gathers(self, op: Op) -> bool:
         """Whether an op outside tensor parallelism works on whole sequences all the same: a copy
@@ -156,10 +182,6 @@ class Pinned:
             return op.tag.endswith("~update") or (op.tag.endswith("~step") and self.asked.zero == 3)
         return self.phase_of.get(op.tag) in ("prepare", "update")
 
-    def _positions(self, op: Op, rule: Rule) -> list[int]:
-        """Positions: of the queries where an op has both queries and keys."""
-        return self._shares(self.positions, op, rule)
-
     @staticmethod
     def _shares(tracker: Examples, op: Op, rule: Rule) -> list[int]:
         shares = tracker.shares(op, rule) if not rule.opaque else {}
@@ -173,8 +195,8 @@ class Pinned:
     def _dims(self, axis: str, value: int) -> list[int]:
         trackers = {
             "tp": [self.tensor],
-            "cp": [self.positions],
-            "ep": [self.experts, self.batch],
+            "cp": [self.positions, self.state],
+            "ep": [self.experts, self.batch, self.state],
             "dp": [self.batch, self.state],
         }[axis]
         for tracker in trackers:
@@ -237,18 +259,6 @@ class Pinned:
         able = [d for d in range(len(shape)) if d not in taken]
         longest = max(able, key=lambda d: shape[d], default=None)
         return {} if longest is None else {longest: shape[longest]}
-
-
-class Queries(Examples):
-    """Positions, where queries meet keys those of the queries alone: keys stay whole there."""
-
-    def _simple(self, op: Op) -> None:
-        super()._simple(op)
-        for result in op.outputs:
-            dims = self.dims.get(result, {})
-            if len(dims) > 1:
-                first = min(dims)
-                self.dims[result] = {first: dims[first]}
 
 
 def _letters(tag: str, shape: tuple[int, ...]) -> str:
