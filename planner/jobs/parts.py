@@ -170,13 +170,29 @@ class _Sorting:
     # ------------------------------------------------------------ communication
 
     def _communicate(self) -> None:
-        names = spoken(self.space)
+        """What several ops read in one layout travels once per pass; what an all-to-all brought
+        is as large as what it took, so the backward pass finds it kept."""
+        names, held = spoken(self.space), self._held()
+        seen: set[tuple[str, int, str]] = set()
         for item in self.space.transfers:
             reader = item.reader if item.reader in self.phase else item.source.rpartition(":")[0]
-            for entry in moves(self.space, self.choices, item, names):
+            entries = moves(self.space, self.choices, item, names)
+            swapped = all(entry.kind == "all_to_all" for entry in entries)
+            key = held.get(item.source, item.source), int(item.wanted[0]), "" if swapped else item.phase
+            for entry in entries if key not in seen else ():
                 self._add(entry, reader, self._kind(item.source, item.phase))
+            seen.add(key)
         for op, entry in settlements(self.space, self.choices):
             self._add(entry, op.tag, "exchange")
+
+    def _held(self) -> dict[str, str]:
+        """Tags of what barriers hold -> tags of what they were given."""
+        return {
+            self.tags[v]: self.tags[u]
+            for op in self.graph.ops
+            if op.kind == "optimization_barrier"
+            for u, v in zip(op.inputs, op.outputs, strict=True)
+        }
 
     def _kind(self, source: str, phase: str) -> str:
         if phase == "update":
@@ -202,7 +218,7 @@ class _Sorting:
         saved = self._saved(local)
         for value, nbytes in saved.items():
             place = self.place[self._maker(value)]
-            count = self._counts[value] if place == "layer" else 1
+            count = self._counts[value]
             self.parts[place].saved += nbytes * count / (self.layers if place == "layer" else 1)
         peak = float(_passing(lives, self._gradients()).profile(self._moving(local)).max())
         return max(0.0, peak - sum(nbytes * self._counts[v] for v, nbytes in saved.items()))

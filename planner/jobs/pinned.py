@@ -40,6 +40,7 @@ from .positions import Attention, Positions
 CP_KINDS = ("all_gather", "p2p", "a2a")
 LETTERS = re.compile(r"_([A-Z0-9]+)\W*$")
 TENSOR, EXPERT = "NKFV", "E"
+LOOK_UPS = frozenset({"gather", "scatter", "scatter-add"})  # tokens are dispatched and combined on their own rank
 STATE_AXES = ("dp", "ep", "cp")  # ZeRO's shards of state are cut over these
 
 
@@ -139,7 +140,7 @@ class Pinned:
             found = self._shares(self.tensor, op, rule)
             whole = not self.asked.sequence_parallel or self._gathers(op)
             return found or ([] if whole else self.positions.factors(op, rule))
-        if axis == "ep" and (found := self._shares(self.experts, op, rule)):
+        if axis == "ep" and op.kind not in LOOK_UPS and (found := self._shares(self.experts, op, rule)):
             return found
         if axis == "cp" and self.asked.cp_kind == "a2a" and op in self.attention:
             return self._shares(self.tensor, op, rule)
@@ -267,6 +268,8 @@ def _letters(tag: str, shape: tuple[int, ...]) -> str:
 
 
 def _named(tag: str, shape: tuple[int, ...], letters: str, ways: int) -> dict[int, int]:
-    """The dim of an input whose letter is one of these: dim -> size."""
-    found = [d for d, letter in enumerate(_letters(tag, shape)) if letter in letters and shape[d] % ways == 0]
+    """The dim of an input whose letter is one of these: dim -> size. Experts come first in their
+    own weights; a router's are whole."""
+    named = enumerate(_letters(tag, shape))
+    found = [d for d, letter in named if letter in letters and shape[d] % ways == 0 and (d == 0 or letter != EXPERT)]
     return {found[0]: shape[found[0]]} if found else {}

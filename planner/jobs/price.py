@@ -39,6 +39,7 @@ class Job:
     microbatches: int
     overlap: frozenset[str] = frozenset()
     reduce_in_fp32: bool = True
+    lead: int = 0  # layers of another kind, priced with the embedding: the first ones
 
     def __post_init__(self) -> None:
         for name in ("layers", "microbatch", "microbatches"):
@@ -49,6 +50,11 @@ class Job:
             raise PlanError(
                 f"{self.layers} layers are fewer than {stages} stages.",
                 where="pp, vpp", fix=f"at most {self.layers} stages",
+            )  # fmt: skip
+        if self.layers < stages * self.lead:
+            raise PlanError(
+                f"{self.lead} leading layers do not fit the first of {stages} stages of {self.layers} layers.",
+                where="pp, vpp", fix=f"at most {self.layers // self.lead} stages",
             )  # fmt: skip
         if self.parallelism.vpp > 1 and self.microbatches % self.parallelism.pp:
             raise PlanError(
@@ -113,10 +119,11 @@ class _Pricing:
         return found
 
     def _stage(self, index: int) -> dict[Place, int]:
-        """How many of each part one stage has; earlier stages take what does not divide."""
+        """How many of each part one stage has; earlier stages take what does not divide, the
+        first has the leading layers."""
         count = self.job.parallelism.pp * self.job.parallelism.vpp
         each, left = divmod(self.job.layers, count)
-        layers = each + (index < left)
+        layers = each + (index < left) - (self.job.lead if index == 0 else 0)
         return {"embedding": int(index == 0), "layer": layers, "head": int(index == count - 1)}
 
     def _pass(self, stage: dict[Place, int], which: str) -> float:
@@ -138,7 +145,7 @@ class _Pricing:
         return {"compute": work.compute, "exchange": exchange, "travel": travel}
 
     def _reduce(self, part: Part) -> float:
-        wide = 2.0 if self.job.reduce_in_fp32 and self.job.parallelism.dp > 1 else 1.0
+        wide = 2.0 if self.job.reduce_in_fp32 and self.job.parallelism.dp * self.job.parallelism.cp > 1 else 1.0
         return part.update.reduce * wide
 
     def _hop(self) -> float:

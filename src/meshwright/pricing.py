@@ -28,9 +28,43 @@ RECOMPUTE: dict[str, Policy] = {
 }
 
 
+FAMILIES = ("gpt", "llama", "mixtral", "deepseek")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Of a mixture: `count` experts of width `hidden`, `choices` per token, shared ones of together
+    `shared`; the first `dense` layers have a plain feed-forward instead."""
+
+    count: int
+    choices: int
+    hidden: int
+    shared: int = 0
+    dense: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("count", "choices", "hidden"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} of experts cannot be {getattr(self, name)}.", where=name, fix="1 or more")
+        if self.choices > self.count:
+            raise UsageError(
+                f"{self.choices} choices are more than {self.count} experts.", where="choices", fix="fewer choices"
+            )
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Widths of multi-head latent attention: latents of queries and of keys and values, the rotary part."""
+
+    query: int = 1536
+    key_value: int = 512
+    head: int = 128
+    rotary: int = 64
+
+
 @dataclass(frozen=True)
 class Shape:
-    """A decoder as numbers. `family` is the zoo's architecture: gpt, llama or mixtral."""
+    """A decoder as numbers. `family` is the zoo's architecture, one of `FAMILIES`."""
 
     family: str
     layers: int
@@ -40,14 +74,21 @@ class Shape:
     ffn: int
     vocab: int
     seq: int
+    experts: Experts | None = None
+    latent: Latent | None = None
 
     def __post_init__(self) -> None:
-        if self.family not in ("gpt", "llama"):
-            raise UsageError(f"family `{self.family}` is not known.", fix=did_you_mean(self.family, ("gpt", "llama")))
+        if self.family not in FAMILIES:
+            raise UsageError(f"family `{self.family}` is not known.", fix=did_you_mean(self.family, FAMILIES))
+        if (self.experts is None) != (self.family in ("gpt", "llama")):
+            raise UsageError(
+                f"family `{self.family}` and experts {self.experts} do not go together.",
+                where="family", fix="mixtral or deepseek for mixtures of experts, gpt or llama without",
+            )  # fmt: skip
         for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} cannot be {getattr(self, name)}.", where=name, fix="1 or more")
-        if self.hidden % self.heads or self.heads % self.kv_heads:
+        if (self.latent is None and self.hidden % self.heads) or self.heads % self.kv_heads:
             raise UsageError(
                 f"{self.heads} heads of {self.kv_heads} keys and values do not divide a width of {self.hidden}.",
                 where="heads", fix="heads that divide hidden, kv_heads that divide heads",
@@ -61,7 +102,7 @@ class Shape:
 
 def shape_of(model: str, seq: int | None = None, layers: int | None = None) -> Shape:
     """The shape of a model of the zoo by name."""
-    from .models import gpt, llama
+    from .models import deepseek, gpt, llama, mixtral
 
     if model in gpt.CONFIGS:
         g = gpt.CONFIGS[model]
@@ -71,7 +112,19 @@ def shape_of(model: str, seq: int | None = None, layers: int | None = None) -> S
         c = llama.CONFIGS[model]
         depth, length = c.layers if layers is None else layers, c.seq if seq is None else seq
         return Shape("llama", depth, c.width, c.heads, c.kv_heads, c.hidden, c.vocab, length)
-    raise UsageError(f"`{model}` is no decoder of the zoo.", fix=did_you_mean(model, [*gpt.CONFIGS, *llama.CONFIGS]))
+    if model in mixtral.CONFIGS:
+        m = mixtral.CONFIGS[model]
+        depth, length = m.layers if layers is None else layers, m.seq if seq is None else seq
+        experts = Experts(m.experts, m.choices, m.hidden)
+        return Shape("mixtral", depth, m.width, m.heads, m.kv_heads, m.hidden, m.vocab, length, experts)
+    if model in deepseek.CONFIGS:
+        d = deepseek.CONFIGS[model]
+        depth, length = d.layers if layers is None else layers, d.seq if seq is None else seq
+        experts = Experts(d.experts, d.choices, d.expert_hidden, d.shared_hidden, d.dense)
+        latent = Latent(d.query_latent, d.latent, d.head, d.rotary)
+        return Shape("deepseek", depth, d.width, d.heads, d.heads, d.hidden, d.vocab, length, experts, latent)
+    known = [*gpt.CONFIGS, *llama.CONFIGS, *mixtral.CONFIGS, *deepseek.CONFIGS]
+    raise UsageError(f"`{model}` is no decoder of the zoo.", fix=did_you_mean(model, known))
 
 
 @dataclass(frozen=True)
@@ -141,11 +194,11 @@ def price_job(
             where="global batch", fix=f"a multiple of {microbatch * parallelism.dp}",
         )  # fmt: skip
     shape = _divided(shape, parallelism)
-    parts = _parts(
-        replace(shape, layers=TRACED), microbatch, replace(parallelism, pp=1, vpp=1), setting, _Known(cluster)
-    )
+    lead = shape.experts.dense if shape.experts else 0
+    traced = replace(shape, layers=lead + max(TRACED, lead + 2))  # leading layers never look like the others
+    parts = _parts(traced, microbatch, replace(parallelism, pp=1, vpp=1), setting, _Known(cluster))
     job = Job(
-        layers=shape.layers, parallelism=parallelism, microbatch=microbatch,
+        layers=shape.layers, lead=lead, parallelism=parallelism, microbatch=microbatch,
         microbatches=global_batch // (microbatch * parallelism.dp),
         overlap=setting.overlap, reduce_in_fp32=setting.reduce_in_fp32,
     )  # fmt: skip
@@ -159,14 +212,17 @@ def _divided(shape: Shape, parallelism: Parallelism) -> Shape:
     Raises:
         PlanError: heads, feed-forward or positions that these degrees do not divide.
     """
-    tp, cp = parallelism.tp, parallelism.cp
+    tp, cp, ep = parallelism.tp, parallelism.cp, parallelism.ep
+    if ep > 1 and shape.experts is None:
+        raise PlanError(f"ep is {ep}, but the model has no experts.", where="ep", fix="1, or a mixture of experts")
     cuts = cp * (tp if parallelism.sequence_parallel else 1)
     for what, size, ways in (
         ("heads", shape.heads, tp), ("key-value heads", shape.kv_heads, tp), ("feed-forward", shape.ffn, tp),
-        ("positions", shape.seq, cuts),
+        ("positions", shape.seq, cuts), ("experts", shape.experts.count if shape.experts else ep, ep),
+        *((("key-value heads", shape.kv_heads, tp * cp),) if parallelism.cp_kind == "a2a" else ()),
     ):  # fmt: skip
         if size % ways:
-            name = "tp" if what != "positions" else "cp and sequence parallelism"
+            name = {"positions": "cp and sequence parallelism", "experts": "ep"}.get(what, "tp or cp by a2a")
             raise PlanError(
                 f"{size} {what} cannot be cut {ways} ways.", where=name, fix=f"a {name} that divides {size}"
             )
@@ -193,7 +249,7 @@ def _parts(shape: Shape, microbatch: int, parallelism: Parallelism, setting: Set
         policy = "fused-selective"  # fused attention keeps no scores to begin with
     program = _program(shape, microbatch * parallelism.dp, policy)
     cost = Roofline(known.cluster, setting.fused_attention, PRODUCTS[setting.products])
-    return parts_of(program, shape.layers, parallelism, cost)
+    return parts_of(program, shape.layers - (shape.experts.dense if shape.experts else 0), parallelism, cost)
 
 
 @lru_cache(maxsize=64)
@@ -218,8 +274,29 @@ def _example(shape: Shape, batch: int) -> Any:
             shape.layers, shape.hidden, shape.heads, 1e-4, batch, seq=shape.seq, vocab=shape.vocab
         )
         return gpt.make("gpt", config)
+    if shape.experts:
+        return _mixture(shape, shape.experts, batch)
     config = llama.LlamaConfig(
         shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, 1e-4, batch,
         seq=shape.seq, vocab=shape.vocab,
     )  # fmt: skip
     return llama.make("llama", config)
+
+
+def _mixture(shape: Shape, experts: Experts, batch: int) -> Any:
+    """Every expert takes an even share of the choices, and no more: nothing is dropped or wasted."""
+    from .models import deepseek, mixtral
+
+    if shape.latent is None:
+        config = mixtral.MixtralConfig(
+            shape.layers, shape.hidden, experts.hidden, shape.heads, shape.kv_heads, experts.count, 1e-4, batch,
+            shape.seq, shape.vocab, choices=experts.choices, capacity_factor=1.0, dispatch="sorted",
+        )  # fmt: skip
+        return mixtral.make("mixtral", config)
+    latent = shape.latent
+    sizes = deepseek.DeepSeekConfig(
+        shape.layers, experts.dense, shape.hidden, shape.ffn, shape.heads, experts.count, experts.choices,
+        experts.hidden, experts.shared, 1e-4, batch, shape.vocab, shape.seq, latent.query, latent.key_value,
+        latent.head, latent.rotary,
+    )  # fmt: skip
+    return deepseek.make("deepseek", sizes)
