@@ -215,13 +215,27 @@ class _Sorting:
         lives = lifetimes(self.program, 1, known, as_fused(self.kernels))
         local = Ledger(self.space, lives).local_bytes(self.choices)
         self._inputs(local, known)
-        saved = self._saved(local)
+        saved = self._saved(local) | self._swapped_results(local)
         for value, nbytes in saved.items():
             place = self.place[self._maker(value)]
             count = self._counts[value]
             self.parts[place].saved += nbytes * count / (self.layers if place == "layer" else 1)
         peak = float(_passing(lives, self._gradients()).profile(self._moving(local)).max())
         return max(0.0, peak - sum(nbytes * self._counts[v] for v, nbytes in saved.items()))
+
+    def _swapped_results(self, local: Mapping[int, float]) -> dict[int, float]:
+        """What attention makes under `a2a`, kept with its heads cut beside what the all-to-all makes of it:
+        the fused kernel's backward pass reads the one, the output product the other (TransformerEngine,
+        context_parallel.py)."""
+        if self.pinned.asked.cp == 1 or self.pinned.asked.cp_kind != "a2a":
+            return {}
+        attention = self.pinned.attention
+        return {
+            op.outputs[0]: local[op.outputs[0]]
+            for op, phase in zip(self.graph.ops, self.program.phases, strict=True)
+            if phase == "forward" and op.kind in CONTRACTIONS and op in attention
+            if op.outputs[0] not in attention.scores and op.outputs[0] in local
+        }
 
     def _moving(self, local: Mapping[int, float]) -> dict[int, float]:
         """Bytes of activations and of fresh gradients, which are added to those of the step."""
