@@ -32,6 +32,7 @@ from ..space import Space, build
 from .pinned import STATE_AXES, Parallelism, Pinned
 
 Place = Literal["embedding", "layer", "head"]
+TENSOR_GATHER = ("all_gather", ("tp",))
 PLACES: tuple[Place, ...] = ("embedding", "layer", "head")
 
 
@@ -41,13 +42,18 @@ class Work:
 
     Seconds: `compute`; `exchange`, collectives between ops of the same layer (tensor,
     sequence, context, expert parallelism); `gather`, of parameters; `reduce`, of gradients.
-    `collectives` lists them. `flop` counts products on whole tensors.
+    `collectives` lists them. Of `exchange`, `gathered` are all-gathers of tensor parallelism and
+    `ring` what context parallelism moves; of `compute`, `attention` are products of attention.
+    `flop` counts products on whole tensors.
     """
 
     compute: float = 0.0
     exchange: float = 0.0
     gather: float = 0.0
     reduce: float = 0.0
+    gathered: float = 0.0
+    ring: float = 0.0
+    attention: float = 0.0
     flop: float = 0.0
     collectives: list[Collective] = field(default_factory=list)
 
@@ -107,7 +113,7 @@ class _Sorting:
     def __init__(self, space: Space, layers: int, cost: CostModel, pinned: Pinned):
         self.space, self.layers, self.cost, self.pinned = space, layers, cost, pinned
         self.program, self.graph = space.program, space.program.graph
-        self.kernels = kernels_of(self.program, cost.fused_attention)
+        self.kernels = kernels_of(self.program, cost.fused_attention, cost.fusion)
         self.tags = self.program.value_tags
         self.choices = (0,) * len(space.nodes)
         self.parts: dict[Place, Part] = {place: Part() for place in PLACES}
@@ -144,6 +150,8 @@ class _Sorting:
             if op.tag in self.space.own:
                 work, share = self._work(op.tag), self._share(op.tag)
                 work.compute += float(self.space.own[op.tag][0]) * share
+                if op in self.pinned.attention:
+                    work.attention += float(self.space.own[op.tag][0]) * share
                 if op.kind in CONTRACTIONS:
                     rule = rule_of(op, self.graph.types)
                     work.flop += flop(op, rule, self.graph.types) * share
@@ -205,6 +213,8 @@ class _Sorting:
         work = self._work(tag)
         scale = 1 / self.layers if self.place.get(tag) == "layer" else 1.0
         setattr(work, kind, getattr(work, kind) + entry.seconds * scale)
+        work.gathered += entry.seconds * scale * (kind == "exchange" and (entry.kind, entry.axes) == TENSOR_GATHER)
+        work.ring += entry.seconds * scale * (kind == "exchange" and entry.axes == ("cp",))
         work.collectives.append(entry)
 
     # ------------------------------------------------------------ memory

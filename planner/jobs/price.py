@@ -39,6 +39,7 @@ class Job:
     microbatches: int
     overlap: frozenset[str] = frozenset()
     reduce_in_fp32: bool = True
+    narrow_gathers: bool = False  # gathers in layers carry one byte in place of two
     lead: int = 0  # layers of another kind, priced with the embedding: the first ones
 
     def __post_init__(self) -> None:
@@ -136,6 +137,11 @@ class _Pricing:
         """One pass over one part, by cause. What overlaps counts only where it outlasts the rest."""
         work: Work = getattr(part, which)
         exchange, travel = work.exchange, work.gather
+        if self.job.narrow_gathers and part is self.parts["layer"]:
+            travel /= 2
+            exchange -= work.gathered / 2
+        if self.job.parallelism.cp_kind == "p2p":
+            exchange += _beside(work.ring, work.attention) - work.ring
         if which == "backward" and self.job.parallelism.zero >= 2:
             travel += self._reduce(part)
         if "tensor" in self.job.overlap:
@@ -195,8 +201,15 @@ class _Pricing:
         found["activations"] = in_flight(schedule, rank) * sum(saved) / len(saved)
         found["transient"] = self.parts.transient
         if par.zero == 3:
-            found["parameters"] = 2 * max(part.casts_whole for part in self.parts.parts.values())
+            found["parameters"] = self._gathered()
         return found
+
+    def _gathered(self) -> float:
+        """Bytes of what FSDP has gathered at once: a layer and the next one, and the root unit with
+        embedding and head, which is kept from the forward pass to the backward pass
+        (PyTorch, torch.distributed.fsdp.fully_shard, `reshard_after_forward`)."""
+        whole = {place: part.casts_whole for place, part in self.parts.parts.items()}
+        return whole["embedding"] + 2 * whole["layer"] + whole["head"]
 
     def _flop(self) -> float:
         job = self.job

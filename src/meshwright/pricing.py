@@ -14,6 +14,7 @@ from .ir.cluster import Cluster
 from .ir.errors import PlanError, UsageError, did_you_mean
 from .ir.program import Program, prepare
 from .ir.recompute import Policy
+from .planner.cost.kernels import FUSIONS, Fusion
 from .planner.cost.model import Roofline
 from .planner.jobs.parts import Parts, parts_of
 from .planner.jobs.pinned import Parallelism
@@ -136,12 +137,23 @@ class Setting:
     products: str = "bf16"  # what products outside attention are done in: bf16 or fp8
     overlap: frozenset[str] = frozenset()
     reduce_in_fp32: bool = True
+    gathers: str = "bf16"  # what activations and ZeRO-3's parameters are gathered in, where products read them
+    fusion: Fusion = "all"  # what a compiler fuses: PyTorch run eagerly "none", only layers compiled "layers"
 
     def __post_init__(self) -> None:
         if self.recompute not in RECOMPUTE:
             raise PlanError(
                 f"recompute cannot be `{self.recompute}`.",
                 where="recompute", fix=did_you_mean(self.recompute, RECOMPUTE),
+            )  # fmt: skip
+        if self.fusion not in FUSIONS:
+            raise PlanError(
+                f"fusion cannot be `{self.fusion}`.", where="fusion", fix=did_you_mean(self.fusion, FUSIONS)
+            )
+        if self.gathers not in PRODUCTS or (self.gathers == "fp8" and self.products != "fp8"):
+            raise PlanError(
+                f"gathers in `{self.gathers}` do not go with products in `{self.products}`.",
+                where="gathers", fix="bf16, or fp8 where products are in fp8",
             )  # fmt: skip
         if self.products not in PRODUCTS:
             raise PlanError(
@@ -200,7 +212,7 @@ def price_job(
     job = Job(
         layers=shape.layers, lead=lead, parallelism=parallelism, microbatch=microbatch,
         microbatches=global_batch // (microbatch * parallelism.dp),
-        overlap=setting.overlap, reduce_in_fp32=setting.reduce_in_fp32,
+        overlap=setting.overlap, narrow_gathers=setting.gathers == "fp8", reduce_in_fp32=setting.reduce_in_fp32,
     )  # fmt: skip
     boundary = 2.0 * microbatch * shape.seq * shape.hidden / parallelism.cp / parallelism.tp
     return price(parts, job, cluster, boundary)
@@ -245,10 +257,12 @@ class _Known:
 def _parts(shape: Shape, microbatch: int, parallelism: Parallelism, setting: Setting, known: _Known) -> Parts:
     """What one stage without a pipeline costs, for a model of few layers."""
     policy = RECOMPUTE[setting.recompute]
-    if setting.fused_attention and policy == "fused":
+    if setting.fusion == "none" and policy == "fused":
+        policy = "none"  # nothing is made again that nobody asked for
+    elif setting.fused_attention and policy == "fused":
         policy = "fused-selective"  # fused attention keeps no scores to begin with
     program = _program(shape, microbatch * parallelism.dp, policy)
-    cost = Roofline(known.cluster, setting.fused_attention, PRODUCTS[setting.products])
+    cost = Roofline(known.cluster, setting.fused_attention, setting.fusion, PRODUCTS[setting.products])
     return parts_of(program, shape.layers - (shape.experts.dense if shape.experts else 0), parallelism, cost)
 
 
