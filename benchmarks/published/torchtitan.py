@@ -52,6 +52,8 @@ def setting(row: Row) -> pricing.Setting:
 
 def meta(row: Row) -> Cluster:
     """Meta's own device: HBM2e at 2.4 TB/s (stated with the results), and at 500 of 700 W we take
-    its products at sqrt(500 / 700) of the SXM's rate, its one factor."""
+    its products and attention at sqrt(500 / 700) of the SXM's rate, its one factor."""
     cluster = hosts("h100", row, "ib400").with_("device.memory_bandwidth", "2400 GB/s").with_("device.memory", "96 GB")
-    return cluster.with_("device.efficiency", cluster.device.efficiency * (500 / 700) ** 0.5)
+    device, power = cluster.device, (500 / 700) ** 0.5
+    cluster = cluster.with_("device.efficiency", device.efficiency * power)
+    return cluster.with_("device.attention_efficiency", device.attention_efficiency * power)

@@ -249,8 +249,8 @@ class _Sorting:
 
     def _moving(self, local: Mapping[int, float]) -> dict[int, float]:
         """Bytes of activations and of fresh gradients, which are added to those of the step."""
-        passing = self._gradients()
-        return {v: b if v in self.pinned.batch.dims or v in passing else 0.0 for v, b in local.items()}
+        passing, pinned = self._gradients(), self.pinned
+        return {v: b if pinned.is_activation(v) or v in passing else 0.0 for v, b in local.items()}
 
     def _gradients(self) -> frozenset[int]:
         """What the backward pass makes of parameters: sums over examples."""
@@ -259,7 +259,7 @@ class _Sorting:
             for op, phase in zip(self.graph.ops, self.program.phases, strict=True)
             if phase == "backward" and op.kind != "copy"
             for v in op.outputs
-            if v not in self.pinned.batch.dims and self.graph.types[v].rank > 1
+            if not self.pinned.is_activation(v) and self.graph.types[v].rank > 1
         )
 
     def _inputs(self, local: Mapping[int, float], known: Mapping[int, str]) -> None:

@@ -155,6 +155,10 @@ class Pinned:
             return ()
         return tuple(sorted(self.mesh.names, key=lambda name: name == "cp"))
 
+    def is_activation(self, value: int) -> bool:
+        """Whether a value exists per example or per position: a batch of one has no dim that tells."""
+        return value in self.batch.dims or bool(self.positions.both.dims.get(value))
+
     def _on_activations(self, op: Op, rule: Rule) -> bool:
         return bool(self._shares(self.batch, op, rule) or self.positions.factors(op, rule))
 

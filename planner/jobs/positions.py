@@ -51,7 +51,10 @@ class Positions(Examples):
                 self.summed.add(result)
 
     def factors(self, op: Op, rule: Rule) -> list[int]:
-        """Factors that are positions, those of the results first."""
+        """Factors that are positions, those of the results first; of scores, queries alone."""
+        for result, dims in zip(op.outputs, rule.results, strict=True):
+            if result in self.queries:
+                return list(dims[self.queries[result]][:1])
         found = set() if rule.opaque else set(self.shares(op, rule))
         for result, dims in zip(op.outputs, rule.results, strict=True):
             kept = () if result in self.summed else self.dims.get(result, {})
