@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -32,6 +32,7 @@ from ..space import Space, build
 from .pinned import STATE_AXES, Parallelism, Pinned
 
 Place = Literal["embedding", "layer", "head"]
+COPY = re.compile(r"~(forward|backward):\d+$")  # how tags of copies for one pass end
 TENSOR_GATHER = ("all_gather", ("tp",))
 PLACES: tuple[Place, ...] = ("embedding", "layer", "head")
 
@@ -180,27 +181,36 @@ class _Sorting:
     def _communicate(self) -> None:
         """What several ops read in one layout travels once per pass; what an all-to-all brought
         is as large as what it took, so the backward pass finds it kept."""
-        names, held = spoken(self.space), self._held()
+        names, origin = spoken(self.space), self._origins()
         seen: set[tuple[str, int, str]] = set()
         for item in self.space.transfers:
             reader = item.reader if item.reader in self.phase else item.source.rpartition(":")[0]
             entries = moves(self.space, self.choices, item, names)
             swapped = all(entry.kind == "all_to_all" for entry in entries)
-            key = held.get(item.source, item.source), int(item.wanted[0]), "" if swapped else item.phase
+            key = origin(item.source), int(item.wanted[0]), "" if swapped else item.phase
             for entry in entries if key not in seen else ():
                 self._add(entry, reader, self._kind(item.source, item.phase))
             seen.add(key)
         for op, entry in settlements(self.space, self.choices):
             self._add(entry, op.tag, "exchange")
 
-    def _held(self) -> dict[str, str]:
-        """Tags of what barriers hold -> tags of what they were given."""
-        return {
+    def _origins(self) -> Callable[[str], str]:
+        """Leads a value's tag to what it is a copy of: made for one pass, held by a barrier, or made
+        again by cheap ops alone (where products are made again, everything really travels again)."""
+        held = {
             self.tags[v]: self.tags[u]
             for op in self.graph.ops
             if op.kind == "optimization_barrier"
             for u, v in zip(op.inputs, op.outputs, strict=True)
         }
+        attention = self.pinned.attention
+        redone = any("~again" in op.tag and op.kind in CONTRACTIONS and op not in attention for op in self.graph.ops)
+
+        def origin(tag: str) -> str:
+            tag = COPY.sub("", tag)
+            return held.get(tag, tag) if redone else held.get(tag, tag).replace("~again", "")
+
+        return origin
 
     def _kind(self, source: str, phase: str) -> str:
         if phase == "update":

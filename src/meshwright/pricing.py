@@ -84,7 +84,7 @@ class Shape:
         if (self.experts is None) != (self.family in ("gpt", "llama")):
             raise UsageError(
                 f"family `{self.family}` and experts {self.experts} do not go together.",
-                where="family", fix="mixtral or deepseek for mixtures of experts, gpt or llama without",
+                where="family", fix="mixtral with experts, gpt or llama without; deepseek by its name as a model",
             )  # fmt: skip
         for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq"):
             if getattr(self, name) < 1:
@@ -146,10 +146,6 @@ class Setting:
                 f"recompute cannot be `{self.recompute}`.",
                 where="recompute", fix=did_you_mean(self.recompute, RECOMPUTE),
             )  # fmt: skip
-        if self.fusion not in FUSIONS:
-            raise PlanError(
-                f"fusion cannot be `{self.fusion}`.", where="fusion", fix=did_you_mean(self.fusion, FUSIONS)
-            )
         if self.gathers not in PRODUCTS or (self.gathers == "fp8" and self.products != "fp8"):
             raise PlanError(
                 f"gathers in `{self.gathers}` do not go with products in `{self.products}`.",
@@ -171,6 +167,14 @@ def overlaps(text: str) -> frozenset[str]:
         if name not in OVERLAPS:
             raise PlanError(f"overlap cannot be `{name}`.", where="overlap", fix=did_you_mean(name, OVERLAPS))
     return frozenset(names)
+
+
+def fusion_of(text: str) -> Fusion:
+    """What a compiler fuses, by name."""
+    for known in FUSIONS:
+        if known == text:
+            return known
+    raise PlanError(f"fusion cannot be `{text}`.", where="fusion", fix=did_you_mean(text, FUSIONS))
 
 
 def parallelism_on(cluster: Cluster, *, dp: int | None, **degrees: Any) -> Parallelism:
