@@ -193,3 +193,10 @@ def test_attention_with_few_heads_leaves_multiprocessors_idle():
         for tp in (1, 8)
     )
     assert narrow > 1.3 * wide / 8
+
+
+def test_gradients_of_experts_with_few_tokens_take_as_long_as_their_bytes():
+    """Two tokens per expert: the backward pass reads and writes every gradient in fp32."""
+    few = replace(MIXTRAL, seq=128, experts=Experts(64, 1, 14336))
+    gradients = 64 * 3 * 4096 * 14336 / 8
+    assert parts(few, Parallelism(dp=8, ep=8))["layer"].backward.compute > HOST.device.stream_seconds(8 * gradients)

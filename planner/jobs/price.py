@@ -17,10 +17,8 @@ from ...ir.errors import PlanError
 from ..cost.collectives import Collectives
 from ..pipeline.schedules import Schedule, in_flight, schedule_of
 from ..pipeline.simulate import COMPUTE, SLOWDOWN, Run, StageSeconds, pipeline_tasks, simulate
-from .parts import Part, Parts, Place, Work
+from .parts import GRADIENT, Part, Parts, Place, Work
 from .pinned import Parallelism
-
-GRADIENT = 4  # bytes per accumulated gradient: fp32, as Megatron-LM and PyTorch FSDP keep them
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ class _Pricing:
                 part = self.parts[place]
                 reduce += n * self._reduce(part)
                 gather += n * part.prepare.gather
-                update += n * (part.update.compute + part.prepare.compute)
+                update += n * (part.update.compute + part.prepare.compute + self._buffers(part))
         if self.job.parallelism.zero >= 2:
             reduce = 0.0
         if "gradients" in self.job.overlap:
@@ -184,6 +182,15 @@ class _Pricing:
         if "parameters" in self.job.overlap:
             gather = max(0.0, gather - forward)
         return reduce + update + gather
+
+    def _buffers(self, part: Part) -> float:
+        """Seconds of setting the step's gradients to zero, and of scaling them before they are reduced:
+        a write, a read and a write (Megatron-LM, param_and_grad_buffer.py). ZeRO-2 and 3 keep shards alone."""
+        par = self.job.parallelism
+        if par.zero >= 2:
+            return 0.0
+        passes = 3 if par.dp * par.cp > 1 else 1
+        return self.cluster.device.stream_seconds(passes * GRADIENT * part.weights)
 
     def _memory(
         self, schedule: Schedule, rank: int, stages: list[dict[Place, int]]
