@@ -108,7 +108,7 @@ class Device(Part):
     launch: Time = 5e-6  # seconds per kernel, whatever its size
     efficiency: float = Field(default=0.8, gt=0, le=1)  # share of the peak that large products get
     memory_efficiency: float = Field(default=1.0, gt=0, le=1)  # share of it that streaming kernels get
-    attention_efficiency: float = Field(default=0.4, gt=0, le=1)  # share of the peak in fused attention
+    attention_efficiency: float = Field(default=0.4, gt=0, le=1)  # share of the peak in large fused attention
     units: int | None = Field(default=None, gt=0)  # multiprocessors that share a product's tiles
     elementwise_flops: Peak | None = None  # simple f32 operations/s outside the matrix units
     source: str | None = None

@@ -31,6 +31,7 @@ _MODULES = {
     "gpt": _GPT,
     "llama": ("llama3-8b", "llama3-70b", "llama3-405b", "llama-tiny"),
     "mixtral": ("mixtral-8x7b", "mixtral-tiny"),
+    "deepseek": ("deepseek-v2", "deepseek-v3", "deepseek-tiny"),
     "vit": ("vit-b16", "vit-l16", "vit-h14", "vit-tiny"),
     "wide_resnet": (
         *("wrn-50-2", "wrn-101-2", "wrn-alpa-250m", "wrn-alpa-500m", "wrn-alpa-1b"),

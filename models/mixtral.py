@@ -1,8 +1,8 @@
 """Mixtral: a Llama-like decoder whose feed-forward is a mixture of experts.
 
 Each token goes to its top two experts. Dispatch is by capacity and one-hot
-einsums, as in GShard (Lepikhin et al. 2020, arXiv 2006.16668): static shapes, a
-token beyond an expert's capacity skips that expert. Each sequence is its own
+einsums, as in GShard (Lepikhin et al. 2020, arXiv 2006.16668), or sorted (`experts`):
+static shapes, a token beyond an expert's capacity skips that expert. Each sequence is its own
 dispatch group, so that the batch stays a parallel dim. No dropout.
 
 Dims: B batch, S position, V vocabulary, L layers, D width, F expert width,
@@ -24,6 +24,7 @@ import optax
 
 from .data import counting_batch, token_batch
 from .example import Example, abstract, count
+from .experts import routed_experts
 from .layers import cast, grouped_causal_attention, rms_norm, rotate, token_loss
 from .optimizers import clipped_adamw, clipped_sgd
 
@@ -53,6 +54,7 @@ class MixtralConfig:
     choices: int = 2
     capacity_factor: float = 1.25
     balance_weight: float = 0.01
+    dispatch: str = "einsum"  # or "sorted": looked up, no one-hot products
     optimizer: str = "adamw"
     dtype: str = "bf16"
     scan: bool = False
@@ -158,12 +160,23 @@ def balance_loss(config: MixtralConfig, logits_BSE: jax.Array, mask_BSJE: jax.Ar
 
 def mixture(config: MixtralConfig, layer: Params, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
     logits_BSE = jnp.einsum("bsd,de->bse", x_BSD, layer["router_DE"]).astype(jnp.float32)
+    if config.dispatch == "sorted":
+        return sorted_mixture(config, layer, x_BSD, logits_BSE)
     dispatch_BSEC, combine_BSEC, balance = route(config, logits_BSE)
     x_EBCD = jnp.einsum("bsec,bsd->ebcd", dispatch_BSEC.astype(x_BSD.dtype), x_BSD)
     gate_EBCF = jax.nn.silu(jnp.einsum("ebcd,edf->ebcf", x_EBCD, layer["gate_EDF"]))
     up_EBCF = jnp.einsum("ebcd,edf->ebcf", x_EBCD, layer["up_EDF"])
     y_EBCD = jnp.einsum("ebcf,efd->ebcd", gate_EBCF * up_EBCF, layer["down_EFD"])
     return jnp.einsum("bsec,ebcd->bsd", combine_BSEC.astype(x_BSD.dtype), y_EBCD), balance
+
+
+def sorted_mixture(
+    config: MixtralConfig, layer: Params, x_BSD: jax.Array, logits_BSE: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    top_BSJ, expert_BSJ = jax.lax.top_k(logits_BSE, config.choices)
+    mask_BSJE = jax.nn.one_hot(expert_BSJ, config.experts)
+    y_BSD = routed_experts(x_BSD, expert_BSJ, jax.nn.softmax(top_BSJ, axis=-1), layer, config.capacity)
+    return y_BSD, balance_loss(config, logits_BSE, mask_BSJE)
 
 
 def block(config: MixtralConfig, x_BSD: jax.Array, layer: Params) -> tuple[jax.Array, jax.Array]:

@@ -35,6 +35,9 @@ class Chosen:
     def strategy(self, op: Op, rule: Rule) -> Strategy:
         return Strategy(self.plan.strategies[op.tag])
 
+    def order(self, op: Op) -> tuple[str, ...]:
+        return ()
+
     def layout(self, tag: str, value: int) -> Sharding:
         return self.plan.slots[tag].sharding
 

@@ -7,12 +7,12 @@ depend on its shape, so it is worked out once per pair and mesh.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
 
-from ..ir.mesh import Mesh
+from ..ir.mesh import Axis, Mesh
 from ..ir.rule import Rule, Strategy, operand_sharding, result_sharding
 from ..ir.sharding import Sharding
 from .cost.collectives import Collectives
@@ -71,9 +71,14 @@ class Layouts:
             self._taken[key] = self._around(rule, strategies(rule, self.mesh, time))
         return self._taken[key]
 
-    def only(self, rule: Rule, strategy: Strategy) -> Taken:
-        """One given strategy of an op."""
-        return self._around(rule, [strategy])
+    def only(self, rule: Rule, strategy: Strategy, order: tuple[str, ...] = ()) -> Taken:
+        """One given strategy of an op; `order` names axes as they cut one dim, major to minor, if
+        not in the mesh's order."""
+        names = order or self.mesh.names
+        codes = dict(zip(self.mesh.names, strategy.axes, strict=True))
+        mesh = Mesh(tuple(Axis(name, self.mesh.sizes[name]) for name in names))
+        taken = self._around(rule, [Strategy(tuple(codes[name] for name in names))], mesh)
+        return replace(taken, strategies=[strategy])
 
     def followed(
         self, rule: Rule, operand: int, numbers: np.ndarray, time: Mapping[int, int]
@@ -87,12 +92,13 @@ class Layouts:
             self._followed[key] = taken, np.array([m is not None for m in matched])
         return self._followed[key]
 
-    def _around(self, rule: Rule, chosen: list[Strategy]) -> Taken:
+    def _around(self, rule: Rule, chosen: list[Strategy], mesh: Mesh | None = None) -> Taken:
         self._rules[id(rule)] = rule
+        mesh = mesh or self.mesh
         rows = []
         for strategy in chosen:
-            wanted = [operand_sharding(rule, strategy, self.mesh, k) for k in range(len(rule.operands))]
-            left = [result_sharding(rule, strategy, self.mesh, k) for k in range(len(rule.results))]
+            wanted = [operand_sharding(rule, strategy, mesh, k) for k in range(len(rule.operands))]
+            left = [result_sharding(rule, strategy, mesh, k) for k in range(len(rule.results))]
             rows.append([self.number(layout) for layout in (*wanted, *left)])
         numbers = np.array(rows, np.int64).reshape(len(rows), len(rule.operands) + len(rule.results))
         return Taken(chosen, numbers.T, np.array([cut_ways(s, self.mesh) for s in chosen]))

@@ -86,9 +86,12 @@ class Transfer:
 
 
 class Decided(Protocol):
-    """Decisions already made: the one strategy of each op, the one layout of each slot."""
+    """Decisions already made: the one strategy of each op, the order in which its axes cut one dim
+    (empty: the mesh's), the one layout of each slot."""
 
     def strategy(self, op: Op, rule: Rule) -> Strategy: ...
+
+    def order(self, op: Op) -> tuple[str, ...]: ...
 
     def layout(self, tag: str, value: int) -> Sharding: ...
 
@@ -123,7 +126,7 @@ class _Builder:
         self.types = self.graph.types
         self.tags = space.program.value_tags
         self.time = space.program.time if isinstance(space.program.time, TimeAxis) else None
-        self.kernels = kernels_of(self.program, cost.fused_attention)
+        self.kernels = kernels_of(self.program, cost.fused_attention, cost.fusion)
         self.first: dict[str, tuple[Op, Rule]] = {}  # op tag -> one op that carries it
         self.taken: dict[str, Taken] = {}
         self.runs: dict[str, int] = defaultdict(int)
@@ -221,7 +224,7 @@ class _Builder:
     def _decide(self, op: Op, rule: Rule) -> None:
         """Let the op follow one of its operands, or make it a node."""
         if self.decided:
-            taken = self.layouts.only(rule, self.decided.strategy(op, rule))
+            taken = self.layouts.only(rule, self.decided.strategy(op, rule), self.decided.order(op))
             self._settle(op, self._node(Node(op.tag, taken.strategies, np.zeros(1))), taken)
             return
         time = self._time_factors(op, rule)

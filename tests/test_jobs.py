@@ -1,128 +1,202 @@
-"""Jobs given as numbers: groups that share ZeRO's shards, wide heads, lean ends of a pipeline."""
+"""Jobs given as numbers: context and expert parallelism, mixtures of experts, what is not fused."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import jax
-import numpy as np
 import pytest
 
 from meshwright import pricing
 from meshwright.ir.cluster import Cluster
-from meshwright.ir.errors import PlanError
-from meshwright.models import gpt, llama
+from meshwright.ir.errors import PlanError, UsageError
+from meshwright.models import build
+from meshwright.planner.jobs.fixed import fixed_plan
+from meshwright.planner.jobs.parts import Parts, Work
 from meshwright.planner.jobs.pinned import Parallelism
-from meshwright.pricing import Setting, Shape, price_job
+from meshwright.planner.jobs.positions import Attention, Positions
+from meshwright.pricing import Experts, Latent, Setting, Shape, price_job
 
-GPT22B = Shape("gpt", 48, 6144, 64, 64, 24576, 51200, 2048)
-SLICES = "2xv5p-128@dcn"  # two of 4 x 4 x 4 chips
-SHALLOW = replace(GPT22B, layers=4)
-
-
-def _sharded(cluster: str, dp: int, group: int | None):
-    known = pricing._Known(Cluster.parse(cluster))
-    parallelism = Parallelism(dp=dp, zero=3, shard_group=group)
-    return pricing._parts(replace(GPT22B, layers=pricing.TRACED), 1, parallelism, Setting(), known)
+HOST = Cluster.parse("b200x8")
+LLAMA = Shape("llama", 8, 4096, 32, 8, 14336, 32768, 8192)
+MIXTRAL = Shape("mixtral", 8, 4096, 32, 8, 14336, 32768, 4096, Experts(8, 2, 14336))
+DEEPSEEK = Shape("deepseek", 8, 2048, 16, 16, 8192, 32768, 2048, Experts(32, 4, 1024, 1024, 1), Latent())
 
 
-def test_shards_of_a_group_are_those_of_its_ranks_alone():
-    """Two slices that shard inside themselves hold what one slice holds, and gather no slower."""
-    one, two, over = _sharded("v5p-128", 64, None), _sharded(SLICES, 128, 64), _sharded(SLICES, 128, None)
-    assert two["layer"].state == one["layer"].state == pytest.approx(2 * over["layer"].state, rel=0.02)
-    assert two["layer"].forward.gather == pytest.approx(one["layer"].forward.gather)
-    assert over["layer"].forward.gather > one["layer"].forward.gather
+def parts(shape: Shape, parallelism: Parallelism, setting: Setting | None = None) -> Parts:
+    traced = replace(shape, layers=4 + (shape.experts.dense if shape.experts else 0))
+    return pricing._parts(traced, 1, parallelism, setting or Setting(), pricing._Known(HOST))
 
 
-def test_gradients_are_scattered_inside_a_group_and_summed_across_groups():
-    """What the second slice adds: an all-reduce of each rank's shard over the data-centre network."""
-    large = [e for e in _sharded(SLICES, 128, 64)["layer"].update.collectives if e.nbytes > 1e6]
-    assert {(e.kind, e.axes) for e in large} == {("reduce_scatter", ("dp",)), ("all_reduce", ("copy",))}
-    shard, adapter, latency = 2 * 12 * 6144**2 / 64, 50e9 / 8, 30e-6  # bytes of a rank; bytes/s and s of its network
-    added = sum(e.seconds for e in large if e.axes == ("copy",)) / pricing.TRACED
-    assert added == pytest.approx(2 * (1 / 2) * shard / adapter + 4 * 2 * latency)  # four matrices
+def price(shape: Shape, parallelism: Parallelism, setting: Setting | None = None, batch: int = 8):
+    return price_job(shape, parallelism, HOST, global_batch=batch, microbatch=1, setting=setting or Setting())
 
 
-def test_a_group_of_all_ranks_is_no_group():
-    cluster, steps = Cluster.parse("2xa100x8@eth100"), []
-    for group in (None, 16, 8):
-        par = Parallelism(dp=16, zero=3, shard_group=group)
-        steps.append(price_job(SHALLOW, par, cluster, global_batch=16, microbatch=1, setting=Setting("full")))
-    assert steps[0].step == steps[1].step and steps[0].memory == steps[1].memory
-    assert steps[2].step < steps[0].step  # nothing is gathered between hosts
-    assert steps[2].peak > steps[0].peak
+def moved(work: Work, kind: str, axis: str) -> float:
+    """Bytes of one layer that one device has of these collectives, small ones left out."""
+    return sum(c.nbytes for c in work.collectives if (c.kind, c.axes) == (kind, (axis,)) and c.nbytes > 1e6)
 
 
-@pytest.mark.parametrize(
-    ("degrees", "message"),
-    [
-        ({"dp": 8, "shard_group": 4}, "without ZeRO"),
-        ({"dp": 8, "zero": 3, "shard_group": 3}, "8 data ranks cannot be grouped by 3"),
-        ({"dp": 8, "zero": 3, "shard_group": 0}, "cannot be grouped by 0"),
-        ({"dp": 8, "ep": 4, "zero": 1, "shard_group": 2}, "cannot be grouped by 2"),
-    ],
-)
-def test_groups_that_cannot_be_are_refused(degrees, message):
-    with pytest.raises(PlanError, match=message):
-        Parallelism(**degrees)
+# ---------------------------------------------------------------- context parallelism
+
+QUERY, KEY = 8192 * 4096 * 2 / 8, 8192 * 1024 * 2 / 8  # bytes of q (or the result) and of k (or v) on one of 8 devices
 
 
-def test_gradients_hide_only_where_gradients_overlap():
-    """Sharded parameters gathered ahead say nothing of the gradients that are reduced after."""
-    cluster, steps = Cluster.parse("2xa100x8@hdr200"), []
-    for overlap in ((), ("parameters",), ("parameters", "gradients")):
-        setting = Setting("none", overlap=frozenset(overlap))
-        par = Parallelism(dp=16, zero=3)
-        steps.append(price_job(SHALLOW, par, cluster, global_batch=16, microbatch=1, setting=setting).seconds["travel"])
-    assert steps[0] > steps[1] > steps[2]
+def test_heads_are_cut_by_all_to_all_before_and_after_attention():
+    """q, k, v there and the result back; gradients of all four in the backward pass. 8 kv heads, 8 ranks."""
+    layer = parts(LLAMA, Parallelism(cp=8, cp_kind="a2a"))["layer"]
+    for work in (layer.forward, layer.backward):
+        assert moved(work, "all_to_all", "cp") == 2 * QUERY + 2 * KEY
+        assert moved(work, "all_gather", "cp") == moved(work, "reduce_scatter", "cp") == 0
 
 
-@pytest.mark.parametrize("family", ["gpt", "llama"])
-def test_heads_may_be_wider_than_the_stream(family):
-    """4 h n d of attention weights; products with them count as any other."""
-    h, n, d, f = 1024, 8, 256, 3072
-    shape = Shape(family, pricing.TRACED, h, n, n, f, 4096, 512, d)
-    layer = pricing._parts(shape, 1, Parallelism(), Setting("none"), pricing._Known(Cluster.parse("a100x1")))["layer"]
-    ways = 2 if family == "gpt" else 3
-    matrices = 4 * h * n * d + ways * h * f
-    assert layer.weights == pytest.approx(matrices, rel=0.01)
-    assert layer.forward.flop == pytest.approx(2 * 512 * (matrices + 2 * 512 * n * d))
-    square = pricing._parts(
-        replace(shape, head_dim=None), 1, Parallelism(), Setting("none"), pricing._Known(Cluster.parse("a100x1"))
-    )["layer"]
-    assert square.weights < layer.weights and square.forward.compute < layer.forward.compute
+def test_tensor_parallelism_leaves_each_rank_its_own_heads_to_exchange():
+    layer = parts(LLAMA, Parallelism(tp=2, cp=4, cp_kind="a2a"))["layer"]
+    assert moved(layer.forward, "all_to_all", "cp") == 2 * QUERY + 2 * KEY
 
 
-def test_lean_ends_make_room_for_embedding_and_head():
-    """Two layers fewer, taken from the ends: the stages between keep what they had."""
-    cluster, memory, steps = Cluster.parse("a100x8"), [], []
-    setting = Setting("full", fused_attention=False)
-    for layers, lean in ((16, False), (14, True), (14, False)):
-        found = price_job(
-            replace(GPT22B, layers=layers), Parallelism(pp=8, lean_ends=lean), cluster,
-            global_batch=32, microbatch=1, setting=setting,
+def test_keys_and_values_are_gathered_and_their_gradients_scattered():
+    layer = parts(LLAMA, Parallelism(cp=8))["layer"]
+    assert moved(layer.forward, "all_gather", "cp") == 2 * 8 * KEY
+    assert moved(layer.backward, "all_gather", "cp") == 2 * 8 * KEY
+    assert moved(layer.backward, "reduce_scatter", "cp") == 2 * 8 * KEY
+    assert moved(layer.forward, "all_to_all", "cp") == moved(layer.backward, "all_to_all", "cp") == 0
+
+
+def test_all_kinds_of_context_parallelism_compute_the_same():
+    """A rank's work is an eighth of the whole; exchange is what a kind adds, and a ring hides it."""
+    seconds = {k: price(LLAMA, Parallelism(cp=8, cp_kind=k)).seconds for k in ("all_gather", "p2p", "a2a")}
+    assert seconds["all_gather"]["compute"] == pytest.approx(seconds["a2a"]["compute"], rel=0.02)
+    assert seconds["p2p"]["exchange"] < 0.5 * seconds["all_gather"]["exchange"]
+    whole = parts(LLAMA, Parallelism())["layer"].forward
+    share = parts(LLAMA, Parallelism(cp=8))["layer"].forward
+    assert share.flop == whole.flop
+    assert whole.compute / 8 < share.compute < whole.compute / 5  # small products reach less of the peak
+
+
+def test_zero_cuts_state_over_data_and_context_ranks():
+    across = [price(LLAMA, Parallelism(dp=8 // cp, cp=cp, zero=1)).memory[0]["state"] for cp in (1, 2, 8)]
+    assert across == pytest.approx([across[0]] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [LLAMA, DEEPSEEK], ids=["llama", "deepseek"])
+def test_queries_are_told_from_keys(shape):
+    """A softmax reduces over keys: of every score the dim of the queries survives."""
+    program = pricing._program(replace(shape, layers=5), 1, "fused-selective")
+    positions, scores = Positions(program.graph), Attention(program).scores
+    both = {v for v in scores if len(positions.both.dims.get(v, {})) == 2}
+    assert both and both <= positions.queries.keys()
+    for op in program.graph.ops:
+        if op.kind == "reduce_max" and op.inputs[0] in scores:
+            over = dict(op.attrs)["axes"]
+            assert positions.queries[op.inputs[0]] not in over
+
+
+def test_kinds_that_heads_or_words_do_not_allow_are_refused():
+    with pytest.raises(PlanError, match="key-value heads cannot be cut 16 ways"):
+        price_job(
+            LLAMA, Parallelism(tp=2, cp=8, cp_kind="a2a"), Cluster.parse("2xb200x8@ib400"),
+            global_batch=1, microbatch=1, setting=Setting(),
         )  # fmt: skip
-        memory.append([stage["state"] for stage in found.memory])
-        steps.append(found.step)
-    whole, lean, uneven = memory
-    assert lean[1:7] == whole[1:7] and lean[0] < whole[0] and lean[7] < whole[7]
-    assert uneven[6] < lean[6] and sum(uneven) == pytest.approx(sum(lean))
-    assert steps[1] < steps[0]
+    with pytest.raises(PlanError, match="cp kind cannot be `ring`"):
+        Parallelism(cp=2, cp_kind="ring")
+    example = build("llama-tiny")
+    with pytest.raises(PlanError, match="by `a2a` can be priced, not run"):
+        fixed_plan(example, HOST, Parallelism(cp=8, cp_kind="a2a"), name="x", fingerprint="")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "example",
-    [
-        gpt.make("wide", replace(gpt.CONFIGS["gpt-tiny"], head_dim=16, hidden=96)),
-        llama.make("wide", replace(llama.CONFIGS["llama-tiny"], head_dim=16)),
-    ],
-    ids=["gpt", "llama"],
-)
-def test_models_with_wide_heads_train(example):
-    """Heads of 8 x 16 on a stream of 64: a step runs and lowers the loss that it reads."""
-    state, batch = example.init(jax.random.key(0)), example.make_batch(np.random.default_rng(0))
-    step, losses = jax.jit(example.step), []
-    for _ in range(8):
-        state, metrics = step(state, batch)
-        losses.append(float(metrics["loss"]))
-    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+# ---------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize("shape", [MIXTRAL, DEEPSEEK], ids=["mixtral", "deepseek"])
+def test_tokens_travel_to_their_experts_and_back(shape):
+    """Each pass sends every choice of a device's tokens out and back."""
+    layer, experts = parts(shape, Parallelism(dp=8, ep=8))["layer"], shape.experts
+    choices = shape.seq * experts.choices * shape.hidden * 2
+    for work in (layer.forward, layer.backward):
+        assert moved(work, "all_to_all", "ep") == pytest.approx(2 * choices, rel=1e-6)
+
+
+def test_experts_compute_the_choices_and_no_more():
+    layer = parts(MIXTRAL, Parallelism(dp=8, ep=8))["layer"].forward
+    tokens, d, f = 8 * 4096, 4096, 14336
+    attention = 2 * tokens * d * (2 * d + 2 * 1024) + 4 * tokens * 4096 * d
+    assert layer.flop == pytest.approx(attention + 2 * tokens * (2 * 3 * d * f + 8 * d), rel=1e-3)
+
+
+def test_experts_are_cut_over_their_ranks_the_rest_over_all():
+    """Weights that a device holds: its experts, and everything else whole; state: an eighth of all."""
+    alone, spread = (parts(MIXTRAL, Parallelism(dp=8, ep=ep, zero=1))["layer"] for ep in (1, 8))
+    experts = 8 * 3 * 4096 * 14336
+    assert alone.weights - spread.weights == pytest.approx(experts * 7 / 8)
+    assert spread.shard == pytest.approx(alone.weights / 8, rel=1e-3)
+
+
+def test_leading_layers_are_on_the_first_stage():
+    flat = price(DEEPSEEK, Parallelism(dp=8, zero=1))
+    deep = price(replace(DEEPSEEK, layers=9), Parallelism(dp=8, zero=1))
+    deeper = price(replace(DEEPSEEK, layers=10), Parallelism(dp=8, zero=1))
+    assert deep.step - flat.step == pytest.approx(deeper.step - deep.step)
+    three = replace(DEEPSEEK, experts=replace(DEEPSEEK.experts, dense=3))
+    with pytest.raises(PlanError, match="3 leading layers do not fit the first of 4 stages"):
+        price(three, Parallelism(dp=2, pp=4))
+
+
+def test_experts_that_are_not_there_are_refused():
+    with pytest.raises(PlanError, match="ep is 2, but the model has no experts"):
+        price(LLAMA, Parallelism(dp=8, ep=2))
+    with pytest.raises(PlanError, match="6 experts cannot be cut 4 ways"):
+        price(replace(MIXTRAL, experts=Experts(6, 2, 14336)), Parallelism(dp=8, ep=4))
+    with pytest.raises(UsageError, match="family `mixtral` and experts None"):
+        replace(MIXTRAL, experts=None)
+    with pytest.raises(UsageError, match="9 choices are more than 8 experts"):
+        Experts(8, 9, 64)
+
+
+# ---------------------------------------------------------------- what is not fused
+
+
+def test_less_fusion_is_slower_and_holds_more():
+    found = {f: price(LLAMA, Parallelism(dp=8, zero=3), Setting("full", fusion=f)) for f in ("all", "layers", "none")}
+    assert found["all"].step < found["layers"].step < found["none"].step
+    assert found["all"].peak < found["layers"].peak
+
+
+def test_a_loss_that_is_not_fused_holds_three_wide_copies_of_the_logits():
+    logits = 8192 * 32768 * 4
+    fused, eager = (parts(LLAMA, Parallelism(dp=8), Setting("full", fusion=f)) for f in ("all", "layers"))
+    held = [p.transient + p["head"].saved for p in (fused, eager)]
+    assert held[0] < 2 * logits
+    assert 3 * logits < held[1] < 4 * logits
+
+
+def test_compiled_layers_cost_the_same_whatever_becomes_of_the_loss():
+    fused, eager = (parts(LLAMA, Parallelism(dp=8), Setting("full", fusion=f))["layer"] for f in ("all", "layers"))
+    assert (fused.forward.compute, fused.backward.compute) == pytest.approx(
+        (eager.forward.compute, eager.backward.compute), rel=0.01
+    )
+
+
+def test_gathers_in_fp8_carry_half_the_bytes():
+    wide, narrow = (
+        price(LLAMA, Parallelism(tp=8, sequence_parallel=True), Setting("full", products="fp8", gathers=g)).seconds
+        for g in ("bf16", "fp8")
+    )
+    assert 0.5 * wide["exchange"] < narrow["exchange"] < 0.9 * wide["exchange"]
+    with pytest.raises(PlanError, match="gathers in `fp8` do not go with products in `bf16`"):
+        Setting(gathers="fp8")
+
+
+def test_attention_with_few_heads_leaves_multiprocessors_idle():
+    """An eighth of the heads takes more than an eighth of the seconds."""
+    wide, narrow = (
+        parts(replace(LLAMA, seq=2048), Parallelism(tp=tp, sequence_parallel=tp > 1))["layer"].forward.attention
+        for tp in (1, 8)
+    )
+    assert narrow > 1.3 * wide / 8
+
+
+def test_gradients_of_experts_with_few_tokens_take_as_long_as_their_bytes():
+    """Two tokens per expert: the backward pass reads and writes every gradient in fp32."""
+    few = replace(MIXTRAL, seq=128, experts=Experts(64, 1, 14336))
+    gradients = 64 * 3 * 4096 * 14336 / 8
+    assert parts(few, Parallelism(dp=8, ep=8))["layer"].backward.compute > HOST.device.stream_seconds(8 * gradients)

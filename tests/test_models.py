@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 
 from meshwright import models
-from meshwright.models import ModelError, build, describe, names
+from meshwright.models import ModelError, build, describe, mixtral, names
+from meshwright.models.experts import assign
 from meshwright.models.layers import dropout
 
 FOLDER = Path(models.__file__).parent
 UNROLLED = (
     *("gpt-tiny", "llama-tiny", "mixtral-tiny"),
-    *("vit-tiny", "wrn-tiny", "dlrm-tiny"),
+    *("deepseek-tiny", "vit-tiny", "wrn-tiny", "dlrm-tiny"),
 )
 SCANNED = ("gpt-tiny-scan", "llama-tiny-scan", "mixtral-tiny-scan")
 QUICK = {"xla_backend_optimization_level": 0}  # compiles twice as fast
@@ -43,6 +45,9 @@ PUBLISHED = {
     "llama3-405b": 406e9,
     # mistral.ai/news/mixtral-of-experts: 46.7B.
     "mixtral-8x7b": 46.7e9,
+    # arXiv 2405.04434 and 2412.19437: 236B and 671B.
+    "deepseek-v2": 236e9,
+    "deepseek-v3": 671e9,
     # torchvision's weight tables, the head of 1000 classes included.
     "vit-b16": 86_567_656,
     "vit-l16": 304_326_632,
@@ -215,3 +220,17 @@ def test_a_scanned_name_cannot_be_unrolled():
 
 def test_every_name_is_listed_once():
     assert len(set(names())) == len(names())
+
+
+def test_experts_looked_up_agree_with_one_hot_products():
+    """Nobody is beyond a capacity: the two dispatches of the same mixture train alike."""
+    config = replace(mixtral.CONFIGS["mixtral-tiny"], dtype="f32", capacity_factor=8.0, optimizer="sgd")
+    dense = train(mixtral.make("einsum", config), 2)
+    assert train(mixtral.make("sorted", replace(config, dispatch="sorted")), 2) == pytest.approx(dense, rel=1e-5)
+
+
+def test_experts_take_no_more_than_their_capacity():
+    """Three of four choices want expert 1, which has two slots: the last one is dropped."""
+    choice, place = assign(jnp.array([[1, 1, 0, 1]]), experts=2, capacity=2)
+    assert choice.tolist() == [[2, 4, 0, 1]]  # expert 0: choice 2 and an empty slot; expert 1: choices 0, 1
+    assert place.tolist() == [[2, 3, 0, 4]]

@@ -6,6 +6,10 @@ them are fused: a chain reads what enters it once and writes what leaves it.
     dot ─▶ [ add ─ gelu ] ─▶ dot        the chain reads one product and writes the operand of the next
     dot ─▶ [ mask ─ softmax ] ─▶ dot    with fused attention nothing between the products is written
 
+Not everything is fused everywhere (`Fusion`): a framework may compile its layers alone and run
+the loss op by op, or run everything so. An op that runs by itself reads its operands and writes
+its results; what only shows a part of its operand, or the same turned, costs nothing then either.
+
 A chain also ends at a reduction over leading dims (gradients of a bias) or down to one
 number (a norm): what follows needs all of it, so it cannot be the same pass.
 """
@@ -16,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Literal
 
 from ...ir.graph import Op, TensorType
 from ...ir.program import Program
@@ -36,6 +41,10 @@ LEADERS = frozenset({
 })  # fmt: skip
 REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"})
 
+
+Fusion = Literal["all", "layers", "none"]  # what a compiler fuses: all, repeated layers alone, nothing
+FUSIONS: tuple[Fusion, ...] = ("all", "layers", "none")
+VIEWS = FREE | {"transpose", "slice", "split", "rev", "stop_gradient"}  # run by themselves they move nothing
 
 # Arithmetic per element of a fused op, in simple operations; one where not listed.
 # Measured on one x86 core with XLA's vectorised expansions: exp and tanh take 10 to
@@ -78,16 +87,36 @@ class Kernels:
 
 
 @lru_cache(maxsize=16)
-def kernels_of(program: Program, fused_attention: bool = False) -> Kernels:
+def kernels_of(program: Program, fused_attention: bool = False, fusion: Fusion = "all") -> Kernels:
     """Work out the kernels of a prepared graph; a search asks for those of a few graphs again and again."""
     inside = attention_values(program) if fused_attention else frozenset()
-    return _Analysis(program, inside).run()
+    return _Analysis(program, inside, _written(program, fusion)).run()
+
+
+def _written(program: Program, fusion: Fusion) -> frozenset[int]:
+    """Results of forward and backward ops that run by themselves; the optimizer is one kernel always."""
+    if fusion == "all":
+        return frozenset()
+    free = free_values(program)
+    return frozenset(
+        v
+        for op, phase in zip(program.graph.ops, program.phases, strict=True)
+        if phase in ("forward", "backward") and (fusion == "none" or not _in_block(op)) and op.kind not in VIEWS
+        for v in op.outputs
+        if v not in free
+    )
+
+
+def _in_block(op: Op) -> bool:
+    """Whether an op, or the one it repeats, belongs to a repeated block (`ir/blocks.py` names them)."""
+    _, dot, offset = op.tag.partition("~")[0].partition(".")
+    return bool(dot) and offset.isdigit()
 
 
 class _Analysis:
-    def __init__(self, program: Program, inside: frozenset[int]):
+    def __init__(self, program: Program, inside: frozenset[int], written: frozenset[int]):
         self.program, self.graph, self.inside = program, program.graph, inside
-        self.found = {*self.graph.inputs, *self.graph.outputs}  # values at the border of a kernel
+        self.found = {*self.graph.inputs, *self.graph.outputs, *written}  # values at the border of a kernel
         self.waiting: set[int] = set()
         self.phase_of: dict[int, str] = {}
         self.roots: dict[int, int] = {}  # alias -> the value it shows

@@ -20,7 +20,7 @@ from ...ir.rule import Rule
 from .bands import told
 from .collectives import Collectives
 from .compute import Ways, op_seconds
-from .kernels import Kernels
+from .kernels import Fusion, Kernels
 
 
 class CostModel(Protocol):
@@ -34,6 +34,9 @@ class CostModel(Protocol):
 
     @property
     def fused_attention(self) -> bool: ...
+
+    @property
+    def fusion(self) -> Fusion: ...
 
     def collectives(self, mesh: Mesh) -> Collectives: ...
 
@@ -53,6 +56,7 @@ class Roofline:
 
     cluster: Cluster
     fused_attention: bool = False  # one kernel for scores, softmax and their products
+    fusion: Fusion = "all"
     products: str | None = None  # element type to which products outside attention cast their operands
 
     @property

@@ -38,6 +38,11 @@ def fixed_plan(
             f"tp x dp x cp is {parallelism.devices // parallelism.pp}, the cluster has {cluster.size} devices.",
             where="parallelism", fix=f"degrees that multiply to {cluster.size}, and pp=1",
         )  # fmt: skip
+    if parallelism.cp_kind != "all_gather":
+        raise PlanError(
+            f"context parallelism by `{parallelism.cp_kind}` can be priced, not run.",
+            where="cp kind", fix="all_gather",
+        )  # fmt: skip
     request = Request(microbatches=microbatches, recompute=recompute, gap=0.0)
     found = Search(folded, cluster, request, Roofline(cluster), name, fingerprint, lambda line: None)
     program = found.program(recompute)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -29,9 +29,12 @@ from ..memory.lifetimes import Lifetimes, lifetimes
 from ..memory.storage import as_fused
 from ..moves import moves, settlements, spoken
 from ..space import Space, build
-from .pinned import Parallelism, Pinned
+from .pinned import STATE_AXES, Parallelism, Pinned
 
 Place = Literal["embedding", "layer", "head"]
+GRADIENT = 4  # bytes per accumulated gradient: fp32, as Megatron-LM and PyTorch FSDP keep them
+COPY = re.compile(r"~(forward|backward):\d+$")  # how tags of copies for one pass end
+TENSOR_GATHER = ("all_gather", ("tp",))
 PLACES: tuple[Place, ...] = ("embedding", "layer", "head")
 
 
@@ -41,13 +44,18 @@ class Work:
 
     Seconds: `compute`; `exchange`, collectives between ops of the same layer (tensor,
     sequence, context, expert parallelism); `gather`, of parameters; `reduce`, of gradients.
-    `collectives` lists them. `flop` counts products on whole tensors.
+    `collectives` lists them. Of `exchange`, `gathered` are all-gathers of tensor parallelism and
+    `ring` what context parallelism moves; of `compute`, `attention` are products of attention.
+    `flop` counts products on whole tensors.
     """
 
     compute: float = 0.0
     exchange: float = 0.0
     gather: float = 0.0
     reduce: float = 0.0
+    gathered: float = 0.0
+    ring: float = 0.0
+    attention: float = 0.0
     flop: float = 0.0
     collectives: list[Collective] = field(default_factory=list)
 
@@ -107,7 +115,7 @@ class _Sorting:
     def __init__(self, space: Space, layers: int, cost: CostModel, pinned: Pinned):
         self.space, self.layers, self.cost, self.pinned = space, layers, cost, pinned
         self.program, self.graph = space.program, space.program.graph
-        self.kernels = kernels_of(self.program, cost.fused_attention)
+        self.kernels = kernels_of(self.program, cost.fused_attention, cost.fusion)
         self.tags = self.program.value_tags
         self.choices = (0,) * len(space.nodes)
         self.parts: dict[Place, Part] = {place: Part() for place in PLACES}
@@ -115,6 +123,7 @@ class _Sorting:
         self.phase: dict[str, str] = {}
         self.place: dict[str, Place] = {}
         self._counts = {v: op.count for op in self.graph.ops for v in op.outputs}
+        self.gradients = self._gradients()
         self._sort()
 
     # ------------------------------------------------------------ where ops belong
@@ -143,13 +152,26 @@ class _Sorting:
         for op in self._once():
             if op.tag in self.space.own:
                 work, share = self._work(op.tag), self._share(op.tag)
-                work.compute += float(self.space.own[op.tag][0]) * share
+                seconds = max(float(self.space.own[op.tag][0]), self._accumulating(op))
+                work.compute += seconds * share
+                if op in self.pinned.attention:
+                    work.attention += seconds * share
                 if op.kind in CONTRACTIONS:
                     rule = rule_of(op, self.graph.types)
                     work.flop += flop(op, rule, self.graph.types) * share
         self._communicate()
         transient = self._hold()
         return Parts(self.parts, self.shared, transient)
+
+    def _accumulating(self, op: Op) -> float:
+        """Least seconds of a product that adds a weight's gradient to that of the step, which it reads and
+        writes in fp32 (Megatron-LM, gradient accumulation fusion). Binds where few tokens meet a weight, as in
+        experts. ZeRO-2 and 3 reduce fresh gradients instead."""
+        if op.kind not in CONTRACTIONS or op.outputs[0] not in self.gradients or self.pinned.asked.zero >= 2:
+            return 0.0
+        home = self.space.homes[self.tags[op.outputs[0]]]
+        size = self.graph.types[op.outputs[0]].size / int(self.space.layouts.ways(home.layouts)[0])
+        return self.space.layouts.collectives.cluster.device.stream_seconds(2 * GRADIENT * size)
 
     def _once(self) -> Iterator[Op]:
         seen: set[str] = set()
@@ -170,13 +192,38 @@ class _Sorting:
     # ------------------------------------------------------------ communication
 
     def _communicate(self) -> None:
-        names = spoken(self.space)
+        """What several ops read in one layout travels once per pass; what an all-to-all brought
+        is as large as what it took, so the backward pass finds it kept."""
+        names, origin = spoken(self.space), self._origins()
+        seen: set[tuple[str, int, str]] = set()
         for item in self.space.transfers:
             reader = item.reader if item.reader in self.phase else item.source.rpartition(":")[0]
-            for entry in moves(self.space, self.choices, item, names):
+            entries = moves(self.space, self.choices, item, names)
+            swapped = all(entry.kind == "all_to_all" for entry in entries)
+            key = origin(item.source), int(item.wanted[0]), "" if swapped else item.phase
+            for entry in entries if key not in seen else ():
                 self._add(entry, reader, self._kind(item.source, item.phase))
+            seen.add(key)
         for op, entry in settlements(self.space, self.choices):
             self._add(entry, op.tag, "exchange")
+
+    def _origins(self) -> Callable[[str], str]:
+        """Leads a value's tag to what it is a copy of: made for one pass, held by a barrier, or made
+        again by cheap ops alone (where products are made again, everything really travels again)."""
+        held = {
+            self.tags[v]: self.tags[u]
+            for op in self.graph.ops
+            if op.kind == "optimization_barrier"
+            for u, v in zip(op.inputs, op.outputs, strict=True)
+        }
+        attention = self.pinned.attention
+        redone = any("~again" in op.tag and op.kind in CONTRACTIONS and op not in attention for op in self.graph.ops)
+
+        def origin(tag: str) -> str:
+            tag = COPY.sub("", tag)
+            return held.get(tag, tag) if redone else held.get(tag, tag).replace("~again", "")
+
+        return origin
 
     def _kind(self, source: str, phase: str) -> str:
         if phase == "update":
@@ -189,6 +236,8 @@ class _Sorting:
         work = self._work(tag)
         scale = 1 / self.layers if self.place.get(tag) == "layer" else 1.0
         setattr(work, kind, getattr(work, kind) + entry.seconds * scale)
+        work.gathered += entry.seconds * scale * (kind == "exchange" and (entry.kind, entry.axes) == TENSOR_GATHER)
+        work.ring += entry.seconds * scale * (kind == "exchange" and entry.axes == ("cp",))
         work.collectives.append(entry)
 
     # ------------------------------------------------------------ memory
@@ -199,18 +248,32 @@ class _Sorting:
         lives = lifetimes(self.program, 1, known, as_fused(self.kernels))
         local = Ledger(self.space, lives).local_bytes(self.choices)
         self._inputs(local, known)
-        saved = self._saved(local)
+        saved = self._saved(local) | self._swapped_results(local)
         for value, nbytes in saved.items():
             place = self.place[self._maker(value)]
-            count = self._counts[value] if place == "layer" else 1
+            count = self._counts[value]
             self.parts[place].saved += nbytes * count / (self.layers if place == "layer" else 1)
-        peak = float(_passing(lives, self._gradients()).profile(self._moving(local)).max())
+        peak = float(_passing(lives, self.gradients).profile(self._moving(local)).max())
         return max(0.0, peak - sum(nbytes * self._counts[v] for v, nbytes in saved.items()))
+
+    def _swapped_results(self, local: Mapping[int, float]) -> dict[int, float]:
+        """What attention makes under `a2a`, kept with its heads cut beside what the all-to-all makes of it:
+        the fused kernel's backward pass reads the one, the output product the other (TransformerEngine,
+        context_parallel.py)."""
+        if self.pinned.asked.cp == 1 or self.pinned.asked.cp_kind != "a2a":
+            return {}
+        attention = self.pinned.attention
+        return {
+            op.outputs[0]: local[op.outputs[0]]
+            for op, phase in zip(self.graph.ops, self.program.phases, strict=True)
+            if phase == "forward" and op.kind in CONTRACTIONS and op in attention
+            if op.outputs[0] not in attention.scores and op.outputs[0] in local
+        }
 
     def _moving(self, local: Mapping[int, float]) -> dict[int, float]:
         """Bytes of activations and of fresh gradients, which are added to those of the step."""
-        passing = self._gradients()
-        return {v: b if v in self.pinned.batch.dims or v in passing else 0.0 for v, b in local.items()}
+        passing, pinned = self.gradients, self.pinned
+        return {v: b if pinned.is_activation(v) or v in passing else 0.0 for v, b in local.items()}
 
     def _gradients(self) -> frozenset[int]:
         """What the backward pass makes of parameters: sums over examples."""
@@ -219,7 +282,7 @@ class _Sorting:
             for op, phase in zip(self.graph.ops, self.program.phases, strict=True)
             if phase == "backward" and op.kind != "copy"
             for v in op.outputs
-            if v not in self.pinned.batch.dims and self.graph.types[v].rank > 1
+            if not self.pinned.is_activation(v) and self.graph.types[v].rank > 1
         )
 
     def _inputs(self, local: Mapping[int, float], known: Mapping[int, str]) -> None:
@@ -278,9 +341,9 @@ class _Sorting:
         kind, home = self.graph.types[value], self.space.homes[self.tags[value]]
         held = kind.size / int(self.space.layouts.ways(home.layouts)[0])
         spread = held
-        zero = self.pinned.state.dims.get(value)
-        if zero:
-            spread = held * self.space.mesh.sizes.get("dp", 1)
+        for dim in self.pinned.state.dims.get(value, {}):
+            axes = self.space.layouts.known[home.layouts[0]].dims[dim]
+            spread = held * self.space.mesh.ways(tuple(a for a in axes if a in STATE_AXES))
         part.weights += spread * scale
         part.shard += held * scale
         if cast is not None:

@@ -5,7 +5,7 @@ Axes of a stage's mesh, outermost first as Megatron-LM ranks them: copy, dp, ep,
     copy cuts examples among groups that each hold all of ZeRO's shards (`shard_group`)
     dp   cuts examples; with ZeRO also optimizer state (1), gradients (2), parameters (3)
     ep   cuts experts in the experts' layers, examples elsewhere
-    cp   cuts positions of a sequence
+    cp   cuts positions of a sequence; attention meets whole sequences (`CP_KINDS`)
     tp   cuts heads, feed-forward and vocabulary; with sequence parallelism, positions elsewhere
 
 Which dims are heads or vocabulary is read off the zoo's names of parameters, whose letters
@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ...ir.errors import PlanError
+from ...ir.errors import PlanError, did_you_mean
 from ...ir.examples import Examples
 from ...ir.graph import Op
 from ...ir.mesh import Axis, Mesh
@@ -32,10 +32,18 @@ from ...ir.roles import roles
 from ...ir.rule import NONE, Rule, Strategy, cuttable
 from ...ir.rules import rule_of
 from ...ir.sharding import Sharding
-from ..usage import followed, sequence_dim
+from ..usage import followed
+from .positions import Attention, Positions
 
+# How attention under context parallelism meets the positions of other ranks: keys and values are
+# gathered first (torchtitan, Megatron-LM `all_gather`); they go round a ring beside the blocks of
+# attention (Megatron-LM `p2p`: Liu et al., arXiv 2310.01889); or heads are cut instead of
+# positions, by all-to-all before and after (Megatron-LM `a2a`: Jacobs et al., arXiv 2309.14509).
+CP_KINDS = ("all_gather", "p2p", "a2a")
 LETTERS = re.compile(r"_([A-Z0-9]+)\W*$")
 TENSOR, EXPERT = "NKFV", "E"
+LOOK_UPS = frozenset({"gather", "scatter", "scatter-add"})  # tokens are dispatched and combined on their own rank
+STATE_AXES = ("dp", "ep", "cp")  # ZeRO's shards of state are cut over these
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,9 @@ class Parallelism:
 
     `shard_group` data ranks next to each other hold one copy of what ZeRO shards, as in
     PyTorch's hybrid FSDP; all data ranks do where it is None. With `lean_ends` the first and the last
-    stage have a layer fewer than the others, for the embedding and the head.
+    stage have a layer fewer than the others, for the embedding and the head. Gradients are summed over
+    dp x cp, and ZeRO cuts state over dp x cp, as in Megatron-LM and PyTorch FSDP; that of experts over
+    dp / ep x cp.
     """
 
     tp: int = 1
@@ -57,8 +67,13 @@ class Parallelism:
     sequence_parallel: bool = False
     shard_group: int | None = None
     lean_ends: bool = False
+    cp_kind: str = "all_gather"
 
     def __post_init__(self) -> None:
+        if self.cp_kind not in CP_KINDS:
+            raise PlanError(
+                f"cp kind cannot be `{self.cp_kind}`.", where="cp kind", fix=did_you_mean(self.cp_kind, CP_KINDS)
+            )
         for name in ("tp", "pp", "vpp", "dp", "cp", "ep"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} cannot be {getattr(self, name)}.", where=name, fix="1 or more")
@@ -115,7 +130,8 @@ class Pinned:
             op.tag: phase for op, phase in zip(self.graph.ops, program.phases, strict=True)
         }
         self.batch = followed(self.graph, 0)
-        self.positions = followed(self.graph, sequence_dim(self.graph), Queries)
+        self.positions = Positions(self.graph)
+        self.attention = Attention(program)
         self.tensor = self._follow(lambda tag, shape: _named(tag, shape, TENSOR, parallelism.tp))
         self.experts = self._follow(lambda tag, shape: _named(tag, shape, EXPERT, parallelism.ep))
         self.state = self._follow(self._sharded_state, ("prepare", "update"))
@@ -129,7 +145,7 @@ class Pinned:
         codes: list[int] = []
         for axis in self.mesh.axes:
             wanted = [f for f in self._factors(axis.name, op, rule) if f in allowed]
-            padded = axis.name == "dp" and not self._shares(self.batch, op, rule)
+            padded = axis.name in STATE_AXES and not self._on_activations(op, rule)
             fits = wanted if padded else [f for f in wanted if self._divides(rule, f, axis.size, codes)]
             codes.append(fits[0] if fits else NONE)
         return Strategy(tuple(codes))
@@ -140,7 +156,7 @@ class Pinned:
         for axis in self.mesh.axes:
             for dim in self._dims(axis.name, value):
                 ways = self.mesh.ways(dims[dim]) * axis.size
-                padded = axis.name == "dp" and value not in self.batch.dims
+                padded = axis.name in STATE_AXES and dim in self.state.dims.get(value, {})
                 if padded or self.types[value].shape[dim] % ways == 0:
                     dims[dim] = (*dims[dim], axis.name)
                     break
@@ -153,15 +169,28 @@ class Pinned:
         if axis == "tp":
             found = self._shares(self.tensor, op, rule)
             whole = not self.asked.sequence_parallel or self._gathers(op)
-            return found or ([] if whole else self._positions(op, rule))
-        if axis == "cp":
-            return self._positions(op, rule)
-        if axis == "ep" and (found := self._shares(self.experts, op, rule)):
+            return found or ([] if whole else self.positions.factors(op, rule))
+        if axis == "ep" and op.kind not in LOOK_UPS and (found := self._shares(self.experts, op, rule)):
             return found
-        found = self._shares(self.batch, op, rule)
-        if found or axis in ("ep", "copy"):
+        if axis == "cp" and self.asked.cp_kind == "a2a" and op in self.attention:
+            return self._shares(self.tensor, op, rule)
+        found = self.positions.factors(op, rule) if axis == "cp" else self._shares(self.batch, op, rule)
+        if found or axis == "copy" or not self._keeps_shards(op):
             return found
-        return self._shares(self.state, op, rule) if self._keeps_shards(op) else []
+        return self._shares(self.state, op, rule)
+
+    def order(self, op: Op) -> tuple[str, ...]:
+        """Heads that tensor parallelism has cut are cut again by `a2a`, so `cp` is the minor axis there."""
+        if self.asked.cp_kind != "a2a" or op not in self.attention:
+            return ()
+        return tuple(sorted(self.mesh.names, key=lambda name: name == "cp"))
+
+    def is_activation(self, value: int) -> bool:
+        """Whether a value exists per example or per position: a batch of one has no dim that tells."""
+        return value in self.batch.dims or bool(self.positions.both.dims.get(value))
+
+    def _on_activations(self, op: Op, rule: Rule) -> bool:
+        return bool(self._shares(self.batch, op, rule) or self.positions.factors(op, rule))
 
     def _gathers(self, op: Op) -> bool:
         """Whether an op outside tensor parallelism works on whole sequences all the same: a copy
@@ -188,10 +217,6 @@ class Pinned:
             return op.tag.endswith("~update") or (op.tag.endswith("~step") and self.asked.zero == 3)
         return self.phase_of.get(op.tag) in ("prepare", "update")
 
-    def _positions(self, op: Op, rule: Rule) -> list[int]:
-        """Positions: of the queries where an op has both queries and keys."""
-        return self._shares(self.positions, op, rule)
-
     @staticmethod
     def _shares(tracker: Examples, op: Op, rule: Rule) -> list[int]:
         shares = tracker.shares(op, rule) if not rule.opaque else {}
@@ -205,8 +230,8 @@ class Pinned:
     def _dims(self, axis: str, value: int) -> list[int]:
         trackers = {
             "tp": [self.tensor],
-            "cp": [self.positions],
-            "ep": [self.experts, self.batch],
+            "cp": [self.positions, self.state],
+            "ep": [self.experts, self.batch, self.state],
             "dp": [self.batch, self.state],
             "copy": [self.batch],
         }[axis]
@@ -295,24 +320,14 @@ class Pinned:
         return {} if longest is None else {longest: shape[longest]}
 
 
-class Queries(Examples):
-    """Positions, where queries meet keys those of the queries alone: keys stay whole there."""
-
-    def _simple(self, op: Op) -> None:
-        super()._simple(op)
-        for result in op.outputs:
-            dims = self.dims.get(result, {})
-            if len(dims) > 1:
-                first = min(dims)
-                self.dims[result] = {first: dims[first]}
-
-
 def _letters(tag: str, shape: tuple[int, ...]) -> str:
     match = LETTERS.search(tag)
     return match[1] if match and len(match[1]) == len(shape) else ""
 
 
 def _named(tag: str, shape: tuple[int, ...], letters: str, ways: int) -> dict[int, int]:
-    """The dim of an input whose letter is one of these: dim -> size."""
-    found = [d for d, letter in enumerate(_letters(tag, shape)) if letter in letters and shape[d] % ways == 0]
+    """The dim of an input whose letter is one of these: dim -> size. Experts come first in their
+    own weights; a router's are whole."""
+    named = enumerate(_letters(tag, shape))
+    found = [d for d, letter in named if letter in letters and shape[d] % ways == 0 and (d == 0 or letter != EXPERT)]
     return {found[0]: shape[found[0]]} if found else {}

@@ -38,6 +38,8 @@ class Job:
     overlap: frozenset[str] = frozenset()
     reduce_in_fp32: bool = True  # gradients are added up and reduced in fp32, as Megatron-LM and FSDP do; or in 16 bits
     fused_accumulation: bool = True  # weight gradients are added up by the products that make them
+    narrow_gathers: bool = False  # gathers in layers carry one byte in place of two
+    lead: int = 0  # layers of another kind, priced with the embedding: the first ones
 
     def __post_init__(self) -> None:
         for name in ("layers", "microbatch", "microbatches"):
@@ -49,6 +51,11 @@ class Job:
             raise PlanError(
                 f"{self.layers} layers are fewer than {stages} stages.",
                 where="pp, vpp", fix=f"at most {units} stages",
+            )  # fmt: skip
+        if self.layers < stages * self.lead:
+            raise PlanError(
+                f"{self.lead} leading layers do not fit the first of {stages} stages of {self.layers} layers.",
+                where="pp, vpp", fix=f"at most {self.layers // self.lead} stages",
             )  # fmt: skip
         if self.parallelism.vpp > 1 and self.microbatches % self.parallelism.pp:
             raise PlanError(
@@ -119,7 +126,8 @@ class _Pricing:
         return found
 
     def _stage(self, index: int) -> dict[Place, int]:
-        """How many of each part one stage has; earlier stages take what does not divide.
+        """How many of each part one stage has; earlier stages take what does not divide, the first has the
+        leading layers.
 
         Where ends are lean, embedding and head count as a layer (Megatron-Core's
         account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split).
@@ -127,7 +135,7 @@ class _Pricing:
         count, lean = self.job.parallelism.pp * self.job.parallelism.vpp, self.job.parallelism.lean_ends
         embedding, head = int(index == 0), int(index == count - 1)
         each, left = divmod(self.job.layers + 2 * lean, count)
-        layers = each + (index < left) - lean * (embedding + head)
+        layers = each + (index < left) - lean * (embedding + head) - self.job.lead * embedding
         return {"embedding": embedding, "layer": layers, "head": head}
 
     def _pass(self, stage: dict[Place, int], which: str) -> float:
@@ -139,10 +147,16 @@ class _Pricing:
     def _split(self, part: Part, which: str) -> dict[str, float]:
         """One pass over one part, by cause. What overlaps counts only where it outlasts the rest."""
         work: Work = getattr(part, which)
-        compute, exchange, sharded = work.compute, work.exchange, which == "backward" and self.job.parallelism.zero >= 2
+        compute, exchange, gather = work.compute, work.exchange, work.gather
         if which == "backward" and not self.job.fused_accumulation:
             compute += self._add_up(part)
-        travels = {"parameters": work.gather, "gradients": self._reduce(part) if sharded else 0.0}
+        if self.job.narrow_gathers and part is self.parts["layer"]:
+            gather /= 2
+            exchange -= work.gathered / 2
+        if self.job.parallelism.cp_kind == "p2p":
+            exchange += _beside(work.ring, work.attention) - work.ring
+        sharded = which == "backward" and self.job.parallelism.zero >= 2
+        travels = {"parameters": gather, "gradients": self._reduce(part) if sharded else 0.0}
         if "tensor" in self.job.overlap:
             exchange = _beside(exchange, compute)
         beside = sum(seconds for name, seconds in travels.items() if name in self.job.overlap)
@@ -156,7 +170,7 @@ class _Pricing:
         return self.cluster.device.stream_seconds((2 + 2 * self.job.gradient_bytes) * part.weights)
 
     def _reduce(self, part: Part) -> float:
-        wide = 2.0 if self.job.reduce_in_fp32 and self.job.parallelism.dp > 1 else 1.0
+        wide = 2.0 if self.job.reduce_in_fp32 and self.job.parallelism.dp * self.job.parallelism.cp > 1 else 1.0
         return part.update.reduce * wide
 
     def _hop(self) -> float:
@@ -181,7 +195,7 @@ class _Pricing:
                 part = self.parts[place]
                 reduce += n * self._reduce(part)
                 gather += n * part.prepare.gather
-                update += n * (part.update.compute + part.prepare.compute)
+                update += n * (part.update.compute + part.prepare.compute + self._buffers(part))
         if self.job.parallelism.zero >= 2:
             reduce = 0.0
         if "gradients" in self.job.overlap:
@@ -189,6 +203,15 @@ class _Pricing:
         if "parameters" in self.job.overlap:
             gather = max(0.0, gather - forward)
         return reduce + update + gather
+
+    def _buffers(self, part: Part) -> float:
+        """Seconds of setting the step's gradients to zero, and of scaling them before they are reduced:
+        a write, a read and a write (Megatron-LM, param_and_grad_buffer.py). ZeRO-2 and 3 keep shards alone."""
+        par = self.job.parallelism
+        if par.zero >= 2:
+            return 0.0
+        passes = 3 if par.dp * par.cp > 1 else 1
+        return self.cluster.device.stream_seconds(passes * self.job.gradient_bytes * part.weights)
 
     def _memory(
         self, schedule: Schedule, rank: int, stages: list[dict[Place, int]]
@@ -206,8 +229,15 @@ class _Pricing:
         found["activations"] = in_flight(schedule, rank) * sum(saved) / len(saved)
         found["transient"] = self.parts.transient
         if par.zero == 3:
-            found["parameters"] = 2 * max(part.casts_whole for part in self.parts.parts.values())
+            found["parameters"] = self._gathered()
         return found
+
+    def _gathered(self) -> float:
+        """Bytes of what FSDP has gathered at once: a layer and the next one, and the root unit with
+        embedding and head, which is kept from the forward pass to the backward pass
+        (PyTorch, torch.distributed.fsdp.fully_shard, `reshard_after_forward`)."""
+        whole = {place: part.casts_whole for place, part in self.parts.parts.items()}
+        return whole["embedding"] + 2 * whole["layer"] + whole["head"]
 
     def _flop(self) -> float:
         job = self.job

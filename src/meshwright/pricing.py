@@ -14,6 +14,7 @@ from .ir.cluster import Cluster
 from .ir.errors import PlanError, UsageError, did_you_mean
 from .ir.program import Program, prepare
 from .ir.recompute import Policy
+from .planner.cost.kernels import FUSIONS, Fusion
 from .planner.cost.model import Roofline
 from .planner.jobs.parts import Parts, parts_of
 from .planner.jobs.pinned import Parallelism
@@ -28,9 +29,43 @@ RECOMPUTE: dict[str, Policy] = {
 }
 
 
+FAMILIES = ("gpt", "llama", "mixtral", "deepseek")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Of a mixture: `count` experts of width `hidden`, `choices` per token, shared ones of together
+    `shared`; the first `dense` layers have a plain feed-forward instead."""
+
+    count: int
+    choices: int
+    hidden: int
+    shared: int = 0
+    dense: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("count", "choices", "hidden"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} of experts cannot be {getattr(self, name)}.", where=name, fix="1 or more")
+        if self.choices > self.count:
+            raise UsageError(
+                f"{self.choices} choices are more than {self.count} experts.", where="choices", fix="fewer choices"
+            )
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Widths of multi-head latent attention: latents of queries and of keys and values, the rotary part."""
+
+    query: int = 1536
+    key_value: int = 512
+    head: int = 128
+    rotary: int = 64
+
+
 @dataclass(frozen=True)
 class Shape:
-    """A decoder as numbers. `family` is the zoo's architecture: gpt or llama.
+    """A decoder as numbers. `family` is the zoo's architecture, one of `FAMILIES`.
 
     `head_dim` is the width of one head where heads are not cut from the residual stream
     (Gemma, MaxText); hidden / heads if not given.
@@ -46,20 +81,32 @@ class Shape:
     seq: int
     head_dim: int | None = None
     dropout: float = 0.0
+    experts: Experts | None = None
+    latent: Latent | None = None
 
     def __post_init__(self) -> None:
-        if self.family not in ("gpt", "llama"):
-            raise UsageError(f"family `{self.family}` is not known.", fix=did_you_mean(self.family, ("gpt", "llama")))
+        if self.family not in FAMILIES:
+            raise UsageError(f"family `{self.family}` is not known.", fix=did_you_mean(self.family, FAMILIES))
+        if (self.experts is None) != (self.family in ("gpt", "llama")):
+            raise UsageError(
+                f"family `{self.family}` and experts {self.experts} do not go together.",
+                where="family", fix="mixtral with experts, gpt or llama without; deepseek by its name as a model",
+            )  # fmt: skip
         for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "head_dim"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} cannot be {value}.", where=name, fix="1 or more")
+        if self.head_dim is not None and self.experts is not None:
+            raise UsageError(
+                f"heads of {self.head_dim} cannot be asked of a {self.family}.", where="head_dim", fix="gpt or llama"
+            )
         if not 0 <= self.dropout < 1 or (self.dropout and self.family != "gpt"):
             raise UsageError(
                 f"dropout cannot be {self.dropout} in a {self.family}.",
                 where="dropout", fix="0; the zoo's gpt takes 0 or more and below 1",
             )  # fmt: skip
-        if (self.head_dim is None and self.hidden % self.heads) or self.heads % self.kv_heads:
+        own_heads = self.head_dim is not None or self.latent is not None
+        if (not own_heads and self.hidden % self.heads) or self.heads % self.kv_heads:
             raise UsageError(
                 f"{self.heads} heads of {self.kv_heads} keys and values do not divide a width of {self.hidden}.",
                 where="heads", fix="heads that divide hidden (or a head_dim), kv_heads that divide heads",
@@ -83,7 +130,7 @@ class Shape:
 
 def shape_of(model: str, seq: int | None = None, layers: int | None = None) -> Shape:
     """The shape of a model of the zoo by name."""
-    from .models import gpt, llama
+    from .models import deepseek, gpt, llama, mixtral
 
     if model in gpt.CONFIGS:
         g = gpt.CONFIGS[model]
@@ -93,7 +140,23 @@ def shape_of(model: str, seq: int | None = None, layers: int | None = None) -> S
         c = llama.CONFIGS[model]
         depth, length = c.layers if layers is None else layers, c.seq if seq is None else seq
         return Shape("llama", depth, c.width, c.heads, c.kv_heads, c.hidden, c.vocab, length, c.head_dim)
-    raise UsageError(f"`{model}` is no decoder of the zoo.", fix=did_you_mean(model, [*gpt.CONFIGS, *llama.CONFIGS]))
+    if model in mixtral.CONFIGS:
+        m = mixtral.CONFIGS[model]
+        depth, length = m.layers if layers is None else layers, m.seq if seq is None else seq
+        experts = Experts(m.experts, m.choices, m.hidden)
+        return Shape(
+            "mixtral", depth, m.width, m.heads, m.kv_heads, m.hidden, m.vocab, length, experts=experts
+        )
+    if model in deepseek.CONFIGS:
+        d = deepseek.CONFIGS[model]
+        depth, length = d.layers if layers is None else layers, d.seq if seq is None else seq
+        experts = Experts(d.experts, d.choices, d.expert_hidden, d.shared_hidden, d.dense)
+        latent = Latent(d.query_latent, d.latent, d.head, d.rotary)
+        return Shape(
+            "deepseek", depth, d.width, d.heads, d.heads, d.hidden, d.vocab, length, experts=experts, latent=latent
+        )
+    known = [*gpt.CONFIGS, *llama.CONFIGS, *mixtral.CONFIGS, *deepseek.CONFIGS]
+    raise UsageError(f"`{model}` is no decoder of the zoo.", fix=did_you_mean(model, known))
 
 
 @dataclass(frozen=True)
@@ -106,12 +169,19 @@ class Setting:
     overlap: frozenset[str] = frozenset()
     reduce_in_fp32: bool = True
     fused_accumulation: bool = True  # products add weight gradients to the step's sum themselves
+    gathers: str = "bf16"  # what activations and ZeRO-3's parameters are gathered in, where products read them
+    fusion: Fusion = "all"  # what a compiler fuses: PyTorch run eagerly "none", only layers compiled "layers"
 
     def __post_init__(self) -> None:
         if self.recompute not in RECOMPUTE:
             raise PlanError(
                 f"recompute cannot be `{self.recompute}`.",
                 where="recompute", fix=did_you_mean(self.recompute, RECOMPUTE),
+            )  # fmt: skip
+        if self.gathers not in PRODUCTS or (self.gathers == "fp8" and self.products != "fp8"):
+            raise PlanError(
+                f"gathers in `{self.gathers}` do not go with products in `{self.products}`.",
+                where="gathers", fix="bf16, or fp8 where products are in fp8",
             )  # fmt: skip
         if self.products not in PRODUCTS:
             raise PlanError(
@@ -129,6 +199,14 @@ def overlaps(text: str) -> frozenset[str]:
         if name not in OVERLAPS:
             raise PlanError(f"overlap cannot be `{name}`.", where="overlap", fix=did_you_mean(name, OVERLAPS))
     return frozenset(names)
+
+
+def fusion_of(text: str) -> Fusion:
+    """What a compiler fuses, by name."""
+    for known in FUSIONS:
+        if known == text:
+            return known
+    raise PlanError(f"fusion cannot be `{text}`.", where="fusion", fix=did_you_mean(text, FUSIONS))
 
 
 def parallelism_on(cluster: Cluster, *, dp: int | None, **degrees: Any) -> Parallelism:
@@ -164,12 +242,14 @@ def price_job(
             where="global batch", fix=f"a multiple of {microbatch * parallelism.dp}",
         )  # fmt: skip
     shape = _divided(shape, parallelism)
+    lead = shape.experts.dense if shape.experts else 0
+    traced = replace(shape, layers=lead + max(TRACED, lead + 2))  # leading layers never look like the others
     stage = replace(parallelism, pp=1, vpp=1, lean_ends=False)
-    parts = _parts(replace(shape, layers=TRACED), microbatch, stage, setting, _Known(cluster))
+    parts = _parts(traced, microbatch, stage, setting, _Known(cluster))
     job = Job(
-        layers=shape.layers, parallelism=parallelism, microbatch=microbatch,
+        layers=shape.layers, lead=lead, parallelism=parallelism, microbatch=microbatch,
         microbatches=global_batch // (microbatch * parallelism.dp),
-        overlap=setting.overlap, reduce_in_fp32=setting.reduce_in_fp32,
+        overlap=setting.overlap, narrow_gathers=setting.gathers == "fp8", reduce_in_fp32=setting.reduce_in_fp32,
         fused_accumulation=setting.fused_accumulation,
     )  # fmt: skip
     boundary = 2.0 * microbatch * shape.seq * shape.hidden / parallelism.cp / parallelism.tp
@@ -182,14 +262,17 @@ def _divided(shape: Shape, parallelism: Parallelism) -> Shape:
     Raises:
         PlanError: heads, feed-forward or positions that these degrees do not divide.
     """
-    tp, cp = parallelism.tp, parallelism.cp
+    tp, cp, ep = parallelism.tp, parallelism.cp, parallelism.ep
+    if ep > 1 and shape.experts is None:
+        raise PlanError(f"ep is {ep}, but the model has no experts.", where="ep", fix="1, or a mixture of experts")
     cuts = cp * (tp if parallelism.sequence_parallel else 1)
     for what, size, ways in (
         ("heads", shape.heads, tp), ("key-value heads", shape.kv_heads, tp), ("feed-forward", shape.ffn, tp),
-        ("positions", shape.seq, cuts),
+        ("positions", shape.seq, cuts), ("experts", shape.experts.count if shape.experts else ep, ep),
+        *((("key-value heads", shape.kv_heads, tp * cp),) if parallelism.cp_kind == "a2a" else ()),
     ):  # fmt: skip
         if size % ways:
-            name = "tp" if what != "positions" else "cp and sequence parallelism"
+            name = {"positions": "cp and sequence parallelism", "experts": "ep"}.get(what, "tp or cp by a2a")
             raise PlanError(
                 f"{size} {what} cannot be cut {ways} ways.", where=name, fix=f"a {name} that divides {size}"
             )
@@ -212,11 +295,13 @@ class _Known:
 def _parts(shape: Shape, microbatch: int, parallelism: Parallelism, setting: Setting, known: _Known) -> Parts:
     """What one stage without a pipeline costs, for a model of few layers."""
     policy = RECOMPUTE[setting.recompute]
-    if setting.fused_attention and policy == "fused":
+    if setting.fusion == "none" and policy == "fused":
+        policy = "none"  # nothing is made again that nobody asked for
+    elif setting.fused_attention and policy == "fused":
         policy = "fused-selective"  # fused attention keeps no scores to begin with
     program = _program(shape, microbatch * parallelism.dp, policy)
-    cost = Roofline(known.cluster, setting.fused_attention, PRODUCTS[setting.products])
-    return parts_of(program, shape.layers, parallelism, cost)
+    cost = Roofline(known.cluster, setting.fused_attention, setting.fusion, PRODUCTS[setting.products])
+    return parts_of(program, shape.layers - (shape.experts.dense if shape.experts else 0), parallelism, cost)
 
 
 @lru_cache(maxsize=64)
@@ -242,8 +327,29 @@ def _example(shape: Shape, batch: int) -> Any:
             head_dim=shape.head_dim, hidden=shape.ffn, dropout=shape.dropout,
         )  # fmt: skip
         return gpt.make("gpt", config)
+    if shape.experts:
+        return _mixture(shape, shape.experts, batch)
     config = llama.LlamaConfig(
         shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, 1e-4, batch,
         seq=shape.seq, vocab=shape.vocab, head_dim=shape.head_dim,
     )  # fmt: skip
     return llama.make("llama", config)
+
+
+def _mixture(shape: Shape, experts: Experts, batch: int) -> Any:
+    """Every expert takes an even share of the choices, and no more: nothing is dropped or wasted."""
+    from .models import deepseek, mixtral
+
+    if shape.latent is None:
+        config = mixtral.MixtralConfig(
+            shape.layers, shape.hidden, experts.hidden, shape.heads, shape.kv_heads, experts.count, 1e-4, batch,
+            shape.seq, shape.vocab, choices=experts.choices, capacity_factor=1.0, dispatch="sorted",
+        )  # fmt: skip
+        return mixtral.make("mixtral", config)
+    latent = shape.latent
+    sizes = deepseek.DeepSeekConfig(
+        shape.layers, experts.dense, shape.hidden, shape.ffn, shape.heads, experts.count, experts.choices,
+        experts.hidden, experts.shared, 1e-4, batch, shape.vocab, shape.seq, latent.query, latent.key_value,
+        latent.head, latent.rotary,
+    )  # fmt: skip
+    return deepseek.make("deepseek", sizes)

@@ -69,13 +69,15 @@ def price(
     cluster: Annotated[str, typer.Option(help="128xa100x8@hdr200, a YAML file; see `clusters`.")],
     global_batch: Annotated[int, typer.Option("--global-batch", "--batch", help="Sequences per step.")],
     model: Annotated[str | None, typer.Option(help="A decoder of the zoo; or give its numbers.")] = None,
-    family: Annotated[str, typer.Option(help="gpt or llama, when the model is given as numbers.")] = "gpt",
+    family: Annotated[str, typer.Option(help="gpt, llama or mixtral, when the model is given as numbers.")] = "gpt",
     layers: Annotated[int | None, typer.Option(help="Depth.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Width.")] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Key and value heads; as many as heads if not given.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Width of one head; hidden / heads if not given.")] = None,
     ffn: Annotated[int | None, typer.Option(help="Feed-forward width; 4 x hidden if not given.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts of a mixtral, each of the feed-forward width.")] = None,
+    choices: Annotated[int | None, typer.Option(help="Experts per token; 2 if not given.")] = None,
     vocab: Annotated[int | None, typer.Option(help="Vocabulary; 51200 if not given.")] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
     dropout: Annotated[float, typer.Option(help="Part of activations that a gpt drops out.")] = 0.0,
@@ -88,6 +90,10 @@ def price(
     ] = False,
     dp: Annotated[int | None, typer.Option(help="Data parallelism; the rest of the devices if not given.")] = None,
     cp: Annotated[int, typer.Option(help="Context parallelism.")] = 1,
+    cp_kind: Annotated[
+        str, typer.Option(help="How attention meets other positions: all_gather, p2p (a ring), a2a (heads are cut).")
+    ] = "all_gather",
+    ep: Annotated[int, typer.Option(help="Expert parallelism, inside data parallelism.")] = 1,
     zero: Annotated[int, typer.Option(help="ZeRO stage: 0, 1, 2 or 3.")] = 0,
     shard_group: Annotated[
         int | None, typer.Option(help="Data ranks that ZeRO shards over (HSDP, MiCS), copies across; all if not given.")
@@ -98,6 +104,8 @@ def price(
         bool, typer.Option("--plain-attention", help="Scores in memory, no fused kernel.")
     ] = False,
     products: Annotated[str, typer.Option(help="Products in bf16 or fp8.")] = "bf16",
+    gathers: Annotated[str, typer.Option(help="Gathers for products in bf16, or in fp8 as these.")] = "bf16",
+    fusion: Annotated[str, typer.Option(help="What is fused: all, layers alone, none (PyTorch run eagerly).")] = "all",
     overlap: Annotated[
         str, typer.Option(help="What runs beside computation: gradients,parameters,tensor,stages.")
     ] = "",
@@ -115,7 +123,16 @@ def price(
     from .ir.cluster import Cluster
     from .ir.codec import check_writable, write_whole
     from .planner.pipeline.timeline import Timeline
-    from .pricing import Setting, Shape, overlaps, parallelism_on, price_job, shape_of
+    from .pricing import (
+        Experts,
+        Setting,
+        Shape,
+        fusion_of,
+        overlaps,
+        parallelism_on,
+        price_job,
+        shape_of,
+    )
 
     if trace is not None:
         check_writable(trace)
@@ -125,7 +142,7 @@ def price(
     if model is not None:
         given = {
             "--hidden": hidden, "--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim, "--ffn": ffn,
-            "--vocab": vocab,
+            "--vocab": vocab, "--experts": experts, "--choices": choices,
         }  # fmt: skip
         for name, number in given.items():
             if number is not None:
@@ -140,21 +157,28 @@ def price(
                     f"{name} is missing.", where="price", fix="--model NAME, or --layers, --hidden and --heads"
                 )
         assert layers is not None and hidden is not None and heads is not None
+        if choices is not None and experts is None:
+            raise UsageError("--choices is for mixtures of experts.", where="--choices", fix="--experts N as well")
+        width = 4 * hidden if ffn is None else ffn
+        mixture = None if experts is None else Experts(experts, 2 if choices is None else choices, width)
         shape = Shape(
-            family, layers, hidden, heads, heads if kv_heads is None else kv_heads, 4 * hidden if ffn is None else ffn,
-            51_200 if vocab is None else vocab, 2048 if seq is None else seq, head_dim,
+            family, layers, hidden, heads, heads if kv_heads is None else kv_heads, width,
+            51_200 if vocab is None else vocab, 2048 if seq is None else seq, head_dim, experts=mixture,
         )  # fmt: skip
     shape = replace(shape, dropout=dropout)
-    degrees = {"tp": tp, "pp": pp, "vpp": vpp, "dp": dp, "cp": cp, "zero": zero, "shard_group": shard_group}
-    parallelism = parallelism_on(where, **degrees, sequence_parallel=sequence_parallel, lean_ends=lean_ends)
+    degrees = {"tp": tp, "pp": pp, "vpp": vpp, "dp": dp, "cp": cp, "ep": ep, "zero": zero, "shard_group": shard_group}
+    parallelism = parallelism_on(
+        where, **degrees, cp_kind=cp_kind, sequence_parallel=sequence_parallel, lean_ends=lean_ends
+    )
     setting = Setting(
         recompute, not plain_attention, products, overlaps(overlap), reduce_in_fp32=not narrow_gradients,
-        fused_accumulation=not separate_accumulation,
+        fused_accumulation=not separate_accumulation, gathers=gathers, fusion=fusion_of(fusion),
     )  # fmt: skip
     found = price_job(shape, parallelism, where, global_batch=global_batch, microbatch=microbatch, setting=setting)
     if trace is not None:
         write_whole(trace, json.dumps(Timeline.of(found.run).perfetto()))
-    _print_price(found, where, cp, format)
+    beyond = "context parallelism" if cp > 1 else "experts" if shape.experts else ""
+    _print_price(found, where, beyond, format)
 
 
 @app.command()
@@ -184,10 +208,10 @@ def calibrate(
     print(found.dump() if format is Format.json else profile_text(found))
 
 
-def _print_price(found: Any, where: Any, cp: int, format: Format) -> None:
+def _print_price(found: Any, where: Any, beyond: str, format: Format) -> None:
     from .planner.cost.bands import NONE, band_of, told
 
-    band, words = (band_of(where), told(where)) if cp == 1 else (None, f"{NONE} with context parallelism")
+    band, words = (None, f"{NONE} with {beyond}") if beyond else (band_of(where), told(where))
     between = band.around(found.step) if band else None
     fits = bool(found.peak <= where.memory_per_device)
     worst = max(range(len(found.memory)), key=lambda i: sum(found.memory[i].values()))
