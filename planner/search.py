@@ -26,6 +26,7 @@ from ..ir.program import Program, prepare
 from ..ir.recompute import POLICIES, Policy
 from ..ir.roles import roles
 from ..ir.units import format_bytes, format_seconds
+from .catalogue import Catalogue
 from .cost.compute import contraction_seconds
 from .cost.model import CostModel, Roofline
 from .intra import Answer, live_of, solve_space, walk_space
@@ -154,10 +155,12 @@ class Search:
 
     def _layouts_on(self, mesh: Mesh) -> Layouts:
         if mesh not in self._layouts:
-            self._layouts[mesh] = Layouts(self.cost.collectives(mesh))
+            shared = self._catalogues.setdefault(mesh.names, Catalogue(mesh))
+            self._layouts[mesh] = Layouts(self.cost.collectives(mesh), shared)
         return self._layouts[mesh]
 
     _layouts: dict[Mesh, Layouts] = field(default_factory=dict)
+    _catalogues: dict[tuple[str, ...], Catalogue] = field(default_factory=dict)
 
     def open(self, candidate: Candidate) -> tuple[Space, Lifetimes]:
         if candidate not in self._spaces:

@@ -25,6 +25,7 @@ from meshwright.planner.intra import data_parallel, live_of, solve_space
 from meshwright.planner.layouts import Layouts
 from meshwright.planner.memory.ledger import Ledger
 from meshwright.planner.memory.lifetimes import lifetimes
+from meshwright.planner.memory.storage import as_xla
 from meshwright.planner.meshes import mesh_of, meshes
 from meshwright.planner.moves import find_collectives
 from meshwright.planner.request import Request
@@ -68,7 +69,7 @@ def space_of(step, params, x, mesh: Mesh) -> tuple[Space, Ledger]:
     program = prepare(fold(capture(step, params, x).graph).small, "none")
     cost = Roofline(CLUSTER)
     space = build_space(program, 1, cost, Layouts(cost.collectives(mesh)))
-    lives = lifetimes(program, 1, roles(program.graph))
+    lives = lifetimes(program, 1, roles(program.graph), as_xla(program, cost.device.kind))
     return space, Ledger(space, lives)
 
 

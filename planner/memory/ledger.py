@@ -14,8 +14,8 @@ import numpy as np
 from ...ir.mesh import Mesh
 from ...ir.microbatch import TimeAxis
 from ..cost.kernels import free_values
-from ..layouts import layouts_of
 from ..space import Space
+from ..strategies import layouts_of
 from .lifetimes import FIRST, LAST, Lifetimes
 
 
