@@ -13,6 +13,7 @@ from meshwright.ir.roles import roles
 from meshwright.models import build
 from meshwright.planner.memory.ledger import least_peak
 from meshwright.planner.memory.lifetimes import lifetimes
+from meshwright.planner.memory.storage import as_xla
 from meshwright.planner.meshes import mesh_of
 
 
@@ -26,7 +27,8 @@ def peak(graph, policy: str, count: int) -> float | None:
     program = prepare(graph, policy)
     if count > 1 and not isinstance(program.time, TimeAxis):
         return None
-    return least_peak(lifetimes(program, count, roles(program.graph)), mesh_of((1,)))
+    lives = lifetimes(program, count, roles(program.graph), as_xla(program, "cuda"))
+    return least_peak(lives, mesh_of((1,)))
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -51,5 +53,5 @@ def test_a_70b_model_fits_on_128_gpus():
     example = build("llama3-70b", batch=1024)
     found = fold(capture(example.step, example.state, example.batch, donate_argnums=0).graph)
     program = prepare(found.small, "full")
-    lives = lifetimes(program, 64, roles(program.graph))
+    lives = lifetimes(program, 64, roles(program.graph), as_xla(program, "cuda"))
     assert least_peak(lives, mesh_of((128,))) < 16 * 2.0**30
