@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from math import inf
 
 import numpy as np
 
 from ..ir.microbatch import batch_dims
 from ..ir.sharding import Sharding
+from .memory.aliases import aliases, extended
 from .memory.ledger import Ledger
 from .memory.lifetimes import Lifetimes
 from .solver.anytime import solve_live
-from .solver.live import Demand, Live
+from .solver.live import Live
 from .solver.mcmc import walk
 from .solver.onehot import Choices, Edge, Solution
 from .space import Space
@@ -27,18 +29,40 @@ class Answer:
     moment: tuple[int, int] = (0, 0)
 
 
-def live_of(space: Space, ledger: Ledger | None = None, limit: float = inf) -> Live:
-    """The space as the solver's problem; without a ledger nobody asks for memory.
+@dataclass(frozen=True)
+class Model:
+    """The space as the solver's problem; choice p of node n is the space's `origins[n][p]`."""
+
+    live: Live
+    origins: Mapping[int, np.ndarray] = field(default_factory=dict)  # only of nodes that differ
+
+    def lift(self, solution: Solution) -> Solution:
+        """The solver's answer in the space's choices."""
+        if solution.choices is None:
+            return solution
+        found = (int(self.origins[n][p]) if n in self.origins else p for n, p in enumerate(solution.choices))
+        return replace(solution, choices=tuple(found))
+
+
+def live_of(space: Space) -> Live:
+    """The space as the solver's problem when nobody asks for memory."""
+    edges = tuple(Edge(a, b, matrix) for (a, b), matrix in sorted(space.edges.items()))
+    return Live(tuple(node.seconds for node in space.nodes), edges, (), np.zeros(0))
+
+
+def model_of(space: Space, ledger: Ledger, limit: float) -> Model:
+    """The space as the solver's problem under a memory limit.
 
     The moments are the ticks of the step twice: as the first and as the last of the
     layers that a tick stands for runs.
     """
-    edges = tuple(Edge(a, b, matrix) for (a, b), matrix in sorted(space.edges.items()))
-    costs = tuple(node.seconds for node in space.nodes)
-    if ledger is None:
-        return Live(costs, edges, (), np.zeros(0))
-    demands = tuple(Demand(node, first, last, held) for node, first, last, held in ledger.demands())
-    return Live(costs, edges, demands, limit - ledger.fixed())
+    found = aliases(space, ledger.lives)
+    origins = {node: alias.choices() for node, alias in found.items()}
+    costs = tuple(
+        node.seconds[origins[n]] if n in origins else node.seconds for n, node in enumerate(space.nodes)
+    )
+    edges = tuple(Edge(a, b, table) for a, b, table in extended(space, found))
+    return Model(Live(costs, edges, tuple(ledger.demands(found)), limit - ledger.fixed()), origins)
 
 
 def solve_space(
@@ -54,9 +78,9 @@ def solve_space(
 ) -> Answer:
     """Minimise predicted seconds with memory at every moment at most `limit`; see `solve_live`."""
     ledger = Ledger(space, lives)
-    live = live_of(space, ledger, limit)
-    solution = solve_live(
-        live, time_limit=time_limit, gap=gap, seed=seed, cutoff=cutoff, probe=probe
+    model = model_of(space, ledger, limit)
+    solution = model.lift(
+        solve_live(model.live, time_limit=time_limit, gap=gap, seed=seed, cutoff=cutoff, probe=probe)
     )
     if solution.choices is None:
         return Answer(solution)
@@ -68,8 +92,8 @@ def walk_space(
 ) -> Answer:
     """The same problem by FlexFlow's Markov chains, from data parallelism on: no proof."""
     ledger = Ledger(space, lives)
-    live = live_of(space, ledger, limit)
-    solution = walk(live, data_parallel(space), time_limit=time_limit, seed=seed)
+    model = model_of(space, ledger, limit)
+    solution = model.lift(walk(model.live, data_parallel(space), time_limit=time_limit, seed=seed))
     if solution.choices is None:
         return Answer(solution)
     return Answer(solution, *ledger.peak(ledger.local_bytes(solution.choices)))

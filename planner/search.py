@@ -1,8 +1,8 @@
 """Start here: from a folded graph, a cluster and a request to a proven plan.
 
 candidates   (mesh, recompute, microbatches)
-bound        each (mesh, recompute) without a memory limit, for one microbatch:
-             more microbatches on it cost at least that
+bound        each without a memory limit, from the smallest microbatch count that can fit:
+             the counts that it divides cost at least that
 solve        under the memory limit, in order of the bounds, until none beats the incumbent
 
 `Request(search="mcmc")` walks the same candidates by FlexFlow's chains instead, in equal
@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import floor, inf, log2
 
 from ..ir.blocks import Folded
@@ -26,6 +27,7 @@ from ..ir.program import Program, prepare
 from ..ir.recompute import POLICIES, Policy
 from ..ir.roles import roles
 from ..ir.units import format_bytes, format_seconds
+from .catalogue import Catalogue
 from .cost.compute import contraction_seconds
 from .cost.model import CostModel, Roofline
 from .intra import Answer, live_of, solve_space, walk_space
@@ -154,10 +156,12 @@ class Search:
 
     def _layouts_on(self, mesh: Mesh) -> Layouts:
         if mesh not in self._layouts:
-            self._layouts[mesh] = Layouts(self.cost.collectives(mesh))
+            shared = self._catalogues.setdefault(mesh.names, Catalogue(mesh))
+            self._layouts[mesh] = Layouts(self.cost.collectives(mesh), shared)
         return self._layouts[mesh]
 
     _layouts: dict[Mesh, Layouts] = field(default_factory=dict)
+    _catalogues: dict[tuple[str, ...], Catalogue] = field(default_factory=dict)
 
     def open(self, candidate: Candidate) -> tuple[Space, Lifetimes]:
         if candidate not in self._spaces:
@@ -183,7 +187,7 @@ class Search:
         plain = min(self._meshes(), key=lambda m: (abs(len(m.axes) - 2), m.shape))
         for policy in self._policies():
             for mesh in finest:
-                self.open_bounds[Candidate(mesh, policy, self._counts()[0])] = self._floor()
+                self._open(self._smallest_count(Candidate(mesh, policy, self._counts()[0])))
         if plain not in finest:
             self._seed(plain)
         while self.open_bounds:
@@ -199,7 +203,7 @@ class Search:
         """FlexFlow's search: every finest mesh and recompute policy, in equal shares of the time."""
         finest, first = _finest(self._meshes()), self._counts()[0]
         roots = [Candidate(mesh, policy, first) for mesh in finest for policy in self._policies()]
-        self.open_bounds = dict.fromkeys(roots, self._floor())
+        self.open_bounds = dict.fromkeys(roots, self._floor)
         for root in roots:
             self._walk_family(root, self.request.time_limit / len(roots))
             self._forget(keep=self.best.candidate)
@@ -223,73 +227,73 @@ class Search:
             candidate = self._next_count(candidate)
 
     def _next(self) -> Candidate:
-        """The lowest bound; while nothing is found, of those looked at the one with most room."""
-        lowest = min(self.open_bounds, key=lambda c: self.open_bounds[c])
-        if self.best.answer is not None or lowest not in self._fitting:
-            return lowest
-        return min(self._fitting & self.open_bounds.keys(), key=self.least)
+        """The lowest bound; while nothing is found, the one with most room."""
+        if self.best.answer is None:
+            return min(self.open_bounds, key=self.least)
+        return min(self.open_bounds, key=lambda c: self.open_bounds[c])
 
     def _seed(self, mesh: Mesh) -> None:
         """Plans on one plain mesh, to have something to beat."""
+        first = self._counts()[0]
         for policy in self._policies():
-            root = Candidate(mesh, policy, self._counts()[0])
+            root = self._smallest_count(Candidate(mesh, policy, first))
+            if root is None:
+                continue
             _, fits = self._relaxed(root)
-            if fits or self.late():
+            if self.late() or (fits and root.microbatches == first):
                 return
-            following = self._fit(root, self._counts())
-            if following is not None:
-                self._solve(following)
+            if not fits:
+                self._solve(root)
             self._forget(keep=self.best.candidate)
 
     def _advance(self, candidate: Candidate) -> None:
         """Look at one open candidate and replace it by what remains of it.
 
-        A root is relaxed; if its answer does not fit, the smallest microbatch
-        count that can fit takes its place. That one is solved under the memory
-        limit, first for a moment: its bound then says when it is worth more time.
-        The next count joins it: more microbatches never make a step faster in this
-        model, so its relaxed bound carries over. A candidate stays open to its end,
-        so that an interrupt never leaves a bound too high.
+        It is relaxed, then solved under the memory limit, first for a moment: its bound
+        then says when it is worth more time. The next count joins it. A candidate stays
+        open to its end, so that an interrupt never leaves a bound too high.
         """
         if candidate in self._probed:
             self._close(candidate, self._solve(candidate))
-            self._forget(keep=self.best.candidate)
-            return
-        relaxed, _ = self._relaxed(candidate)
-        bound = self.open_bounds[candidate] = max(self.open_bounds[candidate], relaxed)
-        if bound >= self._enough():
-            self._close(candidate, bound)
-        elif candidate in self._fitting:
-            self._probe(candidate, bound)
         else:
-            following = self._smallest_count(candidate)
-            if following == candidate:
-                self._fitting.add(candidate)
-                return
-            self._open(following, bound)
-            del self.open_bounds[candidate]
+            self._look(candidate)
         self._forget(keep=self.best.candidate)
 
-    def _probe(self, candidate: Candidate, relaxed: float) -> None:
-        solved = self._solve(candidate, PROBE)
-        self._open(self._next_count(candidate), relaxed)
+    def _look(self, candidate: Candidate) -> None:
+        relaxed, fits = self._relaxed(candidate)
+        self._relaxed_bounds[candidate] = relaxed
+        self._open(self._next_count(candidate))
+        bound = self.open_bounds[candidate] = max(self.open_bounds[candidate], relaxed)
         self._probed.add(candidate)
-        self.open_bounds[candidate] = max(relaxed, solved)
-        if self.open_bounds[candidate] >= self._enough():
-            self._close(candidate, solved)
+        if not fits and bound < self._enough():
+            bound = self.open_bounds[candidate] = max(bound, self._solve(candidate, PROBE))
+        if bound >= self._enough():
+            self._close(candidate, bound)
+
+    def _carried(self, candidate: Candidate) -> float:
+        """A bound for this microbatch count and all larger ones, from smaller ones without a memory limit.
+
+        Cutting microbatches into equal parts never makes a step faster in this model, so a count
+        is bounded by those that divide it.
+        """
+        counts = [c for c in self._counts() if c >= candidate.microbatches]
+        return min(max([self._floor, *self._divisor_bounds(candidate, c)]) for c in counts)
+
+    def _divisor_bounds(self, family: Candidate, count: int) -> list[float]:
+        smaller = (Candidate(family.mesh, family.policy, c) for c in self._counts() if count % c == 0)
+        return [self._relaxed_bounds[c] for c in smaller if c in self._relaxed_bounds]
 
     def _close(self, candidate: Candidate, bound: float) -> None:
         self.closed_bound = min(self.closed_bound, max(self.open_bounds[candidate], bound))
         del self.open_bounds[candidate]
 
-    def _open(self, candidate: Candidate | None, bound: float) -> None:
+    def _open(self, candidate: Candidate | None) -> None:
         if candidate is not None:
-            self._fitting.add(candidate)
-            self.open_bounds[candidate] = bound
+            self.open_bounds[candidate] = self._carried(candidate)
 
     open_bounds: dict[Candidate, float] = field(default_factory=dict)
     closed_bound: float = inf  # of all candidates that were looked at to their end
-    _fitting: set[Candidate] = field(default_factory=set)  # least bytes below the limit
+    _relaxed_bounds: dict[Candidate, float] = field(default_factory=dict)  # without a memory limit
     _probed: set[Candidate] = field(default_factory=set)
 
     def lower_bound(self) -> float:
@@ -300,6 +304,7 @@ class Search:
         """A bound this high cannot improve the incumbent by more than the gap asked for."""
         return self.best.seconds * (1 - self.request.gap)
 
+    @cached_property
     def _floor(self) -> float:
         """No plan is faster than all contractions, cut evenly over all devices."""
         program = self.program("none")
@@ -314,8 +319,7 @@ class Search:
         self._spaces = {c: s for c, s in self._spaces.items() if c == keep}
 
     def _relaxed(self, candidate: Candidate) -> tuple[float, bool]:
-        """Solve without a memory limit: a bound for this and all larger microbatch
-        counts, and whether the answer fits all the same."""
+        """Solve without a memory limit: a bound, and whether the answer fits all the same."""
         space, lives = self.open(candidate)
         left = min(10.0, max(1.0, self.deadline - time.monotonic()))
         solution = solve_live(

@@ -24,10 +24,11 @@ from ..ir.program import Program
 from ..ir.rule import NONE, Rule, Strategy, settled_axes
 from ..ir.rules import rule_of
 from ..ir.sharding import Sharding, replicated
+from .catalogue import Taken
 from .cost.compute import Ways
 from .cost.kernels import LEADERS, kernels_of, spreads_scalar
 from .cost.model import CostModel
-from .layouts import Layouts, Taken, layouts_of
+from .layouts import Layouts
 
 
 @dataclass
@@ -209,9 +210,12 @@ class _Builder:
         dim = self._split_dim(value)
         if dim is not None:
             shape[dim] //= self.space.microbatches
-        choices = [self.decided.layout(tag, value)] if self.decided else layouts_of(tuple(shape), self.mesh, owed)
+        choices, numbers = self.layouts.slot(tuple(shape), owed)
+        if self.decided:
+            choices = [self.decided.layout(tag, value)]
+            numbers = self.layouts.numbers(choices)
         node = self._node(Node(tag, choices, np.zeros(len(choices))))
-        self.space.homes[tag] = Home(node, self.layouts.numbers(choices))
+        self.space.homes[tag] = Home(node, numbers)
         return node
 
     def _node(self, node: Node) -> int:
@@ -367,7 +371,7 @@ class _Builder:
             self.layouts.ways(self.space.homes[self.tags[v]].layouts) * parts[len(op.inputs) + k]
             for k, v in enumerate(op.outputs)
         ]
-        work = self.taken[op.tag].cuts * max(parts)
+        work = self.layouts.cut_ways(self.taken[op.tag]) * max(parts)
         seconds = self.cost.op_seconds(
             op, rule, self.types, Ways(operands, results, work), self.kernels
         )

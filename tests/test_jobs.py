@@ -18,8 +18,8 @@ from meshwright.pricing import Experts, Latent, Setting, Shape, price_job
 
 HOST = Cluster.parse("b200x8")
 LLAMA = Shape("llama", 8, 4096, 32, 8, 14336, 32768, 8192)
-MIXTRAL = Shape("mixtral", 8, 4096, 32, 8, 14336, 32768, 4096, Experts(8, 2, 14336))
-DEEPSEEK = Shape("deepseek", 8, 2048, 16, 16, 8192, 32768, 2048, Experts(32, 4, 1024, 1024, 1), Latent())
+MIXTRAL = Shape("mixtral", 8, 4096, 32, 8, 14336, 32768, 4096, experts=Experts(8, 2, 14336))
+DEEPSEEK = Shape("deepseek", 8, 2048, 16, 16, 8192, 32768, 2048, experts=Experts(32, 4, 1024, 1024, 1), latent=Latent())
 
 
 def parts(shape: Shape, parallelism: Parallelism, setting: Setting | None = None) -> Parts:

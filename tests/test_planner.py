@@ -20,6 +20,7 @@ from meshwright.ir.program import prepare
 from meshwright.ir.recompute import POLICIES
 from meshwright.ir.roles import roles
 from meshwright.models import build
+from meshwright.planner.catalogue import Catalogue
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra import data_parallel, live_of, solve_space
 from meshwright.planner.layouts import Layouts
@@ -69,7 +70,7 @@ def space_of(step, params, x, mesh: Mesh) -> tuple[Space, Ledger]:
     program = prepare(fold(capture(step, params, x).graph).small, "none")
     cost = Roofline(CLUSTER)
     space = build_space(program, 1, cost, Layouts(cost.collectives(mesh)))
-    lives = lifetimes(program, 1, roles(program.graph), as_xla(program, "tpu"))
+    lives = lifetimes(program, 1, roles(program.graph), as_xla(program, cost.device.kind))
     return space, Ledger(space, lives)
 
 
@@ -118,6 +119,31 @@ def mlp_arguments(batch=64, width=128, hidden=512):
         {"up": f32(width, hidden), "down": f32(hidden, width)},
         {"x": f32(batch, width), "y": f32(batch, width)},
     )
+
+
+def test_a_shared_catalogue_changes_no_price():
+    """Whatever meshes and microbatch counts came before, a space is the same."""
+    cost, steps = Roofline(CLUSTER), capture(mlp, *mlp_arguments())
+    program, names = prepare(fold(steps.graph).small, "none"), Catalogue(mesh_of((2, 2)))
+    for shape, count in itertools.product([(4, 1), (2, 2), (1, 4)], (1, 2, 16, 64)):
+        mesh = Mesh.of(x=shape[0], y=shape[1])
+        shared, alone = (
+            build_space(program, count, cost, Layouts(cost.collectives(mesh), known)) for known in (names, None)
+        )
+        assert shared.edges.keys() == alone.edges.keys()
+        assert all(np.array_equal(shared.edges[key], alone.edges[key]) for key in alone.edges)
+        for ours, theirs in zip(shared.nodes, alone.nodes, strict=True):
+            assert ours.choices == theirs.choices and np.array_equal(ours.seconds, theirs.seconds)
+
+
+def test_cutting_microbatches_into_equal_parts_never_makes_a_step_faster():
+    """What the search carries from one count to those that it divides."""
+    captured, where = capture(mlp, *mlp_arguments(batch=96, width=2048, hidden=6144)), "2xa100x2@hdr200"
+    pins = [Request(gap=1e-6, recompute="none", microbatches=count) for count in (1, 2, 3, 4, 6, 12)]
+    seconds = {p.microbatches: plan_captured(captured, where, p, "mlp").estimate.step_seconds for p in pins}
+    for few, many in itertools.permutations(seconds, 2):
+        if many % few == 0:
+            assert seconds[few] <= seconds[many] * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("memory", [None, 900e3, 600e3, 450e3])

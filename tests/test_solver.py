@@ -189,6 +189,12 @@ def test_messages_bound_every_choice_from_below(seed):
             assert last.floor + more <= brute_force(Problem(tuple(fixed), problem.edges)) + 1e-9
 
 
+def test_an_order_knows_how_large_it_is_beyond_64_bits():
+    edges = [Edge(a, b, np.zeros((0, 0))) for a, b in itertools.combinations(range(8), 2)]
+    order = elimination_order(np.full(8, 1000), edges)
+    assert order.largest == 1000**8 and order.entries > 1000**8
+
+
 def test_elimination_of_a_table_too_large_for_one_chunk():
     rng = np.random.default_rng(0)
     tables = [rng.random((100, 100)) for _ in range(3)]

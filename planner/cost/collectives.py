@@ -11,6 +11,7 @@ of all tiers add up to its fixed part.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, log2
@@ -19,7 +20,7 @@ from ...ir.cluster import Cluster
 from ...ir.errors import PlanError, did_you_mean
 from ...ir.graph import TensorType
 from ...ir.mesh import Mesh
-from ...ir.sharding import Sharding, Step, reshard
+from ...ir.sharding import Sharding, Step
 from .groups import Level, levels_of
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
@@ -144,26 +145,8 @@ class Collectives:
         tier = self.cluster.tier_for(min(2 * stride, self.cluster.size))
         return tier.latency + nbytes / tier.achieved
 
-    def resharding(self, source: Sharding, target: Sharding, phase: str) -> Line | None:
-        """Seconds of moving one tensor between two layouts, as a line in its *global* bytes.
-
-        Dims that are whole in both change nothing, so layouts that differ in these alone share
-        their line.
-        """
-        cut = [(a, b) for a, b in zip(source.dims, target.dims, strict=True) if a or b]
-        key = (tuple(cut), source.partial, target.partial, phase == "update", bool(source.dims))
-        if key not in self._known:
-            self._known[key] = self._resharding(source, target, phase)
-        return self._known[key]
-
-    @cached_property
-    def _known(self) -> dict[tuple, Line | None]:
-        return {}
-
-    def _resharding(self, source: Sharding, target: Sharding, phase: str) -> Line | None:
-        steps = reshard(source, target)
-        if steps is None:
-            return None
+    def moving(self, steps: Sequence[Step], source: Sharding, phase: str) -> Line:
+        """Seconds of the steps from a source layout to another, as a line in the tensor's *global* bytes."""
         total, share = FREE, 1.0 / source.ways(self.mesh)
         for step in steps:
             larger, share = self.shares(step, share)

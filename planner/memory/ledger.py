@@ -6,7 +6,7 @@ Rows for the solver, the peak of a solution and what it is made of, the least th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -14,8 +14,10 @@ import numpy as np
 from ...ir.mesh import Mesh
 from ...ir.microbatch import TimeAxis
 from ..cost.kernels import free_values
-from ..layouts import layouts_of
+from ..solver.live import Demand
 from ..space import Space
+from ..strategies import layouts_of
+from .aliases import Alias
 from .lifetimes import FIRST, LAST, Lifetimes
 
 
@@ -31,20 +33,25 @@ class Ledger:
             home = space.homes[self.tags[value]]
             made_anywhere = home.node is None and value not in space.program.graph.constant_ids
             full = 0.0 if made_anywhere else self.types[value].nbytes * lives.scale[value]
-            self._bytes[value] = (home.node, full / space.layouts.ways(home.layouts))
+            self._bytes[value] = (home.node, full / space.layouts.ways(home.layouts) * ~self._unmoved(value))
 
     def local_bytes(self, choices: tuple[int, ...]) -> dict[int, float]:
-        """Bytes of every value; a copy that changes nothing has none.
-
-        The rows for the solver know no pairs and count such copies, so they ask for a little more
-        than is needed.
-        """
+        """Bytes of every value; a copy that changes nothing has none."""
         found = {
             value: float(sizes[choices[node]] if node is not None else sizes[0])
             for value, (node, sizes) in self._bytes.items()
         }
         same = [c for c, s in self.lives.copies.items() if self._layout(c, choices) == self._layout(s, choices)]
         return found | dict.fromkeys(same, 0.0)
+
+    def _unmoved(self, value: int) -> np.ndarray:
+        """The choices of a copy's node at which it lies like its source, whatever others choose."""
+        mine = self.space.homes[self.tags[value]]
+        if value not in self.lives.copies:
+            return np.zeros(len(mine.layouts), bool)
+        its = self.space.homes[self.tags[self.lives.copies[value]]]
+        alone = its.node is None or its.node == mine.node
+        return (mine.layouts == its.layouts) & alone
 
     def _layout(self, value: int, choices: tuple[int, ...]) -> int:
         home = self.space.homes[self.tags[value]]
@@ -56,15 +63,21 @@ class Ledger:
         moment, tick = np.unravel_index(int(profile.argmax()), profile.shape)
         return float(profile[moment, tick]), (int(moment), int(tick))
 
-    def demands(self) -> Iterator[tuple[int, int, int, np.ndarray]]:
-        """Node, first moment, end (not included) and bytes by choice, of all lives that a choice
-        decides. Moments are the ticks as `FIRST`, then the ticks as `LAST`."""
+    def demands(self, found: Mapping[int, Alias]) -> Iterator[Demand]:
+        """All lives whose bytes a choice decides, when the nodes of copies may share memory.
+        Moments are the ticks as `FIRST`, then the ticks as `LAST`."""
         for segment in self.lives.segments:
             node, sizes = self._bytes[segment.value]
+            if node is None:
+                continue
+            if node in found:
+                alias = found[node]
+                sizes = sizes[alias.choices()]
+                sizes = np.where(alias.shared() & (segment.value in alias.values), 0.0, sizes)
             for moment, weight in ((FIRST, segment.first), (LAST, segment.last)):
-                if node is not None and weight > 0:
+                if weight > 0:
                     shift = moment * self.lives.ticks
-                    yield node, segment.start + shift, segment.end + 1 + shift, weight * sizes
+                    yield Demand(node, segment.start + shift, segment.end + 1 + shift, weight * sizes)
 
     def fixed(self) -> np.ndarray:
         """Bytes at each moment that no choice decides."""

@@ -38,7 +38,7 @@ Report = Callable[[float, float], None]  # objective, bound
 RATE = 5e8  # table entries per second, of messages and moves; measured 2e8 to 1e9 on a Xeon core
 ASCENT_SHARE, BRANCH_SHARE, EXACT_SHARE = 0.12, 0.3, 0.25  # of the time limit, per round
 FIRST_MOVES_SHARE, MOVES_SHARE = 0.04, 0.25
-LEAST_STEPS = 50  # of the ascent
+LEAST_STEPS = 100  # of the ascent
 SLICE = 6.0  # seconds after which walks and neighbourhoods start from the best again
 SMALL = 2000  # choices up to which the exact solver comes first
 PRESSES = 100  # times that all prices are raised while nothing fits
@@ -217,7 +217,7 @@ class _Search:
         ascent.start(prices[core.live.moments])
         steps = LEAST_STEPS + int(self._work(ASCENT_SHARE) / (PASSES * live.entries))
         for _ in range(steps):
-            if self.over or ascent.settled:
+            if self.over or ascent.settled or ascent.stalled:
                 break
             ascent.step(self.ceiling if self.ceiling < inf else 2 * abs(ascent.reached))
             self.raise_bound(ascent.bound)

@@ -20,12 +20,12 @@ from .live import Live
 from .messages import Messages, Saved
 
 ROOT_STEPS, STEPS = 300, 200  # of the ascent, at most
-STALL = 60  # steps without progress after which a part is split
-PROGRESS = 0.01  # of the distance to the target
 FIRST_STEP = 0.5  # of that distance: what the first step of a part promises
 LOOK, MOVED = 40, 0.02  # give up when so many parts moved the bound by less than this share
 CLOSE = 0.15  # of that distance: a choice this near the best one is as good
-PENALTY = 4.0  # times that distance, on what a part forbids: enough to be out of question
+TORN = 0.01  # of that distance: a node whose price of memory differs less is settled
+TINY = 1e-9
+PENALTY = 100.0  # times that distance, on what a part forbids: a forbidden choice may save much memory, too
 
 
 @dataclass(order=True)
@@ -37,6 +37,7 @@ class Part:
     forbidden: np.ndarray = field(compare=False)
     prices: np.ndarray = field(compare=False)
     reduced: np.ndarray = field(compare=False)  # of each choice, at these prices
+    shares: np.ndarray = field(compare=False)  # of each choice, among the assignments last met
     messages: Saved = field(compare=False)
 
 
@@ -97,23 +98,18 @@ class Branching:
             ascent.start(prices, FIRST_STEP * away / abs(self.target()))
         else:
             ascent.start(prices)
-        saved, best, waited = self.messages.saved(), -np.inf, 0
+        saved = self.messages.saved()
         for _ in range(steps):
             target, before = self.target(), ascent.bound
             ascent.step(target)
             self.steps += 1
             if ascent.bound > before:
                 saved = self.messages.saved()
-            if ascent.bound >= target or self.over():
-                break
-            waited += 1
-            if ascent.bound > best + PROGRESS * (target - ascent.bound):
-                best, waited = ascent.bound, 0
-            if waited > STALL:
+            if ascent.bound >= target or ascent.stalled or self.over():
                 break
         reduced = self.costs if ascent.last is None else ascent.last.reduced
         bound = max(floor, ascent.bound)
-        return Part(bound, next(self.numbers), forbidden, ascent.prices, reduced, saved)
+        return Part(bound, next(self.numbers), forbidden, ascent.prices, reduced, ascent.shares, saved)
 
     def _only(self, part: Part) -> float:
         """The cost of a part of one assignment; inf when it does not fit."""
@@ -125,16 +121,11 @@ class Branching:
 
     def _halves(self, part: Part) -> tuple[np.ndarray, np.ndarray] | None:
         """What two parts of a part forbid; None when every node has one choice left."""
+        torn = self._torn(part)
+        if torn is not None:
+            return torn
         starts, near = self.live.starts[:-1], CLOSE * (self.target() - part.bound)
         good = ~part.forbidden & (part.reduced <= near)
-        paid = self.live.table.priced(part.prices)
-        low = np.minimum.reduceat(np.where(good, paid, np.inf), starts)
-        high = np.maximum.reduceat(np.where(good, paid, -np.inf), starts)
-        node = int((high - low).argmax())
-        if high[node] > low[node]:
-            mine = self.owner == node
-            large = mine & (paid > (low[node] + high[node]) / 2)
-            return part.forbidden | large, part.forbidden | (mine & ~large)
         rivals = np.add.reduceat(good.astype(int), starts)
         open_ = np.add.reduceat((~part.forbidden).astype(int), starts) > 1
         if not open_.any():
@@ -148,3 +139,17 @@ class Branching:
         other = part.forbidden.copy()
         other[best] = True
         return part.forbidden | one, other
+
+    def _torn(self, part: Part) -> tuple[np.ndarray, np.ndarray] | None:
+        """The node whose price of memory differs most among the assignments last met, cut at its mean."""
+        starts, paid = self.live.starts[:-1], self.live.table.priced(part.prices)
+        shares = np.where(part.forbidden, 0.0, part.shares)
+        whole = np.maximum(np.add.reduceat(shares, starts), TINY)
+        mean = (np.add.reduceat(shares * paid, starts) / whole)[self.owner]
+        spread = np.add.reduceat(shares * np.abs(paid - mean), starts)
+        node = int(spread.argmax())
+        if spread[node] <= TORN * abs(self.target() - part.bound):
+            return None
+        mine = self.owner == node
+        large = mine & (paid > mean)
+        return part.forbidden | large, part.forbidden | (mine & ~large)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numba
 import numpy as np
 
 from .onehot import Choices
 from .reductions import Reduced
+
+MOST_WORK = 100_000_000  # entries of the rows that one repair may read: a fifth of a second
+LEAST_RELIEF = 1e-12  # share of a limit below which a change relieves nothing
 
 
 class Neighbourhood:
@@ -22,6 +26,7 @@ class Neighbourhood:
         self.starts = np.concatenate([[0], np.cumsum(model.sizes)])
         self.owner = np.repeat(np.arange(len(model.costs)), model.sizes)
         self.usage = np.hstack(model.usage)  # (rows, choices of all nodes)
+        self.by_choice = np.ascontiguousarray(self.usage.T)
         self.around: list[list[tuple[int, np.ndarray]]] = [[] for _ in model.costs]
         for edge in model.edges:
             self.around[edge.a].append((edge.b, edge.costs.T))
@@ -77,9 +82,10 @@ class Neighbourhood:
         if not (over > 0).any():
             return choices
         costs = np.concatenate([self.costs_at(i, choices) for i in range(len(choices))])
-        for _ in range(4 * len(choices)):
-            move = self._cheapest_relief(choices, costs, over)
-            if move is None:
+        for _ in range(min(4 * len(choices), MOST_WORK // self.usage.size)):
+            now = self.starts[:-1] + np.asarray(choices)
+            move = _cheapest_relief(self.by_choice, self.owner, now, costs, over)
+            if move < 0:
                 return None
             node = int(self.owner[move])
             over = over + self.usage[:, move] - self.usage[:, self.starts[node] + choices[node]]
@@ -91,19 +97,25 @@ class Neighbourhood:
                 costs[span] = self.costs_at(other, choices)
         return None
 
-    def _cheapest_relief(
-        self, choices: Sequence[int], costs: np.ndarray, over: np.ndarray
-    ) -> int | None:
-        """Which of all choices removes overflow for the fewest seconds per share."""
-        now = self.starts[:-1] + np.asarray(choices)
-        broken = over > 0
-        usage = self.usage[broken]
-        change = usage - usage[:, now][:, self.owner]
-        after = np.maximum(over[broken][:, None] + change, 0.0).sum(axis=0)
-        relief = over[broken].sum() - after
-        added = costs - costs[now][self.owner]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            price = np.where(added > 0, added / relief, added * relief)
-        price[relief <= 1e-12] = np.inf
-        best = int(price.argmin())
-        return best if price[best] < np.inf else None
+
+@numba.njit(cache=True, nogil=True)
+def _cheapest_relief(
+    usage: np.ndarray, owner: np.ndarray, now: np.ndarray, costs: np.ndarray, over: np.ndarray
+) -> int:
+    """Which of all choices removes overflow for the fewest seconds per share; -1 for none.
+
+    `usage` has a line per choice; `now` is the present choice of each node, counted through.
+    """
+    broken = np.flatnonzero(over > 0)
+    best, least = -1, np.inf
+    for p in range(owner.size):
+        held = now[owner[p]]
+        relief = 0.0
+        for r in broken:
+            relief += over[r] - max(0.0, over[r] + usage[p, r] - usage[held, r])
+        if relief > LEAST_RELIEF:
+            added = costs[p] - costs[held]
+            price = added / relief if added > 0 else added * relief
+            if price < least:
+                best, least = p, price
+    return best

@@ -43,6 +43,7 @@ def elimination_order(sizes: Sequence[int], edges: Iterable[Edge]) -> Order:
     A node with one choice is nobody's neighbour: it decides nothing, and a hub of
     such nodes would need a table of more dims than numpy has.
     """
+    sizes = [int(size) for size in sizes]  # products of numpy's integers would overflow
     near: list[set[int]] = [set() for _ in sizes]
     for edge in edges:
         if sizes[edge.a] > 1 and sizes[edge.b] > 1:
