@@ -266,6 +266,8 @@ class Cluster(Part):
             {**peaks, "efficiency": 1.0},
             {"memory_bandwidth": found.memory_bandwidth, "memory_efficiency": 1.0},
             {"launch": found.launch}, {"elementwise_flops": found.elementwise_flops},
+            {"gradient_share": found.gradient_share},
+            {"transpose_bandwidth": found.transpose_bandwidth} if found.transpose_bandwidth else {},
         )  # fmt: skip
         changed = self
         for figures in together:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -111,6 +112,8 @@ class Device(Part):
     attention_efficiency: float = Field(default=0.4, gt=0, le=1)  # share of the peak in fused attention
     units: int | None = Field(default=None, gt=0)  # multiprocessors that share a product's tiles
     elementwise_flops: Peak | None = None  # simple f32 operations/s outside the matrix units
+    gradient_share: float = Field(default=1.0, gt=0, le=1)  # of a product's usual rate, for gradients of weights
+    transpose_bandwidth: Rate | None = None  # of kernels that move the innermost dim; as streams if left out
     source: str | None = None
 
     @property
@@ -125,6 +128,12 @@ class Device(Part):
     def stream_seconds(self, nbytes: Any) -> Any:
         """Seconds in which a kernel reads and writes so many bytes, a number or an array."""
         return nbytes / (self.memory_bandwidth * self.memory_efficiency)
+
+    def transpose_seconds(self, nbytes: Any) -> Any:
+        """Seconds that a kernel which reads and writes so many bytes takes longer for moving the innermost dim."""
+        if self.transpose_bandwidth is None:
+            return 0.0 * nbytes
+        return np.maximum(nbytes / self.transpose_bandwidth - self.stream_seconds(nbytes), 0.0)
 
     @field_validator("peak_flops", mode="before")
     @classmethod

@@ -123,7 +123,7 @@ class _Builder:
         self.types = self.graph.types
         self.tags = space.program.value_tags
         self.time = space.program.time if isinstance(space.program.time, TimeAxis) else None
-        self.kernels = kernels_of(self.program, cost.fused_attention)
+        self.kernels = kernels_of(self.program, cost.fused_attention, cost.kernels_apart)
         self.first: dict[str, tuple[Op, Rule]] = {}  # op tag -> one op that carries it
         self.taken: dict[str, Taken] = {}
         self.runs: dict[str, int] = defaultdict(int)

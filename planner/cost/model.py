@@ -35,6 +35,9 @@ class CostModel(Protocol):
     @property
     def fused_attention(self) -> bool: ...
 
+    @property
+    def kernels_apart(self) -> bool: ...
+
     def collectives(self, mesh: Mesh) -> Collectives: ...
 
     def op_seconds(
@@ -66,6 +69,11 @@ class Roofline:
     @cached_property
     def device(self) -> Device:
         return self.cluster.device
+
+    @property
+    def kernels_apart(self) -> bool:
+        """Whether reductions and dear ops are kernels of their own, as in XLA's CPU backend."""
+        return self.device.kind == "cpu"
 
     def collectives(self, mesh: Mesh) -> Collectives:
         return Collectives(mesh, self.cluster)
