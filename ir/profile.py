@@ -40,6 +40,13 @@ class CopyPoint(_Part):
     seconds: float = Field(gt=0)
 
 
+class StreamPoint(_Part):
+    """Bandwidth of kernels that read and write `size` bytes together."""
+
+    size: float = Field(gt=0)
+    bandwidth: float = Field(gt=0)
+
+
 class TransposePoint(_Part):
     """A kernel that exchanges the two innermost dims; bytes read and written together."""
 
@@ -81,8 +88,8 @@ class Profile(_Part):
     """Points and figures of one machine.
 
     `peak_flops` by dtype, `memory_bandwidth`, `launch` (seconds per kernel) and
-    `elementwise_flops` describe one device while all are busy; so do `gradient_share` and
-    `transpose_bandwidth`, which profiles made before they were measured do without.
+    `elementwise_flops` describe one device while all are busy; so do `streams` (by size), `gradient_share`
+    and `transpose_bandwidth`, which profiles made before they were measured do without.
     """
 
     schema_version: str = Field(default=SCHEMA, alias="schema")
@@ -94,6 +101,7 @@ class Profile(_Part):
     memory_bandwidth: float = Field(gt=0)
     elementwise_flops: float = Field(gt=0)
     launch: float = Field(ge=0)
+    streams: tuple[StreamPoint, ...] = ()
     gradient_share: float = Field(default=1.0, gt=0, le=1)
     transpose_bandwidth: float | None = Field(default=None, gt=0)
     lines: tuple[MeasuredLine, ...]

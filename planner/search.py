@@ -2,7 +2,8 @@
 
 candidates   (mesh, recompute, microbatches)
 bound        each (mesh, recompute) without a memory limit, for one microbatch:
-             more microbatches on it cost at least that
+             more microbatches on it cost at least that; where small kernels are quicker
+             (`splitting_helps`) they do not, and every count has a bound of its own
 solve        under the memory limit, in order of the bounds, until none beats the incumbent
 
 `Request(search="mcmc")` walks the same candidates by FlexFlow's chains instead, in equal
@@ -183,7 +184,8 @@ class Search:
         plain = min(self._meshes(), key=lambda m: (abs(len(m.axes) - 2), m.shape))
         for policy in self._policies():
             for mesh in finest:
-                self.open_bounds[Candidate(mesh, policy, self._counts()[0])] = self._floor()
+                for count in self._roots():
+                    self.open_bounds[Candidate(mesh, policy, count)] = self._floor()
         if plain not in finest:
             self._seed(plain)
         while self.open_bounds:
@@ -194,6 +196,10 @@ class Search:
                 self.stopped_by = "time"
                 return
             self._advance(candidate)
+
+    def _roots(self) -> tuple[int, ...]:
+        """Microbatch counts whose bounds follow from no other count's."""
+        return self._counts() if self.cost.splitting_helps else self._counts()[:1]
 
     def _walk(self) -> None:
         """FlexFlow's search: every finest mesh and recompute policy, in equal shares of the time."""
@@ -206,7 +212,7 @@ class Search:
 
     def _walk_family(self, root: Candidate, seconds: float) -> None:
         """The smallest microbatch count at which a chain finds something that fits."""
-        candidate = self._smallest_count(root)
+        candidate = self._smallest_count(root, self._counts())
         while candidate is not None and not self.late():
             self.stopped_by = "time"  # it may fit, whatever the chains meet
             space, lives = self.open(candidate)
@@ -247,8 +253,8 @@ class Search:
         A root is relaxed; if its answer does not fit, the smallest microbatch
         count that can fit takes its place. That one is solved under the memory
         limit, first for a moment: its bound then says when it is worth more time.
-        The next count joins it: more microbatches never make a step faster in this
-        model, so its relaxed bound carries over. A candidate stays open to its end,
+        The next count joins it, unless all counts are roots: more microbatches never make
+        a step faster then, so its relaxed bound carries over. A candidate stays open to its end,
         so that an interrupt never leaves a bound too high.
         """
         if candidate in self._probed:
@@ -262,17 +268,21 @@ class Search:
         elif candidate in self._fitting:
             self._probe(candidate, bound)
         else:
-            following = self._smallest_count(candidate)
+            splitting_helps = self.cost.splitting_helps
+            own = (candidate.microbatches,)
+            following = self._smallest_count(candidate, own if splitting_helps else self._counts())
             if following == candidate:
                 self._fitting.add(candidate)
                 return
-            self._open(following, bound)
+            if not splitting_helps:
+                self._open(following, bound)
             del self.open_bounds[candidate]
         self._forget(keep=self.best.candidate)
 
     def _probe(self, candidate: Candidate, relaxed: float) -> None:
         solved = self._solve(candidate, PROBE)
-        self._open(self._next_count(candidate), relaxed)
+        if not self.cost.splitting_helps:
+            self._open(self._next_count(candidate), relaxed)
         self._probed.add(candidate)
         self.open_bounds[candidate] = max(relaxed, solved)
         if self.open_bounds[candidate] >= self._enough():
@@ -314,8 +324,8 @@ class Search:
         self._spaces = {c: s for c, s in self._spaces.items() if c == keep}
 
     def _relaxed(self, candidate: Candidate) -> tuple[float, bool]:
-        """Solve without a memory limit: a bound for this and all larger microbatch
-        counts, and whether the answer fits all the same."""
+        """Solve without a memory limit: a bound for this count (and for all larger ones, unless
+        splitting helps), and whether the answer fits all the same."""
         space, lives = self.open(candidate)
         left = min(10.0, max(1.0, self.deadline - time.monotonic()))
         solution = solve_live(
@@ -340,9 +350,9 @@ class Search:
         self.best = Best(candidate, space, lives, answer)
         self._note(f"{candidate}: {format_seconds(objective)}, {format_bytes(answer.peak)}")
 
-    def _smallest_count(self, root: Candidate) -> Candidate | None:
-        """The first microbatch count that is not ruled out by memory."""
-        following = self._fit(root, self._counts())
+    def _smallest_count(self, root: Candidate, counts: Sequence[int]) -> Candidate | None:
+        """The first of these microbatch counts that is not ruled out by memory."""
+        following = self._fit(root, counts)
         if following is None:
             self._note(f"{root.family}: does not fit")
         return following

@@ -26,8 +26,9 @@ SHAPES = ((128, 128, 128), (256, 256, 256), (384, 384, 384), (512, 512, 512), (1
 GRADIENTS = ((4, 128, 64, 128), (8, 128, 64, 128), (8, 128, 128, 64), (4, 64, 64, 256), (2, 256, 256, 256))
 TRANSPOSES = (2, 8, 16, 32, 64)  # float32 matrices of TURNED x TURNED, as scores of attention are
 TURNED = 128
-COPIES = tuple(1 << p for p in range(12, 22))  # float32 elements
-APART = 1 << 23  # elements between two uses of one buffer, so that no cache has it any more
+COPIES = tuple(1 << p for p in range(13, 23))  # float32 elements
+LONG = 1 << 22  # elements that a loop of copies works on at least
+RING = 4  # buffers that take turns: a step reads most of what it writes a few kernels later
 SENT = tuple(1 << p for p in range(8, 21, 2))  # float32 elements of the larger local side
 
 
@@ -114,18 +115,21 @@ def _chained(times: int, dtype: Any) -> Callable[[Any, Any], Any]:
 
 
 def copies(mesh: Mesh, tell: Callable[[str], None]) -> list[CopyPoint]:
-    """Kernels that read one buffer and write another, each the next of many: as a step meets them."""
+    """Kernels that read the buffer written last and write the next of a few, as a step's do.
+
+    Small buffers are then found in a core's cache, larger ones in the cache that cores share, the
+    largest in memory. A turn makes two passes: XLA copies the row before it works on it.
+    """
     found = []
     for size in COPIES:
         tell(f"copy of {4 * size} bytes")
-        rows = max(2, APART // size)
 
-        def turn(i: Any, x: Any, rows: int = rows) -> Any:
-            row = lax.dynamic_index_in_dim(x, i % rows, keepdims=False)
-            return lax.dynamic_update_index_in_dim(x, row * 1.0001 + 1.0, (i + 1) % rows, 0)
+        def turn(i: Any, x: Any) -> Any:
+            row = lax.dynamic_index_in_dim(x, i % RING, keepdims=False)
+            return lax.dynamic_update_index_in_dim(x, row * 1.0001 + 1.0, (i + 1) % RING, 0)
 
-        run = _turns(mesh, turn, ones(mesh, (rows, size)))
-        found.append(CopyPoint(nbytes=8.0 * size, seconds=per_turn(run, rows, 5 * rows)))
+        run, turns = _turns(mesh, turn, ones(mesh, (RING, size))), max(8, LONG // size)
+        found.append(CopyPoint(nbytes=8.0 * size, seconds=per_turn(run, turns, 5 * turns)))
     return found
 
 

@@ -1,7 +1,8 @@
 """Fit the figures of a profile to measured points, and say how well they describe the rest.
 
     product      seconds = launch + FLOP / peak
-    copy         seconds = launch + bytes / bandwidth      transposes alike
+    transpose    seconds = launch + bytes / bandwidth
+    copy         seconds = bytes / bandwidth(bytes)        large ones find nothing in a cache
     collective   seconds = fixed + bytes * slope          per kind and group layout
 
 Every third point by size is left out of the fit and predicted afterwards. Errors are
@@ -21,6 +22,7 @@ from ...ir.profile import (
     Fit,
     MeasuredLine,
     ProductPoint,
+    StreamPoint,
     TransposePoint,
 )
 
@@ -88,12 +90,26 @@ def fit_gradients(points: Sequence[ProductPoint], peaks: Mapping[str, float]) ->
     return min(1.0, float(np.median(rates))) if rates else 1.0
 
 
-def fit_copies(
-    points: Sequence[CopyPoint] | Sequence[TransposePoint], family: str = "memory"
-) -> tuple[float, Fit]:
-    """Bytes/s of kernels that stream, or of those that transpose."""
-    (_, slope), fit = judge(family, [p.nbytes for p in points], [p.seconds for p in points])
+def fit_transposes(points: Sequence[TransposePoint]) -> tuple[float, Fit]:
+    """Bytes/s of kernels that transpose."""
+    (_, slope), fit = judge("transposes", [p.nbytes for p in points], [p.seconds for p in points])
     return 1 / max(slope, 1e-30), fit
+
+
+def fit_streams(points: Sequence[CopyPoint]) -> list[StreamPoint]:
+    """Bandwidth by size. Larger kernels are never faster: neighbours that noise has out of order are averaged.
+
+    Source of the averaging: pool-adjacent-violators, Barlow et al., Statistical Inference under
+    Order Restrictions, 1972, section 1.2.
+    """
+    pools: list[list[float]] = []
+    for point in sorted(points, key=lambda p: p.nbytes):
+        pools.append([point.nbytes / point.seconds])
+        while len(pools) > 1 and np.mean(pools[-2]) < np.mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    rates = [float(np.mean(pool)) for pool in pools for _ in pool]
+    sizes = sorted(point.nbytes for point in points)
+    return [StreamPoint(size=s, bandwidth=r) for s, r in zip(sizes, rates, strict=True)]
 
 
 def fit_collectives(points: Sequence[CollectivePoint]) -> tuple[list[MeasuredLine], list[Fit]]:

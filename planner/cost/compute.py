@@ -98,8 +98,6 @@ def _fused_seconds(
         types[v].nbytes / w for v, w in zip(op.outputs, ways.results, strict=True) if v in kernels.stores
     )
     nbytes += sum(types[v].nbytes / ways.operands[k] for k, v in kernels.reads.get(first, ()))
-    arithmetic, memory = chain.work / device.vector_flops, device.stream_seconds(chain.nbytes)
-    excess = max(0.0, 1 - memory / arithmetic) if arithmetic else 0.0
     _, cut = max(
         zip(
             (types[v].size for v in (*op.inputs, *op.outputs)),
@@ -107,6 +105,8 @@ def _fused_seconds(
         ),
         key=lambda side: side[0],
     )  # fmt: skip
+    arithmetic, memory = chain.work / device.vector_flops, cut * device.stream_seconds(chain.nbytes / cut)
+    excess = np.maximum(0.0, 1 - memory / arithmetic) if arithmetic else 0.0
     launched = not kernels.ends.isdisjoint(op.outputs)
     turned = 2 * types[op.outputs[0]].nbytes / ways.results[0] if transposes(op, types) else 0.0
     moved = device.stream_seconds(nbytes) + device.transpose_seconds(turned)

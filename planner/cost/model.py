@@ -38,6 +38,9 @@ class CostModel(Protocol):
     @property
     def kernels_apart(self) -> bool: ...
 
+    @property
+    def splitting_helps(self) -> bool: ...
+
     def collectives(self, mesh: Mesh) -> Collectives: ...
 
     def op_seconds(
@@ -74,6 +77,11 @@ class Roofline:
     def kernels_apart(self) -> bool:
         """Whether reductions and dear ops are kernels of their own, as in XLA's CPU backend."""
         return self.device.kind == "cpu"
+
+    @property
+    def splitting_helps(self) -> bool:
+        """Whether small kernels are quicker per byte, so that more microbatches can make a step faster."""
+        return bool(self.device.streams)
 
     def collectives(self, mesh: Mesh) -> Collectives:
         return Collectives(mesh, self.cluster)

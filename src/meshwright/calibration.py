@@ -17,7 +17,13 @@ def calibrate(devices: list[Any] | None = None, tell: Callable[[str], None] = la
     from .backends.xla import microbench
     from .backends.xla.measure import elementwise_rate, launch_seconds
     from .ir.cluster import Cluster
-    from .planner.cost.calibrate import fit_collectives, fit_copies, fit_gradients, fit_products
+    from .planner.cost.calibrate import (
+        fit_collectives,
+        fit_gradients,
+        fit_products,
+        fit_streams,
+        fit_transposes,
+    )
 
     found = devices or jax.devices()
     mesh = jax.sharding.Mesh(np.array(found), ("d",))
@@ -27,15 +33,16 @@ def calibrate(devices: list[Any] | None = None, tell: Callable[[str], None] = la
     turned = microbench.transposes(mesh, tell)
     sent = microbench.collectives(found, tell) if len(found) > 1 else []
     peaks, _, fits = fit_products(products)
-    bandwidth, copied = fit_copies(copies)
-    exchange, exchanged = fit_copies(turned, "transposes")
+    streams = fit_streams(copies)
+    exchange, exchanged = fit_transposes(turned)
     lines, moved = fit_collectives(sent)
     return Profile(
         device=Cluster.local().groups[0].device, described=str(found[0].device_kind), count=len(found),
-        made_with=f"meshwright {VERSION}, jax {jax.__version__}", peak_flops=peaks, memory_bandwidth=bandwidth,
-        elementwise_flops=elementwise_rate(mesh), launch=launch_seconds(mesh),
-        gradient_share=fit_gradients(gradients, peaks), transpose_bandwidth=exchange, lines=tuple(lines),
-        fits=(*fits, copied, exchanged, *moved), products=(*products, *gradients), copies=tuple(copies),
+        made_with=f"meshwright {VERSION}, jax {jax.__version__}",
+        peak_flops=peaks, gradient_share=fit_gradients(gradients, peaks),
+        memory_bandwidth=streams[-1].bandwidth, streams=tuple(streams), transpose_bandwidth=exchange,
+        elementwise_flops=elementwise_rate(mesh), launch=launch_seconds(mesh), lines=tuple(lines),
+        fits=(*fits, exchanged, *moved), products=(*products, *gradients), copies=tuple(copies),
         transposes=tuple(turned), collectives=tuple(sent),
     )  # fmt: skip
 
