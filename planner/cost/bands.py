@@ -1,7 +1,7 @@
 """How far predictions have been off, by device and regime, and which figure they hang on.
 
-A band is what the published runs of `benchmarks/fidelity.py` showed: predicted over
-measured, minus one, from the lowest to the highest run. Outside these regimes there is none.
+A band is what the published runs of `benchmarks/fidelity.py` showed: predicted over measured,
+minus one, where the middle nine in ten of the runs lie. Outside these regimes there is none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Band:
     regime: str
 
     def __str__(self) -> str:
-        return f"{self.low:+.0%} to {self.high:+.0%} on {self.runs} published runs ({self.regime})"
+        return f"{self.low:+.0%} to {self.high:+.0%} on nine in ten of {self.runs} published runs ({self.regime})"
 
     def around(self, predicted: float) -> tuple[float, float]:
         """Where the measured seconds lie if the error is one that was seen."""
