@@ -108,7 +108,7 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
     _check_graph(plan, captured)
     mesh = _device_mesh(plan, devices)
     program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
-    local = LocalStep(plan, program, captured.binding.ops, captured.binding.arrays)
+    local = LocalStep(plan, program, captured.binding.ops, captured.binding.arrays, holds=_on_cpus(mesh))
     in_specs = tuple(map(partition_spec, local.input_layouts()))
     out_specs = tuple(map(partition_spec, local.output_layouts()))
     sharded = jax.shard_map(
@@ -130,8 +130,11 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
 def options_for(mesh: DeviceMesh) -> dict[str, str] | None:
     """On CPUs XLA drops barriers before it looks for equal ops: what a plan recomputes would then
     be found computed already, and be kept after all."""
-    platform = mesh.devices.flat[0].platform
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else None
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if _on_cpus(mesh) else None
+
+
+def _on_cpus(mesh: DeviceMesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _check_graph(plan: Plan, captured: Captured) -> None:

@@ -26,6 +26,7 @@ from ...ir.program import Program
 from ...ir.rule import NONE, Rule, Strategy, operand_sharding, result_sharding, settled_axes
 from ...ir.rules import rule_of
 from ...ir.sharding import Sharding, replicated, reshard
+from ...ir.values import block_instances
 from .collectives import join_microbatches, move, settle, shard_index, take_microbatch
 from .emit import Cut, emit
 
@@ -55,8 +56,10 @@ class Scope:
 class LocalStep:
     """Callable on the local shards of the graph's inputs; returns those of its outputs."""
 
-    def __init__(self, plan: Plan, program: Program, bound: Mapping, arrays: Mapping[int, Any]):
-        self.plan, self.program, self.bound, self.arrays = plan, program, bound, arrays
+    def __init__(
+        self, plan: Plan, program: Program, bound: Mapping, arrays: Mapping[int, Any], holds: bool = False
+    ):
+        self.plan, self.program, self.bound, self.arrays, self.holds = plan, program, bound, arrays, holds
         self.graph: Graph = program.graph
         self.mesh: Mesh = plan.mesh
         self.types = self.graph.types
@@ -170,7 +173,31 @@ class LocalStep:
         for k, (value, array) in enumerate(zip(op.outputs, results, strict=True)):
             for reduction, axes in settled_axes(rule, strategy, self.mesh).items():
                 array = settle(array, reduction, axes)
+            if value in self._held_sums:
+                array = lax.optimization_barrier(array)
             scope.values[value] = Held(array, result_sharding(rule, strategy, self.mesh, k))
+
+    @cached_property
+    def _held_sums(self) -> frozenset[int]:
+        """Sums that one layer hands to the next, if the step `holds` them.
+
+        XLA's CPU backend fuses a chain of additions into every reader, so that each layer adds up
+        what all layers before it made. gpt-bytes, six layers, 2 x 4 devices: 806 ms of processor
+        time per core and step before, 454 after (2 cores, jax 0.10.2).
+        """
+        groups = block_instances(self.graph.ops) if self.holds else []
+        made = {
+            v: group
+            for op, group in zip(self.graph.ops, groups, strict=False)
+            if group and op.kind in ("add", "add_any")
+            for v in op.outputs
+        }
+        return frozenset(
+            v
+            for op, group in zip(self.graph.ops, groups, strict=False)
+            for v in op.inputs
+            if group and made.get(v, group) != group
+        )
 
     def _primitive(self, op: Op) -> Any:
         return self.bound.get((op.kind, op.attrs))
