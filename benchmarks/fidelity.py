@@ -90,7 +90,8 @@ def best(case: Case) -> Result:
     _, _, peak, (priced, parallelism, microbatch, setting) = min(found, key=lambda f: f[:2])
     gib = peak / 2**30
     return Result(
-        case.row["id"], case.row["model"], cluster.device.name, case.measured, priced.step, priced.step / case.measured - 1,
+        case.row["id"], case.row["model"], cluster.device.name,
+        case.measured, priced.step, priced.step / case.measured - 1,
         case.memory, gib, gib / case.memory - 1 if case.memory else None,
         f"tp{parallelism.tp} pp{parallelism.pp}x{parallelism.vpp} dp{parallelism.dp} z{parallelism.zero}"
         f" mb{microbatch} {setting.recompute}", {k: round(v, 4) for k, v in priced.seconds.items()},
