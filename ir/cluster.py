@@ -236,8 +236,6 @@ class Cluster(Part):
             data["provenance"].pop(full.removesuffix(leaf) + "names", None)
         if leaf == "per_host" or (self.fabric and full.startswith(f"fabric.{self.fabric[0].name}.")):
             data.pop("measured", None)  # they are of the old one, and would hide the change
-        if leaf in ("memory_bandwidth", "memory_efficiency"):
-            data["devices"][full.split(".")[1]]["streams"] = []  # likewise
         return Cluster._checked(data, {}, f"override `{path}={value}`")
 
     def with_profile(self, profile: Profile | str | Path) -> Cluster:
@@ -264,13 +262,10 @@ class Cluster(Part):
                 where="profile", fix=f"meshwright calibrate --devices {self.per_host}",
             )  # fmt: skip
         peaks = {f"peak_flops.{dtype}": rate for dtype, rate in found.peak_flops.items()}
-        together: tuple[dict[str, Any], ...] = (
+        together: tuple[dict[str, float], ...] = (
             {**peaks, "efficiency": 1.0},
-            {"memory_bandwidth": found.memory_bandwidth, "memory_efficiency": 1.0,
-             "streams": [point.model_dump() for point in found.streams]},
+            {"memory_bandwidth": found.memory_bandwidth, "memory_efficiency": 1.0},
             {"launch": found.launch}, {"elementwise_flops": found.elementwise_flops},
-            {"gradient_share": found.gradient_share},
-            {"transpose_bandwidth": found.transpose_bandwidth} if found.transpose_bandwidth else {},
         )  # fmt: skip
         changed = self
         for figures in together:

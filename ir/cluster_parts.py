@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -94,13 +93,6 @@ class Part(BaseModel):
         return hash(self.model_dump_json())
 
 
-class Stream(Part):
-    """What a kernel reaches that reads and writes `size` bytes: small ones find their operands in a cache."""
-
-    size: Size
-    bandwidth: Rate
-
-
 class Device(Part):
     """One accelerator, as a step sees it.
 
@@ -119,9 +111,6 @@ class Device(Part):
     attention_efficiency: float = Field(default=0.4, gt=0, le=1)  # share of the peak in large fused attention
     units: int | None = Field(default=None, gt=0)  # multiprocessors that share a product's tiles
     elementwise_flops: Peak | None = None  # simple f32 operations/s outside the matrix units
-    gradient_share: float = Field(default=1.0, gt=0, le=1)  # of a product's usual rate, for gradients of weights
-    streams: tuple[Stream, ...] = ()  # by size, smallest first; `memory_bandwidth` at every size if left out
-    transpose_bandwidth: Rate | None = None  # of kernels that move the innermost dim; as streams if left out
     source: str | None = None
 
     @property
@@ -134,21 +123,8 @@ class Device(Part):
         return self.elementwise_flops or peaks.get("f32", max(peaks.values()) / 16) / 2
 
     def stream_seconds(self, nbytes: Any) -> Any:
-        """Seconds in which a kernel reads and writes so many bytes, a number or an array.
-
-        Between two sizes of `streams` the bandwidth is a straight line over the logarithm of the size.
-        """
-        if not self.streams:
-            return nbytes / (self.memory_bandwidth * self.memory_efficiency)
-        sizes = np.log([point.size for point in self.streams])
-        rates = [point.bandwidth for point in self.streams]
-        return nbytes / np.interp(np.log(np.maximum(nbytes, 1.0)), sizes, rates)
-
-    def transpose_seconds(self, nbytes: Any) -> Any:
-        """Seconds that a kernel which reads and writes so many bytes takes longer for moving the innermost dim."""
-        if self.transpose_bandwidth is None:
-            return 0.0 * nbytes
-        return np.maximum(nbytes / self.transpose_bandwidth - self.stream_seconds(nbytes), 0.0)
+        """Seconds in which a kernel reads and writes so many bytes, a number or an array."""
+        return nbytes / (self.memory_bandwidth * self.memory_efficiency)
 
     @field_validator("peak_flops", mode="before")
     @classmethod

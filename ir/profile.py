@@ -23,10 +23,9 @@ class _Part(BaseModel):
 
 
 class ProductPoint(_Part):
-    """A product [m, k] x [k, n] on every device at once; a `gradient` of weights sums over two leading dims."""
+    """A product [m, k] x [k, n] on every device at once."""
 
     dtype: str
-    form: Literal["forward", "gradient"] = "forward"
     m: int = Field(gt=0)
     n: int = Field(gt=0)
     k: int = Field(gt=0)
@@ -35,20 +34,6 @@ class ProductPoint(_Part):
 
 class CopyPoint(_Part):
     """An elementwise kernel that reads and writes so many bytes together."""
-
-    nbytes: float = Field(gt=0)
-    seconds: float = Field(gt=0)
-
-
-class StreamPoint(_Part):
-    """Bandwidth of kernels that read and write `size` bytes together."""
-
-    size: float = Field(gt=0)
-    bandwidth: float = Field(gt=0)
-
-
-class TransposePoint(_Part):
-    """A kernel that exchanges the two innermost dims; bytes read and written together."""
 
     nbytes: float = Field(gt=0)
     seconds: float = Field(gt=0)
@@ -88,8 +73,7 @@ class Profile(_Part):
     """Points and figures of one machine.
 
     `peak_flops` by dtype, `memory_bandwidth`, `launch` (seconds per kernel) and
-    `elementwise_flops` describe one device while all are busy; so do `streams` (by size), `gradient_share`
-    and `transpose_bandwidth`, which profiles made before they were measured do without.
+    `elementwise_flops` describe one device while all are busy.
     """
 
     schema_version: str = Field(default=SCHEMA, alias="schema")
@@ -101,14 +85,10 @@ class Profile(_Part):
     memory_bandwidth: float = Field(gt=0)
     elementwise_flops: float = Field(gt=0)
     launch: float = Field(ge=0)
-    streams: tuple[StreamPoint, ...] = ()
-    gradient_share: float = Field(default=1.0, gt=0, le=1)
-    transpose_bandwidth: float | None = Field(default=None, gt=0)
     lines: tuple[MeasuredLine, ...]
     fits: tuple[Fit, ...]
     products: tuple[ProductPoint, ...]
     copies: tuple[CopyPoint, ...]
-    transposes: tuple[TransposePoint, ...] = ()
     collectives: tuple[CollectivePoint, ...]
 
     def dump(self) -> str:

@@ -2,8 +2,7 @@
 
 candidates   (mesh, recompute, microbatches)
 bound        each without a memory limit, from the smallest microbatch count that can fit:
-             the counts that it divides cost at least that; where small kernels are quicker
-             (`splitting_helps`) they do not, and every count has a bound of its own
+             the counts that it divides cost at least that
 solve        under the memory limit, in order of the bounds, until none beats the incumbent
 
 `Request(search="mcmc")` walks the same candidates by FlexFlow's chains instead, in equal
@@ -275,14 +274,13 @@ class Search:
         """A bound for this microbatch count and all larger ones, from smaller ones without a memory limit.
 
         Cutting microbatches into equal parts never makes a step faster in this model, so a count
-        is bounded by those that divide it; by itself alone where splitting helps.
+        is bounded by those that divide it.
         """
         counts = [c for c in self._counts() if c >= candidate.microbatches]
         return min(max([self._floor, *self._divisor_bounds(candidate, c)]) for c in counts)
 
     def _divisor_bounds(self, family: Candidate, count: int) -> list[float]:
-        counts = (count,) if self.cost.splitting_helps else [c for c in self._counts() if count % c == 0]
-        smaller = (Candidate(family.mesh, family.policy, c) for c in counts)
+        smaller = (Candidate(family.mesh, family.policy, c) for c in self._counts() if count % c == 0)
         return [self._relaxed_bounds[c] for c in smaller if c in self._relaxed_bounds]
 
     def _close(self, candidate: Candidate, bound: float) -> None:

@@ -15,20 +15,15 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ...ir.profile import CollectivePoint, CopyPoint, ProductPoint, TransposePoint
+from ...ir.profile import CollectivePoint, CopyPoint, ProductPoint
 from .measure import everywhere, ones, seconds_of
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 # Square, tall and skinny products of each dtype; thrice the side is 27 times the work.
 SHAPES = ((128, 128, 128), (256, 256, 256), (384, 384, 384), (512, 512, 512), (1024, 256, 256), (256, 1024, 256),
           (256, 256, 1024), (64, 512, 512))  # fmt: skip
-# Gradients of weights: (examples, positions, rows, columns), summed over the first two.
-GRADIENTS = ((4, 128, 64, 128), (8, 128, 64, 128), (8, 128, 128, 64), (4, 64, 64, 256), (2, 256, 256, 256))
-TRANSPOSES = (2, 8, 16, 32, 64)  # float32 matrices of TURNED x TURNED, as scores of attention are
-TURNED = 128
-COPIES = tuple(1 << p for p in range(13, 23))  # float32 elements
-LONG = 1 << 22  # elements that a loop of copies works on at least
-RING = 4  # buffers that take turns: a step reads most of what it writes a few kernels later
+COPIES = tuple(1 << p for p in range(12, 22))  # float32 elements
+APART = 1 << 23  # elements between two uses of one buffer, so that no cache has it any more
 SENT = tuple(1 << p for p in range(8, 21, 2))  # float32 elements of the larger local side
 
 
@@ -56,48 +51,6 @@ def products(mesh: Mesh, tell: Callable[[str], None]) -> list[ProductPoint]:
     return found
 
 
-def gradients(mesh: Mesh, tell: Callable[[str], None]) -> list[ProductPoint]:
-    """Products that sum over examples and positions, as `jax.grad` writes them for a weight."""
-    found = []
-    for examples, positions, m, n in GRADIENTS:
-        k = examples * positions
-        tell(f"gradient f32 {m}x{n}x{k}")
-        times = max(1, min(64, 10**8 // (2 * m * n * k)))
-        step = everywhere(mesh, _summed(times), 2)
-        left, right = (ones(mesh, (examples, positions, size)) for size in (m, n))
-        seconds = seconds_of(step, left, right) / times
-        found.append(ProductPoint(dtype="f32", form="gradient", m=m, n=n, k=k, seconds=seconds))
-    return found
-
-
-def _summed(times: int) -> Callable[[Any, Any], Any]:
-    """The same gradient of a weight over and over, each waiting for the one before."""
-    tokens = (((0, 1), (0, 1)), ((), ()))
-
-    def body(x: Any, g: Any) -> Any:
-        def turn(_: Any, state: Any) -> Any:
-            x, _ = state
-            result = lax.dot_general(g, x, tokens).T
-            return lax.optimization_barrier((x + result[0, 0] * 0.0, result))
-
-        first = jnp.zeros((x.shape[-1], g.shape[-1]), x.dtype)
-        return lax.fori_loop(0, times, turn, (x, first))[1]
-
-    return body
-
-
-def transposes(mesh: Mesh, tell: Callable[[str], None]) -> list[TransposePoint]:
-    """Kernels that exchange the two innermost dims of a stack of matrices."""
-    found = []
-    for count in TRANSPOSES:
-        nbytes = 8 * count * TURNED**2
-        tell(f"transpose of {nbytes // 2} bytes")
-        turns = max(8, 256 // count)
-        run = _turns(mesh, lambda _, x: jnp.swapaxes(x, 1, 2) * 1.0001, ones(mesh, (count, TURNED, TURNED)))
-        found.append(TransposePoint(nbytes=nbytes, seconds=per_turn(run, turns, 5 * turns)))
-    return found
-
-
 def _chained(times: int, dtype: Any) -> Callable[[Any, Any], Any]:
     """The same product over and over, each waiting for the one before."""
 
@@ -115,21 +68,18 @@ def _chained(times: int, dtype: Any) -> Callable[[Any, Any], Any]:
 
 
 def copies(mesh: Mesh, tell: Callable[[str], None]) -> list[CopyPoint]:
-    """Kernels that read the buffer written last and write the next of a few, as a step's do.
-
-    Small buffers are then found in a core's cache, larger ones in the cache that cores share, the
-    largest in memory. A turn makes two passes: XLA copies the row before it works on it.
-    """
+    """Kernels that read one buffer and write another, each the next of many: as a step meets them."""
     found = []
     for size in COPIES:
         tell(f"copy of {4 * size} bytes")
+        rows = max(2, APART // size)
 
-        def turn(i: Any, x: Any) -> Any:
-            row = lax.dynamic_index_in_dim(x, i % RING, keepdims=False)
-            return lax.dynamic_update_index_in_dim(x, row * 1.0001 + 1.0, (i + 1) % RING, 0)
+        def turn(i: Any, x: Any, rows: int = rows) -> Any:
+            row = lax.dynamic_index_in_dim(x, i % rows, keepdims=False)
+            return lax.dynamic_update_index_in_dim(x, row * 1.0001 + 1.0, (i + 1) % rows, 0)
 
-        run, turns = _turns(mesh, turn, ones(mesh, (RING, size))), max(8, LONG // size)
-        found.append(CopyPoint(nbytes=8.0 * size, seconds=per_turn(run, turns, 5 * turns)))
+        run = _turns(mesh, turn, ones(mesh, (rows, size)))
+        found.append(CopyPoint(nbytes=8.0 * size, seconds=per_turn(run, rows, 5 * rows)))
     return found
 
 

@@ -1,8 +1,7 @@
 """Fit the figures of a profile to measured points, and say how well they describe the rest.
 
     product      seconds = launch + FLOP / peak
-    transpose    seconds = launch + bytes / bandwidth
-    copy         seconds = bytes / bandwidth(bytes)        large ones find nothing in a cache
+    copy         seconds = launch + bytes / bandwidth
     collective   seconds = fixed + bytes * slope          per kind and group layout
 
 Every third point by size is left out of the fit and predicted afterwards. Errors are
@@ -11,20 +10,12 @@ relative, so that small sizes count as much as large ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
 
-from ...ir.profile import (
-    CollectivePoint,
-    CopyPoint,
-    Fit,
-    MeasuredLine,
-    ProductPoint,
-    StreamPoint,
-    TransposePoint,
-)
+from ...ir.profile import CollectivePoint, CopyPoint, Fit, MeasuredLine, ProductPoint
 
 
 def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
@@ -74,7 +65,7 @@ def fit_products(points: Sequence[ProductPoint]) -> tuple[dict[str, float], list
     """Peak FLOP/s by dtype, the fixed seconds of each, and fits."""
     peaks, fixed, fits = {}, [], []
     for dtype in sorted({p.dtype for p in points}):
-        mine = [p for p in points if p.dtype == dtype and p.form == "forward"]
+        mine = [p for p in points if p.dtype == dtype]
         (start, slope), fit = judge(
             f"products {dtype}", [2.0 * p.m * p.n * p.k for p in mine], [p.seconds for p in mine]
         )
@@ -84,32 +75,10 @@ def fit_products(points: Sequence[ProductPoint]) -> tuple[dict[str, float], list
     return peaks, fixed, fits
 
 
-def fit_gradients(points: Sequence[ProductPoint], peaks: Mapping[str, float]) -> float:
-    """Rate of weight gradients as a share of the peak: that of the median shape, at most 1."""
-    rates = [2.0 * p.m * p.n * p.k / p.seconds / peaks[p.dtype] for p in points if p.form == "gradient"]
-    return min(1.0, float(np.median(rates))) if rates else 1.0
-
-
-def fit_transposes(points: Sequence[TransposePoint]) -> tuple[float, Fit]:
-    """Bytes/s of kernels that transpose."""
-    (_, slope), fit = judge("transposes", [p.nbytes for p in points], [p.seconds for p in points])
+def fit_copies(points: Sequence[CopyPoint]) -> tuple[float, Fit]:
+    """Bytes/s of streaming kernels."""
+    (_, slope), fit = judge("memory", [p.nbytes for p in points], [p.seconds for p in points])
     return 1 / max(slope, 1e-30), fit
-
-
-def fit_streams(points: Sequence[CopyPoint]) -> list[StreamPoint]:
-    """Bandwidth by size. Larger kernels are never faster: neighbours that noise has out of order are averaged.
-
-    Source of the averaging: pool-adjacent-violators, Barlow et al., Statistical Inference under
-    Order Restrictions, 1972, section 1.2.
-    """
-    pools: list[list[float]] = []
-    for point in sorted(points, key=lambda p: p.nbytes):
-        pools.append([point.nbytes / point.seconds])
-        while len(pools) > 1 and np.mean(pools[-2]) < np.mean(pools[-1]):
-            pools[-2:] = [pools[-2] + pools[-1]]
-    rates = [float(np.mean(pool)) for pool in pools for _ in pool]
-    sizes = sorted(point.nbytes for point in points)
-    return [StreamPoint(size=s, bandwidth=r) for s, r in zip(sizes, rates, strict=True)]
 
 
 def fit_collectives(points: Sequence[CollectivePoint]) -> tuple[list[MeasuredLine], list[Fit]]:

@@ -19,7 +19,6 @@ from ...ir.graph import Op, TensorType
 from ...ir.rule import Rule
 from ...ir.rules import rule_of
 from .kernels import CONTRACTIONS, FREE, KERNELS, Kernels, work
-from .orders import is_weight_gradient, rewritten, transposes
 from .products import product_share
 
 CAUSAL = 0.5  # of the products inside fused attention: keys after the query are skipped
@@ -85,7 +84,6 @@ def op_seconds(
             device.stream_seconds(_moved(op, types, ways, kernels)),
             _product_seconds(op, rule, types, device, ways, kernels, narrow),
         )
-        seconds = seconds + _rewriting_seconds(op, types, device, ways, kernels)
         return seconds + (_cast_seconds(op, types, device, ways) if narrow else 0.0)
     if op.kind in KERNELS:
         return device.launch + device.stream_seconds(_touched(op, types, ways, kernels))
@@ -100,6 +98,8 @@ def _fused_seconds(
         types[v].nbytes / w for v, w in zip(op.outputs, ways.results, strict=True) if v in kernels.stores
     )
     nbytes += sum(types[v].nbytes / ways.operands[k] for k, v in kernels.reads.get(first, ()))
+    arithmetic, memory = chain.work / device.vector_flops, device.stream_seconds(chain.nbytes)
+    excess = max(0.0, 1 - memory / arithmetic) if arithmetic else 0.0
     _, cut = max(
         zip(
             (types[v].size for v in (*op.inputs, *op.outputs)),
@@ -107,12 +107,9 @@ def _fused_seconds(
         ),
         key=lambda side: side[0],
     )  # fmt: skip
-    arithmetic, memory = chain.work / device.vector_flops, cut * device.stream_seconds(chain.nbytes / cut)
-    excess = np.maximum(0.0, 1 - memory / arithmetic) if arithmetic else 0.0
     launched = not kernels.ends.isdisjoint(op.outputs)
-    turned = 2 * types[op.outputs[0]].nbytes / ways.results[0] if transposes(op, types) else 0.0
-    moved = device.stream_seconds(nbytes) + device.transpose_seconds(turned)
-    return device.launch * launched + moved + excess * work(op, types) / cut / device.vector_flops
+    seconds = device.stream_seconds(nbytes) + excess * work(op, types) / cut / device.vector_flops
+    return device.launch * launched + seconds
 
 
 def _moved(op: Op, types: Mapping[int, TensorType], ways: Ways, kernels: Kernels) -> np.ndarray | float:
@@ -149,7 +146,6 @@ def _product_seconds(
     )
     terms = total / 2  # batch * m * n * k
     batch = left * right * result / terms**2
-    peak *= device.gradient_share if is_weight_gradient(op) else 1.0
     return total / (peak * product_share(terms / right, terms / left, terms / result, batch, device))
 
 
@@ -170,16 +166,6 @@ def _tail(
     scores, cut = next((types[v], w) for v, w in sides if v in kernels.inside)
     keys = max(size for size in scores.shape if scores.shape.count(size) > 1 or scores.rank < 2)
     return 1 + device.units * keys * ROWS * cut / scores.size
-
-
-def _rewriting_seconds(
-    op: Op, types: Mapping[int, TensorType], device: Device, ways: Ways, kernels: Kernels
-) -> np.ndarray | float:
-    """Seconds of writing operands again in the order that the product reads; none inside fused attention."""
-    if op.kind != "dot_general" or not kernels.inside.isdisjoint((*op.inputs, *op.outputs)):
-        return 0.0
-    sizes = (types[op.inputs[k]].nbytes / ways.operands[k] for k in rewritten(op, types))
-    return sum((device.transpose_seconds(2 * nbytes) for nbytes in sizes), 0.0)
 
 
 def _cast_seconds(op: Op, types: Mapping[int, TensorType], device: Device, ways: Ways) -> np.ndarray | float:

@@ -12,10 +12,6 @@ its results; what only shows a part of its operand, or the same turned, costs no
 
 A chain also ends at a reduction over leading dims (gradients of a bias) or down to one
 number (a norm): what follows needs all of it, so it cannot be the same pass.
-
-With `apart` every reduction is a kernel of its own that reads its operand (or the
-factors of it), and what a dear op (exp, div) makes is stored: XLA's CPU backend never fuses over them
-(seen in compiled programs of the zoo, jax 0.10.2; `memory/storage.py` says which values that leaves).
 """
 
 from __future__ import annotations
@@ -43,12 +39,11 @@ LEADERS = frozenset({
     "top_k", "cumsum", "while", "cond", "dynamic_slice", "dynamic_update_slice", "concatenate",
     "select_and_scatter_add", "reduce_window_max", "reduce_window_sum", "random_bits", "threefry2x32",
 })  # fmt: skip
-FACTORED = frozenset({"mul", "square", "integer_pow"})  # a reduction reads the factors of these
 REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"})
 
 
-Fusion = Literal["all", "layers", "none", "apart"]  # what is fused: all, repeated layers alone, nothing, as on CPUs
-FUSIONS: tuple[Fusion, ...] = ("all", "layers", "none")  # of frameworks
+Fusion = Literal["all", "layers", "none"]  # what a compiler fuses: all, repeated layers alone, nothing
+FUSIONS: tuple[Fusion, ...] = ("all", "layers", "none")
 VIEWS = FREE | {"transpose", "slice", "split", "rev", "stop_gradient"}  # run by themselves they move nothing
 
 # Arithmetic per element of a fused op, in simple operations; one where not listed.
@@ -95,12 +90,12 @@ class Kernels:
 def kernels_of(program: Program, fused_attention: bool = False, fusion: Fusion = "all") -> Kernels:
     """Work out the kernels of a prepared graph; a search asks for those of a few graphs again and again."""
     inside = attention_values(program) if fused_attention else frozenset()
-    return _Analysis(program, inside, _written(program, fusion), fusion == "apart").run()
+    return _Analysis(program, inside, _written(program, fusion)).run()
 
 
 def _written(program: Program, fusion: Fusion) -> frozenset[int]:
     """Results of forward and backward ops that run by themselves; the optimizer is one kernel always."""
-    if fusion in ("all", "apart"):
+    if fusion == "all":
         return frozenset()
     free = free_values(program)
     return frozenset(
@@ -119,9 +114,8 @@ def _in_block(op: Op) -> bool:
 
 
 class _Analysis:
-    def __init__(self, program: Program, inside: frozenset[int], written: frozenset[int], apart: bool):
-        self.program, self.graph, self.inside, self.apart = program, program.graph, inside, apart
-        self.products = {v for visit in program.graph.visits if visit.op.kind in FACTORED for v in visit.op.outputs}
+    def __init__(self, program: Program, inside: frozenset[int], written: frozenset[int]):
+        self.program, self.graph, self.inside = program, program.graph, inside
         self.found = {*self.graph.inputs, *self.graph.outputs, *written}  # values at the border of a kernel
         self.waiting: set[int] = set()
         self.phase_of: dict[int, str] = {}
@@ -160,18 +154,11 @@ class _Analysis:
                 self.found.update(op.outputs)
             elif _ends_chain(op, self.graph.types):
                 self.found.update(op.outputs)
-            if self.apart and (op.kind in REDUCTIONS or op.kind in WEIGHTS):
-                self._set_apart(op)
             self.phase_of.update(dict.fromkeys(op.outputs, phase(i)))
             for region in op.regions:
                 self.found.update(region.inputs)
                 self.found.update(region.outputs)
                 self._border(region.ops, partial(_same, phase(i)))
-
-    def _set_apart(self, op: Op) -> None:
-        self.found.update(op.outputs)
-        if op.kind in REDUCTIONS:
-            self.found.update(v for v in op.inputs if v not in self.products)
 
     def _join(self, ops: Iterable[Op]) -> None:
         """Tie each fused op to the fused ops whose results it reads without memory between."""

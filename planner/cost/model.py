@@ -38,9 +38,6 @@ class CostModel(Protocol):
     @property
     def fusion(self) -> Fusion: ...
 
-    @property
-    def splitting_helps(self) -> bool: ...
-
     def collectives(self, mesh: Mesh) -> Collectives: ...
 
     def op_seconds(
@@ -59,7 +56,7 @@ class Roofline:
 
     cluster: Cluster
     fused_attention: bool = False  # one kernel for scores, softmax and their products
-    fused: Fusion = "all"  # by a framework; XLA:CPU keeps reductions and dear ops apart
+    fusion: Fusion = "all"
     products: str | None = None  # element type to which products outside attention cast their operands
 
     @property
@@ -73,16 +70,6 @@ class Roofline:
     @cached_property
     def device(self) -> Device:
         return self.cluster.device
-
-    @property
-    def fusion(self) -> Fusion:
-        """What is fused on this device."""
-        return "apart" if self.device.kind == "cpu" else self.fused
-
-    @property
-    def splitting_helps(self) -> bool:
-        """Whether small kernels are quicker per byte, so that more microbatches can make a step faster."""
-        return bool(self.device.streams)
 
     def collectives(self, mesh: Mesh) -> Collectives:
         return Collectives(mesh, self.cluster)

@@ -17,33 +17,21 @@ def calibrate(devices: list[Any] | None = None, tell: Callable[[str], None] = la
     from .backends.xla import microbench
     from .backends.xla.measure import elementwise_rate, launch_seconds
     from .ir.cluster import Cluster
-    from .planner.cost.calibrate import (
-        fit_collectives,
-        fit_gradients,
-        fit_products,
-        fit_streams,
-        fit_transposes,
-    )
+    from .planner.cost.calibrate import fit_collectives, fit_copies, fit_products
 
     found = devices or jax.devices()
     mesh = jax.sharding.Mesh(np.array(found), ("d",))
     products = microbench.products(mesh, tell)
-    gradients = microbench.gradients(mesh, tell)
     copies = microbench.copies(mesh, tell)
-    turned = microbench.transposes(mesh, tell)
     sent = microbench.collectives(found, tell) if len(found) > 1 else []
     peaks, _, fits = fit_products(products)
-    streams = fit_streams(copies)
-    exchange, exchanged = fit_transposes(turned)
+    bandwidth, copied = fit_copies(copies)
     lines, moved = fit_collectives(sent)
     return Profile(
         device=Cluster.local().groups[0].device, described=str(found[0].device_kind), count=len(found),
-        made_with=f"meshwright {VERSION}, jax {jax.__version__}",
-        peak_flops=peaks, gradient_share=fit_gradients(gradients, peaks),
-        memory_bandwidth=streams[-1].bandwidth, streams=tuple(streams), transpose_bandwidth=exchange,
+        made_with=f"meshwright {VERSION}, jax {jax.__version__}", peak_flops=peaks, memory_bandwidth=bandwidth,
         elementwise_flops=elementwise_rate(mesh), launch=launch_seconds(mesh), lines=tuple(lines),
-        fits=(*fits, exchanged, *moved), products=(*products, *gradients), copies=tuple(copies),
-        transposes=tuple(turned), collectives=tuple(sent),
+        fits=(*fits, copied, *moved), products=tuple(products), copies=tuple(copies), collectives=tuple(sent),
     )  # fmt: skip
 
 
@@ -56,8 +44,6 @@ def profile_text(profile: Profile) -> str:
         f"{profile.count} × {profile.described} ({profile.device})",
         f"  peak {peaks}; memory {format_bandwidth(profile.memory_bandwidth)};"
         f" launch {format_seconds(profile.launch)}",
-        f"  gradients of weights at {profile.gradient_share:.0%} of the peak;"
-        f" transposes {format_bandwidth(profile.transpose_bandwidth or profile.memory_bandwidth)}",
         "",
         f"  {'family':18} {'points':>6} {'held out':>8} {'median error':>12} {'worst':>8}",
     ]
