@@ -351,6 +351,10 @@ def host_names(hosts: str | list[Any]) -> tuple[str, ...]:
 def _numbered(part: str, whole: str) -> list[str]:
     match = re.fullmatch(r"([^\[]*)\[([^\]]*)\]([^\[]*)", part)
     if match is None:
+        if re.fullmatch(r"[-+]?[\d.]+", part):
+            raise UsageError(
+                f"`{part}` is neither a number of hosts nor a name.", where="hosts", fix="1 or more, or gpu[00-31]"
+            )
         return [part]
     names = []
     for span in match[2].split(","):

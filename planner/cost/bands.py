@@ -41,9 +41,16 @@ BANDS = {
 NONE = "not validated on this device against published runs"
 
 
+RATES = ("peak_flops", "efficiency", "memory_bandwidth", "memory_efficiency", "launch")
+
+
 def band_of(cluster: Cluster) -> Band | None:
-    """The band of the cluster's device; None where no run was compared."""
-    return BANDS.get(cluster.device.name)
+    """The band of the cluster's device; None where no run was compared, or its rates are not ours."""
+    name = cluster.device.name
+    rates = tuple(f"devices.{name}.{rate}" for rate in RATES)
+    if any(field.startswith(rates) and origin != "preset" for field, origin in cluster.provenance.items()):
+        return None
+    return BANDS.get(name)
 
 
 def told(cluster: Cluster) -> str:

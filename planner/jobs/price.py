@@ -122,7 +122,8 @@ class _Pricing:
         for task in run.tasks:
             if task.device == rank and task.kind in ("send", "update"):
                 found[task.kind] = found.get(task.kind, 0.0) + task.seconds * (task.stream == COMPUTE)
-        found["bubble"] = run.makespan - sum(found.values())
+        rest = run.makespan - sum(found.values())
+        found["bubble"] = rest if rest > 1e-9 * run.makespan else 0.0  # less is rounding
         return found
 
     def _stage(self, index: int) -> dict[Place, int]:

@@ -260,8 +260,10 @@ def audit(
             "compiled_peak": report.compiled_peak, "compiled_parts": report.parts, "limit": report.limit,
         }  # fmt: skip
         print(json.dumps({**totals, "lines": lines}, indent=1))
-        return
-    print(audit_text(report))
+    else:
+        print(audit_text(report))
+    if report.compiled_peak > report.limit:
+        raise typer.Exit(3)
 
 
 def _finite(number: float) -> float | None:

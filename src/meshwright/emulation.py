@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import jax
@@ -36,6 +37,13 @@ def emulate(count: int) -> None:
                 f"{count} devices are asked for, and jax already runs with {len(jax.devices())}.",
                 fix="a fresh process",
             ) from error
+
+
+def trace_on_cpu() -> None:
+    """For commands that trace and run nothing: jax need not look for accelerators, whose libraries complain
+    where there are none. A platform that the user chose stays."""
+    if "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")
 
 
 def keep_memory() -> None:

@@ -20,6 +20,7 @@ from .planner.jobs.parts import Parts, parts_of
 from .planner.jobs.pinned import Parallelism
 from .planner.jobs.price import Job, Price, price
 
+MOST_RUNS = 1_000_000  # of stages over microbatches
 TRACED = 4  # layers of the model that is traced: a first, a repeated pair, a last
 PRODUCTS: dict[str, str | None] = {"bf16": None, "fp8": "f8e4m3fn"}
 RECOMPUTE: dict[str, Policy] = {
@@ -89,8 +90,8 @@ class Shape:
             raise UsageError(f"family `{self.family}` is not known.", fix=did_you_mean(self.family, FAMILIES))
         if (self.experts is None) != (self.family in ("gpt", "llama")):
             raise UsageError(
-                f"family `{self.family}` and experts {self.experts} do not go together.",
-                where="family", fix="mixtral with experts, gpt or llama without; deepseek by its name as a model",
+                f"a {self.family} has {'experts' if self.experts is None else 'no experts'}.",
+                where="family", fix="mixtral with --experts, gpt or llama without; deepseek as --model deepseek-v3",
             )  # fmt: skip
         for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "head_dim"):
             value = getattr(self, name)
@@ -132,6 +133,7 @@ def shape_of(model: str, seq: int | None = None, layers: int | None = None) -> S
     """The shape of a model of the zoo by name."""
     from .models import deepseek, gpt, llama, mixtral
 
+    model = model.removesuffix("-scan")  # the same model
     if model in gpt.CONFIGS:
         g = gpt.CONFIGS[model]
         depth, length = g.layers if layers is None else layers, g.seq if seq is None else seq
@@ -217,7 +219,7 @@ def parallelism_on(cluster: Cluster, *, dp: int | None, **degrees: Any) -> Paral
             f"tp x pp x cp is {others}, which does not divide {cluster.size} devices.",
             where="parallelism", fix=f"degrees that divide {cluster.size}",
         )  # fmt: skip
-    return Parallelism(dp=dp or cluster.size // others, **degrees)
+    return Parallelism(dp=cluster.size // others if dp is None else dp, **degrees)
 
 
 def price_job(
@@ -241,6 +243,19 @@ def price_job(
             f"a batch of {global_batch} is not cut into microbatches of {microbatch} on {parallelism.dp} data ranks.",
             where="global batch", fix=f"a multiple of {microbatch * parallelism.dp}",
         )  # fmt: skip
+    if setting.products != "bf16" and not {"f8e4m3fn", "f8e5m2"} & cluster.device.peak_flops.keys():
+        raise PlanError(
+            f"a {cluster.device.name} has no rate in {setting.products}.",
+            where="products", fix=f"bf16, or a cluster file that states devices.{cluster.device.name}.peak_flops.fp8",
+        )  # fmt: skip
+    runs = global_batch // (microbatch * parallelism.dp) * parallelism.pp * parallelism.vpp
+    if runs > MOST_RUNS:
+        raise PlanError(
+            f"{runs:.3g} runs of stages are more than is simulated.",
+            where="global batch", fix="a larger microbatch, or fewer sequences: steps with so many repeat themselves",
+        )
+    if parallelism.dp * parallelism.cp == 1 or parallelism.shard_group == 1:
+        parallelism = replace(parallelism, zero=0, shard_group=None)  # nobody to share with
     shape = _divided(shape, parallelism)
     lead = shape.experts.dense if shape.experts else 0
     traced = replace(shape, layers=lead + max(TRACED, lead + 2))  # leading layers never look like the others

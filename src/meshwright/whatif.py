@@ -40,7 +40,7 @@ def simulate(
         print(json.dumps(_simulated(found), indent=1))
         return
     result, between = found.result, found.between
-    print(f"step           {format_seconds(found.seconds)}" + _between(between))
+    print(f"step           {format_seconds(found.seconds)}" + _likely(between))
     print(f"compute        {format_seconds(result.compute)}")
     hidden = result.communication - result.exposed
     print(
@@ -69,7 +69,9 @@ def price(
     cluster: Annotated[str, typer.Option(help="128xa100x8@hdr200, a YAML file; see `clusters`.")],
     global_batch: Annotated[int, typer.Option("--global-batch", "--batch", help="Sequences per step.")],
     model: Annotated[str | None, typer.Option(help="A decoder of the zoo; or give its numbers.")] = None,
-    family: Annotated[str, typer.Option(help="gpt, llama or mixtral, when the model is given as numbers.")] = "gpt",
+    family: Annotated[
+        str | None, typer.Option(help="gpt (if not given), llama or mixtral, when the model is given as numbers.")
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Depth.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Width.")] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
@@ -120,6 +122,7 @@ def price(
     format: FormatOption = Format.text,
 ) -> None:
     """Price a training job given as numbers: seconds per step and memory per stage."""
+    from .emulation import trace_on_cpu
     from .ir.cluster import Cluster
     from .ir.codec import check_writable, write_whole
     from .planner.pipeline.timeline import Timeline
@@ -136,9 +139,18 @@ def price(
 
     if trace is not None:
         check_writable(trace)
+    trace_on_cpu()
     where = Cluster.parse(cluster)
     for path, value in _changes(changes).items():
         where = where.with_(path, value)
+    _no_idle_options(
+        ("--sp", sequence_parallel, tp > 1, "--tp above 1"),
+        ("--cp-kind", cp_kind != "all_gather", cp > 1, "--cp above 1"),
+        ("--lean-ends", lean_ends, pp > 1, "--pp above 1"),
+        ("--family", family is not None, model is None, "no --model, which has a family"),
+        ("--gathers", gathers != "bf16", products != "bf16", "--products fp8, as products read what is gathered"),
+    )  # fmt: skip
+    family = family or "gpt"
     if model is not None:
         given = {
             "--hidden": hidden, "--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim, "--ffn": ffn,
@@ -208,6 +220,13 @@ def calibrate(
     print(found.dump() if format is Format.json else profile_text(found))
 
 
+def _no_idle_options(*options: tuple[str, bool, bool, str]) -> None:
+    """Refuse what would change nothing. Each: name, whether it is asked for, whether it can act, what it needs."""
+    for name, asked, acts, needs in options:
+        if asked and not acts:
+            raise UsageError(f"{name} changes nothing here.", where=name, fix=f"leave it out, or {needs}")
+
+
 def _print_price(found: Any, where: Any, beyond: str, format: Format) -> None:
     from .planner.cost.bands import NONE, band_of, told
 
@@ -222,7 +241,7 @@ def _print_price(found: Any, where: Any, beyond: str, format: Format) -> None:
         }  # fmt: skip
         print(json.dumps(data, indent=1))
         return
-    print(f"step    {format_seconds(found.step)}" + _between(between))
+    print(f"step    {format_seconds(found.step)}" + _likely(between))
     print("        " + ", ".join(f"{cause} {format_seconds(s)}" for cause, s in found.seconds.items() if s > 0))
     print(f"memory  {_memory(found.memory[worst])} of {format_bytes(where.memory_per_device)} (stage {worst})")
     if not fits:
@@ -244,8 +263,11 @@ def _changes(pairs: list[str] | None) -> dict[str, str]:
     return found
 
 
-def _between(between: tuple[float, float] | None) -> str:
-    return f" ({format_seconds(between[0])} to {format_seconds(between[1])})" if between else ""
+def _likely(between: tuple[float, float] | None) -> str:
+    """Where nine in ten published runs would put a predicted step; the prediction itself may lie outside."""
+    if between is None:
+        return ""
+    return f" predicted; {format_seconds(between[0])} to {format_seconds(between[1])} by how such runs went"
 
 
 def _memory(causes: dict[str, float]) -> str:

@@ -174,14 +174,14 @@ def audit_text(audit: Audit) -> str:
             "·".join(line.axes) or "other groups",
             f"{format_bytes(line.predicted_bytes)} in {line.predicted_count}",
             f"{format_bytes(line.compiled_bytes)} in {line.compiled_count}",
-            f"{line.difference:+.1%}",
+            _difference(line.difference),
         )
         for line in audit.lines
     ]
     head = [("collective", "axes", "predicted", "compiled", "difference")]
     total = (
         f"total: {format_bytes(audit.predicted_bytes)} predicted, "
-        f"{format_bytes(audit.compiled_bytes)} compiled ({audit.difference:+.1%})"
+        f"{format_bytes(audit.compiled_bytes)} compiled ({_difference(audit.difference)})"
     )
     peak = (
         f"memory: {format_bytes(audit.predicted_peak)} predicted, "
@@ -193,6 +193,10 @@ def audit_text(audit: Audit) -> str:
     if audit.compiled_peak > audit.limit:
         lines.append(f"  over the limit: the plan was allowed {format_bytes(audit.limit)}, the program takes more")
     return "\n".join(lines)
+
+
+def _difference(share: float) -> str:
+    return "not predicted" if share == float("inf") else f"{share:+.1%}"
 
 
 def _table(title: str, rows: Iterable[tuple[str, ...]]) -> str:
