@@ -382,7 +382,7 @@ def test_a_description_marks_what_is_not_preset():
         "  2 × 8 a100 (declared)\n"
         "    memory 80 GiB, of which 2 GiB in reserve, at 2 TB/s\n"
         "    peak bf16 312 TFLOP/s, f16 312 TFLOP/s, s8 624 TFLOP/s, tf32 156 TFLOP/s, f32 19.5 TFLOP/s;"
-        " 80% of it in large products\n"
+        " 84% of it in large products\n"
         "  nvlink3 (switch, in a host): 300 GB/s per device each way, 1.9 us\n"
         "  hdr200 (switch, all hosts): 25 GB/s per device each way, 9 us (declared)"
     )

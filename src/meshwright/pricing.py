@@ -245,7 +245,7 @@ def price_job(
         )  # fmt: skip
     if setting.products != "bf16" and not {"f8e4m3fn", "f8e5m2"} & cluster.device.peak_flops.keys():
         raise PlanError(
-            f"a {cluster.device.name} has no rate in {setting.products}.",
+            f"`{cluster.device.name}` has no rate in {setting.products}.",
             where="products", fix=f"bf16, or a cluster file that states devices.{cluster.device.name}.peak_flops.fp8",
         )  # fmt: skip
     runs = global_batch // (microbatch * parallelism.dp) * parallelism.pp * parallelism.vpp

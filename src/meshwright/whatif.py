@@ -146,7 +146,6 @@ def price(
     _no_idle_options(
         ("--sp", sequence_parallel, tp > 1, "--tp above 1"),
         ("--cp-kind", cp_kind != "all_gather", cp > 1, "--cp above 1"),
-        ("--lean-ends", lean_ends, pp > 1, "--pp above 1"),
         ("--family", family is not None, model is None, "no --model, which has a family"),
         ("--gathers", gathers != "bf16", products != "bf16", "--products fp8, as products read what is gathered"),
     )  # fmt: skip
