@@ -146,7 +146,7 @@ def test_experts_that_are_not_there_are_refused():
         price(LLAMA, Parallelism(dp=8, ep=2))
     with pytest.raises(PlanError, match="6 experts cannot be cut 4 ways"):
         price(replace(MIXTRAL, experts=Experts(6, 2, 14336)), Parallelism(dp=8, ep=4))
-    with pytest.raises(UsageError, match="family `mixtral` and experts None"):
+    with pytest.raises(UsageError, match="a mixtral has experts"):
         replace(MIXTRAL, experts=None)
     with pytest.raises(UsageError, match="9 choices are more than 8 experts"):
         Experts(8, 9, 64)
@@ -200,3 +200,13 @@ def test_gradients_of_experts_with_few_tokens_take_as_long_as_their_bytes():
     few = replace(MIXTRAL, seq=128, experts=Experts(64, 1, 14336))
     gradients = 64 * 3 * 4096 * 14336 / 8
     assert parts(few, Parallelism(dp=8, ep=8))["layer"].backward.compute > HOST.device.stream_seconds(8 * gradients)
+
+
+def test_what_the_embedding_owes_is_paid_once_whatever_the_depth():
+    """Vocabulary cut over tp: one sum of the embedding, four of each layer; dropout moves nothing."""
+    gpt = Shape("gpt", 8, 4096, 32, 32, 16384, 51200, 2048)
+    for shape in (gpt, replace(gpt, dropout=0.1)):
+        found = parts(shape, Parallelism(tp=8))
+        sums = {place: moved(found[place].forward, "all_reduce", "tp") for place in ("embedding", "layer")}
+        assert sums["embedding"] == pytest.approx(2 * 2048 * 4096, rel=0.01)
+        assert sums["layer"] == pytest.approx(2 * 2 * 2048 * 4096, rel=0.01)

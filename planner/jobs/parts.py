@@ -202,7 +202,7 @@ class _Sorting:
             swapped = all(entry.kind == "all_to_all" for entry in entries)
             key = origin(item.source), int(item.wanted[0]), "" if swapped else item.phase
             for entry in entries if key not in seen else ():
-                self._add(entry, reader, self._kind(item.source, item.phase))
+                self._add(entry, self._payer(item.source, reader, entry), self._kind(item.source, item.phase))
             seen.add(key)
         for op, entry in settlements(self.space, self.choices):
             self._add(entry, op.tag, "exchange")
@@ -231,6 +231,13 @@ class _Sorting:
         maker = source.rpartition(":")[0]
         prepared = maker not in self.phase or self.phase[maker] == "prepare"
         return "gather" if prepared else "exchange"
+
+    def _payer(self, source: str, reader: str, entry: Collective) -> str:
+        """What travels into one layer alone, as the embedding does into the first, belongs where it was made."""
+        maker = source.rpartition(":")[0]
+        alone = self.place.get(reader) == "layer" and entry.count < self.layers - 1
+        outside = self.place.get(maker, "layer") != "layer" and self.phase[maker] == self.phase[reader]
+        return maker if alone and outside else reader
 
     def _add(self, entry: Collective, tag: str, kind: str) -> None:
         work = self._work(tag)
