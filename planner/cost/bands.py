@@ -34,9 +34,14 @@ class Band:
 
 # From benchmarks/results/fidelity.json; tests hold the two together.
 BANDS = {
-    "a100": Band(-0.11, 0.07, 24, "transformers with Megatron-LM, 8 to 3072 devices"),
-    "h100": Band(-0.16, -0.03, 9, "transformers with Megatron-Core, 48 to 6144 devices"),
-    "b200": Band(-0.11, 0.01, 24, "transformers with Megatron-Core on one host"),
+    "a100": Band(-0.32, 0.01, 112, "Megatron-LM on 8 to 3072 devices, llm-foundry"),
+    "a100-40": Band(-0.30, -0.06, 78, "llm-foundry"),
+    "h100": Band(-0.32, 0.06, 116, "Megatron-Core on 48 to 6144 devices, torchtitan, llm-foundry"),
+    "b200": Band(-0.15, 0.01, 43, "Megatron-Core on one host"),
+    "v4": Band(-0.07, -0.02, 6, "MaxText"),
+    "v5e": Band(-0.16, 0.05, 24, "MaxText on one and several slices"),
+    "v5p": Band(-0.17, 0.04, 25, "MaxText on one and several slices"),
+    "v6e": Band(-0.32, 0.04, 4, "MaxText"),
 }
 NONE = "not validated on this device against published runs"
 
