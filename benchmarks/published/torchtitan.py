@@ -50,13 +50,10 @@ def setting(row: Row) -> pricing.Setting:
     )  # fmt: skip
 
 
-FLASH_2 = 0.35  # of an H100's peak, by the attention kernel in PyTorch 2.6: Shah et al., arXiv 2407.08608, abstract
-
-
 def meta(row: Row) -> Cluster:
     """Meta's own device: HBM2e at 2.4 TB/s (stated with the results), and at 500 of 700 W we take
     its products and attention at sqrt(500 / 700) of the SXM's rate, its one factor."""
     cluster = hosts("h100", row, "ib400").with_("device.memory_bandwidth", "2400 GB/s").with_("device.memory", "96 GB")
     device, power = cluster.device, (500 / 700) ** 0.5
     cluster = cluster.with_("device.efficiency", device.efficiency * power)
-    return cluster.with_("device.attention_efficiency", FLASH_2 * power)
+    return cluster.with_("device.attention_efficiency", device.attention_efficiency * power)

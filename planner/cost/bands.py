@@ -36,7 +36,7 @@ class Band:
 BANDS = {
     "a100": Band(-0.32, 0.01, 112, "Megatron-LM on 8 to 3072 devices, llm-foundry"),
     "a100-40": Band(-0.30, -0.06, 78, "llm-foundry"),
-    "h100": Band(-0.32, 0.06, 116, "Megatron-Core on 48 to 6144 devices, torchtitan, llm-foundry"),
+    "h100": Band(-0.29, 0.09, 116, "Megatron-Core on 48 to 6144 devices, torchtitan, llm-foundry"),
     "b200": Band(-0.15, 0.01, 43, "Megatron-Core on one host"),
     "v4": Band(-0.07, -0.02, 6, "MaxText"),
     "v5e": Band(-0.16, 0.05, 24, "MaxText on one and several slices"),
