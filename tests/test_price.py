@@ -322,6 +322,7 @@ def test_price_by_name_and_by_numbers(tmp_path):
     assert named.exit_code == 0, named.output
     data = json.loads(named.output)
     assert data["between"][0] < data["between"][1] and len(data["memory"]) == 8
+    assert data["job"]["parallelism"]["pp"] == 8 and data["job"]["shape"]["layers"] == 96
     assert json.loads(trace.read_text())["traceEvents"]
     numbers = ["--layers", "96", "--hidden", "12288", "--heads", "96", "--vocab", "50304"]
     same = json.loads(cli("price", *numbers, *common, "--format", "json").output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -189,7 +189,11 @@ def price(
     if trace is not None:
         write_whole(trace, json.dumps(Timeline.of(found.run).perfetto()))
     beyond = "context parallelism" if cp > 1 else "experts" if shape.experts else ""
-    _print_price(found, where, beyond, format)
+    job = {
+        "cluster": where.name, "devices": where.size, "shape": asdict(shape), "parallelism": asdict(parallelism),
+        "global_batch": global_batch, "microbatch": microbatch, "recompute": recompute,
+    }  # fmt: skip
+    _print_price(found, where, beyond, job, format)
 
 
 @app.command()
@@ -226,7 +230,7 @@ def _no_idle_options(*options: tuple[str, bool, bool, str]) -> None:
             raise UsageError(f"{name} changes nothing here.", where=name, fix=f"leave it out, or {needs}")
 
 
-def _print_price(found: Any, where: Any, beyond: str, format: Format) -> None:
+def _print_price(found: Any, where: Any, beyond: str, job: dict[str, Any], format: Format) -> None:
     from .planner.cost.bands import NONE, band_of, told
 
     band, words = (None, f"{NONE} with {beyond}") if beyond else (band_of(where), told(where))
@@ -235,7 +239,7 @@ def _print_price(found: Any, where: Any, beyond: str, format: Format) -> None:
     worst = max(range(len(found.memory)), key=lambda i: sum(found.memory[i].values()))
     if format is Format.json:
         data = {
-            "seconds": found.step, "between": between, "by_cause": found.seconds, "memory": list(found.memory),
+            "job": job, "seconds": found.step, "between": between, "by_cause": found.seconds, "memory": list(found.memory),
             "peak_bytes": found.peak, "limit_bytes": where.memory_per_device, "fits": fits, "band": words,
         }  # fmt: skip
         print(json.dumps(data, indent=1))
