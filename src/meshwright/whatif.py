@@ -240,7 +240,8 @@ def _print_price(found: Any, where: Any, beyond: str, job: dict[str, Any], forma
     if format is Format.json:
         data = {
             "job": job, "seconds": found.step, "between": between, "by_cause": found.seconds,
-            "memory": list(found.memory), "peak_bytes": found.peak, "limit_bytes": where.memory_per_device, "fits": fits, "band": words,
+            "memory": list(found.memory), "peak_bytes": found.peak, "limit_bytes": where.memory_per_device,
+            "fits": fits, "band": words,
         }  # fmt: skip
         print(json.dumps(data, indent=1))
         return
