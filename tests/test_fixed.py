@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from meshwright import api
+from meshwright.backends.xla import lower as lowering
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.ir.blocks import fold
@@ -57,6 +58,19 @@ def test_the_step_equals_the_unsharded_one(name, parallelism, options):
         if np.issubdtype(old.dtype, np.floating):
             moved = np.abs(np.asarray(theirs) - np.asarray(old)).max()
             np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-3 * moved + 1e-9)
+
+
+def test_sums_that_layers_hand_on_are_held_on_cpus(monkeypatch):
+    """Nothing else is held where nothing is recomputed; other devices hold nothing."""
+    _, found, plan = fixed("gpt-tiny", Parallelism(dp=8))
+    avals = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in found.binding.in_avals]
+
+    def barriers() -> int:
+        return lower(plan, found).jitted.lower(*avals).as_text().count("optimization_barrier")
+
+    assert barriers() >= 2 * 3  # at least the stream and its gradient, between four layers
+    monkeypatch.setattr(lowering, "_on_cpus", lambda mesh: False)
+    assert barriers() == 0
 
 
 def by_kind(plan) -> dict[str, int]:

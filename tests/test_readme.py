@@ -47,6 +47,14 @@ def test_quick_commands_run_in_the_order_shown(monkeypatch, tmp_path):
     assert {"plan.json", "plan.html"} <= {file.name for file in tmp_path.iterdir()}
 
 
+def test_commands_of_the_pages_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "docs" / "price.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        run(block.removeprefix("$ ").replace("\\\n", " "), monkeypatch)
+
+
 @pytest.mark.slow
 def test_slow_commands_run_too(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
