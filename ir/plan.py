@@ -123,6 +123,43 @@ class Layout(_Part):
         return Sharding(self.dims, frozenset(self.owed))
 
 
+class Stage(_Part):
+    """One stage of a pipeline: a stretch of the forward pass on devices of its own.
+
+    `cut` is the position, among the ops of the captured graph, of the first op of the forward pass
+    that belongs to this stage; it ends where the next one begins. `strategies` and `slots` are as
+    in `Plan`, for the ops and inputs that lie on this stage.
+    """
+
+    cut: int
+    blocks: str  # what it holds, in words: "embedding, layers 1-6"
+    mesh: Mesh
+    strategies: dict[str, tuple[int, ...]]
+    slots: dict[str, Layout]
+    forward_seconds: float  # of one microbatch, as backward
+    backward_seconds: float
+    weight_seconds: float  # of the backward seconds, what goes into gradients of weights
+    send_seconds: float  # of one microbatch's result to the next stage
+    once_seconds: float  # per step: reduction of gradients, optimizer
+    peak_bytes: float
+    in_flight: int  # microbatches whose forward results it holds at most
+    memory: dict[str, float]
+
+
+class Pipeline(_Part):
+    """Stages in order, the ranks that hold them, and the order in which each rank works.
+
+    `first[rank]` is the first of a rank's devices, which are numbered one after another;
+    `orders[rank]` are its passes, as `ir.schedule` reads and writes them.
+    """
+
+    schedule: str  # name: "1f1b", ...
+    stages: tuple[Stage, ...]
+    first: tuple[int, ...]
+    orders: tuple[str, ...]
+    unstacked: bool = False  # stacked parameters of a loop over layers are held layer by layer
+
+
 class Plan(_Part):
     """The decision and its evidence.
 
@@ -148,4 +185,5 @@ class Plan(_Part):
     collectives: tuple[Collective, ...]
     opaque: tuple[str, ...]  # ops kept whole because no dim rule describes them
     notes: tuple[str, ...] = ()
+    pipeline: Pipeline | None = None  # then `mesh`, `strategies` and `slots` are those of the first stage
     recipe: dict[str, str | int | bool] = {}  # how the command line built the model, if it did

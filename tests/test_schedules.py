@@ -10,15 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.ir.errors import PlanError
-from meshwright.planner.pipeline.schedules import (
-    Schedule,
-    Step,
-    check,
-    gpipe,
-    in_flight,
-    interleaved,
-    one_f_one_b,
-)
+from meshwright.ir.schedule import Schedule, Step, check, in_flight, read_schedule
+from meshwright.planner.pipeline.schedules import gpipe, interleaved, one_f_one_b
 from meshwright.planner.pipeline.simulate import (
     COMPUTE,
     Run,
@@ -86,8 +79,10 @@ def test_published_orders_take_the_published_time():
 
 def _read(entry: dict) -> Schedule:
     kinds = {"F": "forward", "B": "backward", "W": "weight", "BW": "backward"}
-    orders = tuple(tuple(Step(kinds[kind], 0, m) for kind, m, _ in order) for order in entry["order"])
-    return Schedule(entry["schedule"], 1, entry["m"], orders)
+    orders = tuple(
+        tuple(Step(kinds[kind], rank, m) for kind, m, _ in order) for rank, order in enumerate(entry["order"])
+    )
+    return Schedule(entry["schedule"], entry["p"], entry["m"], orders)
 
 
 @needs_data
@@ -120,8 +115,16 @@ def test_bad_schedules_are_named():
     order = (Step("backward", 0, 0), Step("forward", 0, 0))
     with pytest.raises(PlanError, match="waits for itself"):
         check(Schedule("upside down", 1, 1, (order,)))
-    with pytest.raises(PlanError, match="microbatch 1 on rank 0, chunk 0 0 times"):
+    with pytest.raises(PlanError, match="has 0F1 0 times"):
         check(Schedule("short", 1, 2, (order,)))
+
+
+def test_text_round_trip():
+    schedule = interleaved(2, 4, 2)
+    assert schedule.text()[0].startswith("0F0 0F1 2F0 2F1")
+    assert read_schedule("interleaved", 4, 4, schedule.text()) == schedule
+    with pytest.raises(PlanError, match="`F0` is no step"):
+        read_schedule("x", 1, 1, ["F0"])
 
 
 def test_blocking_sends_cost_compute():

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from ...ir.cluster import Cluster
 from ...ir.errors import PlanError
+from ...ir.schedule import Schedule, in_flight
 from ..cost.collectives import Collectives
-from ..pipeline.schedules import Schedule, in_flight, schedule_of
+from ..pipeline.schedules import schedule_of
 from ..pipeline.simulate import COMPUTE, SLOWDOWN, Run, StageSeconds, pipeline_tasks, simulate
 from .parts import Part, Parts, Place, Work
 from .pinned import Parallelism

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...ir.errors import PlanError
-from .schedules import Schedule, Step, needs
+from ...ir.schedule import Schedule, Step, needs
 
 COMPUTE = "compute"
 # While a device computes and communicates at once, both take this much longer. Source: Galvatron,
@@ -228,39 +228,36 @@ def pipeline_tasks(
         blocking: a rank computes nothing while it sends, as without asynchronous transfers.
     """
     tasks: list[Task] = []
-    sent: dict[tuple[int, Step], int] = {}  # (stage, step) -> the task after which others may use it
     places = [(rank, step) for rank, order in enumerate(schedule.orders) for step in order]
     first = _positions(schedule, stages, places)
     for rank, step in places:
-        stage = schedule.stage(rank, step.chunk)
         after = tuple(
-            first[before][1 if before[0] != stage else 0] for before in needs(schedule, stage, step)
+            first[before][rank != schedule.rank_of[before]] for before in needs(schedule, step)
         )
-        mark = {"forward": "F", "backward": "B", "weight": "W"}[step.kind]
-        name = f"{mark}{step.microbatch}" + (f".{step.chunk}" if schedule.chunks > 1 else "")
-        sent[stage, step] = len(tasks)
-        tasks.append(Task(name, rank, COMPUTE, getattr(stages[stage], step.kind), after, step.kind))
-        if _sends(schedule, stages, stage, step):
+        tasks.append(Task(str(step), rank, COMPUTE, getattr(stages[step.stage], step.kind), after, step.kind))
+        if _sends(schedule, stages, step):
             stream = COMPUTE if blocking else "send"
-            tasks.append(Task(f"send {name}", rank, stream, stages[stage].send, (len(tasks) - 1,), "send"))
+            tasks.append(Task(f"send {step}", rank, stream, stages[step.stage].send, (len(tasks) - 1,), "send"))
     for rank, seconds in (tail or {}).items():
         tasks.append(Task("update", rank, COMPUTE, seconds, (), "update"))
     return tasks
 
 
-def _sends(schedule: Schedule, stages: Sequence[StageSeconds], stage: int, step: Step) -> bool:
-    to = {"forward": stage + 1, "backward": stage - 1, "weight": -1}[step.kind]
-    return 0 <= to < schedule.stages and stages[stage].send > 0
+def _sends(schedule: Schedule, stages: Sequence[StageSeconds], step: Step) -> bool:
+    """Whether another rank waits for the result of this step."""
+    if stages[step.stage].send == 0 or step.kind == "weight":
+        return False
+    to = step._replace(stage=step.stage + (1 if step.kind == "forward" else -1))
+    return schedule.rank_of.get(to, schedule.rank_of[step]) != schedule.rank_of[step]
 
 
 def _positions(
     schedule: Schedule, stages: Sequence[StageSeconds], places: list[tuple[int, Step]]
-) -> dict[tuple[int, Step], tuple[int, int]]:
+) -> dict[Step, tuple[int, int]]:
     """Where each pass will stand among the tasks, and its send, if it has one."""
     found, at = {}, 0
-    for rank, step in places:
-        stage = schedule.stage(rank, step.chunk)
-        extra = int(_sends(schedule, stages, stage, step))
-        found[stage, step] = (at, at + extra)
+    for _, step in places:
+        extra = int(_sends(schedule, stages, step))
+        found[step] = (at, at + extra)
         at += 1 + extra
     return found
