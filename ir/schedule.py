@@ -15,10 +15,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from typing import Literal, NamedTuple
-
-import networkx as nx
 
 from .errors import PlanError
 
@@ -121,12 +120,16 @@ def check(schedule: Schedule) -> None:
         PlanError: the step that is missing, repeated, out of place, or part of a deadlock.
     """
     _complete(schedule)
-    waits = nx.DiGraph()
+    waits: TopologicalSorter[Step] = TopologicalSorter()
     for order in schedule.orders:
-        waits.add_edges_from(pairwise(order))
-        waits.add_edges_from((before, step) for step in order for before in needs(schedule, step))
-    if not nx.is_directed_acyclic_graph(waits):
-        _refuse(schedule, f"waits for itself: {nx.find_cycle(waits)[0][0]}")
+        for before, step in pairwise(order):
+            waits.add(step, before)
+        for step in order:
+            waits.add(step, *needs(schedule, step))
+    try:
+        waits.prepare()
+    except CycleError as cycle:
+        _refuse(schedule, f"waits for itself: {' after '.join(map(str, cycle.args[1][::-1]))}")
 
 
 def _complete(schedule: Schedule) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.ir.errors import PlanError
-from meshwright.ir.schedule import Schedule, Step, check, in_flight, read_schedule
+from meshwright.ir.schedule import MARKS, Schedule, Step, check, in_flight, read_schedule
 from meshwright.planner.pipeline.schedules import gpipe, interleaved, one_f_one_b
 from meshwright.planner.pipeline.simulate import (
     COMPUTE,
@@ -78,7 +78,7 @@ def test_published_orders_take_the_published_time():
 
 
 def _read(entry: dict) -> Schedule:
-    kinds = {"F": "forward", "B": "backward", "W": "weight", "BW": "backward"}
+    kinds = {**MARKS, "BW": MARKS["B"]}
     orders = tuple(
         tuple(Step(kinds[kind], rank, m) for kind, m, _ in order) for rank, order in enumerate(entry["order"])
     )
