@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from ...ir.graph import Attr, Constant, Op, TensorType
+from ...ir.rules.elementwise import KINDS as ELEMENTWISE
 from ...ir.values import Fresh
 from .capture import Bound
 from .params import attrs_of
@@ -173,18 +174,29 @@ class Scope:
 
     def _repeated(self, value: int, dim: int) -> Stack | None:
         """The pieces of a value that was broadcast along this dim are one and the same."""
+        piece, kind = self._single(value, dim), self.types[value]
+        return None if piece is None else Stack(dim, (piece,) * kind.shape[dim])
+
+    def _single(self, value: int, dim: int) -> int | None:
+        """The one piece of a broadcast value, or of what elementwise ops make of such values."""
         op, kind = self._writer.get(value), self.types[value]
-        if op is None or op.kind != "broadcast_in_dim" or len(op.inputs) != 1:
+        piece = TensorType(kind.dtype, _without(kind.shape, dim))
+        if op is None or op.kind not in {"broadcast_in_dim", *ELEMENTWISE}:
             return None
-        primitive, params = self.shared.bound[op.kind, op.attrs]
-        places = params["broadcast_dimensions"]
-        if dim in places:
+        _, params = self.shared.bound[op.kind, op.attrs]
+        if op.kind == "broadcast_in_dim":
+            places = params["broadcast_dimensions"]
+            if dim in places or len(op.inputs) > 1:
+                return None
+            moved = {"shape": piece.shape, "broadcast_dimensions": tuple(d - (d > dim) for d in places)}
+            return self.make(op.kind, op.inputs, piece, op.where, **moved)
+        inputs = [self._single(v, dim) if self.types[v].shape else v for v in op.inputs]
+        known = tuple(v for v in inputs if v is not None)
+        if len(known) < len(inputs):
             return None
-        piece = self.make(
-            op.kind, op.inputs, TensorType(kind.dtype, _without(kind.shape, dim)), op.where,
-            shape=_without(kind.shape, dim), broadcast_dimensions=tuple(d - (d > dim) for d in places),
-        )  # fmt: skip
-        return Stack(dim, (piece,) * kind.shape[dim])
+        result = self.like(piece, 1)
+        self.emit(Op(op.kind, known, result, op.attrs, where=op.where))
+        return result[0]
 
     def _sliced(self, value: int, dim: int, where: str) -> Stack:
         kind = self.types[value]
