@@ -1,6 +1,5 @@
 """A step taken apart into its layers is still the user's step, and looks like one written layer by layer."""
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -11,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.replay import Walk
 from meshwright.backends.xla.unstack import Unstacked, capture_unstacked
 from meshwright.ir.blocks import fold
 from meshwright.ir.microbatch import TimeAxis, batch_dims, time_axis
 from meshwright.ir.verify import verify
-from meshwright.backends.xla.capture import capture
 from meshwright.models import build
 
 RNG = np.random.default_rng(0)
@@ -220,7 +219,7 @@ def test_layers_along_another_dim_of_the_parameters():
         return jax.lax.scan(lambda x, w: (layer(x, w), None), x, jnp.moveaxis(w, 1, 0))[0].mean()
 
     apart = same(descend(loss), array(8, 3, 8), array(6, 8))
-    assert loops(apart) == [] and shapes(apart, "w") == [(8, 8)] * 3
+    assert loops(apart) == [] and shapes(apart, "params") == [(8, 8)] * 3
 
 
 def test_microbatches_stay_a_loop_around_the_layers():
@@ -246,7 +245,7 @@ def test_a_loop_over_time_is_none_over_layers():
         return jax.lax.scan(cell, jnp.zeros((6, 8)), x_BTD.swapaxes(0, 1))[1].mean()
 
     apart = same(descend(loss), array(8, 8), array(6, 5, 8))
-    assert set(loops(apart)) == {5} and shapes(apart, "w") == [(8, 8)]
+    assert set(loops(apart)) == {5} and shapes(apart, "params") == [(8, 8)]
 
 
 def test_a_table_by_position_is_no_stack_of_layers():
@@ -254,7 +253,34 @@ def test_a_table_by_position_is_no_stack_of_layers():
         step = lambda h, row: (jnp.tanh(h + row[0] + row[1]), None)  # noqa: E731
         return jax.lax.scan(step, jnp.zeros((6, 8)), (table_TD, x_BTD.swapaxes(0, 1)))[0].mean()
 
-    assert set(loops(same(descend(loss), array(5, 8), array(6, 5, 8)))) == {5}
+    apart = same(descend(loss), array(5, 8), array(6, 5, 8))
+    assert set(loops(apart)) == {5} and "stays a loop" in apart.notes[0]
+
+
+def test_layers_made_by_a_reshape_stay_a_loop_and_are_named():
+    def loss(w, x):
+        pairs = w.reshape(2, 2, 8, 8)
+        return jax.lax.scan(lambda x, w: (layer(layer(x, w[0]), w[1]), None), x, pairs)[0].mean()
+
+    apart = same(descend(loss), array(4, 8, 8), array(6, 8))
+    assert set(loops(apart)) == {2} and "stays a loop: no dim of the state alone is its 2 rows" in apart.notes[0]
+
+
+def test_flags_tables_and_random_keys_go_with_their_layers():
+    flags, table = np.array([True, False, True]), np.ones((3, 8), np.float32)
+
+    def step(w, keys, x):
+        def body(x, layers):
+            w, key, flag, row = layers
+            kept = layer(x, w) * jax.random.bernoulli(key, 0.5, x.shape)
+            return jax.lax.cond(flag, lambda: kept, lambda: 2 * x) + row, None
+
+        loss = lambda w: jax.lax.scan(body, x, (w, keys, flags, table))[0].mean()  # noqa: E731
+        value, grad = jax.value_and_grad(loss)(w)
+        return w - grad, value
+
+    apart = same(step, array(3, 8, 8), jax.random.split(jax.random.key(1), 3), array(6, 8))
+    assert loops(apart) == [] and len(shapes(apart, "keys")) == 3
 
 
 # ---------------------------------------------------------------- the optimizer, and what needs all layers
@@ -357,4 +383,4 @@ def test_arguments_in_pieces_have_their_own_tree():
 
 def test_a_step_without_layers_is_left_alone():
     apart = same(descend(lambda w, x: layer(x, w).mean()), array(8, 8), array(6, 8))
-    assert replace(apart.captured.graph) == apart.stacked.graph
+    assert apart.captured.graph == apart.stacked.graph

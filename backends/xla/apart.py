@@ -64,7 +64,7 @@ def take_apart(graph: Graph, bound: Mapping[Any, Bound], axes: Mapping[int, int]
         ops=tuple(walk.scope.ops),
         outputs=_flat(ends),
         constants=tuple(shared.constants),
-        state=tuple((n, after[carried[p], *at]) for n, (p, *at) in enumerate(inputs) if p in carried),
+        state=tuple((n, after[carried[p], dim, row]) for n, (p, dim, row) in enumerate(inputs) if p in carried),
         donated=frozenset(n for n, (p, _, _) in enumerate(inputs) if p in graph.donated),
     )
     return Apart(made, shared.bound, inputs, outputs, tuple(shared.notes))

@@ -11,12 +11,10 @@ class holds a further dim of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 
 from ...ir.graph import Graph, Op
 from ...ir.rules import rule_of
-
-_Dim = tuple[int, int]  # value, dim
 
 
 def layer_axes(graph: Graph) -> dict[int, int]:
@@ -32,6 +30,21 @@ def layer_axes(graph: Graph) -> dict[int, int]:
         if (dim := next(dims, None)) is not None:
             found[position] = dim
     return found
+
+
+def scans_left(graph: Graph) -> Iterator[Op]:
+    """Scans of the step itself that take rows of something made of carried state alone: layers
+    that could not be taken apart, say of parameters that are reshaped before."""
+    state = {graph.inputs[i] for i, _ in graph.state}
+    own = state | graph.constant_ids
+    for op in graph.ops:
+        rows = op.inputs[sum(op.loop_inputs) :] if op.kind == "scan" else ()
+        if not state.isdisjoint(rows):
+            yield op
+        if op.inputs and own.issuperset(op.inputs):
+            own.update(op.outputs)
+            if not state.isdisjoint(op.inputs):
+                state.update(op.outputs)
 
 
 def _layer_classes(graph: Graph, classes: _Classes) -> set[Hashable]:
@@ -52,7 +65,7 @@ def _rows(op: Op) -> Hashable:
     return ("rows", op.outputs)
 
 
-def _same_dims(graph: Graph, op: Op) -> Iterator[list[Hashable]]:
+def _same_dims(graph: Graph, op: Op) -> Iterator[Sequence[Hashable]]:
     """Groups of dims that are the same thing in this op."""
     if op.kind == "scan":
         yield from _dims_of_scan(graph, op)
@@ -67,7 +80,7 @@ def _same_dims(graph: Graph, op: Op) -> Iterator[list[Hashable]]:
     yield from groups.values()
 
 
-def _dims_of_scan(graph: Graph, op: Op) -> Iterator[list[Hashable]]:
+def _dims_of_scan(graph: Graph, op: Op) -> Iterator[Sequence[Hashable]]:
     region, (consts, carry) = op.regions[0], op.loop_inputs
     first_rows = consts + carry
     stacked = [*op.inputs[first_rows:], *op.outputs[carry:]]
@@ -83,7 +96,7 @@ def _dims_of_scan(graph: Graph, op: Op) -> Iterator[list[Hashable]]:
         yield from ([(outer, d + 1), (inner, d)] for d in range(graph.types[inner].rank))
 
 
-def _pairs(graph: Graph, one: int, other: int) -> Iterator[list[Hashable]]:
+def _pairs(graph: Graph, one: int, other: int) -> Iterator[Sequence[Hashable]]:
     return ([(one, d), (other, d)] for d in range(graph.types[one].rank))
 
 
@@ -100,7 +113,7 @@ class _Classes:
             node = above[node]
         return node
 
-    def join(self, group: list[Hashable]) -> None:
+    def join(self, group: Sequence[Hashable]) -> None:
         first = self.of(group[0])
         for node in group[1:]:
             self._above[self.of(node)] = first

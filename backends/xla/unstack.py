@@ -25,7 +25,7 @@ from ...ir.graph import Graph
 from .apart import Place, take_apart
 from .capture import Captured, convert
 from .dead import drop_dead_ops
-from .layer_axes import layer_axes
+from .layer_axes import layer_axes, scans_left
 from .trace import trace
 
 
@@ -68,7 +68,9 @@ class Unstacked:
         return [_join(group, jnp.stack) for group in _by_leaf(self.outputs, results)]
 
 
-def capture_unstacked(step: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Unstacked:
+def capture_unstacked(
+    step: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Unstacked:
     """Capture a step and take apart its scans over stacked, carried parameters.
 
     Args:
@@ -90,11 +92,13 @@ def unstack(captured: Captured) -> Unstacked:
     inputs = tuple(Piece(leaf) for leaf in range(len(graph.inputs)))
     outputs = tuple(Piece(leaf) for leaf in range(len(graph.outputs)))
     notes: dict[str, None] = {}
-    while (axes := layer_axes(graph)) or any(v.op.kind == "scan" and v.op.trips == 1 for v in graph.visits):
+    while (axes := layer_axes(graph)) or any(op.kind == "scan" and op.trips == 1 for op in graph.ops):
         found = take_apart(graph, bound, axes)
         graph, bound = drop_dead_ops(found.graph), found.bound
         inputs, outputs = _refined(inputs, found.inputs), _refined(outputs, found.outputs)
         notes.update(dict.fromkeys(found.notes))
+    for op in scans_left(graph):
+        notes[f"scan at {op.where or 'no line'} stays a loop: no dim of the state alone is its {op.trips} rows"] = None
     return Unstacked(_captured(captured, graph, bound, inputs, outputs), captured, inputs, outputs, tuple(notes))
 
 
