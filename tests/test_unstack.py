@@ -315,6 +315,17 @@ def test_optimizers_update_layer_by_layer(name):
     assert loops(apart) == [] or name in ("adafactor", "muon")
 
 
+def test_updates_that_need_a_sum_over_all_layers_wait_for_it():
+    def step(params, x):
+        value, grads = jax.value_and_grad(lambda p, x: sum(scanned_loss(p[k], x) for k in p))(params, x)
+        total = {k: grads[k]["w"].sum() for k in grads}
+        scaled = {k: jax.tree.map(lambda g: g * total["long"] * total["short"], grads[k]) for k in grads}
+        return jax.tree.map(jnp.subtract, params, scaled), value
+
+    params = {k: {"w": array(n, 8, 8), "b": array(n, 8)} for k, n in (("long", 5), ("short", 2))}
+    assert loops(same(step, params, array(6, 8), tolerance=1e-5)) == []
+
+
 def test_an_op_on_all_layers_at_once_is_named():
     def step(w, x):
         value, grad = jax.value_and_grad(lambda w, x: scanned_loss({"w": w, "b": jnp.zeros((4, 8))}, x))(w, x)
