@@ -82,9 +82,13 @@ def capture(
     return convert(trace(step, args, kwargs, options))
 
 
-def convert(traced: Traced) -> Captured:
-    """Turn what jax traced into a graph and its binding."""
-    work = _Conversion()
+def convert(traced: Traced, *, hold_in_loops: bool = False) -> Captured:
+    """Turn what jax traced into a graph and its binding.
+
+    `hold_in_loops` keeps every `checkpoint` in a loop apart from what it recomputes. The loop
+    itself does so while it is one: users save the barrier by `prevent_cse=False`.
+    """
+    work = _Conversion(hold_in_loops=hold_in_loops)
     closed = traced.jaxpr
     inputs = [work.value(var.aval) for var in closed.jaxpr.invars]
     outputs = work.inline(closed.jaxpr, closed.consts, inputs)
@@ -116,6 +120,7 @@ def convert(traced: Traced) -> Captured:
 class _Conversion:
     """One walk over a jaxpr. `ops` is where ops go at the moment: the step or a region."""
 
+    hold_in_loops: bool = False
     types: dict[int, TensorType] = field(default_factory=dict)
     ops: list[Op] = field(default_factory=list)
     constants: list[Constant] = field(default_factory=list)
@@ -126,6 +131,7 @@ class _Conversion:
     _by_identity: dict[int, tuple[Any, int]] = field(default_factory=dict)
     _attrs: dict[Any, Any] = field(default_factory=dict)
     _lines: dict[tuple[int, int], str] = field(default_factory=dict)
+    _loops: int = 0  # around the equation being converted
     _caller: str = ""  # line of the call being inlined: library code has none of its own
 
     # ------------------------------------------------------------ values
@@ -202,7 +208,7 @@ class _Conversion:
 
     def _call(self, eqn: Any, operands: list[int]) -> list[int]:
         _check_placed(eqn, self)
-        held = compat.held_back(eqn)
+        held = compat.held_back(eqn, always=self.hold_in_loops and self._loops > 0)
         if any(held):
             operands = self._barrier(operands, held, self._line(eqn))
         jaxpr, consts = compat.call_body(eqn)
@@ -226,7 +232,9 @@ class _Conversion:
         consts, carry = compat.scan_counts(params)
         inputs = [self.value(var.aval) for var in closed.jaxpr.invars]
         outside, self.ops = self.ops, []
+        self._loops += 1
         ends = self.inline(closed.jaxpr, closed.consts, inputs)
+        self._loops -= 1
         region = Region(tuple(inputs), tuple(self.ops), tuple(ends))
         self.ops = outside
         results = [self.value(var.aval) for var in eqn.outvars]

@@ -91,9 +91,12 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def held_back(eqn: Any) -> tuple[bool, ...]:
-    """Which operands of a `checkpoint` jax holds back by a barrier, to keep the recomputation."""
-    wanted = eqn.params.get("prevent_cse", False)
+def held_back(eqn: Any, always: bool = False) -> tuple[bool, ...]:
+    """Which operands of a `checkpoint` jax holds back by a barrier, to keep the recomputation.
+
+    With `always`, all of them, also where the user said `prevent_cse=False`.
+    """
+    wanted = always or eqn.params.get("prevent_cse", False)
     each = wanted if isinstance(wanted, tuple) else (bool(wanted),) * len(eqn.invars)
     return tuple(eqn.params.get("differentiated", False) and one for one in each)
 

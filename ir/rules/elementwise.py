@@ -23,6 +23,9 @@ _BINARY = (
     "mulhi", "ne", "nextafter", "or", "pow", "rem", "shift_left", "shift_right_arithmetic",
     "shift_right_logical", "xor",
 )  # fmt: skip
+_LINEAR_BINARY = ("add", "add_any", "sub", "complex")
+# Kinds whose parameters know nothing of shapes: the same op does for any part of its operands.
+KINDS = frozenset((*_UNARY, *_LINEAR_UNARY, *_BINARY, *_LINEAR_BINARY, "clamp", "mul", "div", "select_n"))
 
 
 @rule_for(*_UNARY, *_BINARY, "clamp")
@@ -35,7 +38,7 @@ def linear_unary(call: Call) -> Rule:
     return elementwise(call, [(0,)])
 
 
-@rule_for("add", "add_any", "sub", "complex")
+@rule_for(*_LINEAR_BINARY)
 def additive(call: Call) -> Rule:
     return elementwise(call, [(0, 1)])
 
