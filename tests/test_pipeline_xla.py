@@ -12,7 +12,6 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from pipelines import pipelined
 
 from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import capture
@@ -22,6 +21,8 @@ from meshwright.ir.schedule import Schedule, Step, in_flight
 from meshwright.models import build
 from meshwright.planner.pipeline.schedules import gpipe, interleaved, one_f_one_b
 from meshwright.planner.request import Request
+
+from .pipelines import pipelined
 
 
 @functools.cache
