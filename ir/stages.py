@@ -22,7 +22,7 @@ from .graph import Graph, Op
 from .microbatch import Refusal, TimeAxis
 from .program import Program
 from .recompute import PRODUCTS
-from .stage_places import Classes, Placed, Places
+from .stage_places import Classes, Places
 
 Pass = Literal["prepare", "forward", "backward", "weight", "update"]
 
@@ -234,8 +234,8 @@ class _Cutter:
             stages = [known[v] for v in op.inputs if v in known and self.graph.types[v].rank]
             if stages:
                 known |= dict.fromkeys(op.outputs, min(stages))
-        ends = {self.graph.outputs[o]: home[self.graph.inputs[i]] for i, o in self.graph.state if self.graph.inputs[i] in home}
-        readers: dict[int, int] = dict(ends)
+        carried = [(self.graph.inputs[i], self.graph.outputs[o]) for i, o in self.graph.state]
+        readers: dict[int, int] = {new: home[old] for old, new in carried if old in home}
         for op in reversed(late):
             if op.outputs[0] not in known:
                 stage = min((readers[v] for v in op.outputs if v in readers), default=0)
@@ -325,8 +325,9 @@ class _Cutter:
         return tuple(dict.fromkeys(v for v in read if v not in made and v not in self.classes.free))
 
     def _closed(
-        self, number: int, drafts: Sequence[_Draft], takes: tuple[int, ...], readers: Mapping[tuple[int, int], list[int]]
-    ) -> Fragment:
+        self, number: int, drafts: Sequence[_Draft], takes: tuple[int, ...],
+        readers: Mapping[tuple[int, int], list[int]],
+    ) -> Fragment:  # fmt: skip
         draft = drafts[number]
         made = {v: None for op in draft.ops for v in op.outputs}
         gives = tuple(v for v in made if (draft.stage, v) in readers)

@@ -24,6 +24,9 @@ def pipelined(plan: Plan, captured: Captured, schedule: Schedule, cuts: list[int
 
 
 def even_cuts(captured: Captured, stages: int) -> list[int]:
-    """Cuts between the layers of the forward pass, the first repeated block."""
-    block = fold(captured.graph).blocks[0]
+    """Cuts between the layers of the forward pass, the first repeated block; without one, in its first quarter."""
+    blocks = fold(captured.graph).blocks
+    if not blocks:
+        return [len(captured.graph.ops) * k // (4 * stages) for k in range(stages)]
+    block = blocks[0]
     return [0] + [block.start + block.period * round(block.repeats * k / stages) for k in range(1, stages)]

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from meshwright.api import plan_captured
+from meshwright.api import parallelize, plan_captured
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.verify import reference, verify_outputs
+from meshwright.ir.errors import PlanError
 from meshwright.ir.schedule import Schedule, Step, in_flight
 from meshwright.models import build
 from meshwright.planner.pipeline.schedules import gpipe, interleaved, one_f_one_b
@@ -109,3 +110,56 @@ def test_a_rank_holds_as_many_microbatches_as_its_schedule_says(schedule):
     jax.block_until_ready(running.jitted(*case("gpt-tiny")[1]))
     freed_by = "weight" if schedule.splits else "backward"
     assert running.peaks == [in_flight(schedule, rank, freed_by) for rank in range(schedule.ranks)]
+
+
+@pytest.mark.slow
+def test_tied_embeddings_get_both_gradients():
+    check_equal("llama-tiny", one_f_one_b(2, 2))
+
+
+@pytest.mark.slow
+def test_stages_that_are_cut_by_data_and_by_tensor_dims_under_adam_and_clipping():
+    check_equal("gpt-tiny", one_f_one_b(2, 2), 4, "adamw", mesh=(2, 2))
+
+
+@pytest.mark.slow
+def test_recomputing_changes_no_gradient():
+    check_equal("gpt-tiny", one_f_one_b(2, 2), recompute="full")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral-tiny", "wrn-tiny"])
+def test_statistics_of_the_whole_batch_allow_one_microbatch(name):
+    check_equal(name, one_f_one_b(2, 1))
+    plan, captured = stage_plan(name, 2, 1), case(name)[0]
+    with pytest.raises(PlanError, match="pipeline of 2 microbatches is not possible"):
+        lower(pipelined(plan, captured, one_f_one_b(2, 2)), captured)
+
+
+@pytest.mark.slow
+def test_state_is_passed_on_from_step_to_step():
+    captured, leaves, flat, _ = case("gpt-tiny")
+    running, ours, theirs = lowered("gpt-tiny", one_f_one_b(2, 4)), leaves, leaves
+    for _ in range(3):
+        found, wanted = running.jitted(*ours), jax.tree.leaves(flat(*theirs))
+        new = {i: o for i, o in captured.graph.state}
+        ours = [found[new[k]] if k in new else leaf for k, leaf in enumerate(leaves)]
+        theirs = [wanted[new[k]] if k in new else leaf for k, leaf in enumerate(leaves)]
+    for have, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(have), np.asarray(want), rtol=1e-3, atol=2e-5)
+
+
+def test_the_decorator_runs_and_verifies_a_pipeline():
+    example = build("gpt-tiny", optimizer="sgd", dtype="f32")
+    plan = pipelined(stage_plan("gpt-tiny", 2, 4), case("gpt-tiny")[0], one_f_one_b(2, 4))
+    step = parallelize(example.step, plan=plan, verify=True, donate_argnums=0)
+    state, batch = example.init(jax.random.key(0)), example.make_batch(np.random.default_rng(0))
+    state, _ = step(state, batch)
+    state, metrics = step(state, batch)
+    assert np.isfinite(float(metrics["loss"]))
+
+
+def test_more_stages_than_the_forward_pass_has_room_for_are_refused():
+    plan, captured = stage_plan("gpt-tiny", 2, 4), case("gpt-tiny")[0]
+    with pytest.raises(PlanError, match="stage 1 of 2 has no op of the forward pass"):
+        lower(pipelined(plan, captured, one_f_one_b(2, 4), [0, len(captured.graph.ops)]), captured)

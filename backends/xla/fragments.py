@@ -226,7 +226,8 @@ class _Body:
         return Held(self.stage.local.bring(scope.values[value], target), target)
 
     def _is_total(self, value: int) -> bool:
-        return self.fragment.kind == "update" and self.stage.local.time is not None and value in self.stage.local.time.totals
+        time = self.stage.local.time
+        return self.fragment.kind == "update" and time is not None and value in time.totals
 
     def _added(self, value: int, total: Any, scope: Scope) -> Any:
         """The total and this microbatch's part of it."""

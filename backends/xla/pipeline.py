@@ -67,7 +67,10 @@ class LoweredPipeline:
             {kind: p.fragment.totals for (kind, s), p in self.passes.items() if s == stage}
             for stage in range(self.cut.count)
         ]
-        self.zeros = [s.zeros([v for vs in t.values() for v in vs]) for s, t in zip(self.stages, self.totals, strict=True)]
+        self.zeros = [
+            stage.zeros([v for values in totals.values() for v in values])
+            for stage, totals in zip(self.stages, self.totals, strict=True)
+        ]
 
     # ------------------------------------------------------------ as `Lowered`
 
@@ -75,6 +78,11 @@ class LoweredPipeline:
     def by_tree(self) -> None:
         """There is no single program that jax could dispatch."""
         return None
+
+    @property
+    def compiled(self) -> Callable[..., Any]:
+        """The step; its programs are compiled when they first run."""
+        return self.jitted
 
     @property
     def input_shardings(self) -> tuple[NamedSharding, ...]:
@@ -94,8 +102,10 @@ class LoweredPipeline:
     def _placed(self, leaves: Sequence[Any]) -> list[Store]:
         """Per stage the inputs that it reads, on its devices."""
         graph = self.stages[0].local.graph
-        wanted = [(s, v, k) for k, (v, where) in enumerate(zip(graph.inputs, self.cut.homes, strict=True)) for s in where]
-        arrays = jax.device_put([leaves[k] for _, _, k in wanted], [self.stages[s].sharding_of(v) for s, v, _ in wanted])
+        homes = enumerate(zip(graph.inputs, self.cut.homes, strict=True))
+        wanted = [(stage, v, k) for k, (v, where) in homes for stage in where]
+        goals = [self.stages[stage].sharding_of(v) for stage, v, _ in wanted]
+        arrays = jax.device_put([leaves[k] for _, _, k in wanted], goals)
         stores: list[Store] = [{} for _ in self.stages]
         for (stage, value, _), array in zip(wanted, arrays, strict=True):
             stores[stage][value] = array
@@ -253,7 +263,7 @@ def _stages(
         )
     ends = [pipeline.first[ranks[0]] + stage.mesh.size for ranks, stage in zip(held, pipeline.stages, strict=True)]
     used = used_devices(plan, devices, max(ends), f"pipeline of {len(ends)} stages")
-    arrays = {v: a if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else np.asarray(a) for v, a in captured.binding.arrays.items()}
+    arrays = {v: _anywhere(array) for v, array in captured.binding.arrays.items()}
     groups = _groups(plan, pipeline, program)
     found = []
     for stage, end in zip(pipeline.stages, ends, strict=True):
@@ -262,6 +272,11 @@ def _stages(
         local = LocalStep(part, program, captured.binding.ops, arrays, on_cpus(mesh), groups)
         found.append(StagePrograms(local, mesh))
     return found
+
+
+def _anywhere(array: Any) -> Any:
+    """A constant that is bound to no device."""
+    return array if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else np.asarray(array)
 
 
 def _groups(plan: Plan, pipeline: Pipeline, program: Prepared) -> int | None:
