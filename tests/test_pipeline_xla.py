@@ -142,7 +142,7 @@ def test_state_is_passed_on_from_step_to_step():
     running, ours, theirs = lowered("gpt-tiny", one_f_one_b(2, 4)), leaves, leaves
     for _ in range(3):
         found, wanted = running.jitted(*ours), jax.tree.leaves(flat(*theirs))
-        new = {i: o for i, o in captured.graph.state}
+        new = dict(captured.graph.state)
         ours = [found[new[k]] if k in new else leaf for k, leaf in enumerate(leaves)]
         theirs = [wanted[new[k]] if k in new else leaf for k, leaf in enumerate(leaves)]
     for have, want in zip(found, wanted, strict=True):

@@ -216,9 +216,9 @@ class _Body:
             pieces = jnp.stack([_entering(piece, layout).array for piece in array])
             return local.joined(pieces, layout, local.time.split[value])
         held = _entering(array, layout)
-        if scope.moment is not None and local.time is not None and value in local.time.split:
-            if value in local.graph.inputs:
-                return Held(local.now(held, layout, local.time.split[value], scope), layout)
+        split = local.time.split if local.time is not None and scope.moment is not None else {}
+        if value in split and value in local.graph.inputs:
+            return Held(local.now(held, layout, split[value], scope), layout)
         return Held(held.array.astype(jax_dtype(local.types[value].dtype)), layout) if self._is_total(value) else held
 
     def _settled(self, value: int, scope: Scope) -> Held:
