@@ -163,3 +163,15 @@ def test_more_stages_than_the_forward_pass_has_room_for_are_refused():
     plan, captured = stage_plan("gpt-tiny", 2, 4), case("gpt-tiny")[0]
     with pytest.raises(PlanError, match="stage 1 of 2 has no op of the forward pass"):
         lower(pipelined(plan, captured, one_f_one_b(2, 4), [0, len(captured.graph.ops)]), captured)
+
+
+@pytest.mark.slow
+def test_stages_may_have_different_meshes():
+    """Four devices, then two: each microbatch has the same rows on both."""
+    schedule, (captured, leaves, _, truth) = one_f_one_b(2, 2), case("gpt-tiny")
+    wide, narrow = (
+        pipelined(stage_plan("gpt-tiny", n, 2, mesh=(n,)), captured, schedule) for n in (4, 2)
+    )
+    stages = (wide.pipeline.stages[0], narrow.pipeline.stages[1])
+    plan = wide.model_copy(update={"pipeline": wide.pipeline.model_copy(update={"stages": stages})})
+    verify_outputs(truth, lower(plan, captured).jitted(*leaves), captured.graph.output_names)
