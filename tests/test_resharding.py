@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh as DeviceMesh
 
 from meshwright.backends.xla.collectives import move
-from meshwright.backends.xla.lower import partition_spec
+from meshwright.backends.xla.devices import partition_spec
 from meshwright.ir.mesh import Mesh
 from meshwright.ir.sharding import Sharding, Step, reshard
 from meshwright.planner.strategies import layouts_of

@@ -9,17 +9,17 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh as DeviceMesh
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from ...ir.blocks import fold
-from ...ir.errors import LoweringError, MismatchError
+from ...ir.errors import MismatchError
 from ...ir.fingerprint import fingerprint
 from ...ir.plan import Plan
 from ...ir.program import prepare
-from ...ir.sharding import Sharding
 from .capture import Captured
+from .devices import device_mesh, on_cpus, options_for, partition_spec, used_devices
+from .pipeline import LoweredPipeline, lower_pipeline
 from .spmd import LocalStep
 
 
@@ -93,8 +93,10 @@ class Lowered:
         return self.compiled.as_text()
 
 
-def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) -> Lowered:
-    """Build the sharded program of a plan.
+def lower(
+    plan: Plan, captured: Captured, devices: Sequence[Any] | None = None
+) -> Lowered | LoweredPipeline:
+    """Build the sharded program of a plan, or the programs of its pipeline.
 
     Args:
         plan: made for this very graph (fingerprints are compared).
@@ -106,9 +108,11 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
         LoweringError: too few devices, or the plan misses a decision.
     """
     _check_graph(plan, captured)
-    mesh = _device_mesh(plan, devices)
+    if plan.pipeline is not None:
+        return lower_pipeline(plan, captured, devices)
+    mesh = device_mesh(plan.mesh, used_devices(plan, devices, plan.mesh.size, f"mesh {plan.mesh}"))
     program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
-    local = LocalStep(plan, program, captured.binding.ops, captured.binding.arrays, holds=_on_cpus(mesh))
+    local = LocalStep(plan, program, captured.binding.ops, captured.binding.arrays, holds=on_cpus(mesh))
     in_specs = tuple(map(partition_spec, local.input_layouts()))
     out_specs = tuple(map(partition_spec, local.output_layouts()))
     sharded = jax.shard_map(
@@ -127,16 +131,6 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
     return Lowered(plan, captured, sharded, jitted, mesh, in_shardings, out_shardings)
 
 
-def options_for(mesh: DeviceMesh) -> dict[str, str] | None:
-    """On CPUs XLA drops barriers before it looks for equal ops: what a plan recomputes would then
-    be found computed already, and be kept after all."""
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if _on_cpus(mesh) else None
-
-
-def _on_cpus(mesh: DeviceMesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
-
-
 def _check_graph(plan: Plan, captured: Captured) -> None:
     found = fingerprint(captured.graph)
     if found != plan.graph:
@@ -145,45 +139,3 @@ def _check_graph(plan: Plan, captured: Captured) -> None:
             where=f"plan `{plan.name}`, mesh {plan.mesh}",
             fix="plan this step again, with the shapes and options it will run with",
         )
-
-
-def _device_mesh(plan: Plan, devices: Sequence[Any] | None) -> DeviceMesh:
-    found = list(devices if devices is not None else jax.devices())
-    if len(found) < plan.mesh.size:
-        raise LoweringError(
-            f"the plan needs {plan.mesh.size} devices, this process has {len(found)}.",
-            where=f"mesh {plan.mesh}",
-            origin=f"cluster {plan.cluster.name}",
-            fix=_more_devices(plan.mesh.size, found),
-        )
-    used = in_place(found[: plan.mesh.size])
-    return DeviceMesh(np.array(used).reshape(plan.mesh.shape), plan.mesh.names)
-
-
-def in_place(devices: Sequence[Any]) -> list[Any]:
-    """Chips of a TPU slice in the order in which plans number them: the last dimension first.
-
-    The runtime lists them host by host, 2x2 chips each; the axes of a plan's mesh are rows of
-    the slice. Other devices stay as they are listed.
-    """
-    if any(getattr(device, "platform", "") != "tpu" for device in devices):
-        return list(devices)
-    return sorted(devices, key=lambda d: (getattr(d, "slice_index", None) or 0, *d.coords, d.core_on_chip))
-
-
-def _more_devices(needed: int, found: list[Any]) -> str:
-    if found and found[0].platform == "cpu":
-        return (
-            f"mw.emulate({needed}) before jax is first used (--emulate on the command line),"
-            f" or a plan for {len(found)} devices"
-        )
-    return f"run where {needed} devices are visible, or plan for {len(found)} devices"
-
-
-def partition_spec(layout: Sharding) -> PartitionSpec:
-    """A layout without owed sums as JAX writes it."""
-    return PartitionSpec(*(_entry(axes) for axes in layout.dims))
-
-
-def _entry(axes: tuple[str, ...]) -> Any:
-    return None if not axes else axes[0] if len(axes) == 1 else axes

@@ -57,8 +57,9 @@ class LocalStep:
     """Callable on the local shards of the graph's inputs; returns those of its outputs."""
 
     def __init__(
-        self, plan: Plan, program: Program, bound: Mapping, arrays: Mapping[int, Any], holds: bool = False
-    ):
+        self, plan: Plan, program: Program, bound: Mapping, arrays: Mapping[int, Any], holds: bool = False,
+        groups: int | None = None,
+    ):  # fmt: skip
         self.plan, self.program, self.bound, self.arrays, self.holds = plan, program, bound, arrays, holds
         self.graph: Graph = program.graph
         self.mesh: Mesh = plan.mesh
@@ -67,17 +68,18 @@ class LocalStep:
         self.time = (
             program.time if plan.microbatches > 1 and isinstance(program.time, TimeAxis) else None
         )
+        self.groups = groups or (time_groups(self.time.batch, self.mesh, plan.microbatches) if self.time else 1)
 
     # ------------------------------------------------------------ layouts at the border
 
     def input_layouts(self) -> list[Sharding]:
-        return [self._slot(self.tags[v]) for v in self.graph.inputs]
+        return [self.slot(self.tags[v]) for v in self.graph.inputs]
 
     def output_layouts(self) -> list[Sharding]:
         """Carried state leaves as it came in, the rest as its op left it, sums settled."""
         source = {o: self.graph.inputs[i] for i, o in self.graph.state}
         return [
-            self._slot(self.tags[source[position]])
+            self.slot(self.tags[source[position]])
             if position in source
             else Sharding(self._left_as[value].dims)
             for position, value in enumerate(self.graph.outputs)
@@ -90,20 +92,20 @@ class LocalStep:
         layouts |= {c.value: replicated(self.types[c.value].rank) for c in self.graph.constants}
         for op in self.graph.ops:
             for k, value in enumerate(op.outputs):
-                layouts[value] = self._leaves(op, k, layouts)
+                layouts[value] = self.leaves(op, k, layouts)
         return layouts
 
-    def _leaves(self, op: Op, k: int, layouts: Mapping[int, Sharding]) -> Sharding:
+    def leaves(self, op: Op, k: int, layouts: Mapping[int, Sharding]) -> Sharding:
         if op.kind == "optimization_barrier":
             return layouts[op.inputs[k]]
         if op.kind != "scan":
-            return result_sharding(rule_of(op, self.types), self._strategy(op), self.mesh, k)
+            return result_sharding(rule_of(op, self.types), self.strategy(op), self.mesh, k)
         consts, carry = op.loop_inputs
         if k < carry:
-            return self._slot(f"{op.tag}/in{consts + k}")
-        return _stacked(self._slot(f"{op.tag}/out{k}"))
+            return self.slot(f"{op.tag}/in{consts + k}")
+        return _stacked(self.slot(f"{op.tag}/out{k}"))
 
-    def _slot(self, tag: str) -> Sharding:
+    def slot(self, tag: str) -> Sharding:
         if tag not in self.plan.slots:
             raise LoweringError(
                 f"the plan has no layout for `{tag}`.", fix="plan this step again with this version"
@@ -119,14 +121,14 @@ class LocalStep:
         ):
             scope.values[value] = Held(array, layout)
         for constant in self.graph.constants:
-            scope.values[constant.value] = self._constant(constant.value, constant.data)
+            scope.values[constant.value] = self.constant(constant.value, constant.data)
         if self.time is None:
-            self._run(self.graph.ops, scope)
+            self.run(self.graph.ops, scope)
         else:
             self._run_in_time(scope, self.time)
         return self._results(scope)
 
-    def _constant(self, value: int, data: Any) -> Held:
+    def constant(self, value: int, data: Any) -> Held:
         kind = self.types[value]
         array = (
             self.arrays[value] if value in self.arrays else jnp.asarray(data, jax_dtype(kind.dtype))
@@ -135,21 +137,23 @@ class LocalStep:
 
     def _results(self, scope: Scope) -> tuple[Any, ...]:
         return tuple(
-            self._bring(scope.values[value], target)
+            self.bring(scope.values[value], target)
             for value, target in zip(self.graph.outputs, self.output_layouts(), strict=True)
         )
 
-    def _bring(self, held: Held, target: Sharding) -> Any:
-        steps = reshard(held.layout, target)
-        if steps is None:
-            raise LoweringError(
-                f"no way from layout {held.layout} to {target}.", fix="plan this step again"
-            )
-        return move(held.array, steps, self.mesh)
+    def bring(self, held: Held, target: Sharding) -> Any:
+        """Reshard. A sum that is wanted owed and comes settled (from another mesh) the first device owes alone."""
+        owed = target.partial & held.layout.partial
+        steps = reshard(held.layout, Sharding(target.dims, owed))
+        assert steps is not None
+        array = move(held.array, steps, self.mesh)
+        if settled := sorted(target.partial - owed):
+            return jnp.where(shard_index(settled, self.mesh) == 0, array, jnp.zeros_like(array))
+        return array
 
     # ------------------------------------------------------------ ops
 
-    def _run(self, ops: Sequence[Op], scope: Scope) -> None:
+    def run(self, ops: Sequence[Op], scope: Scope) -> None:
         for op in ops:
             if op.kind == "scan":
                 self._scan(op, scope)
@@ -158,11 +162,11 @@ class LocalStep:
             else:
                 self._simple(op, scope)
 
-    def _strategy(self, op: Op) -> Strategy:
+    def strategy(self, op: Op) -> Strategy:
         return Strategy(self.plan.strategies.get(op.tag, (NONE,) * len(self.mesh.axes)))
 
     def _simple(self, op: Op, scope: Scope) -> None:
-        rule, strategy = rule_of(op, self.types), self._strategy(op)
+        rule, strategy = rule_of(op, self.types), self.strategy(op)
         now = self._time_factor(op, rule) if scope.moment is not None else None
         operands = [self._operand(op, k, rule, strategy, now, scope) for k in range(len(op.inputs))]
         if op.kind == "copy":
@@ -207,27 +211,25 @@ class LocalStep:
     ) -> Any:
         held, target = scope.values[op.inputs[k]], operand_sharding(rule, strategy, self.mesh, k)
         if now is None or op.inputs[k] in self._split:
-            return self._bring(held, target)
+            return self.bring(held, target)
         dim = next((d for d, factors in enumerate(rule.operands[k]) if now in factors), None)
-        return self._now(held, target, dim, scope)
+        return self.now(held, target, dim, scope)
 
-    def _now(self, held: Held, target: Sharding, dim: int | None, scope: Scope) -> Any:
+    def now(self, held: Held, target: Sharding, dim: int | None, scope: Scope) -> Any:
         """The current microbatch's part of a value that exists for the whole batch."""
         if dim is None:
-            return self._bring(held, target)
+            return self.bring(held, target)
         near = target if self._groups(target, dim) else _uncut(target, dim)
         part = take_microbatch(
-            self._bring(held, near), dim, scope.moment, self.plan.microbatches,
+            self.bring(held, near), dim, scope.moment, self.plan.microbatches,
             self._groups(near, dim),
         )  # fmt: skip
-        return self._bring(Held(part, near), target)
+        return self.bring(Held(part, near), target)
 
     def _groups(self, layout: Sharding, dim: int) -> int:
         """How many groups of the batch a shard holds; 0 where it holds less than one."""
-        assert self.time is not None
         ways = self.mesh.ways(layout.dims[dim])
-        whole = time_groups(self.time.batch, self.mesh, self.plan.microbatches)
-        return 0 if whole % ways else whole // ways
+        return 0 if self.groups % ways else self.groups // ways
 
     @property
     def _split(self) -> Mapping[int, int]:
@@ -268,22 +270,22 @@ class LocalStep:
     def _scan(self, op: Op, scope: Scope) -> None:
         region, attrs = op.regions[0], dict(op.attrs)
         consts, carry = op.loop_inputs
-        layouts = [self._slot(f"{op.tag}/in{i}") for i in range(len(op.inputs))]
+        layouts = [self.slot(f"{op.tag}/in{i}") for i in range(len(op.inputs))]
         given = [
             self._loop_input(op, i, layouts[i], i >= consts + carry, scope)
             for i in range(len(op.inputs))
         ]
         ends = layouts[consts : consts + carry]
-        ends += [self._slot(f"{op.tag}/out{i}") for i in range(carry, len(region.outputs))]
+        ends += [self.slot(f"{op.tag}/out{i}") for i in range(carry, len(region.outputs))]
 
         def body(state, xs):
             inner = Scope(dict(self._constants(scope)), scope.moment)
             arrays = (*given[:consts], *state, *xs)
             for value, array, layout in zip(region.inputs, arrays, layouts, strict=True):
                 inner.values[value] = Held(array, layout)
-            self._run(region.ops, inner)
+            self.run(region.ops, inner)
             results = [
-                self._bring(inner.values[v], end)
+                self.bring(inner.values[v], end)
                 for v, end in zip(region.outputs, ends, strict=True)
             ]
             return tuple(results[:carry]), tuple(results[carry:])
@@ -300,9 +302,9 @@ class LocalStep:
         outside, inside = op.inputs[i], op.regions[0].inputs[i]
         target = _stacked(layout) if stacked else layout
         if scope.moment is None or inside not in self._split or outside in self._split:
-            return self._bring(scope.values[outside], target)
+            return self.bring(scope.values[outside], target)
         dim = self._split[inside] + (1 if stacked else 0)
-        return self._now(scope.values[outside], target, dim, scope)
+        return self.now(scope.values[outside], target, dim, scope)
 
     def _constants(self, scope: Scope) -> dict[int, Held]:
         return {c.value: scope.values[c.value] for c in self.graph.constants}
@@ -313,7 +315,7 @@ class LocalStep:
         """Before the body once, the body per microbatch, after it once."""
         ops = self.graph.ops
         late = self._late(time)
-        self._run([op for i, op in enumerate(ops) if i not in time.body and i not in late], scope)
+        self.run([op for i, op in enumerate(ops) if i not in time.body and i not in late], scope)
         body = [op for i, op in enumerate(ops) if i in time.body]
         made = {v for op in body for v in op.outputs}
         outside = {v for i, op in enumerate(ops) if i not in time.body for v in op.inputs} | set(
@@ -328,9 +330,9 @@ class LocalStep:
             for value in self.graph.inputs:
                 if value in time.split:
                     held = inner.values[value]
-                    part = self._now(held, held.layout, time.split[value], inner)
+                    part = self.now(held, held.layout, time.split[value], inner)
                     inner.values[value] = Held(part, held.layout)
-            self._run(body, inner)
+            self.run(body, inner)
             layouts.update({v: inner.values[v].layout for v in (*totals, *parts)})
             return [inner.values[v].array for v in totals], [inner.values[v].array for v in parts]
 
@@ -343,20 +345,20 @@ class LocalStep:
             return joined, pieces
 
         shapes, _ = jax.eval_shape(run_body, jax.ShapeDtypeStruct((), jnp.int32))
-        start = [_start(time.totals[v], s) for v, s in zip(totals, shapes, strict=True)]
-        sums, pieces = lax.scan(one, start, jnp.arange(self.plan.microbatches, dtype=jnp.int32))
+        zeros = [start(time.totals[v], s) for v, s in zip(totals, shapes, strict=True)]
+        sums, pieces = lax.scan(one, zeros, jnp.arange(self.plan.microbatches, dtype=jnp.int32))
         for value, array in zip(totals, sums, strict=True):
             scope.values[value] = Held(
                 array.astype(jax_dtype(self.types[value].dtype)), layouts[value]
             )
         for value, array in zip(parts, pieces, strict=True):
-            scope.values[value] = self._joined(array, layouts[value], time.split[value])
-        self._run([op for i, op in enumerate(ops) if i in late], scope)
+            scope.values[value] = self.joined(array, layouts[value], time.split[value])
+        self.run([op for i, op in enumerate(ops) if i in late], scope)
 
-    def _joined(self, pieces: jax.Array, layout: Sharding, dim: int) -> Held:
+    def joined(self, pieces: jax.Array, layout: Sharding, dim: int) -> Held:
         """Results of all microbatches, stacked in front, as one value."""
         near = layout if self._groups(layout, dim) else _uncut(layout, dim)
-        arrays = self._bring(Held(pieces, _stacked(layout)), _stacked(near))
+        arrays = self.bring(Held(pieces, _stacked(layout)), _stacked(near))
         return Held(join_microbatches(arrays, dim, self._groups(near, dim)), near)
 
     def _late(self, time: TimeAxis) -> set[int]:
@@ -382,7 +384,7 @@ def _uncut(layout: Sharding, dim: int) -> Sharding:
     return Sharding(dims, layout.partial)
 
 
-def _start(reduction: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+def start(reduction: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
     """The neutral element of a total. Sums of short floats are kept in float32."""
     dtype = (
         jnp.promote_types(shape.dtype, jnp.float32)

@@ -14,12 +14,13 @@ import jax
 from .backends.xla.audit import Audit, audit
 from .backends.xla.capture import Captured, capture
 from .backends.xla.lower import Lowered, OtherShapes
-from .backends.xla.lower import lower as lower_flat
+from .backends.xla.lower import lower as lower_plan
+from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.verify import reference, verify_outputs
 from .interrupts import heard
 from .ir.blocks import fold
 from .ir.cluster import Cluster
-from .ir.errors import MismatchError, PlanError, UsageError
+from .ir.errors import LoweringError, MismatchError, PlanError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
 from .ir.verify import verify as verify_graph
@@ -142,14 +143,14 @@ def lower(
     """
     given = {key: options.pop(key) for key in Options.__dataclass_fields__ if key in options}
     captured = Options.of(step, given).capture(step, args, options)
-    return RunningStep(lower_flat(plan, captured, devices))
+    return RunningStep(lower_plan(plan, captured, devices))
 
 
 @dataclass(frozen=True)
 class RunningStep:
     """A lowered step with the user's own signature (static arguments left out)."""
 
-    lowered: Lowered
+    lowered: Lowered | LoweredPipeline
 
     _started: list[bool] = field(default_factory=list)
 
@@ -198,10 +199,19 @@ class RunningStep:
 
     def audit(self) -> Audit:
         """Predicted against compiled communication and memory."""
-        return audit(self.lowered)
+        return audit(self._one_program("an audit"))
 
     def hlo(self) -> str:
-        return self.lowered.hlo()
+        return self._one_program("its text").hlo()
+
+    def _one_program(self, what: str) -> Lowered:
+        if isinstance(self.lowered, LoweredPipeline):
+            raise LoweringError(
+                f"{what} is of one program; a pipeline is several.",
+                where=f"plan `{self.plan.name}`",
+                fix="a plan without a pipeline",
+            )
+        return self.lowered
 
 
 @dataclass(eq=False)
@@ -299,7 +309,7 @@ class ParallelStep:
         return self._found[key]
 
     def _prepare(self, key: Any, args: tuple, kwargs: dict) -> RunningStep:
-        return RunningStep(lower_flat(*self._plan(key, args, kwargs)))
+        return RunningStep(lower_plan(*self._plan(key, args, kwargs)))
 
     def _verified(self, running: RunningStep, leaves: list[Any], args: tuple, kwargs: dict) -> Any:
         """Run both, compare, and return what the sharded step gave."""

@@ -1,0 +1,77 @@
+"""The devices of this process as a plan numbers them, and layouts as jax writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh as DeviceMesh
+from jax.sharding import PartitionSpec
+
+from ...ir.errors import LoweringError
+from ...ir.mesh import Mesh
+from ...ir.plan import Plan
+from ...ir.sharding import Sharding
+
+
+def used_devices(plan: Plan, devices: Sequence[Any] | None, count: int, where: str) -> list[Any]:
+    """The first `count` devices, in the plan's order.
+
+    Raises:
+        LoweringError: there are fewer.
+    """
+    found = list(devices if devices is not None else jax.devices())
+    if len(found) < count:
+        raise LoweringError(
+            f"the plan needs {count} devices, this process has {len(found)}.",
+            where=where,
+            origin=f"cluster {plan.cluster.name}",
+            fix=_more_devices(count, found),
+        )
+    return in_place(found[:count])
+
+
+def device_mesh(mesh: Mesh, devices: Sequence[Any]) -> DeviceMesh:
+    """A plan's mesh over devices in its order."""
+    return DeviceMesh(np.array(devices).reshape(mesh.shape), mesh.names)
+
+
+def in_place(devices: Sequence[Any]) -> list[Any]:
+    """Chips of a TPU slice in the order in which plans number them: the last dimension first.
+
+    The runtime lists them host by host, 2x2 chips each; the axes of a plan's mesh are rows of
+    the slice. Other devices stay as they are listed.
+    """
+    if any(getattr(device, "platform", "") != "tpu" for device in devices):
+        return list(devices)
+    return sorted(devices, key=lambda d: (getattr(d, "slice_index", None) or 0, *d.coords, d.core_on_chip))
+
+
+def _more_devices(needed: int, found: list[Any]) -> str:
+    if found and found[0].platform == "cpu":
+        return (
+            f"mw.emulate({needed}) before jax is first used (--emulate on the command line),"
+            f" or a plan for {len(found)} devices"
+        )
+    return f"run where {needed} devices are visible, or plan for {len(found)} devices"
+
+
+def partition_spec(layout: Sharding) -> PartitionSpec:
+    """A layout without owed sums as JAX writes it."""
+    return PartitionSpec(*(_entry(axes) for axes in layout.dims))
+
+
+def _entry(axes: tuple[str, ...]) -> Any:
+    return None if not axes else axes[0] if len(axes) == 1 else axes
+
+
+def options_for(mesh: DeviceMesh) -> dict[str, str] | None:
+    """On CPUs XLA drops barriers before it looks for equal ops: what a plan recomputes would then
+    be found computed already, and be kept after all."""
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpus(mesh) else None
+
+
+def on_cpus(mesh: DeviceMesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"

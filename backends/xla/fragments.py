@@ -1,0 +1,284 @@
+"""The fragments of pipeline stages as jitted programs, each on the devices of its stage.
+
+Values cross from one program to another as global arrays. Within a stage a value keeps the layout
+that its op left it in. A sum that is still owed over some mesh axes crosses as a stack, one slice
+for each device that owes a part, so that gradients of all microbatches are added up first and
+reduced once. To another stage a value goes with its sums settled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh as DeviceMesh
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ...ir.graph import Op
+from ...ir.rule import operand_sharding
+from ...ir.rules import rule_of
+from ...ir.sharding import Sharding, replicated
+from ...ir.stages import Fragment, Stages
+from .devices import options_for, partition_spec
+from .spmd import JOIN, Held, LocalStep, Scope, jax_dtype, start
+
+PER_MICROBATCH = ("forward", "backward", "weight")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled fragment.
+
+    `call(moment, given_up, kept) -> (token, totals, gives, sent, results)`: `given_up` are the totals
+    so far and donated inputs, `kept` the other values it takes, one per microbatch where a result is
+    joined of them. The token is ready when everything is.
+    """
+
+    fragment: Fragment
+    call: Callable[..., Any]
+    donates: tuple[int, ...]  # values taken that are given up
+    keeps: tuple[int, ...]
+    sent: tuple[int, ...]  # values, each once
+    targets: Mapping[tuple[int, int], NamedSharding]  # (value, stage) -> how it lies there
+
+
+@dataclass
+class StagePrograms:
+    """One stage: its walker, its devices, and the layout of each value known there."""
+
+    local: LocalStep
+    mesh: DeviceMesh
+    layouts: dict[int, Sharding] = field(default_factory=dict)
+    leaving: dict[int, Sharding] = field(default_factory=dict)  # values sent to other stages
+    same: dict[int, int] = field(default_factory=dict)  # prepared value -> the value it equals
+
+    def __post_init__(self) -> None:
+        types = self.local.types
+        self.layouts |= {v: replicated(types[v].rank) for v in self.local.graph.constant_ids}
+
+    # ------------------------------------------------------------ layouts
+
+    def know_inputs(self, inputs: Iterable[int]) -> None:
+        """Inputs of the step that this stage reads or keeps."""
+        self.layouts |= {v: self.local.slot(self.local.tags[v]) for v in inputs}
+
+    def know(self, ops: Sequence[Op]) -> None:
+        """Results of ops, in order."""
+        for op in ops:
+            for k, value in enumerate(op.outputs):
+                self.layouts[value] = self.local.leaves(op, k, self.layouts)
+
+    def sharding(self, layout: Sharding) -> NamedSharding:
+        return NamedSharding(self.mesh, _spec(layout))
+
+    def sharding_of(self, value: int) -> NamedSharding:
+        return self.sharding(self.layouts[value])
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def send_as(self, value: int, others: Iterable[StagePrograms]) -> Sharding:
+        """How a value leaves for other stages: as it is where all have the same mesh, else settled."""
+        layout = self.layouts[value]
+        alike = all(other.local.mesh == self.local.mesh for other in others)
+        self.leaving[value] = layout if alike and layout.dims else Sharding(layout.dims)
+        return self.leaving[value]
+
+    def arrival(self, value: int, sent: Sharding, sender: StagePrograms, readers: Iterable[Op]) -> Sharding:
+        """How a value from another stage lies here: as there, or as its first reader wants it."""
+        if self.local.mesh == sender.local.mesh:
+            return sent
+        for op in readers:
+            if value in op.inputs and op.kind not in ("scan", "optimization_barrier"):
+                rule, strategy = rule_of(op, self.local.types), self.local.strategy(op)
+                return Sharding(operand_sharding(rule, strategy, self.local.mesh, op.inputs.index(value)).dims)
+        return replicated(self.local.types[value].rank)
+
+    # ------------------------------------------------------------ programs
+
+    def build(self, fragment: Fragment, donated: frozenset[int], targets: Mapping) -> Program:
+        """Jit a fragment whose values are all known.
+
+        Args:
+            donated: inputs of the step that may be given up, values of theirs.
+            targets: (value, stage) -> sharding there, of what it sends.
+        """
+        if fragment.kind == "prepare":
+            fragment = self._without_copies(fragment)
+        sent = tuple(dict.fromkeys(v for v, _ in fragment.sends))
+        gone = tuple(v for v in fragment.takes if v in donated and v in fragment.drops and self._renewed(fragment, v))
+        kept = tuple(v for v in fragment.takes if v not in gone)
+        body = _Body(self, fragment, gone, kept, sent)
+        ins = (PartitionSpec(), [*body.total_specs, *self._specs(gone)], [self._spec_of(v, fragment) for v in kept])
+        outs = (
+            PartitionSpec(), body.total_specs, self._specs(fragment.gives),
+            [_spec(self.leaving[v]) for v in sent], [partition_spec(self.ends(o)) for o in fragment.results],
+        )  # fmt: skip
+        sharded = jax.shard_map(body, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
+        sharded.__name__ = f"{fragment.kind}_{fragment.stage}"  # type: ignore[attr-defined]  for profilers
+        call = jax.jit(sharded, donate_argnums=1, compiler_options=options_for(self.mesh))
+        return Program(fragment, call, gone, kept, sent, targets)
+
+    def zeros(self, totals: Sequence[int]) -> Callable[[], list[jax.Array]]:
+        """A program that makes the totals before the first microbatch."""
+        specs = self._specs(totals)
+
+        def local() -> list[jax.Array]:
+            return [self._zero(v) for v in totals]
+
+        return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=(), out_specs=specs, check_vma=False))
+
+    def _zero(self, value: int) -> jax.Array:
+        kind, layout = self.local.types[value], self.layouts[value]
+        shape = layout.local_shape(kind.shape, self.local.mesh)
+        assert self.local.time is not None
+        zero = start(self.local.time.totals[value], jax.ShapeDtypeStruct(shape, jax_dtype(kind.dtype)))
+        return zero[None] if layout.partial else zero
+
+    def ends(self, position: int) -> Sharding:
+        """The layout of an output: carried state leaves as it came in."""
+        graph = self.local.graph
+        source = {o: graph.inputs[i] for i, o in graph.state}
+        if position in source:
+            return self.layouts[source[position]]
+        return Sharding(self.layouts[graph.outputs[position]].dims)
+
+    def _renewed(self, fragment: Fragment, value: int) -> bool:
+        """Whether the fragment makes the new value of an input, which may take its place."""
+        graph = self.local.graph
+        outputs = {graph.inputs[i]: o for i, o in graph.state}
+        return outputs.get(value) in fragment.results and value not in self.same.values()
+
+    def _without_copies(self, fragment: Fragment) -> Fragment:
+        """Copies that keep the layout are the value itself."""
+        for op in fragment.ops:
+            if op.kind == "copy" and self.layouts[op.inputs[0]] == self.layouts[op.outputs[0]]:
+                source = self.same.get(op.inputs[0], op.inputs[0])
+                if source in fragment.takes or source in fragment.gives:
+                    self.same[op.outputs[0]] = source
+        gives = tuple(v for v in fragment.gives if v not in self.same)
+        return Fragment(
+            fragment.kind, fragment.stage, fragment.ops, fragment.takes, gives, fragment.sends,
+            fragment.totals, fragment.drops, fragment.results,
+        )  # fmt: skip
+
+    def _specs(self, values: Iterable[int]) -> list[PartitionSpec]:
+        return [_spec(self.layouts[v]) for v in values]
+
+    def _spec_of(self, value: int, fragment: Fragment) -> Any:
+        spec = _spec(self.layouts[value])
+        return [spec] * self.local.plan.microbatches if self.joins(fragment, value) else spec
+
+    def joins(self, fragment: Fragment, value: int) -> bool:
+        """Whether a fragment takes what all microbatches made of a value."""
+        time = self.local.time
+        return fragment.kind == "update" and time is not None and value in time.split
+
+
+@dataclass(frozen=True)
+class _Body:
+    """What one device runs of a fragment."""
+
+    stage: StagePrograms
+    fragment: Fragment
+    gone: tuple[int, ...]
+    kept: tuple[int, ...]
+    sent: tuple[int, ...]
+
+    @property
+    def total_specs(self) -> list[PartitionSpec]:
+        return [_spec(self.stage.layouts[v]) for v in self.fragment.totals]
+
+    def __call__(self, moment: Any, given_up: Sequence[Any], kept: Sequence[Any]) -> Any:
+        local, fragment = self.stage.local, self.fragment
+        timed = local.time is not None and fragment.kind in PER_MICROBATCH
+        scope = Scope({}, moment if timed else None)
+        for constant in local.graph.constants:
+            scope.values[constant.value] = local.constant(constant.value, constant.data)
+        count = len(fragment.totals)
+        for value, array in zip((*self.gone, *self.kept), (*given_up[count:], *kept), strict=True):
+            scope.values[value] = self._taken(value, array, scope)
+        local.run(fragment.ops, scope)
+        sums = [self._added(v, a, scope) for v, a in zip(fragment.totals, given_up[:count], strict=True)]
+        gives = [_leaving(scope.values[v]) for v in fragment.gives]
+        sent = [_leaving(self._settled(v, scope)) for v in self.sent]
+        graph = local.graph
+        results = [local.bring(scope.values[graph.outputs[o]], self.stage.ends(o)) for o in fragment.results]
+        return moment + 0, sums, gives, sent, results
+
+    def _taken(self, value: int, array: Any, scope: Scope) -> Held:
+        local, layout = self.stage.local, self.stage.layouts[value]
+        if self.stage.joins(self.fragment, value) and local.time is not None:
+            pieces = jnp.stack([_entering(piece, layout).array for piece in array])
+            return local.joined(pieces, layout, local.time.split[value])
+        held = _entering(array, layout)
+        split = local.time.split if local.time is not None and scope.moment is not None else {}
+        if value in split and value in local.graph.inputs:
+            return Held(local.now(held, layout, split[value], scope), layout)
+        return Held(held.array.astype(jax_dtype(local.types[value].dtype)), layout) if self._is_total(value) else held
+
+    def _settled(self, value: int, scope: Scope) -> Held:
+        target = self.stage.leaving[value]
+        return Held(self.stage.local.bring(scope.values[value], target), target)
+
+    def _is_total(self, value: int) -> bool:
+        time = self.stage.local.time
+        return self.fragment.kind == "update" and time is not None and value in time.totals
+
+    def _added(self, value: int, total: Any, scope: Scope) -> Any:
+        """The total and this microbatch's part of it."""
+        time = self.stage.local.time
+        assert time is not None
+        held = scope.values[value]
+        assert held.layout == self.stage.layouts[value], value
+        part = _leaving(held)
+        return JOIN[time.totals[value]](total, part.astype(total.dtype))
+
+
+def _spec(layout: Sharding) -> PartitionSpec:
+    """As `partition_spec`; sums owed are a dim in front."""
+    if not layout.partial:
+        return partition_spec(layout)
+    return PartitionSpec(tuple(sorted(layout.partial)), *partition_spec(layout))
+
+
+def _leaving(held: Held) -> Any:
+    return held.array[None] if held.layout.partial else held.array
+
+
+def _entering(array: Any, layout: Sharding) -> Held:
+    return Held(array[0] if layout.partial else array, layout)
+
+
+def link(
+    stages: Sequence[StagePrograms], cut: Stages, donated: frozenset[int]
+) -> tuple[dict[tuple[str, int], Program], list[list[Program]]]:
+    """Build all programs of a step: those of passes by (kind, stage), and the rounds of updates.
+
+    Layouts are found in the order in which values can be handed on.
+    """
+    order = [*cut.prepare, *cut.forward, *reversed(cut.backward), *reversed(cut.weight)]
+    order += [fragment for fragments in cut.updates for fragment in fragments]
+    targets: list[dict[tuple[int, int], NamedSharding]] = []
+    for fragment in order:
+        here = stages[fragment.stage]
+        here.know(fragment.ops)
+        goals: dict[int, list[int]] = {}
+        for value, stage in fragment.sends:
+            goals.setdefault(value, []).append(stage)
+        found: dict[tuple[int, int], NamedSharding] = {}
+        for value, goal in goals.items():
+            sent = here.send_as(value, [stages[s] for s in goal])
+            for stage in goal:
+                readers = (op for other in order if other.stage == stage for op in other.ops)
+                stages[stage].layouts[value] = stages[stage].arrival(value, sent, here, readers)
+                found[value, stage] = stages[stage].sharding_of(value)
+        targets.append(found)
+    built = [stages[f.stage].build(f, donated, t) for f, t in zip(order, targets, strict=True)]
+    passes = {(p.fragment.kind, p.fragment.stage): p for p in built if p.fragment.kind != "update"}
+    flat = [p for p in built if p.fragment.kind == "update"]
+    return passes, [flat[i : i + len(stages)] for i in range(0, len(flat), len(stages))]
