@@ -4,7 +4,7 @@
 
 A row per rank, a cell per action: stage, kind, microbatch. `F` is forward, `B` a whole backward pass,
 `I` and `W` its halves; an empty cell is a bubble. torch adds communication to what it reads, so files
-of passes alone are complete. Source: torch.distributed.pipelining.schedules, torch 2.9 (`_Action`,
+of passes alone are complete. Source: torch.distributed.pipelining.schedules (`_Action`,
 `_format_pipeline_order`, `_load_csv`).
 """
 
