@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -28,7 +28,7 @@ MARKS: dict[str, Kind] = {"F": "forward", "B": "backward", "W": "weight"}
 class Step(NamedTuple):
     """One pass of one microbatch through one stage: `3B5` is microbatch 5 back through stage 3.
 
-    `backward` also makes the gradients of weights, unless the schedule has `weight` steps for them.
+    `backward` also makes the gradients of weights, unless the schedule has a `weight` step for them.
     """
 
     kind: Kind
@@ -41,12 +41,17 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """`orders[rank]` are the steps of one rank."""
+    """`orders[rank]` are the steps of one rank.
+
+    `together` are forward steps that run as one with the backward step of another microbatch that
+    follows them in the order: both start when both can (DualPipe hides communication so).
+    """
 
     name: str
     stages: int
     microbatches: int
     orders: tuple[tuple[Step, ...], ...]
+    together: frozenset[Step] = frozenset()
 
     @property
     def ranks(self) -> int:
@@ -64,12 +69,28 @@ class Schedule:
 
     @cached_property
     def splits(self) -> bool:
-        """Whether gradients of weights are passes of their own."""
+        """Whether some gradients of weights are passes of their own."""
         return any(step.kind == "weight" for order in self.orders for step in order)
 
+    def whole(self, step: Step) -> bool:
+        """Whether a backward step makes the gradients of weights too."""
+        return step.kind == "backward" and step._replace(kind="weight") not in self.rank_of
+
+    @cached_property
+    def slots(self) -> tuple[tuple[tuple[Step, ...], ...], ...]:
+        """Each rank's order, steps that run as one in one slot."""
+        return tuple(tuple(_slots(order, self.together)) for order in self.orders)
+
     def text(self) -> tuple[str, ...]:
-        """A line per rank: `0F0 0F1 0B0 0B1`."""
-        return tuple(" ".join(map(str, order)) for order in self.orders)
+        """A line per rank: `0F0 0F1 0B0 0B1`, and `0F7+7B3` for two steps that run as one."""
+        return tuple(" ".join("+".join(map(str, slot)) for slot in slots) for slots in self.slots)
+
+
+def _slots(order: tuple[Step, ...], together: frozenset[Step]) -> Iterator[tuple[Step, ...]]:
+    steps = iter(order)
+    for step in steps:
+        second = next(steps, None) if step in together else None
+        yield (step,) if second is None else (step, second)
 
 
 def read_schedule(name: str, stages: int, microbatches: int, lines: Iterable[str]) -> Schedule:
@@ -78,7 +99,10 @@ def read_schedule(name: str, stages: int, microbatches: int, lines: Iterable[str
     Raises:
         PlanError: a word that is no step.
     """
-    return Schedule(name, stages, microbatches, tuple(tuple(map(_step, line.split())) for line in lines))
+    slots = [[[_step(word) for word in slot.split("+")] for slot in line.split()] for line in lines]
+    orders = tuple(tuple(step for slot in order for step in slot) for order in slots)
+    together = frozenset(step for order in slots for slot in order for step in slot[:-1])
+    return Schedule(name, stages, microbatches, orders, together)
 
 
 def _step(word: str) -> Step:
@@ -100,17 +124,33 @@ def needs(schedule: Schedule, step: Step) -> list[Step]:
             return [step._replace(kind="forward")] + ([step._replace(stage=step.stage + 1)] if after else [])
 
 
+def peak_held(schedule: Schedule, rank: int, forward: Sequence[float], kept: Sequence[float]) -> float:
+    """The most that a rank holds at once of what forward passes leave behind.
+
+    Args:
+        forward: per stage, what one microbatch's forward pass leaves (bytes, or 1 to count).
+        kept: per stage, the part of it that waits for the weight pass after the backward pass.
+    """
+    held = most = 0.0
+    for step in schedule.orders[rank]:
+        if step.kind == "forward":
+            held += forward[step.stage]
+        elif step.kind == "weight":
+            held -= kept[step.stage]
+        else:
+            held -= forward[step.stage] - (0.0 if schedule.whole(step) else kept[step.stage])
+        most = max(most, held)
+    return most
+
+
 def in_flight(schedule: Schedule, rank: int, freed_by: Kind = "backward") -> int:
     """The most forward results that a rank holds at once, counted per stage and microbatch.
 
     Args:
         freed_by: "backward" or "weight": the pass after which a result is no longer needed.
     """
-    held = most = 0
-    for step in schedule.orders[rank]:
-        held += (step.kind == "forward") - (step.kind == freed_by)
-        most = max(most, held)
-    return most
+    one = [1.0] * schedule.stages
+    return int(peak_held(schedule, rank, one, one if freed_by == "weight" else [0.0] * schedule.stages))
 
 
 def check(schedule: Schedule) -> None:
@@ -120,25 +160,35 @@ def check(schedule: Schedule) -> None:
         PlanError: the step that is missing, repeated, out of place, or part of a deadlock.
     """
     _complete(schedule)
-    waits: TopologicalSorter[Step] = TopologicalSorter()
-    for order in schedule.orders:
-        for before, step in pairwise(order):
-            waits.add(step, before)
-        for step in order:
-            waits.add(step, *needs(schedule, step))
+    _paired(schedule)
+    slot_of = {step: slot for order in schedule.slots for slot in order for step in slot}
+    waits: TopologicalSorter[tuple[Step, ...]] = TopologicalSorter()
+    for order in schedule.slots:
+        for before, slot in pairwise(order):
+            waits.add(slot, before)
+        for slot in order:
+            waits.add(slot, *(slot_of[need] for step in slot for need in needs(schedule, step)))
     try:
         waits.prepare()
     except CycleError as cycle:
-        _refuse(schedule, f"waits for itself: {' after '.join(map(str, cycle.args[1][::-1]))}")
+        steps = [" with ".join(map(str, slot)) for slot in cycle.args[1][::-1]]
+        _refuse(schedule, f"waits for itself: {' after '.join(steps)}")
+
+
+def _paired(schedule: Schedule) -> None:
+    pairs = {slot[0] for order in schedule.slots for slot in order if [s.kind for s in slot] == ["forward", "backward"]}
+    if odd := schedule.together - pairs:
+        _refuse(schedule, f"has {min(odd)} together with no backward step")
 
 
 def _complete(schedule: Schedule) -> None:
     """Each pass once, and all passes of a microbatch through a stage on one rank."""
     count = Counter(step for order in schedule.orders for step in order)
-    kinds: tuple[Kind, ...] = ("forward", "backward", "weight") if schedule.splits else ("forward", "backward")
     for stage in range(schedule.stages):
         for m in range(schedule.microbatches):
-            steps = [Step(kind, stage, m) for kind in kinds]
+            steps = [Step("forward", stage, m), Step("backward", stage, m)]
+            if not schedule.whole(steps[1]):
+                steps.append(Step("weight", stage, m))
             for step in steps:
                 if (found := count.pop(step, 0)) != 1:
                     _refuse(schedule, f"has {step} {found} times")

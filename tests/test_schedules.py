@@ -67,8 +67,7 @@ def test_published_orders_take_the_published_time():
     for entry in plain:
         schedule = _read(entry)
         check(schedule)
-        split = any(step.kind == "weight" for step in schedule.orders[0])
-        backward = entry["B"] if split else entry["B"] + entry["W"]
+        backward = entry["B"]
         seconds = StageSeconds(entry["F"], backward, entry["W"], entry["comm"])
         done = simulate(pipeline_tasks(schedule, [seconds] * entry["p"]))
         assert done.makespan == pytest.approx(entry["makespan"], rel=1e-9), entry["schedule"]

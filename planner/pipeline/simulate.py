@@ -207,12 +207,18 @@ def _overlap(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]])
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """Seconds of one microbatch on one stage; `send` to the next stage or back to the one before."""
+    """Seconds of one microbatch on one stage; `send` to the next stage or back to the one before.
+
+    A backward pass with no weight pass of its own takes `backward + weight`.
+    """
 
     forward: float
     backward: float
     weight: float = 0.0
     send: float = 0.0
+
+    def of(self, schedule: Schedule, step: Step) -> float:
+        return getattr(self, step.kind) + (self.weight if schedule.whole(step) else 0.0)
 
 
 def pipeline_tasks(
@@ -220,24 +226,31 @@ def pipeline_tasks(
     stages: Sequence[StageSeconds],
     tail: Mapping[int, float] | None = None,
     blocking: bool = False,
+    together: float = 1.0,
 ) -> list[Task]:
     """The tasks of one step: every pass of the schedule, the sends between stages, a tail per rank.
 
     Args:
         tail: seconds that a rank works after its last pass (reduce gradients, update).
         blocking: a rank computes nothing while it sends, as without asynchronous transfers.
+        together: two steps that run as one take this part of the sum of their seconds.
     """
     tasks: list[Task] = []
-    places = [(rank, step) for rank, order in enumerate(schedule.orders) for step in order]
-    first = _positions(schedule, stages, places)
-    for rank, step in places:
-        after = tuple(
-            first[before][rank != schedule.rank_of[before]] for before in needs(schedule, step)
-        )
-        tasks.append(Task(str(step), rank, COMPUTE, getattr(stages[step.stage], step.kind), after, step.kind))
-        if _sends(schedule, stages, step):
-            stream = COMPUTE if blocking else "send"
-            tasks.append(Task(f"send {step}", rank, stream, stages[step.stage].send, (len(tasks) - 1,), "send"))
+    first = _positions(schedule, stages)
+    for rank, slots in enumerate(schedule.slots):
+        for slot in slots:
+            at = len(tasks)
+            after = tuple(
+                first[before][rank != schedule.rank_of[before]] for step in slot for before in needs(schedule, step)
+            )
+            seconds = sum(stages[step.stage].of(schedule, step) for step in slot)
+            kind = slot[0].kind if len(slot) == 1 else "together"
+            name = "+".join(map(str, slot))
+            tasks.append(Task(name, rank, COMPUTE, seconds * (together if len(slot) > 1 else 1.0), after, kind))
+            for step in slot:
+                if _sends(schedule, stages, step):
+                    stream = COMPUTE if blocking else "send"
+                    tasks.append(Task(f"send {step}", rank, stream, stages[step.stage].send, (at,), "send"))
     for rank, seconds in (tail or {}).items():
         tasks.append(Task("update", rank, COMPUTE, seconds, (), "update"))
     return tasks
@@ -251,13 +264,14 @@ def _sends(schedule: Schedule, stages: Sequence[StageSeconds], step: Step) -> bo
     return schedule.rank_of.get(to, schedule.rank_of[step]) != schedule.rank_of[step]
 
 
-def _positions(
-    schedule: Schedule, stages: Sequence[StageSeconds], places: list[tuple[int, Step]]
-) -> dict[Step, tuple[int, int]]:
+def _positions(schedule: Schedule, stages: Sequence[StageSeconds]) -> dict[Step, tuple[int, int]]:
     """Where each pass will stand among the tasks, and its send, if it has one."""
     found, at = {}, 0
-    for _, step in places:
-        extra = int(_sends(schedule, stages, step))
-        found[step] = (at, at + extra)
-        at += 1 + extra
+    for slots in schedule.slots:
+        for slot in slots:
+            send = at
+            for step in slot:
+                send += (extra := int(_sends(schedule, stages, step)))
+                found[step] = (at, send if extra else at)
+            at = send + 1
     return found

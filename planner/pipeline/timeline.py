@@ -8,7 +8,7 @@ from typing import Any
 from ...ir.errors import PlanError
 from .simulate import COMPUTE, Run
 
-MARKS = {"forward": "F", "backward": "B", "weight": "W", "update": "U"}
+MARKS = {"forward": "F", "backward": "B", "weight": "W", "together": "X", "update": "U"}
 
 
 @dataclass(frozen=True, slots=True)

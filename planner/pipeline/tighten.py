@@ -1,0 +1,148 @@
+"""Fill the bubbles of a schedule with steps from later in its own orders, under a memory limit.
+
+The orders given need not be good, only free of deadlock and within the limit. Steps move forward
+in time when they are ready and their rank would wait; what remains keeps its order, so there is
+always a way to finish, and the check of memory on what remains keeps every rank within its limit.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from ...ir.schedule import Schedule, Step, needs
+from .simulate import StageSeconds
+
+SLACK = 1e-9  # of a limit, for sums of floats
+
+
+@dataclass(frozen=True)
+class Held:
+    """What ranks may hold of what forward passes leave behind; units are the caller's (bytes, or counts).
+
+    forward, kept: per stage, what one forward pass leaves, and the part that waits for the weight pass.
+    limits: per rank.
+    """
+
+    forward: Sequence[float]
+    kept: Sequence[float]
+    limits: Sequence[float]
+
+    def change(self, step: Step, whole: bool) -> float:
+        """What a step adds; `whole`: it makes the gradients of weights too."""
+        if step.kind == "forward":
+            return self.forward[step.stage]
+        if step.kind == "weight":
+            return -self.kept[step.stage]
+        return (0.0 if whole else self.kept[step.stage]) - self.forward[step.stage]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How ranks choose.
+
+    weights_last: weight passes wait until their rank has nothing better to do, or no room.
+    patience: a step may delay the one that comes first in order by this part of its own seconds.
+    """
+
+    weights_last: bool = True
+    patience: float = 0.0
+
+
+def tighten(schedule: Schedule, stages: Sequence[StageSeconds], held: Held, policy: Policy) -> Schedule:
+    """The same steps on the same ranks, in the orders in which the ranks would take them."""
+    return _Ranks(schedule, stages, held, policy).run()
+
+
+@dataclass
+class _Ranks:
+    schedule: Schedule
+    stages: Sequence[StageSeconds]
+    held: Held
+    policy: Policy
+    left: list[list[Step]] = field(init=False)
+    done: list[list[Step]] = field(init=False)
+    holds: list[float] = field(init=False)
+    end: dict[Step, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.left = [list(order) for order in self.schedule.orders]
+        self.done = [[] for _ in self.left]
+        self.holds = [0.0] * len(self.left)
+
+    def run(self) -> Schedule:
+        """Each event is a moment at which a rank looks for work: when it is free or something arrives."""
+        free = [0.0] * len(self.left)
+        events = [(0.0, rank) for rank in range(len(self.left))]
+        while events:
+            now, rank = heapq.heappop(events)
+            if free[rank] > now or not self.left[rank]:
+                continue
+            step = self._choose(rank, now)
+            if step is None:
+                continue
+            free[rank] = self._start(rank, step, now)
+            heapq.heappush(events, (free[rank], rank))
+            for other in {self.schedule.rank_of[s] for s in _followers(self.schedule, step)}:
+                heapq.heappush(events, (self._arrival(step, other), other))
+        return replace(self.schedule, orders=tuple(map(tuple, self.done)))
+
+    def _start(self, rank: int, step: Step, now: float) -> float:
+        self.left[rank].remove(step)
+        self.done[rank].append(step)
+        self.holds[rank] += self.held.change(step, self.schedule.whole(step))
+        self.end[step] = now + self.stages[step.stage].of(self.schedule, step)
+        return self.end[step]
+
+    def _arrival(self, step: Step, rank: int) -> float:
+        """When a rank has the result of a step."""
+        away = self.schedule.rank_of[step] != rank
+        return self.end.get(step, float("inf")) + (self.stages[step.stage].send if away else 0.0)
+
+    def _ready(self, rank: int, step: Step) -> float:
+        return max((self._arrival(need, rank) for need in needs(self.schedule, step)), default=0.0)
+
+    def _choose(self, rank: int, now: float) -> Step | None:
+        """The first step that is ready, fits, and does not hold up a better one."""
+        awaited = float("inf")
+        for step in self._by_preference(rank):
+            ready = self._ready(rank, step)
+            seconds = self.stages[step.stage].of(self.schedule, step)
+            if not self._fits(rank, step):
+                continue
+            if ready > now:
+                awaited = min(awaited, ready)
+            elif now + seconds * (1 - self.policy.patience) <= awaited * (1 + SLACK):
+                return step
+        return None
+
+    def _by_preference(self, rank: int) -> list[Step]:
+        left = self.left[rank]
+        return sorted(left, key=lambda step: step.kind == "weight") if self.policy.weights_last else left
+
+    def _fits(self, rank: int, step: Step) -> bool:
+        """Whether what remains stays within the limit after a step is moved to the front."""
+        whole, limit = self.schedule.whole, self.held.limits[rank] * (1 + SLACK)
+        holds = self.holds[rank] + self.held.change(step, whole(step))
+        if holds > limit:
+            return False
+        for before in self.left[rank]:
+            if before == step:
+                return True
+            holds += self.held.change(before, whole(before))
+            if holds > limit:
+                return False
+        return True
+
+
+def _followers(schedule: Schedule, step: Step) -> list[Step]:
+    """The steps that take a step's result."""
+    match step.kind:
+        case "forward":
+            found = [step._replace(kind="backward"), step._replace(stage=step.stage + 1)]
+        case "backward":
+            found = [step._replace(kind="weight"), step._replace(stage=step.stage - 1)]
+        case _:
+            found = []
+    return [s for s in found if s in schedule.rank_of]
