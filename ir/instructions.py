@@ -25,7 +25,8 @@ What = Literal[
 ]  # fmt: skip
 PASSES: dict[What, str] = {"forward": "F", "backward": "B", "input-grad": "I", "weight-grad": "W"}
 MOVES: dict[What, str] = {
-    "send-activation": "SEND_F", "receive-activation": "RECV_F", "send-gradient": "SEND_B", "receive-gradient": "RECV_B",
+    "send-activation": "SEND_F", "receive-activation": "RECV_F",
+    "send-gradient": "SEND_B", "receive-gradient": "RECV_B",
 }  # fmt: skip
 
 
@@ -64,7 +65,10 @@ def instructions(schedule: Schedule, seconds: dict[Kind, float] | None = None) -
         seconds: of one pass of each kind, more than 0; 1 each if not given. The order in which ranks
             communicate differs with them, the passes' order and the results do not.
     """
-    ends = _ends(schedule, seconds or {"forward": 1.0, "backward": 1.0, "weight": 1.0})
+    seconds = seconds or {"forward": 1.0, "backward": 1.0, "weight": 1.0}
+    if min(seconds.values()) <= 0:
+        raise PlanError(f"a pass cannot take {min(seconds.values())} s.", where="instructions", fix="more than 0")
+    ends = _ends(schedule, seconds)
     lists: list[list[tuple[tuple[float, int, int], Instruction]]] = [[] for _ in schedule.orders]
     for rank, order in enumerate(schedule.orders):
         for at, step in enumerate(order):
@@ -73,8 +77,8 @@ def instructions(schedule: Schedule, seconds: dict[Kind, float] | None = None) -
             if (to := _taker(schedule, step)) is not None:
                 there = schedule.rank_of[to]
                 number = _number(schedule, step)
-                lists[rank].append(((end, _MOVE, number), _move("send", step, there)))
-                lists[there].append(((end, _MOVE, number), _move("receive", to, rank)))
+                lists[rank].append(((end, _MOVE, number), _move(True, step, there)))
+                lists[there].append(((end, _MOVE, number), _move(False, to, rank)))
     for stage in range(schedule.stages):
         ranks = [rank for rank, held in enumerate(schedule.held) if stage in held]
         done = max(end for step, (_, end) in ends.items() if step.stage == stage)
@@ -132,10 +136,10 @@ def _pass(schedule: Schedule, step: Step) -> Instruction:
     return Instruction(what, step.stage, step.microbatch)
 
 
-def _move(side: Literal["send", "receive"], step: Step, peer: int) -> Instruction:
+def _move(send: bool, step: Step, peer: int) -> Instruction:
     if step.kind == "forward":
-        return Instruction(f"{side}-activation", step.stage, step.microbatch, (peer,))
-    return Instruction(f"{side}-gradient", step.stage, step.microbatch, (peer,))
+        return Instruction("send-activation" if send else "receive-activation", step.stage, step.microbatch, (peer,))
+    return Instruction("send-gradient" if send else "receive-gradient", step.stage, step.microbatch, (peer,))
 
 
 # ---------------------------------------------------------------- the checker
@@ -159,7 +163,7 @@ def check_instructions(lists: Sequence[Sequence[Instruction]]) -> None:
                     _carry_out(lists[one][place[one]], has[one], last)
                     place[one] += 1
                 moved = True
-    stuck = [f"rank {rank} at {one[at]}" for rank, (one, at) in enumerate(zip(lists, place, strict=True)) if at < len(one)]
+    stuck = [f"rank {r} at {one[at]}" for r, (one, at) in enumerate(zip(lists, place, strict=True)) if at < len(one)]
     if stuck:
         raise PlanError(
             f"ranks wait for ever: {', '.join(stuck)}.", where="instructions",
