@@ -26,7 +26,7 @@ class Proof(_Part):
     """What the search can claim, in predicted seconds per step."""
 
     status: Literal["optimal", "feasible"]
-    stopped_by: Literal["proof", "time", "interrupt"]
+    stopped_by: Literal["proof", "time", "interrupt", "end"]  # "end": all was looked at, the bound is not tight
     objective: float
     lower_bound: float  # no plan in the modelled space is faster
     seed: int
@@ -128,7 +128,8 @@ class Stage(_Part):
 
     `cut` is the position, among the ops of the captured graph, of the first op of the forward pass
     that belongs to this stage; it ends where the next one begins. `strategies` and `slots` are as
-    in `Plan`, for the ops and inputs that lie on this stage.
+    in `Plan`; where they are empty, the plan's own hold. The last fields speak of the rank that
+    holds the stage.
     """
 
     cut: int
@@ -142,7 +143,7 @@ class Stage(_Part):
     send_seconds: float  # of one microbatch's result to the next stage
     once_seconds: float  # per step: reduction of gradients, optimizer
     peak_bytes: float
-    in_flight: int  # microbatches whose forward results it holds at most
+    held: float  # microbatches' worth of forward results at most
     memory: dict[str, float]
 
 
@@ -187,3 +188,8 @@ class Plan(_Part):
     notes: tuple[str, ...] = ()
     pipeline: Pipeline | None = None  # then `mesh`, `strategies` and `slots` are those of the first stage
     recipe: dict[str, str | int | bool] = {}  # how the command line built the model, if it did
+
+    @property
+    def devices(self) -> int:
+        """All that the plan runs on."""
+        return self.mesh.size if self.pipeline is None else max(self.pipeline.first) + self.mesh.size

@@ -25,6 +25,7 @@ from .examples import Examples
 from .graph import Graph, Op
 from .microbatch import TimeAxis, batch_dims
 from .program import Program
+from .recompute import PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -191,20 +192,44 @@ class Places:
         return self._lower_sums(level)
 
     def _lower_sums(self, level: dict[int, float]) -> dict[int, float]:
-        """A sum of gradients alone (a bias's) goes down to where else those gradients go."""
+        """A sum of gradients alone (a bias's, an embedding's) goes down to where else those gradients go,
+        or to the parameter that it is for."""
         lowest: dict[int, float] = {}  # value -> least level of its readers in the body
         sums: list[Op] = []
         for op in reversed(self.classes.backward):
             read = any(v in lowest for v in op.outputs)
-            if not read and all(v in self._gradients or v in self.classes.free for v in op.inputs):
+            if not read and op.kind not in PRODUCTS and all(self._from_above(v, level) for v in op.inputs):
                 sums.append(op)
                 continue
             for source, least in self._reads(op, level, lowest):
                 lowest[source] = min(least, lowest.get(source, inf))
         for op in sums:
             least = min(lowest.get(v, level.get(v, inf)) for v in op.inputs)
-            level |= dict.fromkeys(op.outputs, min(least, level[op.outputs[0]]))
+            goal = min((self._goals[v] for v in op.outputs if v in self._goals), default=inf)
+            level |= dict.fromkeys(op.outputs, min(least, goal, level[op.outputs[0]]))
         return level
+
+    @cached_property
+    def _goals(self) -> Mapping[int, int]:
+        """Value after the passes -> the first stage whose forward pass reads the parameter that it is for."""
+        graph = self.classes.graph
+        first: dict[int, int] = {}
+        for placed in self.forward:
+            for v in placed.op.inputs:
+                first[v] = min(placed.stage, first.get(v, placed.stage))
+        for op in reversed(self.classes.early):
+            read = [first[v] for v in op.outputs if v in first]
+            for v in op.inputs if read else ():
+                first[v] = min(*read, first.get(v, read[0]))
+        goals = {graph.outputs[o]: first[graph.inputs[i]] for i, o in graph.state if graph.inputs[i] in first}
+        for op in reversed(self.classes.late):
+            least = min((goals[v] for v in op.outputs if v in goals), default=None)
+            if least is not None:
+                goals |= {v: min(least, goals.get(v, least)) for v in op.inputs if graph.types[v].rank}
+        return goals
+
+    def _from_above(self, value: int, level: Mapping[int, float]) -> bool:
+        return value in self._gradients or value in self.classes.free or level.get(value) == inf
 
     def _reads(self, op: Op, level: Mapping[int, float], lowest: Mapping[int, float]) -> list[tuple[int, float]]:
         if op.kind == "copy":

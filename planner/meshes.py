@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from ..ir.cluster import Cluster
+from ..ir.errors import PlanError
 from ..ir.mesh import Axis, Mesh
 
 NAMES = ("x", "y", "z")
@@ -29,6 +32,24 @@ def meshes(cluster: Cluster) -> tuple[Mesh, ...]:
         )
     kept = {tuple(n for n in shape if n > 1) or (1,) for shape in shapes}
     return tuple(mesh_of(shape) for shape in sorted(kept, key=lambda s: (len(s), s)))
+
+
+def plane_meshes(cluster: Cluster, size: int, pinned: tuple[int, ...] | None = None) -> tuple[Mesh, ...]:
+    """Meshes of one or two axes for `size` devices next to each other, the inner axis within a host.
+
+    Raises:
+        PlanError: a pinned mesh of another size.
+    """
+    if pinned is not None:
+        if prod(pinned) != size:
+            raise PlanError(
+                f"mesh {'×'.join(map(str, pinned))} has {prod(pinned)} devices, a stage has {size}.",
+                where="request: mesh", fix=f"a mesh whose axes multiply to {size}, or other stages",
+            )  # fmt: skip
+        return (mesh_of(pinned),)
+    inner = [d for d in _divisors(cluster.per_host) if 1 < d < size and size % d == 0]
+    shapes = {(size,), *((size // d, d) for d in inner)}
+    return tuple(mesh_of(shape) for shape in sorted(shapes, key=lambda s: (len(s), s)))
 
 
 def mesh_of(shape: tuple[int, ...]) -> Mesh:

@@ -83,7 +83,7 @@ def moves(
                     kind=step.kind,
                     axes=step.axes,
                     nbytes=nbytes,
-                    count=item.runs,
+                    count=round(item.runs),
                     seconds=seconds,
                     what=f"{_say(names, item.source)} -> {_say(names, item.reader)}",
                     phase=item.phase,

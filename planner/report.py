@@ -33,8 +33,8 @@ LEFT_OUT = (
 )
 
 
-def write_plan(search: Search) -> Plan:
-    """The plan of the search's incumbent."""
+def write_plan(search: Search, bound: float | None = None) -> Plan:
+    """The plan of the search's incumbent; `bound` is of more than its own space."""
     best = search.best
     assert (
         best.candidate
@@ -56,18 +56,18 @@ def write_plan(search: Search) -> Plan:
         strategies={
             tag: found[choices[space.op_node[tag]]].axes for tag, found in space.strategies.items()
         },
-        slots=_slots(space, choices),
+        slots=slots_of(space, choices),
         uses=axis_uses(space, choices),
         estimate=_estimate(search, collectives),
-        proof=_proof(search),
-        tensors=tuple(_tensors(space, choices)),
+        proof=proof_of(search, search.best.seconds, search.lower_bound() if bound is None else bound),
+        tensors=tuple(tensors_of(space, choices)),
         collectives=tuple(collectives),
-        opaque=_opaque(space),
-        notes=_notes(search),
+        opaque=opaque_of(space),
+        notes=notes_of(search),
     )
 
 
-def _slots(space: Space, choices: tuple[int, ...]) -> dict[str, Layout]:
+def slots_of(space: Space, choices: tuple[int, ...]) -> dict[str, Layout]:
     return {
         node.tag: Layout.of(choice)
         for node, index in zip(space.nodes, choices, strict=True)
@@ -81,12 +81,6 @@ def _estimate(search: Search, collectives: list[Collective]) -> Estimate:
     total = best.seconds
     communication = sum(c.seconds for c in collectives)
     ledger = Ledger(best.space, best.lives)
-    graph = best.space.program.graph
-    work = sum(
-        v.times * flop(v.op, rule_of(v.op, graph.types), graph.types)
-        for v in graph.visits
-        if v.op.kind in ("dot_general", "conv_general_dilated")
-    )
     return Estimate(
         step_seconds=total,
         compute_seconds=total - communication,
@@ -94,15 +88,26 @@ def _estimate(search: Search, collectives: list[Collective]) -> Estimate:
         peak_bytes=best.answer.peak,
         limit_bytes=search.limit,
         memory=ledger.by_cause(best.answer.solution.choices, best.answer.moment),
-        flop=work,
+        flop=flop_of(best.space),
     )
 
 
-def _proof(search: Search) -> Proof:
-    objective, bound = search.best.seconds, min(search.lower_bound(), search.best.seconds)
+def flop_of(space: Space) -> float:
+    """Of all products of a step, over all devices."""
+    graph = space.program.graph
+    return sum(
+        v.times * flop(v.op, rule_of(v.op, graph.types), graph.types)
+        for v in graph.visits
+        if v.op.kind in ("dot_general", "conv_general_dilated")
+    )
+
+
+def proof_of(search: Search, objective: float, bound: float, left_out: tuple[str, ...] = LEFT_OUT) -> Proof:
+    """What the search can claim of a plan of so many seconds."""
+    bound = min(bound, objective)
     proven = bound >= objective * (1 - max(1e-6, search.request.gap))
     status: Literal["optimal", "feasible"] = "optimal" if proven else "feasible"
-    stopped = "proof" if proven else ("time" if search.stopped_by == "proof" else search.stopped_by)
+    stopped = "proof" if proven else _stopped(search)
     return Proof(
         status=status,
         stopped_by=stopped,
@@ -111,13 +116,19 @@ def _proof(search: Search) -> Proof:
         seed=search.request.seed,
         cost_model=search.cost.name,
         band=search.cost.band,
-        left_out=LEFT_OUT,
+        left_out=left_out,
         searched=tuple(search.log),
         seconds=round(time.monotonic() - search.started, 3),
     )
 
 
-def _notes(search: Search) -> tuple[str, ...]:
+def _stopped(search: Search) -> Literal["time", "interrupt", "end"]:
+    if search.stopped_by != "proof":
+        return search.stopped_by
+    return "time" if search.late() else "end"
+
+
+def notes_of(search: Search) -> tuple[str, ...]:
     axis, devices = search.program("none").time, search.cluster.size
     if isinstance(axis, Refusal):
         return (f"microbatches are not possible: {axis.reason} ({axis.where})",)
@@ -127,7 +138,7 @@ def _notes(search: Search) -> tuple[str, ...]:
     return ()
 
 
-def _opaque(space: Space) -> tuple[str, ...]:
+def opaque_of(space: Space) -> tuple[str, ...]:
     graph = space.program.graph
     found = {
         f"{v.op.kind} at {v.op.where or v.op.tag}"
@@ -140,7 +151,7 @@ def _opaque(space: Space) -> tuple[str, ...]:
 # ---------------------------------------------------------------- tables
 
 
-def _tensors(space: Space, choices: tuple[int, ...]) -> list[Tensor]:
+def tensors_of(space: Space, choices: tuple[int, ...]) -> list[Tensor]:
     """Inputs by tag, then the results of the forward pass's products."""
     graph, known = space.program.graph, roles(space.program.graph)
     counts: dict[str, int] = defaultdict(int)

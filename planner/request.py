@@ -26,6 +26,9 @@ class Request:
     mesh          sizes of the mesh's axes, outermost first: (128, 8)
     microbatches  how many parts of the batch run one after another
     recompute     "none", "elementwise", "selective" or "full"
+    pp            stages of a pipeline; "auto": planned, 1 included; then `mesh` is that of one stage
+    schedule      of the pipeline: "1f1b", "interleaved", "zb-h1", ...
+    chunks        stages per rank, where the schedule takes several
     time_limit    seconds of search
     gap           the search ends when no plan can be faster by more than this share
     search        "exact" proves its plans; "mcmc" is FlexFlow's, for comparison, and proves nothing
@@ -36,6 +39,9 @@ class Request:
     mesh: tuple[int, ...] | None = None
     microbatches: int | None = None
     recompute: Policy | None = None
+    pp: int | Literal["auto"] = 1
+    schedule: str | None = None
+    chunks: int | None = None
     time_limit: float = 60.0
     gap: float = 0.01
     seed: int = 0
@@ -75,6 +81,15 @@ def parse_mesh(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def parse_pp(text: str) -> int | Literal["auto"]:
+    """Stages of a pipeline: a number, or `auto`."""
+    if text == "auto":
+        return "auto"
+    if not text.strip().isdigit():
+        _refuse("pp", f"`{text}`", "a number of stages, or auto")
+    return int(text)
+
+
 def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
     """Refuse what cannot be honoured.
 
@@ -90,8 +105,9 @@ def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
         )
     if request.recompute is not None and request.recompute not in POLICIES:
         _refuse("recompute", request.recompute, did_you_mean(str(request.recompute), POLICIES))
-    if request.mesh is not None:
-        _check_mesh(request.mesh, cluster)
+    _check_pipeline(request, cluster)
+    if request.mesh is not None and request.pp != "auto":
+        _check_mesh(request.mesh, cluster, int(request.pp))
     if request.microbatches is not None:
         _check_microbatches(request.microbatches, time)
 
@@ -108,16 +124,41 @@ def _check_numbers(request: Request) -> None:
             _refuse(name, value, "a share from 0 up to, not including, 1")
 
 
-def _check_mesh(shape: Sequence[int], cluster: Cluster) -> None:
+def _check_pipeline(request: Request, cluster: Cluster) -> None:
+    pp = request.pp
+    if pp == "auto":
+        if request.mesh is not None:
+            _refuse("mesh", "pinned while the number of stages is open", "pp as a number too, or no mesh")
+    elif isinstance(pp, bool) or not isinstance(pp, Integral) or pp < 1:
+        _refuse("pp", repr(pp), 'a number of stages, or "auto"')
+    elif cluster.size % pp:
+        near = [n for n in range(1, cluster.size + 1) if cluster.size % n == 0]
+        fix = f"one of {', '.join(map(str, near[:12]))}"
+        raise PlanError(
+            f"{cluster.size} devices cannot be cut into {pp} equal stages.",
+            where="request: pp", origin=f"cluster {cluster.name}", fix=fix,
+        )  # fmt: skip
+    if pp == 1 and (request.schedule or request.chunks):
+        _refuse("schedule" if request.schedule else "chunks", request.schedule or request.chunks, "pp too")
+    if request.chunks is not None and (request.chunks < 1 or request.schedule is None):
+        _refuse("chunks", request.chunks, "1 or more, with a schedule that takes them, as interleaved")
+    if pp != 1 and request.search != "exact":
+        _refuse("search", f"{request.search} with pp", "exact")
+
+
+def _check_mesh(shape: Sequence[int], cluster: Cluster, stages: int = 1) -> None:
     text = "×".join(map(str, shape))
     if not 1 <= len(shape) <= 3 or any(size < 1 for size in shape):
         _refuse("mesh", text, "one to three axes of at least 1 device, as in 4x2")
-    if prod(shape) != cluster.size:
+    if stages > 1 and len(shape) > 2:
+        _refuse("mesh", text, "one or two axes for a stage of a pipeline")
+    if prod(shape) * stages != cluster.size:
+        whole = "the cluster" if stages == 1 else f"each of {stages} stages"
         raise PlanError(
-            f"mesh {text} has {prod(shape)} devices, the cluster has {cluster.size}.",
+            f"mesh {text} has {prod(shape)} devices, {whole} has {cluster.size // stages}.",
             where="request: mesh",
             origin=f"cluster {cluster.name}",
-            fix=f"a mesh whose axes multiply to {cluster.size}",
+            fix=f"a mesh whose axes multiply to {cluster.size // stages}",
         )
 
 

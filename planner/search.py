@@ -36,6 +36,8 @@ from .memory.ledger import Ledger, least_peak
 from .memory.lifetimes import Lifetimes, lifetimes
 from .memory.storage import as_xla
 from .meshes import mesh_of, meshes
+from .pipeline_report import write_pipeline
+from .pipelines import Pipelines
 from .report import write_plan
 from .request import Request, check
 from .solver.anytime import solve_live
@@ -93,6 +95,7 @@ class Search:
     best: Best = field(default_factory=Best)
     log: list[str] = field(default_factory=list)
     stopped_by: Stop = "proof"
+    outside: float = inf  # seconds of a plan found elsewhere, to be beaten
 
     # ------------------------------------------------------------ frame
 
@@ -102,11 +105,11 @@ class Search:
             if self.request.search == "mcmc":
                 self._walk()
             else:
-                self._explore()
+                self.explore()
         except KeyboardInterrupt:
             self.stopped_by = "interrupt"
         if self.best.answer is None:
-            raise self._infeasible()
+            raise self.infeasible()
         return write_plan(self)
 
     @property
@@ -122,13 +125,13 @@ class Search:
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
-    def _note(self, line: str) -> None:
+    def note(self, line: str) -> None:
         self.log.append(line)
         self.tell(line)
 
     # ------------------------------------------------------------ candidates
 
-    def _policies(self) -> tuple[Policy, ...]:
+    def policies(self) -> tuple[Policy, ...]:
         return (self.request.recompute,) if self.request.recompute else POLICIES
 
     def _meshes(self) -> tuple[Mesh, ...]:
@@ -154,7 +157,7 @@ class Search:
     _programs: dict[Policy, Program] = field(default_factory=dict)
     _spaces: dict[Candidate, tuple[Space, Lifetimes]] = field(default_factory=dict)
 
-    def _layouts_on(self, mesh: Mesh) -> Layouts:
+    def layouts_on(self, mesh: Mesh) -> Layouts:
         if mesh not in self._layouts:
             shared = self._catalogues.setdefault(mesh.names, Catalogue(mesh))
             self._layouts[mesh] = Layouts(self.cost.collectives(mesh), shared)
@@ -167,7 +170,7 @@ class Search:
         if candidate not in self._spaces:
             program = self.program(candidate.policy)
             space = build(
-                program, candidate.microbatches, self.cost, self._layouts_on(candidate.mesh)
+                program, candidate.microbatches, self.cost, self.layouts_on(candidate.mesh)
             )
             self._spaces[candidate] = (
                 space,
@@ -177,7 +180,7 @@ class Search:
 
     # ------------------------------------------------------------ exploration
 
-    def _explore(self) -> None:
+    def explore(self) -> None:
         """First an incumbent on a plain mesh, then best-first over the finest ones.
 
         A mesh with more axes can do whatever a coarser one can (its axes used
@@ -185,7 +188,7 @@ class Search:
         """
         finest = _finest(self._meshes())
         plain = min(self._meshes(), key=lambda m: (abs(len(m.axes) - 2), m.shape))
-        for policy in self._policies():
+        for policy in self.policies():
             for mesh in finest:
                 self._open(self._smallest_count(Candidate(mesh, policy, self._counts()[0])))
         if plain not in finest:
@@ -202,7 +205,7 @@ class Search:
     def _walk(self) -> None:
         """FlexFlow's search: every finest mesh and recompute policy, in equal shares of the time."""
         finest, first = _finest(self._meshes()), self._counts()[0]
-        roots = [Candidate(mesh, policy, first) for mesh in finest for policy in self._policies()]
+        roots = [Candidate(mesh, policy, first) for mesh in finest for policy in self.policies()]
         self.open_bounds = dict.fromkeys(roots, self._floor)
         for root in roots:
             self._walk_family(root, self.request.time_limit / len(roots))
@@ -235,7 +238,7 @@ class Search:
     def _seed(self, mesh: Mesh) -> None:
         """Plans on one plain mesh, to have something to beat."""
         first = self._counts()[0]
-        for policy in self._policies():
+        for policy in self.policies():
             root = self._smallest_count(Candidate(mesh, policy, first))
             if root is None:
                 continue
@@ -302,7 +305,7 @@ class Search:
 
     def _enough(self) -> float:
         """A bound this high cannot improve the incumbent by more than the gap asked for."""
-        return self.best.seconds * (1 - self.request.gap)
+        return min(self.best.seconds, self.outside) * (1 - self.request.gap)
 
     @cached_property
     def _floor(self) -> float:
@@ -324,7 +327,7 @@ class Search:
         left = min(10.0, max(1.0, self.deadline - time.monotonic()))
         solution = solve_live(
             live_of(space), time_limit=left, gap=ONE_SOLVE * self.request.gap, seed=self.request.seed,
-            cutoff=self.best.seconds,
+            cutoff=min(self.best.seconds, self.outside),
         )  # fmt: skip
         if solution.stopped_by == "interrupt":
             raise KeyboardInterrupt
@@ -342,13 +345,13 @@ class Search:
             return
         space, lives = self.open(candidate)
         self.best = Best(candidate, space, lives, answer)
-        self._note(f"{candidate}: {format_seconds(objective)}, {format_bytes(answer.peak)}")
+        self.note(f"{candidate}: {format_seconds(objective)}, {format_bytes(answer.peak)}")
 
     def _smallest_count(self, root: Candidate) -> Candidate | None:
         """The first microbatch count that is not ruled out by memory."""
         following = self._fit(root, self._counts())
         if following is None:
-            self._note(f"{root.family}: does not fit")
+            self.note(f"{root.family}: does not fit")
         return following
 
     def _next_count(self, candidate: Candidate) -> Candidate | None:
@@ -388,10 +391,10 @@ class Search:
         share = 2.0 ** floor(log2(left / 2))  # rough, so that equal requests get equal shares
         answer = solve_space(
             space, lives, self.limit, time_limit=share, gap=ONE_SOLVE * self.request.gap,
-            seed=self.request.seed, cutoff=self.best.seconds, probe=probe,
+            seed=self.request.seed, cutoff=min(self.best.seconds, self.outside), probe=probe,
         )  # fmt: skip
         if answer.solution.status == "infeasible":
-            self._note(f"{candidate}: does not fit ({answer.solution.reason})")
+            self.note(f"{candidate}: does not fit ({answer.solution.reason})")
             return inf
         if answer.solution.choices is not None:
             self._offer(candidate, answer)
@@ -401,7 +404,7 @@ class Search:
 
     # ------------------------------------------------------------ refusals
 
-    def _infeasible(self) -> PlanError:
+    def infeasible(self) -> PlanError:
         if self.stopped_by != "proof":
             return StoppedError(
                 "no plan was found before the search was stopped.",
@@ -424,7 +427,7 @@ class Search:
         return [
             Candidate(m, p, k)
             for m in self._meshes()
-            for p in self._policies()
+            for p in self.policies()
             for k in self._counts()
         ]
 
@@ -460,6 +463,28 @@ def search(
         InfeasibleError: nothing fits, with the least memory any layout needs.
         PlanError: the request contradicts the graph or the cluster.
     """
-    return Search(
-        folded, cluster, request, cost or Roofline(cluster), name, fingerprint, tell
-    ).run()
+    found = Search(folded, cluster, request, cost or Roofline(cluster), name, fingerprint, tell)
+    return found.run() if request.pp == 1 else plan_pipelines(found)
+
+
+def plan_pipelines(flat: Search) -> Plan:
+    """The best of all pipelines and, where their number of stages is open, of plans without one."""
+    check(flat.request, flat.cluster, flat.program("none").time)
+    pipelines = Pipelines(flat)
+    try:
+        pipelines.explore()
+        if flat.request.pp == "auto":
+            flat.outside = pipelines.best.seconds
+            flat.explore()
+    except KeyboardInterrupt:
+        flat.stopped_by = "interrupt"
+    if flat.request.pp != "auto":
+        if pipelines.best.priced is None:
+            raise pipelines.infeasible()
+        return write_pipeline(pipelines, pipelines.lower_bound())
+    bound = min(pipelines.lower_bound(), flat.lower_bound())
+    if flat.best.seconds <= pipelines.best.seconds:
+        if flat.best.answer is None:
+            raise flat.infeasible()
+        return write_plan(flat, bound)
+    return write_pipeline(pipelines, bound)

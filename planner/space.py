@@ -12,6 +12,7 @@ Ops of repeated layers share their node (equal tags), so depth costs nothing.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,7 +69,7 @@ class Space:
     op_node: dict[str, int] = field(default_factory=dict)
     transfers: list[Transfer] = field(default_factory=list)
     own: dict[str, np.ndarray] = field(default_factory=dict)  # op tag -> seconds of one run, per choice
-    runs: dict[str, int] = field(default_factory=dict)  # op tag -> runs per step
+    runs: dict[str, float] = field(default_factory=dict)  # op tag -> runs per step
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class Transfer:
     have: np.ndarray
     wanted: np.ndarray
     nbytes: float  # of the whole tensor when it travels
-    runs: int
+    runs: float
     phase: str
 
 
@@ -103,13 +104,17 @@ def build(
     cost: CostModel,
     layouts: Layouts,
     decided: Decided | None = None,
+    runs: Mapping[str, float] | None = None,
 ) -> Space:
     """Lay out the decisions of a prepared graph on the mesh of `layouts`.
 
-    With `decided` every node has one choice: a strategy that somebody else made, to be priced.
+    Args:
+        decided: then every node has one choice: a strategy that somebody else made, to be priced.
+        runs: by op tag, how often the seconds of an op of one layer count; by default as often as it
+            runs in a step. Under "" for the step's results.
     """
     space = Space(program, layouts.mesh, microbatches, layouts)
-    _Builder(space, cost, decided).build()
+    _Builder(space, cost, decided, runs).build()
     return space
 
 
@@ -120,8 +125,10 @@ class _Builder:
     looked at once.
     """
 
-    def __init__(self, space: Space, cost: CostModel, decided: Decided | None):
-        self.space, self.cost, self.decided = space, cost, decided
+    def __init__(
+        self, space: Space, cost: CostModel, decided: Decided | None, weights: Mapping[str, float] | None
+    ):
+        self.space, self.cost, self.decided, self.weights = space, cost, decided, weights
         self.program, self.mesh, self.layouts = space.program, space.mesh, space.layouts
         self.graph = space.program.graph
         self.types = self.graph.types
@@ -130,7 +137,7 @@ class _Builder:
         self.kernels = kernels_of(self.program, cost.fused_attention, cost.fusion)
         self.first: dict[str, tuple[Op, Rule]] = {}  # op tag -> one op that carries it
         self.taken: dict[str, Taken] = {}
-        self.runs: dict[str, int] = defaultdict(int)
+        self.runs: dict[str, float] = defaultdict(int)
         space.runs = self.runs
         self.phases: dict[str, str] = {}
         # (reader tag, operand) -> layout per choice
@@ -147,12 +154,16 @@ class _Builder:
         for constant in self.graph.constants:
             self._free(constant.value)
         for position, op in enumerate(self.graph.ops):
-            runs = self.space.microbatches if self.time and position in self.time.body else 1
-            self._op(op, op.count * runs, self.program.phases[position])
+            self._op(op, op.count * self._runs(op, position), self.program.phases[position])
         self._outputs()
         self._price()
 
-    def _op(self, op: Op, runs: int, phase: str) -> None:
+    def _runs(self, op: Op, position: int) -> float:
+        if self.weights is not None:
+            return self.weights.get(op.tag, self.weights[""])
+        return self.space.microbatches if self.time and position in self.time.body else 1
+
+    def _op(self, op: Op, runs: float, phase: str) -> None:
         if op.kind == "scan":
             self._scan(op, runs, phase)
         elif op.kind == "optimization_barrier":
@@ -165,7 +176,7 @@ class _Builder:
         else:
             self._count(op, runs, phase)
 
-    def _count(self, op: Op, runs: int, phase: str) -> None:
+    def _count(self, op: Op, runs: float, phase: str) -> None:
         if op.tag not in self.space.op_node:
             rule = rule_of(op, self.types)
             self.first[op.tag] = (op, rule)
@@ -176,7 +187,7 @@ class _Builder:
             self._read(value, op.tag, k, self.space.op_node[op.tag], runs, phase)
 
     def _read(
-        self, value: int, reader: str, k: int, node: int | None, runs: int, phase: str
+        self, value: int, reader: str, k: int, node: int | None, runs: float, phase: str
     ) -> None:
         key = (self.tags[value], reader, k)
         entry = self.readings.setdefault(key, [value, node, 0, phase])
@@ -187,7 +198,7 @@ class _Builder:
         made = op.kind not in LEADERS and all(self._home(v).node is None for v in op.inputs)
         return made or spreads_scalar(op, self.types)
 
-    def _settle_scalar(self, op: Op, runs: int, phase: str) -> None:
+    def _settle_scalar(self, op: Op, runs: float, phase: str) -> None:
         """A scalar that is spread must be known everywhere: no sum owed."""
         for k, value in enumerate(op.inputs):
             home = self._home(value)
@@ -296,7 +307,7 @@ class _Builder:
 
     # ------------------------------------------------------------ loops and outputs
 
-    def _scan(self, op: Op, runs: int, phase: str) -> None:
+    def _scan(self, op: Op, runs: float, phase: str) -> None:
         region = op.regions[0]
         consts, carry = int(op.attr("num_consts")), int(op.attr("num_carry"))  # type: ignore[arg-type]
         for i, (outside, inside) in enumerate(zip(op.inputs, region.inputs, strict=True)):
@@ -331,13 +342,14 @@ class _Builder:
                 entry = self.graph.inputs[source[position]]
                 tag = self.tags[entry]
                 count = self.graph.input_counts[source[position]] if self.graph.input_counts else 1
+                count *= self.weights[""] if self.weights is not None else 1
                 self.wants[tag, 0] = self.space.homes[tag].layouts
                 self._read(value, tag, 0, self.space.homes[tag].node, count, "update")
             elif self._home(value).node is not None:
                 home, name = self._home(value), self.graph.output_name(position)
                 known = [self.layouts.known[n] for n in home.layouts]
                 self.wants[name, 0] = self.layouts.numbers([Sharding(k.dims) for k in known])
-                self._read(value, name, 0, home.node, 1, "update")
+                self._read(value, name, 0, home.node, 1 if self.weights is None else self.weights[""], "update")
 
     # ------------------------------------------------------------ prices
 

@@ -14,7 +14,7 @@ def pipelined(plan: Plan, captured: Captured, schedule: Schedule, cuts: list[int
     stages = tuple(
         Stage(
             cut=cut, blocks="", mesh=plan.mesh, strategies=plan.strategies, slots=plan.slots, forward_seconds=0,
-            backward_seconds=0, weight_seconds=0, send_seconds=0, once_seconds=0, peak_bytes=0, in_flight=0, memory={},
+            backward_seconds=0, weight_seconds=0, send_seconds=0, once_seconds=0, peak_bytes=0, held=0, memory={},
         )
         for cut in cuts
     )  # fmt: skip

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from ...ir.blocks import fold
 from ...ir.errors import LoweringError
 from ...ir.microbatch import TimeAxis, time_groups
-from ...ir.plan import Pipeline, Plan
+from ...ir.plan import Pipeline, Plan, Stage
 from ...ir.program import Program as Prepared
 from ...ir.program import prepare
 from ...ir.schedule import Schedule, Step, check, needs, read_schedule
@@ -268,7 +268,7 @@ def _stages(
     found = []
     for stage, end in zip(pipeline.stages, ends, strict=True):
         mesh = device_mesh(stage.mesh, used[end - stage.mesh.size : end])
-        part = plan.model_copy(update={"mesh": stage.mesh, "strategies": stage.strategies, "slots": stage.slots})
+        part = plan.model_copy(update=own_decisions(stage))
         local = LocalStep(part, program, captured.binding.ops, arrays, on_cpus(mesh), groups)
         found.append(StagePrograms(local, mesh))
     return found
@@ -285,3 +285,9 @@ def _groups(plan: Plan, pipeline: Pipeline, program: Prepared) -> int | None:
     if not isinstance(time, TimeAxis) or plan.microbatches == 1:
         return None
     return lcm(*(time_groups(time.batch, stage.mesh, plan.microbatches) for stage in pipeline.stages))
+
+
+def own_decisions(stage: Stage) -> dict[str, Any]:
+    """What a stage decides for itself, of the fields of a plan."""
+    given = {"strategies": stage.strategies, "slots": stage.slots}
+    return {"mesh": stage.mesh, **{name: value for name, value in given.items() if value}}

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from ...ir.graph import TensorType
 from ...ir.mesh import Mesh
 from ...ir.microbatch import TimeAxis
 from ..cost.kernels import free_values
@@ -105,6 +106,15 @@ def least_peak(lives: Lifetimes, mesh: Mesh) -> float:
         size = 0.0 if value in free else graph.types[value].nbytes * lives.scale[value]
         nbytes[value] = size / _most_ways(tuple(shape), mesh)
     return float(lives.profile(nbytes).max())
+
+
+def least_bytes(kind: TensorType, split: int | None, microbatches: int, mesh: Mesh) -> float:
+    """Of one microbatch's part of a value, cut as finely as it divides; `split` is the dim cut in time."""
+    shape = list(kind.shape)
+    parts = 1 if split is None else microbatches
+    if split is not None:
+        shape[split] //= microbatches
+    return kind.nbytes / parts / _most_ways(tuple(shape), mesh)
 
 
 @lru_cache(maxsize=4096)

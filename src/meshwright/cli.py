@@ -99,6 +99,11 @@ def plan(
     recompute: Annotated[
         str | None, typer.Option(help="Pin recompute: none, elementwise, selective, full.")
     ] = None,
+    pp: Annotated[
+        str, typer.Option(help="Stages of a pipeline, or auto: planned. The mesh is then that of a stage.")
+    ] = "1",
+    schedule: Annotated[str | None, typer.Option(help="Pin the schedule: 1f1b, interleaved, zb-h1, ...")] = None,
+    chunks: Annotated[int | None, typer.Option(help="Stages per rank, for interleaved.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds of search.")] = 60.0,
     gap: Annotated[float, typer.Option(help="Good enough: 0.01 stops at a proven 1 %.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal plans.")] = 0,
@@ -117,7 +122,7 @@ def plan(
     """
     from .ir.cluster import Cluster
     from .ir.codec import check_writable, save_plan
-    from .planner.request import Request, parse_mesh
+    from .planner.request import Request, parse_mesh, parse_pp
     from .recipe import make
 
     options = {
@@ -132,6 +137,9 @@ def plan(
         mesh=None if mesh is None else parse_mesh(mesh),
         microbatches=microbatches,
         recompute=cast(Any, recompute),
+        pp=parse_pp(pp),
+        schedule=schedule,
+        chunks=chunks,
         time_limit=time_limit,
         gap=gap,
         seed=seed,
@@ -285,8 +293,8 @@ def _devices(found: Any, emulated: bool) -> None:
     """Emulate devices where that is asked for, or the plan is for CPUs anyway."""
     from .emulation import MOST, emulate
 
-    if emulated or (found.cluster.device.kind == "cpu" and found.mesh.size <= MOST):
-        emulate(found.mesh.size)
+    if emulated or (found.cluster.device.kind == "cpu" and found.devices <= MOST):
+        emulate(found.devices)
 
 
 # ---------------------------------------------------------------- solve

@@ -22,6 +22,7 @@ def plan_text(plan: Plan, everything: bool = False) -> str:
     most = None if everything else TENSORS
     blocks = [
         _head(plan),
+        _table("stages: seconds of one microbatch, and per step", _stage_rows(plan)),
         _table("what each axis cuts, in shares of the products' FLOP", _axis_rows(plan)),
         _table("memory per device at the peak, by cause", _memory_rows(plan)),
         _table("tensors: parts per device", _tensor_rows(plan, most)),
@@ -39,21 +40,44 @@ def _head(plan: Plan) -> str:
     rate = e.flop / e.step_seconds if e.step_seconds else 0.0
     return "\n".join(
         [
-            f"{plan.name} on {plan.cluster.name}: {plan.mesh.size} devices as {plan.mesh}",
+            f"{plan.name} on {plan.cluster.name}: {plan.devices} devices as {_shape(plan)}",
             f"  plan    {'; '.join(words(plan))}",
             f"  step    {format_seconds(e.step_seconds)} predicted: compute {format_seconds(e.compute_seconds)}, "
             f"communication {format_seconds(e.communication_seconds)}; "
-            f"{format_flops(rate / plan.mesh.size)} per device",
+            f"{format_flops(rate / plan.devices)} per device",
             f"  memory  {format_bytes(e.peak_bytes)} per device of {format_bytes(e.limit_bytes)} allowed",
             f"  proof   {proof_line(plan)}",
         ]
     )
 
 
+def _shape(plan: Plan) -> str:
+    if plan.pipeline is None:
+        return str(plan.mesh)
+    return f"{len(plan.pipeline.first)} ranks of {plan.mesh}"
+
+
+STAGES = 16  # rows shown of a pipeline
+
+
+def _stage_rows(plan: Plan) -> list[tuple[str, ...]]:
+    if plan.pipeline is None:
+        return []
+    rows = [("stage", "blocks", "forward", "backward", "update", "memory", "in flight")]
+    for number, stage in enumerate(plan.pipeline.stages[:STAGES]):
+        seconds = (stage.forward_seconds, stage.backward_seconds, stage.once_seconds)
+        rows.append(
+            (f"{number}", stage.blocks, *map(format_seconds, seconds), format_bytes(stage.peak_bytes), f"{stage.held:.1f}")
+        )
+    more = len(plan.pipeline.stages) - STAGES
+    return [*rows, (f"... and {more} more",)] if more > 0 else rows
+
+
 def proof_line(plan: Plan) -> str:
     """Status, bound and gap in one line."""
     p = plan.proof
-    status = "optimal" if p.status == "optimal" else f"feasible, stopped by {p.stopped_by}"
+    stopped = "all was looked at" if p.stopped_by == "end" else f"stopped by {p.stopped_by}"
+    status = "optimal" if p.status == "optimal" else f"feasible, {stopped}"
     return (
         f"{status}: no plan in the searched space is faster than {format_seconds(p.lower_bound)}, "
         f"gap {p.gap:.1%}"

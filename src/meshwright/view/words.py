@@ -15,12 +15,20 @@ MOSTLY = 0.5  # share of FLOP or bytes from which a word applies
 
 def words(plan: Plan) -> tuple[str, ...]:
     """One phrase per form of parallelism found, the largest part first."""
-    found = [*_axes(plan), _states(plan)]
+    found = [_pipeline(plan), *_axes(plan), _states(plan)]
     if plan.microbatches > 1:
         found.append(f"{plan.microbatches} microbatches, gradients accumulated")
     if plan.recompute != "none":
         found.append(f"recompute {plan.recompute}")
     return tuple(phrase for phrase in found if phrase)
+
+
+def _pipeline(plan: Plan) -> str:
+    if plan.pipeline is None:
+        return ""
+    ranks, stages = len(plan.pipeline.first), len(plan.pipeline.stages)
+    held = f", {stages // ranks} stages each" if stages > ranks else ""
+    return f"pipeline parallel {ranks}, {plan.pipeline.schedule}{held}"
 
 
 def duty(use: AxisUse) -> str:

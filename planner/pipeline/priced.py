@@ -1,0 +1,120 @@
+"""A pipeline of given stages, priced: its schedule simulated, memory of each rank.
+
+    step = passes of the schedule, with sends      (simulated)
+         + the longest update of a rank            (all begin together: clipping waits for every gradient)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+from ...ir.cluster import Cluster
+from ...ir.schedule import Schedule, peak_held
+from .dealing import deal
+from .simulate import Run, StageSeconds, pipeline_tasks, simulate
+from .stage_memory import Runs, StageMemory
+from .unit_costs import UnitSeconds
+from .units import Units, runs_of
+
+
+@dataclass(frozen=True)
+class Priced:
+    """`firsts[stage]` is its first unit; `held[rank]` microbatches' worth of forward results at most."""
+
+    schedule: Schedule
+    firsts: tuple[int, ...]
+    stages: tuple[StageSeconds, ...]
+    once: tuple[float, ...]
+    peaks: tuple[float, ...]
+    held: tuple[float, ...]
+    run: Run
+    seconds: float
+
+    def runs(self, units: Units, stage: int) -> Runs:
+        ends = (*self.firsts[1:], len(units))
+        return runs_of(units, self.firsts[stage], ends[stage])
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """Everything that does not depend on the schedule: units, their seconds and bytes, devices per stage."""
+
+    units: Units
+    each: tuple[UnitSeconds, ...]  # by kind
+    memory: StageMemory
+    cluster: Cluster
+    devices: int
+    limit: float
+
+    def send_seconds(self, nbytes: float) -> float:
+        """From one stage to the next: each device to its counterpart."""
+        tier = self.cluster.tier_for(2 * self.devices)
+        return tier.latency + nbytes / tier.achieved if nbytes else 0.0
+
+    def passes(self, kind: int) -> float:
+        return self.each[kind].forward + self.each[kind].backward + self.each[kind].weight
+
+    def price(self, schedule: Schedule, cutoff: float = inf) -> Priced | None:
+        """The best cut for a schedule; None where nothing fits, or where it cannot beat `cutoff`."""
+        firsts = self._cut(schedule)
+        if firsts is None:
+            return None
+        ends = (*firsts[1:], len(self.units))
+        runs = [runs_of(self.units, first, end) for first, end in zip(firsts, ends, strict=True)]
+        stages = tuple(map(self._stage, runs, ends))
+        once = tuple(self._once(runs, held) for held in schedule.held)
+        slowest = max(sum(map(_passes, (stages[s] for s in held))) for held in schedule.held)
+        if slowest * schedule.microbatches + max(once) >= cutoff:
+            return None
+        peaks, held = zip(*(self._peak(schedule, rank, runs) for rank in range(schedule.ranks)), strict=True)
+        if max(peaks) > self.limit:
+            return None
+        run = simulate(pipeline_tasks(schedule, stages))
+        return Priced(schedule, firsts, stages, once, peaks, held, run, run.makespan + max(once))
+
+    def _cut(self, schedule: Schedule) -> tuple[int, ...] | None:
+        seconds = [self.passes(kind) for kind in self.units.kinds]
+        if schedule.stages > schedule.ranks:
+            return deal(seconds, schedule.stages)
+        known: dict[tuple[int, Runs], bool] = {}
+
+        def fits(stage: int, first: int, last: int) -> bool:
+            key = stage, runs_of(self.units, first, last)
+            if key not in known:
+                peak, left, late = self.memory.parts(key[1])
+                known[key] = peak + self._extra(schedule, stage, [left], [late]) <= self.limit
+            return known[key]
+
+        return deal(seconds, schedule.stages, fits)
+
+    def _extra(self, schedule: Schedule, rank: int, left: Sequence[float], late: Sequence[float]) -> float:
+        """Bytes of forward results beyond those of one microbatch, which the peak of the lives has."""
+        forward, kept = [0.0] * schedule.stages, [0.0] * schedule.stages
+        for stage, size, waits in zip(schedule.held[rank], left, late, strict=True):
+            forward[stage], kept[stage] = size, waits
+        return max(0.0, peak_held(schedule, rank, forward, kept) - sum(left))
+
+    def _peak(self, schedule: Schedule, rank: int, runs: Sequence[Runs]) -> tuple[float, float]:
+        mine = [self.memory.parts(runs[stage]) for stage in schedule.held[rank]]
+        together = tuple(map(sum, zip(*(runs[stage] for stage in schedule.held[rank]), strict=True)))
+        left = [size for _, size, _ in mine]
+        extra = self._extra(schedule, rank, left, [late for _, _, late in mine])
+        return self.memory.parts(together)[0] + extra, 1 + (extra / sum(left) if sum(left) else 0.0)
+
+    def _stage(self, runs: Runs, end: int) -> StageSeconds:
+        pairs = list(zip(runs, self.each, strict=True))
+        send = 0.0 if end == len(self.units) else self.send_seconds(self.each[self.units.kinds[end - 1]].sent)
+        return StageSeconds(
+            sum(n * each.forward for n, each in pairs), sum(n * each.backward for n, each in pairs),
+            sum(n * each.weight for n, each in pairs), send,
+        )  # fmt: skip
+
+    def _once(self, runs: Sequence[Runs], held: Sequence[int]) -> float:
+        counts = [sum(runs[stage][k] for stage in held) for k in range(len(self.each))]
+        return sum(n * (each.once + self.send_seconds(each.handed)) for n, each in zip(counts, self.each, strict=True))
+
+
+def _passes(stage: StageSeconds) -> float:
+    return stage.forward + stage.backward + stage.weight

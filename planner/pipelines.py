@@ -1,0 +1,461 @@
+"""The search over pipelines: stages × mesh of a stage × recompute × microbatches × schedule, best first.
+
+    family      (stages, mesh, recompute): a bound by floating-point work, then one intra-operator solve
+                without stages' memory limits, with as little bubble as any count leaves
+    shape       a family with a microbatch count: the same with its own bubble, and the memory that the
+                stages have all together
+    solve       under the memory limits of the first, second and last stage; then the exact cut of layers
+                into stages for every schedule, simulated
+
+All stages have equal meshes. The bound of a shape assumes stages of exactly equal time, cut anywhere:
+
+    step >= (microbatches + bubble) / stages * all layers' seconds of one microbatch + updates / stages
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import count
+from math import ceil, inf
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..ir.errors import InfeasibleError, PlanError
+from ..ir.mesh import Mesh
+from ..ir.microbatch import Refusal
+from ..ir.recompute import Policy
+from ..ir.schedule import Schedule, in_flight
+from ..ir.units import format_bytes, format_seconds
+from .cost.compute import contraction_seconds
+from .intra import live_of
+from .memory.aliases import aliases, extended
+from .memory.ledger import Ledger, least_bytes, least_peak
+from .meshes import plane_meshes
+from .pipeline.priced import Priced, Pricing
+from .pipeline.schedules import entry, schedule_named
+from .pipeline.stage_memory import Holdings, Runs, StageMemory
+from .pipeline.unit_costs import all_bytes, unit_seconds
+from .pipeline.units import Cut, Units, check_enough, find_units, runs_of
+from .solver.anytime import solve_live
+from .solver.live import Demand, Live
+from .solver.onehot import Edge, Solution
+from .space import Space, build
+
+if TYPE_CHECKING:
+    from .search import Search
+
+Choice = tuple[str, int]  # a schedule and its stages per rank
+SOLVE_GAP = 0.5  # of the gap asked for: what one solve may leave open
+ONE_SOLVE = 1.0  # seconds
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One combination of discrete choices; `microbatches` 0: any, the family as a whole."""
+
+    stages: int
+    mesh: Mesh
+    policy: Policy
+    microbatches: int = 0
+
+    def __str__(self) -> str:
+        mesh = "×".join(map(str, self.mesh.shape))
+        count = f", microbatches {self.microbatches}" if self.microbatches else ""
+        return f"{self.stages} stages of mesh {mesh}, recompute {self.policy}{count}"
+
+
+@dataclass
+class Found:
+    """The best pipeline so far."""
+
+    shape: Shape | None = None
+    space: Space | None = None
+    choices: tuple[int, ...] = ()
+    pricing: Pricing | None = None
+    priced: Priced | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.priced.seconds if self.priced else inf
+
+
+@dataclass
+class Pipelines:
+    """Explores pipelines on behalf of a search, whose request, prices and clock it uses."""
+
+    search: Search
+    best: Found = field(default_factory=Found)
+    open: list[tuple[float, int, Shape]] = field(default_factory=list)
+    closed: float = inf  # least bound of the shapes looked at to their end
+    spaces: dict[Shape, tuple[Space, float]] = field(default_factory=dict)
+    counts_left: dict[Shape, list[int]] = field(default_factory=dict)  # of families that were looked at
+    known: dict[Shape, dict[int, float]] = field(default_factory=dict)  # bounds of counts looked at
+
+    # ------------------------------------------------------------ what there is to choose from
+
+    @cached_property
+    def units(self) -> Units:
+        return find_units(self.search.folded, self.search.program("none"))
+
+    @cached_property
+    def batch(self) -> int:
+        axis = self.search.program("none").time
+        return 1 if isinstance(axis, Refusal) else axis.batch
+
+    @cached_property
+    def stage_counts(self) -> tuple[int, ...]:
+        """Stages of whole hosts, or equal parts of a host."""
+        cluster, wanted = self.search.cluster, self.search.request.pp
+        hosts, per_host = cluster.hosts, cluster.per_host
+        if isinstance(wanted, int):
+            check_enough(self.units, wanted)
+            return (wanted,)
+        sizes = [d for d in range(1, per_host + 1) if per_host % d == 0]
+        sizes += [per_host * h for h in range(2, hosts + 1) if hosts % h == 0]
+        return tuple(sorted(cluster.size // n for n in sizes if 1 < cluster.size // n <= len(self.units)))
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Microbatches: divisors of the batch that are 2^a or 3 * 2^a."""
+        if self.search.request.microbatches is not None:
+            return (self.search.request.microbatches,)
+        odd = lambda m: m // (m & -m)  # noqa: E731
+        return tuple(m for m in range(1, self.batch + 1) if self.batch % m == 0 and odd(m) in (1, 3))
+
+    def schedules(self, stages: int, microbatches: int = 0) -> tuple[Choice, ...]:
+        """What may be tried for so many stages: interleaving where there are layers enough, else zero bubble."""
+        request = self.search.request
+        if request.schedule is not None:
+            return (self._pinned,)
+        grouped = microbatches % stages == 0
+        looped = tuple(("interleaved", c) for c in (2, 4) if c * stages <= len(self.units) and grouped)
+        return (("1f1b", 1), *(looped or (("zb-h1", 1),)))
+
+    @cached_property
+    def _pinned(self) -> Choice:
+        request = self.search.request
+        found = entry(str(request.schedule))
+        if found.copies > 1:
+            raise PlanError(
+                f"{found.name} holds each stage on {found.copies} ranks, which plans cannot.",
+                where="request: schedule", fix="1f1b, interleaved, zb-h1, zbv and others with one copy",
+            )  # fmt: skip
+        return found.name, found.chunks or request.chunks or 2
+
+    def _schedules_for(self, shape: Shape) -> Iterator[Schedule]:
+        for name, chunks in self.schedules(shape.stages, shape.microbatches):
+            if chunks * shape.stages > len(self.units):
+                continue
+            try:
+                yield schedule_named(name, shape.stages, shape.microbatches, None if chunks == 1 else chunks)
+            except PlanError:
+                if self.search.request.schedule is not None and self.search.request.microbatches is not None:
+                    raise
+
+    def _meshes(self, stages: int) -> tuple[Mesh, ...]:
+        return plane_meshes(self.search.cluster, self.search.cluster.size // stages, self.search.request.mesh)
+
+    # ------------------------------------------------------------ the search
+
+    def explore(self, cutoff: float = inf) -> None:
+        """Until no open family can beat the best by more than the gap, or time is up."""
+        for family in self._families():
+            self._push(self._floor(family), family)
+        for shape in self._first():
+            self._solve(shape)
+        while self.open and not self.search.late():
+            bound, _, family = heapq.heappop(self.open)
+            if bound >= self._enough(cutoff):
+                self._push(bound, family)
+                return
+            self._advance(family, bound, cutoff)
+
+    def _advance(self, family: Shape, bound: float, cutoff: float) -> None:
+        """Look at the family as a whole, then at its microbatch counts, the least first; each bounds its multiples."""
+        if family not in self.counts_left:
+            self._open_family(family, bound)
+            return
+        left = self.counts_left[family]
+        for many in list(left):
+            if self._carried(family, many, bound) >= self._enough(cutoff):
+                left.remove(many)
+                self.closed = min(self.closed, self._carried(family, many, bound))
+        if left:
+            shape = replace(family, microbatches=left.pop(0))
+            own = max(self._carried(family, shape.microbatches, bound), self._relaxed(shape))
+            self.known.setdefault(family, {})[shape.microbatches] = own
+            if own < self._enough(cutoff):
+                own = self._solve(shape, own)
+            self.spaces.pop(shape, None)
+            self.closed = min(self.closed, own)
+            self._push(min((self._carried(family, many, bound) for many in left), default=inf), family)
+
+    def _open_family(self, family: Shape, bound: float) -> None:
+        """Counts with room, and a bound from the largest of them that divides all others."""
+        self.counts_left[family] = left = [
+            many for many in self.counts if not self._hopeless(replace(family, microbatches=many))
+        ]
+        if left:
+            divisor = max(many for many in self.counts if all(other % many == 0 for other in left))
+            self._push(max(bound, self._relaxed(replace(family, microbatches=divisor), family=True)), family)
+
+    def _carried(self, family: Shape, many: int, bound: float) -> float:
+        """A bound for a count from those of counts that divide it: parts cost no less, only the bubble shrinks."""
+        shape = replace(family, microbatches=many)
+        idle = self._floor(shape) - self._floor(replace(family, microbatches=max(self.counts)))
+        found = [bound + max(0.0, idle)]
+        for less, known in self.known.get(family, {}).items():
+            if many % less == 0:
+                found.append(known * self._waiting(shape) / self._waiting(replace(family, microbatches=less)))
+        return max(found)
+
+    def _waiting(self, shape: Shape) -> float:
+        """At most how much longer than without a bubble the passes of a shape take."""
+        bubbles = [self._bubble(shape, name) for name in ("forward", "backward", "weight")]
+        return 1 + max(*bubbles, 0.0) / shape.microbatches
+
+    def lower_bound(self) -> float:
+        """No pipeline of the searched ones is faster."""
+        return min([self.best.seconds, self.closed, *(bound for bound, _, _ in self.open)])
+
+    def _enough(self, cutoff: float) -> float:
+        return min(self.best.seconds, cutoff) * (1 - self.search.request.gap)
+
+    def _push(self, bound: float, shape: Shape) -> None:
+        if bound < inf:
+            heapq.heappush(self.open, (bound, next(self._numbers), shape))
+
+    _numbers: Iterator[int] = field(default_factory=count)
+
+    def _families(self) -> Iterator[Shape]:
+        for stages in self.stage_counts:
+            for mesh in self._meshes(stages):
+                for policy in self.search.policies():
+                    yield Shape(stages, mesh, policy)
+
+    def _first(self) -> Iterator[Shape]:
+        """For each number of stages a usual choice, to have something to beat."""
+        policy = self.search.request.recompute or "selective"
+        for stages in self.stage_counts:
+            for mesh in self._meshes(stages):
+                if len(mesh.axes) == 1 or mesh.shape[1] >= 4:
+                    wanted = max(1, self.batch // mesh.shape[0])
+                    many = max((c for c in self.counts if c <= wanted), default=self.counts[0])
+                    shape = Shape(stages, mesh, policy, many)
+                    if not self.search.late() and self._floor(shape) < self.best.seconds and not self._hopeless(shape):
+                        yield shape
+
+    # ------------------------------------------------------------ bounds
+
+    def _bubble(self, shape: Shape, name: str) -> float:
+        """How many passes of one kind ("forward", "backward", "weight") of the slowest stage the best schedule
+        waits for at least. Zero-bubble ones fill what is idle with gradients of weights."""
+        shares = []
+        for schedule, chunks in self.schedules(shape.stages, shape.microbatches):
+            if schedule.startswith(("zb", "v-")) or "zero" in schedule:
+                shares.append(-1.0 if name == "weight" else 1.0 if schedule == "zb-h1" else 0.0)
+            else:
+                shares.append(1.0 if chunks == 1 or schedule == "gpipe" else 1 / chunks)
+        return (shape.stages - 1) * min(shares)
+
+    def _floor(self, shape: Shape) -> float:
+        """Products alone, on all devices; with the bubble of forward passes and twice as long backward ones."""
+        least = self._products(shape.policy) / self.search.cluster.size
+        if not shape.microbatches:
+            return least
+        idle = sum(self._bubble(shape, name) for name in ("forward", "backward", "weight")) / 3
+        return least * (1 + max(0.0, idle) / shape.microbatches)
+
+    def _products(self, policy: Policy) -> float:
+        if policy not in self._work:
+            graph = self.search.program(policy).graph
+            device = self.search.cluster.device
+            self._work[policy] = sum(contraction_seconds(v.op, graph.types, device) * v.times for v in graph.visits)
+        return self._work[policy]
+
+    _work: dict[Policy, float] = field(default_factory=dict)
+
+    def _weights(self, shape: Shape, many: int, cut: Cut) -> Mapping[str, float]:
+        """How often the seconds of an op of one layer count in the step of a perfectly even pipeline, whose
+        bubble is that of `many` microbatches."""
+        stages, ratio, most = shape.stages, shape.microbatches / many, replace(shape, microbatches=many)
+        passes = {
+            name: max(1e-9, shape.microbatches + self._bubble(most, name) * ratio) / stages
+            for name in ("forward", "backward", "weight")
+        }
+        passes["once"] = 1 / stages
+        return {**{tag: passes[name] for tag, name in cut.passes.items()}, "": 1 / stages}
+
+    def cut(self, policy: Policy, microbatches: int) -> Cut:
+        key = policy, min(microbatches, 2)
+        if key not in self._cuts:
+            program, many = self.search.program(policy), 1 if microbatches == 1 else self._least
+            self._cuts[key] = Cut.of(self.units, program, self.search.folded.small, many)
+        return self._cuts[key]
+
+    _cuts: dict[tuple[Policy, int], Cut] = field(default_factory=dict)
+
+    @cached_property
+    def _least(self) -> int:
+        return next(m for m in range(2, self.batch + 1) if self.batch % m == 0)
+
+    def holdings(self, policy: Policy, microbatches: int) -> Holdings:
+        key = policy, min(microbatches, 2)
+        if key not in self._holdings:
+            self._holdings[key] = Holdings.of(self.cut(policy, microbatches), microbatches, self.search.cluster)
+        found = self._holdings[key]
+        return Holdings(found.cut, found.lives.counted(microbatches)) if microbatches > 1 else found
+
+    _holdings: dict[tuple[Policy, int], Holdings] = field(default_factory=dict)
+
+    def _relaxed(self, shape: Shape, family: bool = False) -> float:
+        """The least seconds with no more memory than all stages have together."""
+        most = max(self.counts) if family else shape.microbatches
+        cut = self.cut(shape.policy, shape.microbatches)
+        weights = self._weights(shape, most, cut)
+        program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
+        space = build(program, shape.microbatches, self.search.cost, layouts, runs=weights)
+        live = live_of(space) if family else self._shared_memory(space, shape)
+        solution = self._solved(live)
+        if not family:
+            self.spaces[shape] = (space, solution.lower_bound)
+        return inf if solution.status == "infeasible" else solution.lower_bound
+
+    def _hopeless(self, shape: Shape) -> bool:
+        """Whether all stages together have no room for one microbatch each, or the one with most layers has
+        none, however everything lies."""
+        holdings, mesh = self.holdings(shape.policy, shape.microbatches), shape.mesh
+        graph = holdings.cut.program.graph
+        lasting = zip(graph.inputs, graph.input_counts, strict=True)
+        flying = holdings.left(runs_of(self.units, 0, len(self.units))).items()
+        split = holdings.split if shape.microbatches > 1 else {}
+        together = sum(
+            n * least_bytes(graph.types[v], split.get(v), shape.microbatches, mesh) for v, n in (*lasting, *flying)
+        )
+        if together > shape.stages * self.search.limit:
+            return True
+        middle = max(range(len(self.units.names)), key=self.units.kinds.count)
+        layers = self.units.kinds.count(middle)
+        runs = [0] * len(self.units.names)
+        runs[middle] = max(1, (layers - (len(self.units) - layers)) // shape.stages)
+        return least_peak(holdings.of_stage(tuple(runs)), mesh) > self.search.limit
+
+    def _shared_memory(self, space: Space, shape: Shape) -> Live:
+        """Parameters, sums and results in flight of all stages within the memory of all stages."""
+        base, holdings = live_of(space), self.holdings(shape.policy, shape.microbatches)
+        everything = runs_of(self.units, 0, len(self.units))
+        lasting = dict(zip(space.program.graph.inputs, space.program.graph.input_counts, strict=True))
+        demands, fixed = [], 0.0
+        for value, many in [*lasting.items(), *holdings.left(everything).items()]:
+            sizes, node = all_bytes(space, value)
+            weight = many * (1.0 if value in lasting else self._least_held(shape))
+            if node is None:
+                fixed += weight * float(sizes[0])
+            else:
+                demands.append(Demand(node, 0, 1, weight * sizes))
+        limit = np.array([shape.stages * self.search.limit - fixed])
+        return Live(base.costs, base.edges, tuple(demands), limit)
+
+    def _least_held(self, shape: Shape) -> float:
+        """Microbatches in flight of an average layer, at least, in any pipeline better than the best so far.
+
+        With 1F1B the stages hold p, p - 1, ... 1. A stage with more layers than its share takes so much
+        longer; so layers can crowd into the last stages only as far as the best so far allows.
+        """
+        known = ("1f1b", "gpipe", "interleaved", "looped-bfs", "zb-h1")
+        plain = all(name in known for name, _ in self.schedules(shape.stages, shape.microbatches))
+        if not plain or self.best.seconds == inf:
+            return 1.0
+        crowd = max(1.0, self.best.seconds / max(self._floor(shape), 1e-30))
+        return (min(shape.stages, shape.microbatches) / crowd + 1) / 2
+
+    def _solved(self, live: Live, cutoff: float = inf) -> Solution:
+        left = max(0.5, min(ONE_SOLVE, self.search.deadline - time.monotonic()))
+        solution = solve_live(
+            live, time_limit=left, gap=SOLVE_GAP * self.search.request.gap, seed=self.search.request.seed,
+            cutoff=cutoff,
+        )
+        if solution.stopped_by == "interrupt":
+            raise KeyboardInterrupt
+        return solution
+
+    # ------------------------------------------------------------ solving
+
+    def _solve(self, shape: Shape, bound: float = 0.0) -> float:
+        """Offer what fits of one shape; returns its bound."""
+        if shape not in self.spaces:
+            self._relaxed(shape)
+        if shape not in self.spaces:
+            return inf
+        space, relaxed = self.spaces[shape]
+        solution = self._solved(self._limited(space, shape), self.best.seconds)
+        if solution.status == "infeasible":
+            return max(bound, relaxed)
+        if solution.choices is not None:
+            self._offer(shape, space, solution.choices)
+        return max(bound, relaxed)
+
+    def _limited(self, space: Space, shape: Shape) -> Live:
+        """The solver's problem with the memory of the first, second and last stage of an even cut."""
+        holdings = self.holdings(shape.policy, shape.microbatches)
+        lives = holdings.lives
+        found = aliases(space, lives)
+        schedule = next(iter(self._schedules_for(shape)), None)
+        demands: list[Demand] = []
+        limits: list[np.ndarray] = []
+        for stage, runs in self._even(shape):
+            ledger = Ledger(space, holdings.of_stage(runs))
+            held = in_flight(schedule, stage) / max(1, schedule.stages // schedule.ranks) if schedule else shape.stages
+            shift = sum(limit.size for limit in limits)
+            demands += [replace(d, first=d.first + shift, last=d.last + shift) for d in ledger.demands(found)]
+            demands += self._aliased(holdings.demands(space, runs, held, shift), found)
+            limits.append(self.search.limit - ledger.fixed())
+        origins = {node: alias.choices() for node, alias in found.items()}
+        costs = tuple(
+            node.seconds[origins[n]] if n in origins else node.seconds for n, node in enumerate(space.nodes)
+        )
+        edges = tuple(Edge(a, b, table) for a, b, table in extended(space, found))
+        self._origins[shape] = origins
+        return Live(costs, edges, tuple(demands), np.concatenate(limits))
+
+    _origins: dict[Shape, dict[int, np.ndarray]] = field(default_factory=dict)
+
+    def _aliased(self, demands: Sequence[Demand], found: Mapping) -> list[Demand]:
+        return [replace(d, nbytes=d.nbytes[found[d.node].choices()]) if d.node in found else d for d in demands]
+
+    def _even(self, shape: Shape) -> list[tuple[int, Runs]]:
+        """Stages to watch, with their units when each has as many as the next."""
+        ends = [ceil(len(self.units) * (s + 1) / shape.stages) for s in range(shape.stages)]
+        firsts = [0, *ends[:-1]]
+        watched = sorted({0, min(1, shape.stages - 1), shape.stages - 1})
+        return [(s, runs_of(self.units, firsts[s], ends[s])) for s in watched]
+
+    def _offer(self, shape: Shape, space: Space, solved: Sequence[int]) -> None:
+        origins = self._origins.pop(shape, {})
+        choices = tuple(int(origins[n][p]) if n in origins else p for n, p in enumerate(solved))
+        holdings = self.holdings(shape.policy, shape.microbatches)
+        pricing = Pricing(
+            self.units, unit_seconds(holdings.cut, space, choices), StageMemory(holdings, space, choices),
+            self.search.cluster, shape.mesh.size, self.search.limit,
+        )  # fmt: skip
+        for schedule in self._schedules_for(shape):
+            priced = pricing.price(schedule, self.best.seconds)
+            if priced is not None and priced.seconds < self.best.seconds:
+                self.best = Found(shape, space, choices, pricing, priced)
+                self.search.note(
+                    f"{shape}, {schedule.name}: {format_seconds(priced.seconds)}, {format_bytes(max(priced.peaks))}"
+                )
+
+    def infeasible(self) -> PlanError:
+        stages = max(self.stage_counts, default=1)
+        return InfeasibleError(
+            f"no pipeline of {', '.join(map(str, self.stage_counts)) or 'any number of'} stages fits.",
+            where=f"{format_bytes(self.search.limit)} per device may be used",
+            origin=f"cluster {self.search.cluster.name}: {self.search.cluster.size} devices",
+            fix=f"more microbatches, recompute, or more stages than {stages}",
+        )

@@ -1,0 +1,163 @@
+"""The search over pipelines: units, seconds and bytes per unit, dealing, bounds, refusals, runs."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import meshwright as mw
+from meshwright.api import plan_captured
+from meshwright.backends.xla.capture import capture
+from meshwright.ir.blocks import fold
+from meshwright.ir.cluster import Cluster
+from meshwright.ir.errors import InfeasibleError, PlanError
+from meshwright.ir.schedule import check, read_schedule
+from meshwright.models import build
+from meshwright.planner.cost.model import Roofline
+from meshwright.planner.intra import live_of
+from meshwright.planner.memory.ledger import Ledger
+from meshwright.planner.meshes import mesh_of
+from meshwright.planner.pipeline.dealing import deal
+from meshwright.planner.pipeline.stage_memory import Holdings, StageMemory
+from meshwright.planner.pipeline.unit_costs import unit_seconds
+from meshwright.planner.pipeline.units import Cut, find_units, runs_of
+from meshwright.planner.pipelines import Pipelines
+from meshwright.planner.request import Request
+from meshwright.planner.search import Candidate, Search
+from meshwright.planner.solver.anytime import solve_live
+
+# ---------------------------------------------------------------- dealing
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 5), st.integers(3, 40))
+def test_dealing_equals_trying_every_cut(seconds, stages, room):
+    """A stage i has room for `room - i` seconds' worth of units."""
+    fits = lambda stage, first, last: sum(seconds[first:last]) <= room - stage  # noqa: E731
+    every = [
+        max(sum(seconds[a:b]) for a, b in zip((0, *cut), (*cut, len(seconds)), strict=True))
+        for cut in combinations(range(1, len(seconds)), stages - 1)
+        if all(fits(s, a, b) for s, (a, b) in enumerate(zip((0, *cut), (*cut, len(seconds)), strict=True)))
+    ]
+    firsts = deal(seconds, stages, fits)
+    if not every:
+        assert firsts is None
+        return
+    assert firsts is not None
+    ends = (*firsts[1:], len(seconds))
+    assert all(fits(s, a, b) for s, (a, b) in enumerate(zip(firsts, ends, strict=True)))
+    assert max(sum(seconds[a:b]) for a, b in zip(firsts, ends, strict=True)) == min(every)
+
+
+# ---------------------------------------------------------------- units
+
+
+def searched(name: str, cluster: str, **options) -> Search:
+    example = build(name, **options)
+    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
+    where = Cluster.parse(cluster)
+    return Search(fold(captured.graph), where, Request(pp="auto"), Roofline(where), name, "x", lambda line: None)
+
+
+@pytest.mark.parametrize("policy", ["none", "elementwise", "full"])
+@pytest.mark.parametrize("name", ["gpt3-1.3b", "vit-l16"])
+def test_all_units_together_cost_what_the_step_costs(name, policy):
+    """Seconds within the scalars that each stage works out for itself; bytes exactly."""
+    search = searched(name, "h100x8", batch=64)
+    candidate = Candidate(mesh_of((4, 2)), policy, 8)
+    space, lives = search.open(candidate)
+    solution = solve_live(live_of(space), gap=0.01)
+    assert solution.choices is not None and solution.objective is not None
+    units = find_units(search.folded, search.program("none"))
+    cut = Cut.of(units, space.program, search.folded.small, 8)
+    each = unit_seconds(cut, space, solution.choices)
+    whole = sum(8 * (u.forward + u.backward + u.weight) + u.once for u in (each[k] for k in units.kinds))
+    assert whole == pytest.approx(solution.objective, rel=3e-3)
+    memory = StageMemory(Holdings.of(cut, 8, search.cluster), space, solution.choices)
+    ledger = Ledger(space, lives)
+    peak, _ = ledger.peak(ledger.local_bytes(solution.choices))
+    assert memory.parts(runs_of(units, 0, len(units)))[0] == pytest.approx(peak, rel=1e-12)
+
+
+def test_units_of_folded_layers():
+    search = searched("gpt2", "8xcpu")
+    units = find_units(search.folded, search.program("none"))
+    assert [units.names[k] for k in units.kinds] == ["start", *["layer"] * 12, "end"]
+    assert units.words(0, 4) == "start, layers 1-3" and units.words(12, 14) == "layer 12, end"
+    whole = search.folded.whole.ops
+    assert {whole[at].tag for at in units.cuts[1:13]} == {whole[units.cuts[1]].tag}
+
+
+# ---------------------------------------------------------------- the search
+
+
+def test_no_pipeline_is_faster_than_the_bound():
+    """Oracle: every shape of the space solved and priced, one by one."""
+    search = searched("llama-tiny", "4xcpu", batch=8)
+    pipelines = Pipelines(search)
+    pipelines.explore()
+    bound, best = pipelines.lower_bound(), pipelines.best.seconds
+    assert 0 < bound <= best < float("inf")
+    every = Pipelines(search)
+    for family in every._families():
+        for many in every.counts:
+            every._solve(type(family)(family.stages, family.mesh, family.policy, many))
+    assert bound <= every.best.seconds * (1 + 1e-9)
+    assert best <= every.best.seconds * (1 + search.request.gap)
+
+
+def planned(name: str, cluster: str, request: Request, **options) -> mw.Plan:
+    example = build(name, **options)
+    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
+    return plan_captured(captured, cluster, request, name)
+
+
+def test_a_plan_of_stages():
+    plan = planned("gpt-tiny", "8xcpu", Request(pp=4, microbatches=8, schedule="1f1b"), batch=16)
+    pipe = plan.pipeline
+    assert pipe is not None and plan.devices == 8 and pipe.first == (0, 2, 4, 6)
+    assert [s.blocks for s in pipe.stages] == ["start, layer 1", "layer 2", "layer 3", "layer 4, end"]
+    check(read_schedule(pipe.schedule, 4, 8, pipe.orders))
+    assert [s.held for s in pipe.stages] == pytest.approx([4, 3, 2, 1])
+    assert plan.proof.lower_bound <= plan.estimate.step_seconds == plan.proof.objective
+    slowest = max(s.forward_seconds + s.backward_seconds for s in pipe.stages)
+    assert plan.estimate.step_seconds >= 8 * slowest
+
+
+def test_refusals():
+    with pytest.raises(PlanError, match="8 devices cannot be cut into 3 equal stages"):
+        planned("gpt-tiny", "8xcpu", Request(pp=3))
+    with pytest.raises(PlanError, match="6 parts to cut between, fewer than 8 stages"):
+        planned("gpt-tiny", "8xcpu", Request(pp=8))
+    with pytest.raises(PlanError, match="mesh 4 has 4 devices, each of 4 stages has 2"):
+        planned("gpt-tiny", "8xcpu", Request(pp=4, mesh=(4,)))
+    with pytest.raises(PlanError, match="no schedule `1f2b`"):
+        planned("gpt-tiny", "8xcpu", Request(pp=4, schedule="1f2b"))
+    with pytest.raises(PlanError, match="cannot be cut into 5 microbatches"):
+        planned("gpt-tiny", "8xcpu", Request(pp=4, microbatches=5))
+    with pytest.raises(PlanError, match="schedule cannot be 1f1b"):
+        planned("gpt-tiny", "8xcpu", Request(schedule="1f1b"))
+    with pytest.raises(InfeasibleError, match="no pipeline of 4 stages fits"):
+        planned("gpt-tiny", "8xcpu", Request(pp=4, memory=2e5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "gpipe"])
+def test_planned_pipelines_run(schedule):
+    """Losses and state of three steps equal the unsharded step's (`verify` raises otherwise)."""
+    example = build("gpt-tiny", batch=16, optimizer="sgd")
+    step = mw.parallelize(
+        example.step, cluster="8xcpu", pp=4, microbatches=4, schedule=schedule, verify=True, donate_argnums=0
+    )
+    plain = jax.jit(example.step)
+    state = example.init(jax.random.key(0))
+    other = jax.tree.map(lambda x: x.copy(), state)
+    batch = example.make_batch(np.random.default_rng(0))
+    for _ in range(3):
+        state, metrics = step(state, batch)
+        other, truth = plain(other, batch)
+        assert float(metrics["loss"]) == pytest.approx(float(truth["loss"]), rel=1e-3)
