@@ -63,12 +63,10 @@ STAGES = 16  # rows shown of a pipeline
 def _stage_rows(plan: Plan) -> list[tuple[str, ...]]:
     if plan.pipeline is None:
         return []
-    rows = [("stage", "blocks", "forward", "backward", "update", "memory", "in flight")]
+    rows: list[tuple[str, ...]] = [("stage", "blocks", "forward", "backward", "update", "memory", "in flight")]
     for number, stage in enumerate(plan.pipeline.stages[:STAGES]):
-        seconds = (stage.forward_seconds, stage.backward_seconds, stage.once_seconds)
-        rows.append(
-            (f"{number}", stage.blocks, *map(format_seconds, seconds), format_bytes(stage.peak_bytes), f"{stage.held:.1f}")
-        )
+        times = map(format_seconds, (stage.forward_seconds, stage.backward_seconds, stage.once_seconds))
+        rows.append((f"{number}", stage.blocks, *times, format_bytes(stage.peak_bytes), f"{stage.held:.1f}"))
     more = len(plan.pipeline.stages) - STAGES
     return [*rows, (f"... and {more} more",)] if more > 0 else rows
 
