@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .cluster import Cluster
 from .mesh import Mesh
+from .schedule import Schedule, read_schedule
 from .sharding import Sharding
 
 PLAN_VERSION = 1
@@ -159,6 +160,10 @@ class Pipeline(_Part):
     orders: tuple[str, ...]
     unstacked: bool = False  # stacked parameters of a loop over layers are held layer by layer
 
+    def read(self, microbatches: int) -> Schedule:
+        """The orders as a schedule, which is not checked."""
+        return read_schedule(self.schedule, len(self.stages), microbatches, self.orders)
+
 
 class Plan(_Part):
     """The decision and its evidence.
@@ -187,3 +192,12 @@ class Plan(_Part):
     notes: tuple[str, ...] = ()
     pipeline: Pipeline | None = None  # then `mesh`, `strategies` and `slots` are those of the first stage
     recipe: dict[str, str | int | bool] = {}  # how the command line built the model, if it did
+
+    @property
+    def device_count(self) -> int:
+        """How many devices run the step."""
+        if self.pipeline is None:
+            return self.mesh.size
+        held = self.pipeline.read(self.microbatches).held
+        meshes = [[self.pipeline.stages[s].mesh.size for s in stages] for stages in held]
+        return max(first + max(sizes) for first, sizes in zip(self.pipeline.first, meshes, strict=True))

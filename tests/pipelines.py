@@ -105,3 +105,12 @@ def _needs(step: Step, stages: int) -> set[Step]:
     if step.kind == "forward":
         return {step._replace(stage=step.stage - 1)} if step.stage else set()
     return {step._replace(kind="forward"), *([step._replace(stage=step.stage + 1)] if step.stage < stages - 1 else [])}
+
+
+def timed(plan: Plan, forward: float, backward: float, weight: float, once: float) -> Plan:
+    """The plan with predicted seconds, the same for all stages."""
+    seconds = {"forward": forward, "backward": backward, "weight": weight, "once": once}
+    assert plan.pipeline is not None
+    update = {f"{name}_seconds": value for name, value in seconds.items()}
+    stages = tuple(stage.model_copy(update=update) for stage in plan.pipeline.stages)
+    return plan.model_copy(update={"pipeline": plan.pipeline.model_copy(update={"stages": stages})})

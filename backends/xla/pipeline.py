@@ -27,7 +27,7 @@ from ...ir.microbatch import TimeAxis, time_groups
 from ...ir.plan import Pipeline, Plan
 from ...ir.program import Program as Prepared
 from ...ir.program import prepare
-from ...ir.schedule import Schedule, Step, check, needs, read_schedule
+from ...ir.schedule import Schedule, Step, check, needs
 from ...ir.stages import Stages, cut_stages
 from .capture import Captured
 from .devices import device_mesh, on_cpus, used_devices
@@ -240,7 +240,7 @@ def lower_pipeline(plan: Plan, captured: Captured, devices: Sequence[Any] | None
     """
     pipeline = plan.pipeline
     assert pipeline is not None
-    schedule = read_schedule(pipeline.schedule, len(pipeline.stages), plan.microbatches, pipeline.orders)
+    schedule = pipeline.read(plan.microbatches)
     check(schedule)
     program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
     cuts = [stage.cut for stage in pipeline.stages]
@@ -265,7 +265,7 @@ def _stages(
             fix="a schedule in which each stage lies on one rank",
         )
     ends = [pipeline.first[ranks[0]] + stage.mesh.size for ranks, stage in zip(held, pipeline.stages, strict=True)]
-    used = used_devices(plan, devices, max(ends), f"pipeline of {len(ends)} stages")
+    used = used_devices(plan, devices, plan.device_count, f"pipeline of {len(ends)} stages")
     arrays = {v: _anywhere(array) for v, array in captured.binding.arrays.items()}
     groups = _groups(plan, pipeline, program)
     found = []
