@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .cluster import Cluster
 from .mesh import Mesh
+from .schedule import Schedule, read_schedule
 from .sharding import Sharding
 
 PLAN_VERSION = 1
@@ -160,6 +161,10 @@ class Pipeline(_Part):
     orders: tuple[str, ...]
     unstacked: bool = False  # stacked parameters of a loop over layers are held layer by layer
 
+    def read(self, microbatches: int) -> Schedule:
+        """The orders as a schedule, which is not checked."""
+        return read_schedule(self.schedule, len(self.stages), microbatches, self.orders)
+
 
 class Plan(_Part):
     """The decision and its evidence.
@@ -190,6 +195,10 @@ class Plan(_Part):
     recipe: dict[str, str | int | bool] = {}  # how the command line built the model, if it did
 
     @property
-    def devices(self) -> int:
-        """All that the plan runs on."""
-        return self.mesh.size if self.pipeline is None else max(self.pipeline.first) + self.mesh.size
+    def device_count(self) -> int:
+        """How many devices run the step."""
+        if self.pipeline is None:
+            return self.mesh.size
+        held = self.pipeline.read(self.microbatches).held
+        meshes = [[self.pipeline.stages[s].mesh.size for s in stages] for stages in held]
+        return max(first + max(sizes) for first, sizes in zip(self.pipeline.first, meshes, strict=True))

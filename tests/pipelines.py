@@ -1,11 +1,23 @@
-"""Pipelined plans for tests, cut from ordinary plans of one stage's devices."""
+"""Pipelined plans for tests, cut from ordinary plans of one stage's devices, and what they should compute."""
 
 from __future__ import annotations
 
-from meshwright.backends.xla.capture import Captured
+import functools
+from dataclasses import replace
+
+import jax
+import numpy as np
+
+from meshwright.api import plan_captured
+from meshwright.backends.xla.capture import Captured, capture
+from meshwright.backends.xla.lower import lower
+from meshwright.backends.xla.verify import reference, verify_outputs
 from meshwright.ir.blocks import fold
 from meshwright.ir.plan import Pipeline, Plan, Stage
-from meshwright.ir.schedule import Schedule
+from meshwright.ir.schedule import Schedule, Step
+from meshwright.models import build
+from meshwright.planner.pipeline.schedules import one_f_one_b
+from meshwright.planner.request import Request
 
 
 def pipelined(plan: Plan, captured: Captured, schedule: Schedule, cuts: list[int] | None = None) -> Plan:
@@ -30,3 +42,75 @@ def even_cuts(captured: Captured, stages: int) -> list[int]:
         return [len(captured.graph.ops) * k // (4 * stages) for k in range(stages)]
     block = blocks[0]
     return [0] + [block.start + block.period * round(block.repeats * k / stages) for k in range(1, stages)]
+
+
+@functools.cache
+def case(name: str, optimizer: str = "sgd"):
+    """The captured step, its inputs and what one device makes of them."""
+    example = build(name, optimizer=optimizer, dtype="f32")
+    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
+    state, batch = example.init(jax.random.key(0)), example.make_batch(np.random.default_rng(0))
+    leaves, tree = jax.tree.flatten((state, batch))
+    flat = jax.jit(lambda *leaves: example.step(*jax.tree.unflatten(tree, leaves)))
+    truth = replace(reference(flat, captured.graph, leaves), tolerance=0.0)  # f32 throughout: strict
+    return captured, jax.tree.map(np.asarray, leaves), flat, truth
+
+
+@functools.cache
+def stage_plan(name: str, devices: int, microbatches: int, optimizer: str = "sgd", **pins):
+    """What the planner decides for one stage's devices."""
+    request = Request(microbatches=microbatches, time_limit=20, gap=0.05, **{"recompute": "none", **pins})
+    return plan_captured(case(name, optimizer)[0], f"{devices}xcpu", request, name)
+
+
+def lowered(name: str, schedule: Schedule, devices: int = 2, optimizer: str = "sgd", **pins):
+    plan = stage_plan(name, devices, schedule.microbatches, optimizer, **pins)
+    return lower(pipelined(plan, case(name, optimizer)[0], schedule), case(name, optimizer)[0])
+
+
+def check_equal(name: str, schedule: Schedule, devices: int = 2, optimizer: str = "sgd", **pins) -> None:
+    captured, leaves, _, truth = case(name, optimizer)
+    results = lowered(name, schedule, devices, optimizer, **pins).jitted(*leaves)
+    verify_outputs(truth, results, captured.graph.output_names)
+
+
+def zero_bubble(ranks: int, microbatches: int) -> Schedule:
+    """1F1B with gradients of weights apart, each as late as the next backward pass allows."""
+    orders = []
+    for order in one_f_one_b(ranks, microbatches).orders:
+        late = [Step("weight", step.stage, step.microbatch) for step in order if step.kind == "backward"]
+        split: list[Step] = []
+        for step in order:
+            split.append(step)
+            if step.kind == "backward" and step.microbatch > 0:
+                split.append(late.pop(0))
+        orders.append((*split, *late))
+    return Schedule("zb", ranks, microbatches, tuple(orders))
+
+
+def shuffled(stages: int, microbatches: int, seed: int) -> Schedule:
+    """A random order in which no rank waits for ever: a random walk over what may run next."""
+    rng, orders, done = np.random.default_rng(seed), [[] for _ in range(stages)], set()
+    left = [Step(kind, s, m) for kind in ("forward", "backward") for s in range(stages) for m in range(microbatches)]
+    while left:
+        ready = [step for step in left if _needs(step, stages) <= done]
+        step = ready[rng.integers(len(ready))]
+        left.remove(step)
+        done.add(step)
+        orders[step.stage].append(step)
+    return Schedule("shuffled", stages, microbatches, tuple(map(tuple, orders)))
+
+
+def _needs(step: Step, stages: int) -> set[Step]:
+    if step.kind == "forward":
+        return {step._replace(stage=step.stage - 1)} if step.stage else set()
+    return {step._replace(kind="forward"), *([step._replace(stage=step.stage + 1)] if step.stage < stages - 1 else [])}
+
+
+def timed(plan: Plan, forward: float, backward: float, weight: float, once: float) -> Plan:
+    """The plan with predicted seconds, the same for all stages."""
+    seconds = {"forward": forward, "backward": backward, "weight": weight, "once": once}
+    assert plan.pipeline is not None
+    update = {f"{name}_seconds": value for name, value in seconds.items()}
+    stages = tuple(stage.model_copy(update=update) for stage in plan.pipeline.stages)
+    return plan.model_copy(update={"pipeline": plan.pipeline.model_copy(update={"stages": stages})})

@@ -6,87 +6,19 @@ and the gradients wrong, so parameters are compared, after one step and after th
 
 from __future__ import annotations
 
-import functools
-from dataclasses import replace
-
 import jax
 import numpy as np
 import pytest
 
-from meshwright.api import parallelize, plan_captured
-from meshwright.backends.xla.capture import capture
+from meshwright.api import parallelize
 from meshwright.backends.xla.lower import lower
-from meshwright.backends.xla.verify import reference, verify_outputs
+from meshwright.backends.xla.verify import verify_outputs
 from meshwright.ir.errors import PlanError
-from meshwright.ir.schedule import Schedule, Step, in_flight
+from meshwright.ir.schedule import in_flight
 from meshwright.models import build
 from meshwright.planner.pipeline.schedules import gpipe, interleaved, one_f_one_b
-from meshwright.planner.request import Request
 
-from .pipelines import pipelined
-
-
-@functools.cache
-def case(name: str, optimizer: str = "sgd"):
-    """The captured step, its inputs and what one device makes of them."""
-    example = build(name, optimizer=optimizer, dtype="f32")
-    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
-    state, batch = example.init(jax.random.key(0)), example.make_batch(np.random.default_rng(0))
-    leaves, tree = jax.tree.flatten((state, batch))
-    flat = jax.jit(lambda *leaves: example.step(*jax.tree.unflatten(tree, leaves)))
-    truth = replace(reference(flat, captured.graph, leaves), tolerance=0.0)  # f32 throughout: strict
-    return captured, jax.tree.map(np.asarray, leaves), flat, truth
-
-
-@functools.cache
-def stage_plan(name: str, devices: int, microbatches: int, optimizer: str = "sgd", **pins):
-    """What the planner decides for one stage's devices."""
-    request = Request(microbatches=microbatches, time_limit=20, gap=0.05, **{"recompute": "none", **pins})
-    return plan_captured(case(name, optimizer)[0], f"{devices}xcpu", request, name)
-
-
-def lowered(name: str, schedule: Schedule, devices: int = 2, optimizer: str = "sgd", **pins):
-    plan = stage_plan(name, devices, schedule.microbatches, optimizer, **pins)
-    return lower(pipelined(plan, case(name, optimizer)[0], schedule), case(name, optimizer)[0])
-
-
-def check_equal(name: str, schedule: Schedule, devices: int = 2, optimizer: str = "sgd", **pins) -> None:
-    captured, leaves, _, truth = case(name, optimizer)
-    results = lowered(name, schedule, devices, optimizer, **pins).jitted(*leaves)
-    verify_outputs(truth, results, captured.graph.output_names)
-
-
-def zero_bubble(ranks: int, microbatches: int) -> Schedule:
-    """1F1B with gradients of weights apart, each as late as the next backward pass allows."""
-    orders = []
-    for order in one_f_one_b(ranks, microbatches).orders:
-        late = [Step("weight", step.stage, step.microbatch) for step in order if step.kind == "backward"]
-        split: list[Step] = []
-        for step in order:
-            split.append(step)
-            if step.kind == "backward" and step.microbatch > 0:
-                split.append(late.pop(0))
-        orders.append((*split, *late))
-    return Schedule("zb", ranks, microbatches, tuple(orders))
-
-
-def shuffled(stages: int, microbatches: int, seed: int) -> Schedule:
-    """A random order in which no rank waits for ever: a random walk over what may run next."""
-    rng, orders, done = np.random.default_rng(seed), [[] for _ in range(stages)], set()
-    left = [Step(kind, s, m) for kind in ("forward", "backward") for s in range(stages) for m in range(microbatches)]
-    while left:
-        ready = [step for step in left if _needs(step, stages) <= done]
-        step = ready[rng.integers(len(ready))]
-        left.remove(step)
-        done.add(step)
-        orders[step.stage].append(step)
-    return Schedule("shuffled", stages, microbatches, tuple(map(tuple, orders)))
-
-
-def _needs(step: Step, stages: int) -> set[Step]:
-    if step.kind == "forward":
-        return {step._replace(stage=step.stage - 1)} if step.stage else set()
-    return {step._replace(kind="forward"), *([step._replace(stage=step.stage + 1)] if step.stage < stages - 1 else [])}
+from .pipelines import case, check_equal, lowered, pipelined, shuffled, stage_plan, zero_bubble
 
 
 def test_losses_and_gradients_equal_one_device():

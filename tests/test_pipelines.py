@@ -119,7 +119,7 @@ def planned(name: str, cluster: str, request: Request, **options) -> mw.Plan:
 def test_a_plan_of_stages():
     plan = planned("gpt-tiny", "8xcpu", Request(pp=4, microbatches=8, schedule="1f1b"), batch=16)
     pipe = plan.pipeline
-    assert pipe is not None and plan.devices == 8 and pipe.first == (0, 2, 4, 6)
+    assert pipe is not None and plan.device_count == 8 and pipe.first == (0, 2, 4, 6)
     assert [s.blocks for s in pipe.stages] == ["start, layer 1", "layer 2", "layer 3", "layer 4, end"]
     check(read_schedule(pipe.schedule, 4, 8, pipe.orders))
     assert [s.held for s in pipe.stages] == pytest.approx([4, 3, 2, 1])

@@ -27,14 +27,14 @@ from ...ir.microbatch import TimeAxis, time_groups
 from ...ir.plan import Pipeline, Plan, Stage
 from ...ir.program import Program as Prepared
 from ...ir.program import prepare
-from ...ir.schedule import Schedule, Step, check, needs, read_schedule
+from ...ir.schedule import Schedule, Step, check, needs
 from ...ir.stages import Stages, cut_stages
 from .capture import Captured
 from .devices import device_mesh, on_cpus, used_devices
 from .fragments import Program, StagePrograms, link
 from .spmd import LocalStep
 
-Watch = Callable[[int, Step, Any], None]
+Watch = Callable[[int, Step, Sequence[Any], Any], None]
 Store = dict[int, Any]
 
 
@@ -43,8 +43,8 @@ class LoweredPipeline:
     """A pipelined step on flat leaves; each result lies on the devices of its stage.
 
     `peaks[rank]` is how many forward results a rank held at most in the last run, counted per stage
-    and microbatch. `watch(rank, step, token)` is told of each pass when it is dispatched; the token
-    is ready when the pass is done.
+    and microbatch. `watch(rank, step, taken, token)` is told of each pass when it is dispatched, with
+    what it takes of its microbatch; the token is ready when the pass is done.
     """
 
     plan: Plan
@@ -152,22 +152,25 @@ class _Run:
         store |= {v: store[source] for v, source in self.lowered.stages[stage].same.items()}
 
     def _pass(self, rank: int, step: Step) -> None:
-        low, (kind, stage, m) = self.lowered, step
-        program = low.passes[kind, stage]
-        fragment, flight, sums = program.fragment, self.flight[stage][m], self.sums[stage]
-        store = self.steady[stage]
-        if fragment.ops:
-            taken = [flight[v] if v in flight else store[v] for v in program.keeps]
-            totals = [sums.pop(v) for v in fragment.totals]
-            token, totals, gives, sent, _ = program.call(low.moments[stage][m], totals, taken)
-            sums |= zip(fragment.totals, totals, strict=True)
-            flight |= zip(fragment.gives, gives, strict=True)
-            self._send(program, sent, lambda s: self.flight[s][m])
-            if low.watch is not None:
-                low.watch(rank, step, token)
-        for value in fragment.drops:
+        """Dispatch a pass, then let go of what it was the last to read."""
+        program, flight = self.lowered.passes[step.kind, step.stage], self.flight[step.stage][step.microbatch]
+        if program.fragment.ops:
+            self._dispatch(program, rank, step)
+        for value in program.fragment.drops:
             flight.pop(value, None)
         self._count(rank, step)
+
+    def _dispatch(self, program: Program, rank: int, step: Step) -> None:
+        low, (_, stage, m), fragment = self.lowered, step, program.fragment
+        flight, sums, store = self.flight[stage][m], self.sums[stage], self.steady[stage]
+        taken = [flight[v] if v in flight else store[v] for v in program.keeps]
+        totals = [sums.pop(v) for v in fragment.totals]
+        token, totals, gives, sent, _ = program.call(low.moments[stage][m], totals, taken)
+        sums |= zip(fragment.totals, totals, strict=True)
+        if low.watch is not None:
+            low.watch(rank, step, [flight[v] for v in program.keeps if v in flight], token)
+        flight |= zip(fragment.gives, gives, strict=True)
+        self._send(program, sent, lambda s: self.flight[s][m])
 
     def _send(self, program: Program, sent: Sequence[Any], store: Callable[[int], Store]) -> None:
         if not program.targets:
@@ -237,7 +240,7 @@ def lower_pipeline(plan: Plan, captured: Captured, devices: Sequence[Any] | None
     """
     pipeline = plan.pipeline
     assert pipeline is not None
-    schedule = read_schedule(pipeline.schedule, len(pipeline.stages), plan.microbatches, pipeline.orders)
+    schedule = pipeline.read(plan.microbatches)
     check(schedule)
     program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
     cuts = [stage.cut for stage in pipeline.stages]
@@ -262,7 +265,7 @@ def _stages(
             fix="a schedule in which each stage lies on one rank",
         )
     ends = [pipeline.first[ranks[0]] + stage.mesh.size for ranks, stage in zip(held, pipeline.stages, strict=True)]
-    used = used_devices(plan, devices, max(ends), f"pipeline of {len(ends)} stages")
+    used = used_devices(plan, devices, plan.device_count, f"pipeline of {len(ends)} stages")
     arrays = {v: _anywhere(array) for v, array in captured.binding.arrays.items()}
     groups = _groups(plan, pipeline, program)
     found = []

@@ -214,22 +214,20 @@ def run(
     ] = False,
     emulate: Emulate = False,
     seed: Annotated[int, typer.Option(help="Of initial parameters and batches.")] = 0,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the timeline of a pipeline, simulated and measured, for Perfetto.")
+    ] = None,
     format: FormatOption = Format.text,
 ) -> None:
-    """Train with a saved plan on this process's devices."""
-    from .ir.codec import load_plan
-    from .training import train
+    """Train with a saved plan on this process's devices; a pipeline's timeline is shown after it."""
+    from .ir.codec import check_writable, load_plan
+    from .training import show, train
 
     found = load_plan(plan)
+    if trace is not None:
+        check_writable(trace)
     _devices(found, emulate)
-    results = train(found, _made(found), steps, data, verify, seed)
-    if format is Format.json:
-        print(json.dumps(results))
-        return
-    for number, (loss, seconds) in enumerate(
-        zip(results["losses"], results["seconds"], strict=True), start=1
-    ):
-        print(f"step {number:4d}  loss {loss:.4f}  {seconds * 1e3:.1f} ms")
+    show(found, train(found, _made(found), steps, data, verify, seed), trace, format is Format.json)
 
 
 @app.command()
@@ -293,8 +291,8 @@ def _devices(found: Any, emulated: bool) -> None:
     """Emulate devices where that is asked for, or the plan is for CPUs anyway."""
     from .emulation import MOST, emulate
 
-    if emulated or (found.cluster.device.kind == "cpu" and found.devices <= MOST):
-        emulate(found.devices)
+    if emulated or (found.cluster.device.kind == "cpu" and found.device_count <= MOST):
+        emulate(found.device_count)
 
 
 # ---------------------------------------------------------------- solve

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from itertools import count, repeat
 from pathlib import Path
 from typing import Any
@@ -12,20 +14,34 @@ import jax
 import numpy as np
 
 from .backends.xla.lower import lower
+from .backends.xla.pipeline import LoweredPipeline
+from .backends.xla.recorder import Passed, Recorder
 from .backends.xla.verify import Reference, reference, verify_outputs
+from .ir.codec import write_whole
 from .ir.errors import UsageError
 from .ir.graph import Graph
 from .ir.plan import Plan
+from .pipeline_view import both_text, both_trace
 from .recipe import Made
 from .text_data import read_text
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 
-def train(
-    plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, seed: int
-) -> dict[str, list[float]]:
-    """Losses and seconds of each step, compilation left out of the first one's.
+@dataclass
+class Trained:
+    """What training has shown: losses and seconds of each step, compilation left out of the first one's.
+
+    `passes` are those of one more step of a pipeline, recorded.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    passes: list[Passed] = field(default_factory=list)
+
+
+def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, seed: int) -> Trained:
+    """Train for some steps; a pipeline takes one more, which is recorded.
 
     Raises:
         MismatchError, LoweringError: the plan is not for this step or these devices.
@@ -37,19 +53,45 @@ def train(
     state, batches = start(made, data, seed)
     first = next(batches)
     truth = _unsharded(made, captured.graph, state, *first) if verify else None
-    results: dict[str, list[float]] = {"losses": [], "seconds": []}
+    results = Trained()
     program = lowered.compiled  # before the clock runs
     for number in range(steps):
         batch = first if number == 0 else next(batches)
         begin = time.perf_counter()
         leaves = jax.device_put(jax.tree.leaves((state, *batch)), list(lowered.input_shardings))
         out = jax.tree.unflatten(captured.binding.out_tree, jax.block_until_ready(program(*leaves)))
-        results["seconds"].append(time.perf_counter() - begin)
+        results.seconds.append(time.perf_counter() - begin)
         if number == 0 and truth is not None:
             verify_outputs(truth, out, captured.graph.output_names)
         state = _next_state(out, state, made.name)
-        results["losses"].append(loss_of(out))
+        results.losses.append(loss_of(out))
+    if isinstance(lowered, LoweredPipeline):
+        leaves = jax.device_put(jax.tree.leaves((state, *next(batches))), list(lowered.input_shardings))
+        with Recorder(lowered) as recorder:
+            jax.block_until_ready(program(*leaves))
+        results.passes = recorder.passes
     return results
+
+
+def show(plan: Plan, trained: Trained, trace: Path | None, as_json: bool) -> None:
+    """Print losses, and the timeline of a pipeline; write it as a trace where one is asked for.
+
+    Raises:
+        UsageError: a trace of a plan without a pipeline.
+    """
+    if trace is not None:
+        if not trained.passes:
+            raise UsageError("only a pipeline has a measured timeline.", where="--trace", fix="meshwright simulate")
+        write_whole(trace, json.dumps(both_trace(plan, trained.passes)))
+    if as_json:
+        found = {"losses": trained.losses, "seconds": trained.seconds}
+        passes = [{**asdict(each), "step": str(each.step)} for each in trained.passes]
+        print(json.dumps(found | ({"passes": passes} if passes else {})))
+        return
+    for number, (loss, seconds) in enumerate(zip(trained.losses, trained.seconds, strict=True), start=1):
+        print(f"step {number:4d}  loss {loss:.4f}  {seconds * 1e3:.1f} ms")
+    if trained.passes:
+        print(f"\n{both_text(plan, trained.passes)}")
 
 
 def _next_state(out: Any, state: Any, name: str) -> Any:

@@ -40,11 +40,11 @@ def _head(plan: Plan) -> str:
     rate = e.flop / e.step_seconds if e.step_seconds else 0.0
     return "\n".join(
         [
-            f"{plan.name} on {plan.cluster.name}: {plan.devices} devices as {_shape(plan)}",
+            f"{plan.name} on {plan.cluster.name}: {plan.device_count} devices as {_shape(plan)}",
             f"  plan    {'; '.join(words(plan))}",
             f"  step    {format_seconds(e.step_seconds)} predicted: compute {format_seconds(e.compute_seconds)}, "
             f"communication {format_seconds(e.communication_seconds)}; "
-            f"{format_flops(rate / plan.devices)} per device",
+            f"{format_flops(rate / plan.device_count)} per device",
             f"  memory  {format_bytes(e.peak_bytes)} per device of {format_bytes(e.limit_bytes)} allowed",
             f"  proof   {proof_line(plan)}",
         ]

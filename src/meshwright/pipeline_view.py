@@ -1,0 +1,101 @@
+"""A pipeline's step as it was simulated and as it was measured, side by side.
+
+Both are timelines: rows of text with the idle times visible, a table of what each pass of each stage
+was predicted to take and took, and one trace for Perfetto with both.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from .backends.xla.recorder import Passed
+from .ir.plan import Plan
+from .ir.schedule import Schedule
+from .planner.pipeline.simulate import COMPUTE, StageSeconds, pipeline_tasks, simulate
+from .planner.pipeline.timeline import Slice, Timeline
+
+APART = 1000  # added to the process numbers of the measured half of a trace
+
+
+def simulated(plan: Plan) -> Timeline:
+    """The step that the plan predicts: passes, transfers, and what each rank does once at the end."""
+    schedule, stages = _schedule(plan), _seconds(plan)
+    once = [stage.once_seconds for stage in plan.pipeline.stages]  # type: ignore[union-attr]
+    tail = {rank: sum(once[s] for s in held) for rank, held in enumerate(schedule.held)}
+    return Timeline.of(simulate(pipeline_tasks(schedule, stages, {r: t for r, t in tail.items() if t > 0})))
+
+
+def measured(passes: Sequence[Passed]) -> Timeline:
+    """The passes of one recorded step."""
+    return Timeline(
+        tuple(Slice(str(p.step), p.step.kind, p.rank, COMPUTE, p.start, p.seconds) for p in passes)
+    )
+
+
+def both_text(plan: Plan, passes: Sequence[Passed], width: int = 96) -> str:
+    """Simulated above measured, then pass by pass what was predicted and what was seen."""
+    schedule, stages = _schedule(plan), _seconds(plan)
+    found: dict[tuple[int, str], list[Passed]] = defaultdict(list)
+    for each in passes:
+        found[each.step.stage, each.step.kind].append(each)
+    rows = [f"{'stage':<6}{'pass':<10}{'predicted':>12}{'measured':>12}{'difference':>12}"]
+    for (stage, kind), those in sorted(found.items(), key=lambda item: (item[0][0], ORDER[item[0][1]])):
+        rows.append(_row(f"{stage:<6}{kind:<10}", stages[stage].of(schedule, those[0].step), _median(those)))
+    ours, theirs = simulated(plan), measured(passes)
+    rows.append(_row(f"{'step, passes':<16}", _last(ours), _last(theirs)))
+    title = f"{schedule.name}, {schedule.stages} stages, {schedule.microbatches} microbatches"
+    return "\n".join([
+        f"simulated  {ours.seconds * 1e3:.2f} ms ({title})", ours.text(width), "",
+        f"measured   {theirs.seconds * 1e3:.2f} ms", theirs.text(width), "",
+        *rows,
+        "measured seconds are medians of all microbatches. F forward, B backward, W gradients of weights, U update, . idle",
+    ])  # fmt: skip
+
+
+ORDER = {"forward": 0, "backward": 1, "weight": 2}
+
+
+def both_trace(plan: Plan, passes: Sequence[Passed]) -> dict[str, Any]:
+    """One trace in Perfetto's format; measured ranks are processes of their own below the simulated ones."""
+    trace = simulated(plan).perfetto()
+    other = measured(passes).perfetto()["traceEvents"]
+    events = [_named(event, "simulated") for event in trace["traceEvents"]]
+    events += [_named(event | {"pid": event["pid"] + APART}, "measured") for event in other]
+    return trace | {"traceEvents": events}
+
+
+def _named(event: dict[str, Any], which: str) -> dict[str, Any]:
+    if event["name"] != "process_name":
+        return event
+    return event | {"args": {"name": f"{which} rank {event['pid'] % APART}"}}
+
+
+def _schedule(plan: Plan) -> Schedule:
+    assert plan.pipeline is not None
+    return plan.pipeline.read(plan.microbatches)
+
+
+def _seconds(plan: Plan) -> list[StageSeconds]:
+    """The plan's figures; its backward seconds have those of weights in them."""
+    assert plan.pipeline is not None
+    return [
+        StageSeconds(s.forward_seconds, s.backward_seconds - s.weight_seconds, s.weight_seconds, s.send_seconds)
+        for s in plan.pipeline.stages
+    ]
+
+
+def _median(passes: Sequence[Passed]) -> float:
+    return median(each.seconds for each in passes)
+
+
+def _last(timeline: Timeline) -> float:
+    """The end of the last pass; updates are not recorded."""
+    return max((s.start + s.seconds for s in timeline.slices if s.kind in ORDER), default=0.0)
+
+
+def _row(label: str, predicted: float, found: float) -> str:
+    apart = f"{found / predicted - 1:+.0%}" if predicted > 0 else "-"
+    return f"{label}{predicted * 1e3:>9.3f} ms{found * 1e3:>9.3f} ms{apart:>12}"
