@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from .errors import PlanError
@@ -249,8 +250,9 @@ class _Cutter:
     def _demand(self, home: Mapping[int, int]) -> tuple[int, ...]:
         """Which values are needed where; returns the stage of each output."""
         source = {o: self.graph.inputs[i] for i, o in self.graph.state}
+        seats = self._seats()
         ends = tuple(
-            self.late_at[source[o]] if o in source else self._seat(v) for o, v in enumerate(self.graph.outputs)
+            self.late_at[source[o]] if o in source else seats.get(v, 0) for o, v in enumerate(self.graph.outputs)
         )
         self.needs |= {(stage, v) for stage, v in zip(ends, self.graph.outputs, strict=True)}
         for op in reversed(self.classes.late):
@@ -262,12 +264,13 @@ class _Cutter:
         wanted = [s for s in range(self.count) if any((s, v) in self.needs for v in op.outputs)]
         return wanted if self._floats(op) else [self.late_at[op.outputs[0]]] * bool(wanted)
 
-    def _seat(self, value: int) -> int:
-        """The stage of an output that is no state: where it, or the last of what it is made of, lies."""
-        if value in self.places.stage_of or value in self.late_at:
-            return self.places.stage_of.get(value, self.late_at.get(value, 0))
-        op = self.writer.get(value)
-        return max(map(self._seat, op.inputs), default=0) if op is not None and value not in self.classes.free else 0
+    def _seats(self) -> dict[int, int]:
+        """The stage of each value that may be an output: where it, or the last of what it is made of, lies."""
+        seats = {**self.late_at, **self.places.stage_of}
+        for op in self.graph.ops:
+            last = max((seats.get(v, 0) for v in op.inputs), default=0)
+            seats |= {v: 0 if v in self.classes.free else last for v in op.outputs if v not in seats}
+        return seats
 
     def _updates(self, ends: Sequence[int]) -> list[_Draft]:
         """Rounds in order, each with one draft per stage."""
@@ -347,7 +350,7 @@ class _Cutter:
         drops = tuple(v for v in takes if readers[draft.stage, v][-1] == number)
         return Fragment(draft.kind, draft.stage, ops, takes, gives, sends, totals, drops, tuple(draft.results))
 
-    @property
+    @cached_property
     def _sums(self) -> Mapping[int, str]:
         time = self.classes.program.time
         return time.totals if isinstance(time, TimeAxis) else {}
@@ -370,7 +373,7 @@ class _Cutter:
                 wanted.update(op.inputs)
         return found[::-1]
 
-    @property
+    @cached_property
     def _constant_ops(self) -> list[Op]:
         return [op for op in self.graph.ops if self.classes.free.issuperset(op.outputs)]
 

@@ -107,3 +107,10 @@ def test_stages_may_have_different_meshes():
     stages = (wide.pipeline.stages[0], narrow.pipeline.stages[1])
     plan = wide.model_copy(update={"pipeline": wide.pipeline.model_copy(update={"stages": stages})})
     verify_outputs(truth, lower(plan, captured).jitted(*leaves), captured.graph.output_names)
+
+
+def test_scalars_cross_together():
+    """Clipping needs the norm of every gradient on every stage: one message from each stage to each."""
+    running = lowered("gpt-tiny", one_f_one_b(2, 2), optimizer="adamw")
+    sent = [sorted(len(parcel.values) for parcel in program.parcels) for program in running.rounds[0]]
+    assert all(sum(sizes) > 10 and len(sizes) <= 2 for sizes in sent), sent

@@ -29,20 +29,33 @@ PER_MICROBATCH = ("forward", "backward", "weight")
 
 
 @dataclass(frozen=True)
+class Parcel:
+    """What leaves a stage as one array: a value, or several scalars of one type as a vector.
+
+    `arrivals` tell how it lies on each stage that it goes to.
+    """
+
+    values: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    leaves: NamedSharding
+    arrivals: Mapping[int, NamedSharding]
+
+
+@dataclass(frozen=True)
 class Program:
     """A compiled fragment.
 
     `call(moment, given_up, kept) -> (token, totals, gives, sent, results)`: `given_up` are the totals
     so far and donated inputs, `kept` the other values it takes, one per microbatch where a result is
-    joined of them. The token is ready when everything is.
+    joined of them, `sent` an array per parcel. The token is ready when everything is.
     """
 
     fragment: Fragment
     call: Callable[..., Any]
     donates: tuple[int, ...]  # values taken that are given up
     keeps: tuple[int, ...]
-    sent: tuple[int, ...]  # values, each once
-    targets: Mapping[tuple[int, int], NamedSharding]  # (value, stage) -> how it lies there
+    parcels: tuple[Parcel, ...]
 
 
 @dataclass
@@ -88,40 +101,60 @@ class StagePrograms:
         self.leaving[value] = layout if alike and layout.dims else Sharding(layout.dims)
         return self.leaving[value]
 
-    def arrival(self, value: int, sent: Sharding, sender: StagePrograms, readers: Iterable[Op]) -> Sharding:
+    def arrival(self, value: int, sent: Sharding, sender: StagePrograms, reader: Op | None) -> Sharding:
         """How a value from another stage lies here: as there, or as its first reader wants it."""
         if self.local.mesh == sender.local.mesh:
             return sent
-        for op in readers:
-            if value in op.inputs and op.kind not in ("scan", "optimization_barrier"):
-                rule, strategy = rule_of(op, self.local.types), self.local.strategy(op)
-                return Sharding(operand_sharding(rule, strategy, self.local.mesh, op.inputs.index(value)).dims)
-        return replicated(self.local.types[value].rank)
+        if reader is None:
+            return replicated(self.local.types[value].rank)
+        rule, strategy = rule_of(reader, self.local.types), self.local.strategy(reader)
+        return Sharding(operand_sharding(rule, strategy, self.local.mesh, reader.inputs.index(value)).dims)
 
     # ------------------------------------------------------------ programs
 
-    def build(self, fragment: Fragment, donated: frozenset[int], targets: Mapping) -> Program:
+    def build(self, fragment: Fragment, donated: frozenset[int], stages: Sequence[StagePrograms]) -> Program:
         """Jit a fragment whose values are all known.
 
         Args:
             donated: inputs of the step that may be given up, values of theirs.
-            targets: (value, stage) -> sharding there, of what it sends.
+            stages: all of the step, to which it may send.
         """
         if fragment.kind == "prepare":
             fragment = self._without_copies(fragment)
-        sent = tuple(dict.fromkeys(v for v, _ in fragment.sends))
+        parcels = self._parcels(fragment, stages)
         gone = tuple(v for v in fragment.takes if v in donated and v in fragment.drops and self._renewed(fragment, v))
         kept = tuple(v for v in fragment.takes if v not in gone)
-        body = _Body(self, fragment, gone, kept, sent)
+        body = _Body(self, fragment, gone, kept, [parcel.values for parcel in parcels])
         ins = (PartitionSpec(), [*body.total_specs, *self._specs(gone)], [self._spec_of(v, fragment) for v in kept])
         outs = (
             PartitionSpec(), body.total_specs, self._specs(fragment.gives),
-            [_spec(self.leaving[v]) for v in sent], [partition_spec(self.ends(o)) for o in fragment.results],
+            [parcel.leaves.spec for parcel in parcels], [partition_spec(self.ends(o)) for o in fragment.results],
         )  # fmt: skip
         sharded = jax.shard_map(body, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
         sharded.__name__ = f"{fragment.kind}_{fragment.stage}"  # type: ignore[attr-defined]  for profilers
         call = jax.jit(sharded, donate_argnums=1, compiler_options=options_for(self.mesh))
-        return Program(fragment, call, gone, kept, sent, targets)
+        return Program(fragment, call, gone, kept, parcels)
+
+    def _parcels(self, fragment: Fragment, stages: Sequence[StagePrograms]) -> tuple[Parcel, ...]:
+        """Scalars of one type and way go together: a norm of all gradients is made of one per parameter."""
+        types = self.local.types
+        goals: dict[int, list[int]] = {}
+        for value, stage in fragment.sends:
+            goals.setdefault(value, []).append(stage)
+        groups: dict[Any, list[int]] = {}
+        for value, goal in goals.items():
+            alone = value if types[value].rank or types[value].dtype == "key" else None
+            groups.setdefault((alone, types[value].dtype, tuple(goal)), []).append(value)
+        return tuple(self._parcel(tuple(found), key[2], stages) for key, found in groups.items())
+
+    def _parcel(self, values: tuple[int, ...], goal: Iterable[int], stages: Sequence[StagePrograms]) -> Parcel:
+        kind, layout = self.local.types[values[0]], self.leaving[values[0]]
+        leaves = self.sharding(layout)
+        if len(values) > 1:
+            return Parcel(values, (len(values),), kind.dtype, leaves, {s: stages[s].replicated for s in goal})
+        owed = [self.local.mesh.ways(tuple(sorted(layout.partial)))] if layout.partial else []
+        arrivals = {s: stages[s].sharding_of(values[0]) for s in goal}
+        return Parcel(values, (*owed, *kind.shape), kind.dtype, leaves, arrivals)
 
     def zeros(self, totals: Sequence[int]) -> Callable[[], list[jax.Array]]:
         """A program that makes the totals before the first microbatch."""
@@ -187,7 +220,7 @@ class _Body:
     fragment: Fragment
     gone: tuple[int, ...]
     kept: tuple[int, ...]
-    sent: tuple[int, ...]
+    sent: Sequence[tuple[int, ...]]
 
     @property
     def total_specs(self) -> list[PartitionSpec]:
@@ -205,7 +238,7 @@ class _Body:
         local.run(fragment.ops, scope)
         sums = [self._added(v, a, scope) for v, a in zip(fragment.totals, given_up[:count], strict=True)]
         gives = [_leaving(scope.values[v]) for v in fragment.gives]
-        sent = [_leaving(self._settled(v, scope)) for v in self.sent]
+        sent = [self._together([_leaving(self._settled(v, scope)) for v in values]) for values in self.sent]
         graph = local.graph
         results = [local.bring(scope.values[graph.outputs[o]], self.stage.ends(o)) for o in fragment.results]
         return moment + 0, sums, gives, sent, results
@@ -224,6 +257,9 @@ class _Body:
     def _settled(self, value: int, scope: Scope) -> Held:
         target = self.stage.leaving[value]
         return Held(self.stage.local.bring(scope.values[value], target), target)
+
+    def _together(self, arrays: Sequence[Any]) -> Any:
+        return arrays[0] if len(arrays) == 1 else jnp.stack(arrays)
 
     def _is_total(self, value: int) -> bool:
         time = self.stage.local.time
@@ -263,22 +299,30 @@ def link(
     """
     order = [*cut.prepare, *cut.forward, *reversed(cut.backward), *reversed(cut.weight)]
     order += [fragment for fragments in cut.updates for fragment in fragments]
-    targets: list[dict[tuple[int, int], NamedSharding]] = []
+    readers = _first_readers(order)
     for fragment in order:
         here = stages[fragment.stage]
         here.know(fragment.ops)
         goals: dict[int, list[int]] = {}
         for value, stage in fragment.sends:
             goals.setdefault(value, []).append(stage)
-        found: dict[tuple[int, int], NamedSharding] = {}
         for value, goal in goals.items():
             sent = here.send_as(value, [stages[s] for s in goal])
             for stage in goal:
-                readers = (op for other in order if other.stage == stage for op in other.ops)
-                stages[stage].layouts[value] = stages[stage].arrival(value, sent, here, readers)
-                found[value, stage] = stages[stage].sharding_of(value)
-        targets.append(found)
-    built = [stages[f.stage].build(f, donated, t) for f, t in zip(order, targets, strict=True)]
+                reader = readers.get((stage, value))
+                stages[stage].layouts[value] = stages[stage].arrival(value, sent, here, reader)
+    built = [stages[f.stage].build(f, donated, stages) for f in order]
     passes = {(p.fragment.kind, p.fragment.stage): p for p in built if p.fragment.kind != "update"}
     flat = [p for p in built if p.fragment.kind == "update"]
     return passes, [flat[i : i + len(stages)] for i in range(0, len(flat), len(stages))]
+
+
+def _first_readers(order: Iterable[Fragment]) -> dict[tuple[int, int], Op]:
+    """(stage, value) -> the first op there that reads it and says how it wants it."""
+    found: dict[tuple[int, int], Op] = {}
+    for fragment in order:
+        for op in fragment.ops:
+            if op.kind not in ("scan", "optimization_barrier"):
+                for value in op.inputs:
+                    found.setdefault((fragment.stage, value), op)
+    return found

@@ -112,6 +112,9 @@ class LoweredPipeline:
         return stores
 
 
+apart = jax.jit(list)  # a vector as scalars, on the same devices
+
+
 @dataclass
 class _Run:
     """One step on its way: `steady` lives for the step, `flight` for one microbatch on one stage."""
@@ -173,12 +176,13 @@ class _Run:
         self._send(program, sent, lambda s: self.flight[s][m])
 
     def _send(self, program: Program, sent: Sequence[Any], store: Callable[[int], Store]) -> None:
-        if not program.targets:
+        ways = [(k, stage) for k, parcel in enumerate(program.parcels) for stage in parcel.arrivals]
+        if not ways:
             return
-        made = dict(zip(program.sent, sent, strict=True))
-        arrays = jax.device_put([made[v] for v, _ in program.targets], list(program.targets.values()))
-        for (value, stage), array in zip(program.targets, arrays, strict=True):
-            store(stage)[value] = array
+        goals = [program.parcels[k].arrivals[stage] for k, stage in ways]
+        for (k, stage), array in zip(ways, jax.device_put([sent[k] for k, _ in ways], goals), strict=True):
+            values = program.parcels[k].values
+            store(stage).update(zip(values, [array] if len(values) == 1 else apart(array), strict=True))
 
     def _count(self, rank: int, step: Step) -> None:
         begun = self.begun[rank]
@@ -202,7 +206,7 @@ class _Run:
     def _update(self, program: Program, results: list[Any]) -> None:
         fragment, stage = program.fragment, program.fragment.stage
         store, programs = self.steady[stage], self.lowered.stages[stage]
-        if not (fragment.ops or fragment.results or program.sent):
+        if not (fragment.ops or fragment.results or program.parcels):
             return
         kept = [self.pieces[stage][v] if programs.joins(fragment, v) else store[v] for v in program.keeps]
         given_up = [store[v] for v in program.donates]
