@@ -77,7 +77,7 @@ def _pipeline(pipelines: Pipelines, priced: Priced, space: Space, strategies: di
             Stage(
                 cut=units.cuts[first], blocks=units.words(first, end), mesh=space.mesh, strategies={}, slots={},
                 forward_seconds=seconds.forward, backward_seconds=seconds.backward + seconds.weight,
-                weight_seconds=seconds.weight, send_seconds=seconds.send, once_seconds=priced.once[rank],
+                weight_seconds=seconds.weight, send_seconds=seconds.send, once_seconds=priced.once[number],
                 peak_bytes=priced.peaks[rank], held=priced.held[rank], memory=_memory(pipelines, rank),
             )
         )  # fmt: skip

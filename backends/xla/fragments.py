@@ -148,12 +148,13 @@ class StagePrograms:
         return tuple(self._parcel(tuple(found), key[2], stages) for key, found in groups.items())
 
     def _parcel(self, values: tuple[int, ...], goal: Iterable[int], stages: Sequence[StagePrograms]) -> Parcel:
-        kind, layout = self.local.types[values[0]], self.leaving[values[0]]
+        first = values[0]
+        kind, layout = self.local.types[first], self.leaving[first]
         leaves = self.sharding(layout)
         if len(values) > 1:
             return Parcel(values, (len(values),), kind.dtype, leaves, {s: stages[s].replicated for s in goal})
         owed = [self.local.mesh.ways(tuple(sorted(layout.partial)))] if layout.partial else []
-        arrivals = {s: stages[s].sharding_of(values[0]) for s in goal}
+        arrivals = {s: stages[s].sharding_of(first) for s in goal}
         return Parcel(values, (*owed, *kind.shape), kind.dtype, leaves, arrivals)
 
     def zeros(self, totals: Sequence[int]) -> Callable[[], list[jax.Array]]:

@@ -21,6 +21,7 @@ from .capture import Captured
 from .devices import device_mesh, on_cpus, options_for, partition_spec, used_devices
 from .pipeline import LoweredPipeline, lower_pipeline
 from .spmd import LocalStep
+from .unstack import unstack
 
 
 class OtherShapes(Exception):
@@ -109,7 +110,10 @@ def lower(
     """
     _check_graph(plan, captured)
     if plan.pipeline is not None:
-        return lower_pipeline(plan, captured, devices)
+        apart = unstack(captured) if plan.pipeline.unstacked else None
+        lowered = lower_pipeline(plan, captured if apart is None else apart.captured, devices)
+        lowered.apart = apart
+        return lowered
     mesh = device_mesh(plan.mesh, used_devices(plan, devices, plan.mesh.size, f"mesh {plan.mesh}"))
     program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
     local = LocalStep(plan, program, captured.binding.ops, captured.binding.arrays, holds=on_cpus(mesh))

@@ -33,6 +33,7 @@ from .capture import Captured
 from .devices import device_mesh, on_cpus, used_devices
 from .fragments import Program, StagePrograms, link
 from .spmd import LocalStep
+from .unstack import Unstacked
 
 Watch = Callable[[int, Step, Sequence[Any], Any], None]
 Store = dict[int, Any]
@@ -55,6 +56,7 @@ class LoweredPipeline:
     passes: Mapping[tuple[str, int], Program]
     rounds: Sequence[Sequence[Program]]
     watch: Watch | None = None
+    apart: Unstacked | None = None  # how the user's leaves were taken apart, layer by layer
     peaks: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -63,6 +63,18 @@ class Unstacked:
         """The graph's inputs, from the leaves of the user's arguments."""
         return [piece.of(leaves[piece.leaf]) for piece in self.inputs]
 
+    def whole(self, pieces: Sequence[Any]) -> list[Any]:
+        """The leaves of the user's arguments, from the graph's inputs."""
+        return [_join(group, jnp.stack) for group in _by_leaf(self.inputs, pieces)]
+
+    def split(self, results: Sequence[Any]) -> list[Any]:
+        """The graph's outputs, from the leaves of the user's result."""
+        return [piece.of(results[piece.leaf]) for piece in self.outputs]
+
+    def in_pieces(self, step: Callable[..., Any]) -> Callable[..., list[Any]]:
+        """The user's step on flat leaves as a step on the graph's inputs."""
+        return jax.jit(lambda *pieces: self.split(jax.tree.leaves(step(*self.whole(pieces)))))
+
     def together(self, results: Sequence[Any]) -> list[Any]:
         """The leaves of the user's result, from the graph's outputs."""
         return [_join(group, jnp.stack) for group in _by_leaf(self.outputs, results)]

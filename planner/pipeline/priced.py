@@ -21,7 +21,8 @@ from .units import Units, runs_of
 
 @dataclass(frozen=True)
 class Priced:
-    """`firsts[stage]` is its first unit; `held[rank]` microbatches' worth of forward results at most."""
+    """`firsts[stage]` is its first unit, `once[stage]` what it does once per step; `held[rank]` microbatches'
+    worth of forward results at most."""
 
     schedule: Schedule
     firsts: tuple[int, ...]
@@ -64,15 +65,16 @@ class Pricing:
         ends = (*firsts[1:], len(self.units))
         runs = [runs_of(self.units, first, end) for first, end in zip(firsts, ends, strict=True)]
         stages = tuple(map(self._stage, runs, ends))
-        once = tuple(self._once(runs, held) for held in schedule.held)
+        once = tuple(map(self._once, runs))
+        tail = max(sum(once[s] for s in held) for held in schedule.held)
         slowest = max(sum(map(_passes, (stages[s] for s in held))) for held in schedule.held)
-        if slowest * schedule.microbatches + max(once) >= cutoff:
+        if slowest * schedule.microbatches + tail >= cutoff:
             return None
         peaks, held = zip(*(self._peak(schedule, rank, runs) for rank in range(schedule.ranks)), strict=True)
         if max(peaks) > self.limit:
             return None
         run = simulate(pipeline_tasks(schedule, stages))
-        return Priced(schedule, firsts, stages, once, peaks, held, run, run.makespan + max(once))
+        return Priced(schedule, firsts, stages, once, peaks, held, run, run.makespan + tail)
 
     def _cut(self, schedule: Schedule) -> tuple[int, ...] | None:
         seconds = [self.passes(kind) for kind in self.units.kinds]
@@ -111,9 +113,9 @@ class Pricing:
             sum(n * each.weight for n, each in pairs), send,
         )  # fmt: skip
 
-    def _once(self, runs: Sequence[Runs], held: Sequence[int]) -> float:
-        counts = [sum(runs[stage][k] for stage in held) for k in range(len(self.each))]
-        return sum(n * (each.once + self.send_seconds(each.handed)) for n, each in zip(counts, self.each, strict=True))
+    def _once(self, runs: Runs) -> float:
+        pairs = zip(runs, self.each, strict=True)
+        return sum(n * (each.once + self.send_seconds(each.handed)) for n, each in pairs)
 
 
 def _passes(stage: StageSeconds) -> float:

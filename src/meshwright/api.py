@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from .backends.xla.audit import Audit, audit
-from .backends.xla.capture import Captured, capture
+from .backends.xla.capture import Binding, Captured, convert
 from .backends.xla.lower import Lowered, OtherShapes
 from .backends.xla.lower import lower as lower_plan
 from .backends.xla.pipeline import LoweredPipeline
+from .backends.xla.trace import trace
+from .backends.xla.unstack import unstack
 from .backends.xla.verify import reference, verify_outputs
 from .interrupts import heard
 from .ir.blocks import fold
@@ -65,11 +67,9 @@ class Options:
             found, static_argnums=tuple(sorted(numbers)), static_argnames=tuple(sorted(known))
         )
 
-    def capture(self, step: Callable, args: tuple, kwargs: dict) -> Captured:
-        return capture(
-            step, *args, static_argnums=self.static_argnums, static_argnames=self.static_argnames,
-            donate_argnums=self.donate_argnums, donate_argnames=self.donate_argnames, **kwargs,
-        )  # fmt: skip
+    def capture(self, step: Callable, args: tuple, kwargs: dict, stages: bool = False) -> Captured:
+        """Trace the step; with `stages`, so that loops over layers can be taken apart."""
+        return convert(trace(step, args, kwargs, asdict(self)), hold_in_loops=stages)
 
 
 @heard()
@@ -106,8 +106,9 @@ def plan(
         "static_argnums": static_argnums, "static_argnames": static_argnames,
         "donate_argnums": donate_argnums, "donate_argnames": donate_argnames,
     }  # fmt: skip
-    captured = Options.of(step, given).capture(step, args, kwargs)
-    return plan_captured(captured, cluster, request or Request(), _name(step), tell)
+    request = request or Request()
+    captured = Options.of(step, given).capture(step, args, kwargs, request.pp != 1)
+    return plan_captured(captured, cluster, request, _name(step), tell)
 
 
 @heard()
@@ -117,15 +118,18 @@ def plan_captured(
 ) -> Plan:  # fmt: skip
     """Plan a step that was captured before."""
     where = Cluster.local() if cluster is None else Cluster.parse(cluster)
-    verify_graph(captured.graph)
-    return search(
-        fold(captured.graph),
-        where,
-        request,
-        name=name,
-        fingerprint=fingerprint(captured.graph),
-        tell=tell,
-    )
+    layers = unstack(captured) if request.pp != 1 else None
+    graph = captured.graph if layers is None else layers.captured.graph
+    verify_graph(graph)
+    known = fingerprint(captured.graph)
+    found = search(fold(graph), where, request, name=name, fingerprint=known, tell=tell)
+    if layers is None or len(layers.inputs) == len(captured.graph.inputs):
+        return found
+    if found.pipeline is None:
+        return search(fold(captured.graph), where, replace(request, pp=1), name=name, fingerprint=known, tell=tell)
+    notes = (*found.notes, "stacked parameters are held layer by layer", *layers.notes)
+    pipeline = found.pipeline.model_copy(update={"unstacked": True})
+    return found.model_copy(update={"pipeline": pipeline, "notes": notes})
 
 
 def lower(
@@ -142,7 +146,7 @@ def lower(
         LoweringError: this process has too few devices.
     """
     given = {key: options.pop(key) for key in Options.__dataclass_fields__ if key in options}
-    captured = Options.of(step, given).capture(step, args, options)
+    captured = Options.of(step, given).capture(step, args, options, plan.pipeline is not None)
     return RunningStep(lower_plan(plan, captured, devices))
 
 
@@ -157,8 +161,7 @@ class RunningStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
         binding = self.lowered.captured.binding
-        wanted = [_aval(aval)[:2] for aval in binding.in_avals]
-        if tree != binding.in_tree or [_shape(leaf) for leaf in leaves] != wanted:
+        if not any(_takes(known, leaves, tree) for known in self._bindings()):
             raise MismatchError(
                 "the program was made for other arguments.",
                 where=f"plan `{self.plan.name}`",
@@ -167,9 +170,17 @@ class RunningStep:
             )
         return self.run(leaves)
 
+    def _bindings(self) -> list[Binding]:
+        """As the step was written and, where its layers were taken apart, with a tuple for each stack."""
+        apart = self.lowered.apart if isinstance(self.lowered, LoweredPipeline) else None
+        return [self.lowered.captured.binding, *([] if apart is None else [apart.stacked.binding])]
+
     def run(self, leaves: Sequence[Any]) -> Any:
         """Run on the leaves of all arguments, which are not checked."""
         lowered = self.lowered
+        apart = lowered.apart if isinstance(lowered, LoweredPipeline) else None
+        if apart is not None and len(leaves) != len(apart.inputs):
+            leaves = apart.apart(leaves)
         try:
             results = lowered.jitted(*self.placed(leaves))
         except ValueError as error:
@@ -301,7 +312,8 @@ class ParallelStep:
 
     def _plan(self, key: Any, args: tuple, kwargs: dict) -> tuple[Plan, Captured]:
         if key not in self._found:
-            captured = self.options.capture(self.step, args, kwargs)
+            stages = self.request.pp != 1 if self.fixed is None else self.fixed.pipeline is not None
+            captured = self.options.capture(self.step, args, kwargs, stages)
             found = self.fixed or plan_captured(
                 captured, self.cluster, self.request, _name(self.step)
             )
@@ -309,12 +321,17 @@ class ParallelStep:
         return self._found[key]
 
     def _prepare(self, key: Any, args: tuple, kwargs: dict) -> RunningStep:
-        return RunningStep(lower_plan(*self._plan(key, args, kwargs)))
+        running = RunningStep(lower_plan(*self._plan(key, args, kwargs)))
+        binding = running.lowered.captured.binding  # of what it returns, where layers were taken apart
+        self._known[binding.in_tree, key[1], tuple([_aval(aval) for aval in binding.in_avals])] = running
+        return running
 
     def _verified(self, running: RunningStep, leaves: list[Any], args: tuple, kwargs: dict) -> Any:
         """Run both, compare, and return what the sharded step gave."""
         unsharded = self._unsharded(args, kwargs)
         graph = running.lowered.captured.graph
+        if isinstance(running.lowered, LoweredPipeline) and running.lowered.apart is not None:
+            unsharded, leaves = running.lowered.apart.in_pieces(unsharded), running.lowered.apart.apart(leaves)
         truth = reference(unsharded, graph, leaves)
         results = self._run(running, self._key(args, kwargs)[0], leaves, args, kwargs)
         verify_outputs(truth, results, graph.output_names)
@@ -409,6 +426,11 @@ def _shape(leaf: Any) -> Any:
     """Shape and type of a leaf as jax sees it; a plain number has those of its array."""
     aval = leaf if hasattr(leaf, "dtype") else jax.typeof(leaf)
     return (aval.shape, aval.dtype)
+
+
+def _takes(binding: Binding, leaves: Sequence[Any], tree: Any) -> bool:
+    wanted = [_aval(aval)[:2] for aval in binding.in_avals]
+    return tree == binding.in_tree and [_shape(leaf) for leaf in leaves] == wanted
 
 
 def _first_other(leaves: Sequence[Any], tree: Any, binding: Any) -> str:

@@ -161,7 +161,7 @@ def _search(made: Any, where: Any, request: Any) -> Any:
 
     with Progress() as progress:
         progress.say(f"tracing {made.name}")
-        captured = made.capture()
+        captured = made.capture(request.pp != 1)
         progress.say(f"searching plans for {where.size} devices (Ctrl-C: best so far)")
         return plan_captured(captured, where, request, made.name, progress.line)
 
@@ -204,7 +204,13 @@ def show(
 
 @app.command()
 def run(
-    plan: PlanFile,
+    plan: Annotated[Path | None, typer.Argument(help="A plan written by `meshwright plan`, or --model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Plan this model here instead of reading a plan.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="With --model: emulated CPU devices.")] = 8,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="With --model: pp=4, schedule=zb-h1, microbatches=8, mesh=4x2, ...")
+    ] = None,
+    global_batch: Annotated[int | None, typer.Option(help="With --model: examples per step.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="How many steps to train.")] = 10,
     data: Annotated[
         Path | None, typer.Option(help="Text to train a byte-level model on.")
@@ -219,15 +225,38 @@ def run(
     ] = None,
     format: FormatOption = Format.text,
 ) -> None:
-    """Train with a saved plan on this process's devices; a pipeline's timeline is shown after it."""
+    """Train with a saved plan on this process's devices; a pipeline's timeline is shown after it.
+
+    With --model the plan is made on the spot: meshwright run --model gpt-tiny --devices 8 --pin pp=4
+    """
     from .ir.codec import check_writable, load_plan
     from .training import show, train
 
-    found = load_plan(plan)
     if trace is not None:
         check_writable(trace)
-    _devices(found, emulate)
+    if model is not None and plan is None:
+        found = _plan_here(model, devices, pin or [], global_batch)
+    elif plan is not None and not (model or pin or global_batch):
+        found = load_plan(plan)
+        _devices(found, emulate)
+    else:
+        raise UsageError("a plan or --model is needed, and --pin and --global-batch go with --model.", fix="one of them")
     show(found, train(found, _made(found), steps, data, verify, seed), trace, format is Format.json)
+
+
+def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> Any:
+    from .emulation import emulate
+    from .ir.cluster import Cluster
+    from .pins import request_of
+    from .recipe import make
+    from .view.text import plan_head
+
+    request = request_of(pins)
+    emulate(devices)
+    recipe = {"model": model, **({} if batch is None else {"batch": batch})}
+    found = _search(make(recipe), Cluster.parse(f"{devices}xcpu"), request).model_copy(update={"recipe": recipe})
+    print(plan_head(found), file=sys.stderr)
+    return found
 
 
 @app.command()

@@ -24,8 +24,10 @@ def simulated(plan: Plan) -> Timeline:
     """The step that the plan predicts: passes, transfers, and what each rank does once at the end."""
     schedule, stages = _schedule(plan), _seconds(plan)
     once = [stage.once_seconds for stage in plan.pipeline.stages]  # type: ignore[union-attr]
+    run = simulate(pipeline_tasks(schedule, stages))
     tail = {rank: sum(once[s] for s in held) for rank, held in enumerate(schedule.held)}
-    return Timeline.of(simulate(pipeline_tasks(schedule, stages, {r: t for r, t in tail.items() if t > 0})))
+    updates = (Slice("update", "update", rank, COMPUTE, run.makespan, t) for rank, t in tail.items() if t > 0)
+    return Timeline((*Timeline.of(run).slices, *updates))
 
 
 def measured(passes: Sequence[Passed]) -> Timeline:

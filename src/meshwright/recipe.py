@@ -33,9 +33,9 @@ class Made:
     recipe: Recipe
     example: Example | None = None
 
-    def capture(self) -> Captured:
-        """Trace it; the state (first argument) is donated, as training loops do."""
-        return Options(donate_argnums=(0,)).capture(self.step, self.args, {})
+    def capture(self, stages: bool = False) -> Captured:
+        """Trace it; the state (first argument) is donated, as training loops do. `stages` as for `Options.capture`."""
+        return Options(donate_argnums=(0,)).capture(self.step, self.args, {}, stages)
 
 
 def make(recipe: Recipe) -> Made:

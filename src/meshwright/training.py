@@ -16,6 +16,7 @@ import numpy as np
 from .backends.xla.lower import lower
 from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.recorder import Passed, Recorder
+from .backends.xla.unstack import Unstacked
 from .backends.xla.verify import Reference, reference, verify_outputs
 from .ir.codec import write_whole
 from .ir.errors import UsageError
@@ -48,11 +49,14 @@ def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, s
         UsageError: text for a model that reads none; a step without a loss.
         VerificationError: with `verify`, the first results differ from the unsharded step's.
     """
-    captured = made.capture()
-    lowered = lower(plan, captured)
+    lowered = lower(plan, made.capture(plan.pipeline is not None))
+    captured, apart = lowered.captured, lowered.apart if isinstance(lowered, LoweredPipeline) else None
     state, batches = start(made, data, seed)
     first = next(batches)
-    truth = _unsharded(made, captured.graph, state, *first) if verify else None
+    truth = _unsharded(made, captured.graph, apart, state, *first) if verify else None
+    if apart is not None:
+        leaves = apart.apart(jax.tree.leaves((state, *first)))
+        state = jax.tree.unflatten(captured.binding.in_tree, leaves)[0][0]
     results = Trained()
     program = lowered.compiled  # before the clock runs
     for number in range(steps):
@@ -107,10 +111,12 @@ def _next_state(out: Any, state: Any, name: str) -> Any:
     )
 
 
-def _unsharded(made: Made, graph: Graph, *args: Any) -> Reference:
+def _unsharded(made: Made, graph: Graph, apart: Unstacked | None, *args: Any) -> Reference:
     leaves, tree = jax.tree.flatten(args)
     step = jax.jit(lambda *flat: made.step(*jax.tree.unflatten(tree, flat)))
-    return reference(step, graph, leaves)
+    if apart is None:
+        return reference(step, graph, leaves)
+    return reference(apart.in_pieces(step), graph, apart.apart(leaves))
 
 
 def start(made: Made, data: Path | None, seed: int) -> tuple[Any, Iterator[tuple[Any, ...]]]:

@@ -21,7 +21,7 @@ def plan_text(plan: Plan, everything: bool = False) -> str:
     """
     most = None if everything else TENSORS
     blocks = [
-        _head(plan),
+        plan_head(plan),
         _table("stages: seconds of one microbatch, and per step", _stage_rows(plan)),
         _table("what each axis cuts, in shares of the products' FLOP", _axis_rows(plan)),
         _table("memory per device at the peak, by cause", _memory_rows(plan)),
@@ -35,7 +35,8 @@ def plan_text(plan: Plan, everything: bool = False) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def _head(plan: Plan) -> str:
+def plan_head(plan: Plan) -> str:
+    """Plan, step, memory and proof, a line each."""
     e = plan.estimate
     rate = e.flop / e.step_seconds if e.step_seconds else 0.0
     return "\n".join(
