@@ -163,7 +163,7 @@ class Cluster(Part):
         """Devices on each host; refused when hosts differ."""
         return self._only({group.per_host for group in self.groups}, "as many devices on each host")
 
-    @property
+    @cached_property
     def device(self) -> Device:
         """The one type of device; refused when there are several."""
         return self.devices[self._only({group.device for group in self.groups}, "equal devices")]

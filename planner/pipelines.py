@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import heapq
 import time
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 Choice = tuple[str, int]  # a schedule and its stages per rank
 SOLVE_GAP = 0.5  # of the gap asked for: what one solve may leave open
 ONE_SOLVE = 1.0  # seconds
+ENDS = 0.1  # weight of what is not layers in a bound that counts the layers of the fullest stage
 
 
 @dataclass(frozen=True)
@@ -197,9 +199,8 @@ class Pipelines:
 
     def _open_family(self, family: Shape, bound: float) -> None:
         """Counts with room, and a bound from the largest of them that divides all others."""
-        self.counts_left[family] = left = [
-            many for many in self.counts if not self._hopeless(replace(family, microbatches=many))
-        ]
+        least = bisect_left(self.counts, 1, key=lambda many: not self._hopeless(replace(family, microbatches=many)))
+        self.counts_left[family] = left = list(self.counts[least:])  # more microbatches never need more room
         if left:
             divisor = max(many for many in self.counts if all(other % many == 0 for other in left))
             self._push(max(bound, self._relaxed(replace(family, microbatches=divisor), family=True)), family)
@@ -241,14 +242,13 @@ class Pipelines:
     def _first(self) -> Iterator[Shape]:
         """For each number of stages a usual choice, to have something to beat."""
         policy = self.search.request.recompute or "selective"
-        for stages in self.stage_counts:
-            for mesh in self._meshes(stages):
-                if len(mesh.axes) == 1 or mesh.shape[1] >= 4:
-                    wanted = max(1, self.batch // mesh.shape[0])
-                    many = max((c for c in self.counts if c <= wanted), default=self.counts[0])
-                    shape = Shape(stages, mesh, policy, many)
-                    if not self.search.late() and self._floor(shape) < self.best.seconds and not self._hopeless(shape):
-                        yield shape
+        pairs = [(n, mesh) for n in self.stage_counts for mesh in self._meshes(n) if len(mesh.axes) == 1 or mesh.shape[1] > 2]
+        for stages, mesh in sorted(pairs, key=lambda pair: abs(pair[0] - 8)):
+            wanted = max(1, self.batch // mesh.shape[0])
+            many = max((c for c in self.counts if c <= wanted), default=self.counts[0])
+            shape = Shape(stages, mesh, policy, many)
+            if not self.search.late() and self._floor(shape) < self.best.seconds and not self._hopeless(shape):
+                yield shape
 
     # ------------------------------------------------------------ bounds
 
@@ -281,15 +281,38 @@ class Pipelines:
     _work: dict[Policy, float] = field(default_factory=dict)
 
     def _weights(self, shape: Shape, many: int, cut: Cut) -> Mapping[str, float]:
-        """How often the seconds of an op of one layer count in the step of a perfectly even pipeline, whose
-        bubble is that of `many` microbatches."""
-        stages, ratio, most = shape.stages, shape.microbatches / many, replace(shape, microbatches=many)
-        passes = {
-            name: max(1e-9, shape.microbatches + self._bubble(most, name) * ratio) / stages
-            for name in ("forward", "backward", "weight")
-        }
-        passes["once"] = 1 / stages
-        return {**{tag: passes[name] for tag, name in cut.passes.items()}, "": 1 / stages}
+        """How often the seconds of an op of one layer count in the step, at least.
+
+            (microbatches + bubble) / stages                      if all stages took equally long
+            ((microbatches - 1) * crowd + 1 + bubble) / stages    for layers, if the ends took nothing
+
+        A step takes the longer of the two, so any mean of them is a bound. The bubble is that of `many`
+        microbatches.
+        """
+        parts, stages, ratio = shape.microbatches, shape.stages, shape.microbatches / many
+        crowd, layers = self._crowd(shape), self._tags_of_layers(cut)
+        mean = ENDS if crowd > 1 else 1.0
+        found = {}
+        for tag, name in cut.passes.items():
+            if name == "once":
+                found[tag] = 1 / stages
+                continue
+            bubble = self._bubble(replace(shape, microbatches=many), name) * ratio
+            full = (parts - 1) * crowd + 1 + bubble if tag in layers else 0.0
+            found[tag] = max(1e-9, mean * (parts + bubble) + (1 - mean) * full) / stages
+        return {**found, "": 1 / stages}
+
+    def _crowd(self, shape: Shape) -> float:
+        """How much more than its share of layers some stage has, as layers are not cut; 1 where the ends may
+        make up for it."""
+        middle = max(range(len(self.units.names)), key=self.units.kinds.count)
+        layers = sum(self.units.names[kind] == self.units.names[middle] for kind in self.units.kinds)
+        found = ceil(layers / shape.stages) * shape.stages / layers
+        return found if found * layers / len(self.units) > 1 + ENDS else 1.0
+
+    def _tags_of_layers(self, cut: Cut) -> frozenset[str]:
+        middle = max(range(len(self.units.names)), key=self.units.kinds.count)
+        return frozenset(op.tag for fragment in cut.fragments(middle) for op in fragment.ops)
 
     def cut(self, policy: Policy, microbatches: int) -> Cut:
         key = policy, min(microbatches, 2)
@@ -308,8 +331,7 @@ class Pipelines:
         key = policy, min(microbatches, 2)
         if key not in self._holdings:
             self._holdings[key] = Holdings.of(self.cut(policy, microbatches), microbatches, self.search.cluster)
-        found = self._holdings[key]
-        return Holdings(found.cut, found.lives.counted(microbatches)) if microbatches > 1 else found
+        return self._holdings[key].counted(microbatches)
 
     _holdings: dict[tuple[Policy, int], Holdings] = field(default_factory=dict)
 
@@ -393,24 +415,25 @@ class Pipelines:
         if shape not in self.spaces:
             return inf
         space, relaxed = self.spaces[shape]
-        solution = self._solved(self._limited(space, shape), self.best.seconds)
-        if solution.status == "infeasible":
+        if relaxed >= self._enough(inf):
             return max(bound, relaxed)
-        if solution.choices is not None:
-            self._offer(shape, space, solution.choices)
+        for schedule in sorted(self._schedules_for(shape), key=lambda s: -s.stages):
+            solution = self._solved(self._limited(space, shape, schedule), self.best.seconds)
+            if solution.choices is not None:
+                self._offer(shape, space, solution.choices)
+                break
         return max(bound, relaxed)
 
-    def _limited(self, space: Space, shape: Shape) -> Live:
-        """The solver's problem with the memory of the first, second and last stage of an even cut."""
+    def _limited(self, space: Space, shape: Shape, schedule: Schedule) -> Live:
+        """The solver's problem with the memory of the first, second and last rank of an even cut."""
         holdings = self.holdings(shape.policy, shape.microbatches)
         lives = holdings.lives
         found = aliases(space, lives)
-        schedule = next(iter(self._schedules_for(shape)), None)
         demands: list[Demand] = []
         limits: list[np.ndarray] = []
         for stage, runs in self._even(shape):
             ledger = Ledger(space, holdings.of_stage(runs))
-            held = in_flight(schedule, stage) / max(1, schedule.stages // schedule.ranks) if schedule else shape.stages
+            held = in_flight(schedule, stage) / (schedule.stages // schedule.ranks)
             shift = sum(limit.size for limit in limits)
             demands += [replace(d, first=d.first + shift, last=d.last + shift) for d in ledger.demands(found)]
             demands += self._aliased(holdings.demands(space, runs, held, shift), found)

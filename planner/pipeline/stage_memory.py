@@ -41,6 +41,14 @@ class Holdings:
         many = replace(program, graph=counted_as_many(program.graph, cut.units))
         return cls(cut, lifetimes(many, microbatches, roles(program.graph), as_xla(program, cluster.device.kind)))
 
+    def counted(self, microbatches: int) -> Holdings:
+        """The same with another number of microbatches; both above 1, or equal."""
+        if microbatches == self.lives.microbatches:
+            return self
+        found = Holdings(self.cut, self.lives.counted(microbatches))
+        found.__dict__["owned"] = self.owned  # who holds what does not depend on it
+        return found
+
     @property
     def split(self) -> Mapping[int, int]:
         """Value -> the dim that microbatches cut."""
