@@ -66,7 +66,7 @@ def write_pipeline(pipelines: Pipelines, lower_bound: float) -> Plan:
 
 
 def _pipeline(pipelines: Pipelines, priced: Priced, space: Space, strategies: dict, slots: dict) -> Pipeline:
-    units, schedule = pipelines.units, priced.schedule
+    units, schedule = pipelines.choices.units, priced.schedule
     assert pipelines.best.pricing
     ends = (*priced.firsts[1:], len(units))
     stages = []
@@ -92,5 +92,5 @@ def _pipeline(pipelines: Pipelines, priced: Priced, space: Space, strategies: di
 def _memory(pipelines: Pipelines, rank: int) -> dict[str, float]:
     best = pipelines.best
     assert best.priced and best.pricing
-    runs = [best.priced.runs(pipelines.units, stage) for stage in best.priced.schedule.held[rank]]
+    runs = [best.priced.runs(pipelines.choices.units, stage) for stage in best.priced.schedule.held[rank]]
     return best.pricing.memory.by_cause(tuple(map(sum, zip(*runs, strict=True))), best.priced.held[rank])

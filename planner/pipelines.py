@@ -27,21 +27,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..ir.errors import InfeasibleError, PlanError
-from ..ir.mesh import Mesh
-from ..ir.microbatch import Refusal
 from ..ir.recompute import Policy
 from ..ir.schedule import Schedule, in_flight
 from ..ir.units import format_bytes, format_seconds
-from .cost.compute import contraction_seconds
 from .intra import live_of
 from .memory.aliases import aliases, extended
 from .memory.ledger import Ledger, least_bytes, least_peak
-from .meshes import plane_meshes
+from .pipeline.choices import Choices, Shape
 from .pipeline.priced import Priced, Pricing
-from .pipeline.schedules import entry, schedule_named
 from .pipeline.stage_memory import Holdings, Runs, StageMemory
 from .pipeline.unit_costs import all_bytes, unit_seconds
-from .pipeline.units import Cut, Units, check_enough, find_units, runs_of
+from .pipeline.units import Cut, runs_of
 from .solver.anytime import solve_live
 from .solver.live import Demand, Live
 from .solver.onehot import Edge, Solution
@@ -50,25 +46,8 @@ from .space import Space, build
 if TYPE_CHECKING:
     from .search import Search
 
-Choice = tuple[str, int]  # a schedule and its stages per rank
 SOLVE_GAP = 0.5  # of the gap asked for: what one solve may leave open
 ONE_SOLVE = 1.0  # seconds
-ENDS = 0.1  # weight of what is not layers in a bound that counts the layers of the fullest stage
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One combination of discrete choices; `microbatches` 0: any, the family as a whole."""
-
-    stages: int
-    mesh: Mesh
-    policy: Policy
-    microbatches: int = 0
-
-    def __str__(self) -> str:
-        mesh = "×".join(map(str, self.mesh.shape))
-        count = f", microbatches {self.microbatches}" if self.microbatches else ""
-        return f"{self.stages} stages of mesh {mesh}, recompute {self.policy}{count}"
 
 
 @dataclass
@@ -91,6 +70,7 @@ class Pipelines:
     """Explores pipelines on behalf of a search, whose request, prices and clock it uses."""
 
     search: Search
+    choices: Choices = field(init=False)
     best: Found = field(default_factory=Found)
     open: list[tuple[float, int, Shape]] = field(default_factory=list)
     closed: float = inf  # least bound of the shapes looked at to their end
@@ -98,76 +78,15 @@ class Pipelines:
     counts_left: dict[Shape, list[int]] = field(default_factory=dict)  # of families that were looked at
     known: dict[Shape, dict[int, float]] = field(default_factory=dict)  # bounds of counts looked at
 
-    # ------------------------------------------------------------ what there is to choose from
-
-    @cached_property
-    def units(self) -> Units:
-        return find_units(self.search.folded, self.search.program("none"))
-
-    @cached_property
-    def batch(self) -> int:
-        axis = self.search.program("none").time
-        return 1 if isinstance(axis, Refusal) else axis.batch
-
-    @cached_property
-    def stage_counts(self) -> tuple[int, ...]:
-        """Stages of whole hosts, or equal parts of a host."""
-        cluster, wanted = self.search.cluster, self.search.request.pp
-        hosts, per_host = cluster.hosts, cluster.per_host
-        if isinstance(wanted, int):
-            check_enough(self.units, wanted)
-            return (wanted,)
-        sizes = [d for d in range(1, per_host + 1) if per_host % d == 0]
-        sizes += [per_host * h for h in range(2, hosts + 1) if hosts % h == 0]
-        return tuple(sorted(cluster.size // n for n in sizes if 1 < cluster.size // n <= len(self.units)))
-
-    @cached_property
-    def counts(self) -> tuple[int, ...]:
-        """Microbatches: divisors of the batch that are 2^a or 3 * 2^a."""
-        if self.search.request.microbatches is not None:
-            return (self.search.request.microbatches,)
-        odd = lambda m: m // (m & -m)  # noqa: E731
-        return tuple(m for m in range(1, self.batch + 1) if self.batch % m == 0 and odd(m) in (1, 3))
-
-    def schedules(self, stages: int, microbatches: int = 0) -> tuple[Choice, ...]:
-        """What may be tried for so many stages: interleaving where there are layers enough, else zero bubble."""
-        request = self.search.request
-        if request.schedule is not None:
-            return (self._pinned,)
-        grouped = microbatches % stages == 0
-        looped = tuple(("interleaved", c) for c in (2, 4) if c * stages <= len(self.units) and grouped)
-        return (("1f1b", 1), *(looped or (("zb-h1", 1),)))
-
-    @cached_property
-    def _pinned(self) -> Choice:
-        request = self.search.request
-        found = entry(str(request.schedule))
-        if found.copies > 1:
-            raise PlanError(
-                f"{found.name} holds each stage on {found.copies} ranks, which plans cannot.",
-                where="request: schedule", fix="1f1b, interleaved, zb-h1, zbv and others with one copy",
-            )  # fmt: skip
-        return found.name, found.chunks or request.chunks or 2
-
-    def _schedules_for(self, shape: Shape) -> Iterator[Schedule]:
-        for name, chunks in self.schedules(shape.stages, shape.microbatches):
-            if chunks * shape.stages > len(self.units):
-                continue
-            try:
-                yield schedule_named(name, shape.stages, shape.microbatches, None if chunks == 1 else chunks)
-            except PlanError:
-                if self.search.request.schedule is not None and self.search.request.microbatches is not None:
-                    raise
-
-    def _meshes(self, stages: int) -> tuple[Mesh, ...]:
-        return plane_meshes(self.search.cluster, self.search.cluster.size // stages, self.search.request.mesh)
+    def __post_init__(self) -> None:
+        self.choices = Choices(self.search)
 
     # ------------------------------------------------------------ the search
 
     def explore(self, cutoff: float = inf) -> None:
         """Until no open family can beat the best by more than the gap, or time is up."""
-        for family in self._families():
-            self._push(self._floor(family), family)
+        for family in self.choices.families():
+            self._push(self.choices.floor(family), family)
         for shape in self._first():
             self._solve(shape)
         while self.open and not self.search.late():
@@ -199,16 +118,17 @@ class Pipelines:
 
     def _open_family(self, family: Shape, bound: float) -> None:
         """Counts with room, and a bound from the largest of them that divides all others."""
-        least = bisect_left(self.counts, 1, key=lambda many: not self._hopeless(replace(family, microbatches=many)))
-        self.counts_left[family] = left = list(self.counts[least:])  # more microbatches never need more room
+        counts = self.choices.counts  # more microbatches never need more room
+        least = bisect_left(counts, 1, key=lambda many: not self._hopeless(replace(family, microbatches=many)))
+        self.counts_left[family] = left = list(counts[least:])
         if left:
-            divisor = max(many for many in self.counts if all(other % many == 0 for other in left))
+            divisor = max(many for many in self.choices.counts if all(other % many == 0 for other in left))
             self._push(max(bound, self._relaxed(replace(family, microbatches=divisor), family=True)), family)
 
     def _carried(self, family: Shape, many: int, bound: float) -> float:
         """A bound for a count from those of counts that divide it: parts cost no less, only the bubble shrinks."""
         shape = replace(family, microbatches=many)
-        idle = self._floor(shape) - self._floor(replace(family, microbatches=max(self.counts)))
+        idle = self.choices.floor(shape) - self.choices.floor(replace(family, microbatches=max(self.choices.counts)))
         found = [bound + max(0.0, idle)]
         for less, known in self.known.get(family, {}).items():
             if many % less == 0:
@@ -217,7 +137,7 @@ class Pipelines:
 
     def _waiting(self, shape: Shape) -> float:
         """At most how much longer than without a bubble the passes of a shape take."""
-        bubbles = [self._bubble(shape, name) for name in ("forward", "backward", "weight")]
+        bubbles = [self.choices.bubble(shape, name) for name in ("forward", "backward", "weight")]
         return 1 + max(*bubbles, 0.0) / shape.microbatches
 
     def lower_bound(self) -> float:
@@ -233,99 +153,32 @@ class Pipelines:
 
     _numbers: Iterator[int] = field(default_factory=count)
 
-    def _families(self) -> Iterator[Shape]:
-        for stages in self.stage_counts:
-            for mesh in self._meshes(stages):
-                for policy in self.search.policies():
-                    yield Shape(stages, mesh, policy)
-
     def _first(self) -> Iterator[Shape]:
         """For each number of stages a usual choice, to have something to beat."""
         policy = self.search.request.recompute or "selective"
-        pairs = [(n, mesh) for n in self.stage_counts for mesh in self._meshes(n) if len(mesh.axes) == 1 or mesh.shape[1] > 2]
-        for stages, mesh in sorted(pairs, key=lambda pair: abs(pair[0] - 8)):
-            wanted = max(1, self.batch // mesh.shape[0])
-            many = max((c for c in self.counts if c <= wanted), default=self.counts[0])
+        pairs = [(n, mesh) for n in self.choices.stage_counts for mesh in self.choices.meshes(n)]
+        usual = [(n, mesh) for n, mesh in pairs if len(mesh.axes) == 1 or mesh.shape[1] > 2]
+        for stages, mesh in sorted(usual, key=lambda pair: abs(pair[0] - 8)):
+            wanted = max(1, self.choices.batch // mesh.shape[0])
+            many = max((c for c in self.choices.counts if c <= wanted), default=self.choices.counts[0])
             shape = Shape(stages, mesh, policy, many)
-            if not self.search.late() and self._floor(shape) < self.best.seconds and not self._hopeless(shape):
+            if not self.search.late() and self.choices.floor(shape) < self.best.seconds and not self._hopeless(shape):
                 yield shape
 
     # ------------------------------------------------------------ bounds
-
-    def _bubble(self, shape: Shape, name: str) -> float:
-        """How many passes of one kind ("forward", "backward", "weight") of the slowest stage the best schedule
-        waits for at least. Zero-bubble ones fill what is idle with gradients of weights."""
-        shares = []
-        for schedule, chunks in self.schedules(shape.stages, shape.microbatches):
-            if schedule.startswith(("zb", "v-")) or "zero" in schedule:
-                shares.append(-1.0 if name == "weight" else 1.0 if schedule == "zb-h1" else 0.0)
-            else:
-                shares.append(1.0 if chunks == 1 or schedule == "gpipe" else 1 / chunks)
-        return (shape.stages - 1) * min(shares)
-
-    def _floor(self, shape: Shape) -> float:
-        """Products alone, on all devices; with the bubble of forward passes and twice as long backward ones."""
-        least = self._products(shape.policy) / self.search.cluster.size
-        if not shape.microbatches:
-            return least
-        idle = sum(self._bubble(shape, name) for name in ("forward", "backward", "weight")) / 3
-        return least * (1 + max(0.0, idle) / shape.microbatches)
-
-    def _products(self, policy: Policy) -> float:
-        if policy not in self._work:
-            graph = self.search.program(policy).graph
-            device = self.search.cluster.device
-            self._work[policy] = sum(contraction_seconds(v.op, graph.types, device) * v.times for v in graph.visits)
-        return self._work[policy]
-
-    _work: dict[Policy, float] = field(default_factory=dict)
-
-    def _weights(self, shape: Shape, many: int, cut: Cut) -> Mapping[str, float]:
-        """How often the seconds of an op of one layer count in the step, at least.
-
-            (microbatches + bubble) / stages                      if all stages took equally long
-            ((microbatches - 1) * crowd + 1 + bubble) / stages    for layers, if the ends took nothing
-
-        A step takes the longer of the two, so any mean of them is a bound. The bubble is that of `many`
-        microbatches.
-        """
-        parts, stages, ratio = shape.microbatches, shape.stages, shape.microbatches / many
-        crowd, layers = self._crowd(shape), self._tags_of_layers(cut)
-        mean = ENDS if crowd > 1 else 1.0
-        found = {}
-        for tag, name in cut.passes.items():
-            if name == "once":
-                found[tag] = 1 / stages
-                continue
-            bubble = self._bubble(replace(shape, microbatches=many), name) * ratio
-            full = (parts - 1) * crowd + 1 + bubble if tag in layers else 0.0
-            found[tag] = max(1e-9, mean * (parts + bubble) + (1 - mean) * full) / stages
-        return {**found, "": 1 / stages}
-
-    def _crowd(self, shape: Shape) -> float:
-        """How much more than its share of layers some stage has, as layers are not cut; 1 where the ends may
-        make up for it."""
-        middle = max(range(len(self.units.names)), key=self.units.kinds.count)
-        layers = sum(self.units.names[kind] == self.units.names[middle] for kind in self.units.kinds)
-        found = ceil(layers / shape.stages) * shape.stages / layers
-        return found if found * layers / len(self.units) > 1 + ENDS else 1.0
-
-    def _tags_of_layers(self, cut: Cut) -> frozenset[str]:
-        middle = max(range(len(self.units.names)), key=self.units.kinds.count)
-        return frozenset(op.tag for fragment in cut.fragments(middle) for op in fragment.ops)
 
     def cut(self, policy: Policy, microbatches: int) -> Cut:
         key = policy, min(microbatches, 2)
         if key not in self._cuts:
             program, many = self.search.program(policy), 1 if microbatches == 1 else self._least
-            self._cuts[key] = Cut.of(self.units, program, self.search.folded.small, many)
+            self._cuts[key] = Cut.of(self.choices.units, program, self.search.folded.small, many)
         return self._cuts[key]
 
     _cuts: dict[tuple[Policy, int], Cut] = field(default_factory=dict)
 
     @cached_property
     def _least(self) -> int:
-        return next(m for m in range(2, self.batch + 1) if self.batch % m == 0)
+        return next(m for m in range(2, self.choices.batch + 1) if self.choices.batch % m == 0)
 
     def holdings(self, policy: Policy, microbatches: int) -> Holdings:
         key = policy, min(microbatches, 2)
@@ -337,9 +190,9 @@ class Pipelines:
 
     def _relaxed(self, shape: Shape, family: bool = False) -> float:
         """The least seconds with no more memory than all stages have together."""
-        most = max(self.counts) if family else shape.microbatches
+        most = max(self.choices.counts) if family else shape.microbatches
         cut = self.cut(shape.policy, shape.microbatches)
-        weights = self._weights(shape, most, cut)
+        weights = self.choices.weights(shape, most, cut)
         program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
         space = build(program, shape.microbatches, self.search.cost, layouts, runs=weights)
         live = live_of(space) if family else self._shared_memory(space, shape)
@@ -354,23 +207,23 @@ class Pipelines:
         holdings, mesh = self.holdings(shape.policy, shape.microbatches), shape.mesh
         graph = holdings.cut.program.graph
         lasting = zip(graph.inputs, graph.input_counts, strict=True)
-        flying = holdings.left(runs_of(self.units, 0, len(self.units))).items()
+        flying = holdings.left(runs_of(self.choices.units, 0, len(self.choices.units))).items()
         split = holdings.split if shape.microbatches > 1 else {}
         together = sum(
             n * least_bytes(graph.types[v], split.get(v), shape.microbatches, mesh) for v, n in (*lasting, *flying)
         )
         if together > shape.stages * self.search.limit:
             return True
-        middle = max(range(len(self.units.names)), key=self.units.kinds.count)
-        layers = self.units.kinds.count(middle)
-        runs = [0] * len(self.units.names)
-        runs[middle] = max(1, (layers - (len(self.units) - layers)) // shape.stages)
+        middle = max(range(len(self.choices.units.names)), key=self.choices.units.kinds.count)
+        layers = self.choices.units.kinds.count(middle)
+        runs = [0] * len(self.choices.units.names)
+        runs[middle] = max(1, (layers - (len(self.choices.units) - layers)) // shape.stages)
         return least_peak(holdings.of_stage(tuple(runs)), mesh) > self.search.limit
 
     def _shared_memory(self, space: Space, shape: Shape) -> Live:
         """Parameters, sums and results in flight of all stages within the memory of all stages."""
         base, holdings = live_of(space), self.holdings(shape.policy, shape.microbatches)
-        everything = runs_of(self.units, 0, len(self.units))
+        everything = runs_of(self.choices.units, 0, len(self.choices.units))
         lasting = dict(zip(space.program.graph.inputs, space.program.graph.input_counts, strict=True))
         demands, fixed = [], 0.0
         for value, many in [*lasting.items(), *holdings.left(everything).items()]:
@@ -390,10 +243,10 @@ class Pipelines:
         longer; so layers can crowd into the last stages only as far as the best so far allows.
         """
         known = ("1f1b", "gpipe", "interleaved", "looped-bfs", "zb-h1")
-        plain = all(name in known for name, _ in self.schedules(shape.stages, shape.microbatches))
+        plain = all(name in known for name, _ in self.choices.schedules(shape.stages, shape.microbatches))
         if not plain or self.best.seconds == inf:
             return 1.0
-        crowd = max(1.0, self.best.seconds / max(self._floor(shape), 1e-30))
+        crowd = max(1.0, self.best.seconds / max(self.choices.floor(shape), 1e-30))
         return (min(shape.stages, shape.microbatches) / crowd + 1) / 2
 
     def _solved(self, live: Live, cutoff: float = inf) -> Solution:
@@ -417,7 +270,7 @@ class Pipelines:
         space, relaxed = self.spaces[shape]
         if relaxed >= self._enough(inf):
             return max(bound, relaxed)
-        for schedule in sorted(self._schedules_for(shape), key=lambda s: -s.stages):
+        for schedule in sorted(self.choices.schedules_for(shape), key=lambda s: -s.stages):
             solution = self._solved(self._limited(space, shape, schedule), self.best.seconds)
             if solution.choices is not None:
                 self._offer(shape, space, solution.choices)
@@ -453,20 +306,20 @@ class Pipelines:
 
     def _even(self, shape: Shape) -> list[tuple[int, Runs]]:
         """Stages to watch, with their units when each has as many as the next."""
-        ends = [ceil(len(self.units) * (s + 1) / shape.stages) for s in range(shape.stages)]
+        ends = [ceil(len(self.choices.units) * (s + 1) / shape.stages) for s in range(shape.stages)]
         firsts = [0, *ends[:-1]]
         watched = sorted({0, min(1, shape.stages - 1), shape.stages - 1})
-        return [(s, runs_of(self.units, firsts[s], ends[s])) for s in watched]
+        return [(s, runs_of(self.choices.units, firsts[s], ends[s])) for s in watched]
 
     def _offer(self, shape: Shape, space: Space, solved: Sequence[int]) -> None:
         origins = self._origins.pop(shape, {})
         choices = tuple(int(origins[n][p]) if n in origins else p for n, p in enumerate(solved))
         holdings = self.holdings(shape.policy, shape.microbatches)
         pricing = Pricing(
-            self.units, unit_seconds(holdings.cut, space, choices), StageMemory(holdings, space, choices),
+            self.choices.units, unit_seconds(holdings.cut, space, choices), StageMemory(holdings, space, choices),
             self.search.cluster, shape.mesh.size, self.search.limit,
         )  # fmt: skip
-        for schedule in self._schedules_for(shape):
+        for schedule in self.choices.schedules_for(shape):
             priced = pricing.price(schedule, self.best.seconds)
             if priced is not None and priced.seconds < self.best.seconds:
                 self.best = Found(shape, space, choices, pricing, priced)
@@ -475,9 +328,9 @@ class Pipelines:
                 )
 
     def infeasible(self) -> PlanError:
-        stages = max(self.stage_counts, default=1)
+        stages = max(self.choices.stage_counts, default=1)
         return InfeasibleError(
-            f"no pipeline of {', '.join(map(str, self.stage_counts)) or 'any number of'} stages fits.",
+            f"no pipeline of {', '.join(map(str, self.choices.stage_counts)) or 'any number of'} stages fits.",
             where=f"{format_bytes(self.search.limit)} per device may be used",
             origin=f"cluster {self.search.cluster.name}: {self.search.cluster.size} devices",
             fix=f"more microbatches, recompute, or more stages than {stages}",

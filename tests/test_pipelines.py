@@ -103,8 +103,8 @@ def test_no_pipeline_is_faster_than_the_bound():
     bound, best = pipelines.lower_bound(), pipelines.best.seconds
     assert 0 < bound <= best < float("inf")
     every = Pipelines(search)
-    for family in every._families():
-        for many in every.counts:
+    for family in every.choices.families():
+        for many in every.choices.counts:
             every._solve(type(family)(family.stages, family.mesh, family.policy, many))
     assert bound <= every.best.seconds * (1 + 1e-9)
     assert best <= every.best.seconds * (1 + search.request.gap)
@@ -146,7 +146,9 @@ def test_refusals():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "schedule"), [("gpt-tiny", "zb-h1"), ("gpt-tiny", "gpipe"), ("gpt-tiny-scan", "1f1b")])
+@pytest.mark.parametrize(
+    ("model", "schedule"), [("gpt-tiny", "zb-h1"), ("gpt-tiny", "gpipe"), ("gpt-tiny-scan", "1f1b")]
+)
 def test_planned_pipelines_run(model, schedule):
     """Losses and state of three steps equal the unsharded step's; a scan over layers is taken apart, and the
     state comes back with a tuple for each stack."""

@@ -240,7 +240,7 @@ def run(
         found = load_plan(plan)
         _devices(found, emulate)
     else:
-        raise UsageError("a plan or --model is needed, and --pin and --global-batch go with --model.", fix="one of them")
+        raise UsageError("a plan or --model is needed; --pin and --global-batch go with --model.", fix="one of them")
     show(found, train(found, _made(found), steps, data, verify, seed), trace, format is Format.json)
 
 

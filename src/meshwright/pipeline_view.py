@@ -30,6 +30,18 @@ def simulated(plan: Plan) -> Timeline:
     return Timeline((*Timeline.of(run).slices, *updates))
 
 
+def figures(plan: Plan) -> list[dict[str, float]]:
+    """Per rank: seconds busy with passes, span from its first to its last, the share of it idle, bytes."""
+    schedule, stages = _schedule(plan), plan.pipeline.stages  # type: ignore[union-attr]
+    run = simulate(pipeline_tasks(schedule, _seconds(plan)))
+    found = []
+    for rank, held in enumerate(schedule.held):
+        busy, span = run.busy(rank), run.span(rank)
+        peak = max(stages[s].peak_bytes for s in held)
+        found.append({"rank": rank, "busy": busy, "span": span, "idle": 1 - busy / span, "peak_bytes": peak})
+    return found
+
+
 def measured(passes: Sequence[Passed]) -> Timeline:
     """The passes of one recorded step."""
     return Timeline(
@@ -53,7 +65,8 @@ def both_text(plan: Plan, passes: Sequence[Passed], width: int = 96) -> str:
         f"simulated  {ours.seconds * 1e3:.2f} ms ({title})", ours.text(width), "",
         f"measured   {theirs.seconds * 1e3:.2f} ms", theirs.text(width), "",
         *rows,
-        "measured seconds are medians of all microbatches. F forward, B backward, W gradients of weights, U update, . idle",
+        "measured seconds are medians of all microbatches.",
+        "F forward, B backward, W gradients of weights, U update, . idle",
     ])  # fmt: skip
 
 

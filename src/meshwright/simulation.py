@@ -73,6 +73,11 @@ def simulate(
         MismatchError: the plan was made for another step, or the cluster has another size.
     """
     where = plan.cluster if cluster is None else Cluster.parse(cluster)
+    if plan.pipeline is not None:
+        raise UsageError(
+            "a pipeline is simulated from the seconds in its plan alone.", where=f"plan `{plan.name}`",
+            fix="meshwright simulate PLAN without --set; or plan for the changed cluster",
+        )  # fmt: skip
     if where.size != plan.mesh.size:
         raise MismatchError(
             f"the plan is for {plan.mesh.size} devices, the cluster has {where.size}.",

@@ -33,7 +33,11 @@ def simulate(
 
     if trace is not None:
         check_writable(trace)
-    found = run(load_plan(plan), changes=_changes(changes))
+    loaded, asked = load_plan(plan), _changes(changes)
+    if loaded.pipeline is not None and not asked:
+        _simulate_pipeline(loaded, trace, format)
+        return
+    found = run(loaded, changes=asked)
     if trace is not None:
         write_whole(trace, json.dumps(found.timeline.perfetto()))
     if format is Format.json:
@@ -52,6 +56,27 @@ def simulate(
     print(f"memory         {_memory(result.memory)} of {format_bytes(found.limit)}")
     print(f"error          {found.band}; {found.hangs_on}")
     print(found.timeline.text())
+
+
+def _simulate_pipeline(plan: Any, trace: Path | None, format: Format) -> None:
+    """The schedule of a plan's pipeline, with the seconds that the plan gives its stages."""
+    from .ir.codec import write_whole
+    from .pipeline_view import figures, simulated
+
+    line, rows = simulated(plan), figures(plan)
+    if trace is not None:
+        write_whole(trace, json.dumps(line.perfetto()))
+    if format is Format.json:
+        print(json.dumps({"seconds": line.seconds, "planned": plan.estimate.step_seconds, "ranks": rows}, indent=1))
+        return
+    print(f"step     {format_seconds(line.seconds)}; the plan says {format_seconds(plan.estimate.step_seconds)}")
+    print(f"error    {plan.proof.band}")
+    print(line.text())
+    for row in rows:
+        print(
+            f"rank {row['rank']:<3} busy {format_seconds(row['busy'])}, span {format_seconds(row['span'])}, "
+            f"idle in it {row['idle']:.1%}, memory {format_bytes(row['peak_bytes'])}"
+        )
 
 
 def _simulated(found: Any) -> dict[str, Any]:

@@ -1,0 +1,177 @@
+"""What a search over pipelines may choose, and the least that each choice costs whatever is decided in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import ceil
+from typing import TYPE_CHECKING
+
+from ...ir.errors import PlanError
+from ...ir.mesh import Mesh
+from ...ir.microbatch import Refusal
+from ...ir.recompute import Policy
+from ...ir.schedule import Schedule
+from ..cost.compute import contraction_seconds
+from ..meshes import plane_meshes
+from .schedules import entry, schedule_named
+from .units import Cut, Units, check_enough, find_units
+
+if TYPE_CHECKING:
+    from ..search import Search
+
+Choice = tuple[str, int]  # a schedule and its stages per rank
+ENDS = 0.1  # weight of what is not layers in a bound that counts the layers of the fullest stage
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One combination of discrete choices; `microbatches` 0: any, the family as a whole."""
+
+    stages: int
+    mesh: Mesh
+    policy: Policy
+    microbatches: int = 0
+
+    def __str__(self) -> str:
+        mesh = "×".join(map(str, self.mesh.shape))
+        count = f", microbatches {self.microbatches}" if self.microbatches else ""
+        return f"{self.stages} stages of mesh {mesh}, recompute {self.policy}{count}"
+
+
+@dataclass(eq=False)
+class Choices:
+    """The space of one search."""
+
+    search: Search
+
+    @cached_property
+    def units(self) -> Units:
+        return find_units(self.search.folded, self.search.program("none"))
+
+    @cached_property
+    def batch(self) -> int:
+        axis = self.search.program("none").time
+        return 1 if isinstance(axis, Refusal) else axis.batch
+
+    @cached_property
+    def stage_counts(self) -> tuple[int, ...]:
+        """Stages of whole hosts, or equal parts of a host."""
+        cluster, wanted = self.search.cluster, self.search.request.pp
+        hosts, per_host = cluster.hosts, cluster.per_host
+        if isinstance(wanted, int):
+            check_enough(self.units, wanted)
+            return (wanted,)
+        sizes = [d for d in range(1, per_host + 1) if per_host % d == 0]
+        sizes += [per_host * h for h in range(2, hosts + 1) if hosts % h == 0]
+        return tuple(sorted(cluster.size // n for n in sizes if 1 < cluster.size // n <= len(self.units)))
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Microbatches: divisors of the batch that are 2^a or 3 * 2^a."""
+        if self.search.request.microbatches is not None:
+            return (self.search.request.microbatches,)
+        odd = lambda m: m // (m & -m)  # noqa: E731
+        return tuple(m for m in range(1, self.batch + 1) if self.batch % m == 0 and odd(m) in (1, 3))
+
+    def schedules(self, stages: int, microbatches: int = 0) -> tuple[Choice, ...]:
+        """What may be tried for so many stages: interleaving where there are layers enough, else zero bubble."""
+        request = self.search.request
+        if request.schedule is not None:
+            return (self._pinned,)
+        grouped = microbatches % stages == 0
+        looped = tuple(("interleaved", c) for c in (2, 4) if c * stages <= len(self.units) and grouped)
+        return (("1f1b", 1), *(looped or (("zb-h1", 1),)))
+
+    @cached_property
+    def _pinned(self) -> Choice:
+        request = self.search.request
+        found = entry(str(request.schedule))
+        if found.copies > 1:
+            raise PlanError(
+                f"{found.name} holds each stage on {found.copies} ranks, which plans cannot.",
+                where="request: schedule", fix="1f1b, interleaved, zb-h1, zbv and others with one copy",
+            )  # fmt: skip
+        return found.name, found.chunks or request.chunks or 2
+
+    def schedules_for(self, shape: Shape) -> Iterator[Schedule]:
+        for name, chunks in self.schedules(shape.stages, shape.microbatches):
+            if chunks * shape.stages > len(self.units):
+                continue
+            try:
+                yield schedule_named(name, shape.stages, shape.microbatches, None if chunks == 1 else chunks)
+            except PlanError:
+                if self.search.request.schedule is not None and self.search.request.microbatches is not None:
+                    raise
+
+    def meshes(self, stages: int) -> tuple[Mesh, ...]:
+        return plane_meshes(self.search.cluster, self.search.cluster.size // stages, self.search.request.mesh)
+
+    def families(self) -> Iterator[Shape]:
+        for stages in self.stage_counts:
+            for mesh in self.meshes(stages):
+                for policy in self.search.policies():
+                    yield Shape(stages, mesh, policy)
+
+    def bubble(self, shape: Shape, name: str) -> float:
+        """How many passes of one kind ("forward", "backward", "weight") of the slowest stage the best schedule
+        waits for at least. Zero-bubble ones fill what is idle with gradients of weights."""
+        shares = []
+        for schedule, chunks in self.schedules(shape.stages, shape.microbatches):
+            if schedule.startswith(("zb", "v-")) or "zero" in schedule:
+                shares.append(-1.0 if name == "weight" else 1.0 if schedule == "zb-h1" else 0.0)
+            else:
+                shares.append(1.0 if chunks == 1 or schedule == "gpipe" else 1 / chunks)
+        return (shape.stages - 1) * min(shares)
+
+    def floor(self, shape: Shape) -> float:
+        """Products alone, on all devices; with the bubble of forward passes and twice as long backward ones."""
+        least = self._products(shape.policy) / self.search.cluster.size
+        if not shape.microbatches:
+            return least
+        idle = sum(self.bubble(shape, name) for name in ("forward", "backward", "weight")) / 3
+        return least * (1 + max(0.0, idle) / shape.microbatches)
+
+    def _products(self, policy: Policy) -> float:
+        if policy not in self._work:
+            graph = self.search.program(policy).graph
+            device = self.search.cluster.device
+            self._work[policy] = sum(contraction_seconds(v.op, graph.types, device) * v.times for v in graph.visits)
+        return self._work[policy]
+
+    _work: dict[Policy, float] = field(default_factory=dict)
+
+    def weights(self, shape: Shape, many: int, cut: Cut) -> Mapping[str, float]:
+        """How often the seconds of an op of one layer count in the step, at least.
+
+            (microbatches + bubble) / stages                      if all stages took equally long
+            ((microbatches - 1) * crowd + 1 + bubble) / stages    for layers, if the ends took nothing
+
+        A step takes the longer of the two, so any mean of them is a bound. The bubble is that of `many`
+        microbatches.
+        """
+        parts, stages, ratio = shape.microbatches, shape.stages, shape.microbatches / many
+        crowd, layers = self.crowd(shape), self._tags_of_layers(cut)
+        mean = ENDS if crowd > 1 else 1.0
+        found = {}
+        for tag, name in cut.passes.items():
+            if name == "once":
+                found[tag] = 1 / stages
+                continue
+            bubble = self.bubble(replace(shape, microbatches=many), name) * ratio
+            full = (parts - 1) * crowd + 1 + bubble if tag in layers else 0.0
+            found[tag] = max(1e-9, mean * (parts + bubble) + (1 - mean) * full) / stages
+        return {**found, "": 1 / stages}
+
+    def crowd(self, shape: Shape) -> float:
+        """How much more than its share of layers some stage has, as layers are not cut; 1 where the ends may
+        make up for it."""
+        middle = max(range(len(self.units.names)), key=self.units.kinds.count)
+        layers = sum(self.units.names[kind] == self.units.names[middle] for kind in self.units.kinds)
+        found = ceil(layers / shape.stages) * shape.stages / layers
+        return found if found * layers / len(self.units) > 1 + ENDS else 1.0
+
+    def _tags_of_layers(self, cut: Cut) -> frozenset[str]:
+        middle = max(range(len(self.units.names)), key=self.units.kinds.count)
+        return frozenset(op.tag for fragment in cut.fragments(middle) for op in fragment.ops)
