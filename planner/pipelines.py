@@ -19,7 +19,6 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import count
 from math import ceil, inf
 from typing import TYPE_CHECKING
@@ -37,7 +36,7 @@ from .pipeline.choices import Choices, Shape
 from .pipeline.priced import Priced, Pricing
 from .pipeline.stage_memory import Holdings, Runs, StageMemory
 from .pipeline.unit_costs import all_bytes, unit_seconds
-from .pipeline.units import Cut, runs_of
+from .pipeline.units import runs_of
 from .solver.anytime import solve_live
 from .solver.live import Demand, Live
 from .solver.onehot import Edge, Solution
@@ -94,42 +93,36 @@ class Pipelines:
             if bound >= self._enough(cutoff):
                 self._push(bound, family)
                 return
-            self._advance(family, bound, cutoff)
+            self._advance(family, cutoff)
 
-    def _advance(self, family: Shape, bound: float, cutoff: float) -> None:
-        """Look at the family as a whole, then at its microbatch counts, the least first; each bounds its multiples."""
+    def _advance(self, family: Shape, cutoff: float) -> None:
+        """Look at the family's microbatch counts, the least first; each bounds its multiples."""
         if family not in self.counts_left:
-            self._open_family(family, bound)
-            return
+            self.counts_left[family] = self._with_room(family)
         left = self.counts_left[family]
         for many in list(left):
-            if self._carried(family, many, bound) >= self._enough(cutoff):
+            if self._carried(family, many) >= self._enough(cutoff):
                 left.remove(many)
-                self.closed = min(self.closed, self._carried(family, many, bound))
+                self.closed = min(self.closed, self._carried(family, many))
         if left:
             shape = replace(family, microbatches=left.pop(0))
-            own = max(self._carried(family, shape.microbatches, bound), self._relaxed(shape))
+            own = max(self._carried(family, shape.microbatches), self._relaxed(shape))
             self.known.setdefault(family, {})[shape.microbatches] = own
             if own < self._enough(cutoff):
                 own = self._solve(shape, own)
             self.spaces.pop(shape, None)
             self.closed = min(self.closed, own)
-            self._push(min((self._carried(family, many, bound) for many in left), default=inf), family)
+            self._push(min((self._carried(family, many) for many in left), default=inf), family)
 
-    def _open_family(self, family: Shape, bound: float) -> None:
-        """Counts with room, and a bound from the largest of them that divides all others."""
+    def _with_room(self, family: Shape) -> list[int]:
         counts = self.choices.counts  # more microbatches never need more room
         least = bisect_left(counts, 1, key=lambda many: not self._hopeless(replace(family, microbatches=many)))
-        self.counts_left[family] = left = list(counts[least:])
-        if left:
-            divisor = max(many for many in self.choices.counts if all(other % many == 0 for other in left))
-            self._push(max(bound, self._relaxed(replace(family, microbatches=divisor), family=True)), family)
+        return list(counts[least:])
 
-    def _carried(self, family: Shape, many: int, bound: float) -> float:
-        """A bound for a count from those of counts that divide it: parts cost no less, only the bubble shrinks."""
+    def _carried(self, family: Shape, many: int) -> float:
+        """A bound for a count, from those of counts that divide it too: parts cost no less, only the bubble shrinks."""
         shape = replace(family, microbatches=many)
-        idle = self.choices.floor(shape) - self.choices.floor(replace(family, microbatches=max(self.choices.counts)))
-        found = [bound + max(0.0, idle)]
+        found = [self.choices.floor(shape)]
         for less, known in self.known.get(family, {}).items():
             if many % less == 0:
                 found.append(known * self._waiting(shape) / self._waiting(replace(family, microbatches=less)))
@@ -167,38 +160,21 @@ class Pipelines:
 
     # ------------------------------------------------------------ bounds
 
-    def cut(self, policy: Policy, microbatches: int) -> Cut:
-        key = policy, min(microbatches, 2)
-        if key not in self._cuts:
-            program, many = self.search.program(policy), 1 if microbatches == 1 else self._least
-            self._cuts[key] = Cut.of(self.choices.units, program, self.search.folded.small, many)
-        return self._cuts[key]
-
-    _cuts: dict[tuple[Policy, int], Cut] = field(default_factory=dict)
-
-    @cached_property
-    def _least(self) -> int:
-        return next(m for m in range(2, self.choices.batch + 1) if self.choices.batch % m == 0)
-
     def holdings(self, policy: Policy, microbatches: int) -> Holdings:
         key = policy, min(microbatches, 2)
         if key not in self._holdings:
-            self._holdings[key] = Holdings.of(self.cut(policy, microbatches), microbatches, self.search.cluster)
+            self._holdings[key] = Holdings.of(self.choices.cut(policy, microbatches), microbatches, self.search.cluster)
         return self._holdings[key].counted(microbatches)
 
     _holdings: dict[tuple[Policy, int], Holdings] = field(default_factory=dict)
 
-    def _relaxed(self, shape: Shape, family: bool = False) -> float:
+    def _relaxed(self, shape: Shape) -> float:
         """The least seconds with no more memory than all stages have together."""
-        most = max(self.choices.counts) if family else shape.microbatches
-        cut = self.cut(shape.policy, shape.microbatches)
-        weights = self.choices.weights(shape, most, cut)
+        weights = self.choices.weights(shape)
         program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
         space = build(program, shape.microbatches, self.search.cost, layouts, runs=weights)
-        live = live_of(space) if family else self._shared_memory(space, shape)
-        solution = self._solved(live)
-        if not family:
-            self.spaces[shape] = (space, solution.lower_bound)
+        solution = self._solved(self._shared_memory(space, shape))
+        self.spaces[shape] = (space, solution.lower_bound)
         return inf if solution.status == "infeasible" else solution.lower_bound
 
     def _hopeless(self, shape: Shape) -> bool:

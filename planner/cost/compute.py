@@ -22,6 +22,7 @@ from .kernels import CONTRACTIONS, FREE, KERNELS, Kernels, work
 from .products import product_share
 
 CAUSAL = 0.5  # of the products inside fused attention: keys after the query are skipped
+ENDLESS = 1e12  # products in a batch that keeps all multiprocessors busy
 ROWS = 128  # queries that one thread block of fused attention works on (Dao, arXiv 2307.08691, section 3.3)
 
 
@@ -88,6 +89,28 @@ def op_seconds(
     if op.kind in KERNELS:
         return device.launch + device.stream_seconds(_touched(op, types, ways, kernels))
     return _fused_seconds(op, types, device, ways, kernels)
+
+
+def least_seconds(
+    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, ways: Ways, kernels: Kernels,
+    products: str | None = None,
+) -> np.ndarray | float:  # fmt: skip
+    """No layout that cuts everything into at most so many parts runs the op in less.
+
+    A product whose operands are cut smaller never reaches a larger share of the peak than
+    the whole one does, all multiprocessors busy.
+    """
+    if op.kind not in CONTRACTIONS:
+        return op_seconds(op, rule, types, device, ways, kernels, products)
+    if not kernels.inside.isdisjoint((*op.inputs, *op.outputs)):
+        rate = _peak(device, types[op.inputs[0]].dtype) * device.attention_efficiency
+        return device.launch + flop(op, rule, types) * CAUSAL / rate / ways.work
+    share, total = device.efficiency, flop(op, rule, types)
+    if op.kind == "dot_general":
+        left, right, result = (types[v].size for v in (*op.inputs, *op.outputs))
+        terms = total / 2
+        share = product_share(terms / right, terms / left, terms / result, ENDLESS, device)
+    return device.launch + total / (_peak(device, products or types[op.inputs[0]].dtype) * share) / ways.work
 
 
 def _fused_seconds(

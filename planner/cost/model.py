@@ -19,7 +19,7 @@ from ...ir.mesh import Mesh
 from ...ir.rule import Rule
 from .bands import told
 from .collectives import Collectives
-from .compute import Ways, op_seconds
+from .compute import Ways, least_seconds, op_seconds
 from .kernels import Fusion, Kernels
 
 
@@ -41,6 +41,15 @@ class CostModel(Protocol):
     def collectives(self, mesh: Mesh) -> Collectives: ...
 
     def op_seconds(
+        self,
+        op: Op,
+        rule: Rule,
+        types: Mapping[int, TensorType],
+        ways: Ways,
+        kernels: Kernels,
+    ) -> np.ndarray | float: ...
+
+    def least_seconds(
         self,
         op: Op,
         rule: Rule,
@@ -84,3 +93,14 @@ class Roofline:
     ) -> np.ndarray | float:
         """Seconds of one run on one device, for every choice."""
         return op_seconds(op, rule, types, self.device, ways, kernels, self.products)
+
+    def least_seconds(
+        self,
+        op: Op,
+        rule: Rule,
+        types: Mapping[int, TensorType],
+        ways: Ways,
+        kernels: Kernels,
+    ) -> np.ndarray | float:
+        """No layout that cuts everything into at most so many parts takes less."""
+        return least_seconds(op, rule, types, self.device, ways, kernels, self.products)

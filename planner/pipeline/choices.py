@@ -8,13 +8,15 @@ from functools import cached_property
 from math import ceil
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ...ir.errors import PlanError
 from ...ir.mesh import Mesh
 from ...ir.microbatch import Refusal
 from ...ir.recompute import Policy
 from ...ir.schedule import Schedule
-from ..cost.compute import contraction_seconds
 from ..meshes import plane_meshes
+from .least_work import Class, least_work
 from .schedules import entry, schedule_named
 from .units import Cut, Units, check_enough, find_units
 
@@ -126,43 +128,53 @@ class Choices:
         return (shape.stages - 1) * min(shares)
 
     def floor(self, shape: Shape) -> float:
-        """Products alone, on all devices; with the bubble of forward passes and twice as long backward ones."""
-        least = self._products(shape.policy) / self.search.cluster.size
+        """No layouts of a shape take less: every op cut evenly over the devices of a stage, nothing sent."""
         if not shape.microbatches:
-            return least
-        idle = sum(self.bubble(shape, name) for name in ("forward", "backward", "weight")) / 3
-        return least * (1 + max(0.0, idle) / shape.microbatches)
+            return min(self.floor(replace(shape, microbatches=many)) for many in self.counts)
+        seconds, at = self._least_work(shape), self.counts.index(shape.microbatches)
+        return sum(self.share(shape, *each) * float(found[at]) for each, found in seconds.items())
 
-    def _products(self, policy: Policy) -> float:
-        if policy not in self._work:
-            graph = self.search.program(policy).graph
-            device = self.search.cluster.device
-            self._work[policy] = sum(contraction_seconds(v.op, graph.types, device) * v.times for v in graph.visits)
-        return self._work[policy]
+    def _least_work(self, shape: Shape) -> Mapping[Class, np.ndarray]:
+        devices = self.search.cluster.size // shape.stages
+        key = shape.policy, devices, shape.microbatches == 1
+        if key not in self._work:
+            cut = self.cut(shape.policy, shape.microbatches)
+            self._work[key] = least_work(cut, self.search.cost, devices, self.counts)
+        return self._work[key]
 
-    _work: dict[Policy, float] = field(default_factory=dict)
+    _work: dict[tuple[Policy, int, bool], Mapping[Class, np.ndarray]] = field(default_factory=dict)
 
-    def weights(self, shape: Shape, many: int, cut: Cut) -> Mapping[str, float]:
-        """How often the seconds of an op of one layer count in the step, at least.
+    def cut(self, policy: Policy, microbatches: int) -> Cut:
+        """The step in units, each as if it were a stage; all counts above one share it."""
+        key = policy, microbatches > 1
+        if key not in self._cuts:
+            many = next((m for m in range(2, self.batch + 1) if self.batch % m == 0), 1) if key[1] else 1
+            self._cuts[key] = Cut.of(self.units, self.search.program(policy), self.search.folded.small, many)
+        return self._cuts[key]
+
+    _cuts: dict[tuple[Policy, bool], Cut] = field(default_factory=dict)
+
+    def weights(self, shape: Shape) -> Mapping[str, float]:
+        """By op tag, how often the seconds of an op of one layer count in the step, at least; "" for results."""
+        cut = self.cut(shape.policy, shape.microbatches)
+        shares = {each: self.share(shape, *each) for each in set(map(cut.class_of, cut.passes))}
+        return {**{tag: shares[cut.class_of(tag)] for tag in cut.passes}, "": 1 / shape.stages}
+
+    def share(self, shape: Shape, name: str, layer: bool) -> float:
+        """How often the seconds of a pass count in the step, at least.
 
             (microbatches + bubble) / stages                      if all stages took equally long
             ((microbatches - 1) * crowd + 1 + bubble) / stages    for layers, if the ends took nothing
 
-        A step takes the longer of the two, so any mean of them is a bound. The bubble is that of `many`
-        microbatches.
+        A step takes the longer of the two, so any mean of them is a bound. What is done once counts
+        1 / stages.
         """
-        parts, stages, ratio = shape.microbatches, shape.stages, shape.microbatches / many
-        crowd, layers = self.crowd(shape), self._tags_of_layers(cut)
+        if name == "once":
+            return 1 / shape.stages
+        crowd, bubble = self.crowd(shape), self.bubble(shape, name)
         mean = ENDS if crowd > 1 else 1.0
-        found = {}
-        for tag, name in cut.passes.items():
-            if name == "once":
-                found[tag] = 1 / stages
-                continue
-            bubble = self.bubble(replace(shape, microbatches=many), name) * ratio
-            full = (parts - 1) * crowd + 1 + bubble if tag in layers else 0.0
-            found[tag] = max(1e-9, mean * (parts + bubble) + (1 - mean) * full) / stages
-        return {**found, "": 1 / stages}
+        full = (shape.microbatches - 1) * crowd + 1 + bubble if layer else 0.0
+        return max(1e-9, mean * (shape.microbatches + bubble) + (1 - mean) * full) / shape.stages
 
     def crowd(self, shape: Shape) -> float:
         """How much more than its share of layers some stage has, as layers are not cut; 1 where the ends may
@@ -171,7 +183,3 @@ class Choices:
         layers = sum(self.units.names[kind] == self.units.names[middle] for kind in self.units.kinds)
         found = ceil(layers / shape.stages) * shape.stages / layers
         return found if found * layers / len(self.units) > 1 + ENDS else 1.0
-
-    def _tags_of_layers(self, cut: Cut) -> frozenset[str]:
-        middle = max(range(len(self.units.names)), key=self.units.kinds.count)
-        return frozenset(op.tag for fragment in cut.fragments(middle) for op in fragment.ops)

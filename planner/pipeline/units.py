@@ -154,6 +154,15 @@ class Cut:
                 found.update((op.tag, name) for op in fragment.ops)
         return found
 
+    def class_of(self, tag: str) -> tuple[str, bool]:
+        """The pass of an op, and whether the layers that most units are run it."""
+        return self.passes.get(tag, "once"), tag in self._layers
+
+    @cached_property
+    def _layers(self) -> frozenset[str]:
+        middle = max(range(len(self.units.names)), key=self.units.kinds.count)
+        return frozenset(op.tag for fragment in self.fragments(middle) for op in fragment.ops)
+
     def saved(self, kind: int) -> tuple[int, ...]:
         """Values of one microbatch that the forward pass of a unit leaves for later."""
         return self.stages.forward[kind].gives

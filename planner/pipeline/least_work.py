@@ -1,0 +1,47 @@
+"""The least seconds of all ops of a step, whatever their layouts: each cut evenly over the devices of a stage,
+nothing sent. Worked out for all microbatch counts at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from ...ir.graph import Op
+from ...ir.microbatch import TimeAxis
+from ...ir.rules import rule_of
+from ..cost.compute import Ways
+from ..cost.kernels import free_values, kernels_of
+from ..cost.model import CostModel
+from .units import Cut
+
+Class = tuple[str, bool]  # a pass ("forward", "backward", "weight", "once"), and whether a layer runs the op
+
+
+def least_work(cut: Cut, cost: CostModel, devices: int, counts: Sequence[int]) -> dict[Class, np.ndarray]:
+    """Seconds of one run of all ops of each class, by microbatch count."""
+    found: dict[Class, np.ndarray] = defaultdict(lambda: np.zeros(len(counts)))
+    kernels = kernels_of(cut.program, cost.fused_attention, cost.fusion)
+    types, time = cut.program.graph.types, cut.program.time
+    split = time.split.keys() if isinstance(time, TimeAxis) else frozenset()
+    once = np.full(len(counts), float(devices))
+    parts = devices * np.array(counts, float)
+    for outer, op, times in _priced(cut):
+        sides = (*op.inputs, *op.outputs)
+        ways = [parts if v in split else once for v in sides]
+        work = once if split.isdisjoint(sides) else parts
+        cuts = Ways(ways[: len(op.inputs)], ways[len(op.inputs) :], work)
+        seconds = cost.least_seconds(op, rule_of(op, types), types, cuts, kernels)
+        found[cut.class_of(outer)] += times * seconds
+    return dict(found)
+
+
+def _priced(cut: Cut) -> Iterator[tuple[str, Op, int]]:
+    """Ops that are not free, with the tag of the outermost loop around them (or their own), and runs."""
+    free, graph = free_values(cut.program), cut.program.graph
+    outer: dict[int, str] = {}
+    for visit in graph.visits:
+        outer[visit.index] = tag = outer[visit.parents[0]] if visit.parents else visit.op.tag
+        if visit.op.kind not in ("scan", "optimization_barrier") and not free.issuperset(visit.op.outputs):
+            yield tag, visit.op, visit.times
