@@ -55,7 +55,7 @@ class Layouts:
 
     def slot(self, shape: tuple[int, ...], owed: bool = False) -> tuple[list[Sharding], np.ndarray]:
         """Every layout of a tensor of this shape, and their numbers."""
-        return self.catalogue.slot(tuple(self._split(size, 1) for size in shape), owed)
+        return self.catalogue.slot(tuple(self.split(size, 1) for size in shape), owed)
 
     def taken(self, rule: Rule, time: Mapping[int, int]) -> Taken:
         """All strategies of an op; `time[f]` is the number of microbatches that cut factor f already."""
@@ -74,9 +74,10 @@ class Layouts:
 
     def _factor_splits(self, rule: Rule, time: Mapping[int, int]) -> dict[int, int]:
         """Of each factor that may be cut, or is cut in time, the sets of axes that divide it."""
-        return {f: self._split(rule.factors[f].size, time.get(f, 1)) for f in (*cuttable(rule), *time)}
+        return {f: self.split(rule.factors[f].size, time.get(f, 1)) for f in (*cuttable(rule), *time)}
 
-    def _split(self, size: int, parts: int) -> int:
+    def split(self, size: int, parts: int) -> int:
+        """The sets of axes that divide a dim that is cut into so many parts already."""
         if (size, parts) not in self._splits:
             self._splits[size, parts] = 0 if size % parts else splits_of(size // parts, self.mesh)
         return self._splits[size, parts]

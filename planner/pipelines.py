@@ -170,6 +170,8 @@ class Pipelines:
 
     def _relaxed(self, shape: Shape) -> float:
         """The least seconds with no more memory than all stages have together."""
+        if self._crowded(shape, self._least_held(shape)):
+            return inf
         weights = self.choices.weights(shape)
         program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
         space = build(program, shape.microbatches, self.search.cost, layouts, runs=weights)
@@ -180,21 +182,26 @@ class Pipelines:
     def _hopeless(self, shape: Shape) -> bool:
         """Whether all stages together have no room for one microbatch each, or the one with most layers has
         none, however everything lies."""
-        holdings, mesh = self.holdings(shape.policy, shape.microbatches), shape.mesh
-        graph = holdings.cut.program.graph
-        lasting = zip(graph.inputs, graph.input_counts, strict=True)
-        flying = holdings.left(runs_of(self.choices.units, 0, len(self.choices.units))).items()
-        split = holdings.split if shape.microbatches > 1 else {}
-        together = sum(
-            n * least_bytes(graph.types[v], split.get(v), shape.microbatches, mesh) for v, n in (*lasting, *flying)
-        )
-        if together > shape.stages * self.search.limit:
+        if self._crowded(shape, 1.0):
             return True
         middle = max(range(len(self.choices.units.names)), key=self.choices.units.kinds.count)
         layers = self.choices.units.kinds.count(middle)
         runs = [0] * len(self.choices.units.names)
         runs[middle] = max(1, (layers - (len(self.choices.units) - layers)) // shape.stages)
-        return least_peak(holdings.of_stage(tuple(runs)), mesh) > self.search.limit
+        holdings = self.holdings(shape.policy, shape.microbatches)
+        return least_peak(holdings.of_stage(tuple(runs)), shape.mesh) > self.search.limit
+
+    def _crowded(self, shape: Shape, held: float) -> bool:
+        """Whether all stages together have no room for so many microbatches, however everything lies."""
+        holdings, mesh = self.holdings(shape.policy, shape.microbatches), shape.mesh
+        graph, split = holdings.cut.program.graph, holdings.split if shape.microbatches > 1 else {}
+
+        def least(value: int) -> float:
+            return least_bytes(graph.types[value], split.get(value), shape.microbatches, mesh)
+
+        lasting = sum(n * least(v) for v, n in zip(graph.inputs, graph.input_counts, strict=True))
+        flying = holdings.left(runs_of(self.choices.units, 0, len(self.choices.units))).items()
+        return lasting + held * sum(n * least(v) for v, n in flying) > shape.stages * self.search.limit
 
     def _shared_memory(self, space: Space, shape: Shape) -> Live:
         """Parameters, sums and results in flight of all stages within the memory of all stages."""

@@ -66,7 +66,7 @@ class Chain:
     work: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Kernels:
     """What of a program's values touches memory.
 
@@ -84,6 +84,18 @@ class Kernels:
     reads: Mapping[int, tuple[tuple[int, int], ...]]
     chains: Mapping[int, Chain]
     inside: frozenset[int] = frozenset()
+
+    def form(self, op: Op, types: Mapping[int, TensorType]) -> tuple:
+        """What of all this decides the seconds of an op: ops of equal form and rule, cut alike, take equally long."""
+        sides, first = (*op.inputs, *op.outputs), op.outputs[0]
+        chain = self.chains.get(first)
+        return (
+            tuple(v in self.inside for v in sides),
+            tuple(v in self.stores for v in op.outputs),
+            tuple((k, types[v].nbytes) for k, v in self.reads.get(first, ())),
+            chain and (chain.nbytes, chain.work),
+            self.ends.isdisjoint(op.outputs),
+        )
 
 
 @lru_cache(maxsize=16)

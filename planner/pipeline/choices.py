@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 from typing import TYPE_CHECKING
@@ -129,20 +129,30 @@ class Choices:
 
     def floor(self, shape: Shape) -> float:
         """No layouts of a shape take less: every op cut evenly over the devices of a stage, nothing sent."""
-        if not shape.microbatches:
-            return min(self.floor(replace(shape, microbatches=many)) for many in self.counts)
-        seconds, at = self._least_work(shape), self.counts.index(shape.microbatches)
-        return sum(self.share(shape, *each) * float(found[at]) for each, found in seconds.items())
+        found = self._floors(shape.stages, shape.policy)
+        return found[shape.microbatches] if shape.microbatches else min(found.values())
 
-    def _least_work(self, shape: Shape) -> Mapping[Class, np.ndarray]:
-        devices = self.search.cluster.size // shape.stages
-        key = shape.policy, devices, shape.microbatches == 1
-        if key not in self._work:
-            cut = self.cut(shape.policy, shape.microbatches)
-            self._work[key] = least_work(cut, self.search.cost, devices, self.counts)
-        return self._work[key]
+    def _floors(self, stages: int, policy: Policy) -> Mapping[int, float]:
+        """By microbatch count."""
+        if (stages, policy) not in self._known_floors:
+            row, found = self.stage_counts.index(stages), {}
+            for column, many in enumerate(self.counts):
+                shape = Shape(stages, self.meshes(stages)[0], policy, many)
+                seconds = self._least_work(policy, many > 1).items()
+                found[many] = sum(self.share(shape, *each) * float(s[row, column]) for each, s in seconds)
+            self._known_floors[stages, policy] = found
+        return self._known_floors[stages, policy]
 
-    _work: dict[tuple[Policy, int, bool], Mapping[Class, np.ndarray]] = field(default_factory=dict)
+    _known_floors: dict[tuple[int, Policy], Mapping[int, float]] = field(default_factory=dict)
+
+    def _least_work(self, policy: Policy, cut: bool) -> Mapping[Class, np.ndarray]:
+        if (policy, cut) not in self._work:
+            devices = [self.search.cluster.size // stages for stages in self.stage_counts]
+            units = self.cut(policy, 2 if cut else 1)
+            self._work[policy, cut] = least_work(units, self.search.cost, devices, self.counts)
+        return self._work[policy, cut]
+
+    _work: dict[tuple[Policy, bool], Mapping[Class, np.ndarray]] = field(default_factory=dict)
 
     def cut(self, policy: Policy, microbatches: int) -> Cut:
         """The step in units, each as if it were a stage; all counts above one share it."""
@@ -171,15 +181,18 @@ class Choices:
         """
         if name == "once":
             return 1 / shape.stages
-        crowd, bubble = self.crowd(shape), self.bubble(shape, name)
+        crowd, bubble = self.crowd(shape.stages), self.bubble(shape, name)
         mean = ENDS if crowd > 1 else 1.0
         full = (shape.microbatches - 1) * crowd + 1 + bubble if layer else 0.0
         return max(1e-9, mean * (shape.microbatches + bubble) + (1 - mean) * full) / shape.stages
 
-    def crowd(self, shape: Shape) -> float:
+    def crowd(self, stages: int) -> float:
         """How much more than its share of layers some stage has, as layers are not cut; 1 where the ends may
         make up for it."""
+        found = ceil(self._layers / stages) * stages / self._layers
+        return found if found * self._layers / len(self.units) > 1 + ENDS else 1.0
+
+    @cached_property
+    def _layers(self) -> int:
         middle = max(range(len(self.units.names)), key=self.units.kinds.count)
-        layers = sum(self.units.names[kind] == self.units.names[middle] for kind in self.units.kinds)
-        found = ceil(layers / shape.stages) * shape.stages / layers
-        return found if found * layers / len(self.units) > 1 + ENDS else 1.0
+        return sum(self.units.names[kind] == self.units.names[middle] for kind in self.units.kinds)

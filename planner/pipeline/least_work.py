@@ -1,5 +1,5 @@
 """The least seconds of all ops of a step, whatever their layouts: each cut evenly over the devices of a stage,
-nothing sent. Worked out for all microbatch counts at once."""
+nothing sent. Worked out for all numbers of devices and microbatch counts at once."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from .units import Cut
 Class = tuple[str, bool]  # a pass ("forward", "backward", "weight", "once"), and whether a layer runs the op
 
 
-def least_work(cut: Cut, cost: CostModel, devices: int, counts: Sequence[int]) -> dict[Class, np.ndarray]:
-    """Seconds of one run of all ops of each class, by microbatch count."""
-    found: dict[Class, np.ndarray] = defaultdict(lambda: np.zeros(len(counts)))
+def least_work(
+    cut: Cut, cost: CostModel, devices: Sequence[int], counts: Sequence[int]
+) -> dict[Class, np.ndarray]:
+    """Seconds of one run of all ops of each class, by devices of a stage and microbatch count."""
+    found: dict[Class, np.ndarray] = defaultdict(lambda: np.zeros((len(devices), len(counts))))
     kernels = kernels_of(cut.program, cost.fused_attention, cost.fusion)
     types, time = cut.program.graph.types, cut.program.time
     split = time.split.keys() if isinstance(time, TimeAxis) else frozenset()
-    once = np.full(len(counts), float(devices))
-    parts = devices * np.array(counts, float)
+    once = np.array(devices, float)[:, None].repeat(len(counts), 1)
+    parts = once * np.array(counts)
     for outer, op, times in _priced(cut):
         sides = (*op.inputs, *op.outputs)
         ways = [parts if v in split else once for v in sides]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 from ...ir.blocks import HEAVY, Block, Folded
 from ...ir.errors import PlanError
@@ -85,16 +86,12 @@ def _does_something(graph: Graph, positions: range, phase: Mapping[str, str]) ->
 
 def _small_positions(folded: Folded) -> list[int]:
     """Of each op of the whole graph: how many ops of the small one come before it."""
-    found, count = [], 0
-    places = {}
+    kept = [True] * len(folded.whole.ops)
     for block in folded.blocks:
-        for i in range(block.start, block.start + block.period * block.repeats):
-            places[i] = (block, (i - block.start) // block.period)
-    for i in range(len(folded.whole.ops) + 1):
-        found.append(count)
-        place = places.get(i)
-        count += place is None or place[0].kept(place[1]) == place[1]
-    return found
+        for repeat in range(block.repeats):
+            first = block.start + repeat * block.period
+            kept[first : first + block.period] = [block.kept(repeat) == repeat] * block.period
+    return [0, *accumulate(kept)]
 
 
 @dataclass(frozen=True, eq=False)
