@@ -73,6 +73,7 @@ class Pipelines:
     best: Found = field(default_factory=Found)
     open: list[tuple[float, int, Shape]] = field(default_factory=list)
     closed: float = inf  # least bound of the shapes looked at to their end
+    looked: int = 0
     spaces: dict[Shape, tuple[Space, float]] = field(default_factory=dict)
     counts_left: dict[Shape, list[int]] = field(default_factory=dict)  # of families that were looked at
     known: dict[Shape, dict[int, float]] = field(default_factory=dict)  # bounds of counts looked at
@@ -94,6 +95,7 @@ class Pipelines:
                 self._push(bound, family)
                 return
             self._advance(family, cutoff)
+            self.search.stand(self.best.seconds, self.lower_bound(), self.looked, self._left(cutoff))
 
     def _advance(self, family: Shape, cutoff: float) -> None:
         """Look at the family's microbatch counts, the least first; each bounds its multiples."""
@@ -107,12 +109,18 @@ class Pipelines:
         if left:
             shape = replace(family, microbatches=left.pop(0))
             own = max(self._carried(family, shape.microbatches), self._relaxed(shape))
+            self.looked += 1
             self.known.setdefault(family, {})[shape.microbatches] = own
             if own < self._enough(cutoff):
                 own = self._solve(shape, own)
             self.spaces.pop(shape, None)
             self.closed = min(self.closed, own)
             self._push(min((self._carried(family, many) for many in left), default=inf), family)
+
+    def _left(self, cutoff: float) -> int:
+        """Shapes that can still be better, those of families not looked at yet taken as one each."""
+        enough = self._enough(cutoff)
+        return sum(len(self.counts_left.get(family, "?")) for bound, _, family in self.open if bound < enough)
 
     def _with_room(self, family: Shape) -> list[int]:
         counts = self.choices.counts  # more microbatches never need more room
@@ -138,7 +146,7 @@ class Pipelines:
         return min([self.best.seconds, self.closed, *(bound for bound, _, _ in self.open)])
 
     def _enough(self, cutoff: float) -> float:
-        return min(self.best.seconds, cutoff) * (1 - self.search.request.gap)
+        return min(self.best.seconds, cutoff) * (1 - self.search.request.good_enough)
 
     def _push(self, bound: float, shape: Shape) -> None:
         if bound < inf:
@@ -235,7 +243,7 @@ class Pipelines:
     def _solved(self, live: Live, cutoff: float = inf) -> Solution:
         left = max(0.5, min(ONE_SOLVE, self.search.deadline - time.monotonic()))
         solution = solve_live(
-            live, time_limit=left, gap=SOLVE_GAP * self.search.request.gap, seed=self.search.request.seed,
+            live, time_limit=left, gap=SOLVE_GAP * self.search.request.good_enough, seed=self.search.request.seed,
             cutoff=cutoff,
         )
         if solution.stopped_by == "interrupt":

@@ -105,7 +105,7 @@ def flop_of(space: Space) -> float:
 def proof_of(search: Search, objective: float, bound: float, left_out: tuple[str, ...] = LEFT_OUT) -> Proof:
     """What the search can claim of a plan of so many seconds."""
     bound = min(bound, objective)
-    proven = bound >= objective * (1 - max(1e-6, search.request.gap))
+    proven = bound >= objective * (1 - max(1e-6, search.request.good_enough))
     status: Literal["optimal", "feasible"] = "optimal" if proven else "feasible"
     stopped = "proof" if proven else _stopped(search)
     return Proof(

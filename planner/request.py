@@ -15,6 +15,7 @@ from ..ir.recompute import POLICIES, Policy
 from ..ir.units import format_bytes, parse_bytes
 
 Searcher = Literal["exact", "mcmc"]
+GAP, PIPELINE_GAP = 0.01, 0.05  # what ends a search; stages cut between layers leave more than that open anyway
 HEADROOM = 0.10  # of device memory kept free; runs above ~90 % lose speed to the allocator
 
 
@@ -30,7 +31,8 @@ class Request:
     schedule      of the pipeline: "1f1b", "interleaved", "zb-h1", ...
     chunks        stages per rank, where the schedule takes several
     time_limit    seconds of search
-    gap           the search ends when no plan can be faster by more than this share
+    gap           the search ends when no plan can be faster by more than this share; by default 0.01, and
+                  0.05 where pipelines are searched
     search        "exact" proves its plans; "mcmc" is FlexFlow's, for comparison, and proves nothing
     """
 
@@ -43,9 +45,16 @@ class Request:
     schedule: str | None = None
     chunks: int | None = None
     time_limit: float = 60.0
-    gap: float = 0.01
+    gap: float | None = None
     seed: int = 0
     search: Searcher = "exact"
+
+    @property
+    def good_enough(self) -> float:
+        """The gap at which the search ends."""
+        if self.gap is not None:
+            return self.gap
+        return GAP if self.pp == 1 else PIPELINE_GAP
 
     def __post_init__(self) -> None:
         """Accept sizes as they are written on the command line; refuse what is neither."""
@@ -118,10 +127,10 @@ def _check_numbers(request: Request) -> None:
         value = getattr(request, name)
         if value is not None and not (isfinite(value) and value > 0):
             _refuse(name, value, "a positive number")
-    for name in ("headroom", "gap"):
+    for name in ("headroom", "good_enough"):
         value = getattr(request, name)
         if not 0 <= value < 1:
-            _refuse(name, value, "a share from 0 up to, not including, 1")
+            _refuse(name.replace("good_enough", "gap"), value, "a share from 0 up to, not including, 1")
 
 
 def _check_pipeline(request: Request, cluster: Cluster) -> None:

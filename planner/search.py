@@ -1,4 +1,4 @@
-"""Start here: from a folded graph, a cluster and a request to a proven plan.
+"""The search over plans without a pipeline.
 
 candidates   (mesh, recompute, microbatches)
 bound        each without a memory limit, from the smallest microbatch count that can fit:
@@ -12,32 +12,31 @@ shares of the time, and proves no more than the floor of all contractions.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import floor, inf, log2
+
+import numpy as np
 
 from ..ir.blocks import Folded
 from ..ir.cluster import Cluster
 from ..ir.errors import InfeasibleError, PlanError, StoppedError
 from ..ir.mesh import Mesh
-from ..ir.microbatch import Refusal
+from ..ir.microbatch import Refusal, TimeAxis
 from ..ir.plan import Plan
 from ..ir.program import Program, prepare
 from ..ir.recompute import POLICIES, Policy
 from ..ir.roles import roles
 from ..ir.units import format_bytes, format_seconds
 from .catalogue import Catalogue
-from .cost.compute import contraction_seconds
-from .cost.model import CostModel, Roofline
+from .cost.least import least_work
+from .cost.model import CostModel
 from .intra import Answer, live_of, solve_space, walk_space
 from .layouts import Layouts
 from .memory.ledger import Ledger, least_peak
 from .memory.lifetimes import Lifetimes, lifetimes
 from .memory.storage import as_xla
 from .meshes import mesh_of, meshes
-from .pipeline_report import write_pipeline
-from .pipelines import Pipelines
 from .report import write_plan
 from .request import Request, check
 from .solver.anytime import solve_live
@@ -46,6 +45,7 @@ from .space import Space, build
 
 MOST_MICROBATCHES = 64
 ONE_SOLVE = 0.8  # of the gap asked for: what one solve may leave open
+OFTEN = 0.2  # seconds between two words on where the search stands
 PROBE = 1.0  # seconds' worth of work that a candidate gets at first
 
 
@@ -82,7 +82,7 @@ class Best:
 
 @dataclass
 class Search:
-    """State of one search; `run` fills it. `tell` hears one line per event."""
+    """State of one search; `run` fills it. `tell` hears one line per event, `now` where the search stands."""
 
     folded: Folded
     cluster: Cluster
@@ -91,6 +91,7 @@ class Search:
     name: str
     fingerprint: str
     tell: Callable[[str], None]
+    now: Callable[[str], None] = lambda line: None
     started: float = field(default_factory=time.monotonic)
     best: Best = field(default_factory=Best)
     log: list[str] = field(default_factory=list)
@@ -128,6 +129,18 @@ class Search:
     def note(self, line: str) -> None:
         self.log.append(line)
         self.tell(line)
+
+    def stand(self, best: float, bound: float, looked: int, left: int) -> None:
+        """Say where the search stands; `left` of what is looked at can still hold something better."""
+        elapsed = time.monotonic() - self.started
+        if elapsed - self._stood < OFTEN:
+            return
+        self._stood = elapsed
+        ends = min(left * elapsed / max(1, looked), self.request.time_limit - elapsed)
+        found = f"best {format_seconds(best)}, gap {1 - bound / best:.1%}, " if best < inf else "nothing yet, "
+        self.now(f"{found}no plan under {format_seconds(bound)}; {left} left, about {max(0.0, ends):.0f} s")
+
+    _stood: float = 0.0
 
     # ------------------------------------------------------------ candidates
 
@@ -201,12 +214,14 @@ class Search:
                 self.stopped_by = "time"
                 return
             self._advance(candidate)
+            best = min(self.best.seconds, self.outside)
+            self.stand(best, self.lower_bound(), len(self._relaxed_bounds), len(self.open_bounds))
 
     def _walk(self) -> None:
         """FlexFlow's search: every finest mesh and recompute policy, in equal shares of the time."""
         finest, first = _finest(self._meshes()), self._counts()[0]
         roots = [Candidate(mesh, policy, first) for mesh in finest for policy in self.policies()]
-        self.open_bounds = dict.fromkeys(roots, self._floor)
+        self.open_bounds = {root: min(self.floors(root.policy).values()) for root in roots}
         for root in roots:
             self._walk_family(root, self.request.time_limit / len(roots))
             self._forget(keep=self.best.candidate)
@@ -280,7 +295,8 @@ class Search:
         is bounded by those that divide it.
         """
         counts = [c for c in self._counts() if c >= candidate.microbatches]
-        return min(max([self._floor, *self._divisor_bounds(candidate, c)]) for c in counts)
+        floors = self.floors(candidate.policy)
+        return min(max([floors[c], *self._divisor_bounds(candidate, c)]) for c in counts)
 
     def _divisor_bounds(self, family: Candidate, count: int) -> list[float]:
         smaller = (Candidate(family.mesh, family.policy, c) for c in self._counts() if count % c == 0)
@@ -305,17 +321,20 @@ class Search:
 
     def _enough(self) -> float:
         """A bound this high cannot improve the incumbent by more than the gap asked for."""
-        return min(self.best.seconds, self.outside) * (1 - self.request.gap)
+        return min(self.best.seconds, self.outside) * (1 - self.request.good_enough)
 
-    @cached_property
-    def _floor(self) -> float:
-        """No plan is faster than all contractions, cut evenly over all devices."""
-        program = self.program("none")
-        types, device = program.graph.types, self.cluster.device
-        return (
-            sum(contraction_seconds(v.op, types, device) * v.times for v in program.graph.visits)
-            / self.cluster.size
-        )
+    def floors(self, policy: Policy) -> Mapping[int, float]:
+        """By microbatch count: no plan is faster than every op cut evenly over all devices, nothing sent."""
+        if policy not in self._floors:
+            program, counts = self.program(policy), self._counts()
+            body = program.time.body if isinstance(program.time, TimeAxis) else frozenset()
+            inside = {program.graph.ops[i].tag for i in body}
+            found = least_work(program, self.cost, [self.cluster.size], counts, inside.__contains__)
+            once, each = (found.get(key, np.zeros((1, len(counts))))[0] for key in (False, True))
+            self._floors[policy] = {m: float(once[i] + m * each[i]) for i, m in enumerate(counts)}
+        return self._floors[policy]
+
+    _floors: dict[Policy, Mapping[int, float]] = field(default_factory=dict)
 
     def _forget(self, keep: Candidate | None) -> None:
         """Spaces are large; keep only the incumbent's."""
@@ -326,7 +345,7 @@ class Search:
         space, lives = self.open(candidate)
         left = min(10.0, max(1.0, self.deadline - time.monotonic()))
         solution = solve_live(
-            live_of(space), time_limit=left, gap=ONE_SOLVE * self.request.gap, seed=self.request.seed,
+            live_of(space), time_limit=left, gap=ONE_SOLVE * self.request.good_enough, seed=self.request.seed,
             cutoff=min(self.best.seconds, self.outside),
         )  # fmt: skip
         if solution.stopped_by == "interrupt":
@@ -390,7 +409,7 @@ class Search:
         left = max(1.0, self.deadline - time.monotonic())
         share = 2.0 ** floor(log2(left / 2))  # rough, so that equal requests get equal shares
         answer = solve_space(
-            space, lives, self.limit, time_limit=share, gap=ONE_SOLVE * self.request.gap,
+            space, lives, self.limit, time_limit=share, gap=ONE_SOLVE * self.request.good_enough,
             seed=self.request.seed, cutoff=min(self.best.seconds, self.outside), probe=probe,
         )  # fmt: skip
         if answer.solution.status == "infeasible":
@@ -443,48 +462,3 @@ def _few_primes(m: int) -> bool:
     while m % 2 == 0:
         m //= 2
     return m in (1, 3)
-
-
-def search(
-    folded: Folded, cluster: Cluster, request: Request, *, name: str, fingerprint: str,
-    cost: CostModel | None = None, tell: Callable[[str], None] = lambda line: None,
-) -> Plan:  # fmt: skip
-    """Plan one step.
-
-    Args:
-        folded: the tagged graph and its small form.
-        cluster: homogeneous; a heterogeneous one is refused.
-        request: pins and limits.
-        name, fingerprint: what the plan is for; kept in the plan.
-        cost: prices; a roofline on the cluster's figures when None.
-        tell: hears one line per event of the search.
-
-    Raises:
-        InfeasibleError: nothing fits, with the least memory any layout needs.
-        PlanError: the request contradicts the graph or the cluster.
-    """
-    found = Search(folded, cluster, request, cost or Roofline(cluster), name, fingerprint, tell)
-    return found.run() if request.pp == 1 else plan_pipelines(found)
-
-
-def plan_pipelines(flat: Search) -> Plan:
-    """The best of all pipelines and, where their number of stages is open, of plans without one."""
-    check(flat.request, flat.cluster, flat.program("none").time)
-    pipelines = Pipelines(flat)
-    try:
-        pipelines.explore()
-        if flat.request.pp == "auto":
-            flat.outside = pipelines.best.seconds
-            flat.explore()
-    except KeyboardInterrupt:
-        flat.stopped_by = "interrupt"
-    if flat.request.pp != "auto":
-        if pipelines.best.priced is None:
-            raise pipelines.infeasible()
-        return write_pipeline(pipelines, pipelines.lower_bound())
-    bound = min(pipelines.lower_bound(), flat.lower_bound())
-    if flat.best.seconds <= pipelines.best.seconds:
-        if flat.best.answer is None:
-            raise flat.infeasible()
-        return write_plan(flat, bound)
-    return write_pipeline(pipelines, bound)

@@ -17,7 +17,6 @@ import numpy as np
 from ...ir.cluster import Device
 from ...ir.graph import Op, TensorType
 from ...ir.rule import Rule
-from ...ir.rules import rule_of
 from .kernels import CONTRACTIONS, FREE, KERNELS, Kernels, work
 from .products import product_share
 
@@ -196,15 +195,6 @@ def _cast_seconds(op: Op, types: Mapping[int, TensorType], device: Device, ways:
     sizes = sum((types[v].size / w for v, w in zip(op.inputs, ways.operands, strict=True)), 0.0)
     wide = types[op.inputs[0]].nbytes / types[op.inputs[0]].size
     return device.stream_seconds(sizes * (2 * wide + 1))
-
-
-def contraction_seconds(op: Op, types: Mapping[int, TensorType], device: Device) -> float:
-    """Seconds of a contraction on one device at full rate; 0 for any other op."""
-    if op.kind not in CONTRACTIONS:
-        return 0.0
-    return flop(op, rule_of(op, types), types) / (
-        _peak(device, types[op.inputs[0]].dtype) * device.efficiency
-    )
 
 
 def _peak(device: Device, dtype: str) -> float:

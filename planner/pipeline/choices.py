@@ -15,8 +15,8 @@ from ...ir.mesh import Mesh
 from ...ir.microbatch import Refusal
 from ...ir.recompute import Policy
 from ...ir.schedule import Schedule
+from ..cost.least import least_work
 from ..meshes import plane_meshes
-from .least_work import Class, least_work
 from .schedules import entry, schedule_named
 from .units import Cut, Units, check_enough, find_units
 
@@ -145,14 +145,14 @@ class Choices:
 
     _known_floors: dict[tuple[int, Policy], Mapping[int, float]] = field(default_factory=dict)
 
-    def _least_work(self, policy: Policy, cut: bool) -> Mapping[Class, np.ndarray]:
+    def _least_work(self, policy: Policy, cut: bool) -> Mapping[tuple[str, bool], np.ndarray]:
         if (policy, cut) not in self._work:
             devices = [self.search.cluster.size // stages for stages in self.stage_counts]
-            units = self.cut(policy, 2 if cut else 1)
-            self._work[policy, cut] = least_work(units, self.search.cost, devices, self.counts)
+            of, program = self.cut(policy, 2 if cut else 1).class_of, self.search.program(policy)
+            self._work[policy, cut] = least_work(program, self.search.cost, devices, self.counts, of)
         return self._work[policy, cut]
 
-    _work: dict[tuple[Policy, bool], Mapping[Class, np.ndarray]] = field(default_factory=dict)
+    _work: dict[tuple[Policy, bool], Mapping[tuple[str, bool], np.ndarray]] = field(default_factory=dict)
 
     def cut(self, policy: Policy, microbatches: int) -> Cut:
         """The step in units, each as if it were a stage; all counts above one share it."""

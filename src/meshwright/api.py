@@ -26,8 +26,8 @@ from .ir.errors import LoweringError, MismatchError, PlanError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
 from .ir.verify import verify as verify_graph
+from .planner.plans import search
 from .planner.request import Request
-from .planner.search import search
 
 REQUEST_KEYS = tuple(Request.__dataclass_fields__)
 
@@ -114,7 +114,7 @@ def plan(
 @heard()
 def plan_captured(
     captured: Captured, cluster: Cluster | str | Path | None, request: Request, name: str,
-    tell: Callable[[str], None] = lambda line: None,
+    tell: Callable[[str], None] = lambda line: None, now: Callable[[str], None] = lambda line: None,
 ) -> Plan:  # fmt: skip
     """Plan a step that was captured before."""
     where = Cluster.local() if cluster is None else Cluster.parse(cluster)
@@ -122,11 +122,12 @@ def plan_captured(
     graph = captured.graph if layers is None else layers.captured.graph
     verify_graph(graph)
     known = fingerprint(captured.graph)
-    found = search(fold(graph), where, request, name=name, fingerprint=known, tell=tell)
+    found = search(fold(graph), where, request, name=name, fingerprint=known, tell=tell, now=now)
     if layers is None or len(layers.inputs) == len(captured.graph.inputs):
         return found
     if found.pipeline is None:
-        return search(fold(captured.graph), where, replace(request, pp=1), name=name, fingerprint=known, tell=tell)
+        flat = replace(request, pp=1)
+        return search(fold(captured.graph), where, flat, name=name, fingerprint=known, tell=tell, now=now)
     notes = (*found.notes, "stacked parameters are held layer by layer", *layers.notes)
     pipeline = found.pipeline.model_copy(update={"unstacked": True})
     return found.model_copy(update={"pipeline": pipeline, "notes": notes})

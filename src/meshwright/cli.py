@@ -105,7 +105,9 @@ def plan(
     schedule: Annotated[str | None, typer.Option(help="Pin the schedule: 1f1b, interleaved, zb-h1, ...")] = None,
     chunks: Annotated[int | None, typer.Option(help="Stages per rank, for interleaved.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds of search.")] = 60.0,
-    gap: Annotated[float, typer.Option(help="Good enough: 0.01 stops at a proven 1 %.")] = 0.01,
+    gap: Annotated[
+        float | None, typer.Option(help="Good enough: 0.01 (the default; 0.05 with --pp) stops at a proven 1 %.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal plans.")] = 0,
     search: Annotated[
         str, typer.Option(help="exact, or mcmc: FlexFlow's search, for comparison; it proves nothing.")
@@ -163,7 +165,7 @@ def _search(made: Any, where: Any, request: Any) -> Any:
         progress.say(f"tracing {made.name}")
         captured = made.capture(request.pp != 1)
         progress.say(f"searching plans for {where.size} devices (Ctrl-C: best so far)")
-        return plan_captured(captured, where, request, made.name, progress.line)
+        return plan_captured(captured, where, request, made.name, progress.line, progress.now)
 
 
 def _print_plan(found: Any, format: Format, everything: bool) -> None:

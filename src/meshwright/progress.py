@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Self
 
 from rich.console import Console
 from rich.status import Status
+
+SELDOM = 5.0  # seconds between lines that only say where a search stands
 
 
 class Progress:
     """`with Progress() as p: p.say("tracing")` while something runs."""
 
     def __init__(self) -> None:
+        self.said = time.monotonic()
         self.console = Console(stderr=True, highlight=False)
         self.status: Status | None = None
 
@@ -32,6 +36,14 @@ class Progress:
             self.status.update(text)
         else:
             print(text, file=sys.stderr, flush=True)
+
+    def now(self, text: str) -> None:
+        """Where a search stands, said again and again; where lines cannot change, one every few seconds."""
+        if self.status is not None:
+            self.status.update(text)
+        elif time.monotonic() - self.said > SELDOM:
+            self.said = time.monotonic()
+            print(f"  {text}", file=sys.stderr, flush=True)
 
     def line(self, text: str) -> None:
         """Something found, worth keeping on the screen."""

@@ -1,0 +1,63 @@
+"""Start here: from a folded graph, a cluster and a request to a proven plan: the best without a pipeline
+(`search.py`), with one (`pipelines.py`), or of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..ir.blocks import Folded
+from ..ir.cluster import Cluster
+from ..ir.plan import Plan
+from .cost.model import CostModel, Roofline
+from .pipeline_report import write_pipeline
+from .pipelines import Pipelines
+from .report import write_plan
+from .request import Request, check
+from .search import Search
+
+
+def search(
+    folded: Folded, cluster: Cluster, request: Request, *, name: str, fingerprint: str,
+    cost: CostModel | None = None, tell: Callable[[str], None] = lambda line: None,
+    now: Callable[[str], None] = lambda line: None,
+) -> Plan:  # fmt: skip
+    """Plan one step.
+
+    Args:
+        folded: the tagged graph and its small form.
+        cluster: homogeneous; a heterogeneous one is refused.
+        request: pins and limits.
+        name, fingerprint: what the plan is for; kept in the plan.
+        cost: prices; a roofline on the cluster's figures when None.
+        tell: hears one line per event of the search.
+        now: hears where the search stands, a few times a second.
+
+    Raises:
+        InfeasibleError: nothing fits, with the least memory any layout needs.
+        PlanError: the request contradicts the graph or the cluster.
+    """
+    found = Search(folded, cluster, request, cost or Roofline(cluster), name, fingerprint, tell, now)
+    return found.run() if request.pp == 1 else plan_pipelines(found)
+
+
+def plan_pipelines(flat: Search) -> Plan:
+    """The best of all pipelines and, where their number of stages is open, of plans without one."""
+    check(flat.request, flat.cluster, flat.program("none").time)
+    pipelines = Pipelines(flat)
+    try:
+        pipelines.explore()
+        if flat.request.pp == "auto":
+            flat.outside = pipelines.best.seconds
+            flat.explore()
+    except KeyboardInterrupt:
+        flat.stopped_by = "interrupt"
+    if flat.request.pp != "auto":
+        if pipelines.best.priced is None:
+            raise pipelines.infeasible()
+        return write_pipeline(pipelines, pipelines.lower_bound())
+    bound = min(pipelines.lower_bound(), flat.lower_bound())
+    if flat.best.seconds <= pipelines.best.seconds:
+        if flat.best.answer is None:
+            raise flat.infeasible()
+        return write_plan(flat, bound)
+    return write_pipeline(pipelines, bound)
