@@ -40,13 +40,13 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How ranks choose.
+    """How ranks choose. Weight passes come last, but for one: it makes room for a step that is ready and lacks it.
 
-    weights_last: weight passes wait until their rank has nothing better to do, or no room.
+    reserve: a forward step overtakes others only where there is room for all of them at once.
     patience: a step may delay the one that comes first in order by this part of its own seconds.
     """
 
-    weights_last: bool = True
+    reserve: bool = False
     patience: float = 0.0
 
 
@@ -106,32 +106,40 @@ class _Ranks:
     def _choose(self, rank: int, now: float) -> Step | None:
         """The first step that is ready, fits, and does not hold up a better one."""
         awaited = float("inf")
-        for step in self._by_preference(rank):
+        weights = [step for step in self.left[rank] if step.kind == "weight"]
+        for step in [*(step for step in self.left[rank] if step.kind != "weight"), *weights]:
             ready = self._ready(rank, step)
-            seconds = self.stages[step.stage].of(self.schedule, step)
             if not self._fits(rank, step):
-                continue
-            if ready > now:
+                full = ready <= now and self._after(rank, step) > self._limit(rank)
+                if full and (freed := next((w for w in weights if self._ready(rank, w) <= now), None)):
+                    return freed
+            elif ready > now:
                 awaited = min(awaited, ready)
-            elif now + seconds * (1 - self.policy.patience) <= awaited * (1 + SLACK):
-                return step
+            else:
+                seconds = self.stages[step.stage].of(self.schedule, step)
+                if now + seconds * (1 - self.policy.patience) <= awaited * (1 + SLACK):
+                    return step
         return None
 
-    def _by_preference(self, rank: int) -> list[Step]:
-        left = self.left[rank]
-        return sorted(left, key=lambda step: step.kind == "weight") if self.policy.weights_last else left
+    def _limit(self, rank: int) -> float:
+        return self.held.limits[rank] * (1 + SLACK)
+
+    def _after(self, rank: int, step: Step) -> float:
+        """What a rank holds if it takes a step now."""
+        return self.holds[rank] + self.held.change(step, self.schedule.whole(step))
 
     def _fits(self, rank: int, step: Step) -> bool:
         """Whether what remains stays within the limit after a step is moved to the front."""
-        whole, limit = self.schedule.whole, self.held.limits[rank] * (1 + SLACK)
-        holds = self.holds[rank] + self.held.change(step, whole(step))
-        if holds > limit:
+        holds = crowd = self._after(rank, step)
+        if holds > self._limit(rank):
             return False
         for before in self.left[rank]:
             if before == step:
                 return True
-            holds += self.held.change(before, whole(before))
-            if holds > limit:
+            holds += (change := self.held.change(before, self.schedule.whole(before)))
+            if self.policy.reserve and step.kind == before.kind == "forward":
+                crowd += change
+            if max(holds, crowd) > self._limit(rank):
                 return False
         return True
 
