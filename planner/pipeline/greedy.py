@@ -8,6 +8,7 @@ that Qi et al. (Zero Bubble Pipeline Parallelism, ICLR 2024, section 3.1) leave 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -27,12 +28,15 @@ class Manner:
     fill: a weight pass may delay the pass that is awaited by this part of its own seconds.
     press: a forward pass may delay a backward pass that is awaited.
     forward_first: of a forward and a backward pass that are both ready.
+    whole: a backward pass with no room for what it would leave for its weight pass is one with it at once;
+        else weight passes that wait make room first.
     """
 
     ahead: tuple[int, ...]
     fill: float
     press: bool
     forward_first: bool
+    whole: bool
 
 
 def manners(held: Held, microbatches: int) -> Iterator[Manner]:
@@ -40,28 +44,28 @@ def manners(held: Held, microbatches: int) -> Iterator[Manner]:
     most = [_most(held, rank, microbatches) for rank in range(len(held.limits))]
     behind = range(len(most) - 1, -1, -1)
     steep = [tuple(min(n, int(1 + slope * b)) for n, b in zip(most, behind, strict=True)) for slope in SLOPES]
+    grows = any(kept > forward for kept, forward in zip(held.kept, held.forward, strict=True))
     for press in (True, False):
         for forward_first in (True, False):
             for fill in (1.0, 0.0, 0.5):
-                for ahead in dict.fromkeys([*steep, tuple(most)]):
-                    yield Manner(ahead, fill, press, forward_first)
+                for whole in (False, True) if grows else (False,):
+                    for ahead in dict.fromkeys([*steep, tuple(most)]):
+                        yield Manner(ahead, fill, press, forward_first, whole)
 
 
 def _most(held: Held, rank: int, microbatches: int) -> int:
-    """Microbatches in flight with room left for a backward pass of one of them."""
-    each, more = held.forward[rank], max(0.0, held.kept[rank] - held.forward[rank])
-    if not splits(held, rank):
-        more = 0.0
-    return microbatches if each <= 0 else max(1, min(microbatches, int((held.room[rank] - more) / each)))
+    """Microbatches in flight."""
+    each = held.forward[rank]
+    return microbatches if each <= 0 else max(1, min(microbatches, int(held.room[rank] / each)))
 
 
-def splits(held: Held, rank: int) -> bool:
-    """Whether there is room for what waits between backward and weight pass; else they run as one."""
-    return held.kept[rank] <= held.room[rank]
+def greedy(
+    stages: Sequence[StageSeconds], held: Held, microbatches: int, manner: Manner
+) -> tuple[Schedule, float]:
+    """The orders in which ranks take their passes, and when the last of them ends, at the latest.
 
-
-def greedy(stages: Sequence[StageSeconds], held: Held, microbatches: int, manner: Manner) -> Schedule:
-    """The orders in which ranks take their passes; every rank has room for one microbatch at least."""
+    Every rank has room for one microbatch at least. Where a rank waited in vain, the simulator may be faster.
+    """
     ranks = [_Rank(number, seconds, held, microbatches, manner) for number, seconds in enumerate(stages)]
     ranks[0].arrived["forward"] = [0.0] * microbatches
     events = [(0.0, number) for number in range(len(ranks))]
@@ -84,7 +88,7 @@ def greedy(stages: Sequence[StageSeconds], held: Held, microbatches: int, manner
             ranks[to].arrived[kind][microbatch] = arrival = rank.sent()
             heapq.heappush(events, (arrival, to))
     orders = tuple(tuple(rank.order) for rank in ranks)
-    return Schedule("searched", len(ranks), microbatches, orders)
+    return Schedule("searched", len(ranks), microbatches, orders), max(rank.free for rank in ranks)
 
 
 @dataclass
@@ -100,17 +104,17 @@ class _Rank:
     free: float = 0.0  # when it has ended what it took
     line: float = 0.0  # when its last transfer has ended
     holds: float = 0.0
-    done: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(("forward", "backward", "weight"), 0))
+    done: dict[Kind, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})
+    late: deque[int] = field(default_factory=deque)  # microbatches whose weight passes wait
     arrived: dict[Kind, list[float]] = field(init=False)  # when the input of each microbatch is here, if known
     changes: dict[Kind, float] = field(init=False)
     takes: dict[Kind, float] = field(init=False)
 
     def __post_init__(self) -> None:
         self.arrived = {kind: [inf] * self.microbatches for kind in ("forward", "backward")}
-        forward, kept = self.held.forward[self.number], self.held.kept[self.number]
-        s, self.splits = self.seconds, splits(self.held, self.number)
-        self.takes = {"forward": s.forward, "backward": s.backward + (0 if self.splits else s.weight), "weight": s.weight}
-        self.changes = {"forward": forward, "backward": (kept if self.splits else 0) - forward, "weight": -kept}
+        forward, kept, s = self.held.forward[self.number], self.held.kept[self.number], self.seconds
+        self.takes = {"forward": s.forward, "backward": s.backward, "weight": s.weight}
+        self.changes = {"forward": forward, "backward": kept - forward, "weight": -kept}
 
     def choose(self, now: float) -> tuple[Kind | None, float]:
         """The pass to take, or when to look again."""
@@ -123,11 +127,10 @@ class _Rank:
                 full = True
             elif self._may(kind, now, ready):
                 return kind, now
-        awaited = min((t for kind, t in ready.items() if self._fits(kind)), default=inf)
-        waits = self.splits and self.done["weight"] < self.done["backward"]
-        if waits and (full or self._ends(now, "weight", 1 - self.manner.fill) <= awaited):
+        awaited = min((t for kind, t in ready.items() if t > now and self._fits(kind)), default=inf)
+        if self.late and (full or self._ends(now, "weight", 1 - self.manner.fill) <= awaited):
             return "weight", now
-        return None, awaited if awaited > now else inf
+        return None, awaited
 
     @property
     def _preference(self) -> tuple[Kind, Kind]:
@@ -143,7 +146,15 @@ class _Rank:
         return max(now, self.arrived[kind][done]) if known else inf
 
     def _fits(self, kind: Kind) -> bool:
+        return (kind == "backward" and self._whole) or self._apart(kind)
+
+    def _apart(self, kind: Kind) -> bool:
         return self.holds + self.changes[kind] <= self.held.room[self.number]
+
+    @property
+    def _whole(self) -> bool:
+        """Whether a backward pass now would be one with its weight pass."""
+        return not self._apart("backward") and (self.manner.whole or not self.late)
 
     def _may(self, kind: Kind, now: float, ready: dict[Kind, float]) -> bool:
         """Whether a pass that is ready delays none that should go before it."""
@@ -158,11 +169,19 @@ class _Rank:
 
     def take(self, kind: Kind, now: float) -> int:
         """Run the next pass of a kind; returns its microbatch."""
-        microbatch = self.done[kind]
-        self.done[kind] += 1
-        self.order.append(Step(kind, self.number, microbatch))
-        self.holds += self.changes[kind]
+        if kind == "weight":
+            microbatch = self.late.popleft()
+        else:
+            microbatch = self.done[kind]
+            self.done[kind] += 1
         self.free = now + self.takes[kind]
+        if kind == "backward" and self._whole:
+            self.free += self.takes["weight"]
+            self.holds += self.changes["weight"]
+        elif kind == "backward":
+            self.late.append(microbatch)
+        self.holds += self.changes[kind]
+        self.order.append(Step(kind, self.number, microbatch))
         return microbatch
 
     def sent(self) -> float:

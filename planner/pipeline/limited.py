@@ -1,19 +1,20 @@
 """The best schedule under a limit of memory per rank, for the seconds that passes really take.
 
-    candidates   what the catalogue has for so many ranks and chunks
+    candidates   the catalogue's schedules for so many ranks and chunks, as they are
                  one stage per rank: orders listed greedily, in every manner of a grid (`greedy`)
-                 more: the catalogue's orders with their bubbles filled (`tighten`)
-    best         the least makespan in the simulator, then the least span of a rank; never worse than the
+                 more stages: the catalogue's orders, their bubbles filled anew (`tighten`)
+    best         the least makespan in the simulator, then the shortest span; so never worse than the
                  catalogue's schedules that fit
 
-A bound says how far from the best any order could be. Nothing fits only where a rank has no room for one microbatch.
+Nothing fits only where some rank has no room for one microbatch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise, product
+from math import inf
 
 from ...ir.errors import InfeasibleError, PlanError
 from ...ir.schedule import Schedule
@@ -23,27 +24,23 @@ from .schedules import SCHEDULES, schedule_named
 from .simulate import Run, StageSeconds, pipeline_tasks, simulate
 from .tighten import Held, Policy, tighten
 
-WORK = 600_000  # steps to schedule at most, over all candidates: about two seconds
-POLICIES = tuple(Policy(reserve, patience) for patience in (0.0, 0.5, 1.0) for reserve in (False, True))
+WORK = 300_000  # passes to put in order, over all candidates: some seconds at most
+TIGHTEN = 8  # as long as this many greedy ones
+POLICIES = tuple(Policy(reserve, patience) for patience in (0.5, 0.0, 1.0) for reserve in (False, True))
 
 
 @dataclass(frozen=True)
 class Searched:
-    """The best schedule found; seconds of passes and transfers, without what ranks do once per step."""
+    """The best schedule found, simulated: seconds of passes and transfers, nothing that happens once per step."""
 
     schedule: Schedule
     run: Run
     tried: int
-    lower_bound: float
+    lower_bound: float  # no order of the passes is faster
 
     @property
-    def makespan(self) -> float:
+    def seconds(self) -> float:
         return self.run.makespan
-
-    @property
-    def span(self) -> float:
-        """The longest of any rank."""
-        return max(self.run.span(rank) for rank in range(self.schedule.ranks))
 
 
 def search_schedule(
@@ -51,25 +48,144 @@ def search_schedule(
     held: Held,
     microbatches: int,
     show: Callable[[float], str] = format_bytes,
+    work: int = WORK,
 ) -> Searched:
-    """The best schedule found for as many ranks as there are limits.
+    """The best schedule found, on as many ranks as there are limits.
 
     Args:
-        stages: seconds of one microbatch, for every stage; a multiple of the ranks.
-        held: limits, and what counts towards them.
-        show: how amounts of memory are written.
+        stages: seconds of one microbatch on each stage; equally many stages for each rank.
+        show: how to write amounts of memory.
+        work: how many passes may be put in order, over all candidates.
 
     Raises:
         InfeasibleError: a rank has no room for one microbatch.
-        PlanError: stages that ranks cannot hold equally many of.
+        PlanError: stages that cannot be dealt out evenly.
     """
-    chunks = _chunks(stages, held)
-    _room(held, chunks, show)
-    best, tried = None, 0
-    for schedule in _candidates(stages, held, microbatches, chunks):
-        tried += 1
-        run = simulate(pipeline_tasks(schedule, stages))
-        if best is None or _rank(run) < _rank(best.run):
-            best = Searched(schedule, run, 0, 0.0)
-    assert best is not None, "one microbatch after another always fits"
-    return replace(best, tried=tried, lower_bound=lower_bound(stages, held, microbatches))
+    ranks = len(held.limits)
+    if microbatches < 1 or len(stages) % ranks:
+        raise PlanError(
+            f"{len(stages)} stages with {microbatches} microbatches make no pipeline of {ranks} ranks.",
+            where="schedule search", fix="a microbatch or more, and a multiple of the ranks as stages",
+        )  # fmt: skip
+    known = list(_catalogue(ranks, microbatches, len(stages) // ranks))
+    _check_room(held, [schedule.held for schedule in known], show)
+    best = _Best(stages, held)
+    for schedule in known:
+        best.offer(schedule)
+    listed = _listed if len(stages) == ranks else _tightened
+    for schedule, seconds in listed(stages, held, microbatches, work):
+        best.offer(schedule, seconds)
+    assert best.schedule and best.run, "one microbatch after another always fits"
+    return Searched(best.schedule, best.run, best.tried, lower_bound(stages, ranks, microbatches))
+
+
+@dataclass
+class _Best:
+    stages: Sequence[StageSeconds]
+    held: Held
+    schedule: Schedule | None = None
+    run: Run | None = None
+    worth: tuple[float, float] = (inf, inf)  # makespan, longest span of a rank
+    tried: int = 0
+
+    def offer(self, schedule: Schedule, seconds: float = 0.0) -> None:
+        """Keep a schedule if it fits and is better; `seconds`: expected, worth simulating if no more than the best."""
+        self.tried += 1
+        if seconds > self.worth[0] * (1 + 1e-12) or not self.held.fits(schedule):
+            return
+        run = simulate(pipeline_tasks(schedule, self.stages))
+        worth = run.makespan, max(run.span(rank) for rank in range(schedule.ranks))
+        if worth < self.worth:
+            self.schedule, self.run, self.worth = schedule, run, worth
+
+
+def _catalogue(ranks: int, microbatches: int, chunks: int) -> Iterator[Schedule]:
+    """All that are made for such numbers and hold each stage once."""
+    for entry in SCHEDULES:
+        if entry.copies == 1 and entry.chunks in (chunks, None if chunks > 1 else chunks):
+            try:
+                yield schedule_named(entry.name, ranks, microbatches, chunks)
+            except PlanError:
+                continue
+
+
+def _listed(
+    stages: Sequence[StageSeconds], held: Held, microbatches: int, work: int
+) -> Iterator[tuple[Schedule, float]]:
+    left = work
+    for manner in manners(held, microbatches):
+        yield greedy(stages, held, microbatches, manner)
+        if (left := left - 3 * len(stages) * microbatches) <= 0:
+            return
+
+
+def _tightened(
+    stages: Sequence[StageSeconds], held: Held, microbatches: int, work: int
+) -> Iterator[tuple[Schedule, float]]:
+    ranks, left = len(held.limits), work
+    known = [s for s in _catalogue(ranks, microbatches, len(stages) // ranks) if not s.together]
+    in_turn = list(map(_in_turn, known))
+    for bases in (known, in_turn, list(map(_whole, in_turn))):
+        for policy, base in product(POLICIES, [schedule for schedule in bases if held.fits(schedule)]):
+            yield replace(tighten(base, stages, held, policy), name="searched"), 0.0
+            if (left := left - TIGHTEN * 3 * len(stages) * microbatches) <= 0:
+                return
+
+
+def _in_turn(schedule: Schedule) -> Schedule:
+    """One microbatch after another: nothing holds less, but for whole backward passes."""
+    orders = tuple(tuple(sorted(order, key=lambda step: step.microbatch)) for order in schedule.orders)
+    return replace(schedule, orders=orders)
+
+
+def _whole(schedule: Schedule) -> Schedule:
+    """Backward passes make all gradients, so that nothing waits for weight passes."""
+    return replace(schedule, orders=tuple(tuple(s for s in order if s.kind != "weight") for order in schedule.orders))
+
+
+def _check_room(held: Held, placements: Sequence[Sequence[Sequence[int]]], show: Callable[[float], str]) -> None:
+    """Refuse limits without room for one microbatch, however its stages are placed.
+
+    Args:
+        placements: each has the stages of every rank.
+
+    Raises:
+        InfeasibleError: the rank that lacks most where least is lacking, and the least limit that would do.
+    """
+    static = held.static or [0.0] * len(held.limits)
+    found = []
+    for placement in placements:
+        least = [taken + sum(held.forward[s] for s in of) for taken, of in zip(static, placement, strict=True)]
+        lacks = [needed - taken - room for needed, taken, room in zip(least, static, held.room, strict=True)]
+        worst = max(range(len(lacks)), key=lambda rank: lacks[rank])
+        found.append((lacks[worst], worst, least))
+    lacking, rank, least = min(found)
+    if lacking > 0:
+        limit, taken = held.limits[rank], static[rank]
+        raise InfeasibleError(
+            f"rank {rank} has no room for one microbatch: it takes {show(least[rank])}, the limit is {show(limit)}.",
+            where=f"rank {rank}" + (f", of whose memory {show(taken)} are always taken" if taken else ""),
+            fix=f"a limit of {show(max(least))}, smaller microbatches or recompute",
+            needed_bytes=least[rank], limit_bytes=limit,
+        )  # fmt: skip
+
+
+def lower_bound(stages: Sequence[StageSeconds], ranks: int, microbatches: int) -> float:
+    """Seconds that no order of the passes beats, whatever the limits.
+
+    One stage per rank: a rank waits for the first microbatch, then has all its passes to run; or its forward and
+    backward passes, after which the last microbatch goes back to the first rank for its weight pass.
+    More stages: ranks share the work evenly, and one microbatch goes there and back.
+    """
+    last = stages[0].weight
+    there_and_back = sum(s.forward + s.backward for s in stages) + last
+    if len(stages) > ranks:
+        work = sum(s.forward + s.backward + s.weight for s in stages)
+        return max(there_and_back, microbatches * work / ranks)
+    there = [0.0, *accumulate(s.forward + s.send for s in stages[:-1])]
+    back = [0.0, *accumulate(s.backward + after.send for s, after in pairwise(stages))]
+    found = []
+    for stage, before, behind in zip(stages, there, back, strict=True):
+        both = microbatches * (stage.forward + stage.backward)
+        found.append(before + both + max(microbatches * stage.weight, behind + (last if behind else stage.weight)))
+    return max(found)
