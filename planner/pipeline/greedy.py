@@ -118,7 +118,7 @@ class _Rank:
 
     def choose(self, now: float) -> tuple[Kind | None, float]:
         """The pass to take, or when to look again."""
-        ready = {kind: self._ready(kind, now) for kind in self._preference}
+        ready: dict[Kind, float] = {kind: self._ready(kind, now) for kind in self._preference}
         full = False
         for kind in self._preference:
             if ready[kind] > now:

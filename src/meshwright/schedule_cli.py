@@ -48,7 +48,8 @@ def schedule(
     """
     from .ir.codec import check_writable, write_whole
     from .ir.torch_csv import to_torch_csv
-    from .scheduling import Memory, Seconds, Size, catalogue, catalogue_text, data, study, text
+    from .schedule_view import catalogue, catalogue_text, data, text
+    from .scheduling import Memory, Seconds, Size, study
 
     if name is None:
         print(json.dumps(catalogue(), indent=1) if format is Format.json else catalogue_text())
