@@ -26,6 +26,7 @@ from .tighten import Held, Policy, tighten
 
 WORK = 300_000  # passes to put in order, over all candidates: some seconds at most
 TIGHTEN = 8  # as long as this many greedy ones
+Placement = tuple[tuple[int, ...], ...]  # the stages of each rank
 POLICIES = tuple(Policy(reserve, patience) for patience in (0.5, 0.0, 1.0) for reserve in (False, True))
 
 
@@ -49,11 +50,13 @@ def search_schedule(
     microbatches: int,
     show: Callable[[float], str] = format_bytes,
     work: int = WORK,
+    placement: Placement | None = None,
 ) -> Searched:
     """The best schedule found, on as many ranks as there are limits.
 
     Args:
         stages: seconds of one microbatch on each stage; equally many stages for each rank.
+        placement: the stages of each rank; if not given, as any schedule of the catalogue has them.
         show: how to write amounts of memory.
         work: how many passes may be put in order, over all candidates.
 
@@ -67,14 +70,17 @@ def search_schedule(
             f"{len(stages)} stages with {microbatches} microbatches make no pipeline of {ranks} ranks.",
             where="schedule search", fix="a microbatch or more, and a multiple of the ranks as stages",
         )  # fmt: skip
-    known = list(_catalogue(ranks, microbatches, len(stages) // ranks))
+    known = list(_catalogue(ranks, microbatches, len(stages) // ranks, placement))
     _check_room(held, [schedule.held for schedule in known], show)
     best = _Best(stages, held)
     for schedule in known:
         best.offer(schedule)
-    listed = _listed if len(stages) == ranks else _tightened
-    for schedule, seconds in listed(stages, held, microbatches, work):
-        best.offer(schedule, seconds)
+    if len(stages) == ranks:
+        for schedule, seconds in _listed(stages, held, microbatches, work):
+            best.offer(schedule, seconds)
+    else:
+        for schedule in _tightened(stages, held, known, work):
+            best.offer(schedule)
     assert best.schedule and best.run, "one microbatch after another always fits"
     return Searched(best.schedule, best.run, best.tried, lower_bound(stages, ranks, microbatches))
 
@@ -99,14 +105,16 @@ class _Best:
             self.schedule, self.run, self.worth = schedule, run, worth
 
 
-def _catalogue(ranks: int, microbatches: int, chunks: int) -> Iterator[Schedule]:
-    """All that are made for such numbers and hold each stage once."""
+def _catalogue(ranks: int, microbatches: int, chunks: int, placement: Placement | None) -> Iterator[Schedule]:
+    """All that are made for such numbers, hold each stage once, and where they are wanted."""
     for entry in SCHEDULES:
         if entry.copies == 1 and entry.chunks in (chunks, None if chunks > 1 else chunks):
             try:
-                yield schedule_named(entry.name, ranks, microbatches, chunks)
+                found = schedule_named(entry.name, ranks, microbatches, chunks)
             except PlanError:
                 continue
+            if placement is None or found.held == placement:
+                yield found
 
 
 def _listed(
@@ -120,15 +128,14 @@ def _listed(
 
 
 def _tightened(
-    stages: Sequence[StageSeconds], held: Held, microbatches: int, work: int
-) -> Iterator[tuple[Schedule, float]]:
-    ranks, left = len(held.limits), work
-    known = [s for s in _catalogue(ranks, microbatches, len(stages) // ranks) if not s.together]
-    in_turn = list(map(_in_turn, known))
-    for bases in (known, in_turn, list(map(_whole, in_turn))):
+    stages: Sequence[StageSeconds], held: Held, known: Sequence[Schedule], work: int
+) -> Iterator[Schedule]:
+    left, plain = work, [schedule for schedule in known if not schedule.together]
+    in_turn = list(map(_in_turn, plain))
+    for bases in (plain, in_turn, list(map(_whole, in_turn))):
         for policy, base in product(POLICIES, [schedule for schedule in bases if held.fits(schedule)]):
-            yield replace(tighten(base, stages, held, policy), name="searched"), 0.0
-            if (left := left - TIGHTEN * 3 * len(stages) * microbatches) <= 0:
+            yield replace(tighten(base, stages, held, policy), name="searched")
+            if (left := left - TIGHTEN * 3 * len(stages) * base.microbatches) <= 0:
                 return
 
 
@@ -143,11 +150,8 @@ def _whole(schedule: Schedule) -> Schedule:
     return replace(schedule, orders=tuple(tuple(s for s in order if s.kind != "weight") for order in schedule.orders))
 
 
-def _check_room(held: Held, placements: Sequence[Sequence[Sequence[int]]], show: Callable[[float], str]) -> None:
+def _check_room(held: Held, placements: Sequence[Placement], show: Callable[[float], str]) -> None:
     """Refuse limits without room for one microbatch, however its stages are placed.
-
-    Args:
-        placements: each has the stages of every rank.
 
     Raises:
         InfeasibleError: the rank that lacks most where least is lacking, and the least limit that would do.
