@@ -32,7 +32,7 @@ SCHEDULES = {
     "gpipe": gpipe(4, 4), "1f1b": one_f_one_b(4, 8), "interleaved": interleaved(2, 4, 2),
     "zero bubble": zero_bubble(4, 4), "shuffled": shuffled(4, 4, 3),
     "searched": search_schedule(
-        [StageSeconds(2, 2, 1, 0.1), StageSeconds(3, 3, 2, 0.1)] * 2, Held([2] * 4, [1] * 4, [6, 7, 5, 3]), 4
+        [StageSeconds(2, 3, 4, 0.1), StageSeconds(4, 1, 1, 0.1)], Held([2] * 2, [1] * 2, [8, 5]), 4
     ).schedule,
 }  # fmt: skip
 
