@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -177,3 +178,15 @@ def test_closed_forms_are_of_equal_stages_without_transfers():
     sent = study("1f1b", Size(4, 8, None), Seconds(send="0.1"), Memory())
     assert closed_form(slow) is None
     assert closed_form(sent) is None
+
+
+def test_the_page_says_what_the_closed_forms_say():
+    page = (Path(__file__).parents[1] / "docs" / "schedules.md").read_text()
+    table = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    assert list(table) == [entry.name for entry in SCHEDULES]
+    for entry in SCHEDULES:
+        row, form = table[entry.name], FORMS[entry.name]
+        assert row.endswith(f"| {form.peak} | {entry.source} |")
+        if idle := form.idle:
+            formula = idle.formula + (" of the span" if idle.of == "span" else "")
+            assert f"| {formula} | {idle.where} |".replace("|  |", "| |") in row
