@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LEFT_OUT = (
     "stages of different meshes, or on different devices",
+    "other orders of passes than the schedules' own, but for the pipeline that was best with those",
     "meshes of a stage with more than two axes",
     "offload to host memory",
     "overlap of communication with compute",

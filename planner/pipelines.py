@@ -318,6 +318,18 @@ class Pipelines:
                     f"{shape}, {schedule.name}: {format_seconds(priced.seconds)}, {format_bytes(max(priced.peaks))}"
                 )
 
+    def reorder(self) -> None:
+        """Keep the best pipeline's passes in a better order, if one is found and none was asked for."""
+        best = self.best
+        if best.priced is None or best.pricing is None or self.search.request.schedule is not None:
+            return
+        found = best.pricing.reordered(best.priced)
+        if found is not None and found.seconds < best.seconds:
+            self.best = replace(best, priced=found)
+            self.search.note(
+                f"{best.shape}, passes reordered: {format_seconds(found.seconds)}, {format_bytes(max(found.peaks))}"
+            )
+
     def infeasible(self) -> PlanError:
         stages = max(self.choices.stage_counts, default=1)
         return InfeasibleError(

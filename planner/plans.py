@@ -46,6 +46,7 @@ def plan_pipelines(flat: Search) -> Plan:
     pipelines = Pipelines(flat)
     try:
         pipelines.explore()
+        pipelines.reorder()
         if flat.request.pp == "auto":
             flat.outside = pipelines.best.seconds
             flat.explore()

@@ -61,6 +61,18 @@ def test_all_zero_bubble_orders_replay():
 
 
 @needs_data
+def test_v_half_and_v_min_are_as_fast_as_published():
+    """With F = B = W and the same limits; V-Half takes the published time, V-Min that or less."""
+    for e in (e for e in data("schedules_zb.json")["schedules"] if e["schedule"] in ("VHALF", "VMIN")):
+        ours = schedule_named(e["schedule"], e["p"], e["m"])
+        assert max(peaks(ours, 1.0)) <= max(e["peak_F_units_actfreedW"])
+        if e["F"] == e["B"] == e["W"]:
+            makespan = run(ours, e["F"], e["B"], e["W"]).makespan
+            assert makespan <= e["makespan"]
+            assert e["schedule"] == "VMIN" or makespan == e["makespan"]
+
+
+@needs_data
 @pytest.mark.parametrize("size", [4, 8, 16])
 def test_chimera_is_the_published_order(size):
     e = data(f"schedule_chimera_D{size}.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import jax
@@ -23,6 +24,7 @@ from meshwright.planner.intra import live_of
 from meshwright.planner.memory.ledger import Ledger
 from meshwright.planner.meshes import mesh_of
 from meshwright.planner.pipeline.dealing import deal
+from meshwright.planner.pipeline.simulate import StageSeconds, pipeline_tasks, simulate
 from meshwright.planner.pipeline.stage_memory import Holdings, StageMemory
 from meshwright.planner.pipeline.unit_costs import unit_seconds
 from meshwright.planner.pipeline.units import Cut, find_units, runs_of
@@ -128,6 +130,33 @@ def test_a_plan_of_stages():
     assert plan.estimate.step_seconds >= 8 * slowest
 
 
+def test_the_passes_of_the_best_pipeline_are_reordered():
+    """Never where a schedule is asked for; the same stages, faster, within the same memory, and as simulated."""
+    request = Request(pp=2, microbatches=4, mesh=(4,), recompute="none")
+    plan = planned("gpt-tiny", "8xcpu", request, batch=16)
+    asked = planned("gpt-tiny", "8xcpu", replace(request, schedule="interleaved"), batch=16)
+    found, known = plan.pipeline, asked.pipeline
+    assert found is not None and known is not None
+    assert known.schedule == "interleaved" != found.schedule
+    assert [s.cut for s in found.stages] == [s.cut for s in known.stages]
+    schedule = found.read(4)
+    check(schedule)
+    assert schedule.splits and schedule.held == known.read(4).held
+    passes = [
+        StageSeconds(s.forward_seconds, s.backward_seconds - s.weight_seconds, s.weight_seconds, s.send_seconds)
+        for s in found.stages
+    ]
+    once = max(sum(found.stages[s].once_seconds for s in held) for held in schedule.held)
+    step = simulate(pipeline_tasks(schedule, passes)).makespan + once
+    assert plan.estimate.step_seconds == pytest.approx(step)
+    assert step < asked.estimate.step_seconds
+    assert asked.estimate.peak_bytes < plan.estimate.peak_bytes <= plan.estimate.limit_bytes
+    assert plan.proof.lower_bound <= plan.estimate.step_seconds
+    tight = planned("gpt-tiny", "8xcpu", replace(request, memory=asked.estimate.peak_bytes), batch=16)
+    assert tight.estimate.peak_bytes <= asked.estimate.peak_bytes
+    assert plan.estimate.step_seconds <= tight.estimate.step_seconds <= asked.estimate.step_seconds
+
+
 def test_refusals():
     with pytest.raises(PlanError, match="8 devices cannot be cut into 3 equal stages"):
         planned("gpt-tiny", "8xcpu", Request(pp=3))
@@ -147,7 +176,8 @@ def test_refusals():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "schedule"), [("gpt-tiny", "zb-h1"), ("gpt-tiny", "gpipe"), ("gpt-tiny-scan", "1f1b")]
+    ("model", "schedule"),
+    [("gpt-tiny", "zb-h1"), ("gpt-tiny", "gpipe"), ("gpt-tiny", None), ("gpt-tiny-scan", "1f1b")],
 )
 def test_planned_pipelines_run(model, schedule):
     """Losses and state of three steps equal the unsharded step's; a scan over layers is taken apart, and the

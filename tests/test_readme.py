@@ -40,19 +40,21 @@ def run(line: str, monkeypatch) -> None:
 def test_quick_commands_run_in_the_order_shown(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     quick = [c for c in commands() if c.startswith("meshwright") and not any(s in c for s in SLOW)]
-    assert len(quick) == 9
+    assert len(quick) == 10
     Path("graph.json").write_text(json.dumps(GRAPH))
     for line in quick:
         run(line, monkeypatch)
     assert {"plan.json", "plan.html"} <= {file.name for file in tmp_path.iterdir()}
 
 
-def test_commands_of_the_pages_run(monkeypatch, tmp_path):
+@pytest.mark.parametrize("page", ["price", "schedules"])
+def test_commands_of_the_pages_run(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "docs" / "price.md").read_text(), re.S)
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "docs" / f"{page}.md").read_text(), re.S)
     assert blocks
     for block in blocks:
-        run(block.removeprefix("$ ").replace("\\\n", " "), monkeypatch)
+        for line in block.replace("\\\n", " ").splitlines():
+            run(line.removeprefix("$ "), monkeypatch)
 
 
 @pytest.mark.slow

@@ -7,16 +7,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from ...ir.cluster import Cluster
 from ...ir.schedule import Schedule, peak_held
 from .dealing import deal
+from .limited import search_schedule
 from .simulate import Run, StageSeconds, pipeline_tasks, simulate
 from .stage_memory import Runs, StageMemory
+from .tighten import Held
 from .unit_costs import UnitSeconds
 from .units import Units, runs_of
+
+REORDER = 60_000  # passes that a search for a better order may schedule: half a second
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,23 @@ class Pricing:
             return None
         run = simulate(pipeline_tasks(schedule, stages))
         return Priced(schedule, firsts, stages, once, peaks, held, run, run.makespan + tail)
+
+    def reordered(self, priced: Priced) -> Priced | None:
+        """The same stages, their passes in the best order found for their seconds and bytes; None where there are
+        too many passes to search."""
+        old = priced.schedule
+        if 3 * old.stages * old.microbatches > REORDER:
+            return None
+        runs = [priced.runs(self.units, stage) for stage in range(old.stages)]
+        _, left, late = zip(*map(self.memory.parts, runs), strict=True)
+        always = [peak - peak_held(old, rank, left, late) for rank, peak in enumerate(priced.peaks)]
+        room = Held(left, late, [self.limit] * old.ranks, always)
+        found = search_schedule(priced.stages, room, old.microbatches, work=REORDER, placement=old.held)
+        peaks, held = zip(*(self._peak(found.schedule, rank, runs) for rank in range(old.ranks)), strict=True)
+        return replace(
+            priced, schedule=found.schedule, peaks=peaks, held=held, run=found.run,
+            seconds=priced.seconds - priced.run.makespan + found.seconds,
+        )  # fmt: skip
 
     def _cut(self, schedule: Schedule) -> tuple[int, ...] | None:
         seconds = [self.passes(kind) for kind in self.units.kinds]

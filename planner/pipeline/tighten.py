@@ -10,8 +10,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from ...ir.schedule import Schedule, Step, needs
+from ...ir.schedule import Schedule, Step, needs, peak_held
 from .simulate import StageSeconds
 
 SLACK = 1e-9  # of a limit, for sums of floats
@@ -21,13 +22,25 @@ SLACK = 1e-9  # of a limit, for sums of floats
 class Held:
     """What ranks may hold of what forward passes leave behind; units are the caller's (bytes, or counts).
 
-    forward, kept: per stage, what one forward pass leaves, and the part that waits for the weight pass.
+    forward, kept: per stage, what one forward pass leaves, and what waits between backward and weight pass.
     limits: per rank.
+    static: per rank, what of its limit is taken throughout; nothing where it is empty.
     """
 
     forward: Sequence[float]
     kept: Sequence[float]
     limits: Sequence[float]
+    static: Sequence[float] = ()
+
+    @cached_property
+    def room(self) -> list[float]:
+        """Per rank, what is left of its limit, with some slack for sums of floats."""
+        static = self.static or [0.0] * len(self.limits)
+        return [limit * (1 + SLACK) - taken for limit, taken in zip(self.limits, static, strict=True)]
+
+    def fits(self, schedule: Schedule) -> bool:
+        """Whether every rank of a schedule stays within its limit."""
+        return all(peak_held(schedule, r, self.forward, self.kept) <= room for r, room in enumerate(self.room))
 
     def change(self, step: Step, whole: bool) -> float:
         """What a step adds; `whole`: it makes the gradients of weights too."""
@@ -40,13 +53,13 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How ranks choose.
+    """How ranks choose. Weight passes come last, but for one: it makes room for a step that is ready and lacks it.
 
-    weights_last: weight passes wait until their rank has nothing better to do, or no room.
+    reserve: a forward step overtakes others only where there is room for all of them at once.
     patience: a step may delay the one that comes first in order by this part of its own seconds.
     """
 
-    weights_last: bool = True
+    reserve: bool = False
     patience: float = 0.0
 
 
@@ -65,8 +78,13 @@ class _Ranks:
     done: list[list[Step]] = field(init=False)
     holds: list[float] = field(init=False)
     end: dict[Step, float] = field(default_factory=dict)
+    changes: dict[Step, float] = field(init=False)  # what each step adds to what its rank holds
+    kinds: list[int] = field(init=False)  # per rank, of pairs of kind and stage
 
     def __post_init__(self) -> None:
+        whole = self.schedule.whole
+        self.changes = {step: self.held.change(step, whole(step)) for step in self.schedule.rank_of}
+        self.kinds = [len({step[:2] for step in order}) for order in self.schedule.orders]
         self.left = [list(order) for order in self.schedule.orders]
         self.done = [[] for _ in self.left]
         self.holds = [0.0] * len(self.left)
@@ -91,7 +109,7 @@ class _Ranks:
     def _start(self, rank: int, step: Step, now: float) -> float:
         self.left[rank].remove(step)
         self.done[rank].append(step)
-        self.holds[rank] += self.held.change(step, self.schedule.whole(step))
+        self.holds[rank] += self.changes[step]
         self.end[step] = now + self.stages[step.stage].of(self.schedule, step)
         return self.end[step]
 
@@ -106,32 +124,44 @@ class _Ranks:
     def _choose(self, rank: int, now: float) -> Step | None:
         """The first step that is ready, fits, and does not hold up a better one."""
         awaited = float("inf")
-        for step in self._by_preference(rank):
+        others, weights = self._candidates(rank)
+        for step in (*others, *weights):
             ready = self._ready(rank, step)
-            seconds = self.stages[step.stage].of(self.schedule, step)
             if not self._fits(rank, step):
-                continue
-            if ready > now:
+                full = ready <= now and self.holds[rank] + self.changes[step] > self.held.room[rank]
+                if full and (freed := next((w for w in weights if self._ready(rank, w) <= now), None)):
+                    return freed
+            elif ready > now:
                 awaited = min(awaited, ready)
-            elif now + seconds * (1 - self.policy.patience) <= awaited * (1 + SLACK):
-                return step
+            else:
+                seconds = self.stages[step.stage].of(self.schedule, step)
+                if now + seconds * (1 - self.policy.patience) <= awaited * (1 + SLACK):
+                    return step
         return None
 
-    def _by_preference(self, rank: int) -> list[Step]:
-        left = self.left[rank]
-        return sorted(left, key=lambda step: step.kind == "weight") if self.policy.weights_last else left
+    def _candidates(self, rank: int) -> tuple[list[Step], list[Step]]:
+        """The first step left of each kind and stage, weight passes apart."""
+        first: dict[tuple[str, int], Step] = {}
+        for step in self.left[rank]:
+            if first.setdefault(step[:2], step) is step and len(first) == self.kinds[rank]:
+                break
+        found = list(first.values())
+        return [s for s in found if s.kind != "weight"], [s for s in found if s.kind == "weight"]
 
     def _fits(self, rank: int, step: Step) -> bool:
         """Whether what remains stays within the limit after a step is moved to the front."""
-        whole, limit = self.schedule.whole, self.held.limits[rank] * (1 + SLACK)
-        holds = self.holds[rank] + self.held.change(step, whole(step))
-        if holds > limit:
+        room = self.held.room[rank]
+        holds = crowd = self.holds[rank] + self.changes[step]
+        if holds > room:
             return False
+        crowds = self.policy.reserve and step.kind == "forward"
         for before in self.left[rank]:
             if before == step:
                 return True
-            holds += self.held.change(before, whole(before))
-            if holds > limit:
+            holds += (change := self.changes[before])
+            if crowds and before.kind == "forward":
+                crowd += change
+            if holds > room or crowd > room:
                 return False
         return True
 

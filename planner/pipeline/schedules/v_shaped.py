@@ -3,11 +3,11 @@
 A microbatch's loss is then known on the rank it started from, and ranks hold equal amounts. How much
 they may hold decides the bubble: p microbatches (ZBV), about a half (V-Half) or a third (V-Min).
 
-V-Half and V-Min come from one block, that of V-Min, which holds least: microbatch after microbatch every
-6 slots of equal length, each pass one slot after the one it needs. Steps then move forward into the
-bubbles as far as the limit allows (`tighten`, with F = B = W). Sources: Qi et al., Zero Bubble Pipeline
-Parallelism, ICLR 2024, section 6 (ZBV); Qi et al., Pipeline Parallelism with Controllable Memory,
-NeurIPS 2024 (blocks, V-Half, V-Min and their limits).
+V-Half and V-Min each repeat a block, a microbatch every 6 slots of equal length. On the way up each pass
+follows the one it needs in the next slot; on the way down too in V-Min, two slots later in V-Half. Steps
+then move forward into the bubbles as far as the limit allows (`tighten`, with F = B = W). Sources: Qi et
+al., Zero Bubble Pipeline Parallelism, ICLR 2024, section 6 (ZBV); Qi et al., Pipeline Parallelism with
+Controllable Memory, NeurIPS 2024 (blocks, V-Half, V-Min and their limits).
 """
 
 from __future__ import annotations
@@ -58,44 +58,44 @@ def _zbv_order(rank: int, ranks: int, microbatches: int) -> list[Step]:
 
 def v_half(ranks: int, microbatches: int) -> Schedule:
     """At most floor((p + 2) / 2) microbatches held."""
-    return replace(_within(ranks, microbatches, (ranks + 2) // 2), name="v-half")
+    turn = 3 * ranks - 1 if ranks % 2 else 3 * ranks + 2
+    return _within("v-half", _block(ranks, microbatches, 2, turn), (ranks + 2) // 2, Policy())
 
 
 def v_min(ranks: int, microbatches: int) -> Schedule:
     """At most floor((p + 4) / 3) microbatches held."""
-    return replace(_within(ranks, microbatches, (ranks + 4) // 3), name="v-min")
-
-
-def _within(ranks: int, microbatches: int, limit: int) -> Schedule:
-    """The block's order, tightened: every rank holds up to `limit` microbatches, that is twice as many results."""
-    positive(ranks=ranks, microbatches=microbatches)
-    stages = CHUNKS * ranks
-    one = [1.0] * stages
-    held = Held(one, one, [float(CHUNKS * limit)] * ranks)
-    return tighten(_block(ranks, microbatches), [StageSeconds(1, 1, 1)] * stages, held, Policy())
-
-
-def _block(ranks: int, microbatches: int) -> Schedule:
-    """V-Min's order. Slots on one rank never meet: the two down the ranks have another parity than the two
-    up, and those of equal direction lie `turn` and more apart, which is no multiple of the period.
-    """
     turn = 2 * ranks if ranks % 3 else 2 * ranks + 2
+    return _within("v-min", _block(ranks, microbatches, 1, turn), (ranks + 4) // 3, Policy(reserve=True))
+
+
+def _within(name: str, block: Schedule, limit: int, policy: Policy) -> Schedule:
+    """The block's order, tightened: every rank holds up to `limit` microbatches, that is twice as many results."""
+    one = [1.0] * block.stages
+    held = Held(one, one, [float(CHUNKS * limit)] * block.ranks)
+    return replace(tighten(block, [StageSeconds(1, 1, 1)] * block.stages, held, policy), name=name)
+
+
+def _block(ranks: int, microbatches: int, hop: int, turn: int) -> Schedule:
+    """A pass goes down a rank in `hop` slots and up in one; in slot `turn` the first rank turns back.
+
+    The turn is such that no two passes of a rank ever meet in one slot.
+    """
+    positive(ranks=ranks, microbatches=microbatches)
     orders = []
     for rank in range(ranks):
         down, up = rank, 2 * ranks - 1 - rank
-        timed: list[tuple[int, Step]] = []
-        for m in range(microbatches):
-            start = PERIOD * m
-            timed.append((start + rank, Step("forward", down, m)))
-            timed.append((start + 2 * ranks - 1 - rank, Step("forward", up, m)))
-            timed.append((start + turn + rank, Step("backward", up, m)))
-            timed.append((start + turn + 2 * ranks - 1 - rank, Step("backward", down, m)))
-        order = [step for _, step in sorted(timed)]
-        orders.append(
-            tuple(
-                each
-                for step in order
-                for each in ([step, step._replace(kind="weight")] if step.kind == "backward" else [step])
-            )
+        slots = (
+            (hop * rank, Step("forward", down, 0)),
+            ((hop + 1) * ranks - hop - rank, Step("forward", up, 0)),
+            (turn + hop * rank, Step("backward", up, 0)),
+            (turn + (hop + 1) * ranks - 1 - rank, Step("backward", down, 0)),
         )
-    return Schedule("v-min block", CHUNKS * ranks, microbatches, tuple(orders))
+        timed = sorted(
+            (PERIOD * m + slot, step._replace(microbatch=m)) for slot, step in slots for m in range(microbatches)
+        )
+        orders.append(tuple(each for _, step in timed for each in _with_weights(step)))
+    return Schedule("block", CHUNKS * ranks, microbatches, tuple(orders))
+
+
+def _with_weights(step: Step) -> list[Step]:
+    return [step, step._replace(kind="weight")] if step.kind == "backward" else [step]
