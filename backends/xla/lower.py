@@ -19,7 +19,8 @@ from ...ir.plan import Plan
 from ...ir.program import prepare
 from .capture import Captured
 from .devices import device_mesh, on_cpus, options_for, partition_spec, used_devices
-from .pipeline import LoweredPipeline, lower_pipeline
+from .lower_pipeline import lower_pipeline
+from .pipeline import LoweredPipeline
 from .spmd import LocalStep
 from .unstack import unstack
 
