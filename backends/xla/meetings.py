@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -26,11 +26,14 @@ from threading import Thread
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from ...ir.errors import ProcessError, UsageError
 
 DEADLINE = "MESHWRIGHT_DEADLINE"  # the environment variable: seconds
 SECONDS = 600.0  # when it is not set: another process may compile as long
+GRACE = 5.0  # seconds
 LOOKS = 0.2  # seconds between two looks at the clock
 
 
@@ -82,6 +85,18 @@ class Meetings:
             self._tokens.put((what, whom, token))
         return result
 
+    def exchange(self, what: str, text: str) -> list[str]:
+        """What each process says, in their order; every process calls it."""
+        data = np.frombuffer(text.encode(), np.uint8)
+        sizes = self.gather(what, np.array(data.size)).reshape(-1)
+        rows = self.gather(what, np.resize(data, max(sizes)) if data.size else np.zeros(max(sizes), np.uint8))
+        return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+    def gather(self, what: str, array: np.ndarray) -> np.ndarray:
+        """What each process gives, in their order; every process calls it."""
+        call = lambda: (multihost_utils.process_allgather(array), ())  # noqa: E731
+        return np.asarray(self.run(what, named(range(jax.process_count())), call))
+
     @contextmanager
     def _waiting(self, what: str, whom: str) -> Iterator[None]:
         key = object()
@@ -116,6 +131,12 @@ class Meetings:
                     _end(late(what, whom, self.deadline))
 
 
+def named(processes: Iterable[int]) -> str:
+    """The processes that this one waits for."""
+    others = sorted(set(processes) - {jax.process_index()})
+    return f"process{'es' if len(others) > 1 else ''} {', '.join(map(str, others))}"
+
+
 def late(what: str, whom: str, seconds: float) -> ProcessError:
     return ProcessError(
         f"{what} waited {seconds:g} s for {whom}.",
@@ -132,6 +153,22 @@ def ended(what: str, whom: str, error: Exception) -> ProcessError:
         origin=str(error).strip().splitlines()[0],
         fix="see what the other processes say; the first that ended has the reason",
     )
+
+
+def lost(status: str) -> None:
+    """Another process has ended, says jax. Whoever waits for it says so first, and more; then this process ends."""
+
+    def end() -> None:
+        time.sleep(GRACE)
+        _end(
+            ProcessError(
+                "another process of the run has ended.", origin=status.splitlines()[0],
+                where=f"process {jax.process_index()} of {jax.process_count()}",
+                fix="see what the other processes say; the first that ended has the reason",
+            )
+        )  # fmt: skip
+
+    Thread(target=end, daemon=True).start()
 
 
 def _end(error: ProcessError) -> None:

@@ -32,7 +32,7 @@ from .devices import is_mine, nowhere, on_cpus, place, processes_of
 from .everywhere import Everywhere
 from .fragments import Program, StagePrograms
 from .handover import Handover, Way
-from .meetings import Meetings
+from .meetings import Meetings, named
 from .spmd import jax_dtype
 from .unstack import Unstacked
 
@@ -158,6 +158,14 @@ class LoweredPipeline:
         """One step; donated leaves are given up."""
         return _Run(self, self._placed(leaves)).step()
 
+    def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
+        """Leaves where they lie first; with several processes each stage puts its own."""
+        return leaves if self.joint else jax.device_put(list(leaves), list(self.input_shardings))
+
+    def run(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """One step from leaves that lie anywhere."""
+        return self.jitted(*self.placed(leaves))
+
     # ------------------------------------------------------------ inputs
 
     def _placed(self, leaves: Sequence[Any]) -> list[Store]:
@@ -212,7 +220,7 @@ class LoweredPipeline:
         if not handover.joint:
             return handover(arrays)[0]
         others = processes_of(handover.sender) | processes_of(handover.receiver)
-        return self.meetings.run(what, _named(others), lambda: handover(arrays))
+        return self.meetings.run(what, named(others), lambda: handover(arrays))
 
     def call(self, program: Program, what: str, *operands: Any) -> Any:
         """Dispatch a stage's program, with the other processes that hold a part of the stage."""
@@ -224,13 +232,7 @@ class LoweredPipeline:
             found = program.call(*operands)
             return found, found[0]
 
-        return self.meetings.run(what, _named(processes), call)
-
-
-def _named(processes: set[int]) -> str:
-    """The processes that this one waits for."""
-    others = sorted(processes - {jax.process_index()})
-    return f"process{'es' if len(others) > 1 else ''} {', '.join(map(str, others))}"
+        return self.meetings.run(what, named(processes), call)
 
 
 def _step(each: Instruction) -> Step:
@@ -394,7 +396,7 @@ class _Run:
             return
         if low.shared.sources:
             others = set(range(jax.process_count()))
-            made = low.meetings.run("the step's results", _named(others), lambda: low.shared(results))
+            made = low.meetings.run("the step's results", named(others), lambda: low.shared(results))
             for position, array in made.items():
                 results[position] = array
         types, outputs = low.stages[0].local.types, low.stages[0].local.graph.outputs

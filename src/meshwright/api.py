@@ -18,7 +18,7 @@ from .backends.xla.lower import lower as lower_plan
 from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.trace import trace
 from .backends.xla.unstack import unstack
-from .backends.xla.verify import reference, verify_outputs
+from .backends.xla.verify import reference, verify_outputs, verify_together
 from .interrupts import heard
 from .ir.blocks import fold
 from .ir.cluster import Cluster
@@ -181,12 +181,14 @@ class RunningStep:
         apart = lowered.apart if isinstance(lowered, LoweredPipeline) else None
         if apart is not None and len(leaves) != len(apart.inputs):
             leaves = apart.apart(leaves)
+        if lowered.joint:
+            return jax.tree.unflatten(lowered.captured.binding.out_tree, lowered.run(leaves))
         try:
             results = lowered.jitted(*self.placed(leaves))
         except ValueError as error:
             if "device" not in str(error):
                 raise
-            results = lowered.jitted(*jax.device_put(leaves, list(lowered.input_shardings)))
+            results = lowered.jitted(*lowered.placed(leaves))
         return jax.tree.unflatten(lowered.captured.binding.out_tree, results)
 
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
@@ -194,7 +196,7 @@ class RunningStep:
 
         jax compiles a program anew when its inputs come placed otherwise than before.
         """
-        if self._started:
+        if self._started or self.lowered.joint:
             return leaves
         self._started.append(True)
         found = list(leaves)
@@ -267,7 +269,7 @@ class ParallelStep:
     ) -> Any:
         """Run by jax's own dispatch where it takes these arguments; else on flat leaves."""
         plain = not (kwargs or self.options.static_argnums)
-        quick = running.lowered.by_tree if plain else None
+        quick = running.lowered.by_tree if plain and not running.lowered.joint else None
         if quick is None:
             return running.run(leaves)
         placed, _ = jax.tree.unflatten(jax.tree.structure((args, kwargs)), running.placed(leaves))
@@ -334,7 +336,10 @@ class ParallelStep:
             unsharded, leaves = running.lowered.apart.in_pieces(unsharded), running.lowered.apart.apart(leaves)
         truth = reference(unsharded, graph, leaves)
         results = self._run(running, self._key(args, kwargs)[0], leaves, args, kwargs)
-        verify_outputs(truth, results, graph.output_names)
+        if running.lowered.joint:
+            verify_together(truth, results, graph.output_names, running.lowered.meetings)
+        else:
+            verify_outputs(truth, results, graph.output_names)
         return results
 
     def _unsharded(self, args: tuple, kwargs: dict) -> Callable[..., Any]:

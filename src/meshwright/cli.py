@@ -220,12 +220,23 @@ def run(
     ] = False,
     emulate: Emulate = False,
     seed: Annotated[int, typer.Option(help="Of initial parameters and batches.")] = 0,
+    coordinator: Annotated[
+        str | None, typer.Option(help="host:port of process 0, where the environment does not say it.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="With --coordinator: how many processes run.")] = None,
+    process: Annotated[int | None, typer.Option(min=0, help="With --coordinator: which of them this is.")] = None,
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds that one wait for another process may take; 600.")
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Write the timeline of a pipeline, simulated and measured, for Perfetto.")
     ] = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Train with a saved plan on this process's devices; a pipeline's timeline is shown after it.
+
+    Run it in every process of a slurm step, of torchrun, or with jax's variables (see `launch`), and they share the
+    plan's devices.
 
     With --model the plan is made on the spot: meshwright run --model gpt-tiny --devices 8 --pin pp=4
     """
@@ -238,10 +249,24 @@ def run(
         found = _plan_here(model, devices, pin or [], global_batch)
     elif plan is not None and not (model or pin or global_batch):
         found = load_plan(plan)
-        _devices(found, emulate)
+        _join(found, emulate, coordinator, processes, process, deadline)
     else:
         raise UsageError("a plan or --model is needed; --pin and --global-batch go with --model.", fix="one of them")
     show(found, train(found, _made(found), steps, data, verify, seed), trace, format is Format.json)
+
+
+def _join(found: Any, emulated: bool, coordinator: Any, processes: Any, process: Any, deadline: Any) -> None:
+    """This process's devices, and the other processes of the run if there are any."""
+    from .backends.xla.meetings import DEADLINE
+    from .processes import join, per_process, seat
+
+    if deadline is not None:
+        os.environ[DEADLINE] = str(deadline)
+    place = seat(coordinator, processes, process)
+    count = found.device_count if place is None else per_process(found, place.processes)
+    _devices(found, emulated, count)
+    if place is not None:
+        join(place, count)
 
 
 def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> Any:
@@ -279,7 +304,7 @@ def audit(
 
     found = load_plan(plan)
     if topology is None:
-        _devices(found, emulate)
+        _devices(found, emulate, found.device_count)
         devices = None
     else:
         if emulate:
@@ -316,12 +341,12 @@ def _made(found: Any) -> Any:
     return make(found.recipe)
 
 
-def _devices(found: Any, emulated: bool) -> None:
+def _devices(found: Any, emulated: bool, count: int) -> None:
     """Emulate devices where that is asked for, or the plan is for CPUs anyway."""
     from .emulation import MOST, emulate
 
-    if emulated or (found.cluster.device.kind == "cpu" and found.device_count <= MOST):
-        emulate(found.device_count)
+    if emulated or (found.cluster.device.kind == "cpu" and count <= MOST):
+        emulate(count)
 
 
 # ---------------------------------------------------------------- solve
