@@ -2,7 +2,6 @@
 
     scan's counts     num_consts, num_carry (0.10); a tree `ft_in` of consts, carry, xs (0.12)
     a call's body     an open or a closed jaxpr, under the names of `CALLS`
-    lost processes    the client of `jax.distributed` aborts on them unless it is given a callback
     user's line       off the raw traceback: the public `summarize` cannot skip other libraries
 
 Tried with 0.10.2 and 0.12.0.1. Code for 0.11 is by analogy: scan's counts are read either way.
@@ -10,20 +9,18 @@ Tried with 0.10.2 and 0.12.0.1. Code for 0.11 is by analogy: scan's counts are r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import islice
 from typing import Any
 
 import jax
-from jax._src import distributed
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, Var
 
 __all__ = [
     "CALLS", "IDENTITIES", "PLACEMENTS", "ClosedJaxpr", "Jaxpr", "Literal", "Primitive", "Var",
     "barrier_primitive", "bind", "call_body", "held_back", "is_jitted", "is_library", "is_vacant",
-    "line_in_code", "scan_counts", "told_of_lost_processes", "user_line",
+    "line_in_code", "scan_counts", "user_line",
 ]  # fmt: skip
 
 # Primitives that only call a body, and the parameter that holds it.
@@ -141,19 +138,3 @@ def line_in_code(code: Any, place: int) -> str:
     """`file.py:line` of one instruction."""
     line = next(islice(code.co_positions(), place // 2, None), (None,))[0] or code.co_firstlineno
     return f"{code.co_filename.replace(chr(92), '/').rpartition('/')[2]}:{line}"
-
-
-@contextmanager
-def told_of_lost_processes(tell: Callable[[str], None]) -> Iterator[None]:
-    """`jax.distributed.initialize` within: `tell` hears that others ended, instead of an abort."""
-    library = distributed._jax
-    make = library.get_distributed_runtime_client
-
-    def make_telling(*args: Any, **kwargs: Any) -> Any:
-        return make(*args, **kwargs, missed_heartbeat_callback=lambda status: tell(str(status)))
-
-    library.get_distributed_runtime_client = make_telling
-    try:
-        yield
-    finally:
-        library.get_distributed_runtime_client = make

@@ -15,6 +15,7 @@ A wait that passes the deadline ends the process: it waits inside a library, whe
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -23,17 +24,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ...ir.errors import ProcessError, UsageError
+from ...ir.errors import MeshwrightError, ProcessError, UsageError
 
 DEADLINE = "MESHWRIGHT_DEADLINE"  # the environment variable: seconds
 SECONDS = 600.0  # when it is not set: another process may compile as long
-GRACE = 5.0  # seconds
 LOOKS = 0.2  # seconds between two looks at the clock
 
 
@@ -80,6 +80,7 @@ class Meetings:
                 if self.in_turn:
                     jax.block_until_ready(token)
         except jax.errors.JaxRuntimeError as error:
+            atexit.register(_leave_at_exit)  # before jax's own, which waits for the others
             raise ended(what, whom, error) from error
         if not self.in_turn:
             self._tokens.put((what, whom, token))
@@ -128,7 +129,7 @@ class Meetings:
             time.sleep(min(LOOKS, self.deadline / 10))
             for what, whom, since in list(self._waits.values()):
                 if time.monotonic() - since > self.deadline:
-                    _end(late(what, whom, self.deadline))
+                    leave(late(what, whom, self.deadline))
 
 
 def named(processes: Iterable[int]) -> str:
@@ -155,23 +156,13 @@ def ended(what: str, whom: str, error: Exception) -> ProcessError:
     )
 
 
-def lost(status: str) -> None:
-    """Another process has ended, says jax. Whoever waits for it says so first, and more; then this process ends."""
-
-    def end() -> None:
-        time.sleep(GRACE)
-        _end(
-            ProcessError(
-                "another process of the run has ended.", origin=status.splitlines()[0],
-                where=f"process {jax.process_index()} of {jax.process_count()}",
-                fix="see what the other processes say; the first that ended has the reason",
-            )
-        )  # fmt: skip
-
-    Thread(target=end, daemon=True).start()
+def _leave_at_exit() -> None:
+    sys.stdout.flush()
+    os._exit(ProcessError.exit_code)
 
 
-def _end(error: ProcessError) -> None:
+def leave(error: MeshwrightError) -> NoReturn:
+    """End this process at once: an orderly exit would wait for the others."""
     sys.stdout.flush()
     print(error.report(), file=sys.stderr, flush=True)
     os._exit(error.exit_code)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from time import perf_counter
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ from .meetings import Meetings, named
 from .spmd import jax_dtype
 from .unstack import Unstacked
 
-Watch = Callable[[int, Step, Sequence[Any], Any], None]
+Watch = Callable[[int, Step, Sequence[Any], Any, float | None], None]
 Store = dict[int, Any]
 Place = tuple[str | int, int]  # a pass and its stage, or a round of updates and its stage
 KINDS: dict[str, Kind] = {
@@ -49,9 +50,9 @@ class LoweredPipeline:
     """A pipelined step on flat leaves; each result lies on the devices of its stage.
 
     `peaks[rank]` is how many forward results a rank held at most in the last run, counted per stage
-    and microbatch, for the ranks of this process. `watch(rank, step, taken, token)` is told of each pass
-    of this process when it is dispatched, with what it takes of its microbatch; the token is ready when
-    the pass is done.
+    and microbatch, for the ranks of this process. `watch(rank, step, taken, token, began)` is told of each
+    pass of this process when it is dispatched, with what it takes of its microbatch; the token is ready when
+    the pass is done. `began` is the clock (`time.perf_counter`) before its dispatch if all was there by then.
     """
 
     plan: Plan
@@ -309,11 +310,12 @@ class _Run:
         flight, sums, store = self.flight[stage][m], self.sums[stage], self.steady[stage]
         taken = [flight[v] if v in flight else store[v] for v in program.keeps]
         totals = [sums.pop(v) for v in fragment.totals]
-        what = f"rank {rank} at {step}"
+        what, moving = f"rank {rank} at {step}", [flight[v] for v in program.keeps if v in flight]
+        began = perf_counter() if low.watch is not None and all(array.is_ready() for array in moving) else None
         token, totals, gives, sent, _ = low.call(program, what, low.moments[stage][m], totals, taken)
         sums |= zip(fragment.totals, totals, strict=True)
         if low.watch is not None:
-            low.watch(rank, step, [flight[v] for v in program.keeps if v in flight], token)
+            low.watch(rank, step, moving, token, began)
         flight |= zip(fragment.gives, gives, strict=True)
         self._leave(program, rank, step, sent)
 

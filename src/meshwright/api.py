@@ -15,6 +15,7 @@ from .backends.xla.audit import Audit, audit
 from .backends.xla.capture import Binding, Captured, convert
 from .backends.xla.lower import Lowered, OtherShapes
 from .backends.xla.lower import lower as lower_plan
+from .backends.xla.meetings import Meetings
 from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.trace import trace
 from .backends.xla.unstack import unstack
@@ -130,6 +131,15 @@ def plan_captured(
     notes = (*found.notes, "stacked parameters are held layer by layer", *layers.notes)
     pipeline = found.pipeline.model_copy(update={"unstacked": True})
     return found.model_copy(update={"pipeline": pipeline, "notes": notes})
+
+
+def _plan_once(captured: Captured, cluster: Cluster | str | Path | None, request: Request, name: str) -> Plan:
+    """Plan in the first process of the run; a search that is stopped by the clock may end elsewhere in another."""
+    if jax.process_count() == 1:
+        return plan_captured(captured, cluster, request, name)
+    first = jax.process_index() == 0
+    text = plan_captured(captured, cluster, request, name).model_dump_json() if first else ""
+    return Plan.model_validate_json(Meetings(in_turn=True).exchange("the plan", text)[0])
 
 
 def lower(
@@ -316,9 +326,7 @@ class ParallelStep:
         if key not in self._found:
             stages = self.request.pp != 1 if self.fixed is None else self.fixed.pipeline is not None
             captured = self.options.capture(self.step, args, kwargs, stages)
-            found = self.fixed or plan_captured(
-                captured, self.cluster, self.request, _name(self.step)
-            )
+            found = self.fixed or _plan_once(captured, self.cluster, self.request, _name(self.step))
             self._found[key] = (found, captured)
         return self._found[key]
 

@@ -3,6 +3,7 @@
 Exit codes: 0 done; 1 the sharded results differ from the unsharded ones; 2 wrong
 usage, model, cluster or file; 3 nothing fits; 4 stopped before any plan was found;
 5 the plan cannot run here, or belongs to something else; 6 a package is missing;
+7 another process of the run has ended, or was waited for too long;
 70 a defect of meshwright; 130 interrupted.
 """
 
@@ -18,7 +19,7 @@ import typer
 
 from . import whatif  # noqa: F401  (adds its commands to the app)
 from .interrupts import heard
-from .ir.errors import MeshwrightError, UsageError
+from .ir.errors import MeshwrightError, ProcessError, UsageError
 from .ir.units import parse_bytes
 from .options import Emulate, Format, FormatOption, PlanFile, app
 
@@ -31,6 +32,10 @@ def main() -> NoReturn:
     try:
         with heard():
             code = app(standalone_mode=False)
+    except ProcessError as error:
+        from .backends.xla.meetings import leave
+
+        leave(error)
     except MeshwrightError as error:
         _fail(error.report(), error.exit_code)
     except typer.Exit as done:
@@ -241,6 +246,7 @@ def run(
     With --model the plan is made on the spot: meshwright run --model gpt-tiny --devices 8 --pin pp=4
     """
     from .ir.codec import check_writable, load_plan
+    from .processes import seat, take_devices
     from .training import show, train
 
     if trace is not None:
@@ -249,24 +255,10 @@ def run(
         found = _plan_here(model, devices, pin or [], global_batch)
     elif plan is not None and not (model or pin or global_batch):
         found = load_plan(plan)
-        _join(found, emulate, coordinator, processes, process, deadline)
+        take_devices(found, emulate, seat(coordinator, processes, process), deadline)
     else:
         raise UsageError("a plan or --model is needed; --pin and --global-batch go with --model.", fix="one of them")
     show(found, train(found, _made(found), steps, data, verify, seed), trace, format is Format.json)
-
-
-def _join(found: Any, emulated: bool, coordinator: Any, processes: Any, process: Any, deadline: Any) -> None:
-    """This process's devices, and the other processes of the run if there are any."""
-    from .backends.xla.meetings import DEADLINE
-    from .processes import join, per_process, seat
-
-    if deadline is not None:
-        os.environ[DEADLINE] = str(deadline)
-    place = seat(coordinator, processes, process)
-    count = found.device_count if place is None else per_process(found, place.processes)
-    _devices(found, emulated, count)
-    if place is not None:
-        join(place, count)
 
 
 def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> Any:
@@ -300,11 +292,12 @@ def audit(
     from .backends.xla.lower import lower
     from .backends.xla.topology import topology_devices
     from .ir.codec import load_plan
+    from .processes import take_devices
     from .view import audit_text
 
     found = load_plan(plan)
     if topology is None:
-        _devices(found, emulate, found.device_count)
+        take_devices(found, emulate)
         devices = None
     else:
         if emulate:
@@ -339,14 +332,6 @@ def _made(found: Any) -> Any:
             fix="lower it in Python: mw.lower(plan, step, *arguments)",
         )
     return make(found.recipe)
-
-
-def _devices(found: Any, emulated: bool, count: int) -> None:
-    """Emulate devices where that is asked for, or the plan is for CPUs anyway."""
-    from .emulation import MOST, emulate
-
-    if emulated or (found.cluster.device.kind == "cpu" and count <= MOST):
-        emulate(count)
 
 
 # ---------------------------------------------------------------- solve

@@ -10,15 +10,18 @@ of its host, unless several processes share the host; then each has its part of 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
 
-from .backends.xla.compat import told_of_lost_processes
-from .backends.xla.meetings import deadline_seconds, lost
+from .backends.xla.meetings import DEADLINE, deadline_seconds, leave
+from .emulation import MOST, emulate
 from .ir.errors import LoweringError, ProcessError, UsageError
 from .ir.plan import Plan
 
@@ -140,12 +143,11 @@ def join(found: Seat, devices: int | None = None) -> None:
     first = found.local * (devices or 0)
     own = None if found.beside == 1 or devices is None else list(range(first, first + devices))
     try:
-        with told_of_lost_processes(lost):
-            jax.distributed.initialize(
-                found.coordinator, found.processes, found.process, local_device_ids=own,
-                cluster_detection_method="deactivate", initialization_timeout=JOIN_SECONDS,
-                shutdown_timeout_seconds=max(1, int(min(deadline, JOIN_SECONDS))),
-            )  # fmt: skip
+        jax.distributed.initialize(
+            found.coordinator, found.processes, found.process, local_device_ids=own,
+            cluster_detection_method="deactivate", initialization_timeout=JOIN_SECONDS,
+            shutdown_timeout_seconds=max(1, int(min(deadline, JOIN_SECONDS))),
+        )  # fmt: skip
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0]
         if "before" in first or "once" in first:
@@ -154,6 +156,46 @@ def join(found: Seat, devices: int | None = None) -> None:
             f"process {found.process} of {found.processes} found no others.", where=found.coordinator,
             origin=first, fix="process 0 at that address, and all of them started",
         ) from error  # fmt: skip
+    _explain_aborts(found)
+
+
+def _explain_aborts(found: Seat) -> None:
+    """jax aborts a process that cannot reach the coordinator any more; say so, and end with our code."""
+
+    def aborting(_: int) -> None:
+        leave(
+            ProcessError(
+                "jax gives this run up: the process of the coordinator has ended, or the network has.",
+                where=f"process {found.process} of {found.processes}, coordinator {found.coordinator}",
+                fix="see what the other processes say; the first that ended has the reason",
+            )
+        )  # fmt: skip
+
+    _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(aborting))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _handlers[-1])
+
+
+_handlers: list[object] = []  # C holds on to them, and Python must
+
+
+def take_devices(plan: Plan, emulated: bool, place: Seat | None = None, deadline: float | None = None) -> None:
+    """For the command line: this process's devices, emulated where that is asked for or the plan is for CPUs,
+    and the other processes if there are any."""
+    if deadline is not None:
+        os.environ[DEADLINE] = str(deadline)
+    count = plan.device_count if place is None else per_process(plan, place.processes)
+    if emulated or (plan.cluster.device.kind == "cpu" and count <= MOST):
+        emulate(count)
+    if place is not None:
+        _keep_stdout()
+        join(place, count)
+
+
+def _keep_stdout() -> None:
+    """What libraries print there goes to stderr: gloo tells of every connection."""
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(ours, "w", buffering=1)
 
 
 def per_process(plan: Plan, processes: int) -> int:
