@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
-from . import whatif  # noqa: F401  (adds its commands to the app)
+from . import launch, whatif  # noqa: F401  (they add their commands to the app)
 from .interrupts import heard
 from .ir.errors import MeshwrightError, ProcessError, UsageError
 from .ir.units import parse_bytes
