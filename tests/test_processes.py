@@ -37,7 +37,7 @@ def planned(folder, ranks: int, schedule: str, devices: int = 8) -> str:
     path = folder / f"{schedule}-{ranks}.json"
     if not path.exists():
         pins = {"pp": ranks, "schedule": schedule, "microbatches": 4, "recompute": "none", "time_limit": 20}
-        found = make_plan(*model(), cluster=f"{devices}xcpu", request=Request(**pins))
+        found = make_plan(*model(), cluster=f"{devices}xcpu", request=Request(**pins), donate_argnums=0)
         save_plan(found.model_copy(update={"recipe": {"model": MODEL}}), path)
     return path.name
 
@@ -86,7 +86,7 @@ def test_any_schedule_over_any_processes(folder, ranks, schedule, processes):
 
 @pytest.mark.slow
 def test_a_plan_without_a_pipeline_runs_over_processes_too(folder):
-    found = make_plan(*model(), cluster="8xcpu", request=Request(time_limit=20))
+    found = make_plan(*model(), cluster="8xcpu", request=Request(time_limit=20), donate_argnums=0)
     save_plan(found.model_copy(update={"recipe": {"model": MODEL}}), folder / "flat.json")
     ends = train(folder, "flat.json", 2)
     assert [code for code, _, _ in ends] == [0, 0], ends
