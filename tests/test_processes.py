@@ -116,6 +116,46 @@ def test_in_python_the_first_process_plans_and_all_run(folder):
         assert found == pytest.approx(losses(3), rel=1e-5)
 
 
+UNLIKE = """
+import jax, numpy as np
+import meshwright as mw
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from meshwright.backends.xla.devices import is_mine, place
+from meshwright.backends.xla.handover import Handover, Way
+
+mw.emulate(4)
+mw.connect()
+devices = jax.devices()
+wide = Mesh(np.array(devices[:4]).reshape(2, 2), ("x", "y"))
+narrow = Mesh(np.array(devices[4:6]), ("z",))
+rows = np.arange(24, dtype=np.float32).reshape(4, 6)
+
+def check(sender, receiver, leaves, arrives):
+    ways = [Way((4, 6), "f32", NamedSharding(sender, leaves), NamedSharding(receiver, arrives)),
+            Way((), "s32", NamedSharding(sender, P()), NamedSharding(receiver, P()))]
+    arrays = [place(a, way.leaves) for a, way in zip((rows, np.int32(7)), ways)] if is_mine(sender) else None
+    found, token = Handover(ways, sender, receiver)(arrays)
+    jax.block_until_ready(token)
+    assert (found is not None) == is_mine(receiver)
+    for have, want, way in zip(found or (), (rows, np.int32(7)), ways):
+        assert have.sharding == way.arrives
+        for shard in have.addressable_shards:
+            np.testing.assert_array_equal(shard.data, want[shard.index])
+
+check(wide, narrow, P("x", "y"), P("z"))
+check(narrow, wide, P(None, "z"), P(("x", "y")))
+check(narrow, wide, P("z"), P())
+check(wide, Mesh(np.array(devices[4:]).reshape(2, 2), ("x", "y")), P("x"), P("y", "x"))
+print("right")
+"""
+
+
+def test_stages_with_unlike_meshes_hand_over_between_processes(folder):
+    (folder / "unlike.py").write_text(UNLIKE)
+    ends = finish(start(["unlike.py"], 2, folder), folder)
+    assert [(code, out.split()[-1]) for code, out, _ in ends] == [(0, "right")] * 2, ends
+
+
 # ---------------------------------------------------------------- processes that end or stall
 
 
