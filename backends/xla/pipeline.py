@@ -187,8 +187,8 @@ class LoweredPipeline:
 
     def _lies(self, leaf: Any, home: int) -> bool:
         """Whether a leaf lies on its stage, for other processes to get it from there."""
-        laid = isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding)
-        return self.joint and laid and leaf.sharding.mesh == self.stages[home].mesh
+        layout = leaf.sharding if isinstance(leaf, jax.Array) else None
+        return self.joint and isinstance(layout, NamedSharding) and layout.mesh == self.stages[home].mesh
 
     def _put(self, wanted: Sequence[tuple[int, int, int]], leaves: Sequence[Any], stores: list[Store]) -> None:
         here = [each for each in wanted if self.here[each[0]]]
