@@ -69,7 +69,6 @@ class LoweredPipeline:
     def __post_init__(self) -> None:
         self.here = [is_mine(stage.mesh) for stage in self.stages]
         self.meetings = Meetings(in_turn=on_cpus(self.stages[0].mesh))
-        self.moments = [self._moments(stage) if is_mine(stage.mesh) else [] for stage in self.stages]
         self.totals = [
             {kind: p.fragment.totals for (kind, s), p in self.passes.items() if s == stage}
             for stage in range(self.cut.count)
@@ -81,9 +80,14 @@ class LoweredPipeline:
         self.parcels = self._parcels()
         self.copies: dict[tuple[int, int, tuple[int, ...]], Handover] = {}
 
-    def _moments(self, stage: StagePrograms) -> list[Any]:
-        """The numbers of the microbatches, on the devices."""
-        return [place(np.int32(m), stage.replicated) for m in range(self.schedule.microbatches)]
+    @cached_property
+    def moments(self) -> list[list[Any]]:
+        """Per stage the numbers of the microbatches, on its devices."""
+        count = range(self.schedule.microbatches)
+        return [
+            [place(np.int32(m), stage.replicated) for m in count] if here else []
+            for stage, here in zip(self.stages, self.here, strict=True)
+        ]
 
     def _parcels(self) -> dict[tuple[Place, int], tuple[list[int], Handover]]:
         """(program, stage it sends to) -> which of its parcels go there, and how."""
@@ -157,7 +161,7 @@ class LoweredPipeline:
 
     def jitted(self, *leaves: Any) -> tuple[Any, ...]:
         """One step; donated leaves are given up."""
-        return _Run(self, self._placed(leaves)).step()
+        return Run(self, self._placed(leaves)).step()
 
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Leaves where they lie first; with several processes each stage puts its own."""
@@ -235,16 +239,19 @@ class LoweredPipeline:
 
         return self.meetings.run(what, named(processes), call)
 
+    def zeros_of(self, stage: int) -> list[Any]:
+        """Totals before the first microbatch."""
+        return self.zeros[stage]()
+
+    scalars = staticmethod(jax.jit(list))  # a vector as scalars, on the same devices
+
 
 def _step(each: Instruction) -> Step:
     return Step(KINDS[each.what], each.stage, each.microbatch)
 
 
-apart = jax.jit(list)  # a vector as scalars, on the same devices
-
-
 @dataclass
-class _Run:
+class Run:
     """One step on its way: `steady` lives for the step, `flight` for one microbatch on one stage.
 
     `leaving` is what passes made for stages of other ranks that have not come to take it.
@@ -264,7 +271,7 @@ class _Run:
 
     def _zeros(self, stage: int) -> Store:
         values = [v for vs in self.lowered.totals[stage].values() for v in vs]
-        return dict(zip(values, self.lowered.zeros[stage](), strict=True)) if values else {}
+        return dict(zip(values, self.lowered.zeros_of(stage), strict=True)) if values else {}
 
     def step(self) -> tuple[Any, ...]:
         low = self.lowered
@@ -344,7 +351,7 @@ class _Run:
     def _arrived(self, program: Program, indices: Sequence[int], found: Sequence[Any] | None, store: Store) -> None:
         for k, array in zip(indices, found or (), strict=found is not None):
             values = program.parcels[k].values
-            store.update(zip(values, [array] if len(values) == 1 else apart(array), strict=True))
+            store.update(zip(values, [array] if len(values) == 1 else self.lowered.scalars(array), strict=True))
 
     def _count(self, rank: int, step: Step) -> None:
         begun = self.begun[rank]

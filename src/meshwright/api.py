@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from .backends.xla.audit import Audit, audit
+from .backends.xla.audit_pipeline import audit_pipeline
 from .backends.xla.capture import Binding, Captured, convert
 from .backends.xla.lower import Lowered, OtherShapes
 from .backends.xla.lower import lower as lower_plan
@@ -222,19 +223,21 @@ class RunningStep:
 
     def audit(self) -> Audit:
         """Predicted against compiled communication and memory."""
-        return audit(self._one_program("an audit"))
+        return audit_pipeline(self.lowered) if isinstance(self.lowered, LoweredPipeline) else audit(self.lowered)
 
     def hlo(self) -> str:
-        return self._one_program("its text").hlo()
+        """The compiled program as text.
 
-    def _one_program(self, what: str) -> Lowered:
+        Raises:
+            LoweringError: the plan has a pipeline.
+        """
         if isinstance(self.lowered, LoweredPipeline):
             raise LoweringError(
-                f"{what} is of one program; a pipeline is several.",
+                "the text is of one program; a pipeline is several.",
                 where=f"plan `{self.plan.name}`",
                 fix="a plan without a pipeline",
             )
-        return self.lowered
+        return self.lowered.hlo()
 
 
 @dataclass(eq=False)

@@ -304,7 +304,7 @@ def audit(
             raise UsageError("--emulate and --topology are two machines.", fix="one of them")
         devices = topology_devices(topology, found.cluster)
     made = _made(found)
-    report = RunningStep(lower(found, made.capture(), devices)).audit()
+    report = RunningStep(lower(found, made.capture(found.pipeline is not None), devices)).audit()
     if format is Format.json:
         lines = [{**asdict(line), "difference": _finite(line.difference)} for line in report.lines]
         totals = {
@@ -312,7 +312,8 @@ def audit(
             "difference": _finite(report.difference), "predicted_peak": report.predicted_peak,
             "compiled_peak": report.compiled_peak, "compiled_parts": report.parts, "limit": report.limit,
         }  # fmt: skip
-        print(json.dumps({**totals, "lines": lines}, indent=1))
+        ranks = [asdict(part) for part in report.ranks]
+        print(json.dumps({**totals, "lines": lines, **({"ranks": ranks} if ranks else {})}, indent=1))
     else:
         print(audit_text(report))
     if report.compiled_peak > report.limit:
