@@ -108,6 +108,12 @@ class MismatchError(MeshwrightError):
     exit_code = 5
 
 
+class ProcessError(MeshwrightError):
+    """Another process of the run ended, or was waited for too long."""
+
+    exit_code = 7
+
+
 class VerificationError(MeshwrightError):
     """The sharded step gave another result than the unsharded one."""
 

@@ -6,13 +6,14 @@
 A send and its receive, and the reduction of a stage that several ranks hold, are one event that all its
 ranks take part in at once: nobody needs a buffer or a thread of its own. Lists are free of deadlock by
 construction: all events of all ranks stand in one common order, of which each rank has its part; the
-first event not yet done is the next one of all its ranks. `check_instructions` proves it of given lists
-all the same, by carrying them out with sends that wait for their receives.
+first event not yet done is the next one of all its ranks. Processes that share the work walk this order,
+each doing its part. `check_instructions` proves of given lists that they end, by carrying them out with
+sends that wait for their receives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from .errors import PlanError
@@ -38,12 +39,15 @@ class Instruction(NamedTuple):
     receive-activation, receive-gradient: what `stage` takes, from the rank `peers[0]`.
     reduce: the gradients of `stage` are complete; `peers` are the other ranks that hold it, if any.
     update: the optimizer, for all stages of the rank.
+
+    `other` is the stage at the far end of a send or receive.
     """
 
     what: What
     stage: int = -1
     microbatch: int = -1
     peers: tuple[int, ...] = ()
+    other: int = -1
 
     def __str__(self) -> str:
         if self.what in PASSES:
@@ -56,36 +60,49 @@ class Instruction(NamedTuple):
         return "UPDATE"
 
 
-def instructions(schedule: Schedule, seconds: dict[Kind, float] | None = None) -> tuple[tuple[Instruction, ...], ...]:
-    """The lists of all ranks, for a schedule that `check` accepts.
+Event = tuple[tuple[int, Instruction], ...]  # (rank, what it does), for each rank that takes part
+Routes = Mapping[tuple[Kind, int], Collection[int]]
 
-    Where a receive stands in its rank's list depends on what that rank does until then, so passes are timed.
+
+def instructions(schedule: Schedule, seconds: dict[Kind, float] | None = None) -> tuple[tuple[Instruction, ...], ...]:
+    """The lists of all ranks: each its part of `events`, and an update at the end."""
+    lists: list[list[Instruction]] = [[] for _ in schedule.orders]
+    for event in events(schedule, seconds):
+        for rank, each in event:
+            lists[rank].append(each)
+    return tuple((*found, Instruction("update")) for found in lists)
+
+
+def events(
+    schedule: Schedule, seconds: dict[Kind, float] | None = None, routes: Routes | None = None
+) -> list[Event]:
+    """What all ranks do until their updates, in one common order, for a schedule that `check` accepts.
+
+    Where a receive stands depends on what its rank does until then, so passes are timed.
 
     Args:
         seconds: of one pass of each kind, more than 0; 1 each if not given. The order in which ranks
             communicate differs with them, the passes' order and the results do not.
+        routes: (kind, stage) -> the stages that take what such a pass makes; by default its neighbour.
+            Stages of the same rank hand over without an instruction.
     """
     seconds = seconds or {"forward": 1.0, "backward": 1.0, "weight": 1.0}
     if min(seconds.values()) <= 0:
         raise PlanError(f"a pass cannot take {min(seconds.values())} s.", where="instructions", fix="more than 0")
     ends = _ends(schedule, seconds)
-    lists: list[list[tuple[tuple[float, int, int], Instruction]]] = [[] for _ in schedule.orders]
+    found: list[tuple[tuple[float, int, int, int], Event]] = []
     for rank, order in enumerate(schedule.orders):
         for at, step in enumerate(order):
             start, end = ends[step]
-            lists[rank].append(((start, _PASS, at), _pass(schedule, step)))
-            if (to := _taker(schedule, step)) is not None:
-                there = schedule.rank_of[to]
-                number = _number(schedule, step)
-                lists[rank].append(((end, _MOVE, number), _move(True, step, there)))
-                lists[there].append(((end, _MOVE, number), _move(False, to, rank)))
+            found.append(((start, _PASS, rank, at), ((rank, _pass(schedule, step)),)))
+            for to in _takers(schedule, step, routes):
+                found.append(((end, _MOVE, _number(schedule, step), to.stage), _move(schedule, step, to)))
     for stage in range(schedule.stages):
         ranks = [rank for rank, held in enumerate(schedule.held) if stage in held]
         done = max(end for step, (_, end) in ends.items() if step.stage == stage)
-        for rank in ranks:
-            peers = tuple(other for other in ranks if other != rank)
-            lists[rank].append(((done, _REDUCE, stage), Instruction("reduce", stage, peers=peers)))
-    return tuple((*(each for _, each in sorted(found)), Instruction("update")) for found in lists)
+        each = tuple((r, Instruction("reduce", stage, peers=tuple(o for o in ranks if o != r))) for r in ranks)
+        found.append(((done, _REDUCE, stage, 0), each))
+    return [event for _, event in sorted(found, key=lambda pair: pair[0])]
 
 
 _MOVE, _REDUCE, _PASS = range(3)  # what comes first of what happens at one time
@@ -111,17 +128,20 @@ def _ends(schedule: Schedule, seconds: dict[Kind, float]) -> dict[Step, tuple[fl
                 times[step] = (free[rank], free[rank] + long)
                 free[rank] += long
             place[rank] += 1
-            waiting += {schedule.rank_of[to] for step in slot if (to := _taker(schedule, step)) is not None}
+            waiting += {schedule.rank_of[to] for step in slot for to in _takers(schedule, step)}
     assert len(times) == len(slot_of), "the schedule was not checked"
     return times
 
 
-def _taker(schedule: Schedule, step: Step) -> Step | None:
-    """The step on another rank that takes this one's result, if there is one."""
-    if step.kind == "weight":
-        return None
-    to = step._replace(stage=step.stage + (1 if step.kind == "forward" else -1))
-    return to if schedule.rank_of.get(to, schedule.rank_of[step]) != schedule.rank_of[step] else None
+def _takers(schedule: Schedule, step: Step, routes: Routes | None = None) -> list[Step]:
+    """Steps on other ranks, one per stage, that take this one's result."""
+    if routes is None:
+        along = {"forward": step.stage + 1, "backward": step.stage - 1}
+        stages: Collection[int] = {along[step.kind]} & set(range(schedule.stages)) if step.kind in along else ()
+    else:
+        stages = routes.get((step.kind, step.stage), ())
+    found = [Step("forward" if step.kind == "forward" else "backward", stage, step.microbatch) for stage in stages]
+    return [to for to in found if schedule.rank_of[to] != schedule.rank_of[step]]
 
 
 def _number(schedule: Schedule, step: Step) -> int:
@@ -136,10 +156,14 @@ def _pass(schedule: Schedule, step: Step) -> Instruction:
     return Instruction(what, step.stage, step.microbatch)
 
 
-def _move(send: bool, step: Step, peer: int) -> Instruction:
-    if step.kind == "forward":
-        return Instruction("send-activation" if send else "receive-activation", step.stage, step.microbatch, (peer,))
-    return Instruction("send-gradient" if send else "receive-gradient", step.stage, step.microbatch, (peer,))
+def _move(schedule: Schedule, step: Step, to: Step) -> Event:
+    """A send and its receive."""
+    here, there = schedule.rank_of[step], schedule.rank_of[to]
+    what: tuple[What, What] = (
+        ("send-activation", "receive-activation") if step.kind == "forward" else ("send-gradient", "receive-gradient")
+    )
+    sent = Instruction(what[0], step.stage, step.microbatch, (there,), to.stage)
+    return (here, sent), (there, Instruction(what[1], to.stage, to.microbatch, (here,), step.stage))
 
 
 # ---------------------------------------------------------------- the checker
@@ -187,9 +211,8 @@ def _meets(mine: Instruction, theirs: Instruction, rank: int) -> bool:
         return False
     if mine.what == "reduce":
         return theirs.what == "reduce" and mine.stage == theirs.stage
-    along = 1 if mine.what in ("send-activation", "receive-gradient") else -1
     other = mine.what.replace("send", "x").replace("receive", "send").replace("x", "receive")
-    return theirs.what == other and theirs.stage == mine.stage + along
+    return theirs.what == other and (theirs.stage, theirs.other) == (mine.other, mine.stage)
 
 
 def _carry_out(each: Instruction, has: set[tuple[str, int, int]], last: int) -> None:

@@ -29,7 +29,7 @@ _GPT = (
 )
 _MODULES = {
     "gpt": _GPT,
-    "llama": ("llama3-8b", "llama3-70b", "llama3-405b", "llama-tiny"),
+    "llama": ("llama3-8b", "llama3-70b", "llama3-405b", "llama-tiny", "llama-tied-tiny"),
     "mixtral": ("mixtral-8x7b", "mixtral-tiny"),
     "deepseek": ("deepseek-v2", "deepseek-v3", "deepseek-tiny"),
     "vit": ("vit-b16", "vit-l16", "vit-h14", "vit-tiny"),

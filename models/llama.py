@@ -2,7 +2,7 @@
 
 Equinox style: the model is a module, and the module is the pytree of its
 parameters. `blocks` is a list of modules (unrolled), or one module of stacked
-arrays (scanned). Embeddings are untied. No dropout.
+arrays (scanned). Embeddings are untied, unless `tied` (Llama 3.2 1B and 3B tie them). No dropout.
 
 Dims: B batch, T position, V vocabulary, L layers, D width, F feed-forward
 width, N query heads, K key-value heads, H head width.
@@ -50,6 +50,7 @@ class LlamaConfig:
     scan: bool = False
     remat: bool = False
     head_dim: int | None = None  # width / heads if not given
+    tied: bool = False  # logits by the embedding
 
 
 # Grattafiori et al. 2024 (arXiv 2407.21783), table 3: layers, width, hidden,
@@ -64,6 +65,7 @@ CONFIGS = {
     "llama3-405b": LlamaConfig(126, 16_384, 53_248, 128, 8, 0.8e-4, 2048),
     # Ours, for tests.
     "llama-tiny": LlamaConfig(2, 64, 128, 8, 4, 1e-2, 16, seq=32, vocab=128, warmup_steps=2),
+    "llama-tied-tiny": LlamaConfig(4, 64, 128, 8, 4, 1e-2, 16, seq=32, vocab=128, warmup_steps=2, tied=True),
 }
 
 
@@ -117,7 +119,7 @@ class Llama(eqx.Module):
     embed_VD: jax.Array
     blocks: list[Block] | Block
     norm_D: jax.Array
-    unembed_DV: jax.Array
+    unembed_DV: jax.Array | None
     scan: bool = eqx.field(static=True)
     remat: bool = eqx.field(static=True)
 
@@ -132,12 +134,13 @@ class Llama(eqx.Module):
             else [make_block(block_key) for block_key in block_keys]
         )
         self.norm_D = jnp.ones(config.width)
-        self.unembed_DV = normal(unembed_key, (config.width, config.vocab))
+        self.unembed_DV = None if config.tied else normal(unembed_key, (config.width, config.vocab))
         self.scan, self.remat = config.scan, config.remat
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         x_BTD = self.run_blocks(self.embed_VD[tokens_BT])
-        return jnp.einsum("btd,dv->btv", rms_norm(x_BTD, self.norm_D), self.unembed_DV)
+        unembed_DV = self.embed_VD.T if self.unembed_DV is None else self.unembed_DV
+        return jnp.einsum("btd,dv->btv", rms_norm(x_BTD, self.norm_D), unembed_DV)
 
     def run_blocks(self, x_BTD: jax.Array) -> jax.Array:
         call = jax.checkpoint(Block.__call__) if self.remat else Block.__call__

@@ -18,7 +18,7 @@ from meshwright.models.layers import dropout
 
 FOLDER = Path(models.__file__).parent
 UNROLLED = (
-    *("gpt-tiny", "llama-tiny", "mixtral-tiny"),
+    *("gpt-tiny", "llama-tiny", "llama-tied-tiny", "mixtral-tiny"),
     *("deepseek-tiny", "vit-tiny", "wrn-tiny", "dlrm-tiny"),
 )
 SCANNED = ("gpt-tiny-scan", "llama-tiny-scan", "mixtral-tiny-scan")
@@ -65,6 +65,11 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_as_many_as_published(name):
     assert build(name).params == pytest.approx(PUBLISHED[name], rel=0.02)
+
+
+def test_tied_embeddings_are_one_parameter():
+    tied, untied = build("llama-tied-tiny"), build("llama-tiny", layers=4)
+    assert untied.params - tied.params == 128 * 64
 
 
 def test_scanning_changes_no_parameter_count():

@@ -52,7 +52,7 @@ def test_a_rank_holds_as_many_microbatches_as_its_schedule_says(schedule):
 
 @pytest.mark.slow
 def test_tied_embeddings_get_both_gradients():
-    check_equal("llama-tiny", one_f_one_b(2, 2))
+    check_equal("llama-tied-tiny", one_f_one_b(2, 2))
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,11 +24,12 @@ GRAPH = {
     }
 }
 SLOW = ("gpt3-175b", "demo", "calibrate")
+TOGETHER = "stages.json"  # of a block whose commands run side by side
 
 
 def commands() -> list[str]:
     blocks = re.findall(r"```console\n(.*?)```", README, re.S)
-    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    lines = [line.removeprefix("$ ") for block in blocks if TOGETHER not in block for line in block.splitlines()]
     return [line.partition("  #")[0].strip() for line in lines]
 
 
@@ -63,6 +66,16 @@ def test_slow_commands_run_too(monkeypatch, tmp_path):
     for line in commands():
         if line.startswith("meshwright") and any(s in line for s in SLOW):
             run(line, monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_block_of_several_processes_runs(tmp_path):
+    block = next(b for b in re.findall(r"```console\n(.*?)```", README, re.S) if TOGETHER in b)
+    script = re.sub(r"^\$ meshwright", f"{sys.executable} -m meshwright", block, flags=re.M) + "wait %1\n"
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("loss") == 3 and "simulated" in done.stdout
 
 
 def test_make_targets_exist():

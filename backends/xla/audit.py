@@ -41,13 +41,25 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One rank of a pipeline: its communication as compiled, and its memory."""
+
+    rank: int
+    stages: tuple[int, ...]
+    compiled_bytes: float
+    predicted_peak: float
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Audit:
-    """All lines, and memory as XLA's own analysis says it."""
+    """All lines, and memory as XLA's own analysis says it; of a pipeline, that of the fullest rank."""
 
     lines: tuple[Line, ...]
     predicted_peak: float
     parts: dict[str, float]  # bytes of the compiled program: arguments, temporaries, results
     limit: float  # bytes that the plan was allowed
+    ranks: tuple[Part, ...] = ()  # of a pipeline
 
     @property
     def compiled_peak(self) -> float:
@@ -88,7 +100,7 @@ def audit(lowered: Lowered) -> Audit:
     try:
         stats = lowered.compiled.memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        raise _refused(error, estimate.peak_bytes, lowered.plan.name) from error
+        raise refused(error, estimate.peak_bytes, lowered.plan.name) from error
     parts = {
         "arguments": float(stats.argument_size_in_bytes),
         "temporaries": float(stats.temp_size_in_bytes),
@@ -98,7 +110,7 @@ def audit(lowered: Lowered) -> Audit:
     return Audit(compare(lowered.plan, found), estimate.peak_bytes, parts, estimate.limit_bytes)
 
 
-def _refused(error: Exception, predicted: float, name: str) -> MeshwrightError:
+def refused(error: Exception, predicted: float, name: str) -> MeshwrightError:
     """What the compiler said, in the house form; TPU compilers know how much memory there is."""
     first = str(error).strip().splitlines()[0].rstrip(".")
     if "RESOURCE_EXHAUSTED" not in first:

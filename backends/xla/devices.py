@@ -1,4 +1,4 @@
-"""The devices of this process as a plan numbers them, and layouts as jax writes them."""
+"""Devices as a plan numbers them, whose process they are, and layouts as jax writes them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh as DeviceMesh
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ...ir.errors import LoweringError
 from ...ir.mesh import Mesh
@@ -56,6 +57,44 @@ def _more_devices(needed: int, found: list[Any]) -> str:
             f" or a plan for {len(found)} devices"
         )
     return f"run where {needed} devices are visible, or plan for {len(found)} devices"
+
+
+def processes_of(mesh: DeviceMesh) -> set[int]:
+    return {device.process_index for device in mesh.devices.flat}
+
+
+def is_mine(mesh: DeviceMesh) -> bool:
+    """Whether this process has a device of it."""
+    return jax.process_index() in processes_of(mesh)
+
+
+def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """A leaf on a mesh; where that lies on several processes, each has the whole leaf and puts its part.
+
+    Raises:
+        LoweringError: the leaf lies on devices of other processes, another way.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        if leaf.sharding.device_set == sharding.device_set:
+            return leaf
+        raise LoweringError(
+            f"an array of shape {leaf.shape} lies on other devices than the step reads it on.",
+            where=f"{len(leaf.sharding.device_set)} devices of several processes",
+            fix="what the step returned, or the same NumPy arrays in every process",
+        )
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = place(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    host = np.asarray(leaf)
+    host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype))
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index], dtype=host.dtype)
+
+
+def nowhere(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.Array:
+    """An array of which this process has no part."""
+    return jax.make_array_from_single_device_arrays(shape, sharding, [], dtype=dtype)
 
 
 def partition_spec(layout: Sharding) -> PartitionSpec:

@@ -145,9 +145,11 @@ class StagePrograms:
         for value, goal in goals.items():
             alone = value if types[value].rank or types[value].dtype == "key" else None
             groups.setdefault((alone, types[value].dtype, tuple(goal)), []).append(value)
-        return tuple(self._parcel(tuple(found), key[2], stages) for key, found in groups.items())
+        return tuple(self._parcel(fragment, tuple(found), key[2], stages) for key, found in groups.items())
 
-    def _parcel(self, values: tuple[int, ...], goal: Iterable[int], stages: Sequence[StagePrograms]) -> Parcel:
+    def _parcel(
+        self, fragment: Fragment, values: tuple[int, ...], goal: Iterable[int], stages: Sequence[StagePrograms]
+    ) -> Parcel:
         first = values[0]
         kind, layout = self.local.types[first], self.leaving[first]
         leaves = self.sharding(layout)
@@ -155,7 +157,14 @@ class StagePrograms:
             return Parcel(values, (len(values),), kind.dtype, leaves, {s: stages[s].replicated for s in goal})
         owed = [self.local.mesh.ways(tuple(sorted(layout.partial)))] if layout.partial else []
         arrivals = {s: stages[s].sharding_of(first) for s in goal}
-        return Parcel(values, (*owed, *kind.shape), kind.dtype, leaves, arrivals)
+        return Parcel(values, (*owed, *self._part(fragment, first)), kind.dtype, leaves, arrivals)
+
+    def _part(self, fragment: Fragment, value: int) -> tuple[int, ...]:
+        """The shape that a fragment makes of a value: of one microbatch, if it runs for each."""
+        shape, time = list(self.local.types[value].shape), self.local.time
+        if time is not None and fragment.kind in PER_MICROBATCH and value in time.split:
+            shape[time.split[value]] //= self.local.plan.microbatches
+        return tuple(shape)
 
     def zeros(self, totals: Sequence[int]) -> Callable[[], list[jax.Array]]:
         """A program that makes the totals before the first microbatch."""

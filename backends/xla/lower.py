@@ -18,8 +18,18 @@ from ...ir.fingerprint import fingerprint
 from ...ir.plan import Plan
 from ...ir.program import prepare
 from .capture import Captured
-from .devices import device_mesh, on_cpus, options_for, partition_spec, used_devices
-from .pipeline import LoweredPipeline, lower_pipeline
+from .devices import (
+    device_mesh,
+    on_cpus,
+    options_for,
+    partition_spec,
+    place,
+    processes_of,
+    used_devices,
+)
+from .lower_pipeline import lower_pipeline
+from .meetings import Meetings, named
+from .pipeline import LoweredPipeline
 from .spmd import LocalStep
 from .unstack import unstack
 
@@ -54,6 +64,32 @@ class Lowered:
             )
         ]
         return self.jitted.lower(*avals).compile()  # type: ignore[attr-defined]
+
+    @cached_property
+    def joint(self) -> bool:
+        """Whether the mesh lies in several processes."""
+        return len(processes_of(self.mesh)) > 1
+
+    @cached_property
+    def meetings(self) -> Meetings:
+        return Meetings(in_turn=on_cpus(self.mesh))
+
+    def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
+        """Leaves laid out as the program takes them."""
+        if self.joint:
+            return [place(leaf, layout) for leaf, layout in zip(leaves, self.input_shardings, strict=True)]
+        return jax.device_put(list(leaves), list(self.input_shardings))
+
+    def run(self, leaves: Sequence[Any]) -> Sequence[Any]:
+        """One step from leaves that lie anywhere."""
+        if not self.joint:
+            return self.compiled(*self.placed(leaves))
+
+        def call() -> tuple[Any, Any]:
+            found = self.jitted(*self.placed(leaves))
+            return found, found
+
+        return self.meetings.run("the step", named(processes_of(self.mesh)), call)
 
     @cached_property
     def by_tree(self) -> Callable[..., Any] | None:

@@ -72,14 +72,14 @@ class Recorder:
         sys.setswitchinterval(self._interval)
         self.passes = self._settled()
 
-    def _hear(self, rank: int, step: Step, taken: Sequence[Any], token: Any) -> None:
-        self._queues[rank].put((step, taken, token))
+    def _hear(self, rank: int, step: Step, taken: Sequence[Any], token: Any, began: float | None) -> None:
+        self._queues[rank].put((step, taken, token, began))
 
     def _look(self, rank: int) -> None:
         while (heard := self._queues[rank].get()) is not None:
-            step, taken, token = heard
+            step, taken, token, began = heard
             jax.block_until_ready(taken)
-            ready = perf_counter() - self._begin
+            ready = (began or perf_counter()) - self._begin
             jax.block_until_ready(token)
             self._seen[step] = (ready, perf_counter() - self._begin)
             del heard, taken, token

@@ -24,6 +24,7 @@ import numpy as np
 
 from ...ir.errors import VerificationError
 from ...ir.graph import Graph
+from .meetings import Meetings
 
 # Relative to each output's own largest value; measured over the zoo with a margin of four.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 4e-2, "float16": 1e-2}
@@ -98,12 +99,29 @@ def _moved(leaf: Any, unit: float, rng: np.random.Generator) -> Any:
     return jnp.asarray((host.astype(np.float64) * (1 + unit * signs)).astype(host.dtype))
 
 
+def verify_together(truth: Reference, found: Any, names: Sequence[str], meetings: Meetings) -> None:
+    """As `verify_outputs`, each process for its part; all raise where one does."""
+    mine: VerificationError | None = None
+    try:
+        verify_outputs(truth, found, names)
+    except VerificationError as error:
+        mine = error
+    failed = np.flatnonzero(meetings.gather("the comparison of results", np.array(mine is not None)))
+    if mine is not None:
+        raise mine
+    if failed.size:
+        raise VerificationError(
+            "the sharded step differs from the unsharded one in the part of another process.",
+            where=f"process {failed[0]}", fix="see what it says",
+        )  # fmt: skip
+
+
 def verify_outputs(truth: Reference, found: Any, names: Sequence[str]) -> None:
     """Raise VerificationError naming the first output that differs beyond its tolerance.
 
     Args:
         truth: what the unsharded step gave.
-        found: what the sharded step gave.
+        found: what the sharded step gave; of arrays of several processes this one's part is compared.
         names: of the outputs, in flat order.
     """
     wanted, runs = jax.tree.leaves(truth.results), [jax.tree.leaves(run) for run in truth.moved]
@@ -122,6 +140,16 @@ def verify_outputs(truth: Reference, found: Any, names: Sequence[str]) -> None:
             )
 
 
+def _filled(have: jax.Array, want: np.ndarray) -> np.ndarray:
+    """This process's part of an array, the rest as it should be."""
+    if have.shape != want.shape:
+        return np.empty(have.shape, have.dtype)
+    full = want.copy()
+    for shard in have.addressable_shards:
+        full[shard.index] = shard.data
+    return full
+
+
 def difference(want: Any, have: Any, before: Any = None) -> tuple[float, float]:
     """(largest difference, tolerance of this dtype), relative to the largest expected value.
 
@@ -130,7 +158,8 @@ def difference(want: Any, have: Any, before: Any = None) -> tuple[float, float]:
     """
     if jnp.issubdtype(want.dtype, jax.dtypes.prng_key):
         want, have = jax.random.key_data(want), jax.random.key_data(have)
-    want, have = np.asarray(want), np.asarray(have)
+    want = np.asarray(want)
+    have = np.asarray(have) if getattr(have, "is_fully_addressable", True) else _filled(have, want)
     if want.shape != have.shape:
         return float("inf"), 0.0
     if not jnp.issubdtype(want.dtype, jnp.inexact):

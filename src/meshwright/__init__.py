@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .ir.plan import Plan
     from .ir.version import VERSION as __version__
     from .planner.request import Request
+    from .processes import connect
     from .simulation import simulate
 
 # name -> module that has it; imported when first asked for, so that `meshwright --help` stays quick
@@ -32,6 +33,7 @@ _HOMES = {
     "Plan": "ir.plan",
     "Request": "planner.request",
     "RunningStep": "api",
+    "connect": "processes",
     "emulate": "emulation",
     "load_plan": "ir.codec",
     "lower": "api",
@@ -43,7 +45,7 @@ _HOMES = {
 
 __all__ = [
     "Cluster", "MeshwrightError", "ParallelStep", "Plan", "Request", "RunningStep", "__version__",
-    "emulate", "load_plan", "lower", "parallelize", "plan", "save_plan", "simulate",
+    "connect", "emulate", "load_plan", "lower", "parallelize", "plan", "save_plan", "simulate",
 ]  # fmt: skip
 
 

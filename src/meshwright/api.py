@@ -12,13 +12,15 @@ from typing import Any
 import jax
 
 from .backends.xla.audit import Audit, audit
+from .backends.xla.audit_pipeline import audit_pipeline
 from .backends.xla.capture import Binding, Captured, convert
 from .backends.xla.lower import Lowered, OtherShapes
 from .backends.xla.lower import lower as lower_plan
+from .backends.xla.meetings import Meetings
 from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.trace import trace
 from .backends.xla.unstack import unstack
-from .backends.xla.verify import reference, verify_outputs
+from .backends.xla.verify import reference, verify_outputs, verify_together
 from .interrupts import heard
 from .ir.blocks import fold
 from .ir.cluster import Cluster
@@ -133,6 +135,15 @@ def plan_captured(
     return found.model_copy(update={"pipeline": pipeline, "notes": notes})
 
 
+def _plan_once(captured: Captured, cluster: Cluster | str | Path | None, request: Request, name: str) -> Plan:
+    """Plan in the first process of the run; a search that is stopped by the clock may end elsewhere in another."""
+    if jax.process_count() == 1:
+        return plan_captured(captured, cluster, request, name)
+    first = jax.process_index() == 0
+    text = plan_captured(captured, cluster, request, name).model_dump_json() if first else ""
+    return Plan.model_validate_json(Meetings(in_turn=True).exchange("the plan", text)[0])
+
+
 def lower(
     plan: Plan,
     step: Callable,
@@ -182,12 +193,14 @@ class RunningStep:
         apart = lowered.apart if isinstance(lowered, LoweredPipeline) else None
         if apart is not None and len(leaves) != len(apart.inputs):
             leaves = apart.apart(leaves)
+        if lowered.joint:
+            return jax.tree.unflatten(lowered.captured.binding.out_tree, lowered.run(leaves))
         try:
             results = lowered.jitted(*self.placed(leaves))
         except ValueError as error:
             if "device" not in str(error):
                 raise
-            results = lowered.jitted(*jax.device_put(leaves, list(lowered.input_shardings)))
+            results = lowered.jitted(*lowered.placed(leaves))
         return jax.tree.unflatten(lowered.captured.binding.out_tree, results)
 
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
@@ -195,7 +208,7 @@ class RunningStep:
 
         jax compiles a program anew when its inputs come placed otherwise than before.
         """
-        if self._started:
+        if self._started or self.lowered.joint:
             return leaves
         self._started.append(True)
         found = list(leaves)
@@ -211,19 +224,21 @@ class RunningStep:
 
     def audit(self) -> Audit:
         """Predicted against compiled communication and memory."""
-        return audit(self._one_program("an audit"))
+        return audit_pipeline(self.lowered) if isinstance(self.lowered, LoweredPipeline) else audit(self.lowered)
 
     def hlo(self) -> str:
-        return self._one_program("its text").hlo()
+        """The compiled program as text.
 
-    def _one_program(self, what: str) -> Lowered:
+        Raises:
+            LoweringError: the plan has a pipeline.
+        """
         if isinstance(self.lowered, LoweredPipeline):
             raise LoweringError(
-                f"{what} is of one program; a pipeline is several.",
+                "the text is of one program; a pipeline is several.",
                 where=f"plan `{self.plan.name}`",
                 fix="a plan without a pipeline",
             )
-        return self.lowered
+        return self.lowered.hlo()
 
 
 @dataclass(eq=False)
@@ -268,7 +283,7 @@ class ParallelStep:
     ) -> Any:
         """Run by jax's own dispatch where it takes these arguments; else on flat leaves."""
         plain = not (kwargs or self.options.static_argnums)
-        quick = running.lowered.by_tree if plain else None
+        quick = running.lowered.by_tree if plain and not running.lowered.joint else None
         if quick is None:
             return running.run(leaves)
         placed, _ = jax.tree.unflatten(jax.tree.structure((args, kwargs)), running.placed(leaves))
@@ -315,9 +330,7 @@ class ParallelStep:
         if key not in self._found:
             stages = self.request.pp != 1 if self.fixed is None else self.fixed.pipeline is not None
             captured = self.options.capture(self.step, args, kwargs, stages)
-            found = self.fixed or plan_captured(
-                captured, self.cluster, self.request, _name(self.step)
-            )
+            found = self.fixed or _plan_once(captured, self.cluster, self.request, _name(self.step))
             self._found[key] = (found, captured)
         return self._found[key]
 
@@ -335,7 +348,10 @@ class ParallelStep:
             unsharded, leaves = running.lowered.apart.in_pieces(unsharded), running.lowered.apart.apart(leaves)
         truth = reference(unsharded, graph, leaves)
         results = self._run(running, self._key(args, kwargs)[0], leaves, args, kwargs)
-        verify_outputs(truth, results, graph.output_names)
+        if running.lowered.joint:
+            verify_together(truth, results, graph.output_names, running.lowered.meetings)
+        else:
+            verify_outputs(truth, results, graph.output_names)
         return results
 
     def _unsharded(self, args: tuple, kwargs: dict) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 Exit codes: 0 done; 1 the sharded results differ from the unsharded ones; 2 wrong
 usage, model, cluster or file; 3 nothing fits; 4 stopped before any plan was found;
 5 the plan cannot run here, or belongs to something else; 6 a package is missing;
+7 another process of the run has ended, or was waited for too long;
 70 a defect of meshwright; 130 interrupted.
 """
 
@@ -16,9 +17,9 @@ from typing import Annotated, Any, NoReturn, cast
 
 import typer
 
-from . import schedule_cli, whatif  # noqa: F401  (they add their commands to the app)
+from . import launch, schedule_cli, whatif  # noqa: F401  (they add their commands to the app)
 from .interrupts import heard
-from .ir.errors import MeshwrightError, UsageError
+from .ir.errors import MeshwrightError, ProcessError, UsageError
 from .ir.units import parse_bytes
 from .options import Emulate, Format, FormatOption, PlanFile, app
 
@@ -31,6 +32,10 @@ def main() -> NoReturn:
     try:
         with heard():
             code = app(standalone_mode=False)
+    except ProcessError as error:
+        from .backends.xla.meetings import leave
+
+        leave(error)
     except MeshwrightError as error:
         _fail(error.report(), error.exit_code)
     except typer.Exit as done:
@@ -222,6 +227,14 @@ def run(
     ] = False,
     emulate: Emulate = False,
     seed: Annotated[int, typer.Option(help="Of initial parameters and batches.")] = 0,
+    coordinator: Annotated[
+        str | None, typer.Option(help="host:port of process 0, where the environment does not say it.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="With --coordinator: how many processes run.")] = None,
+    process: Annotated[int | None, typer.Option(min=0, help="With --coordinator: which of them this is.")] = None,
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds that one wait for another process may take; 600.")
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help="Write the timeline of a pipeline, simulated and measured, for Perfetto.")
     ] = None,
@@ -229,9 +242,13 @@ def run(
 ) -> None:
     """Train with a saved plan on this process's devices; a pipeline's timeline is shown after it.
 
+    Run it in every process of a slurm step, of torchrun, or with jax's variables (see `launch`), and they share the
+    plan's devices.
+
     With --model the plan is made on the spot: meshwright run --model gpt-tiny --devices 8 --pin pp=4
     """
     from .ir.codec import check_writable, load_plan
+    from .processes import seat, take_devices
     from .training import show, train
 
     if trace is not None:
@@ -240,7 +257,7 @@ def run(
         found = _plan_here(model, devices, pin or [], global_batch)
     elif plan is not None and not (model or pin or global_batch):
         found = load_plan(plan)
-        _devices(found, emulate)
+        take_devices(found, emulate, seat(coordinator, processes, process), deadline)
     else:
         raise UsageError("a plan or --model is needed; --pin and --global-batch go with --model.", fix="one of them")
     show(found, train(found, _made(found), steps, data, verify, seed), trace, format is Format.json)
@@ -277,18 +294,19 @@ def audit(
     from .backends.xla.lower import lower
     from .backends.xla.topology import topology_devices
     from .ir.codec import load_plan
+    from .processes import take_devices
     from .view import audit_text
 
     found = load_plan(plan)
     if topology is None:
-        _devices(found, emulate)
+        take_devices(found, emulate)
         devices = None
     else:
         if emulate:
             raise UsageError("--emulate and --topology are two machines.", fix="one of them")
         devices = topology_devices(topology, found.cluster)
     made = _made(found)
-    report = RunningStep(lower(found, made.capture(), devices)).audit()
+    report = RunningStep(lower(found, made.capture(found.pipeline is not None), devices)).audit()
     if format is Format.json:
         lines = [{**asdict(line), "difference": _finite(line.difference)} for line in report.lines]
         totals = {
@@ -296,7 +314,8 @@ def audit(
             "difference": _finite(report.difference), "predicted_peak": report.predicted_peak,
             "compiled_peak": report.compiled_peak, "compiled_parts": report.parts, "limit": report.limit,
         }  # fmt: skip
-        print(json.dumps({**totals, "lines": lines}, indent=1))
+        ranks = [asdict(part) for part in report.ranks]
+        print(json.dumps({**totals, "lines": lines, **({"ranks": ranks} if ranks else {})}, indent=1))
     else:
         print(audit_text(report))
     if report.compiled_peak > report.limit:
@@ -316,14 +335,6 @@ def _made(found: Any) -> Any:
             fix="lower it in Python: mw.lower(plan, step, *arguments)",
         )
     return make(found.recipe)
-
-
-def _devices(found: Any, emulated: bool) -> None:
-    """Emulate devices where that is asked for, or the plan is for CPUs anyway."""
-    from .emulation import MOST, emulate
-
-    if emulated or (found.cluster.device.kind == "cpu" and found.device_count <= MOST):
-        emulate(found.device_count)
 
 
 # ---------------------------------------------------------------- solve

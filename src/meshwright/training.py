@@ -13,15 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from .backends.xla.lower import lower
+from .backends.xla.lower import Lowered, lower
 from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.recorder import Passed, Recorder
 from .backends.xla.unstack import Unstacked
-from .backends.xla.verify import Reference, reference, verify_outputs
+from .backends.xla.verify import Reference, reference, verify_outputs, verify_together
 from .ir.codec import write_whole
 from .ir.errors import UsageError
 from .ir.graph import Graph
 from .ir.plan import Plan
+from .ir.schedule import Step as Pass
 from .pipeline_view import both_text, both_trace
 from .recipe import Made
 from .text_data import read_text
@@ -58,31 +59,59 @@ def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, s
         leaves = apart.apart(jax.tree.leaves((state, *first)))
         state = jax.tree.unflatten(captured.binding.in_tree, leaves)[0][0]
     results = Trained()
-    program = lowered.compiled  # before the clock runs
+    if not lowered.joint:
+        _ = lowered.compiled  # before the clock runs
     for number in range(steps):
         batch = first if number == 0 else next(batches)
         begin = time.perf_counter()
-        leaves = jax.device_put(jax.tree.leaves((state, *batch)), list(lowered.input_shardings))
-        out = jax.tree.unflatten(captured.binding.out_tree, jax.block_until_ready(program(*leaves)))
+        out = jax.block_until_ready(lowered.run(jax.tree.leaves((state, *batch))))
+        out = jax.tree.unflatten(captured.binding.out_tree, out)
         results.seconds.append(time.perf_counter() - begin)
         if number == 0 and truth is not None:
-            verify_outputs(truth, out, captured.graph.output_names)
+            _verify(truth, out, lowered)
         state = _next_state(out, state, made.name)
         results.losses.append(loss_of(out))
     if isinstance(lowered, LoweredPipeline):
-        leaves = jax.device_put(jax.tree.leaves((state, *next(batches))), list(lowered.input_shardings))
-        with Recorder(lowered) as recorder:
-            jax.block_until_ready(program(*leaves))
-        results.passes = recorder.passes
+        results.passes = _recorded(lowered, jax.tree.leaves((state, *next(batches))))
     return results
+
+
+def _verify(truth: Reference, out: Any, lowered: Lowered | LoweredPipeline) -> None:
+    names = lowered.captured.graph.output_names
+    if lowered.joint:
+        verify_together(truth, out, names, lowered.meetings)
+    else:
+        verify_outputs(truth, out, names)
+
+
+def _recorded(lowered: LoweredPipeline, leaves: Any) -> list[Passed]:
+    """One more step, and when its passes ran; of several processes each records its own.
+
+    Their clocks start when all of them have come here, which they learn within a millisecond or so.
+    """
+    leaves = jax.block_until_ready(lowered.placed(leaves))
+    if lowered.joint:
+        lowered.meetings.gather("the start of the record", np.zeros(1))
+    with Recorder(lowered) as recorder:
+        jax.block_until_ready(lowered.jitted(*leaves))
+    if not lowered.joint:
+        return recorder.passes
+    rows = [[*p.step, p.rank, p.start, p.seconds] for p in recorder.passes]
+    texts = lowered.meetings.exchange("the record", json.dumps(rows))
+    rows = [row for text in texts for row in json.loads(text)]
+    return [Passed(rank, Pass(*step), start, seconds) for *step, rank, start, seconds in rows]
 
 
 def show(plan: Plan, trained: Trained, trace: Path | None, as_json: bool) -> None:
     """Print losses, and the timeline of a pipeline; write it as a trace where one is asked for.
 
+    Of several processes the first one does.
+
     Raises:
         UsageError: a trace of a plan without a pipeline.
     """
+    if jax.process_index() > 0:
+        return
     if trace is not None:
         if not trained.passes:
             raise UsageError("only a pipeline has a measured timeline.", where="--trace", fix="meshwright simulate")

@@ -212,10 +212,27 @@ def audit_text(audit: Audit) -> str:
         + ", ".join(f"{part} {format_bytes(nbytes)}" for part, nbytes in audit.parts.items())
     )
     table = _table("audit: communication per step and device, plan against compiled program", head + rows)
-    lines = [table, f"  {total}", f"  {peak}"]
+    lines = [table, f"  {total}", f"  {peak}", *_ranks_of(audit)]
     if audit.compiled_peak > audit.limit:
         lines.append(f"  over the limit: the plan was allowed {format_bytes(audit.limit)}, the program takes more")
     return "\n".join(lines)
+
+
+def _ranks_of(audit: Audit) -> list[str]:
+    """The ranks of a pipeline; the lines above add up all of them."""
+    rows = [
+        (
+            str(part.rank),
+            ", ".join(map(str, part.stages)),
+            format_bytes(part.compiled_bytes),
+            format_bytes(part.predicted_peak),
+            format_bytes(sum(part.parts.values())),
+            f"{sum(part.parts.values()) / part.predicted_peak - 1:+.1%}",
+        )
+        for part in audit.ranks
+    ]
+    head = [("rank", "stages", "communication compiled", "memory predicted", "compiled", "difference")]
+    return [_table("ranks: lines above are of all of them", head + rows)] if rows else []
 
 
 def _difference(share: float) -> str:
