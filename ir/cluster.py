@@ -195,6 +195,14 @@ class Cluster(Part):
             return _loopback(self.device)
         return next(tier for tier, edges in self._edges if all(edge % span == 0 for edge in edges))
 
+    def tier_joining(self, first: int, end: int) -> Tier:
+        """The closest tier that joins ranks `first` up to, not including, `end`."""
+        if not 0 <= first < end <= self.size:
+            raise UsageError(f"ranks {first} to {end - 1} are not part of a cluster of {self.size}.")
+        if not self.fabric:
+            return _loopback(self.device)
+        return next(tier for tier, edges in self._edges if not any(first < edge < end for edge in edges))
+
     @cached_property
     def _edges(self) -> list[tuple[Tier, list[int]]]:
         """Per tier, the ranks at which one of its domains ends and the next begins."""

@@ -68,6 +68,11 @@ class Schedule:
         return tuple(tuple(sorted({step.stage for step in order})) for order in self.orders)
 
     @cached_property
+    def homes(self) -> tuple[int, ...]:
+        """The (first) rank of each stage."""
+        return tuple(next(r for r, held in enumerate(self.held) if stage in held) for stage in range(self.stages))
+
+    @cached_property
     def splits(self) -> bool:
         """Whether some gradients of weights are passes of their own."""
         return any(step.kind == "weight" for order in self.orders for step in order)

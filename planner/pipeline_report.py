@@ -72,7 +72,7 @@ def _pipeline(pipelines: Pipelines, priced: Priced, space: Space, strategies: di
     ends = (*priced.firsts[1:], len(units))
     stages = []
     for number, (first, end) in enumerate(zip(priced.firsts, ends, strict=True)):
-        rank = next(r for r, held in enumerate(schedule.held) if number in held)
+        rank = schedule.homes[number]
         seconds = priced.stages[number]
         stages.append(
             Stage(
@@ -94,4 +94,4 @@ def _memory(pipelines: Pipelines, rank: int) -> dict[str, float]:
     best = pipelines.best
     assert best.priced and best.pricing
     runs = [best.priced.runs(pipelines.choices.units, stage) for stage in best.priced.schedule.held[rank]]
-    return best.pricing.memory.by_cause(tuple(map(sum, zip(*runs, strict=True))), best.priced.held[rank])
+    return best.pricing.places[rank].memory.by_cause(tuple(map(sum, zip(*runs, strict=True))), best.priced.held[rank])

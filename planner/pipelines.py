@@ -33,7 +33,7 @@ from .intra import live_of
 from .memory.aliases import aliases, extended
 from .memory.ledger import Ledger, least_bytes, least_peak
 from .pipeline.choices import Choices, Shape
-from .pipeline.priced import Priced, Pricing
+from .pipeline.priced import Place, Priced, Pricing
 from .pipeline.stage_memory import Holdings, Runs, StageMemory
 from .pipeline.unit_costs import all_bytes, unit_seconds
 from .pipeline.units import runs_of
@@ -306,10 +306,10 @@ class Pipelines:
         origins = self._origins.pop(shape, {})
         choices = tuple(int(origins[n][p]) if n in origins else p for n, p in enumerate(solved))
         holdings = self.holdings(shape.policy, shape.microbatches)
-        pricing = Pricing(
-            self.choices.units, unit_seconds(holdings.cut, space, choices), StageMemory(holdings, space, choices),
-            self.search.cluster, shape.mesh.size, self.search.limit,
-        )  # fmt: skip
+        each, memory = unit_seconds(holdings.cut, space, choices), StageMemory(holdings, space, choices)
+        size, limit = shape.mesh.size, self.search.limit
+        places = tuple(Place(each, memory, limit, rank * size, size) for rank in range(shape.stages))
+        pricing = Pricing(self.choices.units, places, self.search.cluster)
         for schedule in self.choices.schedules_for(shape):
             priced = pricing.price(schedule, self.best.seconds)
             if priced is not None and priced.seconds < self.best.seconds:

@@ -36,23 +36,29 @@ from meshwright.planner.solver.anytime import solve_live
 # ---------------------------------------------------------------- dealing
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 5), st.integers(3, 40))
-def test_dealing_equals_trying_every_cut(seconds, stages, room):
-    """A stage i has room for `room - i` seconds' worth of units."""
-    fits = lambda stage, first, last: sum(seconds[first:last]) <= room - stage  # noqa: E731
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=8), st.lists(st.integers(1, 3), min_size=1, max_size=5),
+    st.integers(3, 40),
+)  # fmt: skip
+def test_dealing_equals_trying_every_cut(units, slowness, room):
+    """Stages are unlike: stage i takes `slowness[i]` times as long, and has room for `room - i` units' worth."""
+    seconds, stages = [[s * slow for s in units] for slow in slowness], len(slowness)
+    fits = lambda stage, first, last: sum(units[first:last]) <= room - stage  # noqa: E731
+    took = lambda cut: max(  # noqa: E731
+        sum(seconds[s][a:b]) for s, (a, b) in enumerate(zip((0, *cut), (*cut, len(units)), strict=True))
+    )
     every = [
-        max(sum(seconds[a:b]) for a, b in zip((0, *cut), (*cut, len(seconds)), strict=True))
-        for cut in combinations(range(1, len(seconds)), stages - 1)
-        if all(fits(s, a, b) for s, (a, b) in enumerate(zip((0, *cut), (*cut, len(seconds)), strict=True)))
+        took(cut)
+        for cut in combinations(range(1, len(units)), stages - 1)
+        if all(fits(s, a, b) for s, (a, b) in enumerate(zip((0, *cut), (*cut, len(units)), strict=True)))
     ]
-    firsts = deal(seconds, stages, fits)
+    firsts = deal(seconds, fits)
     if not every:
         assert firsts is None
         return
     assert firsts is not None
-    ends = (*firsts[1:], len(seconds))
-    assert all(fits(s, a, b) for s, (a, b) in enumerate(zip(firsts, ends, strict=True)))
-    assert max(sum(seconds[a:b]) for a, b in zip(firsts, ends, strict=True)) == min(every)
+    assert all(fits(s, a, b) for s, (a, b) in enumerate(zip(firsts, (*firsts[1:], len(units)), strict=True)))
+    assert took(firsts[1:]) == min(every)
 
 
 # ---------------------------------------------------------------- units

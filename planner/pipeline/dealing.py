@@ -1,7 +1,7 @@
 """Deal units of the forward pass out to the stages of a pipeline, so that the slowest stage is as fast as can be.
 
-Exact: a stage that takes fewer units is never slower and never larger, so for a given time of the slowest
-stage it is best to fill the stages one after another; the least such time is found by halving.
+Exact: for a given time of the slowest stage, where each stage may end follows from where the one before may;
+the least such time is found by halving.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from itertools import accumulate
 Fits = Callable[[int, int, int], bool]  # (stage, first unit, one past the last)
 
 
-def deal(seconds: Sequence[float], stages: int, fits: Fits = lambda stage, first, last: True) -> tuple[int, ...] | None:
+def deal(seconds: Sequence[Sequence[float]], fits: Fits = lambda stage, first, last: True) -> tuple[int, ...] | None:
     """The first unit of each stage; None where no stages of these units fit.
 
     Args:
-        seconds: of each unit.
+        seconds: of each unit on each stage.
         fits: whether a stage has room for a run of units; a shorter run of a run that fits does too.
     """
-    sums = [0.0, *accumulate(seconds)]
-    if len(seconds) < stages or (best := _fill(sums, stages, sums[-1], fits)) is None:
+    known: dict[int, list[float]] = {id(each): [0.0, *accumulate(each)] for each in seconds}
+    sums = [known[id(each)] for each in seconds]
+    if len(seconds[0]) < len(seconds) or (best := _fill(sums, max(each[-1] for each in sums), fits)) is None:
         return None
-    slowest = _slowest(sums, best)
-    low, high = max(max(seconds), sums[-1] / stages), slowest
+    low, high = 0.0, _slowest(sums, best)
     while high - low > 1e-9 * high:
         middle = (low + high) / 2
-        found = _fill(sums, stages, middle, fits)
+        found = _fill(sums, middle, fits)
         if found is None:
             low = middle
         else:
@@ -34,22 +34,37 @@ def deal(seconds: Sequence[float], stages: int, fits: Fits = lambda stage, first
     return best
 
 
-def _slowest(sums: Sequence[float], firsts: Sequence[int]) -> float:
-    ends = [*firsts[1:], len(sums) - 1]
-    return max(sums[end] - sums[first] for first, end in zip(firsts, ends, strict=True))
+def _slowest(sums: Sequence[Sequence[float]], firsts: Sequence[int]) -> float:
+    ends = [*firsts[1:], len(sums[0]) - 1]
+    return max(each[end] - each[first] for each, first, end in zip(sums, firsts, ends, strict=True))
 
 
-def _fill(sums: Sequence[float], stages: int, most: float, fits: Fits) -> tuple[int, ...] | None:
-    """Each stage takes as many units as it can, one for each stage behind left over."""
-    units, firsts, at = len(sums) - 1, [], 0
-    for stage in range(stages):
-        firsts.append(at)
-        end = at
-        while end < units - (stages - stage - 1) and sums[end + 1] - sums[at] <= most * (1 + 1e-12):
-            if not fits(stage, at, end + 1):
-                break
-            end += 1
-        if end == at:
+def _fill(sums: Sequence[Sequence[float]], most: float, fits: Fits) -> tuple[int, ...] | None:
+    """Stages of at most so many seconds: where each stage may end, given where the one before may.
+
+    The farther a stage begins, the farther it reaches, so an end is looked up from the least
+    beginning that reaches it.
+    """
+    units, stages = len(sums[0]) - 1, len(sums)
+    begins: list[dict[int, int]] = []  # of each stage: end -> beginning
+    starts: list[int] = [0]
+    for stage, each in enumerate(sums):
+        found: dict[int, int] = {}
+        last = units - (stages - stage - 1)
+        end = 0
+        for at in starts:
+            end = max(end, at)
+            while end < last and each[end + 1] - each[at] <= most * (1 + 1e-12) and fits(stage, at, end + 1):
+                end += 1
+                found[end] = at
+        if not found:
             return None
-        at = end
-    return tuple(firsts) if at == units else None
+        begins.append(found)
+        starts = sorted(found)
+    firsts, end = [], units
+    for found in reversed(begins):
+        if end not in found:
+            return None
+        end = found[end]
+        firsts.append(end)
+    return tuple(reversed(firsts))

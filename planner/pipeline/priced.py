@@ -43,23 +43,37 @@ class Priced:
 
 
 @dataclass(frozen=True)
-class Pricing:
-    """Everything that does not depend on the schedule: units, their seconds and bytes, devices per stage."""
+class Place:
+    """The devices of one rank, and what each kind of unit costs there under one solution."""
 
-    units: Units
-    each: tuple[UnitSeconds, ...]  # by kind
+    each: tuple[UnitSeconds, ...]
     memory: StageMemory
-    cluster: Cluster
+    limit: float  # bytes per device
+    first: int  # of its devices, as the cluster numbers them
     devices: int
-    limit: float
 
-    def send_seconds(self, nbytes: float) -> float:
-        """From one stage to the next: each device to its counterpart."""
-        tier = self.cluster.tier_for(2 * self.devices)
-        return tier.latency + nbytes / tier.achieved if nbytes else 0.0
+    @property
+    def end(self) -> int:
+        return self.first + self.devices
 
     def passes(self, kind: int) -> float:
         return self.each[kind].forward + self.each[kind].backward + self.each[kind].weight
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """Everything that does not depend on the schedule: units, and a place for each rank."""
+
+    units: Units
+    places: tuple[Place, ...]
+    cluster: Cluster
+
+    def _sending(self, nbytes: float, first: int, end: int) -> float:
+        """Seconds that each device takes to send so much within a stretch of the cluster."""
+        if not nbytes:
+            return 0.0
+        tier = self.cluster.tier_joining(first, end)
+        return tier.latency + nbytes / tier.achieved
 
     def price(self, schedule: Schedule, cutoff: float = inf) -> Priced | None:
         """The best cut for a schedule; None where nothing fits, or where it cannot beat `cutoff`."""
@@ -68,14 +82,15 @@ class Pricing:
             return None
         ends = (*firsts[1:], len(self.units))
         runs = [runs_of(self.units, first, end) for first, end in zip(firsts, ends, strict=True)]
-        stages = tuple(map(self._stage, runs, ends))
-        once = tuple(map(self._once, runs))
+        homes = [self.places[rank] for rank in schedule.homes]
+        stages = tuple(self._stage(homes, stage, runs[stage], ends[stage]) for stage in range(schedule.stages))
+        once = tuple(map(self._once, homes, runs))
         tail = max(sum(once[s] for s in held) for held in schedule.held)
         slowest = max(sum(map(_passes, (stages[s] for s in held))) for held in schedule.held)
         if slowest * schedule.microbatches + tail >= cutoff:
             return None
         peaks, held = zip(*(self._peak(schedule, rank, runs) for rank in range(schedule.ranks)), strict=True)
-        if max(peaks) > self.limit:
+        if any(peak > place.limit for peak, place in zip(peaks, self.places, strict=True)):
             return None
         run = simulate(pipeline_tasks(schedule, stages))
         return Priced(schedule, firsts, stages, once, peaks, held, run, run.makespan + tail)
@@ -87,9 +102,10 @@ class Pricing:
         if 3 * old.stages * old.microbatches > REORDER:
             return None
         runs = [priced.runs(self.units, stage) for stage in range(old.stages)]
-        _, left, late = zip(*map(self.memory.parts, runs), strict=True)
+        parts = (self.places[rank].memory.parts(runs[stage]) for stage, rank in enumerate(old.homes))
+        _, left, late = zip(*parts, strict=True)
         always = [peak - peak_held(old, rank, left, late) for rank, peak in enumerate(priced.peaks)]
-        room = Held(left, late, [self.limit] * old.ranks, always)
+        room = Held(left, late, [place.limit for place in self.places], always)
         found = search_schedule(priced.stages, room, old.microbatches, work=REORDER, placement=old.held)
         peaks, held = zip(*(self._peak(found.schedule, rank, runs) for rank in range(old.ranks)), strict=True)
         return replace(
@@ -98,19 +114,21 @@ class Pricing:
         )  # fmt: skip
 
     def _cut(self, schedule: Schedule) -> tuple[int, ...] | None:
-        seconds = [self.passes(kind) for kind in self.units.kinds]
+        homes = [self.places[rank] for rank in schedule.homes]
+        by_place = {id(home): [home.passes(kind) for kind in self.units.kinds] for home in homes}
+        seconds = [by_place[id(home)] for home in homes]
         if schedule.stages > schedule.ranks:
-            return deal(seconds, schedule.stages)
+            return deal(seconds)
         known: dict[tuple[int, Runs], bool] = {}
 
         def fits(stage: int, first: int, last: int) -> bool:
             key = stage, runs_of(self.units, first, last)
             if key not in known:
-                peak, left, late = self.memory.parts(key[1])
-                known[key] = peak + self._extra(schedule, stage, [left], [late]) <= self.limit
+                peak, left, late = homes[stage].memory.parts(key[1])
+                known[key] = peak + self._extra(schedule, stage, [left], [late]) <= homes[stage].limit
             return known[key]
 
-        return deal(seconds, schedule.stages, fits)
+        return deal(seconds, fits)
 
     def _extra(self, schedule: Schedule, rank: int, left: Sequence[float], late: Sequence[float]) -> float:
         """Bytes of forward results beyond those of one microbatch, which the peak of the lives has."""
@@ -120,23 +138,28 @@ class Pricing:
         return max(0.0, peak_held(schedule, rank, forward, kept) - sum(left))
 
     def _peak(self, schedule: Schedule, rank: int, runs: Sequence[Runs]) -> tuple[float, float]:
-        mine = [self.memory.parts(runs[stage]) for stage in schedule.held[rank]]
+        memory = self.places[rank].memory
+        mine = [memory.parts(runs[stage]) for stage in schedule.held[rank]]
         together = tuple(map(sum, zip(*(runs[stage] for stage in schedule.held[rank]), strict=True)))
         left = [size for _, size, _ in mine]
         extra = self._extra(schedule, rank, left, [late for _, _, late in mine])
-        return self.memory.parts(together)[0] + extra, 1 + (extra / sum(left) if sum(left) else 0.0)
+        return memory.parts(together)[0] + extra, 1 + (extra / sum(left) if sum(left) else 0.0)
 
-    def _stage(self, runs: Runs, end: int) -> StageSeconds:
-        pairs = list(zip(runs, self.each, strict=True))
-        send = 0.0 if end == len(self.units) else self.send_seconds(self.each[self.units.kinds[end - 1]].sent)
+    def _stage(self, homes: Sequence[Place], stage: int, runs: Runs, end: int) -> StageSeconds:
+        here, send = homes[stage], 0.0
+        if end < len(self.units):
+            there, kind = homes[stage + 1], self.units.kinds[end - 1]
+            most = max(here.each[kind].sent, there.each[kind].sent)
+            send = self._sending(most, min(here.first, there.first), max(here.end, there.end))
+        pairs = list(zip(runs, here.each, strict=True))
         return StageSeconds(
             sum(n * each.forward for n, each in pairs), sum(n * each.backward for n, each in pairs),
             sum(n * each.weight for n, each in pairs), send,
         )  # fmt: skip
 
-    def _once(self, runs: Runs) -> float:
-        pairs = zip(runs, self.each, strict=True)
-        return sum(n * (each.once + self.send_seconds(each.handed)) for n, each in pairs)
+    def _once(self, home: Place, runs: Runs) -> float:
+        pairs = zip(runs, home.each, strict=True)
+        return sum(n * (each.once + self._sending(each.handed, 0, self.cluster.size)) for n, each in pairs)
 
 
 def _passes(stage: StageSeconds) -> float:
