@@ -180,7 +180,7 @@ class Cluster(Part):
         raise ClusterError(
             f"this needs {needs}; cluster `{self.name}` has {has}.",
             where="groups",
-            fix="plan for one group at a time: a file that holds only that one",
+            fix="`--pp auto`, which cuts a step into stages for each kind, or a file that holds one group only",
         )
 
     def tier_for(self, span: int) -> Tier:
@@ -194,6 +194,23 @@ class Cluster(Part):
         if not self.fabric:
             return _loopback(self.device)
         return next(tier for tier, edges in self._edges if all(edge % span == 0 for edge in edges))
+
+    def only(self, index: int) -> Cluster:
+        """The cluster that one of the groups is by itself."""
+        group, tiers = self.groups[index], []
+        for tier in self.fabric:
+            tiers.append(tier)
+            if tier.hosts >= group.hosts:
+                break
+        data = self.model_dump(mode="json", by_alias=True, exclude={"provenance", "price"})
+        data |= {"groups": [data["groups"][index]], "devices": {group.device: data["devices"][group.device]}}
+        data |= {"name": f"{self.name}: {group.device}", "fabric": data.get("fabric", [])[: len(tiers)]}
+        if index:  # a profile is of the first group's devices
+            data.pop("measured", None)
+        known = {path for path, _ in _fields(Cluster._checked(data, {}, f"cluster {self.name}"))}
+        old = {path.replace(f"groups.{index}.", "groups.0."): origin for path, origin in self.provenance.items()}
+        data["provenance"] = {path: origin for path, origin in old.items() if path in known}
+        return Cluster._checked(data, {}, f"cluster {self.name}")
 
     def tier_joining(self, first: int, end: int) -> Tier:
         """The closest tier that joins ranks `first` up to, not including, `end`."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from ..ir.cluster import Cluster
 from ..ir.plan import Estimate, Pipeline, Plan, Stage
 from ..ir.version import VERSION
 from .moves import find_collectives
-from .pipeline.priced import Priced
+from .pipeline.priced import Priced, Pricing
 from .report import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
+from .search import Search
 from .space import Space, build
 from .usage import axis_uses
-
-if TYPE_CHECKING:
-    from .pipelines import Pipelines
 
 LEFT_OUT = (
     "stages of different meshes, or on different devices",
@@ -26,72 +26,84 @@ LEFT_OUT = (
 )
 
 
-def write_pipeline(pipelines: Pipelines, lower_bound: float) -> Plan:
-    """The plan of the best pipeline; tables count all its stages together."""
-    best, search = pipelines.best, pipelines.search
-    assert best.shape and best.space and best.pricing and best.priced
-    shape, priced, choices = best.shape, best.priced, best.choices
-    space = build(best.space.program, shape.microbatches, search.cost, search.layouts_on(shape.mesh))
+@dataclass(frozen=True)
+class Rank:
+    """What the devices of one rank do: the search that knows them, and a solution."""
+
+    search: Search
+    space: Space
+    choices: tuple[int, ...]
+
+    @property
+    def strategies(self) -> dict[str, tuple[int, ...]]:
+        space = self.space
+        return {tag: found[self.choices[space.op_node[tag]]].axes for tag, found in space.strategies.items()}
+
+
+def write_pipeline(
+    ranks: Sequence[Rank], pricing: Pricing, priced: Priced, cluster: Cluster, lower_bound: float,
+    left_out: tuple[str, ...] = LEFT_OUT,
+) -> Plan:  # fmt: skip
+    """The plan of a pipeline; tables count all its stages together, as the rank with most memory lays them out."""
+    worst = max(range(len(ranks)), key=lambda rank: priced.peaks[rank] / pricing.places[rank].limit)
+    search, solved, choices = ranks[worst].search, ranks[worst].space, ranks[worst].choices
+    space = build(solved.program, solved.microbatches, search.cost, search.layouts_on(solved.mesh))
     collectives = find_collectives(space, choices)
-    worst = max(range(shape.stages), key=lambda rank: priced.peaks[rank])
-    strategies = {tag: found[choices[space.op_node[tag]]].axes for tag, found in space.strategies.items()}
-    slots = slots_of(space, choices)
-    moving = sum(c.seconds for c in collectives) / shape.stages
+    moving = sum(c.seconds for c in collectives) / len(ranks)
     return Plan(
         meshwright=VERSION,
         name=search.name,
         graph=search.fingerprint,
-        cluster=search.cluster,
+        cluster=cluster,
         mesh=space.mesh,
-        microbatches=shape.microbatches,
-        recompute=shape.policy,
-        strategies=strategies,
-        slots=slots,
+        microbatches=space.microbatches,
+        recompute=search.policy_of(space.program),
+        strategies=ranks[worst].strategies,
+        slots=slots_of(space, choices),
         uses=axis_uses(space, choices),
         estimate=Estimate(
             step_seconds=priced.seconds,
             compute_seconds=priced.seconds - moving,
             communication_seconds=moving,
-            peak_bytes=max(priced.peaks),
-            limit_bytes=search.limit,
-            memory=_memory(pipelines, worst),
+            peak_bytes=priced.peaks[worst],
+            limit_bytes=pricing.places[worst].limit,
+            memory=_memory(pricing, priced, worst),
             flop=flop_of(space),
         ),
-        proof=proof_of(search, priced.seconds, lower_bound, LEFT_OUT),
+        proof=proof_of(search, priced.seconds, lower_bound, left_out),
         tensors=tuple(tensors_of(space, choices)),
         collectives=tuple(collectives),
         opaque=opaque_of(space),
         notes=(*notes_of(search), "tables count all stages together"),
-        pipeline=_pipeline(pipelines, priced, space, strategies, slots),
+        pipeline=_pipeline(ranks, pricing, priced, unlike=len({id(rank.space) for rank in ranks}) > 1),
     )
 
 
-def _pipeline(pipelines: Pipelines, priced: Priced, space: Space, strategies: dict, slots: dict) -> Pipeline:
-    units, schedule = pipelines.choices.units, priced.schedule
-    assert pipelines.best.pricing
+def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: bool) -> Pipeline:
+    units, schedule = pricing.units, priced.schedule
     ends = (*priced.firsts[1:], len(units))
     stages = []
     for number, (first, end) in enumerate(zip(priced.firsts, ends, strict=True)):
         rank = schedule.homes[number]
-        seconds = priced.stages[number]
+        mine, seconds = ranks[rank], priced.stages[number]
         stages.append(
             Stage(
-                cut=units.cuts[first], blocks=units.words(first, end), mesh=space.mesh, strategies={}, slots={},
+                cut=units.cuts[first], blocks=units.words(first, end), mesh=mine.space.mesh,
+                strategies=mine.strategies if unlike else {},
+                slots=slots_of(mine.space, mine.choices) if unlike else {},
                 forward_seconds=seconds.forward, backward_seconds=seconds.backward + seconds.weight,
                 weight_seconds=seconds.weight, send_seconds=seconds.send, once_seconds=priced.once[number],
-                peak_bytes=priced.peaks[rank], held=priced.held[rank], memory=_memory(pipelines, rank),
+                peak_bytes=priced.peaks[rank], held=priced.held[rank], memory=_memory(pricing, priced, rank),
             )
         )  # fmt: skip
     return Pipeline(
         schedule=schedule.name,
         stages=tuple(stages),
-        first=tuple(rank * space.mesh.size for rank in range(schedule.ranks)),
+        first=tuple(place.first for place in pricing.places),
         orders=schedule.text(),
     )
 
 
-def _memory(pipelines: Pipelines, rank: int) -> dict[str, float]:
-    best = pipelines.best
-    assert best.priced and best.pricing
-    runs = [best.priced.runs(pipelines.choices.units, stage) for stage in best.priced.schedule.held[rank]]
-    return best.pricing.places[rank].memory.by_cause(tuple(map(sum, zip(*runs, strict=True))), best.priced.held[rank])
+def _memory(pricing: Pricing, priced: Priced, rank: int) -> dict[str, float]:
+    runs = [priced.runs(pricing.units, stage) for stage in priced.schedule.held[rank]]
+    return pricing.places[rank].memory.by_cause(tuple(map(sum, zip(*runs, strict=True))), priced.held[rank])

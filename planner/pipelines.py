@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
 from math import ceil, inf
@@ -26,20 +26,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..ir.errors import InfeasibleError, PlanError
+from ..ir.plan import Plan
 from ..ir.recompute import Policy
 from ..ir.schedule import Schedule, in_flight
 from ..ir.units import format_bytes, format_seconds
 from .intra import live_of
-from .memory.aliases import aliases, extended
-from .memory.ledger import Ledger, least_bytes, least_peak
+from .memory.ledger import least_bytes, least_peak
 from .pipeline.choices import Choices, Shape
 from .pipeline.priced import Place, Priced, Pricing
-from .pipeline.stage_memory import Holdings, Runs, StageMemory
+from .pipeline.stage_memory import Holdings, StageMemory
 from .pipeline.unit_costs import all_bytes, unit_seconds
 from .pipeline.units import runs_of
+from .pipeline.watched import Watched, limited
+from .pipeline_report import Rank, write_pipeline
 from .solver.anytime import solve_live
 from .solver.live import Demand, Live
-from .solver.onehot import Edge, Solution
+from .solver.onehot import Solution
 from .space import Space, build
 
 if TYPE_CHECKING:
@@ -183,7 +185,7 @@ class Pipelines:
         weights = self.choices.weights(shape)
         program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
         space = build(program, shape.microbatches, self.search.cost, layouts, runs=weights)
-        solution = self._solved(self._shared_memory(space, shape))
+        solution = self.solve(self._shared_memory(space, shape))
         self.spaces[shape] = (space, solution.lower_bound)
         return inf if solution.status == "infeasible" else solution.lower_bound
 
@@ -240,7 +242,7 @@ class Pipelines:
         crowd = max(1.0, self.best.seconds / max(self.choices.floor(shape), 1e-30))
         return (min(shape.stages, shape.microbatches) / crowd + 1) / 2
 
-    def _solved(self, live: Live, cutoff: float = inf) -> Solution:
+    def solve(self, live: Live, cutoff: float = inf) -> Solution:
         left = max(0.5, min(ONE_SOLVE, self.search.deadline - time.monotonic()))
         solution = solve_live(
             live, time_limit=left, gap=SOLVE_GAP * self.search.request.good_enough, seed=self.search.request.seed,
@@ -262,49 +264,25 @@ class Pipelines:
         if relaxed >= self._enough(inf):
             return max(bound, relaxed)
         for schedule in sorted(self.choices.schedules_for(shape), key=lambda s: -s.stages):
-            solution = self._solved(self._limited(space, shape, schedule), self.best.seconds)
+            holdings = self.holdings(shape.policy, shape.microbatches)
+            problem = limited(space, holdings, self._even(shape, schedule), self.search.limit)
+            solution = self.solve(problem.live, self.best.seconds)
             if solution.choices is not None:
-                self._offer(shape, space, solution.choices)
+                self._offer(shape, space, problem.read(solution.choices))
                 break
         return max(bound, relaxed)
 
-    def _limited(self, space: Space, shape: Shape, schedule: Schedule) -> Live:
-        """The solver's problem with the memory of the first, second and last rank of an even cut."""
-        holdings = self.holdings(shape.policy, shape.microbatches)
-        lives = holdings.lives
-        found = aliases(space, lives)
-        demands: list[Demand] = []
-        limits: list[np.ndarray] = []
-        for stage, runs in self._even(shape):
-            ledger = Ledger(space, holdings.of_stage(runs))
-            held = in_flight(schedule, stage) / (schedule.stages // schedule.ranks)
-            shift = sum(limit.size for limit in limits)
-            demands += [replace(d, first=d.first + shift, last=d.last + shift) for d in ledger.demands(found)]
-            demands += self._aliased(holdings.demands(space, runs, held, shift), found)
-            limits.append(self.search.limit - ledger.fixed())
-        origins = {node: alias.choices() for node, alias in found.items()}
-        costs = tuple(
-            node.seconds[origins[n]] if n in origins else node.seconds for n, node in enumerate(space.nodes)
-        )
-        edges = tuple(Edge(a, b, table) for a, b, table in extended(space, found))
-        self._origins[shape] = origins
-        return Live(costs, edges, tuple(demands), np.concatenate(limits))
-
-    _origins: dict[Shape, dict[int, np.ndarray]] = field(default_factory=dict)
-
-    def _aliased(self, demands: Sequence[Demand], found: Mapping) -> list[Demand]:
-        return [replace(d, nbytes=d.nbytes[found[d.node].choices()]) if d.node in found else d for d in demands]
-
-    def _even(self, shape: Shape) -> list[tuple[int, Runs]]:
-        """Stages to watch, with their units when each has as many as the next."""
+    def _even(self, shape: Shape, schedule: Schedule) -> list[Watched]:
+        """The first, second and last stage, when each has as many units as the next."""
         ends = [ceil(len(self.choices.units) * (s + 1) / shape.stages) for s in range(shape.stages)]
         firsts = [0, *ends[:-1]]
         watched = sorted({0, min(1, shape.stages - 1), shape.stages - 1})
-        return [(s, runs_of(self.choices.units, firsts[s], ends[s])) for s in watched]
+        each = schedule.stages // schedule.ranks
+        return [
+            Watched(runs_of(self.choices.units, firsts[s], ends[s]), in_flight(schedule, s) / each) for s in watched
+        ]
 
-    def _offer(self, shape: Shape, space: Space, solved: Sequence[int]) -> None:
-        origins = self._origins.pop(shape, {})
-        choices = tuple(int(origins[n][p]) if n in origins else p for n, p in enumerate(solved))
+    def _offer(self, shape: Shape, space: Space, choices: tuple[int, ...]) -> None:
         holdings = self.holdings(shape.policy, shape.microbatches)
         each, memory = unit_seconds(holdings.cut, space, choices), StageMemory(holdings, space, choices)
         size, limit = shape.mesh.size, self.search.limit
@@ -329,6 +307,13 @@ class Pipelines:
             self.search.note(
                 f"{best.shape}, passes reordered: {format_seconds(found.seconds)}, {format_bytes(max(found.peaks))}"
             )
+
+    def write(self, bound: float) -> Plan:
+        """The plan of the best pipeline."""
+        best = self.best
+        assert best.space and best.pricing and best.priced
+        ranks = [Rank(self.search, best.space, best.choices)] * best.priced.schedule.ranks
+        return write_pipeline(ranks, best.pricing, best.priced, self.search.cluster, bound)
 
     def infeasible(self) -> PlanError:
         stages = max(self.choices.stage_counts, default=1)

@@ -9,7 +9,7 @@ from ..ir.blocks import Folded
 from ..ir.cluster import Cluster
 from ..ir.plan import Plan
 from .cost.model import CostModel, Roofline
-from .pipeline_report import write_pipeline
+from .islands import Islands
 from .pipelines import Pipelines
 from .report import write_plan
 from .request import Request, check
@@ -25,10 +25,10 @@ def search(
 
     Args:
         folded: the tagged graph and its small form.
-        cluster: homogeneous; a heterogeneous one is refused.
+        cluster: of unlike devices only with a pipeline.
         request: pins and limits.
         name, fingerprint: what the plan is for; kept in the plan.
-        cost: prices; a roofline on the cluster's figures when None.
+        cost: prices; a roofline on the cluster's figures when None, and for unlike devices.
         tell: hears one line per event of the search.
         now: hears where the search stands, a few times a second.
 
@@ -36,12 +36,16 @@ def search(
         InfeasibleError: nothing fits, with the least memory any layout needs.
         PlanError: the request contradicts the graph or the cluster.
     """
-    found = Search(folded, cluster, request, cost or Roofline(cluster), name, fingerprint, tell, now)
-    return found.run() if request.pp == 1 else plan_pipelines(found)
+    if len({(group.device, group.per_host) for group in cluster.groups}) > 1 and request.pp != 1:
+        islands = Islands(folded, cluster, request, name, fingerprint, tell, now)
+        return islands.run(_homogeneous)
+    return _homogeneous(Search(folded, cluster, request, cost or Roofline(cluster), name, fingerprint, tell, now))
 
 
-def plan_pipelines(flat: Search) -> Plan:
+def _homogeneous(flat: Search) -> Plan:
     """The best of all pipelines and, where their number of stages is open, of plans without one."""
+    if flat.request.pp == 1:
+        return flat.run()
     check(flat.request, flat.cluster, flat.program("none").time)
     pipelines = Pipelines(flat)
     try:
@@ -52,13 +56,13 @@ def plan_pipelines(flat: Search) -> Plan:
             flat.explore()
     except KeyboardInterrupt:
         flat.stopped_by = "interrupt"
-    if flat.request.pp != "auto":
-        if pipelines.best.priced is None:
-            raise pipelines.infeasible()
-        return write_pipeline(pipelines, pipelines.lower_bound())
-    bound = min(pipelines.lower_bound(), flat.lower_bound())
-    if flat.best.seconds <= pipelines.best.seconds:
-        if flat.best.answer is None:
-            raise flat.infeasible()
-        return write_plan(flat, bound)
-    return write_pipeline(pipelines, bound)
+    if flat.request.pp != "auto" and pipelines.best.priced is None:
+        raise pipelines.infeasible()
+    bound = pipelines.lower_bound()
+    if flat.request.pp == "auto":
+        bound = min(bound, flat.lower_bound())
+        if flat.best.seconds <= pipelines.best.seconds:
+            if flat.best.answer is None:
+                raise flat.infeasible()
+            return write_plan(flat, bound)
+    return pipelines.write(bound)

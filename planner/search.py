@@ -167,6 +167,14 @@ class Search:
             self._programs[policy] = prepare(self.folded.small, policy)
         return self._programs[policy]
 
+    def share_programs(self, other: Search) -> None:
+        """Take the prepared programs of a search over the same step."""
+        self._programs = other._programs
+
+    def policy_of(self, program: Program) -> Policy:
+        """By which policy a program of this search recomputes."""
+        return next(policy for policy, known in self._programs.items() if known is program)
+
     _programs: dict[Policy, Program] = field(default_factory=dict)
     _spaces: dict[Candidate, tuple[Space, Lifetimes]] = field(default_factory=dict)
 

@@ -56,9 +56,6 @@ class Place:
     def end(self) -> int:
         return self.first + self.devices
 
-    def passes(self, kind: int) -> float:
-        return self.each[kind].forward + self.each[kind].backward + self.each[kind].weight
-
 
 @dataclass(frozen=True)
 class Pricing:
@@ -115,7 +112,7 @@ class Pricing:
 
     def _cut(self, schedule: Schedule) -> tuple[int, ...] | None:
         homes = [self.places[rank] for rank in schedule.homes]
-        by_place = {id(home): [home.passes(kind) for kind in self.units.kinds] for home in homes}
+        by_place = {id(home): [home.each[kind].passes for kind in self.units.kinds] for home in homes}
         seconds = [by_place[id(home)] for home in homes]
         if schedule.stages > schedule.ranks:
             return deal(seconds)
@@ -147,8 +144,9 @@ class Pricing:
 
     def _stage(self, homes: Sequence[Place], stage: int, runs: Runs, end: int) -> StageSeconds:
         here, send = homes[stage], 0.0
-        if end < len(self.units):
-            there, kind = homes[stage + 1], self.units.kinds[end - 1]
+        if len(homes) > 1:  # the last stage sends gradients back
+            last = end == len(self.units)
+            there, kind = homes[stage - 1 if last else stage + 1], self.units.kinds[end - sum(runs) - 1 if last else end - 1]
             most = max(here.each[kind].sent, there.each[kind].sent)
             send = self._sending(most, min(here.first, there.first), max(here.end, there.end))
         pairs = list(zip(runs, here.each, strict=True))

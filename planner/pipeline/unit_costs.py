@@ -29,6 +29,11 @@ class UnitSeconds:
     sent: float
     handed: float
 
+    @property
+    def passes(self) -> float:
+        """Of one microbatch."""
+        return self.forward + self.backward + self.weight
+
 
 def unit_seconds(cut: Cut, space: Space, choices: Sequence[int]) -> tuple[UnitSeconds, ...]:
     """Of each kind of unit, under one solution."""
