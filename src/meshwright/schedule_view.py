@@ -14,12 +14,12 @@ from .scheduling import Study
 def rows(found: Study) -> list[dict[str, Any]]:
     """Per rank: seconds it works, from its first start to its last end, shares of the makespan and of that span
     in which it waits, the most it holds."""
-    run, s = found.run, found.schedule
+    run, s, peaks = found.run, found.schedule, found.peaks
     return [
         {
             "rank": rank, "stages": list(s.held[rank]), "busy": run.busy(rank), "span": run.span(rank),
             "idle": run.idle(rank) / run.makespan, "idle_in_span": 1 - run.busy(rank) / run.span(rank),
-            "peak": found.peaks[rank],
+            "peak": peaks[rank],
         }
         for rank in range(s.ranks)
     ]  # fmt: skip
