@@ -97,6 +97,19 @@ def test_the_decorator_runs_and_verifies_a_pipeline():
     assert np.isfinite(float(metrics["loss"]))
 
 
+@pytest.mark.slow
+def test_stages_of_one_rank_share_the_counter_of_steps():
+    """Adam counts steps once for all parameters; two stages of a rank update from it, neither gives it up first."""
+    example = build("gpt-tiny", dtype="f32")
+    schedule = interleaved(2, 2, 2)
+    plan = pipelined(stage_plan("gpt-tiny", 2, 2, "adamw"), case("gpt-tiny", "adamw")[0], schedule)
+    step = parallelize(example.step, plan=plan, donate_argnums=0)
+    state, batch = example.init(jax.random.key(0)), example.make_batch(np.random.default_rng(0))
+    for _ in range(2):
+        state, metrics = step(state, batch)
+    assert np.isfinite(float(metrics["loss"]))
+
+
 def test_more_stages_than_the_forward_pass_has_room_for_are_refused():
     plan, captured = stage_plan("gpt-tiny", 2, 4), case("gpt-tiny")[0]
     with pytest.raises(PlanError, match="stage 1 of 2 has no op of the forward pass"):

@@ -54,6 +54,8 @@ def test_seconds_are_of_a_rank_and_may_be_given_per_stage(run):
     whole = read(run, "zbv", *SIZE, "--forward", "2", "--backward", "2", "--weight", "2")
     each = read(run, "zbv", *SIZE, "--forward", "1,1,1,1,1,1,1,1", "--backward", "2", "--weight", "2")
     assert whole["makespan"] == each["makespan"] == 51
+    free = ("--forward", "1,0", "--backward", "1,0", "--weight", "1,0")
+    assert [row["span"] for row in read(run, "1f1b", "--pp", "2", "--microbatches", "1", *free)["per_rank"]] == [3, 0]
     slow = read(run, "1f1b", *SIZE, "--forward", "1,2,1,1")
     assert slow["makespan"] > read(run, "1f1b", *SIZE)["makespan"]
 

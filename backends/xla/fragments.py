@@ -321,10 +321,20 @@ def link(
             for stage in goal:
                 reader = readers.get((stage, value))
                 stages[stage].layouts[value] = stages[stage].arrival(value, sent, here, reader)
-    built = [stages[f.stage].build(f, donated, stages) for f in order]
+    own = donated - _shared(stages, cut)
+    built = [stages[f.stage].build(f, own, stages) for f in order]
     passes = {(p.fragment.kind, p.fragment.stage): p for p in built if p.fragment.kind != "update"}
     flat = [p for p in built if p.fragment.kind == "update"]
     return passes, [flat[i : i + len(stages)] for i in range(0, len(flat), len(stages))]
+
+
+def _shared(stages: Sequence[StagePrograms], cut: Stages) -> set[int]:
+    """Inputs that several stages on the same devices read: one array for all, which none may give up."""
+    found: set[int] = set()
+    for value, where in zip(stages[0].local.graph.inputs, cut.homes, strict=True):
+        if len({tuple(stages[s].mesh.devices.flat) for s in where}) < len(where):
+            found.add(value)
+    return found
 
 
 def _first_readers(order: Iterable[Fragment]) -> dict[tuple[int, int], Op]:

@@ -20,7 +20,8 @@ from .tighten import Held
 from .unit_costs import UnitSeconds
 from .units import Units, runs_of
 
-REORDER = 60_000  # passes that a search for a better order may schedule: half a second
+REORDER = 60_000  # passes that a search for a better order may schedule: a second or two
+LARGE = 20_000  # passes of one step from which no better order is searched
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Pricing:
         """The same stages, their passes in the best order found for their seconds and bytes; None where there are
         too many passes to search."""
         old = priced.schedule
-        if 3 * old.stages * old.microbatches > REORDER:
+        if 3 * old.stages * old.microbatches > LARGE:
             return None
         runs = [priced.runs(self.units, stage) for stage in range(old.stages)]
         parts = (self.places[rank].memory.parts(runs[stage]) for stage, rank in enumerate(old.homes))

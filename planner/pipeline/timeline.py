@@ -44,25 +44,16 @@ class Timeline:
 
     def text(self, width: int = 96) -> str:
         """One row per device: what it computes most in each of `width` equal times, dots when idle."""
-        devices = sorted({s.device for s in self.slices})
+        devices, column = sorted({s.device for s in self.slices}), self.seconds / width
         rows = []
         for device in devices:
             shares: list[dict[str, float]] = [{} for _ in range(width)]
             for s in self.slices:
                 if s.device == device and s.stream == COMPUTE and s.seconds > 0:
-                    self._spread(s, shares, width)
+                    _spread(s, shares, column)
             marks = [max(share, key=lambda k: share[k]) if share else "." for share in shares]
             rows.append(f"{device:>4} {''.join(marks)}")
         return "\n".join(rows)
-
-    def _spread(self, s: Slice, shares: list[dict[str, float]], width: int) -> None:
-        column = self.seconds / width
-        mark = MARKS.get(s.kind, "s")
-        first, last = int(s.start / column), min(width - 1, int((s.start + s.seconds) / column))
-        for i in range(first, last + 1):
-            part = min(s.start + s.seconds, (i + 1) * column) - max(s.start, i * column)
-            if part > column / 2 or (part > 0 and mark in shares[i]):
-                shares[i][mark] = shares[i].get(mark, 0.0) + part
 
     def perfetto(self) -> dict[str, Any]:
         """Chrome's trace-event format, which Perfetto opens: microseconds, a process per device,
@@ -80,6 +71,16 @@ class Timeline:
         for s in self.slices:
             events.append(_event(s.name, s.kind, s.device, number[s.device, s.stream], s.start, s.seconds))
         return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _spread(s: Slice, shares: list[dict[str, float]], column: float) -> None:
+    """Add to each column, so many seconds wide, what a slice takes of it: more than half, or beside its like."""
+    mark = MARKS.get(s.kind, "s")
+    first, last = int(s.start / column), min(len(shares) - 1, int((s.start + s.seconds) / column))
+    for i in range(first, last + 1):
+        part = min(s.start + s.seconds, (i + 1) * column) - max(s.start, i * column)
+        if part > column / 2 or (part > 0 and mark in shares[i]):
+            shares[i][mark] = shares[i].get(mark, 0.0) + part
 
 
 def _named(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:

@@ -8,21 +8,26 @@ from .ir.units import format_seconds
 from .planner.pipeline.limited import Searched
 from .planner.pipeline.schedules import SCHEDULES
 from .planner.pipeline.schedules.closed_forms import FORMS, Form
+from .planner.pipeline.simulate import Run
 from .scheduling import Study
 
 
 def rows(found: Study) -> list[dict[str, Any]]:
     """Per rank: seconds it works, from its first start to its last end, shares of the makespan and of that span
     in which it waits, the most it holds."""
-    run, s = found.run, found.schedule
+    run, s, peaks = found.run, found.schedule, found.peaks
     return [
         {
             "rank": rank, "stages": list(s.held[rank]), "busy": run.busy(rank), "span": run.span(rank),
-            "idle": run.idle(rank) / run.makespan, "idle_in_span": 1 - run.busy(rank) / run.span(rank),
-            "peak": found.peaks[rank],
+            "idle": run.idle(rank) / run.makespan, "idle_in_span": _idle_in_span(run, rank),
+            "peak": peaks[rank],
         }
         for rank in range(s.ranks)
     ]  # fmt: skip
+
+
+def _idle_in_span(run: Run, rank: int) -> float:
+    return 1 - run.busy(rank) / run.span(rank) if run.span(rank) else 0.0
 
 
 def closed_form(found: Study) -> dict[str, Any] | None:
