@@ -32,7 +32,8 @@ def optimum(stages: Sequence[StageSeconds], held: Held, microbatches: int, place
         model.add(start["W", s, m] == start["B", s, m] + seconds[s]["B"]).only_enforce_if(one)
     on = {stage: rank for rank, mine in enumerate(placement) for stage in mine}
     for s in range(len(stages) - 1):
-        there, back = (int(stages[k].send) if on[s] != on[s + 1] else 0 for k in (s, s + 1))
+        pair = ((s, "forward"), (s + 1, "backward"))
+        there, back = (int(stages[k].sending(kind)) if on[s] != on[s + 1] else 0 for k, kind in pair)
         for m in range(microbatches):
             model.add(start["F", s + 1, m] >= start["F", s, m] + seconds[s]["F"] + there)
             late = seconds[s + 1]["W"] * whole[s + 1, m]

@@ -148,9 +148,10 @@ def test_the_passes_of_the_best_pipeline_are_reordered():
     schedule = found.read(4)
     check(schedule)
     assert schedule.splits and schedule.held == known.read(4).held
+    before = (0.0, *(stage.send_seconds for stage in found.stages))
     passes = [
-        StageSeconds(s.forward_seconds, s.backward_seconds - s.weight_seconds, s.weight_seconds, s.send_seconds)
-        for s in found.stages
+        StageSeconds(s.forward_seconds, s.backward_seconds - s.weight_seconds, s.weight_seconds, s.send_seconds, back)
+        for s, back in zip(found.stages, before, strict=False)
     ]
     once = max(sum(found.stages[s].once_seconds for s in held) for held in schedule.held)
     step = simulate(pipeline_tasks(schedule, passes)).makespan + once

@@ -186,5 +186,5 @@ class _Rank:
 
     def sent(self) -> float:
         """When the result of the last pass is on the other rank; transfers follow one another."""
-        self.line = max(self.line, self.free) + self.seconds.send
+        self.line = max(self.line, self.free) + self.seconds.sending(self.order[-1].kind)
         return self.line

@@ -187,7 +187,7 @@ def lower_bound(stages: Sequence[StageSeconds], ranks: int, microbatches: int) -
         work = sum(s.forward + s.backward + s.weight for s in stages)
         return max(there_and_back, microbatches * work / ranks)
     there = [0.0, *accumulate(s.forward + s.send for s in stages[:-1])]
-    back = [0.0, *accumulate(s.backward + after.send for s, after in pairwise(stages))]
+    back = [0.0, *accumulate(s.backward + after.sending("backward") for s, after in pairwise(stages))]
     found = []
     for stage, before, behind in zip(stages, there, back, strict=True):
         both = microbatches * (stage.forward + stage.backward)

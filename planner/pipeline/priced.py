@@ -144,17 +144,20 @@ class Pricing:
         return memory.parts(together)[0] + extra, 1 + (extra / sum(left) if sum(left) else 0.0)
 
     def _stage(self, homes: Sequence[Place], stage: int, runs: Runs, end: int) -> StageSeconds:
-        here, send = homes[stage], 0.0
-        if len(homes) > 1:  # the last stage sends gradients back
-            last = end == len(self.units)
-            there, kind = homes[stage - 1 if last else stage + 1], self.units.kinds[end - sum(runs) - 1 if last else end - 1]
-            most = max(here.each[kind].sent, there.each[kind].sent)
-            send = self._sending(most, min(here.first, there.first), max(here.end, there.end))
-        pairs = list(zip(runs, here.each, strict=True))
+        pairs = list(zip(runs, homes[stage].each, strict=True))
         return StageSeconds(
             sum(n * each.forward for n, each in pairs), sum(n * each.backward for n, each in pairs),
-            sum(n * each.weight for n, each in pairs), send,
+            sum(n * each.weight for n, each in pairs),
+            self._between(homes, stage, end), self._between(homes, stage - 1, end - sum(runs)),
         )  # fmt: skip
+
+    def _between(self, homes: Sequence[Place], stage: int, end: int) -> float:
+        """Seconds of one microbatch's results from a stage, which ends there, to the next; of their gradients back."""
+        if not 0 < end < len(self.units):
+            return 0.0
+        here, there, kind = homes[stage], homes[stage + 1], self.units.kinds[end - 1]
+        most = max(here.each[kind].sent, there.each[kind].sent)
+        return self._sending(most, min(here.first, there.first), max(here.end, there.end))
 
     def _once(self, home: Place, runs: Runs) -> float:
         pairs = zip(runs, home.each, strict=True)

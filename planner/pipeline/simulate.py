@@ -207,7 +207,8 @@ def _overlap(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]])
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """Seconds of one microbatch on one stage; `send` to the next stage or back to the one before.
+    """Seconds of one microbatch on one stage; `send` to the next stage, `back` to the one before (as `send`
+    where it is None).
 
     A backward pass with no weight pass of its own takes `backward + weight`.
     """
@@ -216,6 +217,11 @@ class StageSeconds:
     backward: float
     weight: float = 0.0
     send: float = 0.0
+    back: float | None = None
+
+    def sending(self, kind: str) -> float:
+        """Of the result of one pass to the other stage that needs it."""
+        return self.send if kind == "forward" or self.back is None else self.back
 
     def of(self, schedule: Schedule, step: Step) -> float:
         return getattr(self, step.kind) + (self.weight if schedule.whole(step) else 0.0)
@@ -249,8 +255,8 @@ def pipeline_tasks(
             tasks.append(Task(name, rank, COMPUTE, seconds * (together if len(slot) > 1 else 1.0), after, kind))
             for step in slot:
                 if _sends(schedule, stages, step):
-                    stream = COMPUTE if blocking else "send"
-                    tasks.append(Task(f"send {step}", rank, stream, stages[step.stage].send, (at,), "send"))
+                    stream, took = COMPUTE if blocking else "send", stages[step.stage].sending(step.kind)
+                    tasks.append(Task(f"send {step}", rank, stream, took, (at,), "send"))
     for rank, seconds in (tail or {}).items():
         tasks.append(Task("update", rank, COMPUTE, seconds, (), "update"))
     return tasks
@@ -258,7 +264,7 @@ def pipeline_tasks(
 
 def _sends(schedule: Schedule, stages: Sequence[StageSeconds], step: Step) -> bool:
     """Whether another rank waits for the result of this step."""
-    if stages[step.stage].send == 0 or step.kind == "weight":
+    if stages[step.stage].sending(step.kind) == 0 or step.kind == "weight":
         return False
     to = step._replace(stage=step.stage + (1 if step.kind == "forward" else -1))
     return schedule.rank_of.get(to, schedule.rank_of[step]) != schedule.rank_of[step]

@@ -116,7 +116,7 @@ class _Ranks:
     def _arrival(self, step: Step, rank: int) -> float:
         """When a rank has the result of a step."""
         away = self.schedule.rank_of[step] != rank
-        return self.end.get(step, float("inf")) + (self.stages[step.stage].send if away else 0.0)
+        return self.end.get(step, float("inf")) + (self.stages[step.stage].sending(step.kind) if away else 0.0)
 
     def _ready(self, rank: int, step: Step) -> float:
         return max((self._arrival(need, rank) for need in needs(self.schedule, step)), default=0.0)

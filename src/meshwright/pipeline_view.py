@@ -96,9 +96,11 @@ def _schedule(plan: Plan) -> Schedule:
 def _seconds(plan: Plan) -> list[StageSeconds]:
     """The plan's figures; its backward seconds have those of weights in them."""
     assert plan.pipeline is not None
+    stages = plan.pipeline.stages
+    before = (0.0, *(stage.send_seconds for stage in stages))
     return [
-        StageSeconds(s.forward_seconds, s.backward_seconds - s.weight_seconds, s.weight_seconds, s.send_seconds)
-        for s in plan.pipeline.stages
+        StageSeconds(s.forward_seconds, s.backward_seconds - s.weight_seconds, s.weight_seconds, s.send_seconds, back)
+        for s, back in zip(stages, before, strict=False)
     ]
 
 

@@ -91,7 +91,7 @@ class Study:
     def case(self) -> Case | None:
         """What the closed form is of: equal stages and transfers that take no time."""
         first = self.stages[0]
-        if first.send or any(each != first for each in self.stages):
+        if first.send or first.back or any(each != first for each in self.stages):
             return None
         s, v = self.schedule, self.chunks
         return Case(s.ranks, s.microbatches, v, first.forward * v, first.backward * v, first.weight * v)
