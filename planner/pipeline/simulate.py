@@ -209,13 +209,18 @@ def _overlap(a: Sequence[tuple[float, float]], b: Sequence[tuple[float, float]])
 class StageSeconds:
     """Seconds of one microbatch on one stage; `send` to the next stage or back to the one before.
 
-    A backward pass with no weight pass of its own takes `backward + weight`.
+    A backward pass with no weight pass of its own takes `backward + weight`. `send_back` is the
+    way back where that takes other seconds.
     """
 
     forward: float
     backward: float
     weight: float = 0.0
     send: float = 0.0
+    send_back: float | None = None
+
+    def sending(self, step: Step) -> float:
+        return self.send if step.kind == "forward" or self.send_back is None else self.send_back
 
     def of(self, schedule: Schedule, step: Step) -> float:
         return getattr(self, step.kind) + (self.weight if schedule.whole(step) else 0.0)
@@ -250,7 +255,7 @@ def pipeline_tasks(
             for step in slot:
                 if _sends(schedule, stages, step):
                     stream = COMPUTE if blocking else "send"
-                    tasks.append(Task(f"send {step}", rank, stream, stages[step.stage].send, (at,), "send"))
+                    tasks.append(Task(f"send {step}", rank, stream, stages[step.stage].sending(step), (at,), "send"))
     for rank, seconds in (tail or {}).items():
         tasks.append(Task("update", rank, COMPUTE, seconds, (), "update"))
     return tasks
@@ -258,7 +263,7 @@ def pipeline_tasks(
 
 def _sends(schedule: Schedule, stages: Sequence[StageSeconds], step: Step) -> bool:
     """Whether another rank waits for the result of this step."""
-    if stages[step.stage].send == 0 or step.kind == "weight":
+    if step.kind == "weight" or stages[step.stage].sending(step) == 0:
         return False
     to = step._replace(stage=step.stage + (1 if step.kind == "forward" else -1))
     return schedule.rank_of.get(to, schedule.rank_of[step]) != schedule.rank_of[step]

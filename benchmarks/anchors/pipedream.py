@@ -1,0 +1,171 @@
+"""PipeDream's optimizer: stages replicated on machines within machines, the slowest stage as fast as can be.
+
+Source: Narayanan et al., PipeDream, SOSP 2019, section 3.1, as its published optimizer does it: a stage
+on m replicas takes (compute + synchronization) / m; where it does not begin the pipeline of its level,
+also no less than its activations take to arrive and to leave. Seconds of an inner level's pipeline are
+the compute of a stage one level up. Activations count, as in the anchor's published run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from meshwright.planner.pipeline.partition import Cuts, least_slowest
+
+from .neutral import Stage, step_seconds
+
+MICROBATCHES = 256  # of the simulated run
+
+
+@dataclass(frozen=True)
+class Part:
+    """Units first to last - 1 on so many replicas, each a pipeline of the parts inside (or one machine)."""
+
+    first: int
+    last: int
+    replicas: int
+    inside: tuple[Part, ...] = ()
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A stage with no parts inside: its replicas per level, innermost first, and the level of the cut behind it."""
+
+    part: Part
+    replicas: tuple[int, ...]
+    cut: int
+
+
+class Graph:
+    """Units in an order that respects the graph: sums up to each position, and what crosses it.
+
+    before[a, b]: whether a stage can lie between two positions.
+    """
+
+    def __init__(self, file: dict[str, Any]) -> None:
+        states = file["antichain_states"]
+        self.compute = np.array([0.0, *(s["cum_compute_ms"] * 1e-3 for s in states)])
+        self.weights = np.array([0.0, *(s["cum_param"] for s in states)])
+        self.crossing = np.array([0.0, *(s["out_act"] for s in states)])
+        self.crossing[-1] = 0.0
+        self.before = np.zeros((len(states) + 1,) * 2, bool)
+        for b, state in enumerate(states, 1):
+            self.before[[0, *(p + 1 for p in state["preds"])], b] = True
+        forward = sum(node["fwd_ms"] for node in file["nodes"])
+        self.forward = forward / (forward + sum(node["bwd_ms"] for node in file["nodes"]))
+
+    @property
+    def end(self) -> int:
+        return len(self.compute) - 1
+
+
+class Throughput:
+    """Seconds of the slowest stage. Per level, innermost first: machines, bytes/s between them.
+
+    straight: no stage is replicated.
+    """
+
+    def __init__(self, graph: Graph, machines: Sequence[int], bandwidths: Sequence[float], straight: bool) -> None:
+        self.graph, self.machines, self.bandwidths, self.straight = graph, machines, bandwidths, straight
+        self.within = [1, *machines]
+
+    def synchronization(self, level: int, weights: Any, replicas: int) -> Any:
+        return 4 * (replicas - 1) * weights / (self.bandwidths[level] * replicas)
+
+    def stage(self, level: int, a: Any, b: Any, replicas: int, compute: Any, begins: bool) -> Any:
+        """Seconds of a stage (or of arrays of stages) whose replica computes that long."""
+        sync = self.synchronization(level, self.graph.weights[b] - self.graph.weights[a], replicas)
+        if begins:
+            return (compute + sync / self.within[level]) / replicas
+        crossing = np.maximum(self.graph.crossing[a], self.graph.crossing[b])
+        return np.maximum((compute + sync) / replicas, 2 * crossing / (self.bandwidths[level] * replicas))
+
+    def of(self, parts: Sequence[Part], level: int | None = None) -> float:
+        """Of a whole plan, or of the parts inside one of its parts."""
+        level = len(self.machines) - 1 if level is None else level
+        return max(
+            float(self.stage(level, p.first, p.last, p.replicas, self._computing(p, level), i == 0))
+            for i, p in enumerate(parts)
+        )
+
+    def _computing(self, part: Part, level: int) -> float:
+        if level:
+            return self.of(part.inside, level - 1)
+        return float(self.graph.compute[part.last] - self.graph.compute[part.first])
+
+    # ------------------------------------------------------------ search
+
+    def best(self) -> tuple[Part, ...]:
+        """The plan with the fastest slowest stage, on all machines."""
+        end, cuts = self.graph.end, self.solve()
+        return self._parts(cuts, len(cuts) - 1, 0, end)
+
+    def solve(self) -> list[list[Cuts]]:
+        """Per level, the best pipelines from each position (at the outermost level from the first)."""
+        compute = self.graph.compute[None, :] - self.graph.compute[:, None]
+        solved = []
+        for level, machines in enumerate(self.machines):
+            outermost = level == len(self.machines) - 1
+            first, later = self._tables(level, compute)
+            starts = range(1 if outermost else self.graph.end)
+            solved.append([least_slowest(start, first, later) for start in starts])
+            if not outermost:
+                compute = np.stack([*(c.seconds[:, machines] for c in solved[-1]), np.full(self.graph.end + 1, np.inf)])
+        return solved
+
+    def _tables(self, level: int, compute: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        positions = np.arange(self.graph.end + 1)
+        a, b = positions[:, None], positions[None, :]
+        possible = np.where(self.graph.before, compute, np.inf)
+        shape = (self.machines[level] + 1, *possible.shape)
+        first, later = np.full(shape, np.inf), np.full(shape, np.inf)
+        for m in range(1, 2 if self.straight else self.machines[level] + 1):
+            first[m] = self.stage(level, a, b, m, possible, True)
+            later[m] = self.stage(level, a, b, m, possible, False)
+        return first.transpose(1, 2, 0), later
+
+    def _parts(self, solved: list[list[Cuts]], level: int, start: int, end: int) -> tuple[Part, ...]:
+        return tuple(
+            Part(a, b, m, self._parts(solved, level - 1, a, b) if level else ())
+            for a, b, m in solved[level][start].pieces(end, self.machines[level])
+        )
+
+    # ------------------------------------------------------------ simulated
+
+    def simulated(self, parts: Sequence[Part]) -> float:
+        """Seconds per minibatch of a simulated run; replicas synchronize after each of their minibatches."""
+        graph, stages = self.graph, []
+        leaves = list(self.leaves(parts, len(self.machines) - 1, ()))
+        for leaf in leaves:
+            part = leaf.part
+            compute = float(graph.compute[part.last] - graph.compute[part.first])
+            weights = float(graph.weights[part.last] - graph.weights[part.first])
+            sync = sum(self.synchronization(i, weights, r) / self.within[i] for i, r in enumerate(leaf.replicas))
+            send = float(graph.crossing[part.last]) / self.bandwidths[leaf.cut]
+            forward = compute * graph.forward
+            stages.append(Stage(forward, compute - forward + sync, send, int(np.prod(leaf.replicas))))
+        return step_seconds(stages, MICROBATCHES) / MICROBATCHES
+
+    def leaves(self, parts: Sequence[Part], level: int, outer: tuple[int, ...], cut: int = 0) -> Any:
+        for part, following in pairwise([*parts, None]):
+            own = (part.replicas, *outer)
+            behind = level if following else cut
+            if level:
+                yield from self.leaves(part.inside, level - 1, own, behind)
+            else:
+                yield Leaf(part, own, behind)
+
+
+def read_plan(stages: Sequence[dict[str, Any]], level: int) -> tuple[Part, ...]:
+    """A published plan; parts of an inner level lie inside those of the next."""
+    mine = [s for s in stages if s["level"] == level]
+    parts = []
+    for s in mine:
+        inside = [t for t in stages if t["level"] < level and s["start"] <= t["start"] and t["end"] <= s["end"]]
+        parts.append(Part(s["start"], s["end"], s["replication"], read_plan(inside, level - 1) if level > 1 else ()))
+    return tuple(parts)
