@@ -8,5 +8,6 @@ from .zero_bubble import interleaved_zero_bubble, zb_h1, zb_h2
 
 __all__ = [
     "SCHEDULES", "chimera", "dualpipe", "dualpipe_v", "entry", "gpipe", "interleaved", "interleaved_zero_bubble",
-    "looped_bfs", "one_f_one_b", "round_robin", "schedule_named", "schedule_of", "v_half", "v_min", "zb_h1", "zb_h2", "zbv",
+    "looped_bfs", "one_f_one_b", "round_robin", "schedule_named", "schedule_of", "v_half", "v_min", "zb_h1", "zb_h2",
+    "zbv",
 ]  # fmt: skip
