@@ -7,6 +7,7 @@ Positions of a graph that is no chain are sets of units closed under "comes befo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,3 +64,64 @@ def least_slowest(start: int, first: np.ndarray, later: np.ndarray) -> Cuts:
             seconds[better, total] = found[better - start]
             at[better, total], devices[better, total] = best[better - start] + start, own
     return Cuts(start, seconds, at, devices)
+
+
+def least_step(tables: Sequence[np.ndarray], devices: int, microbatches: int) -> tuple[float, tuple[Piece, ...]] | None:
+    """The pipeline of all units on exactly so many devices with the least
+
+        sum of all stages' seconds  +  (microbatches - 1) * seconds of the slowest stage
+
+    and those seconds; None where there is none.
+
+    Args:
+        tables: `tables[k]`, of shape `[d, a, b]`, is of stages with k stages behind them; as many stages
+            as tables at most.
+
+    The limit on the slowest stage falls from one best plan to the next, and stops where it allows none
+    (Zheng et al., Alpa, OSDI 2022, section 5.2, from the other side).
+    """
+    best: tuple[float, tuple[Piece, ...]] | None = None
+    limit = np.inf
+    while (pieces := _least_sum(tables, devices, limit)) is not None:
+        behind = range(len(pieces))[::-1]
+        each = [float(tables[k][p.devices, p.first, p.last]) for k, p in zip(behind, pieces, strict=True)]
+        step = sum(each) + (microbatches - 1) * max(each)
+        if best is None or step < best[0]:
+            best = step, pieces
+        limit = np.nextafter(max(each), 0)
+    return best
+
+
+def _least_sum(tables: Sequence[np.ndarray], devices: int, limit: float) -> tuple[Piece, ...] | None:
+    """The pipeline with the least sum of seconds and no stage slower than the limit."""
+    units = tables[0].shape[1] - 1
+    rows = np.arange(units + 1)
+    behind = np.full((devices + 1, units + 1), np.inf)
+    behind[0, units] = 0.0
+    taken: list[tuple[np.ndarray, np.ndarray]] = []
+    best, stages = np.inf, 0
+    for table in tables:
+        allowed = np.where(table <= limit, table, np.inf)
+        total = np.full_like(behind, np.inf)
+        to, own = np.zeros(behind.shape, int), np.zeros(behind.shape, int)
+        for used in range(1, devices + 1):
+            for d in range(1, used + 1):
+                if np.isinf(behind[used - d]).all():
+                    continue
+                whole = allowed[d] + behind[used - d]
+                end = whole.argmin(axis=1)
+                found = whole[rows, end]
+                better = found < total[used]
+                total[used, better], to[used, better], own[used, better] = found[better], end[better], d
+        behind = total
+        taken.append((to, own))
+        if behind[devices, 0] < best:
+            best, stages = behind[devices, 0], len(taken)
+    if not stages:
+        return None
+    pieces, at = [], 0
+    for to, own in reversed(taken[:stages]):
+        piece = Piece(at, int(to[devices, at]), int(own[devices, at]))
+        pieces.append(piece)
+        at, devices = piece.last, devices - piece.devices
+    return tuple(pieces)
