@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterator
+from functools import cache, cached_property
+from math import inf
+from typing import Any
 
 import numpy as np
 
 from .aceso_profile import STATES, Recorded, Split, Stage
-from .recompute import Choice, Recompute, choices
+from .recompute import Choice, Recompute, cheapest, choices
 
 CAPS = 6  # limits tried on the largest recomputed run
 
@@ -26,34 +28,57 @@ class Way:
         self.inputs = np.array([*p.input, 0.0])
         self.reserved = [_Largest(p.reserved_forward), _Largest(p.reserved_backward)]
 
-    def seconds(self, a: np.ndarray, b: np.ndarray, behind: int, memory: float, slowest: float) -> np.ndarray:
-        """Of stages [a, b) with k stages behind; inf where one does not fit or is slower than `slowest`."""
-        found = self.work[b] - self.work[a] + self.arriving[a] + self.leaving[b]
-        found[found > slowest] = np.inf
-        over = self._over(a, b, behind, memory)
-        large = np.flatnonzero((over > 0) & np.isfinite(found))
+    def plain(self, a: Any, b: Any) -> Any:
+        """Seconds of stages [a, b) with nothing recomputed."""
+        return self.work[b] - self.work[a] + self.arriving[a] + self.leaving[b]
+
+    def seconds(self, a: np.ndarray, b: np.ndarray, behind: int, memory: float) -> np.ndarray:
+        """Of stages with k stages behind, whole layers recomputed alone; inf where one does not fit."""
+        found, over = self.plain(a, b), self._over(a, b, behind, memory)
+        large = np.flatnonzero(over > 0)
         if len(large):
             more = [self._more(r, over[large], a[large], b[large], behind) for r in self._recomputes]
             found[large] += np.min(more, axis=0)
         return found
 
-    def stage(self, first: int, last: int, behind: int, memory: float) -> Stage:
-        """One stage, with what its best plan recomputes."""
-        splits = self.splits[first:last]
+    def stage(self, first: int, last: int, behind: int, memory: float) -> tuple[float, Stage | None]:
+        """Seconds of one stage, and the stage with what it recomputes; parts of layers at its ends count too."""
         a, b = np.array([first]), np.array([last])
-        over = self._over(a, b, behind, memory)
-        if over[0] <= 0:
-            return Stage(first, last, splits, frozenset())
-        best = min(self._recomputes, key=lambda r: float(self._more(r, over, a, b, behind)[0]))
-        inside = [[layer for layer in layers if first <= layer.start and layer.stop <= last] for layers in self._kinds]
-        picked = best.picked(float(over[0] + best.largest) / (behind + 1), [len(layers) for layers in inside])
-        recomputed = frozenset(
-            layer.start + i
-            for layers, own in zip(inside, picked, strict=True)
-            for layer, choice in zip(layers, own, strict=True)
-            for i in choice.operators
-        )
-        return Stage(first, last, splits, recomputed)
+        plain = float(self.plain(first, last))
+        splits, over = self.splits[first:last], float(self._over(a, b, behind, memory)[0])
+        if over <= 0:
+            return plain, Stage(first, last, splits, frozenset())
+        found: tuple[float, Stage | None] = (inf, None)
+        parts = self._parts(first, last)
+        for cap in self._caps:
+            kinds = [(self._front(kind, own.start, own.stop, cap), len(at)) for (kind, own), at in parts.items()]
+            more, picked = cheapest(kinds, (over + cap) / (behind + 1))
+            if plain + more < found[0]:
+                again = (
+                    start + i
+                    for at, layers in zip(parts.values(), picked, strict=True)
+                    for start, choice in zip(at, layers, strict=True)
+                    for i in choice.operators
+                )
+                found = plain + more, Stage(first, last, splits, frozenset(again))
+        return found
+
+    def _parts(self, first: int, last: int) -> dict[tuple[int, range], list[int]]:
+        """What a stage holds of layers: kind and which of their operators; where those layers begin."""
+        found: dict[tuple[int, range], list[int]] = {}
+        for kind, layers in enumerate(self._kinds):
+            for layer in layers:
+                own = range(max(first, layer.start) - layer.start, min(last, layer.stop) - layer.start)
+                if own:
+                    found.setdefault((kind, own), []).append(layer.start)
+        return found
+
+    @cache  # noqa: B019
+    def _front(self, kind: int, begin: int, end: int, cap: float) -> list[Choice]:
+        layer = self._kinds[kind][0].start
+        own = slice(layer + begin, layer + end)
+        moved = choices(self.profile.forward[own], self.profile.activations[own], cap)
+        return [Choice(c.freed, c.seconds, frozenset(i + begin for i in c.operators)) for c in moved]
 
     def _over(self, a: np.ndarray, b: np.ndarray, behind: int, memory: float) -> np.ndarray:
         """MB over the limit with nothing recomputed."""
@@ -88,13 +113,25 @@ class Way:
         ]
 
     @cached_property
+    def _caps(self) -> list[float]:
+        """Limits on the largest recomputed run, from the least to the most that any good choice has."""
+        runs = sorted({
+            run
+            for seconds, freed in self._layers
+            for choice in choices(seconds, freed, inf)
+            for run in _runs(choice, freed)
+        })  # fmt: skip
+        return sorted({runs[round(x)] for x in np.linspace(0, len(runs) - 1, CAPS)})
+
+    @cached_property
     def _recomputes(self) -> list[Recompute]:
-        kinds = []
-        for layers in self._kinds:
-            own = slice(layers[0].start, layers[0].stop)
-            kinds.append((self.profile.forward[own], self.profile.activations[own]))
-        runs = sorted({run for s, f in kinds for choice in choices(s, f, np.inf) for run in _runs(choice, f)})
-        return [Recompute(kinds, cap) for cap in sorted({runs[i] for i in _spread(len(runs), CAPS)})]
+        return [Recompute(self._layers, cap) for cap in self._caps]
+
+    @property
+    def _layers(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Forward seconds and MB of each kind of layer's operators."""
+        spans = [slice(layers[0].start, layers[0].stop) for layers in self._kinds]
+        return [(self.profile.forward[own], self.profile.activations[own]) for own in spans]
 
 
 class _Largest:
@@ -118,11 +155,6 @@ class _Largest:
 
 def _sums(values: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(values)])
-
-
-def _spread(count: int, most: int) -> Sequence[int]:
-    """So many numbers below `count`, evenly."""
-    return [round(x) for x in np.linspace(0, count - 1, min(count, most))]
 
 
 def _runs(choice: Choice, freed: np.ndarray) -> Iterator[float]:

@@ -1,4 +1,4 @@
-"""What to recompute so that a stage fits: runs of operators within layers, cheapest per byte first, for many stages at once.
+"""What to recompute so that a stage fits: runs of operators within layers, cheapest per byte first.
 
 A run of recomputed operators frees the activations of all but its last, and needs them again, one run at a
 time. For a limit on the largest run, each layer has choices (MB freed, seconds more); along their convex
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -106,16 +107,22 @@ class Recompute:
         seconds = np.array([c.seconds for c in front])
         return freed[at] - upgrade.before.freed, seconds[at] - upgrade.before.seconds
 
-    def picked(self, needed: float, counts: list[int]) -> list[list[Choice]]:
-        """The choices behind `seconds` for one stage: per kind, one for each layer."""
-        picked = [[front[0]] * count for front, count in zip(self.fronts, counts, strict=True)]
-        for upgrade in self.upgrades:
-            layers = picked[upgrade.kind]
-            for i, choice in enumerate(layers):
-                if needed <= 0 or choice is not upgrade.before:
-                    continue
-                layers[i] = upgrade.after
-                if needed < upgrade.after.freed - upgrade.before.freed:
-                    layers[i] = next(c for c in self.fronts[upgrade.kind] if c.freed >= choice.freed + needed - 1e-9)
-                needed -= layers[i].freed - choice.freed
-        return picked
+
+def cheapest(parts: list[tuple[list[Choice], int]], needed: float) -> tuple[float, list[list[Choice]]]:
+    """Free so many MB in one stage: seconds, and for each kind of layer (its choices, how many) what each layer does.
+
+    As `Recompute.seconds` goes about it; inf seconds where all together do not free enough.
+    """
+    picked = [[front[0]] * count for front, count in parts]
+    steps = [(kind, pair) for kind, (front, _) in enumerate(parts) for pair in pairwise(hull(front))]
+    for kind, (before, after) in sorted(steps, key=lambda step: _slope(*step[1])):
+        layers = picked[kind]
+        for i, choice in enumerate(layers):
+            if needed <= 0 or choice is not before:
+                continue
+            layers[i] = after
+            if needed < after.freed - before.freed:
+                layers[i] = next(c for c in parts[kind][0] if c.freed >= before.freed + needed - 1e-9)
+            needed -= layers[i].freed - before.freed
+    total = sum(choice.seconds for layers in picked for choice in layers)
+    return (total if needed <= 1e-9 else inf), picked
