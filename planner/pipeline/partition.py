@@ -7,11 +7,13 @@ Positions of a graph that is no chain are sets of units closed under "comes befo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+
+Plan = TypeVar("Plan")
 
 
 class Piece(NamedTuple):
@@ -125,3 +127,26 @@ def _least_sum(tables: Sequence[np.ndarray], devices: int, limit: float) -> tupl
         pieces.append(piece)
         at, devices = piece.last, devices - piece.devices
     return tuple(pieces)
+
+
+def halved(
+    within: Callable[[float], Plan | None], slowest: Callable[[Plan], float], low: float, high: float, gap: float = 1e-9
+) -> Plan | None:
+    """The plan whose slowest stage is fastest, to a relative gap, by halving what a stage may take.
+
+    Args:
+        within: a plan with no stage slower than that, or None where there is none.
+        low, high: no plan is faster than low; high is tried first.
+    """
+    if (best := within(high)) is None:
+        return None
+    high = slowest(best)
+    while low < high * (1 - gap):
+        # once near, only a little below: mostly the last plan is the best
+        middle = high * (1 - gap) if high < low * (1 + 1e-3) else (low + high) / 2
+        found = within(middle)
+        if found is None:
+            low = middle
+        else:
+            best, high = found, min(middle, slowest(found))
+    return best
