@@ -99,6 +99,38 @@ class Throughput:
         alike = 4 * (stage.data - 1) * weights / stage.data / self.batch
         return (crossing / stage.data + alike) / BANDWIDTH + sum(u.seconds for u in units) / stage.data
 
+    def simulated(self, stages: Sequence[Stage]) -> float:
+        """Seconds per sample of a simulated step; replicas take samples by turns and agree once, at the end."""
+        found = []
+        for i, stage in enumerate(stages):
+            pairs = [(self.graph.ways[v][stage.tensor], stage.recomputed >> v & 1) for v in members(stage.units)]
+            later = sum(s.units for s in stages[i + 1 :])
+            plain = sum(pair[0].seconds for pair, _ in pairs)
+            again = sum(pair[1].seconds - pair[0].seconds for pair, twice in pairs if twice)
+            send = sum(x for pair, _ in pairs for w, x in pair[0].crossing.items() if later >> w & 1) / BANDWIDTH
+            alike = 4 * (stage.data - 1) * sum(pair[0].weights for pair, _ in pairs) / stage.data / BANDWIDTH
+            found.append(neutral.Stage(plain / 3, plain * 2 / 3 + again, send, stage.data, alike))
+        return neutral.step_seconds(found, self.batch) / self.batch
+
+    def read(self, plan: Sequence[dict[str, int]]) -> tuple[Stage, ...]:
+        """A published plan. It tells how many units each stage has; of the sets of so many, the fastest are meant."""
+        reached: dict[int, tuple[float, tuple[Stage, ...]]] = {self.graph.left[-1]: (0.0, ())}
+        for i, row in enumerate(plan):
+            held = ceil(sum(r["dp"] for r in plan[i:]) / row["dp"])
+            found: dict[int, tuple[float, tuple[Stage, ...]]] = {}
+            for left, (slowest, before) in reached.items():
+                for rest in self.graph.left:
+                    units = left ^ rest
+                    if rest & left != rest or units.bit_count() != row["layers"]:
+                        continue
+                    piece = _Piece(self, units, row["tp"], members(units))
+                    stage = Stage(units, row["tp"], row["dp"], piece.fitted(held, prune=False)[1])
+                    most = max(slowest, self._priced(stage, held))
+                    if rest not in found or most < found[rest][0]:
+                        found[rest] = most, (*before, stage)
+            reached = found
+        return reached[0][1]
+
     # ------------------------------------------------------------ search
 
     def best(self) -> tuple[Stage, ...] | None:
@@ -199,19 +231,16 @@ class _Piece:
         self.a, self.b = sum(u.a for u in plain), sum(u.b for u in plain)
         crossing = 2 * sum(x for u in plain for w, x in u.crossing.items() if not units >> w & 1)
         self.fastest = sum(u.seconds for u in plain) + crossing / BANDWIDTH
-        self.known: dict[int, tuple[float, int]] = {}
 
     def seconds(self, data: int) -> float:
         return self.fastest / data + 4 * (data - 1) * self.weights / data / self.batch / BANDWIDTH
 
-    def fitted(self, held: int) -> tuple[float, int]:
-        """Seconds per sample to recompute what lets so many samples fit, and which units; inf where nothing does."""
-        if held not in self.known:
-            self.known[held] = self._fitted(held)
-        return self.known[held]
+    @cache  # noqa: B019
+    def fitted(self, held: int, prune: bool = True) -> tuple[float, int]:
+        """Seconds per sample to recompute what lets so many samples fit, and which units; inf where nothing does.
 
-    def _fitted(self, held: int) -> tuple[float, int]:
-        """The cheapest per byte first, then without those that the later ones made needless."""
+        The cheapest per byte first, as the anchor does it; prune: then without those that later ones made needless.
+        """
         over = self.a * held + self.b - self.memory
         if over <= 0:
             return 0.0, 0
@@ -226,7 +255,7 @@ class _Piece:
             over -= saved[i]
             if over <= 0:
                 break
-        for i in sorted(picked, key=lambda i: -more[i]):
+        for i in sorted(picked, key=lambda i: -more[i]) if prune else []:
             if over + saved[i] <= 0:
                 picked.remove(i)
                 over += saved[i]
