@@ -13,9 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 
+from meshwright.planner.pipeline.partition import halved
+
 from . import neutral
+
+NEAR = 1e-9  # a limit falls by more than this part
+STEP = 0.98  # and to this part at most
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,10 @@ class Latency:
 
     Args:
         machines: for each, one past its last device.
-        both_ways: cuts count twice among the slowest stage (the planner does so unless it only cuts once).
     """
 
     def __init__(
-        self, file: dict[str, Any], batch: int, microbatch: int, machines: Sequence[int], network: Network, both_ways: bool
+        self, file: dict[str, Any], batch: int, microbatch: int, machines: Sequence[int], network: Network
     ) -> None:
         scale = batch / file["profile_batch"]
         layers = file["layers"]
@@ -52,7 +57,6 @@ class Latency:
         self.weights = np.concatenate([[0.0], np.cumsum([layer["param"] for layer in layers])])
         self.leaving = np.array([0.0, *(layer["out_activation"] for layer in layers)]) * scale
         self.batch, self.microbatch, self.machines, self.network = batch, microbatch, machines, network
-        self.both_ways = both_ways
 
     @property
     def units(self) -> int:
@@ -67,16 +71,24 @@ class Latency:
 
     def of(self, plan: Plan) -> float:
         """By the formula."""
-        many = self.microbatches(plan.pipelines)
-        cuts = self._cuts(plan)
-        ways = 2 if self.both_ways else 1
-        slowest = max(
-            *((self.work[b] - self.work[a]) / n / plan.pipelines for a, b, n in plan.stages),
-            *(ways * cut for cut in cuts), 0.0,
-        ) / many  # fmt: skip
-        through = (self.work[-1] + sum(cuts)) / plan.pipelines / many
-        exposed = max(0.0, *(reduce - i * slowest for i, reduce in enumerate(self._reduces(plan))))
-        return slowest * (many - 1) + through + exposed
+        many, slowest = self.microbatches(plan.pipelines), self.slowest(plan)
+        through = (self.work[-1] + sum(self._cuts(plan))) / plan.pipelines / many
+        return slowest * (many - 1) + through + self.exposed(plan, slowest)
+
+    def exposed(self, plan: Plan, slowest: float) -> float:
+        """Seconds of all-reduces that no stage's last microbatches hide, if the slowest stage takes so long."""
+        return max(0.0, *(reduce - i * slowest for i, reduce in enumerate(self._reduces(plan))))
+
+    def slowest(self, plan: Plan) -> float:
+        """Seconds of the slowest stage or cut per microbatch.
+
+        Cuts count both ways, except in one pipeline of two stages on all devices, which the planner
+        searches for by itself.
+        """
+        halves = plan.pipelines == 1 and [n for _, _, n in plan.stages[:-1]] == [self.devices - plan.stages[-1][2]]
+        stages = [float(self.work[b] - self.work[a]) / n / plan.pipelines for a, b, n in plan.stages]
+        cuts = [cut * (1 if halves else 2) for cut in self._cuts(plan)]
+        return max(stages + cuts) / self.microbatches(plan.pipelines)
 
     def _spans(self, plan: Plan) -> list[tuple[int, int]]:
         """The devices of each stage in all pipelines."""
@@ -123,6 +135,126 @@ class Latency:
             both = float(self.work[b] - self.work[a]) / n / plan.pipelines / many
             stages.append(neutral.Stage(both / 2, both / 2, cut / plan.pipelines / many, last=reduce))
         return neutral.step_seconds(stages, many)
+
+
+    # ------------------------------------------------------------ search
+
+    def best(self) -> Plan:
+        """The plan with the least seconds of all whose stages lie on consecutive devices."""
+        best = Plan(1, ((0, self.units, self.devices),))
+        for pipelines in range(1, self.devices + 1):
+            if self.microbatches(pipelines):
+                searches = [_Search(self, pipelines, self.units, 2)]
+                if pipelines == 1:
+                    searches.append(_Search(self, 1, 2, 1))
+                for search in searches:
+                    best = search.better(best)
+        return best
+
+
+class _Search:
+    """Plans of so many pipelines side by side, by dynamic programs under falling limits.
+
+    ways: how often a cut counts against the slowest stage.
+    """
+
+    def __init__(self, objective: Latency, pipelines: int, stages: int, ways: int) -> None:
+        self.objective, self.pipelines = objective, pipelines
+        self.devices = objective.devices // pipelines
+        self.most, self.ways = min(stages, self.devices, objective.units), ways
+        counts = range(self.devices + 1)
+        self.crossing = np.full((self.devices + 1,) * 3, np.inf)
+        self.reducing = np.full((self.devices + 1,) * 2, np.inf)
+        for g in counts:
+            for n in range(1, self.devices - g + 1):
+                span = (g * pipelines, (g + n) * pipelines)
+                self.reducing[g, n] = objective.reducing(span)
+                for before in range(1, g + 1):
+                    self.crossing[g, before, n] = objective.crossing(((g - before) * pipelines, span[0]), span)
+
+    def better(self, best: Plan) -> Plan:
+        """A plan better than one that is known, or that one.
+
+        For a limit on the slowest stage, the cuts cost least; then all-reduces may show less and less.
+        """
+        objective, many = self.objective, self.objective.microbatches(self.pipelines)
+        through = objective.work[-1] / self.pipelines / many
+        low = through / self.devices
+        if low * (many - 1) + through >= objective.of(best):
+            return best
+        fastest = halved(lambda limit: self._within(limit, np.inf), objective.slowest, low, 2 * through, 1e-4)
+        if fastest is None:
+            return best
+        best, limit = min(best, fastest, key=objective.of), np.inf
+        while True:
+            limit = min(limit, (objective.of(best) - through) / max(many - 1, 1) * (1 - 1e-12))
+            found = self._within(limit, np.inf)
+            if found is None:
+                return best
+            next_limit = max(objective.slowest(found), limit * STEP) * (1 - NEAR)
+            while found is not None:
+                best = min(best, found, key=objective.of)
+                exposed = objective.exposed(found, limit)
+                found = self._within(limit, exposed * (1 - NEAR)) if exposed > 0 else None
+            limit = next_limit
+
+    def _within(self, slowest: float, exposed: float) -> Plan | None:
+        """The plan with the least cuts whose stages and cuts take no longer, and whose all-reduces show no more."""
+        o, many = self.objective, self.objective.microbatches(self.pipelines)
+        share = 1 / self.pipelines / many
+        at, before, ends = _least_cuts(
+            o.work * share, o.leaving * share, o.weights, self.crossing, self.reducing,
+            self.most, self.ways * self.pipelines, slowest, exposed,
+        )  # fmt: skip
+        if ends[0] < 0:
+            return None
+        (k, used, n), end, stages = ends, o.units, []
+        for stage in range(k, -1, -1):
+            first, own = int(at[stage, end, used, n]), int(n)
+            n = before[stage, end, used, own]
+            stages.append((first, end, own))
+            end, used = first, used - own
+        return Plan(self.pipelines, tuple(reversed(stages)))
+
+
+@numba.njit(cache=True)
+def _least_cuts(work, leaving, weights, crossing, reducing, most, ways, slowest, exposed):
+    """Where each stage begins, and the devices of the stage before it, by [stage, end, devices used, own devices]."""
+    units, devices = len(work) - 1, len(reducing) - 1
+    shape = (most, units + 1, devices + 1, devices + 1)
+    cuts = np.full(shape, np.inf)
+    at, before = np.zeros(shape, np.int16), np.zeros(shape, np.int16)
+    for k in range(most):
+        hidden = exposed + k * slowest
+        for a in range(units):
+            if (k == 0) != (a == 0):
+                continue
+            for used in range(devices):
+                for n in range(1, devices - used + 1):
+                    least, from_ = np.inf, 0
+                    if k == 0 and used == 0:
+                        least = 0.0
+                    elif k > 0:
+                        for own in range(1, used + 1):
+                            cut = crossing[used, own, n] * leaving[a]
+                            if ways * cut <= slowest and cuts[k - 1, a, used, own] + cut < least:
+                                least, from_ = cuts[k - 1, a, used, own] + cut, own
+                    if least == np.inf:
+                        continue
+                    for b in range(a + 1, units + 1):
+                        reduce = reducing[used, n] * (weights[min(b + 1, units)] - weights[a])
+                        if (work[b] - work[a]) / n > slowest or reduce > hidden:
+                            break
+                        if least < cuts[k, b, used + n, n]:
+                            cuts[k, b, used + n, n] = least
+                            at[k, b, used + n, n], before[k, b, used + n, n] = a, from_
+    best, ends = np.inf, (-1, 0, 0)
+    for k in range(most):
+        for used in range(devices + 1):
+            for n in range(1, devices + 1):
+                if cuts[k, units, used, n] < best:
+                    best, ends = cuts[k, units, used, n], (k, used, n)
+    return at, before, ends
 
 
 def read_plan(row: dict[str, Any], units: int) -> Plan:
