@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.planner.pipeline.partition import Cuts, least_slowest
+from meshwright.planner.pipeline.partition import Cuts, best_cuts
 
 from .neutral import Stage, step_seconds
 
@@ -113,9 +113,9 @@ class Throughput:
             outermost = level == len(self.machines) - 1
             first, later = self._tables(level, compute)
             starts = range(1 if outermost else self.graph.end)
-            solved.append([least_slowest(start, first, later) for start in starts])
+            solved.append([best_cuts(start, first, later) for start in starts])
             if not outermost:
-                compute = np.stack([*(c.seconds[:, machines] for c in solved[-1]), np.full(self.graph.end + 1, np.inf)])
+                compute = np.stack([*(c.seconds[machines] for c in solved[-1]), np.full(self.graph.end + 1, np.inf)])
         return solved
 
     def _tables(self, level: int, compute: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +127,7 @@ class Throughput:
         for m in range(1, 2 if self.straight else self.machines[level] + 1):
             first[m] = self.stage(level, a, b, m, possible, True)
             later[m] = self.stage(level, a, b, m, possible, False)
-        return first.transpose(1, 2, 0), later
+        return first, later
 
     def _parts(self, solved: list[list[Cuts]], level: int, start: int, end: int) -> tuple[Part, ...]:
         return tuple(

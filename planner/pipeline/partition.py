@@ -1,6 +1,6 @@
 """Cut a chain of units into pipeline stages on groups of devices: exact, by dynamic programs over tables.
 
-A table holds seconds: `[a, b, d]` is a stage of units a to b - 1 on d devices, inf where there is none.
+A table holds seconds: `[d, a, b]` is a stage of units a to b - 1 on d devices, inf where there is none.
 Positions of a graph that is no chain are sets of units closed under "comes before" (ideals, see
 `ideals.py`) in any order that puts subsets first.
 """
@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Cuts:
-    """The best pipelines from one position: `seconds[b, d]` covers the units before b with exactly d devices.
+    """The best pipelines from one position: `seconds[d, b]` covers the units before b with exactly d devices.
 
     at, devices: where the last stage of the best pipeline begins, and how many devices it has.
     """
@@ -40,31 +40,31 @@ class Cuts:
         """The stages of the best pipeline to `end`, in order."""
         found: list[Piece] = []
         while end > self.start:
-            piece = Piece(int(self.at[end, devices]), end, int(self.devices[end, devices]))
+            piece = Piece(int(self.at[devices, end]), end, int(self.devices[devices, end]))
             found.append(piece)
             end, devices = piece.first, devices - piece.devices
         return tuple(reversed(found))
 
 
-def least_slowest(start: int, first: np.ndarray, later: np.ndarray) -> Cuts:
-    """Pipelines from `start` whose slowest stage is fastest.
+def best_cuts(start: int, first: np.ndarray, later: np.ndarray, join: np.ufunc = np.maximum) -> Cuts:
+    """The best pipelines from `start`: with the fastest slowest stage, or the least sum (join: `np.add`).
 
     Args:
         first: the table of stages that begin the pipeline.
-        later: the table of all other stages, with the devices as first dim: `[d, a, b]`.
+        later: the table of all other stages.
     """
-    ends, most = first.shape[1], first.shape[2]
-    seconds = first[start].copy()
-    at, devices = np.full((ends, most), start), np.tile(np.arange(most), (ends, 1))
+    most, ends = first.shape[0], first.shape[2]
+    seconds = first[:, start].copy()
+    at, devices = np.full(seconds.shape, start), np.tile(np.arange(most)[:, None], (1, ends))
     rows = np.arange(ends - start)
     for total in range(2, most):
         for own in range(1, total):
-            slowest = np.maximum(seconds[start:, total - own, None], later[own, start:, start:])
-            best = slowest.argmin(axis=0)
-            found = slowest[best, rows]
-            better = np.flatnonzero(found < seconds[start:, total]) + start
-            seconds[better, total] = found[better - start]
-            at[better, total], devices[better, total] = best[better - start] + start, own
+            whole = join(seconds[total - own, start:, None], later[own, start:, start:])
+            best = whole.argmin(axis=0)
+            found = whole[best, rows]
+            better = np.flatnonzero(found < seconds[total, start:])
+            to = better + start
+            seconds[total, to], at[total, to], devices[total, to] = found[better], best[better] + start, own
     return Cuts(start, seconds, at, devices)
 
 
@@ -76,7 +76,7 @@ def least_step(tables: Sequence[np.ndarray], devices: int, microbatches: int) ->
     and those seconds; None where there is none.
 
     Args:
-        tables: `tables[k]`, of shape `[d, a, b]`, is of stages with k stages behind them; as many stages
+        tables: `tables[k]` is of stages with k stages behind them; as many stages
             as tables at most.
 
     The limit on the slowest stage falls from one best plan to the next, and stops where it allows none

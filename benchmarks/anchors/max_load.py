@@ -1,0 +1,183 @@
+"""dnn-partitioning's inputs: operators of a graph on accelerators and CPUs, the fullest device as light as can be.
+
+Source: Tarnawski et al., Efficient Algorithms for Device Placement of DNN Graph Operators, NeurIPS 2020,
+section 3, and its published code: a device's load is the time of its operators per sample; an accelerator
+also pays once for each result that leaves it and once for each that it takes from elsewhere. Operators of
+one colour stay together (a forward pass and its backward pass). Times are in the files' unit, ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+import numba
+import numpy as np
+
+MOVES = 3_000_000  # tried per search
+SEEDS = 3
+HOT, COLD = 0.03, 0.0003  # temperatures, as parts of the lightest conceivable fullest device
+
+
+class Graph:
+    """Operators by number, joined into groups that stay together; device 0 is the CPU, the others accelerators."""
+
+    def __init__(self, file: dict[str, Any]) -> None:
+        nodes, number = file["nodes"], {node["id"]: i for i, node in enumerate(file["nodes"])}
+        colours = sorted({node.get("colorClass", f"own {node['id']}") for node in nodes}, key=str)
+        at = {colour: g for g, colour in enumerate(colours)}
+        self.group = np.array([at[node.get("colorClass", f"own {node['id']}")] for node in nodes])
+        self.devices = int(file["maxFPGAs"]) + 1
+        if file["maxCPUs"] != 1:
+            raise ValueError(f"max_load: {file['maxCPUs']} CPUs; the published cases have 1")
+        self.limit = float(file["maxSizePerFPGA"])
+        count = len(colours)
+        self.cpu, self.accelerator, self.size = (
+            np.bincount(self.group, [float(node[key]) for node in nodes], count)
+            for key in ("cpuLatency", "fpgaLatency", "size")
+        )
+        supported = np.bincount(self.group, [not node["supportedOnFpga"] for node in nodes], count) == 0
+        self.size[~supported] = np.inf
+        self.edges = np.array([(number[a], number[b]) for a, b, _ in file["edges"]])
+        self.cost = np.zeros(len(nodes))
+        for a, _, cost in file["edges"]:
+            self.cost[number[a]] = cost
+
+    def loads(self, devices: np.ndarray) -> np.ndarray:
+        """Of each device, for the devices of all groups."""
+        loads = np.bincount(devices, np.where(devices == 0, self.cpu, self.accelerator), self.devices)
+        of = devices[self.group]
+        crossing = {(a, of[a], of[b]) for a, b in self.edges if of[a] != of[b]}
+        for a, leaving in {(a, leaving) for a, leaving, _ in crossing}:
+            loads[leaving] += self.cost[a] if leaving else 0.0
+        for a, _, arriving in crossing:
+            loads[arriving] += self.cost[a] if arriving else 0.0
+        return loads
+
+    def of(self, devices: np.ndarray) -> float:
+        """The load of the fullest device; inf where something does not fit."""
+        sizes = np.bincount(devices, np.where(devices == 0, 0.0, self.size), self.devices)
+        return float(self.loads(devices).max()) if sizes.max() <= self.limit else np.inf
+
+    # ------------------------------------------------------------ search
+
+    def best(self) -> np.ndarray:
+        """The lightest placement found: chains of groups cut evenly, then moved one by one while it cools."""
+        found = [self._annealed(self._even(), seed) for seed in range(SEEDS)]
+        return min(found, key=self.of)
+
+    def _even(self) -> np.ndarray:
+        """Groups in an order that respects the graph, dealt out by their time alone."""
+        order = self._order()
+        share = np.cumsum(self.accelerator[order]) / self.accelerator.sum()
+        devices = np.zeros(len(order), int)
+        devices[order] = np.minimum((share * (self.devices - 1)).astype(int), self.devices - 2) + 1
+        devices[~np.isfinite(self.size)] = 0
+        return devices
+
+    def _order(self) -> np.ndarray:
+        """Groups by the longest way to their first operator."""
+        depth = np.zeros(len(self.group), int)
+        for _ in range(len(depth)):
+            deeper = depth.copy()
+            np.maximum.at(deeper, self.edges[:, 1], depth[self.edges[:, 0]] + 1)
+            if (deeper == depth).all():
+                break
+            depth = deeper
+        first = np.full(len(self.cpu), np.iinfo(int).max)
+        np.minimum.at(first, self.group, depth)
+        return np.argsort(first, kind="stable")
+
+    def _annealed(self, start: np.ndarray, seed: int) -> np.ndarray:
+        pairs = sorted({(self.group[b], a) for a, b in self.edges} | {(g, a) for a, g in enumerate(self.group)})
+        touched = _rows(pairs, len(self.cpu))
+        uses = _rows(sorted((self.group[b], a) for a, b in self.edges), len(self.cpu))
+        floor = self.accelerator.sum() / (self.devices - 1)
+        seconds = np.stack([self.cpu, *[self.accelerator] * (self.devices - 1)])
+        return _cooled(
+            start.copy(), self.group, self.edges, self.cost, seconds, self.size, self.limit,
+            *touched, *uses, MOVES, seed, HOT * floor, COLD * floor,
+        )  # fmt: skip
+
+
+def _rows(pairs: Iterable[tuple[int, int]], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted pairs (row, value) as values and where each row begins."""
+    values, ends = [], np.zeros(count + 1, int)
+    for row, some in groupby(pairs, key=lambda pair: pair[0]):
+        values += [value for _, value in some]
+        ends[row + 1] = len(values)
+    return np.array(values), np.maximum.accumulate(ends)
+
+
+@numba.njit(cache=True)
+def _pay(node, sign, devices, group, cost, consumers, loads):
+    """Add (or take away) what a result's crossing costs the devices it leaves and reaches."""
+    home, leaves = devices[group[node]], False
+    for d in range(len(loads)):
+        if d != home and consumers[node, d] > 0:
+            leaves = True
+            if d:
+                loads[d] += sign * cost[node]
+    if leaves and home:
+        loads[home] += sign * cost[node]
+
+
+@numba.njit(cache=True)
+def _move(g, to, devices, group, cost, seconds, consumers, loads, touched, touched_at, uses, uses_at):
+    origin = devices[g]
+    for i in range(touched_at[g], touched_at[g + 1]):
+        _pay(touched[i], -1.0, devices, group, cost, consumers, loads)
+    for i in range(uses_at[g], uses_at[g + 1]):
+        consumers[uses[i], origin] -= 1
+        consumers[uses[i], to] += 1
+    devices[g] = to
+    loads[origin] -= seconds[origin, g]
+    loads[to] += seconds[to, g]
+    for i in range(touched_at[g], touched_at[g + 1]):
+        _pay(touched[i], 1.0, devices, group, cost, consumers, loads)
+
+
+@numba.njit(cache=True)
+def _energy(loads):
+    """Near the fullest device's load, and lower where the next ones are lighter."""
+    most = loads.max()
+    return most * np.sum((loads / most) ** 12) ** (1 / 12)
+
+
+@numba.njit(cache=True)
+def _cooled(
+    devices, group, edges, cost, seconds, size, limit,
+    touched, touched_at, uses, uses_at, moves, seed, hot, cold,
+):  # fmt: skip
+    np.random.seed(seed)
+    count, groups = len(seconds), len(devices)
+    loads, sizes = np.zeros(count), np.zeros(count)
+    consumers = np.zeros((len(group), count), np.int64)
+    for a, b in edges:
+        consumers[a, devices[group[b]]] += 1
+    for g in range(groups):
+        loads[devices[g]] += seconds[devices[g], g]
+        sizes[devices[g]] += size[g] if devices[g] else 0.0
+    for node in range(len(group)):
+        _pay(node, 1.0, devices, group, cost, consumers, loads)
+    best, least, energy = devices.copy(), np.inf, _energy(loads)
+    for step in range(moves):
+        heat = hot * (cold / hot) ** (step / moves)
+        g = np.random.randint(groups)
+        origin, to = devices[g], np.random.randint(count)
+        if np.random.random() < 0.7:  # where a neighbour is
+            to = devices[group[touched[np.random.randint(touched_at[g], touched_at[g + 1])]]]
+        if to == origin or (to and sizes[to] + size[g] > limit):
+            continue
+        _move(g, to, devices, group, cost, seconds, consumers, loads, touched, touched_at, uses, uses_at)
+        changed = _energy(loads)
+        if changed <= energy or np.random.random() < np.exp((energy - changed) / heat):
+            energy = changed
+            sizes[to] += size[g] if to else 0.0
+            sizes[origin] -= size[g] if origin else 0.0
+            if loads.max() < least and sizes.max() <= limit:
+                best[:], least = devices, loads.max()
+        else:
+            _move(g, origin, devices, group, cost, seconds, consumers, loads, touched, touched_at, uses, uses_at)
+    return best
