@@ -9,11 +9,21 @@ one colour stay together (a forward pass and its backward pass). Times are in th
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import groupby
+from functools import cached_property
+from graphlib import TopologicalSorter
+from itertools import accumulate, groupby
 from typing import Any
 
 import numba
 import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+
+from meshwright.ir.errors import PlanError
+from meshwright.planner.pipeline.ideals import closed_sets
+from meshwright.planner.pipeline.partition import best_cuts
+
+SETS = 1500  # closed sets that are all looked at
 
 MOVES = 3_000_000  # tried per search
 SEEDS = 3
@@ -40,6 +50,7 @@ class Graph:
         supported = np.bincount(self.group, [not node["supportedOnFpga"] for node in nodes], count) == 0
         self.size[~supported] = np.inf
         self.edges = np.array([(number[a], number[b]) for a, b, _ in file["edges"]])
+        self.backward = np.array([bool(node["isBackwardNode"]) for node in nodes])
         self.cost = np.zeros(len(nodes))
         for a, _, cost in file["edges"]:
             self.cost[number[a]] = cost
@@ -63,33 +74,74 @@ class Graph:
     # ------------------------------------------------------------ search
 
     def best(self) -> np.ndarray:
-        """The lightest placement found: chains of groups cut evenly, then moved one by one while it cools."""
-        found = [self._annealed(self._even(), seed) for seed in range(SEEDS)]
+        """The lightest placement found: cut in line or dealt out evenly, then moved group by group while it cools."""
+        lined = self.lined()
+        found = [lined, *(self._annealed(lined, seed, COLD * 10) for seed in range(SEEDS))]
+        found += [self._annealed(self._even(), seed, HOT) for seed in range(SEEDS)]
         return min(found, key=self.of)
 
+    def lined(self) -> np.ndarray:
+        """The lightest placement on accelerators that a pipeline could have: each between two closed sets."""
+        sets = self._sets()
+        loads = _between(
+            sets[:, self.unit], self.group, self.edges, self.cost, self.accelerator, self.size, self.limit
+        )
+        table = np.full((self.devices, *loads.shape), np.inf)
+        table[1] = loads
+        cuts = best_cuts(0, table, table)
+        last = len(sets) - 1
+        devices = np.ones(len(self.cpu), int)
+        for i, piece in enumerate(cuts.pieces(last, int(cuts.seconds[:, last].argmin()))):
+            devices[(sets[piece.last] & ~sets[piece.first])[self.unit]] = i + 1
+        return devices
+
+    def _sets(self) -> np.ndarray:
+        """Closed sets of units, smaller ones first; of graphs with too many, those along one order."""
+        count = int(self.unit.max()) + 1
+        pairs = {(int(self.unit[a]), int(self.unit[b])) for a, b in self.follows if self.unit[a] != self.unit[b]}
+        try:
+            found = closed_sets(count, pairs, SETS)
+        except PlanError:
+            needs: dict[int, set[int]] = {unit: set() for unit in range(count)}
+            for a, b in pairs:
+                needs[b].add(a)
+            order = TopologicalSorter(needs).static_order()
+            found = [0, *accumulate((1 << unit for unit in order), int.__or__)]
+        return np.array([[some >> unit & 1 for unit in range(count)] for some in found], bool)
+
+    @cached_property
+    def unit(self) -> np.ndarray:
+        """Of each group: the groups that come before one another are one unit."""
+        count = len(self.cpu)
+        ones = np.ones(len(self.follows), bool)
+        graph = csr_array((ones, (self.follows[:, 0], self.follows[:, 1])), shape=(count, count))
+        return connected_components(graph, connection="strong")[1]
+
+    @cached_property
+    def follows(self) -> np.ndarray:
+        """Pairs of groups, one before the other in the forward pass; backward passes go the other way."""
+        found = set()
+        forward = np.bincount(self.group, ~self.backward, len(self.cpu)) > 0
+        for a, b in self.edges:
+            one, other = int(self.group[a]), int(self.group[b])
+            if not self.backward[a] and not self.backward[b]:
+                found.add((one, other))
+            elif self.backward[a] and self.backward[b] and not (forward[one] and forward[other]):
+                found.add((other, one))
+        return np.array(sorted(found))
+
     def _even(self) -> np.ndarray:
-        """Groups in an order that respects the graph, dealt out by their time alone."""
-        order = self._order()
+        """Units in an order that respects the graph, dealt out by their time alone."""
+        sets = self._sets()
+        first = sets.argmax(axis=0)  # the first set that holds a unit
+        order = np.argsort(first[self.unit], kind="stable")
         share = np.cumsum(self.accelerator[order]) / self.accelerator.sum()
         devices = np.zeros(len(order), int)
         devices[order] = np.minimum((share * (self.devices - 1)).astype(int), self.devices - 2) + 1
         devices[~np.isfinite(self.size)] = 0
         return devices
 
-    def _order(self) -> np.ndarray:
-        """Groups by the longest way to their first operator."""
-        depth = np.zeros(len(self.group), int)
-        for _ in range(len(depth)):
-            deeper = depth.copy()
-            np.maximum.at(deeper, self.edges[:, 1], depth[self.edges[:, 0]] + 1)
-            if (deeper == depth).all():
-                break
-            depth = deeper
-        first = np.full(len(self.cpu), np.iinfo(int).max)
-        np.minimum.at(first, self.group, depth)
-        return np.argsort(first, kind="stable")
-
-    def _annealed(self, start: np.ndarray, seed: int) -> np.ndarray:
+    def _annealed(self, start: np.ndarray, seed: int, hot: float) -> np.ndarray:
         pairs = sorted({(self.group[b], a) for a, b in self.edges} | {(g, a) for a, g in enumerate(self.group)})
         touched = _rows(pairs, len(self.cpu))
         uses = _rows(sorted((self.group[b], a) for a, b in self.edges), len(self.cpu))
@@ -97,7 +149,7 @@ class Graph:
         seconds = np.stack([self.cpu, *[self.accelerator] * (self.devices - 1)])
         return _cooled(
             start.copy(), self.group, self.edges, self.cost, seconds, self.size, self.limit,
-            *touched, *uses, MOVES, seed, HOT * floor, COLD * floor,
+            *touched, *uses, MOVES, seed, hot * floor, COLD * floor,
         )  # fmt: skip
 
 
@@ -108,6 +160,34 @@ def _rows(pairs: Iterable[tuple[int, int]], count: int) -> tuple[np.ndarray, np.
         values += [value for _, value in some]
         ends[row + 1] = len(values)
     return np.array(values), np.maximum.accumulate(ends)
+
+
+@numba.njit(cache=True)
+def _between(sets, group, edges, cost, seconds, size, limit):
+    """Loads of an accelerator with what lies between two sets of groups, one within the other; inf elsewhere."""
+    count, groups = sets.shape
+    loads = np.full((count, count), np.inf)
+    inside, leaves, arrives = np.zeros(groups, np.bool_), np.zeros(len(group)), np.zeros(len(group))
+    for a in range(count):
+        for b in range(a + 1, count):
+            load = held = 0.0
+            for g in range(groups):
+                if sets[a, g] and not sets[b, g]:
+                    held = np.inf
+                    break
+                inside[g] = sets[b, g] and not sets[a, g]
+                if inside[g]:
+                    load, held = load + seconds[g], held + size[g]
+            if held > limit:
+                continue
+            leaves[:], arrives[:] = 0.0, 0.0
+            for node, user in edges:
+                if inside[group[node]] and not inside[group[user]]:
+                    leaves[node] = cost[node]
+                elif inside[group[user]] and not inside[group[node]]:
+                    arrives[node] = cost[node]
+            loads[a, b] = load + leaves.sum() + arrives.sum()
+    return loads
 
 
 @numba.njit(cache=True)
