@@ -83,16 +83,24 @@ class Graph:
     def lined(self) -> np.ndarray:
         """The lightest placement on accelerators that a pipeline could have: each between two closed sets."""
         sets = self._sets()
-        loads = _between(
-            sets[:, self.unit], self.group, self.edges, self.cost, self.accelerator, self.size, self.limit
-        )
-        table = np.full((self.devices, *loads.shape), np.inf)
-        table[1] = loads
-        cuts = best_cuts(0, table, table)
-        last = len(sets) - 1
-        devices = np.ones(len(self.cpu), int)
-        for i, piece in enumerate(cuts.pieces(last, int(cuts.seconds[:, last].argmin()))):
-            devices[(sets[piece.last] & ~sets[piece.first])[self.unit]] = i + 1
+        last, count = len(sets) - 1, len(sets)
+        fixed = self.group, self.edges, self.cost
+        inside = sets[:, self.unit]
+        # positions count twice: before and after the CPU has had its part
+        table = np.full((2, 2 * count, 2 * count), np.inf)
+        table[1, :count, :count] = _between(inside, *fixed, self.accelerator, self.size, self.limit)
+        table[1, count:, count:] = table[1, :count, :count]
+        table[1, :count, count:] = _between(inside, *fixed, self.cpu, 0 * self.cpu, self.limit, False)
+        cuts = best_cuts(0, table, table, self.devices)
+        most = cuts.seconds[:, [last, last + count]]
+        most[-1, 0] = np.inf  # as many stages as devices, and none on the CPU
+        stages, with_cpu = np.unravel_index(most.argmin(), most.shape)
+        devices, next_device = np.zeros(len(self.cpu), int), 0
+        for piece in cuts.pieces(last + count * int(with_cpu), int(stages)):
+            on_cpu = piece.first < count <= piece.last
+            next_device += not on_cpu
+            here = inside[piece.last % count] & ~inside[piece.first % count]
+            devices[here] = 0 if on_cpu else next_device
         return devices
 
     def _sets(self) -> np.ndarray:
@@ -119,15 +127,18 @@ class Graph:
 
     @cached_property
     def follows(self) -> np.ndarray:
-        """Pairs of groups, one before the other in the forward pass; backward passes go the other way."""
-        found = set()
+        """Pairs of groups, one before the other in the forward pass.
+
+        A group with backward passes alone goes with the group to or from which most moves.
+        """
+        ends = self.group[self.edges]
+        found = {(int(a), int(b)) for a, b in ends[~self.backward[self.edges].any(axis=1)]}
         forward = np.bincount(self.group, ~self.backward, len(self.cpu)) > 0
-        for a, b in self.edges:
-            one, other = int(self.group[a]), int(self.group[b])
-            if not self.backward[a] and not self.backward[b]:
-                found.add((one, other))
-            elif self.backward[a] and self.backward[b] and not (forward[one] and forward[other]):
-                found.add((other, one))
+        for lone in np.flatnonzero(~forward):
+            touching = [i for i, (a, b) in enumerate(ends) if lone in (a, b) and a != b]
+            if touching:
+                a, b = map(int, ends[max(touching, key=lambda i: self.cost[self.edges[i, 0]])])
+                found |= {(a, b), (b, a)}
         return np.array(sorted(found))
 
     def _even(self) -> np.ndarray:
@@ -163,8 +174,11 @@ def _rows(pairs: Iterable[tuple[int, int]], count: int) -> tuple[np.ndarray, np.
 
 
 @numba.njit(cache=True)
-def _between(sets, group, edges, cost, seconds, size, limit):
-    """Loads of an accelerator with what lies between two sets of groups, one within the other; inf elsewhere."""
+def _between(sets, group, edges, cost, seconds, size, limit, pays=True):
+    """Loads of a device with what lies between two sets of groups, one within the other; inf elsewhere.
+
+    pays: for what crosses.
+    """
     count, groups = sets.shape
     loads = np.full((count, count), np.inf)
     inside, leaves, arrives = np.zeros(groups, np.bool_), np.zeros(len(group)), np.zeros(len(group))
@@ -179,6 +193,9 @@ def _between(sets, group, edges, cost, seconds, size, limit):
                 if inside[g]:
                     load, held = load + seconds[g], held + size[g]
             if held > limit:
+                continue
+            if not pays:
+                loads[a, b] = load
                 continue
             leaves[:], arrives[:] = 0.0, 0.0
             for node, user in edges:

@@ -113,7 +113,7 @@ class Throughput:
             outermost = level == len(self.machines) - 1
             first, later = self._tables(level, compute)
             starts = range(1 if outermost else self.graph.end)
-            solved.append([best_cuts(start, first, later) for start in starts])
+            solved.append([best_cuts(start, first, later, machines) for start in starts])
             if not outermost:
                 compute = np.stack([*(c.seconds[machines] for c in solved[-1]), np.full(self.graph.end + 1, np.inf)])
         return solved

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from math import ceil, inf
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit split in one way: seconds per sample, bytes of weights, and bytes held, `a` per sample in flight and `b`.
+    """One unit split in one way: seconds per sample, bytes of weights, bytes held: `a` per sample in flight and `b`.
 
     crossing: bytes each way, by the unit on the other side of an edge, if it is in another stage.
     """

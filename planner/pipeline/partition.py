@@ -46,26 +46,30 @@ class Cuts:
         return tuple(reversed(found))
 
 
-def best_cuts(start: int, first: np.ndarray, later: np.ndarray, join: np.ufunc = np.maximum) -> Cuts:
+def best_cuts(
+    start: int, first: np.ndarray, later: np.ndarray, devices: int, join: np.ufunc = np.maximum
+) -> Cuts:
     """The best pipelines from `start`: with the fastest slowest stage, or the least sum (join: `np.add`).
 
     Args:
         first: the table of stages that begin the pipeline.
         later: the table of all other stages.
+        devices: at most, of the whole pipeline; tables may end with stages on fewer.
     """
-    most, ends = first.shape[0], first.shape[2]
-    seconds = first[:, start].copy()
-    at, devices = np.full(seconds.shape, start), np.tile(np.arange(most)[:, None], (1, ends))
-    rows = np.arange(ends - start)
-    for total in range(2, most):
-        for own in range(1, total):
+    rows, ends = first.shape[0], first.shape[2]
+    seconds = np.full((devices + 1, ends), np.inf)
+    seconds[:rows] = first[:, start]
+    at, own_devices = np.full(seconds.shape, start), np.tile(np.arange(devices + 1)[:, None], (1, ends))
+    columns = np.arange(ends - start)
+    for total in range(2, devices + 1):
+        for own in range(1, min(total, rows)):
             whole = join(seconds[total - own, start:, None], later[own, start:, start:])
             best = whole.argmin(axis=0)
-            found = whole[best, rows]
+            found = whole[best, columns]
             better = np.flatnonzero(found < seconds[total, start:])
             to = better + start
-            seconds[total, to], at[total, to], devices[total, to] = found[better], best[better] + start, own
-    return Cuts(start, seconds, at, devices)
+            seconds[total, to], at[total, to], own_devices[total, to] = found[better], best[better] + start, own
+    return Cuts(start, seconds, at, own_devices)
 
 
 def least_step(tables: Sequence[np.ndarray], devices: int, microbatches: int) -> tuple[float, tuple[Piece, ...]] | None:
