@@ -9,6 +9,7 @@ one colour stay together (a forward pass and its backward pass). Times are in th
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from functools import cached_property
 from graphlib import TopologicalSorter
 from itertools import accumulate, groupby
@@ -25,9 +26,10 @@ from meshwright.planner.pipeline.partition import best_cuts
 
 SETS = 1500  # closed sets that are all looked at
 
-MOVES = 3_000_000  # tried per search
-SEEDS = 3
-HOT, COLD = 0.03, 0.0003  # temperatures, as parts of the lightest conceivable fullest device
+MOVES = 1_000_000  # tried per search
+SEEDS = 2
+COSTLY = (np.inf, 0.3, 0.1, 0.03, 0.01, 0.003)  # results' costs that join groups at first, as parts of the same
+HOT, WARM, COLD = 0.03, 0.003, 0.0003  # temperatures, as parts of the lightest conceivable fullest device
 
 
 class Graph:
@@ -74,11 +76,32 @@ class Graph:
     # ------------------------------------------------------------ search
 
     def best(self) -> np.ndarray:
-        """The lightest placement found: cut in line or dealt out evenly, then moved group by group while it cools."""
-        lined = self.lined()
-        found = [lined, *(self._annealed(lined, seed, COLD * 10) for seed in range(SEEDS))]
-        found += [self._annealed(self._even(), seed, HOT) for seed in range(SEEDS)]
+        """The lightest placement found: cut in line or dealt out evenly, then moved while it cools.
+
+        First what is joined by costly results moves as one, then group by group.
+        """
+        found, floor = [self.lined()], self.accelerator.sum() / (self.devices - 1)
+        found += [self._annealed(found[0], seed, WARM) for seed in range(SEEDS)]
+        for seed, costly in enumerate(COSTLY):
+            joined, of = self._joined(costly * floor)
+            start = joined._annealed(joined._even(), seed, HOT)[of]
+            found.append(self._annealed(start, seed, WARM))
         return min(found, key=self.of)
+
+    def _joined(self, costly: float) -> tuple[Graph, np.ndarray]:
+        """The same operators in larger groups, that no result of such a cost leaves; and the new group of each old."""
+        ends = self.group[self.edges[self.cost[self.edges[:, 0]] > costly]]
+        count = len(self.cpu)
+        graph = csr_array((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), shape=(count, count))
+        of = connected_components(graph, directed=False)[1]
+        joined = copy(self)
+        for name in ("follows", "unit"):
+            joined.__dict__.pop(name, None)  # of the old groups
+        joined.group = of[self.group]
+        joined.cpu, joined.accelerator, joined.size = (
+            np.bincount(of, old) for old in (self.cpu, self.accelerator, self.size)
+        )
+        return joined, of
 
     def lined(self) -> np.ndarray:
         """The lightest placement on accelerators that a pipeline could have: each between two closed sets."""
