@@ -139,27 +139,30 @@ class Latency:
 
     # ------------------------------------------------------------ search
 
-    def best(self) -> Plan:
-        """The plan with the least seconds of all whose stages lie on consecutive devices."""
+    def plans(self) -> list[Plan]:
+        """Plans whose stages lie on consecutive devices, the one with the least seconds first: all met on the way."""
         best = Plan(1, ((0, self.units, self.devices),))
+        seen = {best: self.of(best)}
         for pipelines in range(1, self.devices + 1):
             if self.microbatches(pipelines):
-                searches = [_Search(self, pipelines, self.units, 2)]
+                searches = [_Search(self, pipelines, self.units, 2, seen)]
                 if pipelines == 1:
-                    searches.append(_Search(self, 1, 2, 1))
+                    searches.append(_Search(self, 1, 2, 1, seen))
                 for search in searches:
                     best = search.better(best)
-        return best
+        return sorted(seen, key=lambda plan: seen[plan])
 
 
 class _Search:
     """Plans of so many pipelines side by side, by dynamic programs under falling limits.
 
-    ways: how often a cut counts against the slowest stage.
+    ways: how often a cut counts against the slowest stage; seen: every plan met, with its seconds.
     """
 
-    def __init__(self, objective: Latency, pipelines: int, stages: int, ways: int) -> None:
-        self.objective, self.pipelines = objective, pipelines
+    def __init__(
+        self, objective: Latency, pipelines: int, stages: int, ways: int, seen: dict[Plan, float]
+    ) -> None:
+        self.objective, self.pipelines, self.seen = objective, pipelines, seen
         self.devices = objective.devices // pipelines
         self.most, self.ways = min(stages, self.devices, objective.units), ways
         counts = range(self.devices + 1)
@@ -214,7 +217,9 @@ class _Search:
             n = before[stage, end, used, own]
             stages.append((first, end, own))
             end, used = first, used - own
-        return Plan(self.pipelines, tuple(reversed(stages)))
+        plan = Plan(self.pipelines, tuple(reversed(stages)))
+        self.seen[plan] = o.of(plan)
+        return plan
 
 
 @numba.njit(cache=True)

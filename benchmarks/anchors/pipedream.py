@@ -135,7 +135,51 @@ class Throughput:
             for a, b, m in solved[level][start].pieces(end, self.machines[level])
         )
 
-    # ------------------------------------------------------------ simulated
+    # ------------------------------------------------------------ for the simulator
+
+    def calm(self, slowest: float, pace: float) -> tuple[Part, ...] | None:
+        """The plan whose cuts take least to cross, of those without an inner stage slower than that.
+
+        pace: the same, in seconds per minibatch as they are simulated.
+        """
+        level = len(self.machines) - 1
+        solved = self._calm(level, (), slowest, pace)
+        if np.isinf(solved.cuts[0].seconds[self.machines[level], self.graph.end]):
+            return None
+        return self._calm_parts(solved, level, 0, self.graph.end)
+
+    def _calm(self, level: int, outer: tuple[int, ...], slowest: float, pace: float) -> _Calm:
+        """Per start, the least seconds in which a minibatch crosses all cuts; replicas of the levels above multiply."""
+        graph, machines, times = self.graph, self.machines[level], int(np.prod(outer, initial=1))
+        positions = np.arange(graph.end + 1)
+        a, b = positions[:, None], positions[None, :]
+        compute = np.where(graph.before, graph.compute[None, :] - graph.compute[:, None], np.inf)
+        crossing = np.broadcast_to(2 * graph.crossing[:, None] / self.bandwidths[level], compute.shape)
+        first = np.full((machines + 1, *compute.shape), np.inf)
+        later, inside = first.copy(), {}
+        for m in range(1, 2 if self.straight else machines + 1):
+            if level:
+                inside[m] = self._calm(level - 1, (m, *outer), slowest, pace)
+                ends = [c.seconds[self.machines[level - 1]] for c in inside[m].cuts]
+                first[m] = np.where(graph.before, np.stack([*ends, np.full(graph.end + 1, np.inf)]), np.inf)
+                later[m] = first[m] + crossing
+                continue
+            weights = graph.weights[None, :] - graph.weights[:, None]
+            busy = compute + self._all_synchronization(weights, (m, *outer))
+            sending = np.maximum(graph.crossing[a], graph.crossing[b]) / self.bandwidths[level]
+            paced = np.maximum(busy, sending) / (m * times) <= pace
+            for table, begins, cost in ((first, True, 0.0), (later, False, crossing)):
+                fits = self.stage(level, a, b, m, compute, begins) <= slowest * times
+                table[m] = np.where(paced & fits, cost, np.inf)
+        outermost = level == len(self.machines) - 1
+        starts = range(1 if outermost else graph.end)
+        return _Calm([best_cuts(start, first, later, machines, np.add) for start in starts], inside)
+
+    def _calm_parts(self, solved: _Calm, level: int, start: int, end: int) -> tuple[Part, ...]:
+        return tuple(
+            Part(a, b, m, self._calm_parts(solved.inside[m], level - 1, a, b) if level else ())
+            for a, b, m in solved.cuts[start].pieces(end, self.machines[level])
+        )
 
     def simulated(self, parts: Sequence[Part]) -> float:
         """Seconds per minibatch of a simulated run; replicas synchronize after each of their minibatches."""
@@ -145,11 +189,15 @@ class Throughput:
             part = leaf.part
             compute = float(graph.compute[part.last] - graph.compute[part.first])
             weights = float(graph.weights[part.last] - graph.weights[part.first])
-            sync = sum(self.synchronization(i, weights, r) / self.within[i] for i, r in enumerate(leaf.replicas))
+            sync = self._all_synchronization(weights, leaf.replicas)
             send = float(graph.crossing[part.last]) / self.bandwidths[leaf.cut]
             forward = compute * graph.forward
             stages.append(Stage(forward, compute - forward + sync, send, int(np.prod(leaf.replicas))))
         return step_seconds(stages, MICROBATCHES) / MICROBATCHES
+
+    def _all_synchronization(self, weights: Any, replicas: Sequence[int]) -> Any:
+        """Seconds per minibatch of a replica, over the replicas of all levels."""
+        return sum(self.synchronization(i, weights, r) / self.within[i] for i, r in enumerate(replicas))
 
     def leaves(self, parts: Sequence[Part], level: int, outer: tuple[int, ...], cut: int = 0) -> Any:
         for part, following in pairwise([*parts, None]):
@@ -159,6 +207,14 @@ class Throughput:
                 yield from self.leaves(part.inside, level - 1, own, behind)
             else:
                 yield Leaf(part, own, behind)
+
+
+@dataclass(frozen=True)
+class _Calm:
+    """Per start, the best pipelines of a level; by replicas of a stage, those inside it."""
+
+    cuts: list[Cuts]
+    inside: dict[int, _Calm]
 
 
 def read_plan(stages: Sequence[dict[str, Any]], level: int) -> tuple[Part, ...]:

@@ -144,14 +144,17 @@ class Throughput:
         )
         return halved(self.within, self.of, least, most)
 
-    def within(self, slowest: float) -> tuple[Stage, ...] | None:
+    def within(self, slowest: float, pace: float = inf) -> tuple[Stage, ...] | None:
         """A plan with no stage slower than that.
+
+        pace: seconds per sample that a simulated run can keep at best, by each stage's time and by how long
+        the samples in flight from it on are under way.
 
         From the last stage to the first: of pipelines of the same last units, those with the fewest devices
         and the smallest sum of replicas are kept. Each stage takes the fewest replicas that suffice.
         """
         sets, whole = self.graph.left, self.graph.left[-1]
-        kept: dict[int, list[_Label]] = {0: [_Label(0, 0, None, None)]}
+        kept: dict[int, list[_Label]] = {0: [_Label(0, 0, 0.0, None, None)]}
         for some in sets[1:]:
             labels = (
                 label
@@ -159,7 +162,7 @@ class Throughput:
                 if done & some == done
                 for pieces in self._pieces(some ^ done)
                 for behind in kept[done]
-                if (label := self._before(pieces, behind, slowest))
+                if (label := self._before(pieces, behind, slowest, pace))
             )
             left = self._least_devices(whole ^ some, slowest)
             if own := _fewest(label for label in labels if label.devices + left <= self.devices):
@@ -178,7 +181,7 @@ class Throughput:
         degrees = set.intersection(*(set(self.graph.ways[v]) for v in inside))
         return [_Piece(self, units, t, inside) for t in sorted(degrees) if t <= self.devices]
 
-    def _before(self, piece: _Piece, behind: _Label, slowest: float) -> _Label | None:
+    def _before(self, piece: _Piece, behind: _Label, slowest: float, pace: float) -> _Label | None:
         """A stage of these units in front of a pipeline."""
         for d in self.degrees:
             devices = behind.devices + d * piece.tensor
@@ -186,18 +189,25 @@ class Throughput:
                 return None
             if piece.fastest / d > slowest:
                 continue
-            again, recomputed = piece.fitted(ceil(behind.replicas / d) + 1)
-            if piece.seconds(d) + again / d <= slowest:
+            held = ceil(behind.replicas / d) + 1
+            again, recomputed = piece.fitted(held)
+            under_way = behind.under_way + piece.compute + again + piece.crossing / 2
+            paced = max((piece.compute + again) / d, under_way / d / held) <= pace
+            if piece.seconds(d) + again / d <= slowest and paced:
                 stage = Stage(piece.units, piece.tensor, d, recomputed)
-                return _Label(devices, behind.replicas + d, stage, behind)
+                return _Label(devices, behind.replicas + d, under_way, stage, behind)
         return None
 
 
 class _Label(NamedTuple):
-    """A pipeline of the last units: its devices, its sum of replicas, its first stage and the rest."""
+    """A pipeline of the last units: its devices, its sum of replicas, its first stage and the rest.
+
+    under_way: seconds that a sample is between coming in and its gradient's going out.
+    """
 
     devices: int
     replicas: int
+    under_way: float
     stage: Stage | None
     behind: Any
 
@@ -213,7 +223,7 @@ class _Label(NamedTuple):
 def _fewest(labels: Iterator[_Label]) -> list[_Label]:
     """Those than which none has both fewer devices and fewer replicas."""
     found: list[_Label] = []
-    for label in sorted(labels, key=lambda one: one[:2]):
+    for label in sorted(labels, key=lambda one: one[:3]):
         if not found or label.replicas < found[-1].replicas:
             found.append(label)
     return found
@@ -229,8 +239,9 @@ class _Piece:
         plain = [pair[0] for pair in self.pairs]
         self.weights = sum(u.weights for u in plain)
         self.a, self.b = sum(u.a for u in plain), sum(u.b for u in plain)
-        crossing = 2 * sum(x for u in plain for w, x in u.crossing.items() if not units >> w & 1)
-        self.fastest = sum(u.seconds for u in plain) + crossing / BANDWIDTH
+        self.compute = sum(u.seconds for u in plain)
+        self.crossing = 2 * sum(x for u in plain for w, x in u.crossing.items() if not units >> w & 1) / BANDWIDTH
+        self.fastest = self.compute + self.crossing
 
     def seconds(self, data: int) -> float:
         return self.fastest / data + 4 * (data - 1) * self.weights / data / self.batch / BANDWIDTH
