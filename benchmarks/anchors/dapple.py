@@ -73,7 +73,7 @@ class Latency:
         """By the formula."""
         many, slowest = self.microbatches(plan.pipelines), self.slowest(plan)
         through = (self.work[-1] + sum(self._cuts(plan))) / plan.pipelines / many
-        return slowest * (many - 1) + through + self.exposed(plan, slowest)
+        return float(slowest * (many - 1) + through + self.exposed(plan, slowest))
 
     def exposed(self, plan: Plan, slowest: float) -> float:
         """Seconds of all-reduces that no stage's last microbatches hide, if the slowest stage takes so long."""
