@@ -5,7 +5,8 @@
 FOLDER holds `pipedream_*.json`, `piper*.json`, `dapple_*.json` and `dnn_partitioning*.json`; the folder
 of `--aceso` its profiled operators. `objective` is ours over theirs by the anchor's own objective (at
 most 1: never worse), `simulated` the same in the neutral evaluator, and `fastest` for the plan of ours
-that is fastest there. `same` tells whether the anchor's plan gives its published figure here.
+that is fastest there. `same` tells whether the anchor's plan gives its published figure here. A file that is
+there keeps the rows of anchors that are not run.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     print(f"{'anchor':16} {'case':38}" + "".join(f"{name:>{wide}}" for name, wide in COLUMNS.items()))
-    report: dict[str, Any] = {}
+    kept = options.output and options.output.exists()
+    report: dict[str, Any] = json.loads(options.output.read_text()) if kept else {}
     for name in options.only:
         folder = options.aceso if name == "aceso" else options.folder
         rows = []

@@ -94,7 +94,7 @@ def least_step(tables: Sequence[np.ndarray], devices: int, microbatches: int) ->
         step = sum(each) + (microbatches - 1) * max(each)
         if best is None or step < best[0]:
             best = step, pieces
-        limit = np.nextafter(max(each), 0)
+        limit = np.nextafter(max(each), -np.inf)
     return best
 
 
