@@ -7,7 +7,8 @@ s the sum of data-parallel degrees from this stage to the last, it holds ceil(s 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil, inf
@@ -156,16 +157,16 @@ class Throughput:
         sets, whole = self.graph.left, self.graph.left[-1]
         kept: dict[int, list[_Label]] = {0: [_Label(0, 0, 0.0, None, None)]}
         for some in sets[1:]:
+            most = self.devices - self._least_devices(whole ^ some, slowest)
             labels = (
                 label
                 for done in kept
                 if done & some == done
-                for pieces in self._pieces(some ^ done)
+                for piece in self._pieces(some ^ done)
                 for behind in kept[done]
-                if (label := self._before(pieces, behind, slowest, pace))
+                if (label := self._before(piece, behind, most, slowest, pace))
             )
-            left = self._least_devices(whole ^ some, slowest)
-            if own := _fewest(label for label in labels if label.devices + left <= self.devices):
+            if own := _fewest(labels):
                 kept[some] = own
         return kept[whole][0].stages if whole in kept else None
 
@@ -181,14 +182,12 @@ class Throughput:
         degrees = set.intersection(*(set(self.graph.ways[v]) for v in inside))
         return [_Piece(self, units, t, inside) for t in sorted(degrees) if t <= self.devices]
 
-    def _before(self, piece: _Piece, behind: _Label, slowest: float, pace: float) -> _Label | None:
-        """A stage of these units in front of a pipeline."""
-        for d in self.degrees:
+    def _before(self, piece: _Piece, behind: _Label, most: int, slowest: float, pace: float) -> _Label | None:
+        """A stage of these units in front of a pipeline, on at most so many devices together."""
+        for d in self.degrees[bisect_left(self.degrees, piece.fastest / slowest * (1 - 1e-12)) :]:
             devices = behind.devices + d * piece.tensor
-            if devices > self.devices or behind.replicas + d > self.batch:
+            if devices > most or behind.replicas + d > self.batch:
                 return None
-            if piece.fastest / d > slowest:
-                continue
             held = ceil(behind.replicas / d) + 1
             again, recomputed = piece.fitted(held)
             under_way = behind.under_way + piece.compute + again + piece.crossing / 2
@@ -220,7 +219,7 @@ class _Label(NamedTuple):
         return tuple(found)
 
 
-def _fewest(labels: Iterator[_Label]) -> list[_Label]:
+def _fewest(labels: Iterable[_Label]) -> list[_Label]:
     """Those than which none has both fewer devices and fewer replicas."""
     found: list[_Label] = []
     for label in sorted(labels, key=lambda one: one[:3]):

@@ -136,18 +136,18 @@ def _least_sum(tables: Sequence[np.ndarray], devices: int, limit: float) -> tupl
 def halved(
     within: Callable[[float], Plan | None], slowest: Callable[[Plan], float], low: float, high: float, gap: float = 1e-9
 ) -> Plan | None:
-    """The plan whose slowest stage is fastest, to a relative gap, by halving what a stage may take.
+    """The plan whose slowest stage is fastest, to a relative gap, by halving what a stage may take (its logarithm).
 
     Args:
         within: a plan with no stage slower than that, or None where there is none.
-        low, high: no plan is faster than low; high is tried first.
+        low, high: no plan is faster than low (above 0); high is tried first.
     """
     if (best := within(high)) is None:
         return None
     high = slowest(best)
     while low < high * (1 - gap):
         # once near, only a little below: mostly the last plan is the best
-        middle = high * (1 - gap) if high < low * (1 + 1e-3) else (low + high) / 2
+        middle = high * (1 - gap) if high < low * (1 + 1e-3) else (low * high) ** 0.5
         found = within(middle)
         if found is None:
             low = middle
