@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from meshwright.ir.errors import PlanError
+
 from . import aceso, aceso_profile, dapple, max_load, pipedream, piper
 from .row import Row, Stopwatch, choose
 
 # Paces tried for a plan that the simulator finds fast: as parts of the slowest stage of PipeDream's best plan,
 # of the simulated pace of Piper's.
 PACES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2, 1.35, 1.5, 2.0, 3.0)
+LARGE = 150  # units of a graph for which, on machines within machines, every fifth pace is enough
 NEAR_PACES = (0.9, 0.97, 0.99, 1.0)
 # Aceso's predictions after a search of 200 s, as published with its artifact: model, GPUs, MB each, batch, seconds.
 ACESO = [("gpt_1_3B", 4, 12000.0, 512, 58.76), ("t5_770M", 4, 12000.0, 512, 33.66)]
@@ -31,17 +34,21 @@ def pipedream_rows(folder: Path) -> Iterator[Row]:
         graph = pipedream.Graph(file)
         for result in file["results"]:
             machines, straight = result["machines"], result["straight"]
+            name = f"{result['model']} {result['cluster']}{' straight' * straight}"
+            if not result.get("stages"):
+                yield Row("PipeDream", name, None, None, None, note=f"no plan is published: {result.get('error')}")
+                continue
             objective = pipedream.Throughput(graph, machines, result["bandwidths_Bps"], straight)
             theirs = pipedream.read_plan(result["stages"], len(machines))
             with Stopwatch() as watch:
                 ours = objective.best()
-            slowest = objective.of(ours)
-            limits = [(limit, slowest * part) for limit in (slowest * (1 + 1e-12), np.inf) for part in PACES]
+            slowest, large = objective.of(ours), len(machines) > 1 and graph.end > LARGE
+            paces = PACES[::5] if large else PACES
+            limits = [(limit, slowest * part) for limit in (slowest * (1 + 1e-12), np.inf) for part in paces]
             calm = {plan for limit in limits if (plan := objective.calm(*limit))}
             chosen = choose([ours, *sorted(calm, key=str)], objective.of, objective.simulated)
             yield Row(
-                "PipeDream", f"{result['model']} {result['cluster']}{' straight' * straight}",
-                result["pipeline_s"], objective.of(theirs), chosen.objective,
+                "PipeDream", name, result["pipeline_s"], objective.of(theirs), chosen.objective,
                 objective.simulated(theirs), chosen.simulated, chosen.fastest, watch.seconds, result["solver_s"],
             )  # fmt: skip
 
@@ -73,9 +80,12 @@ def piper_rows(folder: Path) -> Iterator[Row]:
             if f"input_{model}" not in file:
                 yield Row("Piper", name, case["TPS"], None, None, note=f"input_{model} is not in the file")
                 continue
-            if model not in graphs:
-                graphs[model] = piper.Graph(file[f"input_{model}"])
-            yield _piper_row(name, case, graphs[model])
+            try:
+                graph = graphs.setdefault(model, graphs.get(model) or piper.Graph(file[f"input_{model}"]))
+            except PlanError as error:
+                yield Row("Piper", name, case["TPS"], None, None, note=error.what)
+                continue
+            yield _piper_row(name, case, graph)
 
 
 def _piper_row(name: str, case: dict[str, Any], graph: piper.Graph) -> Row:
@@ -133,6 +143,9 @@ def max_load_rows(folder: Path) -> Iterator[Row]:
             best = min(results, key=lambda result: result["value"])
             if name not in file["inputs"]:
                 yield Row("dnn-partitioning", name, best["value"], None, None, note="its input is not in the file")
+                continue
+            if (cpus := file["inputs"][name]["maxCPUs"]) != 1:
+                yield Row("dnn-partitioning", name, best["value"], None, None, note=f"it has {cpus} CPUs, not one")
                 continue
             graph = max_load.Graph(file["inputs"][name])
             alone = [result["value"] for result in results if result["method"] == "oneFpga"]

@@ -41,8 +41,7 @@ class Graph:
         at = {colour: g for g, colour in enumerate(colours)}
         self.group = np.array([at[node.get("colorClass", f"own {node['id']}")] for node in nodes])
         self.devices = int(file["maxFPGAs"]) + 1
-        if file["maxCPUs"] != 1:
-            raise ValueError(f"max_load: {file['maxCPUs']} CPUs; the published cases have 1")
+        assert file["maxCPUs"] == 1, "as all published cases"
         self.limit = float(file["maxSizePerFPGA"])
         count = len(colours)
         self.cpu, self.accelerator, self.size = (
