@@ -72,8 +72,11 @@ class Latency:
     def of(self, plan: Plan) -> float:
         """By the formula."""
         many, slowest = self.microbatches(plan.pipelines), self.slowest(plan)
-        through = (self.work[-1] + sum(self._cuts(plan))) / plan.pipelines / many
-        return float(slowest * (many - 1) + through + self.exposed(plan, slowest))
+        return float(slowest * (many - 1) + self.through(plan) + self.exposed(plan, slowest))
+
+    def through(self, plan: Plan) -> float:
+        """Seconds of one microbatch through all stages and cuts."""
+        return (self.work[-1] + sum(self._cuts(plan))) / plan.pipelines / self.microbatches(plan.pipelines)
 
     def exposed(self, plan: Plan, slowest: float) -> float:
         """Seconds of all-reduces that no stage's last microbatches hide, if the slowest stage takes so long."""
@@ -143,13 +146,12 @@ class Latency:
         """Plans whose stages lie on consecutive devices, the one with the least seconds first: all met on the way."""
         best = Plan(1, ((0, self.units, self.devices),))
         seen = {best: self.of(best)}
-        for pipelines in range(1, self.devices + 1):
-            if self.microbatches(pipelines):
-                searches = [_Search(self, pipelines, self.units, 2, seen)]
-                if pipelines == 1:
-                    searches.append(_Search(self, 1, 2, 1, seen))
-                for search in searches:
-                    best = search.better(best)
+        searches = [_Search(self, 1, 2, 1, seen)]
+        searches += [_Search(self, r, self.units, 2, seen) for r in range(1, self.devices + 1) if self.microbatches(r)]
+        fastest = [search.fastest() for search in searches]
+        for search, plan in zip(searches, fastest, strict=True):
+            if plan:
+                search.fall(self.slowest(plan) * (1 - 1e-4))
         return sorted(seen, key=lambda plan: seen[plan])
 
 
@@ -163,7 +165,8 @@ class _Search:
         self, objective: Latency, pipelines: int, stages: int, ways: int, seen: dict[Plan, float]
     ) -> None:
         self.objective, self.pipelines, self.seen = objective, pipelines, seen
-        self.devices = objective.devices // pipelines
+        self.devices, self.many = objective.devices // pipelines, objective.microbatches(pipelines)
+        self.through = objective.work[-1] / pipelines / self.many
         self.most, self.ways = min(stages, self.devices, objective.units), ways
         counts = range(self.devices + 1)
         self.crossing = np.full((self.devices + 1,) * 3, np.inf)
@@ -175,36 +178,38 @@ class _Search:
                 for before in range(1, g + 1):
                     self.crossing[g, before, n] = objective.crossing(((g - before) * pipelines, span[0]), span)
 
-    def better(self, best: Plan) -> Plan:
-        """A plan better than one that is known, or that one.
+    def fastest(self) -> Plan | None:
+        """The plan whose slowest stage or cut is fastest; None where no plan could be the best."""
+        low = self.through / self.objective.devices * self.pipelines
+        if low * (self.many - 1) + self.through >= self.best:
+            return None
+        return halved(lambda limit: self._within(limit, np.inf), self.objective.slowest, low, 2 * self.through, 1e-4)
 
-        For a limit on the slowest stage, the cuts cost least; then all-reduces may show less and less.
+    def fall(self, low: float) -> None:
+        """Meet all plans that may be better than the best so far; no slowest stage is faster than `low`.
+
+        For a limit on the slowest stage, the cuts cost least; then all-reduces may show less and less, at the
+        cost of more cuts.
         """
-        objective, many = self.objective, self.objective.microbatches(self.pipelines)
-        through = objective.work[-1] / self.pipelines / many
-        low = through / self.devices
-        if low * (many - 1) + through >= objective.of(best):
-            return best
-        fastest = halved(lambda limit: self._within(limit, np.inf), objective.slowest, low, 2 * through, 1e-4)
-        if fastest is None:
-            return best
-        best, limit = min(best, fastest, key=objective.of), np.inf
+        o, limit = self.objective, np.inf
         while True:
-            limit = min(limit, (objective.of(best) - through) / max(many - 1, 1) * (1 - 1e-12))
+            limit = min(limit, (self.best - self.through) / max(self.many - 1, 1) * (1 - 1e-12))
             found = self._within(limit, np.inf)
             if found is None:
-                return best
-            next_limit = max(objective.slowest(found), limit * STEP) * (1 - NEAR)
-            while found is not None:
-                best = min(best, found, key=objective.of)
-                exposed = objective.exposed(found, limit)
+                return
+            next_limit = max(o.slowest(found), limit * STEP) * (1 - NEAR)
+            while found is not None and low * (self.many - 1) + o.through(found) < self.best:
+                exposed = o.exposed(found, limit)
                 found = self._within(limit, exposed * (1 - NEAR)) if exposed > 0 else None
             limit = next_limit
 
+    @property
+    def best(self) -> float:
+        return min(self.seen.values())
+
     def _within(self, slowest: float, exposed: float) -> Plan | None:
         """The plan with the least cuts whose stages and cuts take no longer, and whose all-reduces show no more."""
-        o, many = self.objective, self.objective.microbatches(self.pipelines)
-        share = 1 / self.pipelines / many
+        o, share = self.objective, 1 / self.pipelines / self.many
         at, before, ends = _least_cuts(
             o.work * share, o.leaving * share, o.weights, self.crossing, self.reducing,
             self.most, self.ways * self.pipelines, slowest, exposed,

@@ -58,7 +58,6 @@ class Graph:
             {int(t): _unit(v, ways, number, costs) for t, ways in node["TMPCs"].items()}
             for v, node in enumerate(file["nodes"])
         ]
-        self.layers = sum(1 << i for i, node in enumerate(file["nodes"]) if "Layer" in node.get("name", ""))
         # what is still to do when a pipeline's first stages are cut off: closed under "comes after"
         self.left = closed_sets(len(self.ways), [(b, a) for a, b in self.edges], SETS)
 
