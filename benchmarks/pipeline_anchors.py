@@ -79,6 +79,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(ANCHORS), choices=list(ANCHORS))
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
+    for folder in (options.folder, options.aceso):
+        if folder and not folder.is_dir():
+            parser.error(f"{folder} is no folder")
     print(f"{'anchor':16} {'case':38}" + "".join(f"{name:>{wide}}" for name, wide in COLUMNS.items()))
     kept = options.output and options.output.exists()
     report: dict[str, Any] = json.loads(options.output.read_text()) if kept else {}

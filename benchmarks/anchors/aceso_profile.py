@@ -101,6 +101,8 @@ def read(folder: Path, model: str) -> Recorded:
         key = re.search(r"_mbs(\d+)_tp(\d+)_algo(\d+)", path.stem)
         assert key
         profiles[int(key[1]), int(key[2]), int(key[3])] = Profile(**fields)
+    if not profiles:
+        return Recorded((), (), {}, ())
     with (folder / "p2p_intra_node.csv").open() as file:
         link = tuple(float(cell) for cell in list(csv.reader(file))[1])
     return Recorded(names, layers, profiles, link)
@@ -175,7 +177,10 @@ class Counted:
 
     @property
     def leaving(self) -> float:
-        return self.recorded.moving(float(self.profile.output[-1]))
+        """Aceso looks the output up under the tensor degree of the stage's first operator."""
+        first, last = self.stage.splits[0], self.stage.splits[-1]
+        profile = self.recorded.profiles[self.batch // last.data, first.tensor, last.manner]
+        return self.recorded.moving(float(profile.output[self.stage.last - 1]))
 
     @property
     def seconds(self) -> float:
