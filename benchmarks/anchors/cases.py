@@ -41,12 +41,13 @@ def pipedream_rows(folder: Path) -> Iterator[Row]:
             objective = pipedream.Throughput(graph, machines, result["bandwidths_Bps"], straight)
             theirs = pipedream.read_plan(result["stages"], len(machines))
             with Stopwatch() as watch:
-                ours = objective.best()
-            slowest, large = objective.of(ours), len(machines) > 1 and graph.end > LARGE
+                early, late = objective.best(), objective.best(latest=True)
+            slowest, large = objective.of(early), len(machines) > 1 and graph.end > LARGE
             paces = PACES[::5] if large else PACES
             limits = [(limit, slowest * part) for limit in (slowest * (1 + 1e-12), np.inf) for part in paces]
             calm = {plan for limit in limits if (plan := objective.calm(*limit))}
-            chosen = choose([ours, *sorted(calm, key=str)], objective.of, objective.simulated)
+            plans = [early, late, *sorted(calm, key=str)]
+            chosen = choose(plans, objective.of, objective.simulated)
             yield Row(
                 "PipeDream", name, result["pipeline_s"], objective.of(theirs), chosen.objective,
                 objective.simulated(theirs), chosen.simulated, chosen.fastest, watch.seconds, result["solver_s"],

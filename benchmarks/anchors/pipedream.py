@@ -100,12 +100,12 @@ class Throughput:
 
     # ------------------------------------------------------------ search
 
-    def best(self) -> tuple[Part, ...]:
-        """The plan with the fastest slowest stage, on all machines."""
-        end, cuts = self.graph.end, self.solve()
+    def best(self, latest: bool = False) -> tuple[Part, ...]:
+        """The plan with the fastest slowest stage, on all machines; among equals, with late cuts or early ones."""
+        end, cuts = self.graph.end, self.solve(latest)
         return self._parts(cuts, len(cuts) - 1, 0, end)
 
-    def solve(self) -> list[list[Cuts]]:
+    def solve(self, latest: bool) -> list[list[Cuts]]:
         """Per level, the best pipelines from each position (at the outermost level from the first)."""
         compute = self.graph.compute[None, :] - self.graph.compute[:, None]
         solved = []
@@ -113,7 +113,7 @@ class Throughput:
             outermost = level == len(self.machines) - 1
             first, later = self._tables(level, compute)
             starts = range(1 if outermost else self.graph.end)
-            solved.append([best_cuts(start, first, later, machines) for start in starts])
+            solved.append([best_cuts(start, first, later, machines, latest=latest) for start in starts])
             if not outermost:
                 compute = np.stack([*(c.seconds[machines] for c in solved[-1]), np.full(self.graph.end + 1, np.inf)])
         return solved

@@ -47,7 +47,7 @@ class Cuts:
 
 
 def best_cuts(
-    start: int, first: np.ndarray, later: np.ndarray, devices: int, join: np.ufunc = np.maximum
+    start: int, first: np.ndarray, later: np.ndarray, devices: int, join: np.ufunc = np.maximum, latest: bool = False
 ) -> Cuts:
     """The best pipelines from `start`: with the fastest slowest stage, or the least sum (join: `np.add`).
 
@@ -55,6 +55,7 @@ def best_cuts(
         first: the table of stages that begin the pipeline.
         later: the table of all other stages.
         devices: at most, of the whole pipeline; tables may end with stages on fewer.
+        latest: among equals, last stages begin as late as they can, else as early.
     """
     rows, ends = first.shape[0], first.shape[2]
     seconds = np.full((devices + 1, ends), np.inf)
@@ -64,7 +65,7 @@ def best_cuts(
     for total in range(2, devices + 1):
         for own in range(1, min(total, rows)):
             whole = join(seconds[total - own, start:, None], later[own, start:, start:])
-            best = whole.argmin(axis=0)
+            best = len(whole) - 1 - whole[::-1].argmin(axis=0) if latest else whole.argmin(axis=0)
             found = whole[best, columns]
             better = np.flatnonzero(found < seconds[total, start:])
             to = better + start
