@@ -34,6 +34,22 @@ def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
     return Schedule("1f1b", ranks, microbatches, tuple(orders))
 
 
+def round_robin(replicas: Sequence[int], microbatches: int) -> Schedule:
+    """1F1B over stages that are replicated: replica r of R takes microbatches r, r + R, r + 2R, ...
+
+    A replica begins with as many forward passes as keep all replicas behind it busy. Source: Narayanan et
+    al., PipeDream, SOSP 2019, section 3.2 (1F1B-RR).
+    """
+    positive(microbatches=microbatches, replicas=min(replicas, default=0))
+    orders = []
+    for stage, count in enumerate(replicas):
+        ahead = -(-sum(replicas[stage:]) // count) - 1
+        for replica in range(count):
+            forward = [Step("forward", stage, m) for m in range(replica, microbatches, count)]
+            orders.append(_alternate(forward, [step._replace(kind="backward") for step in forward], ahead))
+    return Schedule("1f1b-rr", len(replicas), microbatches, tuple(orders))
+
+
 def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
     """1F1B over `chunks` chunks per rank, in groups of about as many microbatches as there are ranks.
 
