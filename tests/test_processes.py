@@ -198,6 +198,15 @@ def test_twenty_runs_do_not_hang():
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
+def test_processes_with_unlike_plans_are_told(folder):
+    plans = [planned(folder, 4, "1f1b"), planned(folder, 4, "gpipe")]
+    script = f"import os, sys; sys.argv += ['run', {plans}[int(os.environ['JAX_PROCESS_ID'])], '--steps', '1']"
+    (folder / "unlike_plans.py").write_text(f"{script}\nfrom meshwright.cli import main\nmain()")
+    for code, _, err in finish(start(["unlike_plans.py"], 2, folder), folder):
+        assert code == 5 and "runs another plan than process" in err, err
+
+
 # ---------------------------------------------------------------- who is who
 
 
