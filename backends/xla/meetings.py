@@ -178,6 +178,8 @@ def _leave_at_exit() -> None:
 
 def leave(error: MeshwrightError) -> NoReturn:
     """End this process at once: an orderly exit would wait for the others."""
-    sys.stdout.flush()
-    print(error.report(), file=sys.stderr, flush=True)
-    os._exit(error.exit_code)
+    try:
+        sys.stdout.flush()
+        print(error.report(), file=sys.stderr, flush=True)
+    finally:  # whoever read what is printed may be gone
+        os._exit(error.exit_code)

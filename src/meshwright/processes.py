@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import TracebackType
 
 import jax
 
@@ -165,6 +166,15 @@ def join(found: Seat, devices: int) -> None:
             origin=first, fix="process 0 at that address, and all of them started",
         ) from error  # fmt: skip
     _explain_aborts(found)
+    sys.excepthook = _end_with
+
+
+def _end_with(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An error that nobody caught ends this process at once; jax would wait for the others, and they for this one."""
+    sys.__excepthook__(kind, error, trace)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(getattr(error, "exit_code", 1))
 
 
 def _explain_aborts(found: Seat) -> None:
