@@ -69,7 +69,9 @@ def test_statistics_of_the_whole_batch_allow_one_microbatch(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule, optimizer, near", [(one_f_one_b(2, 4), "sgd", 2e-5), (interleaved(2, 4, 2), "adamw", 3e-4)])
+@pytest.mark.parametrize(
+    "schedule, optimizer, near", [(one_f_one_b(2, 4), "sgd", 2e-5), (interleaved(2, 4, 2), "adamw", 3e-4)]
+)
 def test_state_is_passed_on_from_step_to_step(schedule, optimizer, near):
     """Counters of the optimizer are read by all stages, of which two may share their devices."""
     captured, leaves, flat, _ = case("gpt-tiny", optimizer)
