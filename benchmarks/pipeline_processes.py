@@ -55,7 +55,7 @@ def work(plan: Path, steps: int, side_by_side: bool) -> None:
     place = seat()
     assert place is not None
     mw.emulate(DEVICES // place.processes)
-    join(place)
+    join(place, DEVICES // place.processes)
     step, state, batch = model()
     running = mw.lower(mw.load_plan(plan), step, state, batch)
     running.lowered.meetings.in_turn = not side_by_side

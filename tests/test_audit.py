@@ -13,6 +13,7 @@ from meshwright.backends.xla.audit import compare
 from meshwright.backends.xla.hlo import Found, collectives
 from meshwright.ir.mesh import Mesh
 from meshwright.models import build
+from meshwright.view import audit_text
 
 MESH = Mesh.of(x=4, y=2)
 
@@ -88,3 +89,19 @@ def test_predicted_bytes_and_memory_are_near_the_compiled_ones(name):
     assert abs(audit.difference) < 0.25
     assert -0.15 < audit.memory_difference < 0.05
     assert audit.compiled_peak > 0 and audit.compiled_bytes > 0
+
+
+def test_a_pipeline_moves_what_was_planned_and_holds_about_as_much():
+    """Its programs run as often as the schedule says. A pass keeps what it takes to its end, which plans leave out."""
+    example = build("gpt-tiny", optimizer="sgd", dtype="f32")
+    request = mw.Request(pp=2, microbatches=4, recompute="none", schedule="1f1b", time_limit=20)
+    arguments = (example.state, example.batch)
+    found = mw.plan(example.step, *arguments, cluster="8xcpu", request=request, donate_argnums=0)
+    report = mw.lower(found, example.step, *arguments, donate_argnums=0).audit()
+    assert abs(report.difference) < 0.02
+    assert [part.stages for part in report.ranks] == [(0,), (1,)]
+    assert sum(part.compiled_bytes for part in report.ranks) == report.compiled_bytes
+    for part in report.ranks:
+        assert 0.9 < sum(part.parts.values()) / part.predicted_peak < 1.3
+    assert report.compiled_peak == max(sum(part.parts.values()) for part in report.ranks)
+    assert "ranks: lines above are of all of them" in audit_text(report)

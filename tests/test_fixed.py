@@ -69,7 +69,7 @@ def test_sums_that_layers_hand_on_are_held_on_cpus(monkeypatch):
         return lower(plan, found).jitted.lower(*avals).as_text().count("optimization_barrier")
 
     assert barriers() >= 2 * 3  # at least the stream and its gradient, between four layers
-    monkeypatch.setattr(lowering, "_on_cpus", lambda mesh: False)
+    monkeypatch.setattr(lowering, "on_cpus", lambda mesh: False)
     assert barriers() == 0
 
 

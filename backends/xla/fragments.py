@@ -9,7 +9,7 @@ reduced once. To another stage a value goes with its sums settled.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -197,17 +197,19 @@ class StagePrograms:
         return outputs.get(value) in fragment.results and value not in self.same.values()
 
     def _without_copies(self, fragment: Fragment) -> Fragment:
-        """Copies that keep the layout are the value itself."""
+        """Copies that keep the layout are the value itself; others to one layout, as of weights gathered for the
+        forward and for the backward pass, are one: passes of both kinds alternate, so both would live all along."""
+        made: dict[tuple[int, Sharding], int] = {}
         for op in fragment.ops:
-            if op.kind == "copy" and self.layouts[op.inputs[0]] == self.layouts[op.outputs[0]]:
-                source = self.same.get(op.inputs[0], op.inputs[0])
-                if source in fragment.takes or source in fragment.gives:
-                    self.same[op.outputs[0]] = source
-        gives = tuple(v for v in fragment.gives if v not in self.same)
-        return Fragment(
-            fragment.kind, fragment.stage, fragment.ops, fragment.takes, gives, fragment.sends,
-            fragment.totals, fragment.drops, fragment.results,
-        )  # fmt: skip
+            if op.kind != "copy":
+                continue
+            (value,), layout = op.outputs, self.layouts[op.outputs[0]]
+            source = self.same.get(op.inputs[0], op.inputs[0])
+            if self.layouts[op.inputs[0]] == layout and (source in fragment.takes or source in fragment.gives):
+                self.same[value] = source
+            elif value in fragment.gives and (first := made.setdefault((source, layout), value)) != value:
+                self.same[value] = first
+        return replace(fragment, gives=tuple(v for v in fragment.gives if v not in self.same))
 
     def _specs(self, values: Iterable[int]) -> list[PartitionSpec]:
         return [_spec(self.layouts[v]) for v in values]

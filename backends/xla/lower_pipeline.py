@@ -43,7 +43,10 @@ def lower_pipeline(plan: Plan, captured: Captured, devices: Sequence[Any] | None
     for stage, programs in enumerate(stages):
         homes = zip(program.graph.inputs, cut.homes, strict=True)
         programs.know_inputs(v for v, where in homes if stage in where)
-    donated = frozenset(program.graph.inputs[k] for k in captured.graph.donated)
+    # What several stages read on the same devices is one array: none of them may give it up.
+    devices = [frozenset(stage.mesh.devices.flat) for stage in stages]
+    alone = {k for k, where in enumerate(cut.homes) if len({devices[s] for s in where}) == len(where)}
+    donated = frozenset(program.graph.inputs[k] for k in captured.graph.donated & alone)
     passes, rounds = link(stages, cut, donated)
     return LoweredPipeline(plan, captured, schedule, cut, stages, passes, rounds)
 

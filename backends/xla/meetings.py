@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NoReturn
@@ -30,7 +31,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ...ir.errors import MeshwrightError, ProcessError, UsageError
+from ...ir.errors import MeshwrightError, MismatchError, ProcessError, UsageError
+from ...ir.plan import Plan
 
 DEADLINE = "MESHWRIGHT_DEADLINE"  # the environment variable: seconds
 SECONDS = 600.0  # when it is not set: another process may compile as long
@@ -92,6 +94,19 @@ class Meetings:
         sizes = self.gather(what, np.array(data.size)).reshape(-1)
         rows = self.gather(what, np.resize(data, max(sizes)) if data.size else np.zeros(max(sizes), np.uint8))
         return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+    def agree(self, plan: Plan) -> None:
+        """All processes run one plan; each gives its own.
+
+        Raises:
+            MismatchError: another process has another plan.
+        """
+        said = self.exchange("the comparison of plans", sha256(plan.model_dump_json().encode()).hexdigest())
+        if others := [k for k, each in enumerate(said) if each != said[jax.process_index()]]:
+            raise MismatchError(
+                f"process {others[0]} runs another plan than process {jax.process_index()}.",
+                where=f"plan `{plan.name}`", fix="the same plan file for all processes",
+            )  # fmt: skip
 
     def gather(self, what: str, array: np.ndarray) -> np.ndarray:
         """What each process gives, in their order; every process calls it."""
@@ -163,6 +178,8 @@ def _leave_at_exit() -> None:
 
 def leave(error: MeshwrightError) -> NoReturn:
     """End this process at once: an orderly exit would wait for the others."""
-    sys.stdout.flush()
-    print(error.report(), file=sys.stderr, flush=True)
-    os._exit(error.exit_code)
+    try:
+        sys.stdout.flush()
+        print(error.report(), file=sys.stderr, flush=True)
+    finally:  # whoever read what is printed may be gone
+        os._exit(error.exit_code)

@@ -40,8 +40,9 @@ from .unstack import Unstacked
 Watch = Callable[[int, Step, Sequence[Any], Any, float | None], None]
 Store = dict[int, Any]
 Place = tuple[str | int, int]  # a pass and its stage, or a round of updates and its stage
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, Kind] = {  # instruction -> the pass that it is, or whose result it sends
     "forward": "forward", "backward": "backward", "input-grad": "backward", "weight-grad": "weight",
+    "send-activation": "forward", "send-gradient": "backward",
 }  # fmt: skip
 
 
@@ -341,7 +342,7 @@ class Run:
     def _move(self, event: Event) -> None:
         """A send and its receive."""
         (rank, send), (there, receive) = event
-        key, m, to = (KINDS[_MADE[send.what]], send.stage), send.microbatch, send.other
+        key, m, to = (KINDS[send.what], send.stage), send.microbatch, send.other
         low, arrays = self.lowered, self.leaving.pop((key, m, to), None)
         indices, handover = low.parcels[key, to]
         what = f"rank {there} at {receive}" if low.here[to] else f"rank {rank} at {send}"
@@ -413,6 +414,3 @@ class Run:
             if results[position] is None:
                 kind = types[outputs[position]]
                 results[position] = nowhere(kind.shape, jax_dtype(kind.dtype), layout)
-
-
-_MADE = {"send-activation": "forward", "send-gradient": "backward"}

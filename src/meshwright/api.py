@@ -194,6 +194,9 @@ class RunningStep:
         if apart is not None and len(leaves) != len(apart.inputs):
             leaves = apart.apart(leaves)
         if lowered.joint:
+            if not self._started:
+                lowered.meetings.agree(self.plan)
+                self._started.append(True)
             return jax.tree.unflatten(lowered.captured.binding.out_tree, lowered.run(leaves))
         try:
             results = lowered.jitted(*self.placed(leaves))

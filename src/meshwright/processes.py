@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import TracebackType
 
 import jax
 
@@ -115,10 +116,18 @@ def _int(text: str, where: str) -> int:
     return int(text)
 
 
-def connect(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+def connect(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None, devices: int = 1
+) -> None:
     """Join the other processes of this run, before jax is first used.
 
     Does nothing where neither the arguments nor the environment speak of other processes.
+
+    Args:
+        coordinator: host:port of process 0; this and the next two are found in the environment if not given.
+        processes: how many there are.
+        process: which of them this is.
+        devices: how many accelerators each has where several processes share a host.
 
     Raises:
         UsageError: half of what is needed, or numbers that cannot be.
@@ -126,22 +135,22 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     """
     found = seat(coordinator, processes, process)
     if found is not None:
-        join(found)
+        join(found, devices)
 
 
-def join(found: Seat, devices: int | None = None) -> None:
+def join(found: Seat, devices: int) -> None:
     """Take a seat.
 
     Args:
-        devices: how many accelerators this process gets where several processes share its host.
+        devices: how many accelerators this process gets where several share its host.
 
     Raises:
         LoweringError: jax was used before.
         ProcessError: the others did not come.
     """
     deadline = deadline_seconds()
-    first = found.local * (devices or 0)
-    own = None if found.beside == 1 or devices is None else list(range(first, first + devices))
+    first = found.local * devices
+    own = None if found.beside == 1 else list(range(first, first + devices))
     try:
         jax.distributed.initialize(
             found.coordinator, found.processes, found.process, local_device_ids=own,
@@ -157,6 +166,15 @@ def join(found: Seat, devices: int | None = None) -> None:
             origin=first, fix="process 0 at that address, and all of them started",
         ) from error  # fmt: skip
     _explain_aborts(found)
+    sys.excepthook = _end_with
+
+
+def _end_with(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An error that nobody caught ends this process at once; jax would wait for the others, and they for this one."""
+    sys.__excepthook__(kind, error, trace)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(getattr(error, "exit_code", 1))
 
 
 def _explain_aborts(found: Seat) -> None:

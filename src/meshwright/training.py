@@ -59,7 +59,9 @@ def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, s
         leaves = apart.apart(jax.tree.leaves((state, *first)))
         state = jax.tree.unflatten(captured.binding.in_tree, leaves)[0][0]
     results = Trained()
-    if not lowered.joint:
+    if lowered.joint:
+        lowered.meetings.agree(plan)
+    else:
         _ = lowered.compiled  # before the clock runs
     for number in range(steps):
         batch = first if number == 0 else next(batches)
