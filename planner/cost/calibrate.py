@@ -1,6 +1,6 @@
 """Fit the figures of a profile to measured points, and say how well they describe the rest.
 
-    product      seconds = launch + FLOP / peak
+    product      seconds = launch + FLOP / (peak * share)      share: of the shape (products.py)
     copy         seconds = launch + bytes / bandwidth
     collective   seconds = fixed + bytes * slope          per kind and group layout
 
@@ -10,7 +10,7 @@ relative, so that small sizes count as much as large ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -61,14 +61,15 @@ def judge(family: str, sizes: Sequence[float], seconds: Sequence[float]) -> tupl
     return line, Fit(family=family, points=len(x), held_out=int(out.sum()), median=median, worst=worst)
 
 
-def fit_products(points: Sequence[ProductPoint]) -> tuple[dict[str, float], list[float], list[Fit]]:
-    """Peak FLOP/s by dtype, the fixed seconds of each, and fits."""
+def fit_products(
+    points: Sequence[ProductPoint], share: Callable[[ProductPoint], float]
+) -> tuple[dict[str, float], list[float], list[Fit]]:
+    """Peak FLOP/s by dtype, the fixed seconds of each, and fits; `share` of the peak is that of a point's shape."""
     peaks, fixed, fits = {}, [], []
     for dtype in sorted({p.dtype for p in points}):
         mine = [p for p in points if p.dtype == dtype]
-        (start, slope), fit = judge(
-            f"products {dtype}", [2.0 * p.m * p.n * p.k for p in mine], [p.seconds for p in mine]
-        )
+        work = [2.0 * p.m * p.n * p.k / share(p) for p in mine]
+        (start, slope), fit = judge(f"products {dtype}", work, [p.seconds for p in mine])
         peaks[dtype] = 1 / max(slope, 1e-30)
         fixed.append(start)
         fits.append(fit)
