@@ -24,6 +24,7 @@ from meshwright.planner.layouts import Layouts
 from meshwright.planner.space import build
 
 PARTS = ("products", "attention products", "softmax", "elementwise", "look-ups", "optimizer", "casts", "other")
+STEPS = 3  # in a trace
 
 
 def parts_by_tag(program: Program) -> dict[str, str]:
@@ -63,18 +64,19 @@ def predicted_parts(program: Program, cost: Roofline, microbatches: int, mesh: A
 
 
 def measured_parts(
-    run: Callable[[], None], steps: int, hlo: str, part_of: Mapping[str, str]
+    run: Callable[[Any], None], program: Any, part_of: Mapping[str, str]
 ) -> tuple[dict[str, float], list[tuple[str, str, float]]]:
     """Seconds of kernels per step by part, and the longest kernels: (instruction, what it is, seconds).
 
-    `run` runs so many steps of the program whose text is `hlo`.
+    `run` runs one step of the compiled program.
     """
+    run(program)
     seconds, longest = dict.fromkeys(PARTS, 0.0), defaultdict(float)
-    names = op_names(hlo)
-    for instruction, duration in _kernels(run):
+    names = op_names(program.as_text())
+    for instruction, duration in _kernels(lambda: [run(program) for _ in range(STEPS)]):
         name = names.get(instruction, "")
-        seconds[_part_in(name, part_of)] += duration / steps
-        longest[instruction, name] += duration / steps
+        seconds[_part_in(name, part_of)] += duration / STEPS
+        longest[instruction, name] += duration / STEPS
     top = sorted(((i, n, s) for (i, n), s in longest.items()), key=lambda row: -row[2])[:40]
     return seconds, top
 
@@ -86,11 +88,16 @@ def op_names(hlo: str) -> dict[str, str]:
 
 
 def _part_in(name: str, part_of: Mapping[str, str]) -> str:
-    """The part of the innermost op that a kernel's origin names."""
-    return next((part_of[piece] for piece in reversed(name.split("/")) if piece in part_of), "other")
+    """The part of the innermost op that a kernel's origin names; tags of ops in a loop are a path themselves."""
+    pieces = name.split("/")
+    for end in range(len(pieces), 0, -1):
+        for start in range(end):
+            if (tag := "/".join(pieces[start:end])) in part_of:
+                return part_of[tag]
+    return "other"
 
 
-def _kernels(run: Callable[[], None]) -> Iterator[tuple[str, float]]:
+def _kernels(run: Callable[[], object]) -> Iterator[tuple[str, float]]:
     """(instruction, seconds) of everything that the GPU did meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

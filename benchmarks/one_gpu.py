@@ -24,7 +24,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-WARM, ROUNDS = 3, 12  # steps before the clock counts; steps measured
+WARM = 3  # steps before the clock counts
+GROUPS, STEPS, LONGEST = 3, 10, 2.0  # measured: groups of steps; steps, or the seconds, of one
 POOL = 0.92  # of the GPU's memory is XLA's, where a case does not say
 
 Row = dict[str, Any]
@@ -132,15 +133,13 @@ def measured(case: Case, profile: str | None) -> Row:
         row["plain_bytes"] = compiled_bytes(programs["plain"])
         for _ in range(WARM):
             turn.step(programs["plain"])
-    row["seconds"] = turn.rounds(programs)
-    row["back_to_back"] = {name: turn.unwaited(program) for name, program in programs.items()}
+    row["seconds"] = turn.groups(programs)
+    row["waited_seconds"] = turn.waited(planned)
     row["loss"] = turn.loss
     if case.kernels:
         part_of = parts_by_tag(prepare(folded.whole, policy))  # type: ignore[arg-type]
-        steps = 3
-        row["measured_parts"], row["longest"] = measured_parts(
-            lambda: [turn.step(planned) for _ in range(steps)], steps, lowered.hlo(), part_of
-        )
+        singly = lowered.compile({"xla_gpu_enable_command_buffer": ""})  # no CUDA graphs: they hide kernels' names
+        row["measured_parts"], row["longest"] = measured_parts(turn.step, singly, part_of)
     row["run_seconds"] = clock.lap()
     return row
 
@@ -172,24 +171,28 @@ class Turn:
         if wait:
             self.loss = float(self.loss)
 
-    def rounds(self, programs: dict[str, Any]) -> dict[str, float]:
-        """Median seconds of each program's steps, in turns, every one waited for."""
+    def groups(self, programs: dict[str, Any]) -> dict[str, float]:
+        """Seconds of a step of each program when the next one is sent before it ends: medians of groups, in turns."""
         times: dict[str, list[float]] = {name: [] for name in programs}
-        for _ in range(ROUNDS):
+        steps = max(4, min(STEPS, int(LONGEST / self.waited(next(iter(programs.values())), 1))))
+        for _ in range(GROUPS):
             for name, program in programs.items():
-                start = time.perf_counter()
                 self.step(program)
-                times[name].append(time.perf_counter() - start)
+                start = time.perf_counter()
+                for _ in range(steps - 1):
+                    self.step(program, wait=False)
+                self.step(program)
+                times[name].append((time.perf_counter() - start) / steps)
         return {name: median(found) for name, found in times.items()}
 
-    def unwaited(self, program: Any) -> float:
-        """Seconds of a step when the next one is sent before it ends."""
-        self.step(program)
-        start = time.perf_counter()
-        for _ in range(ROUNDS - 1):
-            self.step(program, wait=False)
-        self.step(program)
-        return (time.perf_counter() - start) / ROUNDS
+    def waited(self, program: Any, steps: int = STEPS) -> float:
+        """Median seconds of a step whose loss the host reads before it sends the next."""
+        times = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            self.step(program)
+            times.append(time.perf_counter() - start)
+        return median(times)
 
 
 def compiled_bytes(program: Any) -> dict[str, float]:
