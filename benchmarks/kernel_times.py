@@ -11,6 +11,8 @@ import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,11 @@ from meshwright.planner.cost.model import Roofline
 from meshwright.planner.layouts import Layouts
 from meshwright.planner.space import build
 
+ITEM_BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
+              "s8": 1, "u8": 1, "pred": 1}  # fmt: skip
 PARTS = ("products", "attention products", "softmax", "elementwise", "look-ups", "optimizer", "casts", "other")
 STEPS = 3  # in a trace
+PRODUCTS = ("custom-call", "gemm_fusion", "cudnn-conv", "cublas")  # names of XLA's kernels for them
 
 
 def parts_by_tag(program: Program) -> dict[str, str]:
@@ -63,38 +68,68 @@ def predicted_parts(program: Program, cost: Roofline, microbatches: int, mesh: A
     return seconds
 
 
-def measured_parts(
-    run: Callable[[Any], None], program: Any, part_of: Mapping[str, str]
-) -> tuple[dict[str, float], list[tuple[str, str, float]]]:
-    """Seconds of kernels per step by part, and the longest kernels: (instruction, what it is, seconds).
+@dataclass(frozen=True)
+class Instruction:
+    """One kernel's place in XLA's program: where it came from, and the bytes of its operands and results."""
 
-    `run` runs one step of the compiled program.
+    origin: str
+    nbytes: float
+
+
+def measured_parts(run: Callable[[Any], None], program: Any, part_of: Mapping[str, str]) -> dict[str, Any]:
+    """Of one step, by part: seconds of kernels, and for kernels that are no products the bytes that they move.
+
+    `run` runs one step of the compiled program. `longest` are (kernel, origin, seconds, bytes).
     """
     run(program)
-    seconds, longest = dict.fromkeys(PARTS, 0.0), defaultdict(float)
-    names = op_names(program.as_text())
-    for instruction, duration in _kernels(lambda: [run(program) for _ in range(STEPS)]):
-        name = names.get(instruction, "")
-        seconds[_part_in(name, part_of)] += duration / STEPS
-        longest[instruction, name] += duration / STEPS
-    top = sorted(((i, n, s) for (i, n), s in longest.items()), key=lambda row: -row[2])[:40]
-    return seconds, top
+    known = instructions(program.as_text())
+    seconds, nbytes = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
+    longest: dict[str, float] = defaultdict(float)
+    for name, duration in _kernels(lambda: [run(program) for _ in range(STEPS)]):
+        found = known.get(name, Instruction("", 0.0))
+        part = _part_in(name, found.origin, part_of)
+        seconds[part] += duration / STEPS
+        nbytes[part] += found.nbytes / STEPS
+        longest[name] += duration / STEPS
+    top = sorted(longest.items(), key=lambda item: -item[1])[:30]
+    rows = [(name, known[name].origin, spent, known[name].nbytes) for name, spent in top if name in known]
+    return {"seconds": seconds, "bytes": nbytes, "longest": rows}
 
 
-def op_names(hlo: str) -> dict[str, str]:
-    """By instruction, where it came from, as XLA's text says it."""
-    pattern = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*metadata=\{[^}]*?op_name="([^"]*)"', re.MULTILINE)
-    return dict(pattern.findall(hlo))
+def instructions(hlo: str) -> dict[str, Instruction]:
+    """What XLA's text says of each instruction outside fusions."""
+    sizes: dict[str, float] = {}
+    found = {}
+    for line in hlo[hlo.rindex("\nENTRY ") :].splitlines():
+        match = re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) [\w\-]+\((.*)", line)
+        if match is None:
+            continue
+        name, kind, rest = match.groups()
+        operands = re.findall(r"%([\w.\-]+)", re.split(r"\)(?:,|$)", rest, maxsplit=1)[0])
+        origin = re.search(r'op_name="([^"]*)"', line)
+        sizes[name] = _bytes(kind)
+        moved = sizes[name] + sum(sizes.get(operand, 0.0) for operand in operands)
+        found[name] = Instruction(origin.group(1) if origin else "", moved)
+    return found
 
 
-def _part_in(name: str, part_of: Mapping[str, str]) -> str:
-    """The part of the innermost op that a kernel's origin names; tags of ops in a loop are a path themselves."""
-    pieces = name.split("/")
-    for end in range(len(pieces), 0, -1):
-        for start in range(end):
-            if (tag := "/".join(pieces[start:end])) in part_of:
-                return part_of[tag]
-    return "other"
+def _bytes(kind: str) -> float:
+    """Of a type as XLA writes it, all members of a tuple together."""
+    arrays = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", kind)
+    sizes = ((dtype, prod(int(dim) for dim in dims.split(",") if dim)) for dtype, dims in arrays)
+    return float(sum(ITEM_BYTES.get(dtype, 0) * size for dtype, size in sizes))
+
+
+def _part_in(kernel: str, origin: str, part_of: Mapping[str, str]) -> str:
+    """The part of the innermost op that a kernel's origin names; tags of ops in a loop are a path themselves.
+
+    A product whose result is turned afterwards bears the name of that: gradients of weights, mostly.
+    """
+    pieces = origin.split("/")
+    spans = ((start, end) for end in range(len(pieces), 0, -1) for start in range(end))
+    tags = ("/".join(pieces[start:end]) for start, end in spans)
+    part = next((part_of[tag] for tag in tags if tag in part_of), "other")
+    return "products" if kernel.startswith(PRODUCTS) and part != "attention products" else part
 
 
 def _kernels(run: Callable[[], object]) -> Iterator[tuple[str, float]]:

@@ -139,7 +139,7 @@ def measured(case: Case, profile: str | None) -> Row:
     if case.kernels:
         part_of = parts_by_tag(prepare(folded.whole, policy))  # type: ignore[arg-type]
         singly = lowered.compile({"xla_gpu_enable_command_buffer": ""})  # no CUDA graphs: they hide kernels' names
-        row["measured_parts"], row["longest"] = measured_parts(turn.step, singly, part_of)
+        row["measured_parts"] = measured_parts(turn.step, singly, part_of)
     row["run_seconds"] = clock.lap()
     return row
 
@@ -232,7 +232,8 @@ def told(row: Row) -> str:
     found, compiled = row["seconds"]["planned"], sum(row["compiled_bytes"].values())
     errors = " ".join(f"{name} {seconds / found - 1:+.1%}" for name, seconds in row["predicted"].items())
     plain = f"; plain jit {found / row['seconds']['plain']:.3f}" if "plain" in row["seconds"] else ""
-    memory = f"{row['predicted_bytes'] / 2**30:.2f} GiB predicted, {row['peak_bytes'] / row['predicted_bytes'] - 1:+.1%}"
+    peak = f"{row['peak_bytes'] / row['predicted_bytes'] - 1:+.1%}"
+    memory = f"{row['predicted_bytes'] / 2**30:.2f} GiB predicted, {peak}"
     return (
         f"{row['case']:24} {found * 1e3:8.1f} ms  {errors}  {memory} (compiled"
         f" {compiled / row['predicted_bytes'] - 1:+.1%})  {row['recompute']} x{row['microbatches']}{plain}"

@@ -25,7 +25,6 @@ from ...ir.profile import CollectivePoint, CopyPoint, ProductPoint
 from .devices import on_cpus
 from .measure import everywhere, noise, ones, per_turn, seconds_of
 
-DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 SENT = tuple(1 << p for p in range(8, 21, 2))  # float32 elements of the larger local side
 
 
@@ -76,10 +75,11 @@ def layouts(count: int) -> Iterator[tuple[int, int]]:
         size *= 2
 
 
-def products(mesh: Mesh, tell: Callable[[str], None]) -> list[ProductPoint]:
+def products(mesh: Mesh, tell: Callable[[str], None], f32: str = "f32") -> list[ProductPoint]:
+    """Products of f32 at XLA's default precision, which a device has under the name `f32`, and of bf16."""
     seconds = _in_a_loop if on_cpus(mesh) else _side_by_side
     found = []
-    for name, dtype in DTYPES.items():
+    for name, dtype in ((f32, jnp.float32), ("bf16", jnp.bfloat16)):
         for m, n, k in sizes_for(mesh).shapes:
             tell(f"product {name} {m}x{n}x{k}")
             found.append(ProductPoint(dtype=name, m=m, n=n, k=k, seconds=seconds(mesh, (m, n, k), dtype)))

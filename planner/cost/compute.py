@@ -135,7 +135,7 @@ def _product_seconds(
     narrow: str | None,
 ) -> np.ndarray | float:  # fmt: skip
     """Seconds of a contraction's arithmetic at the rate that its shape achieves."""
-    peak, total = _peak(device, narrow or types[op.inputs[0]].dtype), flop(op, rule, types) / ways.work
+    peak, total = _peak(device, narrow or multiplied_as(op, types, device)), flop(op, rule, types) / ways.work
     if not kernels.inside.isdisjoint((*op.inputs, *op.outputs)):
         return total * CAUSAL / (peak * device.attention_efficiency) * _tail(op, types, device, ways, kernels)
     if op.kind != "dot_general":
@@ -179,9 +179,23 @@ def contraction_seconds(op: Op, types: Mapping[int, TensorType], device: Device)
     """Seconds of a contraction on one device at full rate; 0 for any other op."""
     if op.kind not in CONTRACTIONS:
         return 0.0
-    return flop(op, rule_of(op, types), types) / (
-        _peak(device, types[op.inputs[0]].dtype) * device.efficiency
-    )
+    return flop(op, rule_of(op, types), types) / (_peak(device, multiplied_as(op, types, device)) * device.efficiency)
+
+
+def multiplied_as(op: Op, types: Mapping[int, TensorType], device: Device) -> str:
+    """The element type in which a contraction's operands are multiplied.
+
+    One that names an algorithm says it: BF16_BF16_F32 is bf16. On a CUDA device that has tf32, f32
+    is multiplied so unless a higher precision is asked for: XLA's default there, as jax documents
+    it (`jax.default_matmul_precision`), and measured: 400 TFLOP/s in f32 on an H100, whose units
+    reach 67 without tf32.
+    """
+    dtype, asked = types[op.inputs[0]].dtype, str(dict(op.attrs).get("precision"))
+    if "DotAlgorithmPreset." in asked:
+        named = asked.rpartition("DotAlgorithmPreset.")[2].partition("_")[0].lower()
+        return named if named in ("bf16", "f16", "tf32", "f32") else dtype
+    default = dtype == "f32" and device.kind == "cuda" and "HIGH" not in asked
+    return "tf32" if default and "tf32" in device.peak_flops else dtype
 
 
 def _peak(device: Device, dtype: str) -> float:

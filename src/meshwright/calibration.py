@@ -22,15 +22,15 @@ def calibrate(devices: list[Any] | None = None, tell: Callable[[str], None] = la
 
     found = devices or jax.devices()
     mesh = jax.sharding.Mesh(np.array(found), ("d",))
-    products = microbench.products(mesh, tell)
+    device = Cluster.local().device
+    products = microbench.products(mesh, tell, "tf32" if "tf32" in device.peak_flops else "f32")
     copies = microbench.copies(mesh, tell)
     sent = microbench.collectives(found, tell) if len(found) > 1 else []
-    cluster = Cluster.local()
-    peaks, _, fits = fit_products(products, lambda p: float(shape_share(p.m, p.n, p.k, 1, cluster.device.units)))
+    peaks, _, fits = fit_products(products, lambda p: float(shape_share(p.m, p.n, p.k, 1, device.units)))
     bandwidth, copied = fit_copies(copies)
     lines, moved = fit_collectives(sent)
     return Profile(
-        device=cluster.groups[0].device, described=str(found[0].device_kind), count=len(found),
+        device=device.name, described=str(found[0].device_kind), count=len(found),
         made_with=f"meshwright {VERSION}, jax {jax.__version__}", peak_flops=peaks, memory_bandwidth=bandwidth,
         elementwise_flops=elementwise_rate(mesh), launch=launch_seconds(mesh), lines=tuple(lines),
         fits=(*fits, copied, *moved), products=tuple(products), copies=tuple(copies), collectives=tuple(sent),
