@@ -1,11 +1,13 @@
 """Predicted against measured on one GPU: seconds of a step, memory, and the cost of running by plan.
 
     python benchmarks/one_gpu.py [--profile FILE] [--cases gpt2-8 ...] [--minutes 20] [-o FILE]
+    python benchmarks/one_gpu.py --predict-only FILE [--profile FILE] [-o FILE]
 
 Every case runs in a process of its own: plan the step for this GPU, compile it, train some steps on
 real values, read the allocator's peak; then the user's step under plain `jax.jit`, taking turns with
 the planned one. Predictions are those of the preset and, if one is given, of a profile that
-`meshwright calibrate` measured here. No case starts once the minutes are over.
+`meshwright calibrate` measured here. No case starts once the minutes are over. `--predict-only` measures
+nothing: it prices the rows of a result anew, on any machine.
 
 `fit-*` cases lie around the border of a small pool and are planned as if there were no border: does
 XLA run out of memory where the plan says so?
@@ -19,10 +21,26 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import jax
+import numpy as np
+from kernel_times import measured_parts, parts_by_tag, predicted_parts
+
+from meshwright.api import Options, plan_captured
+from meshwright.backends.xla.capture import Captured
+from meshwright.backends.xla.lower import lower
+from meshwright.ir.blocks import fold
+from meshwright.ir.cluster import Cluster
+from meshwright.ir.plan import Plan
+from meshwright.ir.program import prepare
+from meshwright.models import Example, build
+from meshwright.planner.cost.model import Roofline
+from meshwright.planner.request import Request
 
 WARM = 3  # steps before the clock counts
 GROUPS, STEPS, LONGEST = 3, 10, 2.0  # measured: groups of steps; steps, or the seconds, of one
@@ -54,12 +72,12 @@ class Case:
 FULL = {"recompute": "full", "microbatches": 1}
 LLAMA = {"layers": 2, "seq": 2048}
 CASES: dict[str, Case] = {
-    "gpt2-8": Case("gpt2", {"batch": 8}, plain=True, kernels=True),
+    "gpt2-8": Case("gpt2", {"batch": 8}, plain=True),
     "gpt2-32": Case("gpt2", {"batch": 32}, plain=True, kernels=True),
-    "gpt2-32-full": Case("gpt2", {"batch": 32}, FULL),
+    "gpt2-32-full": Case("gpt2", {"batch": 32}, FULL, kernels=True),
     "gpt2-medium-8": Case("gpt2-medium", {"batch": 8}),
     "gpt2-medium-16": Case("gpt2-medium", {"batch": 16}, plain=True),
-    "gpt3-1.3b-8-full": Case("gpt3-1.3b", {"batch": 8}, FULL, kernels=True),
+    "gpt3-1.3b-8-full": Case("gpt3-1.3b", {"batch": 8}, FULL),
     "llama-1.5b-2": Case("llama3-8b", {**LLAMA, "batch": 2}),
     "llama-1.5b-4": Case("llama3-8b", {**LLAMA, "batch": 4}, plain=True, kernels=True),
     "llama-1.5b-8-full": Case("llama3-8b", {**LLAMA, "batch": 8}, FULL),
@@ -70,78 +88,102 @@ CASES: dict[str, Case] = {
     # The planner chooses; the limit is below what the step takes if nothing is recomputed.
     "squeeze-gpt2-32": Case("gpt2", {"batch": 32}, {"memory": "24GiB"}),
     "squeeze-gpt2-medium-16": Case("gpt2-medium", {"batch": 16}, {"memory": "20GiB"}),
-    **{f"fit-gpt2-{batch}": Case("gpt2", {"batch": batch}, pool=0.25, beyond=True) for batch in (11, 12, 13, 14)},
+    **{f"fit-gpt2-{batch}": Case("gpt2", {"batch": batch}, pool=0.25, beyond=True) for batch in (14, 15, 16)},
 }
+
+
+@dataclass
+class Prepared:
+    """A step, traced and planned."""
+
+    example: Example
+    captured: Captured
+    plan: Plan
+
+    @classmethod
+    def of(cls, model: str, options: dict[str, Any], cluster: Cluster, request: dict[str, Any]) -> Prepared:
+        example = build(model, **options)
+        captured = Options(donate_argnums=(0,)).capture(example.step, (example.state, example.batch), {})
+        return cls(example, captured, plan_captured(captured, cluster, Request(**request), model))
+
+    def predictions(self, preset: Cluster, profile: str | None) -> Row:
+        """Seconds by the preset's rates and by those of a profile, in all and by part; bytes."""
+        plan, small = self.plan, prepare(fold(self.captured.graph).small, self.plan.recompute)  # type: ignore[arg-type]
+        clusters = {"preset": preset} | ({"profile": preset.with_profile(profile)} if profile else {})
+        parts = {
+            name: predicted_parts(small, Roofline(cluster), plan.microbatches, plan.mesh)
+            for name, cluster in clusters.items()
+        }
+        return {
+            "predicted": {name: sum(found.values()) for name, found in parts.items()}, "predicted_parts": parts,
+            "predicted_bytes": plan.estimate.peak_bytes, "memory": plan.estimate.memory,
+        }  # fmt: skip
 
 
 def measured(case: Case, profile: str | None) -> Row:
     """Run one case in this process."""
-    import jax
-    import numpy as np
-    from kernel_times import measured_parts, parts_by_tag, predicted_parts
-
-    from meshwright.api import Options, plan_captured
-    from meshwright.backends.xla.lower import lower
-    from meshwright.ir.blocks import fold
-    from meshwright.ir.cluster import Cluster
-    from meshwright.ir.program import prepare
-    from meshwright.models import build
-    from meshwright.planner.cost.model import Roofline
-    from meshwright.planner.request import Request
-
-    clock = Clock()
-    cluster = Cluster.local()
-    example = build(case.model, **case.options)
-    captured = Options(donate_argnums=(0,)).capture(example.step, (example.state, example.batch), {})
+    clock, cluster = Clock(), Cluster.local()
     room = cluster.with_("device.memory", "1 TiB") if case.beyond else cluster
-    plan = plan_captured(captured, room, Request(**case.request), case.model)
-    folded, policy = fold(captured.graph), plan.recompute
-    small = prepare(folded.small, policy)  # type: ignore[arg-type]
-    clusters = {"preset": cluster} | ({"profile": cluster.with_profile(profile)} if profile else {})
-    parts = {
-        name: predicted_parts(small, Roofline(where), plan.microbatches, plan.mesh)
-        for name, where in clusters.items()
-    }
+    made = Prepared.of(case.model, case.options, room, case.request)
     row: Row = {
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "params": example.params,
-        "recompute": policy, "microbatches": plan.microbatches, "predicted_parts": parts,
-        "predicted": {name: sum(found.values()) for name, found in parts.items()},
-        "flop": plan.estimate.flop, "limit_bytes": plan.estimate.limit_bytes, "pool_bytes": cluster.memory_per_device,
-        "predicted_bytes": plan.estimate.peak_bytes, "memory": plan.estimate.memory, "plan_seconds": clock.lap(),
+        "device": jax.devices()[0].device_kind, "preset": cluster.device.name, "jax": jax.__version__,
+        "params": made.example.params, "recompute": made.plan.recompute, "microbatches": made.plan.microbatches,
+        **made.predictions(cluster, profile), "pool_bytes": cluster.memory_per_device,
+        "limit_bytes": made.plan.estimate.limit_bytes, "plan_seconds": clock.lap(),
     }  # fmt: skip
-    lowered = lower(plan, captured)
+    try:
+        _run(case, made, row, clock)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        row["error"] = str(error).strip().splitlines()[0][:200]
+    return row
+
+
+def _run(case: Case, made: Prepared, row: Row, clock: Clock) -> None:
+    """Compile and train, and write into the row what is found."""
+    example, lowered = made.example, lower(made.plan, made.captured)
     planned = lowered.compiled
-    row["compile_seconds"] = clock.lap()
-    row["compiled_bytes"] = compiled_bytes(planned)
+    row["compiled_bytes"], row["compile_seconds"] = compiled_bytes(planned), clock.lap()
     batch = jax.device_put(jax.tree.leaves(example.make_batch(np.random.default_rng(0))))
     turn = Turn(jax.tree.leaves(example.init(jax.random.key(0))), batch)
-    row["init_seconds"] = clock.lap()
     for _ in range(WARM):
         turn.step(planned)
     row["peak_bytes"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     programs = {"planned": planned}
     if case.plain:
-        tree = jax.tree.structure((example.state, example.batch))
-        count = len(turn.state)
-
-        def flat(*leaves: Any) -> Any:
-            return jax.tree.leaves(example.step(*jax.tree.unflatten(tree, leaves)))
-
-        avals = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in (*turn.state, *batch)]
-        programs["plain"] = jax.jit(flat, donate_argnums=tuple(range(count))).lower(*avals).compile()
-        row["plain_compile_seconds"] = clock.lap()
+        programs["plain"] = plain_program(example, turn)
         row["plain_bytes"] = compiled_bytes(programs["plain"])
         for _ in range(WARM):
             turn.step(programs["plain"])
-    row["seconds"] = turn.groups(programs)
-    row["waited_seconds"] = turn.waited(planned)
+    row["seconds"], row["waited_seconds"] = turn.groups(programs), turn.waited(planned)
     row["loss"] = turn.loss
     if case.kernels:
-        part_of = parts_by_tag(prepare(folded.whole, policy))  # type: ignore[arg-type]
+        whole = prepare(fold(made.captured.graph).whole, made.plan.recompute)  # type: ignore[arg-type]
         singly = lowered.compile({"xla_gpu_enable_command_buffer": ""})  # no CUDA graphs: they hide kernels' names
-        row["measured_parts"] = measured_parts(turn.step, singly, part_of)
+        row["measured_parts"] = measured_parts(turn.step, singly, parts_by_tag(whole))
     row["run_seconds"] = clock.lap()
-    return row
+
+
+def plain_program(example: Example, turn: Turn) -> Any:
+    """The user's step under `jax.jit`, on flat leaves as the planned one is."""
+    tree, count = jax.tree.structure((example.state, example.batch)), len(turn.state)
+
+    def flat(*leaves: Any) -> Any:
+        return jax.tree.leaves(example.step(*jax.tree.unflatten(tree, leaves)))
+
+    avals = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in (*turn.state, *turn.batch)]
+    return jax.jit(flat, donate_argnums=tuple(range(count))).lower(*avals).compile()
+
+
+def priced_again(row: Row, profile: str | None) -> Row:
+    """A recorded row with today's predictions; needs no GPU."""
+    if "recompute" not in row:
+        return row
+    cluster = Cluster.parse(f"{row['preset']}x1")
+    pinned = {"recompute": row["recompute"], "microbatches": row["microbatches"]}
+    made = Prepared.of(row["model"], row["options"], cluster.with_("device.memory", "1 TiB"), pinned)
+    return {**row, **made.predictions(cluster, profile)}
 
 
 class Clock:
@@ -162,8 +204,6 @@ class Turn:
         self.state, self.batch, self.loss = state, batch, 0.0
 
     def step(self, program: Any, wait: bool = True) -> None:
-        import jax
-
         out = program(*self.state, *self.batch)
         if wait:
             jax.block_until_ready(out)
@@ -228,7 +268,8 @@ def _reason(log: str) -> str:
 
 def told(row: Row) -> str:
     if "error" in row:
-        return f"{row['case']:24} {row['error']}"
+        share = row["predicted_bytes"] / row["pool_bytes"] if "pool_bytes" in row else 0.0
+        return f"{row['case']:24} {row['error']}" + (f" ({share:.1%} of the pool predicted)" if share else "")
     found, compiled = row["seconds"]["planned"], sum(row["compiled_bytes"].values())
     errors = " ".join(f"{name} {seconds / found - 1:+.1%}" for name, seconds in row["predicted"].items())
     plain = f"; plain jit {found / row['seconds']['plain']:.3f}" if "plain" in row["seconds"] else ""
@@ -245,20 +286,30 @@ def main() -> None:
     parser.add_argument("--profile", help="what `meshwright calibrate` wrote here")
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--minutes", type=float, default=30.0, help="no case starts, nor runs, after these")
+    parser.add_argument("--predict-only", type=Path, metavar="FILE", help="price the rows of this result anew")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     if options.case:
         print(json.dumps(measured(CASES[options.case], options.profile)))
         return
-    end, rows = time.monotonic() + 60 * options.minutes, []
-    for name in options.cases:
-        if (left := end - time.monotonic()) < 20:
-            break
-        rows.append(alone(name, CASES[name], options.profile, left))
-        print(told(rows[-1]), flush=True)
+    rows = []
+    for row in _rows(options):
+        rows.append(row)
+        print(told(row), flush=True)
         if options.output:
             options.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _rows(options: argparse.Namespace) -> Iterator[Row]:
+    if options.predict_only:
+        yield from (priced_again(row, options.profile) for row in json.loads(options.predict_only.read_text()))
+        return
+    end = time.monotonic() + 60 * options.minutes
+    for name in options.cases:
+        if (left := end - time.monotonic()) < 20:
+            return
+        yield alone(name, CASES[name], options.profile, left)
 
 
 if __name__ == "__main__":
