@@ -41,6 +41,7 @@ Policy = Literal[
 ]
 POLICIES: tuple[Policy, ...] = ("none", "elementwise", "selective", "full")  # what a plan may choose
 
+AGAIN = "~again"  # ends the tags of ops that are computed again
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 COSTLY = PRODUCTS | {
     "scan", "while", "cond", "gather", "scatter", "scatter-add", "sort", "top_k", "cumsum",
@@ -263,7 +264,7 @@ def _again(
     tag = f"{reader.tag}~hold{_digest(graph, facts, (*frontier, *gates))}"
     barrier = fresh.barrier((*frontier, *(redirect.get(v, v) for v in gates)), tag, reader.count)
     names = dict(zip((*frontier, *gates), barrier.outputs, strict=True))
-    clones = [fresh.clone(graph.ops[i], names, "~again", reader.count) for i in sorted(needed)]
+    clones = [fresh.clone(graph.ops[i], names, AGAIN, reader.count) for i in sorted(needed)]
     kept_names = {v: n for v, n in names.items() if v not in frontier}
     return ([barrier, *clones] if frontier else clones), kept_names
 
@@ -397,7 +398,7 @@ def _redo_in_backward(
     barrier = fresh.barrier((*saved, *gate), f"{backward.tag}/hold", 1)
     held = dict(zip((*saved, *gate), barrier.outputs, strict=True))
     names = {v: held.get(n, n) for v, n in names.items()}
-    clones = [fresh.clone(op, names, "~again", 1) for op in needed]
+    clones = [fresh.clone(op, names, AGAIN, 1) for op in needed]
     outer_xs = list(zip(_xs(backward), body.inputs[first_xs:], strict=True))
     swap = {inner: names[dropped[outer]] for outer, inner in outer_xs if outer in dropped}
     swap |= {v: held[v] for v in gate if saved}

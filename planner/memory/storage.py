@@ -68,7 +68,7 @@ def as_xla(program: Program, kind: str) -> Storage:
     to, and transposed inputs for gradients of convolutions.
     """
     cheap = CHEAP_ON_GPUS if kind in ("cuda", "rocm") else frozenset[str]()
-    return _Analysis(program, kernels_of(program), kind == "cpu", cheap).run()
+    return _Analysis(program, kernels_of(program, joined=True), kind == "cpu", cheap).run()
 
 
 class _Analysis:
