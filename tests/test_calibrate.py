@@ -68,8 +68,10 @@ def test_products_and_collectives_by_family():
     points = [
         ProductPoint(dtype="f32", m=n, n=n, k=n, seconds=2e-6 + 2.0 * n**3 / 5e10) for n in (64, 128, 256, 384, 512)
     ]
-    peaks, fixed, fits = fit_products(points, lambda p: 1.0)
-    assert peaks["f32"] == pytest.approx(5e10, rel=1e-3) and fixed == [pytest.approx(2e-6, rel=1e-2)]
+    peaks, fits = fit_products(points, lambda p: 1.0, 2e-6)
+    assert peaks["f32"] == pytest.approx(5e10, rel=1e-3)
+    halved, _ = fit_products(points, lambda p: 0.5, 2e-6)
+    assert halved["f32"] == pytest.approx(2 * peaks["f32"])  # what these shapes reach is half of it
     assert fits[0].family == "products f32" and fits[0].worst < 1e-6
     sent = [
         CollectivePoint(kind="all_reduce", size=4, stride=s, nbytes=x, seconds=s * (1e-5 + x / 1e9))
@@ -149,9 +151,9 @@ def test_a_rate_and_its_share_of_the_peak_stay_together(tmp_path):
 
 def test_what_was_not_measured_keeps_its_rate():
     plain = Cluster.parse("h100x8").device
-    found = Cluster.parse("h100x8").with_profile(profile(device="h100", peak_flops={"bf16": 7e14}))
+    found = Cluster.parse("h100x8").with_profile(profile(device="h100", peak_flops={"bf16": 7e14, "tf32": 4e14}))
     device = found.device
-    assert device.efficiency == 1.0 and device.peak_flops["bf16"] == 7e14
+    assert device.efficiency == 1.0 and device.peak_flops["bf16"] == 7e14 and device.peak_flops["tf32"] == 4e14
     for dtype in ("f16", "f32", "f8e4m3fn"):
         assert device.peak_flops[dtype] == pytest.approx(plain.peak_flops[dtype] * plain.efficiency)
         assert found.provenance[f"devices.h100.peak_flops.{dtype}"] == "preset"
