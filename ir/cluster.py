@@ -274,24 +274,13 @@ class Cluster(Part):
                 for field, figure in figures.items():
                     changed = changed.with_(f"devices.{name}.{field}", figure, "measured")
         if changed.device.peak_flops != self.device.peak_flops:
-            for field, figure in self._other_rates(found.peak_flops).items():
+            for field, figure in self.device.rates_beside(found.peak_flops).items():
                 path = f"devices.{name}.{field}"
                 changed = changed.with_(path, figure, self.provenance.get(path, "preset"))
         data = changed.model_dump(mode="json", by_alias=True)
         inside = min(group.per_host for group in self.groups)
         data["measured"] = [line.model_dump() for line in found.lines if line.size * line.stride <= inside]
         return Cluster._checked(data, {}, f"profile of {found.described}")
-
-    def _other_rates(self, measured: Mapping[str, float]) -> dict[str, float]:
-        """Figures of the device that say of what was not measured the same as before, beside peaks reached in full."""
-        device = self.device
-        peaks = {d: peak * device.efficiency for d, peak in device.peak_flops.items() if d not in measured}
-        dtype = next(d for d in ("bf16", "f16", *measured) if d in measured)
-        before = device.peak_flops.get(dtype, measured[dtype]) * device.attention_efficiency
-        return {
-            **{f"peak_flops.{d}": peak for d, peak in peaks.items()},
-            "attention_efficiency": min(1.0, before / measured[dtype]),
-        }
 
     def _declared(self, at: str, field: str) -> bool:
         """Whether a file states a figure of a device; one peak of several is enough."""

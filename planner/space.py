@@ -134,7 +134,7 @@ class _Builder:
         self.types = self.graph.types
         self.tags = space.program.value_tags
         self.time = space.program.time if isinstance(space.program.time, TimeAxis) else None
-        self.kernels = kernels_of(self.program, cost.fused_attention, cost.fusion)
+        self.kernels = kernels_of(self.program, cost.fused_attention, cost.fusion, cost.redone_inside)
         self.first: dict[str, tuple[Op, Rule]] = {}  # op tag -> one op that carries it
         self.taken: dict[str, Taken] = {}
         self.runs: dict[str, float] = defaultdict(int)
