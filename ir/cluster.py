@@ -268,7 +268,8 @@ class Cluster(Part):
 
         A rate is what is reached, so its share of the peak becomes 1. Where the rate or its share
         was declared both stay: either alone would count the share twice, or not at all. Collectives
-        are measured on one host: groups that cross hosts keep the fabric's prices.
+        are measured on one host: groups that cross hosts keep the fabric's prices. Element types that
+        were not measured, and fused attention, keep the rates that they had.
 
         Raises:
             ClusterError: the profile is of another device, or of another number of emulated ones.
@@ -297,6 +298,10 @@ class Cluster(Part):
             if not any(self._declared(f"devices.{name}", field) for field in figures):
                 for field, figure in figures.items():
                     changed = changed.with_(f"devices.{name}.{field}", figure, "measured")
+        if changed.device.peak_flops != self.device.peak_flops:
+            for field, figure in self.device.rates_beside(found.peak_flops).items():
+                path = f"devices.{name}.{field}"
+                changed = changed.with_(path, figure, self.provenance.get(path, "preset"))
         data = changed.model_dump(mode="json", by_alias=True)
         inside = min(group.per_host for group in self.groups)
         data["measured"] = [line.model_dump() for line in found.lines if line.size * line.stride <= inside]

@@ -122,6 +122,16 @@ class Device(Part):
         peaks = self.peak_flops
         return self.elementwise_flops or peaks.get("f32", max(peaks.values()) / 16) / 2
 
+    def rates_beside(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """Figures that say the same of what was not measured, beside peaks that are reached in full."""
+        dtype = next(d for d in ("bf16", "f16", *measured) if d in measured)
+        attention = self.peak_flops.get(dtype, measured[dtype]) * self.attention_efficiency
+        peaks = {d: peak * self.efficiency for d, peak in self.peak_flops.items() if d not in measured}
+        return {
+            **{f"peak_flops.{d}": peak for d, peak in peaks.items()},
+            "attention_efficiency": min(1.0, attention / measured[dtype]),
+        }
+
     def stream_seconds(self, nbytes: Any) -> Any:
         """Seconds in which a kernel reads and writes so many bytes, a number or an array."""
         return nbytes / (self.memory_bandwidth * self.memory_efficiency)

@@ -18,8 +18,9 @@ Four more describe frameworks that run one fused kernel at a time and keep its o
 `recompute(graph, phases, policy)` returns a graph in which backward readers of a
 dropped value read a copy of the op instead, placed before its first reader behind
 an `optimization_barrier` on a value of the backward pass, so that a compiler
-neither merges it with the original nor starts it early. Loops over layers: the
-forward loop hands over fewer stacked values and the backward loop redoes its body.
+neither merges it with the original nor starts it early. The backward pass goes on
+from the barrier's result: XLA drops what a barrier holds and nobody reads. Loops over
+layers: the forward loop hands over fewer stacked values and the backward loop redoes its body.
 
 Source of `selective`: Korthikanti et al., "Reducing Activation Recomputation in
 Large Transformer Models", MLSys 2023, section 4.2.
@@ -40,6 +41,7 @@ Policy = Literal[
 ]
 POLICIES: tuple[Policy, ...] = ("none", "elementwise", "selective", "full")  # what a plan may choose
 
+AGAIN = "~again"  # ends the tags of ops that are computed again
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
 COSTLY = PRODUCTS | {
     "scan", "while", "cond", "gather", "scatter", "scatter-add", "sort", "top_k", "cumsum",
@@ -214,19 +216,21 @@ def _splice(
     """Put each group's copies before its first backward reader and redirect the readers."""
     starts = {position: group for group, position in readers.items()}
     redirect: dict[int, int] = {}
-    gate: int | None = None
+    last = {v: i for i, op in enumerate(graph.ops) if phases[i] == "backward" for v in op.inputs}
+    made: list[int] = []  # by the backward pass so far, and fit to hold back
     ops: list[Op] = []
     for position, op in enumerate(graph.ops):
         if position in starts:
             group = starts[position]
+            gate = next((v for v in reversed(made) if last.get(v, -1) >= position), None)
             again, names = _again(
-                graph, phases, facts, wanted[group], whole.get(group, ()), gate, op, fresh
+                graph, phases, facts, wanted[group], whole.get(group, ()), gate, redirect, op, fresh
             )
             ops.extend(again)
             redirect.update(names)
         if phases[position] == "backward":
+            made.extend(v for v in op.outputs if v in gates)
             op = replace(op, inputs=tuple(redirect.get(v, v) for v in op.inputs))
-            gate = next((v for v in op.outputs if v in gates), gate)
         ops.append(op)
     return replace(graph, ops=tuple(ops))
 
@@ -238,9 +242,11 @@ def _again(
     wanted: Iterable[int],
     whole: Sequence[int],
     gate: int | None,
+    redirect: Mapping[int, int],
     reader: Op,
     fresh: Fresh,
 ) -> tuple[list[Op], dict[int, int]]:
+    """The copies, and by what the backward pass reads from here on: dropped values, and the gate."""
     needed: set[int] = set(whole)
     frontier: dict[int, None] = {}
     stack = [*wanted, *(v for at in whole for v in graph.ops[at].inputs if facts.writer.get(v) not in needed)]
@@ -254,10 +260,11 @@ def _again(
         elif at not in needed:
             needed.add(at)
             stack.extend(graph.ops[at].inputs)
-    held = tuple(frontier) if gate is None else (*frontier, gate)
-    barrier = fresh.barrier(held, f"{reader.tag}~hold{_digest(graph, facts, frontier)}", reader.count)
-    names = dict(zip(frontier, barrier.outputs, strict=False))
-    clones = [fresh.clone(graph.ops[i], names, "~again", reader.count) for i in sorted(needed)]
+    gates = () if gate is None or not frontier else (gate,)
+    tag = f"{reader.tag}~hold{_digest(graph, facts, (*frontier, *gates))}"
+    barrier = fresh.barrier((*frontier, *(redirect.get(v, v) for v in gates)), tag, reader.count)
+    names = dict(zip((*frontier, *gates), barrier.outputs, strict=True))
+    clones = [fresh.clone(graph.ops[i], names, AGAIN, reader.count) for i in sorted(needed)]
     kept_names = {v: n for v, n in names.items() if v not in frontier}
     return ([barrier, *clones] if frontier else clones), kept_names
 
@@ -389,11 +396,12 @@ def _redo_in_backward(
     saved = [names[v] for v in frontier if v not in given]
     gate = [v for v in body.inputs[consts:first_xs] if v in gates][:1]
     barrier = fresh.barrier((*saved, *gate), f"{backward.tag}/hold", 1)
-    held = dict(zip(saved, barrier.outputs, strict=False))
+    held = dict(zip((*saved, *gate), barrier.outputs, strict=True))
     names = {v: held.get(n, n) for v, n in names.items()}
-    clones = [fresh.clone(op, names, "~again", 1) for op in needed]
+    clones = [fresh.clone(op, names, AGAIN, 1) for op in needed]
     outer_xs = list(zip(_xs(backward), body.inputs[first_xs:], strict=True))
     swap = {inner: names[dropped[outer]] for outer, inner in outer_xs if outer in dropped}
+    swap |= {v: held[v] for v in gate if saved}
     left = [(outer, inner) for outer, inner in outer_xs if outer not in dropped]
     ops = (*([barrier] if saved else []), *clones, *(_renamed(op, swap) for op in body.ops))
     old_consts = list(zip(backward.inputs[:consts], body.inputs[:consts], strict=True))

@@ -98,7 +98,7 @@ class _Prices:
         self.space, self.frame, self.cost, self.weights = space, frame, cost, weights
         self.layouts, self.types = space.layouts, space.program.graph.types
         self.tags = space.program.value_tags
-        self.kernels = kernels_of(space.program, cost.fused_attention, cost.fusion)
+        self.kernels = kernels_of(space.program, cost.fused_attention, cost.fusion, cost.redone_inside)
         self.changes: dict[tuple, np.ndarray] = {}  # of layout, priced: layers repeat them
 
     def fill(self) -> None:

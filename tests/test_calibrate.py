@@ -68,8 +68,10 @@ def test_products_and_collectives_by_family():
     points = [
         ProductPoint(dtype="f32", m=n, n=n, k=n, seconds=2e-6 + 2.0 * n**3 / 5e10) for n in (64, 128, 256, 384, 512)
     ]
-    peaks, fixed, fits = fit_products(points)
-    assert peaks["f32"] == pytest.approx(5e10, rel=1e-3) and fixed == [pytest.approx(2e-6, rel=1e-2)]
+    peaks, fits = fit_products(points, lambda p: 1.0, 2e-6)
+    assert peaks["f32"] == pytest.approx(5e10, rel=1e-3)
+    halved, _ = fit_products(points, lambda p: 0.5, 2e-6)
+    assert halved["f32"] == pytest.approx(2 * peaks["f32"])  # what these shapes reach is half of it
     assert fits[0].family == "products f32" and fits[0].worst < 1e-6
     sent = [
         CollectivePoint(kind="all_reduce", size=4, stride=s, nbytes=x, seconds=s * (1e-5 + x / 1e9))
@@ -147,6 +149,17 @@ def test_a_rate_and_its_share_of_the_peak_stay_together(tmp_path):
     assert found.memory_bandwidth == plain.memory_bandwidth and found.peak_flops["f32"] == 7e9
 
 
+def test_what_was_not_measured_keeps_its_rate():
+    plain = Cluster.parse("h100x8").device
+    found = Cluster.parse("h100x8").with_profile(profile(device="h100", peak_flops={"bf16": 7e14, "tf32": 4e14}))
+    device = found.device
+    assert device.efficiency == 1.0 and device.peak_flops["bf16"] == 7e14 and device.peak_flops["tf32"] == 4e14
+    for dtype in ("f16", "f32", "f8e4m3fn"):
+        assert device.peak_flops[dtype] == pytest.approx(plain.peak_flops[dtype] * plain.efficiency)
+        assert found.provenance[f"devices.h100.peak_flops.{dtype}"] == "preset"
+    assert device.attention_efficiency * 7e14 == pytest.approx(plain.attention_efficiency * plain.peak_flops["bf16"])
+
+
 def test_a_device_may_have_a_name_of_its_own(tmp_path):
     (tmp_path / "c.yaml").write_text(SPEC.format(name="lab-node", device="{preset: cpu}"))
     found = Cluster.load(tmp_path / "c.yaml").with_profile(profile())
@@ -212,7 +225,7 @@ def test_profiles_of_other_machines_are_refused(tmp_path):
 
 def test_what_a_call_costs_once_is_not_part_of_a_turn():
     """A loop of n turns takes 0.154 s + n * 2 us: the copy of its operand is no turn's."""
-    from meshwright.backends.xla.microbench import per_turn
+    from meshwright.backends.xla.measure import per_turn
 
     assert per_turn(lambda n: 0.154 + 2e-6 * n, 128, 640) == pytest.approx(2e-6)
     assert per_turn(lambda n: 0.154, 128, 640) == 0.154 / 640  # never zero, nor below
@@ -223,9 +236,8 @@ def test_a_small_calibration_end_to_end(monkeypatch, tmp_path):
     from meshwright.backends.xla import microbench
     from meshwright.calibration import calibrate, profile_text
 
-    monkeypatch.setattr(microbench, "SHAPES", ((64, 64, 64), (128, 128, 128), (256, 256, 256)))
-    monkeypatch.setattr(microbench, "COPIES", (1 << 12, 1 << 14, 1 << 16))
-    monkeypatch.setattr(microbench, "APART", 1 << 18)
+    shapes = ((64, 64, 64), (128, 128, 128), (256, 256, 256))
+    monkeypatch.setattr(microbench, "CPU", microbench.Sizes(shapes, (1 << 12, 1 << 14, 1 << 16), apart=1 << 18))
     monkeypatch.setattr(microbench, "SENT", (1 << 8, 1 << 11, 1 << 14))
     monkeypatch.setattr(microbench, "layouts", lambda count: iter([(8, 1), (2, 4)]))
     found = calibrate()

@@ -1,10 +1,10 @@
 """The few places where jax 0.10 and 0.12 differ, or say a thing only in private.
 
-    scan's counts     num_consts, num_carry (0.10); a tree `ft_in` of consts, carry, xs (0.12)
+    scan's counts     num_consts, num_carry (0.10); a tree `ft_in` of consts, carry, xs (0.11)
     a call's body     an open or a closed jaxpr, under the names of `CALLS`
     user's line       off the raw traceback: the public `summarize` cannot skip other libraries
 
-Tried with 0.10.2 and 0.12.0.1. Code for 0.11 is by analogy: scan's counts are read either way.
+Tried with 0.10.2, 0.11.2 (also on CUDA) and 0.12.0.1.
 """
 
 from __future__ import annotations

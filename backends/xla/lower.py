@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -56,14 +56,18 @@ class Lowered:
 
     @cached_property
     def compiled(self) -> Any:
-        """The XLA executable, compiled from abstract inputs."""
+        """The XLA executable."""
+        return self.compile()
+
+    def compile(self, options: Mapping[str, str] | None = None) -> Any:
+        """Compile from abstract inputs, with options of XLA's (names as in XLA_FLAGS)."""
         avals = [
             jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
             for aval, sharding in zip(
                 self.captured.binding.in_avals, self.input_shardings, strict=True
             )
         ]
-        return self.jitted.lower(*avals).compile()  # type: ignore[attr-defined]
+        return self.jitted.lower(*avals).compile(compiler_options=options)  # type: ignore[attr-defined]
 
     @cached_property
     def joint(self) -> bool:

@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ...ir.cluster import Cluster
+from .devices import on_cpus
 
 SIDE = 384  # of the square products per device
 STREAM = 4 << 20  # elements of the memory test per device
@@ -104,6 +105,22 @@ def ones(mesh: Mesh, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Ar
     return jax.device_put(jnp.ones(full, dtype), NamedSharding(mesh, PartitionSpec("d")))
 
 
+def noise(mesh: Mesh, shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
+    """Normal numbers, other ones for each seed."""
+    full = (shape[0] * mesh.size, *shape[1:])
+    return jax.device_put(jax.random.normal(jax.random.key(seed), full, dtype), NamedSharding(mesh, PartitionSpec("d")))
+
+
+def per_turn(run: Callable[[int], float], few: int, many: int) -> float:
+    """Seconds of one turn of a loop, from the seconds of a short and a long one.
+
+    What a call costs once falls out: the copy of an operand that is not donated, and new pages for
+    the result. A loop so quick that noise exceeds its turns counts with the call.
+    """
+    short, long = run(few), run(many)
+    return (long - short) / (many - few) if long > short else long / many
+
+
 def loop(body: Callable[[Any], Any], times: int) -> Callable[[Any], Any]:
     return lambda x: lax.fori_loop(0, times, lambda _, y: body(y), x)
 
@@ -121,17 +138,40 @@ def _stream(mesh: Mesh) -> float:
 
 
 def elementwise_rate(mesh: Mesh) -> float:
-    """Simple operations per second: exponentials that stay in the cache, at their weight of 16."""
+    """Simple operations per second: exponentials that stay in the cache, at their weight of 16.
+
+    On an accelerator they stay in registers: one kernel takes many of each element.
+    """
     times, size = 64, 1 << 14
-    step = everywhere(mesh, loop(lambda x: jnp.exp(x * -0.5), times))
+    if on_cpus(mesh):
+        step = everywhere(mesh, loop(lambda x: jnp.exp(x * -0.5), times))
+    else:
+        size = 1 << 24
+        step = everywhere(mesh, _chain(lambda x: jnp.exp(x * -0.5), times))
     return times * 17.0 * size / seconds_of(step, ones(mesh, (size,)))
 
 
 def launch_seconds(mesh: Mesh) -> float:
     """Seconds of one small kernel inside a program."""
-    times = 200
-    step = everywhere(mesh, loop(lambda x: lax.optimization_barrier(x @ x), times))
-    return seconds_of(step, ones(mesh, (8, 8))) / times
+    x, times = ones(mesh, (8, 8)), 200
+
+    def turn(x: Any) -> Any:
+        return lax.optimization_barrier(x @ x)
+
+    if on_cpus(mesh):
+        return seconds_of(everywhere(mesh, loop(turn, times)), x) / times
+    return per_turn(lambda n: seconds_of(everywhere(mesh, _chain(turn, n)), x), times, 3 * times)
+
+
+def _chain(body: Callable[[Any], Any], times: int) -> Callable[[Any], Any]:
+    """The body so many times in a row, without a loop's own kernels."""
+
+    def run(x: Any) -> Any:
+        for _ in range(times):
+            x = body(x)
+        return x
+
+    return run
 
 
 def _all_reduce(mesh: Mesh) -> tuple[float, float]:

@@ -2,11 +2,17 @@
 
 All devices work at once, since emulated CPU devices share cores and a rate measured on one of
 them alone would be a multiple of what each gets in a step. Times are medians.
+
+CPUs and accelerators get sizes of their own: what fills a core is a launch and nothing else on a
+GPU. On accelerators products stand side by side in one program, each with operands of its own,
+since every turn of a loop would launch kernels for its counter and its operands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,15 +22,45 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ...ir.profile import CollectivePoint, CopyPoint, ProductPoint
-from .measure import everywhere, ones, seconds_of
+from .devices import on_cpus
+from .measure import everywhere, noise, ones, per_turn, seconds_of
 
-DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
-# Square, tall and skinny products of each dtype; thrice the side is 27 times the work.
-SHAPES = ((128, 128, 128), (256, 256, 256), (384, 384, 384), (512, 512, 512), (1024, 256, 256), (256, 1024, 256),
-          (256, 256, 1024), (64, 512, 512))  # fmt: skip
-COPIES = tuple(1 << p for p in range(12, 22))  # float32 elements
-APART = 1 << 23  # elements between two uses of one buffer, so that no cache has it any more
 SENT = tuple(1 << p for p in range(8, 21, 2))  # float32 elements of the larger local side
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured on one kind of device.
+
+    shapes   products (m, n, k) of each dtype: square, tall and skinny
+    copies   float32 elements of one buffer
+    apart    elements between two uses of one buffer, so that no cache has it any more
+    """
+
+    shapes: tuple[tuple[int, int, int], ...]
+    copies: tuple[int, ...]
+    apart: int
+
+
+CPU = Sizes(
+    shapes=((128, 128, 128), (256, 256, 256), (384, 384, 384), (512, 512, 512), (1024, 256, 256), (256, 1024, 256),
+            (256, 256, 1024), (64, 512, 512)),
+    copies=tuple(1 << p for p in range(12, 22)),
+    apart=1 << 23,
+)  # fmt: skip
+# Products as layers of 768 to 14336 have them: forward, backward, gradients of weights, logits.
+# Below 16 MiB a copy is its loop's own kernels; below 30 us a product waits for the host.
+ACCELERATOR = Sizes(
+    shapes=((2048, 2048, 2048), (4096, 4096, 4096), (8192, 8192, 8192), (8192, 2304, 768),
+            (8192, 768, 3072), (768, 3072, 8192), (16384, 2048, 2048), (16384, 8192, 2048), (2048, 8192, 16384),
+            (4096, 14336, 4096), (4096, 4096, 14336), (8192, 50304, 768)),
+    copies=tuple(part << p for p in range(20, 26) for part in (2, 3)),
+    apart=1 << 28,
+)  # fmt: skip
+
+
+def sizes_for(mesh: Mesh) -> Sizes:
+    return CPU if on_cpus(mesh) else ACCELERATOR
 
 
 def layouts(count: int) -> Iterator[tuple[int, int]]:
@@ -39,16 +75,22 @@ def layouts(count: int) -> Iterator[tuple[int, int]]:
         size *= 2
 
 
-def products(mesh: Mesh, tell: Callable[[str], None]) -> list[ProductPoint]:
+def products(mesh: Mesh, tell: Callable[[str], None], f32: str = "f32") -> list[ProductPoint]:
+    """Products of f32 at XLA's default precision, which a device has under the name `f32`, and of bf16."""
+    seconds = _in_a_loop if on_cpus(mesh) else _side_by_side
     found = []
-    for name, dtype in DTYPES.items():
-        for m, n, k in SHAPES:
+    for name, dtype in ((f32, jnp.float32), ("bf16", jnp.bfloat16)):
+        for m, n, k in sizes_for(mesh).shapes:
             tell(f"product {name} {m}x{n}x{k}")
-            times = max(1, min(64, 2 * 10**8 // (2 * m * n * k)))
-            step = everywhere(mesh, _chained(times, dtype), 2)
-            left, right = ones(mesh, (m, k), dtype), ones(mesh, (k, n), dtype)
-            found.append(ProductPoint(dtype=name, m=m, n=n, k=k, seconds=seconds_of(step, left, right) / times))
+            found.append(ProductPoint(dtype=name, m=m, n=n, k=k, seconds=seconds(mesh, (m, n, k), dtype)))
     return found
+
+
+def _in_a_loop(mesh: Mesh, shape: tuple[int, int, int], dtype: Any) -> float:
+    m, n, k = shape
+    times = max(1, min(64, 2 * 10**8 // (2 * m * n * k)))
+    left, right = ones(mesh, (m, k), dtype), ones(mesh, (k, n), dtype)
+    return seconds_of(everywhere(mesh, _chained(times, dtype), 2), left, right) / times
 
 
 def _chained(times: int, dtype: Any) -> Callable[[Any, Any], Any]:
@@ -67,41 +109,45 @@ def _chained(times: int, dtype: Any) -> Callable[[Any, Any], Any]:
     return body
 
 
+def _side_by_side(mesh: Mesh, shape: tuple[int, int, int], dtype: Any) -> float:
+    """Products of noise with noise: multiplying ones takes less power, and goes faster for it."""
+    m, n, k = shape
+    few = max(2, min(24, 2 * 10**11 // (2 * m * n * k)))
+    lefts = [noise(mesh, (m, k), dtype, seed) for seed in range(3 * few)]
+    rights = [noise(mesh, (k, n), dtype, seed) for seed in range(3 * few)]
+
+    def run(times: int) -> float:
+        def body(*operands: Any) -> list[Any]:
+            return [left @ right for left, right in zip(operands[:times], operands[times:], strict=True)]
+
+        return seconds_of(everywhere(mesh, body, 2 * times), *lefts[:times], *rights[:times])
+
+    return per_turn(run, few, 3 * few)
+
+
 def copies(mesh: Mesh, tell: Callable[[str], None]) -> list[CopyPoint]:
     """Kernels that read one buffer and write another, each the next of many: as a step meets them."""
-    found = []
-    for size in COPIES:
+    sizes, found = sizes_for(mesh), []
+    for size in sizes.copies:
         tell(f"copy of {4 * size} bytes")
-        rows = max(2, APART // size)
-
-        def turn(i: Any, x: Any, rows: int = rows) -> Any:
-            row = lax.dynamic_index_in_dim(x, i % rows, keepdims=False)
-            return lax.dynamic_update_index_in_dim(x, row * 1.0001 + 1.0, (i + 1) % rows, 0)
-
-        run = _turns(mesh, turn, ones(mesh, (rows, size)))
+        rows = max(2, sizes.apart // size)
+        source, target = ones(mesh, (rows, size)), ones(mesh, (rows, size))
+        run = partial(_copied, mesh, rows, source, target)
         found.append(CopyPoint(nbytes=8.0 * size, seconds=per_turn(run, rows, 5 * rows)))
     return found
 
 
-def per_turn(run: Callable[[int], float], few: int, many: int) -> float:
-    """Seconds of one turn of a loop, from the seconds of a short and a long one.
+def _copied(mesh: Mesh, rows: int, source: Any, target: Any, times: int) -> float:
+    """Seconds in which every device goes through so many rows, in one program."""
 
-    What a call costs once falls out: the copy of an operand that is not donated, and new pages for
-    the result. A loop so quick that noise exceeds its turns counts with the call.
-    """
-    short, long = run(few), run(many)
-    return (long - short) / (many - few) if long > short else long / many
+    def body(source: Any, target: Any) -> Any:
+        def turn(i: Any, target: Any) -> Any:
+            row = lax.dynamic_index_in_dim(source, i % rows, keepdims=False)
+            return lax.dynamic_update_index_in_dim(target, row * 1.0001 + 1.0, i % rows, 0)
 
+        return lax.fori_loop(0, times, turn, target)
 
-def _turns(mesh: Mesh, turn: Callable[[Any, Any], Any], x: Any) -> Callable[[int], float]:
-    """Seconds of so many turns on every device, in one compiled program."""
-
-    def body(times: Any, x: Any) -> Any:
-        return lax.fori_loop(0, times, turn, x)
-
-    spec = PartitionSpec("d")
-    step = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=spec, check_vma=False))
-    return lambda times: seconds_of(step, jnp.int32(times), x)
+    return seconds_of(everywhere(mesh, body, 2), source, target)
 
 
 def collectives(devices: list[Any], tell: Callable[[str], None]) -> list[CollectivePoint]:

@@ -155,12 +155,20 @@ class LocalStep:
 
     def run(self, ops: Sequence[Op], scope: Scope) -> None:
         for op in ops:
-            if op.kind == "scan":
-                self._scan(op, scope)
-            elif op.kind == "optimization_barrier":
-                self._barrier(op, scope)
-            else:
-                self._simple(op, scope)
+            with jax.named_scope(self._names.get(op.tag, op.tag)):
+                if op.kind == "scan":
+                    self._scan(op, scope)
+                elif op.kind == "optimization_barrier":
+                    self._barrier(op, scope)
+                else:
+                    self._simple(op, scope)
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """By tag, what profilers show of an op outside loops: its phase and its tag."""
+        return {
+            op.tag: f"{phase}/{op.tag}" for op, phase in zip(self.graph.ops, self.program.phases, strict=True)
+        }
 
     def strategy(self, op: Op) -> Strategy:
         return Strategy(self.plan.strategies.get(op.tag, (NONE,) * len(self.mesh.axes)))

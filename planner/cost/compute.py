@@ -102,14 +102,14 @@ def least_seconds(
     if op.kind not in CONTRACTIONS:
         return op_seconds(op, rule, types, device, ways, kernels, products)
     if not kernels.inside.isdisjoint((*op.inputs, *op.outputs)):
-        rate = _peak(device, types[op.inputs[0]].dtype) * device.attention_efficiency
+        rate = _peak(device, multiplied_as(op, types, device)) * device.attention_efficiency
         return device.launch + flop(op, rule, types) * CAUSAL / rate / ways.work
     share, total = device.efficiency, flop(op, rule, types)
     if op.kind == "dot_general":
         left, right, result = (types[v].size for v in (*op.inputs, *op.outputs))
         terms = total / 2
         share = product_share(terms / right, terms / left, terms / result, ENDLESS, device)
-    return device.launch + total / (_peak(device, products or types[op.inputs[0]].dtype) * share) / ways.work
+    return device.launch + total / (_peak(device, products or multiplied_as(op, types, device)) * share) / ways.work
 
 
 def _fused_seconds(
@@ -157,7 +157,7 @@ def _product_seconds(
     narrow: str | None,
 ) -> np.ndarray | float:  # fmt: skip
     """Seconds of a contraction's arithmetic at the rate that its shape achieves."""
-    peak, total = _peak(device, narrow or types[op.inputs[0]].dtype), flop(op, rule, types) / ways.work
+    peak, total = _peak(device, narrow or multiplied_as(op, types, device)), flop(op, rule, types) / ways.work
     if not kernels.inside.isdisjoint((*op.inputs, *op.outputs)):
         return total * CAUSAL / (peak * device.attention_efficiency) * _tail(op, types, device, ways, kernels)
     if op.kind != "dot_general":
@@ -195,6 +195,22 @@ def _cast_seconds(op: Op, types: Mapping[int, TensorType], device: Device, ways:
     sizes = sum((types[v].size / w for v, w in zip(op.inputs, ways.operands, strict=True)), 0.0)
     wide = types[op.inputs[0]].nbytes / types[op.inputs[0]].size
     return device.stream_seconds(sizes * (2 * wide + 1))
+
+
+def multiplied_as(op: Op, types: Mapping[int, TensorType], device: Device) -> str:
+    """The element type in which a contraction's operands are multiplied.
+
+    One that names an algorithm says it: BF16_BF16_F32 is bf16. On a CUDA device that has tf32, f32
+    is multiplied so unless a higher precision is asked for: XLA's default there, as jax documents
+    it (`jax.default_matmul_precision`), and measured: 400 TFLOP/s in f32 on an H100, whose units
+    reach 67 without tf32.
+    """
+    dtype, asked = types[op.inputs[0]].dtype, str(dict(op.attrs).get("precision"))
+    if "DotAlgorithmPreset." in asked:
+        named = asked.rpartition("DotAlgorithmPreset.")[2].partition("_")[0].lower()
+        return named if named in ("bf16", "f16", "tf32", "f32") else dtype
+    default = dtype == "f32" and device.kind == "cuda" and "HIGH" not in asked
+    return "tf32" if default and "tf32" in device.peak_flops else dtype
 
 
 def _peak(device: Device, dtype: str) -> float:

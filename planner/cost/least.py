@@ -29,7 +29,7 @@ def least_work(
         class_of: of an op's tag, or of that of the outermost loop around it.
     """
     found: dict[Class, np.ndarray] = defaultdict(lambda: np.zeros((len(devices), len(counts))))
-    kernels = kernels_of(program, cost.fused_attention, cost.fusion)
+    kernels = kernels_of(program, cost.fused_attention, cost.fusion, cost.redone_inside)
     types, time = program.graph.types, program.time
     split = time.split.keys() if isinstance(time, TimeAxis) else frozenset()
     once = np.array(devices, float)[:, None].repeat(len(counts), 1)

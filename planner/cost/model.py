@@ -38,6 +38,9 @@ class CostModel(Protocol):
     @property
     def fusion(self) -> Fusion: ...
 
+    @property
+    def redone_inside(self) -> bool: ...
+
     def collectives(self, mesh: Mesh) -> Collectives: ...
 
     def op_seconds(
@@ -67,6 +70,7 @@ class Roofline:
     fused_attention: bool = False  # one kernel for scores, softmax and their products
     fusion: Fusion = "all"
     products: str | None = None  # element type to which products outside attention cast their operands
+    redone_inside: bool = False  # kernels make what they need again, as fused ones of frameworks do
 
     @property
     def name(self) -> str:

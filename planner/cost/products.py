@@ -25,15 +25,21 @@ TYPICAL = 0.957
 def product_share(
     m: np.ndarray | float, n: np.ndarray | float, k: np.ndarray | float, batch: np.ndarray | float, device: Device
 ) -> np.ndarray | float:
-    """Share of the device's peak on `batch` products [m, k] x [k, n], each an array or a number.
+    """Share of the device's peak on `batch` products [m, k] x [k, n], each an array or a number."""
+    return device.efficiency * shape_share(m, n, k, batch, device.units)
 
-    A device without matrix tiles of its own (`units` unknown, such as a CPU) gets its
-    `efficiency` at every shape.
+
+def shape_share(
+    m: np.ndarray | float, n: np.ndarray | float, k: np.ndarray | float, batch: np.ndarray | float, units: int | None
+) -> np.ndarray | float:
+    """The part of it that is the shape's: what a device of so many multiprocessors makes of the best rate.
+
+    All of it on a device without matrix tiles of its own (`units` unknown, such as a CPU).
     """
-    if device.units is None:
-        return device.efficiency
+    if units is None:
+        return 1.0
     rows, columns = np.ceil(np.divide(m, TILE[0])), np.ceil(np.divide(n, TILE[1]))
     useful = np.divide(m, rows * TILE[0]) * np.divide(n, columns * TILE[1])
-    waves = rows * columns * batch / device.units
+    waves = rows * columns * batch / units
     filled = np.sqrt(waves / np.ceil(waves) * waves / (waves + WAVE))
-    return device.efficiency * TYPICAL * useful * filled * np.divide(k, np.add(k, DEPTH))
+    return TYPICAL * useful * filled * np.divide(k, np.add(k, DEPTH))

@@ -115,7 +115,7 @@ class _Sorting:
     def __init__(self, space: Space, layers: int, cost: CostModel, pinned: Pinned):
         self.space, self.layers, self.cost, self.pinned = space, layers, cost, pinned
         self.program, self.graph = space.program, space.program.graph
-        self.kernels = kernels_of(self.program, cost.fused_attention, cost.fusion)
+        self.kernels = kernels_of(self.program, cost.fused_attention, cost.fusion, joined=True)
         self.tags = self.program.value_tags
         self.choices = (0,) * len(space.nodes)
         self.parts: dict[Place, Part] = {place: Part() for place in PLACES}

@@ -24,6 +24,10 @@ from ..cost.kernels import CONTRACTIONS, KERNELS, REDUCTIONS, WEIGHTS, Kernels, 
 ALIASES = frozenset({"reshape", "squeeze", "optimization_barrier"})
 DEAR = KERNELS | REDUCTIONS | WEIGHTS.keys() | {"scan", "copy"}
 
+# XLA's fusion on GPUs weighs an op against a pass through memory, and makes these again (priority_fusion.cc; seen in
+# the buffers of GPT-2 and Llama steps compiled for an H100: scores are stored, exponentials of them are not).
+CHEAP_ON_GPUS = frozenset({"exp", "logistic"})
+
 NARROW = frozenset({"bf16", "f16"})
 
 
@@ -55,7 +59,7 @@ def as_fused(kernels: Kernels) -> Storage:
 
 
 def as_xla(program: Program, kind: str) -> Storage:
-    """What XLA stores on a kind of device: cpu, gpu or tpu.
+    """What XLA stores on a kind of device: cpu, cuda, rocm or tpu.
 
     On CPUs a reduction is a kernel of its own, which reads its operand from memory (or the two
     factors of it), and narrow floats are widened: products read copies in f32, and what is made
@@ -63,12 +67,13 @@ def as_xla(program: Program, kind: str) -> Storage:
     what needs only inputs and constants is made at once, such as the zeros that a scatter adds
     to, and transposed inputs for gradients of convolutions.
     """
-    return _Analysis(program, kernels_of(program), kind == "cpu").run()
+    cheap = CHEAP_ON_GPUS if kind in ("cuda", "rocm") else frozenset[str]()
+    return _Analysis(program, kernels_of(program, joined=True), kind == "cpu", cheap).run()
 
 
 class _Analysis:
-    def __init__(self, program: Program, kernels: Kernels, cpu: bool):
-        self.kernels, self.cpu, self.types = kernels, cpu, program.graph.types
+    def __init__(self, program: Program, kernels: Kernels, cpu: bool, cheap: frozenset[str]):
+        self.kernels, self.cpu, self.cheap, self.types = kernels, cpu, cheap, program.graph.types
         self.ops = [visit.op for visit in program.graph.visits]
         self.maker = {v: op for op in self.ops for v in op.outputs}
         self.aliases: dict[int, int] = {}  # to the value whose memory they show
@@ -143,12 +148,12 @@ class _Analysis:
         op = self.maker.get(value)
         if op is None:
             return value in self.inputs or value in self.known
-        return (is_fused(op) or op.kind in ALIASES or op.kind == "copy") and all(map(self._is_input, op.inputs))
+        return (self._is_fused(op) or op.kind in ALIASES or op.kind == "copy") and all(map(self._is_input, op.inputs))
 
     def _remakes(self, value: int) -> frozenset[int]:
         """What a fused reader makes a cheap stored value of."""
         op = self.maker.get(value)
-        if op is None or not is_fused(op):
+        if op is None or not self._is_fused(op):
             return frozenset()
         return self._made_of(value) - {value}
 
@@ -172,12 +177,15 @@ class _Analysis:
         op = self.maker.get(root)
         if op is None:
             return root not in self.slices
-        return not is_fused(op) or self._rounded(root)
+        return not self._is_fused(op) or self._rounded(root)
+
+    def _is_fused(self, op: Op) -> bool:
+        return is_fused(op) or op.kind in self.cheap
 
     def _is_plain(self, root: int) -> bool:
         """Whether it is constant if its operands are."""
         op = self.maker.get(root)
-        return root in self.slices if op is None else op.kind == "copy" or is_fused(op)
+        return root in self.slices if op is None else op.kind == "copy" or self._is_fused(op)
 
     def _made_of(self, value: int) -> frozenset[int]:
         op = self.maker.get(value)

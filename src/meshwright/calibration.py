@@ -18,19 +18,22 @@ def calibrate(devices: list[Any] | None = None, tell: Callable[[str], None] = la
     from .backends.xla.measure import elementwise_rate, launch_seconds
     from .ir.cluster import Cluster
     from .planner.cost.calibrate import fit_collectives, fit_copies, fit_products
+    from .planner.cost.products import shape_share
 
     found = devices or jax.devices()
     mesh = jax.sharding.Mesh(np.array(found), ("d",))
-    products = microbench.products(mesh, tell)
+    device = Cluster.local().device
+    products = microbench.products(mesh, tell, "tf32" if "tf32" in device.peak_flops else "f32")
     copies = microbench.copies(mesh, tell)
     sent = microbench.collectives(found, tell) if len(found) > 1 else []
-    peaks, _, fits = fit_products(products)
+    launch = launch_seconds(mesh)
+    peaks, fits = fit_products(products, lambda p: float(shape_share(p.m, p.n, p.k, 1, device.units)), launch)
     bandwidth, copied = fit_copies(copies)
     lines, moved = fit_collectives(sent)
     return Profile(
-        device=Cluster.local().groups[0].device, described=str(found[0].device_kind), count=len(found),
+        device=device.name, described=str(found[0].device_kind), count=len(found),
         made_with=f"meshwright {VERSION}, jax {jax.__version__}", peak_flops=peaks, memory_bandwidth=bandwidth,
-        elementwise_flops=elementwise_rate(mesh), launch=launch_seconds(mesh), lines=tuple(lines),
+        elementwise_flops=elementwise_rate(mesh), launch=launch, lines=tuple(lines),
         fits=(*fits, copied, *moved), products=tuple(products), copies=tuple(copies), collectives=tuple(sent),
     )  # fmt: skip
 

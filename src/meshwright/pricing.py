@@ -315,7 +315,9 @@ def _parts(shape: Shape, microbatch: int, parallelism: Parallelism, setting: Set
     elif setting.fused_attention and policy == "fused":
         policy = "fused-selective"  # fused attention keeps no scores to begin with
     program = _program(shape, microbatch * parallelism.dp, policy)
-    cost = Roofline(known.cluster, setting.fused_attention, setting.fusion, PRODUCTS[setting.products])
+    cost = Roofline(
+        known.cluster, setting.fused_attention, setting.fusion, PRODUCTS[setting.products], redone_inside=True
+    )
     return parts_of(program, shape.layers - (shape.experts.dense if shape.experts else 0), parallelism, cost)
 
 
