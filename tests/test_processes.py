@@ -181,7 +181,7 @@ def test_a_killed_process_ends_the_other_with_a_reason(folder, victim):
     (code, _, err), seconds = interrupted(folder, victim, signal.SIGKILL)
     assert code == 7, err
     assert "ProcessError: " in err and f"where  process {1 - victim} of 2" in err
-    assert seconds < 15
+    assert seconds < 25  # at the deadline at the latest: gloo does not notice while it connects
 
 
 @pytest.mark.slow
