@@ -1,9 +1,10 @@
 """The fastest order of a pipeline's passes under limits of memory, by constraint programming: an oracle for tests.
 
-It runs in a process of its own: ortools and highspy, which the planner uses, bring libraries of equal names and
-cannot be loaded together. Whole numbers of seconds and of memory. Passes of a rank come in any order, a backward pass may be one with its
+Whole numbers of seconds and of memory. Passes of a rank come in any order, a backward pass may be one with its
 weight pass. Transfers take `send` after their pass and never wait for each other, which holds in the simulator
 where no pass is shorter than a transfer.
+
+It runs in a process of its own: ortools and highspy, which the planner uses, cannot be loaded together.
 """
 
 from __future__ import annotations
