@@ -160,6 +160,11 @@ class Cluster(Part):
         return sum(group.hosts for group in self.groups)
 
     @property
+    def uniform(self) -> bool:
+        """Whether all hosts have as many devices of one kind."""
+        return len({(group.device, group.per_host) for group in self.groups}) == 1
+
+    @property
     def per_host(self) -> int:
         """Devices on each host; refused when hosts differ."""
         return self._only({group.per_host for group in self.groups}, "as many devices on each host")

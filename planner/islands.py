@@ -1,6 +1,6 @@
-"""Plans for clusters of unlike devices: each group by itself, and pipelines whose stages lie in several groups.
+"""Plans for clusters of several groups: unlike devices, or islands behind a slow link.
 
-    alone       the best plan of every group, which the joint ones have to beat
+    alone       the best plan of every group, and of the whole where its devices are equal; what follows must beat it
     combination an order of the groups, stages in each, recompute, microbatches; looked at in the order of
                 what they would take if every op were cut evenly and layers dealt out by speed
     solve       per group: layouts under the memory of its own stages; then the exact cut of layers
@@ -103,6 +103,8 @@ class Islands:
                 "no plan fits, neither on one group of devices nor on all.", where=f"cluster {self.cluster.name}",
                 origin=self.words, fix="more microbatches, recompute, a smaller batch or model, or more devices",
             )  # fmt: skip
+        if single.cluster.size == self.cluster.size:
+            return single
         note = f"{self.cluster.size - single.cluster.size} devices are left idle: no pipeline over all is faster"
         bound = min(single.proof.lower_bound, self.lower_bound())
         proof = {"lower_bound": bound, "left_out": UNLIKE, "status": "feasible", "searched": tuple(self._head.log)}
@@ -126,10 +128,11 @@ class Islands:
                 self.request, memory=self.request.memory and min(self.request.memory, most),
                 time_limit=share * self.request.time_limit,
             )  # fmt: skip
-            found.append(
-                Search(self.folded, part, request, Roofline(part), self.name, self.fingerprint, self.tell, self.now)
-            )
-            found[-1].share_programs(found[0])
+            if found:
+                found.append(found[0].over(part, request))
+                continue
+            cost = Roofline(part)
+            found.append(Search(self.folded, part, request, cost, self.name, self.fingerprint, self.tell, self.now))
         return found
 
     @cached_property
@@ -145,12 +148,24 @@ class Islands:
         return self.pipelines[0].choices.units
 
     def _alone(self, alone: Callable[[Search], Plan]) -> Iterator[Plan]:
-        for search in self.searches:
+        seen = set()
+        for search in [*self._equal(), *self.searches]:
+            key = search.cluster.fingerprint()
+            if key in seen:
+                continue
+            seen.add(key)
             search.note(f"on {search.cluster.size} {search.cluster.device.name} alone:")
             try:
                 yield alone(search)
             except PlanError as error:
                 search.note(f"no plan: {error}")
+
+    def _equal(self) -> list[Search]:
+        """The whole cluster, where all its hosts are equal."""
+        if not self.cluster.uniform:
+            return []
+        request = replace(self.request, time_limit=self.request.time_limit / 3)
+        return [self._head.over(self.cluster, request)]
 
     # ------------------------------------------------------------ what there is to choose
 

@@ -36,7 +36,7 @@ def search(
         InfeasibleError: nothing fits, with the least memory any layout needs.
         PlanError: the request contradicts the graph or the cluster.
     """
-    if len({(group.device, group.per_host) for group in cluster.groups}) > 1 and request.pp != 1:
+    if len(cluster.groups) > 1 and request.pp != 1:
         islands = Islands(folded, cluster, request, name, fingerprint, tell, now)
         return islands.run(_homogeneous)
     return _homogeneous(Search(folded, cluster, request, cost or Roofline(cluster), name, fingerprint, tell, now))

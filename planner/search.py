@@ -30,7 +30,7 @@ from ..ir.roles import roles
 from ..ir.units import format_bytes, format_seconds
 from .catalogue import Catalogue
 from .cost.least import least_work
-from .cost.model import CostModel
+from .cost.model import CostModel, Roofline
 from .intra import Answer, live_of, solve_space, walk_space
 from .layouts import Layouts
 from .memory.ledger import Ledger, least_peak
@@ -167,9 +167,13 @@ class Search:
             self._programs[policy] = prepare(self.folded.small, policy)
         return self._programs[policy]
 
-    def share_programs(self, other: Search) -> None:
-        """Take the prepared programs of a search over the same step."""
-        self._programs = other._programs
+    def over(self, cluster: Cluster, request: Request) -> Search:
+        """A search for the same step on another cluster; prepared programs are shared."""
+        found = Search(
+            self.folded, cluster, request, Roofline(cluster), self.name, self.fingerprint, self.tell, self.now
+        )
+        found._programs = self._programs
+        return found
 
     def policy_of(self, program: Program) -> Policy:
         """By which policy a program of this search recomputes."""

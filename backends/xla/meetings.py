@@ -4,11 +4,12 @@
     result = meetings.run("rank 1 at 1RECV_F0<0", "process 0", call)      # call() -> (result, token)
 
 All processes dispatch such programs in the same order. On GPUs that is enough: a device runs what it is
-given in order. On CPUs it is not. There, programs whose operands are ready run side by side, in any order,
-and gloo gives every permutation of a group the same tag (`kCollectivePermuteSlotPrefix` with tag 0 in XLA's
-`gloo_communicator.cc`), so two that are under way at once may take each other's messages; one side then
-waits for bytes that have gone elsewhere. So on CPUs a process waits for each such program before it
-dispatches the next. What it runs alone stays asynchronous.
+given in order. On CPUs it is not: programs whose operands are ready run side by side, in any order, and then
+hung in 6 of 6 runs (`benchmarks/pipeline_processes.py --side-by-side`). A likely reason: gloo gives every
+permutation of a group the same tag (`kCollectivePermuteSlotPrefix` with tag 0 in XLA's
+`gloo_communicator.cc`), so two that are under way at once may take each other's messages. On CPUs a process
+therefore waits for each such program before it dispatches the next; no run has hung since. What it runs
+alone stays asynchronous.
 
 A wait that passes the deadline ends the process: it waits inside a library, where Python cannot raise.
 """
