@@ -189,6 +189,14 @@ class Cluster(Part):
             fix="`--pp auto`, which cuts a step into stages for each kind, or a file that holds one group only",
         )
 
+    def device_at(self, rank: int) -> Device:
+        """The type of one device, by its rank."""
+        for group in self.groups:
+            if rank < group.hosts * group.per_host:
+                return self.devices[group.device]
+            rank -= group.hosts * group.per_host
+        raise UsageError(f"cluster `{self.name}` has {self.size} devices, none of rank {rank + self.size}.")
+
     def tier_for(self, span: int) -> Tier:
         """The closest tier that joins every block of `span` consecutive ranks.
 

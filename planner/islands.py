@@ -86,7 +86,7 @@ class Islands:
     def run(self, alone: Callable[[Search], Plan]) -> Plan:
         """The best of all: never worse than any group by itself."""
         roomy = max(self.searches, key=lambda search: search.cluster.device.memory)
-        open_ = replace(self.request, pp="auto", mesh=None)
+        open_ = self.request if self.request.pp == "auto" else replace(self.request, pp="auto", mesh=None)
         check(open_, roomy.cluster, roomy.program("none").time)
         plans = list(self._alone(alone))
         single = min(plans, key=lambda plan: plan.estimate.step_seconds, default=None)
@@ -157,8 +157,10 @@ class Islands:
             search.note(f"on {search.cluster.size} {search.cluster.device.name} alone:")
             try:
                 yield alone(search)
-            except PlanError as error:
-                search.note(f"no plan: {error}")
+            except InfeasibleError:
+                search.note("no plan fits")
+            except PlanError:
+                search.note("not with what is asked for")
 
     def _equal(self) -> list[Search]:
         """The whole cluster, where all its hosts are equal."""

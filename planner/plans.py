@@ -48,18 +48,19 @@ def _homogeneous(flat: Search) -> Plan:
         return flat.run()
     check(flat.request, flat.cluster, flat.program("none").time)
     pipelines = Pipelines(flat)
+    both = flat.request.pp == "auto" and flat.request.schedule is None
     try:
         pipelines.explore()
         pipelines.reorder()
-        if flat.request.pp == "auto":
+        if both:
             flat.outside = pipelines.best.seconds
             flat.explore()
     except KeyboardInterrupt:
         flat.stopped_by = "interrupt"
-    if flat.request.pp != "auto" and pipelines.best.priced is None:
+    if not both and pipelines.best.priced is None:
         raise pipelines.infeasible()
     bound = pipelines.lower_bound()
-    if flat.request.pp == "auto":
+    if both:
         bound = min(bound, flat.lower_bound())
         if flat.best.seconds <= pipelines.best.seconds:
             if flat.best.answer is None:

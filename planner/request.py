@@ -148,7 +148,8 @@ def _check_pipeline(request: Request, cluster: Cluster) -> None:
             where="request: pp", origin=f"cluster {cluster.name}", fix=fix,
         )  # fmt: skip
     if pp == 1 and (request.schedule or request.chunks):
-        _refuse("schedule" if request.schedule else "chunks", request.schedule or request.chunks, "pp too")
+        name = "schedule" if request.schedule else "chunks"
+        _refuse(name, f"{getattr(request, name)} without a pipeline", "pp of 2 or more, or auto")
     if request.chunks is not None and (request.chunks < 1 or request.schedule is None):
         _refuse("chunks", request.chunks, "1 or more, with a schedule that takes them, as interleaved")
     if pp != 1 and request.search != "exact":

@@ -116,6 +116,13 @@ def verify_together(truth: Reference, found: Any, names: Sequence[str], meetings
         )  # fmt: skip
 
 
+def _advice(truth: Reference) -> str:
+    mended = "report this plan; until it is mended run with another mesh, or without meshwright"
+    if truth.tolerance <= TOLERANCE["float32"]:
+        return mended
+    return f"f32 or SGD, as Adam makes a whole update of a gradient that is all rounding; if they differ too, {mended}"
+
+
 def verify_outputs(truth: Reference, found: Any, names: Sequence[str]) -> None:
     """Raise VerificationError naming the first output that differs beyond its tolerance.
 
@@ -136,7 +143,7 @@ def verify_outputs(truth: Reference, found: Any, names: Sequence[str]) -> None:
                 "the sharded step differs from the unsharded one: "
                 f"{error:.3g} of the largest {'value' if before is None else 'change'}, {allowed:.3g} allowed.",
                 where=f"output `{names[position] if position < len(names) else position}`",
-                fix="report this plan; until it is mended run with another mesh, or without meshwright",
+                fix=_advice(truth),
             )
 
 

@@ -95,7 +95,19 @@ class Choices:
                 f"{found.name} holds each stage on {found.copies} ranks, which plans cannot.",
                 where="request: schedule", fix="1f1b, interleaved, zb-h1, zbv and others with one copy",
             )  # fmt: skip
-        return found.name, found.chunks or request.chunks or 2
+        if request.chunks is not None and request.chunks != (found.chunks or request.chunks):
+            raise PlanError(
+                f"{found.name} has {found.chunks} stage{'s' * (found.chunks != 1)} per rank, not {request.chunks}.",
+                where="request: chunks", fix="no chunks with this schedule, or interleaved, which takes them",
+            )  # fmt: skip
+        chunks = found.chunks or request.chunks or 2
+        if isinstance(request.pp, int) and chunks * request.pp > len(self.units):
+            raise PlanError(
+                f"{found.name} cuts {request.pp} ranks into {chunks * request.pp} stages; the forward pass has"
+                f" {len(self.units)} parts to cut between.",
+                where="request: schedule", fix=f"at most {len(self.units) // chunks} ranks, or another schedule",
+            )  # fmt: skip
+        return found.name, chunks
 
     def schedules_for(self, shape: Shape) -> Iterator[Schedule]:
         for name, chunks in self.schedules(shape.stages, shape.microbatches):

@@ -34,12 +34,14 @@ Step = Callable[[Any, Any], tuple[Any, Any]]
 class Trained:
     """What training has shown: losses and seconds of each step, compilation left out of the first one's.
 
-    `passes` are those of one more step of a pipeline, recorded.
+    `passes` are those of one more step of a pipeline, recorded; `verified`: the first step equals the
+    unsharded one.
     """
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     passes: list[Passed] = field(default_factory=list)
+    verified: bool = False
 
 
 def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, seed: int) -> Trained:
@@ -71,6 +73,7 @@ def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, s
         results.seconds.append(time.perf_counter() - begin)
         if number == 0 and truth is not None:
             _verify(truth, out, lowered)
+            results.verified = True
         state = _next_state(out, state, made.name)
         results.losses.append(loss_of(out))
     if isinstance(lowered, LoweredPipeline):
@@ -124,7 +127,8 @@ def show(plan: Plan, trained: Trained, trace: Path | None, as_json: bool) -> Non
         print(json.dumps(found | ({"passes": passes} if passes else {})))
         return
     for number, (loss, seconds) in enumerate(zip(trained.losses, trained.seconds, strict=True), start=1):
-        print(f"step {number:4d}  loss {loss:.4f}  {seconds * 1e3:.1f} ms")
+        same = "  equals the unsharded step" if number == 1 and trained.verified else ""
+        print(f"step {number:4d}  loss {loss:.4f}  {seconds * 1e3:.1f} ms{same}")
     if trained.passes:
         print(f"\n{both_text(plan, trained.passes)}")
 

@@ -64,10 +64,15 @@ STAGES = 16  # rows shown of a pipeline
 def _stage_rows(plan: Plan) -> list[tuple[str, ...]]:
     if plan.pipeline is None:
         return []
-    rows: list[tuple[str, ...]] = [("stage", "blocks", "forward", "backward", "update", "memory", "in flight")]
+    head = ("stage", "devices", "blocks", "forward", "backward", "update", "memory", "in flight")
+    rows: list[tuple[str, ...]] = [head]
+    homes = plan.pipeline.read(plan.microbatches).homes
     for number, stage in enumerate(plan.pipeline.stages[:STAGES]):
+        first = plan.pipeline.first[homes[number]]
+        where = f"{first}-{first + stage.mesh.size - 1}" if stage.mesh.size > 1 else f"{first}"
+        where += f" {plan.cluster.device_at(first).name}" if len(plan.cluster.devices) > 1 else ""
         times = map(format_seconds, (stage.forward_seconds, stage.backward_seconds, stage.once_seconds))
-        rows.append((f"{number}", stage.blocks, *times, format_bytes(stage.peak_bytes), f"{stage.held:.1f}"))
+        rows.append((f"{number}", where, stage.blocks, *times, format_bytes(stage.peak_bytes), f"{stage.held:.1f}"))
     more = len(plan.pipeline.stages) - STAGES
     return [*rows, (f"... and {more} more",)] if more > 0 else rows
 
