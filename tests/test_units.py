@@ -139,6 +139,7 @@ def test_every_error_has_an_exit_code_of_the_cli():
         "MismatchError": 5,
         "VerificationError": 1,
         "MissingDependencyError": 6,
+        "ProcessError": 7,
     }
 
 
