@@ -48,7 +48,7 @@ from .request import Request, check
 from .search import Search
 from .space import build
 
-ORDERS = 6  # of groups: all of three
+ORDERS = 12  # of so many groups that are tried: all of three
 UNLIKE = (
     *(line for line in LEFT_OUT if not line.startswith("stages of different")),
     "several stages on one rank, where groups are unlike",
@@ -217,7 +217,7 @@ class Islands:
         """Orders of two groups or more."""
         groups = range(len(self.cluster.groups))
         sizes = range(2, len(self.cluster.groups) + 1)
-        return [order for size in sizes for order in list(permutations(groups, size))[: ORDERS * 2]]
+        return [order for size in sizes for order in list(permutations(groups, size))[:ORDERS]]
 
     def lower_bound(self) -> float:
         """No plan on any of the groups together is faster."""
