@@ -119,8 +119,10 @@ class Device(Part):
 
         A device whose f32 peak is unknown counts as 1/16 of its fastest.
         """
+        if self.elementwise_flops:
+            return self.elementwise_flops
         peaks = self.peak_flops
-        return self.elementwise_flops or peaks.get("f32", max(peaks.values()) / 16) / 2
+        return (peaks["f32"] if "f32" in peaks else max(peaks.values()) / 16) / 2
 
     def rates_beside(self, measured: Mapping[str, float]) -> dict[str, float]:
         """Figures that say the same of what was not measured, beside peaks that are reached in full."""

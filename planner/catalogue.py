@@ -15,7 +15,7 @@ from ..ir.mesh import Axis, Mesh
 from ..ir.program import Program
 from ..ir.rule import Rule, Strategy, cuttable, operand_sharding, result_sharding
 from ..ir.sharding import Sharding, Step, reshard
-from .strategies import Splits, follow, layouts_by, strategies
+from .strategies import Splits, divides, follow, layouts_by, strategies
 
 if TYPE_CHECKING:
     from .frame import Frame
@@ -64,6 +64,8 @@ class Catalogue:
         self._forms: dict[tuple, int] = {}
         self._taken: dict[tuple, Taken] = {}
         self._followed: dict[tuple, tuple[Taken, np.ndarray]] = {}
+        self._follows: dict[tuple[int, int, int], Strategy | None] = {}
+        self._rows: dict[tuple, list[int]] = {}
         self._slots: dict[tuple, tuple[list[Sharding], np.ndarray]] = {}
 
     # ------------------------------------------------------------ layouts
@@ -99,23 +101,33 @@ class Catalogue:
         """The strategies that take an operand as it lies, and which layouts have one."""
         key = (self._form(rule), operand, numbers.tobytes(), *splits.items())
         if key not in self._followed:
-            layouts = [self.known[n] for n in numbers.tolist()]
-            matched = [follow(rule, operand, layout, self.mesh.names, splits) for layout in layouts]
+            matched = [self._following(rule, operand, n) for n in numbers.tolist()]
+            matched = [m if m is not None and divides(m.axes, splits) else None for m in matched]
             taken = self.around(rule, [m for m in matched if m is not None])
             self._followed[key] = taken, np.array([m is not None for m in matched])
         return self._followed[key]
 
+    def _following(self, rule: Rule, operand: int, number: int) -> Strategy | None:
+        """The strategy that takes an operand as it lies, where all divides."""
+        key = self._form(rule), operand, number
+        if key not in self._follows:
+            self._follows[key] = follow(rule, operand, self.known[number], self.mesh.names)
+        return self._follows[key]
+
     def around(self, rule: Rule, chosen: list[Strategy], order: tuple[str, ...] = ()) -> Taken:
         """Given strategies of an op; `order` names the axes of one dim, major to minor, if not the mesh's."""
-        names = order or self.mesh.names
-        mesh = Mesh(tuple(Axis(name, self.mesh.sizes[name]) for name in names))
+        form, names = self._form(rule), order or self.mesh.names
+        mesh = self.mesh if names == self.mesh.names else Mesh(tuple(Axis(n, self.mesh.sizes[n]) for n in names))
         rows = []
         for strategy in chosen:
-            codes = dict(zip(self.mesh.names, strategy.axes, strict=True))
-            turned = Strategy(tuple(codes[name] for name in names))
-            wanted = [operand_sharding(rule, turned, mesh, k) for k in range(len(rule.operands))]
-            left = [result_sharding(rule, turned, mesh, k) for k in range(len(rule.results))]
-            rows.append([self.number(layout) for layout in (*wanted, *left)])
+            key = form, strategy.axes, names
+            if key not in self._rows:
+                codes = dict(zip(self.mesh.names, strategy.axes, strict=True))
+                turned = Strategy(tuple(codes[name] for name in names))
+                wanted = [operand_sharding(rule, turned, mesh, k) for k in range(len(rule.operands))]
+                left = [result_sharding(rule, turned, mesh, k) for k in range(len(rule.results))]
+                self._rows[key] = [self.number(layout) for layout in (*wanted, *left)]
+            rows.append(self._rows[key])
         numbers = np.array(rows, np.int64).reshape(len(rows), len(rule.operands) + len(rule.results))
         codes = np.array([s.axes for s in chosen], np.int64).reshape(len(rows), len(self.mesh.axes))
         return Taken(chosen, np.ascontiguousarray(numbers.T), codes >= 0)

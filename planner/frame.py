@@ -7,7 +7,9 @@ sizes, so a search over both lays out few frames and prices each of them many ti
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -57,6 +59,62 @@ class Reading:
     runs: dict[Outer, float] = field(default_factory=lambda: defaultdict(float))
 
 
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """Tags of ops of equal cost, and one of the ops: by choice, how its operands and results lie (`sides`, a row
+    each; `timed` where microbatches cut them) and which axes cut its work; whether it `settles` reductions."""
+
+    tags: list[str]
+    op: Op
+    rule: Rule
+    sides: np.ndarray
+    timed: np.ndarray
+    cuts: np.ndarray
+    settles: bool
+
+
+Place = tuple[int | None, int | None]  # the nodes that have a value and that read it
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """From each layout that a value may have to each that is wanted; `late`: among the updates."""
+
+    have: np.ndarray
+    wanted: np.ndarray
+    value: int
+    late: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """How often each of many things runs, from how often each outer does."""
+
+    count: int
+    things: np.ndarray
+    outers: np.ndarray
+    times: np.ndarray  # that thing `things[i]` runs per run of outer `outers[i]`
+
+    @classmethod
+    def of(cls, times: Iterable[Mapping[Outer, float]], outers: list[Outer]) -> Runs:
+        numbers, rows = {outer: k for k, outer in enumerate(outers)}, list(times)
+        found = [(i, numbers[outer], many) for i, each in enumerate(rows) for outer, many in each.items()]
+        things, within, many = np.array(found).reshape(len(found), 3).T
+        return cls(len(rows), things.astype(np.int64), within.astype(np.int64), many)
+
+    def __call__(self, often: np.ndarray) -> np.ndarray:
+        return np.bincount(self.things, self.times * often[self.outers], self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """`sums[i]` is where a change, by number, counts; `runs` how often."""
+
+    changes: list[Change]
+    sums: list[tuple[Place, int]]
+    runs: Runs
+
+
 Divides = tuple[int, bool]  # a size that axes may divide; whether microbatches cut it first
 
 
@@ -77,7 +135,7 @@ class Frame:
     readings: dict[tuple[str, str, int], Reading] = field(default_factory=dict)
     runs: dict[str, dict[Outer, float]] = field(default_factory=dict)
     splits: dict[Divides, int] = field(default_factory=dict)
-    _alike: dict[Kernels, list[list[str]]] = field(default_factory=dict)
+    _alike: dict[Kernels, list[Alike]] = field(default_factory=dict)
 
     def serves(self, layouts: Layouts, microbatches: int) -> bool:
         """Whether the choices are the same on that mesh with so many microbatches."""
@@ -88,27 +146,65 @@ class Frame:
             for (size, timed), known in self.splits.items()
         )
 
-    def ways(self, op: Op, layouts: Layouts) -> tuple[list[np.ndarray], np.ndarray]:
-        """Into how many parts devices cut each operand and result of an op, and its work, per choice."""
-        numbers, tags = self.taken[op.tag], self.program.value_tags
-        sides = [layouts.ways(self.wants[op.tag, k]) for k in range(len(op.inputs))]
-        sides += [layouts.ways(self.homes[tags[v]].layouts) for v in op.outputs]
-        return sides, layouts.cut_ways(numbers)
-
-    def alike(self, kernels: Kernels) -> list[list[str]]:
-        """Tags of ops that cost the same, choice by choice, on any mesh."""
+    def alike(self, kernels: Kernels) -> list[Alike]:
+        """Ops that cost the same, choice by choice, on any mesh."""
         if kernels not in self._alike:
             found: dict[tuple, list[str]] = defaultdict(list)
-            time, tags, types = self.program.time, self.program.value_tags, self.program.graph.types
-            split = time.split.keys() if isinstance(time, TimeAxis) else frozenset()
+            tags, types = self.program.value_tags, self.program.graph.types
             for tag, (op, rule) in self.first.items():
                 sides = [self.wants[tag, k].tobytes() for k in range(len(op.inputs))]
                 sides += [self.homes[tags[v]].layouts.tobytes() for v in op.outputs]
-                timed = tuple(v in split for v in (*op.inputs, *op.outputs))
+                timed = tuple(self.parts(v, 2) for v in (*op.inputs, *op.outputs))
                 cuts = self.taken[tag].cuts.tobytes()
                 found[op.kind, id(rule), kernels.form(op, types), timed, cuts, *sides].append(tag)
-            self._alike[kernels] = list(found.values())
+            self._alike[kernels] = [self._one_of(group) for group in found.values()]
         return self._alike[kernels]
+
+    def _one_of(self, group: list[str]) -> Alike:
+        (op, rule), tags = self.first[group[0]], self.program.value_tags
+        wanted = [self.wants[group[0], k] for k in range(len(op.inputs))]
+        made = [self.homes[tags[v]].layouts for v in op.outputs]
+        timed = np.array([self.parts(v, 2) > 1 for v in (*op.inputs, *op.outputs)])
+        settles = any(factor.reduction not in ("", "sum") for factor in rule.factors)
+        sides, cuts = np.stack([*wanted, *made]), self.taken[group[0]].cuts
+        return Alike(group, op, rule, sides, timed[:, None], cuts, settles)
+
+    @cached_property
+    def outers(self) -> list[Outer]:
+        """Everything that decides how often something runs."""
+        times = (*self.runs.values(), *(reading.runs for reading in self.readings.values()))
+        return list(dict.fromkeys(outer for each in times for outer in each))
+
+    @cached_property
+    def op_runs(self) -> Runs:
+        """Of each op, `runs` in order."""
+        return Runs.of(self.runs.values(), self.outers)
+
+    @cached_property
+    def reading_runs(self) -> Runs:
+        """Of each of `readings`."""
+        return Runs.of((reading.runs for reading in self.readings.values()), self.outers)
+
+    @cached_property
+    def changes(self) -> Changes:
+        """The readings that cost something, those of equal price and place added up."""
+        numbers: dict[tuple, int] = {}
+        changes: list[Change] = []
+        sums: dict[tuple[Place, int], dict[Outer, float]] = {}
+        for (source, reader, k), reading in self.readings.items():
+            home, wanted, late = self.homes[source], self.wants[reader, k], reading.phase == "update"
+            place = home.node, reading.consumer
+            if place == (None, None) or (place[0] == place[1] and np.array_equal(home.layouts, wanted)):
+                continue
+            kind, parts = self.program.graph.types[reading.value], self.parts(reading.value, 2)
+            key = home.layouts.tobytes(), wanted.tobytes(), kind, parts, late
+            if key not in numbers:
+                numbers[key] = len(changes)
+                changes.append(Change(home.layouts, wanted, reading.value, late))
+            times = sums.setdefault((place, numbers[key]), defaultdict(float))
+            for outer, many in reading.runs.items():
+                times[outer] += many
+        return Changes(changes, list(sums), Runs.of(sums.values(), self.outers))
 
     def parts(self, value: int, microbatches: int) -> int:
         """Into how many parts microbatches cut a value."""

@@ -28,6 +28,7 @@ class Layouts:
         self.collectives = collectives
         self.mesh: Mesh = collectives.mesh
         self.catalogue = catalogue or Catalogue(self.mesh)
+        self._shape = np.array(self.mesh.shape)
         self._ways = np.zeros(0, np.int64)
         self._lines = {late: np.zeros((2, 0)) for late in (False, True)}
         self._splits: dict[tuple[int, int], int] = {}
@@ -49,9 +50,9 @@ class Layouts:
             self._ways = np.concatenate([self._ways, np.array(new, np.int64)])
         return self._ways[numbers]
 
-    def cut_ways(self, taken: Taken) -> np.ndarray:
-        """Into how many parts each strategy cuts the op's work."""
-        return np.where(taken.cuts, np.array(self.mesh.shape), 1).prod(axis=1)
+    def cut_ways(self, cuts: np.ndarray) -> np.ndarray:
+        """Into how many parts each strategy cuts the op's work; `cuts[i]` says which axes do."""
+        return np.multiply.reduce(np.where(cuts, self._shape, 1), axis=1)
 
     def slot(self, shape: tuple[int, ...], owed: bool = False) -> tuple[list[Sharding], np.ndarray]:
         """Every layout of a tensor of this shape, and their numbers."""

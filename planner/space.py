@@ -13,17 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
-from ..ir.graph import Op
 from ..ir.mesh import Mesh
 from ..ir.program import Program
-from ..ir.rule import Rule, Strategy, settled_axes
+from ..ir.rule import Strategy, settled_axes
 from .cost.compute import Ways
 from .cost.kernels import kernels_of
 from .cost.model import CostModel
-from .frame import Decided, Decision, Frame, Home, Outer, frame_of
+from .frame import Alike, Change, Decided, Decision, Frame, Home, Outer, Place, frame_of
 from .layouts import Layouts
 
 
@@ -43,13 +43,40 @@ class Space:
     microbatches: int
     layouts: Layouts
     nodes: list[Node]
-    homes: Mapping[str, Home]  # value tag -> home
-    strategies: Mapping[str, list[Strategy]]  # op tag -> per choice
-    op_node: Mapping[str, int]
+    frame: Frame
     edges: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-    transfers: list[Transfer] = field(default_factory=list)
     own: dict[str, np.ndarray] = field(default_factory=dict)  # op tag -> seconds of one run, per choice
     runs: dict[str, float] = field(default_factory=dict)  # op tag -> runs per step
+    read: np.ndarray = field(default_factory=lambda: np.zeros(0))  # how often each reading happens per step
+
+    @property
+    def homes(self) -> Mapping[str, Home]:
+        """By value tag."""
+        return self.frame.homes
+
+    @property
+    def strategies(self) -> Mapping[str, list[Strategy]]:
+        """By op tag, one per choice of its node."""
+        return self.frame.strategies
+
+    @property
+    def op_node(self) -> Mapping[str, int]:
+        return self.frame.op_node
+
+    def bytes_of(self, value: int) -> float:
+        """Bytes of a whole value when it travels, of one microbatch."""
+        whole = self.layouts.collectives.wire_bytes(self.program.graph.types[value])
+        return whole / self.frame.parts(value, self.microbatches)
+
+    @cached_property
+    def transfers(self) -> list[Transfer]:
+        """Every place where a value may change layout."""
+        found = []
+        for ((source, reader, k), reading), runs in zip(self.frame.readings.items(), self.read.tolist(), strict=True):
+            home, wanted = self.homes[source], self.frame.wants[reader, k]
+            sides = home.node, reading.consumer, home.layouts, wanted
+            found.append(Transfer(source, reader, *sides, self.bytes_of(reading.value), runs, reading.phase))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +111,7 @@ def build(
     """
     frame = frame_of(program, microbatches, layouts, decided)
     nodes = [Node(n.tag, n.choices, n.members, seconds=np.zeros(len(n.choices))) for n in frame.nodes]
-    space = Space(
-        program, layouts.mesh, microbatches, layouts, nodes, frame.homes, frame.strategies, frame.op_node
-    )
+    space = Space(program, layouts.mesh, microbatches, layouts, nodes, frame)
     _Prices(space, frame, cost, runs).fill()
     return space
 
@@ -97,65 +122,49 @@ class _Prices:
     def __init__(self, space: Space, frame: Frame, cost: CostModel, weights: Mapping[str, float] | None):
         self.space, self.frame, self.cost, self.weights = space, frame, cost, weights
         self.layouts, self.types = space.layouts, space.program.graph.types
-        self.tags = space.program.value_tags
         self.kernels = kernels_of(space.program, cost.fused_attention, cost.fusion, cost.redone_inside)
-        self.changes: dict[tuple, np.ndarray] = {}  # of layout, priced: layers repeat them
 
     def fill(self) -> None:
-        space = self.space
-        for alike in self.frame.alike(self.kernels):
-            own = self._own_seconds(*self.frame.first[alike[0]])
-            for tag in alike:
-                space.own[tag], space.runs[tag] = own, self._runs(self.frame.runs[tag])
+        space, frame = self.space, self.frame
+        often = np.array([self._often(outer) for outer in frame.outers])
+        space.runs = dict(zip(frame.runs, frame.op_runs(often).tolist(), strict=True))
+        for alike in frame.alike(self.kernels):
+            own = self._own_seconds(alike)
+            for tag in alike.tags:
+                space.own[tag] = own
                 space.nodes[space.op_node[tag]].seconds += space.runs[tag] * own
-        for (source, reader, k), reading in self.frame.readings.items():
-            home = space.homes[source]
-            nbytes = self.layouts.collectives.wire_bytes(self.types[reading.value]) / self._parts(reading.value)
-            self._add(
-                Transfer(
-                    source, reader, home.node, reading.consumer, home.layouts, self.frame.wants[reader, k],
-                    nbytes, self._runs(reading.runs), reading.phase,
-                )
-            )  # fmt: skip
+        space.read = frame.reading_runs(often)
+        priced = [self._change(change) for change in frame.changes.changes]
+        for (place, number), runs in zip(frame.changes.sums, frame.changes.runs(often).tolist(), strict=True):
+            self._add(place, runs * priced[number])
 
-    def _runs(self, times: Mapping[Outer, float]) -> float:
+    def _often(self, outer: Outer) -> float:
+        """How often in a step what runs once in this loop counts."""
+        tag, split = outer
         if self.weights is not None:
-            usual = self.weights[""]
-            return sum(many * self.weights.get(tag, usual) for (tag, _), many in times.items())
-        return sum(many * (self.space.microbatches if split else 1) for (_, split), many in times.items())
+            return self.weights.get(tag, self.weights[""])
+        return self.space.microbatches if split else 1
 
-    def _parts(self, value: int) -> int:
-        return self.frame.parts(value, self.space.microbatches)
-
-    def _own_seconds(self, op: Op, rule: Rule) -> np.ndarray:
+    def _own_seconds(self, alike: Alike) -> np.ndarray:
         """Seconds of one run, per choice: compute, and reductions settled inside the op."""
-        chosen, prices = self.space.strategies[op.tag], self.layouts.collectives
-        parts = [self._parts(v) for v in (*op.inputs, *op.outputs)]
-        sides, whole = self.frame.ways(op, self.layouts)
-        operands = [sides[k] * parts[k] for k in range(len(op.inputs))]
-        results = [sides[k] * parts[k] for k in range(len(op.inputs), len(sides))]
-        work = whole * max(parts)
-        seconds = self.cost.op_seconds(
-            op, rule, self.types, Ways(operands, results, work), self.kernels
-        )
-        seconds = np.broadcast_to(seconds, (len(chosen),)).copy()
-        inside = any(factor.reduction not in ("", "sum") for factor in rule.factors)
-        for i, strategy in enumerate(chosen if inside else ()):
+        op, rule, prices = alike.op, alike.rule, self.layouts.collectives
+        chosen, many = self.space.strategies[op.tag], self.space.microbatches
+        sides, work = self.layouts.ways(alike.sides), self.layouts.cut_ways(alike.cuts)
+        if many > 1 and alike.timed.any():
+            sides, work = np.where(alike.timed, many, 1) * sides, work * many
+        operands, results = list(sides[: len(op.inputs)]), list(sides[len(op.inputs) :])
+        seconds = np.zeros(len(chosen))
+        seconds += self.cost.op_seconds(op, rule, self.types, Ways(operands, results, work), self.kernels)
+        for i, strategy in enumerate(chosen if alike.settles else ()):
             for axes in settled_axes(rule, strategy, self.space.mesh).values():
                 for value, ways in zip(op.outputs, results, strict=True):
                     nbytes = prices.wire_bytes(self.types[value]) / ways[i]
                     seconds[i] += prices.line("all_reduce", axes)(nbytes)
         return seconds
 
-    def _add(self, item: Transfer) -> None:
-        """Add the price of a layout change to the node or edge it depends on."""
-        space, (a, b) = self.space, (item.producer, item.consumer)
-        space.transfers.append(item)
-        if a == b and np.array_equal(item.have, item.wanted):
-            return
-        if a is None and b is None:
-            return
-        matrix = item.runs * self._change(item)
+    def _add(self, place: Place, matrix: np.ndarray) -> None:
+        """Add the price of layout changes to the node or edge it depends on."""
+        space, (a, b) = self.space, place
         if a == b:
             space.nodes[a].seconds += np.diagonal(matrix)  # type: ignore[index]
         elif a is None:
@@ -167,9 +176,7 @@ class _Prices:
             old = space.edges.get(key)
             space.edges[key] = cell.copy() if old is None else old + cell
 
-    def _change(self, item: Transfer) -> np.ndarray:
+    def _change(self, change: Change) -> np.ndarray:
         """Seconds of one run of a change, from each layout to each."""
-        key = item.have.tobytes(), item.wanted.tobytes(), item.nbytes, item.phase == "update"
-        if key not in self.changes:
-            self.changes[key] = self.layouts.seconds(item.have, item.wanted, item.nbytes, item.phase)
-        return self.changes[key]
+        nbytes, phase = self.space.bytes_of(change.value), "update" if change.late else ""
+        return self.layouts.seconds(change.have, change.wanted, nbytes, phase)

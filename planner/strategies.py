@@ -36,7 +36,7 @@ def strategies(rule: Rule, axes: int, splits: Splits) -> list[Strategy]:
     An axis may also carry a sum through the op when it is linear in all operands together.
     """
     options = [NONE, *cuttable(rule), *_carried(rule)]
-    return [Strategy(codes) for codes in product(options, repeat=axes) if _divides(codes, splits)]
+    return [Strategy(codes) for codes in product(options, repeat=axes) if divides(codes, splits)]
 
 
 def _carried(rule: Rule) -> list[int]:
@@ -44,7 +44,7 @@ def _carried(rule: Rule) -> list[int]:
     return [owing(i) for i, operands in enumerate(rule.linear) if set(operands) == everyone]
 
 
-def _divides(codes: tuple[int, ...], splits: Splits) -> bool:
+def divides(codes: tuple[int, ...], splits: Splits) -> bool:
     """Whether every factor divides over the axes that cut it."""
     cut = dict.fromkeys(splits, 0)
     for i, code in enumerate(codes):
@@ -53,10 +53,8 @@ def _divides(codes: tuple[int, ...], splits: Splits) -> bool:
     return all(splits[factor] >> axes & 1 for factor, axes in cut.items())
 
 
-def follow(
-    rule: Rule, operand: int, layout: Sharding, names: tuple[str, ...], splits: Splits
-) -> Strategy | None:
-    """The strategy that takes this operand exactly as it lies; None where there is none.
+def follow(rule: Rule, operand: int, layout: Sharding, names: tuple[str, ...]) -> Strategy | None:
+    """The strategy that takes this operand exactly as it lies, if all divides; None where there is none.
 
     Axes that cut the operand cut the same factors; a sum owed is carried on when
     the op is linear in this operand alone; other axes cut nothing.
@@ -73,8 +71,7 @@ def follow(
         if alone is None:
             return None
         codes.update(dict.fromkeys(layout.partial, owing(alone)))
-    chosen = tuple(codes[name] for name in names)
-    return Strategy(chosen) if _divides(chosen, splits) else None
+    return Strategy(tuple(codes[name] for name in names))
 
 
 def layouts_by(splits: tuple[int, ...], names: tuple[str, ...], owed: bool = False) -> list[Sharding]:

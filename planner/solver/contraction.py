@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 
 from .live import Demand, Live
@@ -96,14 +97,14 @@ class _Work:
             del waiting[a, b]
             if b not in self.near[a]:
                 continue
-            finite = np.isfinite(self.near[a][b])
-            for node, axis in ((a, 1), (b, 0)):
-                before = self.costs[node].size
-                if not self._keep_possible(node, np.asarray(finite.any(axis=axis))):
-                    return False
-                if self.costs[node].size < before:
+            ours, theirs = _counts(self.near[a][b])
+            for node, allowed in ((a, ours), (b, theirs)):
+                if (allowed == 0).any():
+                    if not self._keep_possible(node, allowed > 0):
+                        return False
                     waiting.update(dict.fromkeys(self._edges(node)))
-            if not self._fold_separable(a, b) and (leader := self._leader(a, b)) is not None:
+                    ours, theirs = _counts(self.near[a][b])
+            if not self._fold_separable(a, b) and (leader := self._leader(a, b, ours, theirs)) is not None:
                 follower = a if leader == b else b
                 waiting.update(dict.fromkeys(self._merge(follower, leader)))
         return True
@@ -128,21 +129,17 @@ class _Work:
     def _fold_separable(self, a: int, b: int) -> bool:
         """Fold an edge whose costs are a sum of two vectors into its nodes; whether it was one."""
         table = self.near[a][b]
-        if not np.isfinite(table).all():
+        if not _separable(table):
             return False
         ours, theirs = table[:, 0], table[0] - table[0, 0]
-        scale = SEPARABLE * max(1.0, float(np.abs(table).max()))
-        if np.abs(table - ours[:, None] - theirs[None, :]).max() > scale:
-            return False
         self.costs[a] = self.costs[a] + ours
         self.costs[b] = self.costs[b] + theirs
         self._part(a, b)
         return True
 
-    def _leader(self, a: int, b: int) -> int | None:
+    def _leader(self, a: int, b: int, ours: np.ndarray, theirs: np.ndarray) -> int | None:
         """The end whose choice decides the other's; of two such the one with more neighbours."""
-        finite = np.isfinite(self.near[a][b])
-        leaders = [n for n, axis in ((a, 1), (b, 0)) if (finite.sum(axis=axis) == 1).all()]
+        leaders = [n for n, allowed in ((a, ours), (b, theirs)) if (allowed == 1).all()]
         return max(leaders, key=lambda n: len(self.near[n]), default=None)
 
     def _merge(self, node: int, leader: int) -> list[tuple[int, int]]:
@@ -184,3 +181,30 @@ def _gathered(node: int, demands: list[tuple[int, int, np.ndarray]]) -> list[Dem
     for first, last, held in demands:
         found[first, last] = found[first, last] + held if (first, last) in found else held
     return [Demand(node, first, last, held) for (first, last), held in sorted(found.items())]
+
+
+@numba.njit(cache=True, nogil=True)
+def _counts(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many choices of the other end each choice of either end allows."""
+    rows, columns = table.shape
+    ours, theirs = np.zeros(rows, np.int64), np.zeros(columns, np.int64)
+    for p in range(rows):
+        for q in range(columns):
+            if table[p, q] < np.inf:
+                ours[p] += 1
+                theirs[q] += 1
+    return ours, theirs
+
+
+@numba.njit(cache=True, nogil=True)
+def _separable(table: np.ndarray) -> bool:
+    """Whether all is finite and `table[p, q]` is `u[p] + v[q]`, but for rounding."""
+    rows, columns = table.shape
+    largest, off = 0.0, 0.0
+    for p in range(rows):
+        for q in range(columns):
+            if table[p, q] == np.inf:
+                return False
+            largest = max(largest, abs(table[p, q]))
+            off = max(off, abs(table[p, q] - table[p, 0] - (table[0, q] - table[0, 0])))
+    return off <= SEPARABLE * max(1.0, largest)

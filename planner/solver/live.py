@@ -220,14 +220,17 @@ def finite(live: Live, ceiling: float = inf) -> Live:
     Without one the cap is more than any finite assignment costs.
     """
     tables = [*live.costs, *(edge.costs for edge in live.edges)]
-    leasts = [float(table.min()) for table in tables]
+    flat, sizes = np.concatenate([table.ravel() for table in tables]), [table.size for table in tables]
+    starts = np.cumsum([0, *sizes[:-1]])
+    leasts = np.minimum.reduceat(flat, starts)
     if ceiling < inf:
-        span = max(ceiling - sum(leasts), 0.0) * (1 + 1e-9) + 1e-9 * abs(ceiling)
+        span = max(ceiling - float(leasts.sum()), 0.0) * (1 + 1e-9) + 1e-9 * abs(ceiling)
     else:
-        span = 1.0 + 2 * sum(
-            float(t[np.isfinite(t)].max()) - low for t, low in zip(tables, leasts, strict=True)
-        )
-    capped = [np.minimum(table, low + span) for table, low in zip(tables, leasts, strict=True)]
+        most = np.maximum.reduceat(np.where(np.isfinite(flat), flat, -inf), starts)
+        span = 1.0 + 2 * float((most - leasts).sum())
+    low = np.minimum(flat, np.repeat(leasts + span, sizes))
+    parts = np.split(low, starts[1:])
+    capped = [part.reshape(table.shape) for part, table in zip(parts, tables, strict=True)]
     count = len(live.costs)
     edges = tuple(Edge(e.a, e.b, c) for e, c in zip(live.edges, capped[count:], strict=True))
     return replace(live, costs=tuple(capped[:count]), edges=edges)
