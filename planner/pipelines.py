@@ -19,7 +19,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, islice
 from math import ceil, inf
 from typing import TYPE_CHECKING
 
@@ -76,7 +76,8 @@ class Pipelines:
     open: list[tuple[float, int, Shape]] = field(default_factory=list)
     closed: float = inf  # least bound of the shapes looked at to their end
     looked: int = 0
-    spaces: dict[Shape, tuple[Space, float]] = field(default_factory=dict)
+    spaces: dict[Shape, Space] = field(default_factory=dict)
+    outside: float = inf  # seconds of a plan that another process knows
     counts_left: dict[Shape, list[int]] = field(default_factory=dict)  # of families that were looked at
     known: dict[Shape, dict[int, float]] = field(default_factory=dict)  # bounds of counts looked at
 
@@ -90,7 +91,8 @@ class Pipelines:
         for family in self.choices.families():
             self._push(self.choices.floor(family), family)
         for shape in self._first():
-            self._solve(shape)
+            if self.relaxed(shape) < self._enough(inf):
+                self._solve(shape)
         while self.open and not self.search.late():
             bound, _, family = heapq.heappop(self.open)
             if bound >= self._enough(cutoff):
@@ -101,33 +103,51 @@ class Pipelines:
 
     def _advance(self, family: Shape, cutoff: float) -> None:
         """Look at the family's microbatch counts, the least first; each bounds its multiples."""
-        if family not in self.counts_left:
-            self.counts_left[family] = self._with_room(family)
-        left = self.counts_left[family]
+        left = self._counts_of(family)
         for many in list(left):
             if self._carried(family, many) >= self._enough(cutoff):
                 left.remove(many)
                 self.closed = min(self.closed, self._carried(family, many))
         if left:
             shape = replace(family, microbatches=left.pop(0))
-            own = max(self._carried(family, shape.microbatches), self._relaxed(shape))
+            own = max(self._carried(family, shape.microbatches), self._bound(shape, cutoff))
             self.looked += 1
             self.known.setdefault(family, {})[shape.microbatches] = own
             if own < self._enough(cutoff):
-                own = self._solve(shape, own)
+                self._solve(shape)
             self.spaces.pop(shape, None)
             self.closed = min(self.closed, own)
             self._push(min((self._carried(family, many) for many in left), default=inf), family)
+
+    def _bound(self, shape: Shape, cutoff: float) -> float:
+        """What `relaxed` gives; other processes begin with what comes next."""
+        scouts = self.search.scouts
+        if scouts is None:
+            return self.relaxed(shape)
+        scouts.wish((each, self.best.seconds) for each in self._soon(cutoff))
+        found = scouts.take((shape, self.best.seconds))
+        return self.relaxed(shape) if found is None else found
+
+    def _soon(self, cutoff: float) -> Iterator[Shape]:
+        """What will be looked at next if nothing better is found."""
+        enough = self._enough(cutoff)
+        for bound, _, family in sorted(self.open):
+            if bound < enough:
+                left = (many for many in self._counts_of(family) if self._carried(family, many) < enough)
+                yield from (replace(family, microbatches=many) for many in islice(left, 1))
 
     def _left(self, cutoff: float) -> int:
         """Shapes that can still be better, those of families not looked at yet taken as one each."""
         enough = self._enough(cutoff)
         return sum(len(self.counts_left.get(family, "?")) for bound, _, family in self.open if bound < enough)
 
-    def _with_room(self, family: Shape) -> list[int]:
-        counts = self.choices.counts  # more microbatches never need more room
-        least = bisect_left(counts, 1, key=lambda many: not self._hopeless(replace(family, microbatches=many)))
-        return list(counts[least:])
+    def _counts_of(self, family: Shape) -> list[int]:
+        """Those not looked at yet, of counts with room: more microbatches never need more."""
+        if family not in self.counts_left:
+            counts = self.choices.counts
+            least = bisect_left(counts, 1, key=lambda many: not self._hopeless(replace(family, microbatches=many)))
+            self.counts_left[family] = list(counts[least:])
+        return self.counts_left[family]
 
     def _carried(self, family: Shape, many: int) -> float:
         """A bound for a count, from those of counts that divide it too: parts cost no less, only the bubble shrinks."""
@@ -178,16 +198,19 @@ class Pipelines:
 
     _holdings: dict[tuple[Policy, int], Holdings] = field(default_factory=dict)
 
-    def _relaxed(self, shape: Shape) -> float:
+    def relaxed(self, shape: Shape) -> float:
         """The least seconds with no more memory than all stages have together."""
         if self._crowded(shape, self._least_held(shape)):
             return inf
-        weights = self.choices.weights(shape)
-        program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
-        space = build(program, shape.microbatches, self.search.cost, layouts, runs=weights)
-        solution = self.solve(self._shared_memory(space, shape))
-        self.spaces[shape] = (space, solution.lower_bound)
+        solution = self.solve(self._shared_memory(self._space(shape), shape))
         return inf if solution.status == "infeasible" else solution.lower_bound
+
+    def _space(self, shape: Shape) -> Space:
+        if shape not in self.spaces:
+            program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
+            weights = self.choices.weights(shape)
+            self.spaces[shape] = build(program, shape.microbatches, self.search.cost, layouts, runs=weights)
+        return self.spaces[shape]
 
     def _hopeless(self, shape: Shape) -> bool:
         """Whether all stages together have no room for one microbatch each, or the one with most layers has
@@ -237,9 +260,10 @@ class Pipelines:
         """
         known = ("1f1b", "gpipe", "interleaved", "looped-bfs", "zb-h1")
         plain = all(name in known for name, _ in self.choices.schedules(shape.stages, shape.microbatches))
-        if not plain or self.best.seconds == inf:
+        best = min(self.best.seconds, self.outside)
+        if not plain or best == inf:
             return 1.0
-        crowd = max(1.0, self.best.seconds / max(self.choices.floor(shape), 1e-30))
+        crowd = max(1.0, best / max(self.choices.floor(shape), 1e-30))
         return (min(shape.stages, shape.microbatches) / crowd + 1) / 2
 
     def solve(self, live: Live, cutoff: float = inf) -> Solution:
@@ -254,23 +278,16 @@ class Pipelines:
 
     # ------------------------------------------------------------ solving
 
-    def _solve(self, shape: Shape, bound: float = 0.0) -> float:
-        """Offer what fits of one shape; returns its bound."""
-        if shape not in self.spaces:
-            self._relaxed(shape)
-        if shape not in self.spaces:
-            return inf
-        space, relaxed = self.spaces[shape]
-        if relaxed >= self._enough(inf):
-            return max(bound, relaxed)
+    def _solve(self, shape: Shape) -> None:
+        """Offer what fits of one shape."""
+        space = self._space(shape)
         for schedule in sorted(self.choices.schedules_for(shape), key=lambda s: -s.stages):
             holdings = self.holdings(shape.policy, shape.microbatches)
             problem = limited(space, holdings, self._even(shape, schedule), self.search.limit)
             solution = self.solve(problem.live, self.best.seconds)
             if solution.choices is not None:
                 self._offer(shape, space, problem.read(solution.choices))
-                break
-        return max(bound, relaxed)
+                return
 
     def _even(self, shape: Shape, schedule: Schedule) -> list[Watched]:
         """The first, second and last stage, when each has as many units as the next."""

@@ -13,6 +13,7 @@ from .islands import Islands
 from .pipelines import Pipelines
 from .report import write_plan
 from .request import Request, check
+from .scouts import Scouts
 from .search import Search
 
 
@@ -49,6 +50,7 @@ def _homogeneous(flat: Search) -> Plan:
     check(flat.request, flat.cluster, flat.program("none").time)
     pipelines = Pipelines(flat)
     both = flat.request.pp == "auto" and flat.request.schedule is None
+    flat.scouts = Scouts.of(flat, sum(1 for _ in pipelines.choices.families()))
     try:
         pipelines.explore()
         pipelines.reorder()
@@ -57,6 +59,9 @@ def _homogeneous(flat: Search) -> Plan:
             flat.explore()
     except KeyboardInterrupt:
         flat.stopped_by = "interrupt"
+    finally:
+        if flat.scouts is not None:
+            flat.scouts.close()
     if not both and pipelines.best.priced is None:
         raise pipelines.infeasible()
     bound = pipelines.lower_bound()

@@ -39,6 +39,7 @@ from .memory.storage import as_xla
 from .meshes import mesh_of, meshes
 from .report import write_plan
 from .request import Request, check
+from .scouts import Scouts
 from .solver.anytime import solve_live
 from .solver.onehot import Stop
 from .space import Space, build
@@ -97,6 +98,7 @@ class Search:
     log: list[str] = field(default_factory=list)
     stopped_by: Stop = "proof"
     outside: float = inf  # seconds of a plan found elsewhere, to be beaten
+    scouts: Scouts | None = None
 
     # ------------------------------------------------------------ frame
 
@@ -269,7 +271,7 @@ class Search:
             root = self._smallest_count(Candidate(mesh, policy, first))
             if root is None:
                 continue
-            _, fits = self._relaxed(root)
+            _, fits = self.relaxed(root)
             if self.late() or (fits and root.microbatches == first):
                 return
             if not fits:
@@ -290,7 +292,7 @@ class Search:
         self._forget(keep=self.best.candidate)
 
     def _look(self, candidate: Candidate) -> None:
-        relaxed, fits = self._relaxed(candidate)
+        relaxed, fits = self._scouted(candidate) or self.relaxed(candidate)
         self._relaxed_bounds[candidate] = relaxed
         self._open(self._next_count(candidate))
         bound = self.open_bounds[candidate] = max(self.open_bounds[candidate], relaxed)
@@ -299,6 +301,15 @@ class Search:
             bound = self.open_bounds[candidate] = max(bound, self._solve(candidate, PROBE))
         if bound >= self._enough():
             self._close(candidate, bound)
+
+    def _scouted(self, candidate: Candidate) -> tuple[float, bool] | None:
+        """What `relaxed` gives, if another process has worked it out; others begin with what comes next."""
+        if self.scouts is None:
+            return None
+        beat = min(self.best.seconds, self.outside)
+        soon = sorted(self.open_bounds.keys() - self._probed - {candidate}, key=self.open_bounds.__getitem__)
+        self.scouts.wish((each, beat) for each in soon)
+        return self.scouts.take((candidate, beat))
 
     def _carried(self, candidate: Candidate) -> float:
         """A bound for this microbatch count and all larger ones, from smaller ones without a memory limit.
@@ -352,7 +363,7 @@ class Search:
         """Spaces are large; keep only the incumbent's."""
         self._spaces = {c: s for c, s in self._spaces.items() if c == keep}
 
-    def _relaxed(self, candidate: Candidate) -> tuple[float, bool]:
+    def relaxed(self, candidate: Candidate) -> tuple[float, bool]:
         """Solve without a memory limit: a bound, and whether the answer fits all the same."""
         space, lives = self.open(candidate)
         left = min(10.0, max(1.0, self.deadline - time.monotonic()))

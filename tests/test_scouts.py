@@ -1,0 +1,85 @@
+"""Bounds that other processes work out: the same search, and none that hangs or is left behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf
+
+import pytest
+
+from meshwright.api import plan_captured
+from meshwright.ir.blocks import fold
+from meshwright.ir.cluster import Cluster
+from meshwright.planner import scouts
+from meshwright.planner.cost.model import Roofline
+from meshwright.planner.pipelines import Pipelines
+from meshwright.planner.request import Request
+from meshwright.planner.search import Search
+from meshwright.recipe import make
+
+EIGHT = Cluster.parse("8xh100x1@ib100")
+
+
+@pytest.fixture(scope="module")
+def step():
+    made = make({"model": "gpt-tiny", "batch": 16, "layers": 8})
+    return made.capture(True)
+
+
+def searching(step) -> Search:
+    return Search(fold(step.graph), EIGHT, Request(pp="auto"), Roofline(EIGHT), "", "", lambda line: None)
+
+
+def planned(step, monkeypatch: pytest.MonkeyPatch, count: int):
+    kept: list[scouts.Scouts] = []
+
+    def of(search: Search, families: int) -> scouts.Scouts | None:
+        kept.extend([scouts.Scouts(search, count)] * bool(count))
+        return kept[0] if kept else None
+
+    monkeypatch.setattr(scouts.Scouts, "of", of)
+    told: list[str] = []
+    plan = plan_captured(step, EIGHT, Request(pp="auto", gap=0.001, time_limit=1e4), "gpt-tiny", told.append)
+    return plan, told, kept
+
+
+def test_a_search_with_scouts_makes_the_same_choices(step, monkeypatch):
+    taken = []
+    take = scouts.Scouts.take
+    monkeypatch.setattr(scouts.Scouts, "take", lambda self, key: taken.append(take(self, key)) or taken[-1])
+    alone, told_alone, _ = planned(step, monkeypatch, 0)
+    assert not taken
+    helped, told, kept = planned(step, monkeypatch, 1)
+    assert told == told_alone and helped.pipeline == alone.pipeline
+    assert helped.proof.lower_bound == alone.proof.lower_bound
+    assert any(found is not None for found in taken), "no scout was of use"
+    assert all(process.poll() is not None for process in kept[0].processes), "left behind"
+
+
+def test_bounds_of_a_scout_are_those_of_the_search(step):
+    search = searching(step)
+    pipelines, work_out = Pipelines(search), scouts._worker(search.folded, EIGHT, search.request, search.cost)
+    shapes = [shape for shape in pipelines.choices.families() if shape.stages in (2, 4)][::2]
+    assert len(shapes) > 3
+    for family in shapes:
+        shape = replace(family, microbatches=4)
+        for beat in (inf, 1.05 * pipelines.choices.floor(shape)):
+            pipelines.outside = beat
+            assert work_out((shape, beat)) == pipelines.relaxed(shape)
+
+
+def test_a_scout_that_dies_leaves_the_work_to_the_search(step):
+    search = searching(step)
+    found = scouts.Scouts(search, 1)
+    try:
+        key = (next(Pipelines(search).choices.families()), inf)
+        found.processes[0].kill()
+        found.wish([key])
+        assert found.take(key) is None
+    finally:
+        found.close()
+
+
+def test_small_searches_have_none(step):
+    search = searching(step)
+    assert scouts.Scouts.of(search, scouts.WORTH - 1) is None
