@@ -221,10 +221,33 @@ class Cluster(Part):
         data |= {"name": f"{self.name}: {group.device}", "fabric": data.get("fabric", [])[: len(tiers)]}
         if index:  # a profile is of the first group's devices
             data.pop("measured", None)
-        known = {path for path, _ in _fields(Cluster._checked(data, {}, f"cluster {self.name}"))}
         old = {path.replace(f"groups.{index}.", "groups.0."): origin for path, origin in self.provenance.items()}
-        data["provenance"] = {path: origin for path, origin in old.items() if path in known}
-        return Cluster._checked(data, {}, f"cluster {self.name}")
+        return Cluster._checked(data | {"provenance": self._kept(data, old)}, {}, f"cluster {self.name}")
+
+    def first(self, hosts: int) -> Cluster:
+        """The first so many hosts of a cluster of one group, by themselves.
+
+        Raises:
+            ClusterError: the fabric's tiers do not divide so few.
+            UsageError: it has not so many, or several groups.
+        """
+        if not 1 <= hosts <= self.hosts or len(self.groups) > 1:
+            has = f"{self.hosts} hosts in {len(self.groups)} group{'s' * (len(self.groups) > 1)}"
+            raise UsageError(f"{hosts} hosts are no part of cluster `{self.name}`: {has}.")
+        data = self.model_dump(mode="json", by_alias=True, exclude={"provenance", "price"})
+        wide = sum(tier.hosts < hosts for tier in self.fabric) + 1  # tiers up to the one that joins them all
+        data["fabric"] = data.get("fabric", [])[:wide]
+        if hosts > 1 and data["fabric"] and data["fabric"][-1]["scope"] != "all":
+            data["fabric"][-1]["scope"] = {"hosts": hosts}
+        group = data["groups"][0] | {"hosts": hosts}
+        data["groups"] = [group | ({"names": group["names"][:hosts]} if group.get("names") else {})]
+        data["name"] = f"{self.name}, {hosts} hosts"
+        return Cluster._checked(data | {"provenance": self._kept(data)}, {}, f"cluster {self.name}")
+
+    def _kept(self, data: Mapping[str, Any], old: Mapping[str, Origin] | None = None) -> dict[str, Origin]:
+        """Where the fields of a part of this cluster come from."""
+        known = {path for path, _ in _fields(Cluster._checked(dict(data), {}, f"cluster {self.name}"))}
+        return {path: origin for path, origin in (old or self.provenance).items() if path in known}
 
     def tier_joining(self, first: int, end: int) -> Tier:
         """The closest tier that joins ranks `first` up to, not including, `end`."""

@@ -33,12 +33,13 @@ from ..ir.units import format_bytes, format_seconds
 from .intra import live_of
 from .memory.ledger import least_bytes, least_peak
 from .pipeline.choices import Choices, Shape
+from .pipeline.points import Point
 from .pipeline.priced import Place, Priced, Pricing
 from .pipeline.stage_memory import Holdings, StageMemory
 from .pipeline.unit_costs import all_bytes, unit_seconds
 from .pipeline.units import runs_of
 from .pipeline.watched import Watched, limited
-from .pipeline_report import Rank, write_pipeline
+from .pipeline_report import LEFT_OUT, Rank, write_pipeline
 from .solver.anytime import solve_live
 from .solver.live import Demand, Live
 from .solver.onehot import Solution
@@ -77,7 +78,8 @@ class Pipelines:
     closed: float = inf  # least bound of the shapes looked at to their end
     looked: int = 0
     spaces: dict[Shape, Space] = field(default_factory=dict)
-    outside: float = inf  # seconds of a plan that another process knows
+    outside: float = inf  # seconds of a plan found elsewhere
+    points: list[Point] = field(default_factory=list)
     counts_left: dict[Shape, list[int]] = field(default_factory=dict)  # of families that were looked at
     known: dict[Shape, dict[int, float]] = field(default_factory=dict)  # bounds of counts looked at
 
@@ -92,7 +94,7 @@ class Pipelines:
             self._push(self.choices.floor(family), family)
         for shape in self._first():
             if self.relaxed(shape) < self._enough(inf):
-                self._solve(shape)
+                self.solve_shape(shape)
         while self.open and not self.search.late():
             bound, _, family = heapq.heappop(self.open)
             if bound >= self._enough(cutoff):
@@ -114,7 +116,7 @@ class Pipelines:
             self.looked += 1
             self.known.setdefault(family, {})[shape.microbatches] = own
             if own < self._enough(cutoff):
-                self._solve(shape)
+                self.solve_shape(shape)
             self.spaces.pop(shape, None)
             self.closed = min(self.closed, own)
             self._push(min((self._carried(family, many) for many in left), default=inf), family)
@@ -202,10 +204,10 @@ class Pipelines:
         """The least seconds with no more memory than all stages have together."""
         if self._crowded(shape, self._least_held(shape)):
             return inf
-        solution = self.solve(self._shared_memory(self._space(shape), shape))
+        solution = self.solve(self._shared_memory(self.space(shape), shape))
         return inf if solution.status == "infeasible" else solution.lower_bound
 
-    def _space(self, shape: Shape) -> Space:
+    def space(self, shape: Shape) -> Space:
         if shape not in self.spaces:
             program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
             weights = self.choices.weights(shape)
@@ -278,15 +280,15 @@ class Pipelines:
 
     # ------------------------------------------------------------ solving
 
-    def _solve(self, shape: Shape) -> None:
+    def solve_shape(self, shape: Shape) -> None:
         """Offer what fits of one shape."""
-        space = self._space(shape)
+        space = self.space(shape)
         for schedule in sorted(self.choices.schedules_for(shape), key=lambda s: -s.stages):
             holdings = self.holdings(shape.policy, shape.microbatches)
             problem = limited(space, holdings, self._even(shape, schedule), self.search.limit)
             solution = self.solve(problem.live, self.best.seconds)
             if solution.choices is not None:
-                self._offer(shape, space, problem.read(solution.choices))
+                self.offer(shape, space, problem.read(solution.choices))
                 return
 
     def _even(self, shape: Shape, schedule: Schedule) -> list[Watched]:
@@ -299,15 +301,17 @@ class Pipelines:
             Watched(runs_of(self.choices.units, firsts[s], ends[s]), in_flight(schedule, s) / each) for s in watched
         ]
 
-    def _offer(self, shape: Shape, space: Space, choices: tuple[int, ...]) -> None:
+    def offer(self, shape: Shape, space: Space, choices: tuple[int, ...]) -> None:
         holdings = self.holdings(shape.policy, shape.microbatches)
         each, memory = unit_seconds(holdings.cut, space, choices), StageMemory(holdings, space, choices)
         size, limit = shape.mesh.size, self.search.limit
         places = tuple(Place(each, memory, limit, rank * size, size) for rank in range(shape.stages))
         pricing = Pricing(self.choices.units, places, self.search.cluster)
+        self.points.append(Point.of(space, choices, shape.policy, [each[kind] for kind in self.choices.units.kinds]))
         for schedule in self.choices.schedules_for(shape):
-            priced = pricing.price(schedule, self.best.seconds)
-            if priced is not None and priced.seconds < self.best.seconds:
+            best = min(self.best.seconds, self.outside)
+            priced = pricing.price(schedule, best)
+            if priced is not None and priced.seconds < best:
                 self.best = Found(shape, space, choices, pricing, priced)
                 self.search.note(
                     f"{shape}, {schedule.name}: {format_seconds(priced.seconds)}, {format_bytes(max(priced.peaks))}"
@@ -325,12 +329,12 @@ class Pipelines:
                 f"{best.shape}, passes reordered: {format_seconds(found.seconds)}, {format_bytes(max(found.peaks))}"
             )
 
-    def write(self, bound: float) -> Plan:
+    def write(self, bound: float, left_out: tuple[str, ...] = LEFT_OUT) -> Plan:
         """The plan of the best pipeline."""
         best = self.best
         assert best.space and best.pricing and best.priced
         ranks = [Rank(self.search, best.space, best.choices)] * best.priced.schedule.ranks
-        return write_pipeline(ranks, best.pricing, best.priced, self.search.cluster, bound)
+        return write_pipeline(ranks, best.pricing, best.priced, self.search.cluster, bound, left_out)
 
     def infeasible(self) -> PlanError:
         stages = max(self.choices.stage_counts, default=1)

@@ -9,6 +9,7 @@ from ..ir.blocks import Folded
 from ..ir.cluster import Cluster
 from ..ir.plan import Plan
 from .cost.model import CostModel, Roofline
+from .frontier import Frontier
 from .islands import Islands
 from .pipelines import Pipelines
 from .report import write_plan
@@ -20,7 +21,7 @@ from .search import Search
 def search(
     folded: Folded, cluster: Cluster, request: Request, *, name: str, fingerprint: str,
     cost: CostModel | None = None, tell: Callable[[str], None] = lambda line: None,
-    now: Callable[[str], None] = lambda line: None,
+    now: Callable[[str], None] = lambda line: None, keep: Callable[[Frontier], None] | None = None,
 ) -> Plan:  # fmt: skip
     """Plan one step.
 
@@ -32,6 +33,7 @@ def search(
         cost: prices; a roofline on the cluster's figures when None, and for unlike devices.
         tell: hears one line per event of the search.
         now: hears where the search stands, a few times a second.
+        keep: is given what planning for other numbers of devices needs, if a pipeline was found on equal devices.
 
     Raises:
         InfeasibleError: nothing fits, with the least memory any layout needs.
@@ -40,10 +42,11 @@ def search(
     if len(cluster.groups) > 1 and request.pp != 1:
         islands = Islands(folded, cluster, request, name, fingerprint, tell, now)
         return islands.run(_homogeneous)
-    return _homogeneous(Search(folded, cluster, request, cost or Roofline(cluster), name, fingerprint, tell, now))
+    flat = Search(folded, cluster, request, cost or Roofline(cluster), name, fingerprint, tell, now)
+    return _homogeneous(flat, keep)
 
 
-def _homogeneous(flat: Search) -> Plan:
+def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -> Plan:
     """The best of all pipelines and, where their number of stages is open, of plans without one."""
     if flat.request.pp == 1:
         return flat.run()
@@ -62,6 +65,8 @@ def _homogeneous(flat: Search) -> Plan:
     finally:
         if flat.scouts is not None:
             flat.scouts.close()
+    if keep is not None and pipelines.points:
+        keep(Frontier.of(pipelines))
     if not both and pipelines.best.priced is None:
         raise pipelines.infeasible()
     bound = pipelines.lower_bound()

@@ -170,11 +170,11 @@ class Search:
         return self._programs[policy]
 
     def over(self, cluster: Cluster, request: Request) -> Search:
-        """A search for the same step on another cluster; prepared programs are shared."""
+        """A search for the same step on another cluster; programs and what their decisions may be are shared."""
         found = Search(
             self.folded, cluster, request, Roofline(cluster), self.name, self.fingerprint, self.tell, self.now
         )
-        found._programs = self._programs
+        found._programs, found._catalogues = self._programs, self._catalogues
         return found
 
     def policy_of(self, program: Program) -> Policy:

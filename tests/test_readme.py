@@ -43,7 +43,7 @@ def run(line: str, monkeypatch) -> None:
 def test_quick_commands_run_in_the_order_shown(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     quick = [c for c in commands() if c.startswith("meshwright") and not any(s in c for s in SLOW)]
-    assert len(quick) == 12
+    assert len(quick) == 14
     Path("graph.json").write_text(json.dumps(GRAPH))
     for line in quick:
         run(line, monkeypatch)

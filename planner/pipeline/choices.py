@@ -166,6 +166,10 @@ class Choices:
 
     _work: dict[tuple[Policy, bool], Mapping[tuple[str, bool], np.ndarray]] = field(default_factory=dict)
 
+    def take_cuts_of(self, other: Choices) -> None:
+        """Use the cuts of another cluster's search for the same step."""
+        self.units, self._cuts = other.units, other._cuts
+
     def cut(self, policy: Policy, microbatches: int) -> Cut:
         """The step in units, each as if it were a stage; all counts above one share it."""
         key = policy, microbatches > 1

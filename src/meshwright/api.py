@@ -28,6 +28,7 @@ from .ir.errors import LoweringError, MismatchError, PlanError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
 from .ir.verify import verify as verify_graph
+from .planner.frontier import Frontier
 from .planner.plans import search
 from .planner.request import Request
 
@@ -117,22 +118,29 @@ def plan(
 def plan_captured(
     captured: Captured, cluster: Cluster | str | Path | None, request: Request, name: str,
     tell: Callable[[str], None] = lambda line: None, now: Callable[[str], None] = lambda line: None,
+    keep: Callable[[Frontier], None] | None = None,
 ) -> Plan:  # fmt: skip
-    """Plan a step that was captured before."""
+    """Plan a step that was captured before. `keep` is as for `planner.plans.search`."""
     where = Cluster.local() if cluster is None else Cluster.parse(cluster)
     layers = unstack(captured) if request.pp != 1 else None
     graph = captured.graph if layers is None else layers.captured.graph
     verify_graph(graph)
     known = fingerprint(captured.graph)
-    found = search(fold(graph), where, request, name=name, fingerprint=known, tell=tell, now=now)
-    if layers is None or len(layers.inputs) == len(captured.graph.inputs):
+    apart = layers is not None and len(layers.inputs) != len(captured.graph.inputs)
+    told = ("stacked parameters are held layer by layer", *layers.notes) if layers is not None and apart else ()
+
+    def kept(frontier: Frontier) -> None:
+        if keep is not None:
+            keep(frontier.model_copy(update={"unstacked": apart, "notes": told}))
+
+    found = search(fold(graph), where, request, name=name, fingerprint=known, tell=tell, now=now, keep=kept)
+    if not apart:
         return found
     if found.pipeline is None:
         flat = replace(request, pp=1)
         return search(fold(captured.graph), where, flat, name=name, fingerprint=known, tell=tell, now=now)
-    notes = (*found.notes, "stacked parameters are held layer by layer", *layers.notes)
     pipeline = found.pipeline.model_copy(update={"unstacked": True})
-    return found.model_copy(update={"pipeline": pipeline, "notes": notes})
+    return found.model_copy(update={"pipeline": pipeline, "notes": (*found.notes, *told)})
 
 
 def _plan_once(captured: Captured, cluster: Cluster | str | Path | None, request: Request, name: str) -> Plan:

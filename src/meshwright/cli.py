@@ -22,6 +22,7 @@ from .interrupts import heard
 from .ir.errors import MeshwrightError, ProcessError, UsageError
 from .ir.units import parse_bytes
 from .options import Emulate, Format, FormatOption, PlanFile, app
+from .replan import print_plan, save_frontier
 
 INTERRUPTED = 130
 
@@ -122,6 +123,9 @@ def plan(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to save; MODEL.plan.json if not given.")
     ] = None,
+    frontier: Annotated[
+        Path | None, typer.Option(help="Save what `replan` needs when devices are lost or gained; with --pp.")
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Print all rows of every table.")] = False,
     format: FormatOption = Format.text,
 ) -> None:
@@ -156,14 +160,18 @@ def plan(
     )
     made = make(recipe)
     place = output or Path(f"{made.name}.plan.json")
-    check_writable(place)
-    found = _search(made, where, request).model_copy(update={"recipe": recipe})
+    for written in (place, frontier or place):
+        check_writable(written)
+    kept: list[Any] = []
+    found = _search(made, where, request, kept.append).model_copy(update={"recipe": recipe})
     save_plan(found, place)
-    _print_plan(found, format, everything)
+    print_plan(found, format, everything)
     print(f"saved to {place}", file=sys.stderr)
+    if frontier is not None:
+        save_frontier(kept, recipe, frontier)
 
 
-def _search(made: Any, where: Any, request: Any) -> Any:
+def _search(made: Any, where: Any, request: Any, keep: Any = None) -> Any:
     """Trace and plan, telling stderr what happens."""
     from .api import plan_captured
     from .progress import Progress
@@ -172,19 +180,7 @@ def _search(made: Any, where: Any, request: Any) -> Any:
         progress.say(f"tracing {made.name}")
         captured = made.capture(request.pp != 1)
         progress.say(f"searching plans for {where.size} devices (Ctrl-C: best so far)")
-        return plan_captured(captured, where, request, made.name, progress.line, progress.now)
-
-
-def _print_plan(found: Any, format: Format, everything: bool) -> None:
-    from .view import plan_text
-    from .view.words import words
-
-    if format is Format.text:
-        print(plan_text(found, everything))
-        return
-    data = found.model_dump(mode="json", exclude={"strategies", "slots"})
-    data["proof"]["gap"] = found.proof.gap
-    print(json.dumps({**data, "words": words(found)}, indent=1))
+        return plan_captured(captured, where, request, made.name, progress.line, progress.now, keep)
 
 
 # ---------------------------------------------------------------- show
@@ -205,7 +201,7 @@ def show(
     if html is not None:
         write_whole(html, page(found))
         print(f"wrote {html}", file=sys.stderr)
-    _print_plan(found, format, everything)
+    print_plan(found, format, everything)
 
 
 # ---------------------------------------------------------------- run and audit

@@ -1,0 +1,243 @@
+"""What a search over pipelines leaves for the day when devices are lost or gained: decisions, and plans made of them.
+
+    point       mesh of a stage, recompute, microbatches, and the layouts that a solve found there
+    candidate   a point on stages of as many devices, or with another size of the first axis; any number of
+                stages; microbatches near the point's; on as many hosts as they take, the rest stay spare
+    replanned   first candidates on the point's own mesh, whose layouts hold as they are; then solves on the
+                others', the most promising first, each priced as the search prices: cut, memory, schedule
+
+No graph is captured and no space is searched, so this takes a second or two. What it proves is weaker: no plan on
+as many devices is faster than every op cut evenly over all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from math import ceil, inf, prod
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..ir.blocks import Folded
+from ..ir.cluster import Cluster
+from ..ir.codec import dump_graph, load_graph
+from ..ir.errors import InfeasibleError, MeshwrightError, MismatchError, PlanError
+from ..ir.graph import Graph
+from ..ir.plan import Plan
+from ..ir.units import format_bytes
+from ..ir.version import VERSION
+from .cost.model import Roofline
+from .meshes import mesh_of
+from .pipeline.choices import Shape
+from .pipeline.points import Point
+from .pipeline.units import Units
+from .pipeline_report import LEFT_OUT
+from .pipelines import Pipelines
+from .request import Request
+from .search import Search
+
+SECONDS = 1.2  # in which candidates are priced
+POINTS = 24  # kept of one search, the fastest
+KNOWN = "meshes, recompute and microbatches unlike those that an earlier search met"
+NEAR = 4  # microbatches up to so many times more or fewer
+
+
+class Frontier(BaseModel):
+    """Everything that is needed to plan the same step again. `graph` is the small graph as text, `units` the fields
+    of `Units`, `recipe`, `unstacked` and `notes` as in plans."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    meshwright: str
+    name: str
+    fingerprint: str
+    request: dict[str, str | float | int | tuple[int, ...] | None]
+    graph: str
+    units: dict[str, tuple[int | str | bool, ...]]
+    points: tuple[Point, ...] = Field(min_length=1)
+    recipe: dict[str, str | int | bool] = {}
+    unstacked: bool = False
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, pipelines: Pipelines) -> Frontier:
+        """What a search that met some pipeline found."""
+        points = sorted(pipelines.points, key=lambda point: point.passes * point.microbatches * prod(point.mesh))
+        search = pipelines.search
+        return cls(
+            meshwright=VERSION, name=search.name, fingerprint=search.fingerprint, request=asdict(search.request),
+            graph=dump_graph(search.folded.small), units=asdict(pipelines.choices.units), points=tuple(points[:POINTS]),
+        )  # fmt: skip
+
+    def replanned(self, cluster: Cluster, seconds: float = SECONDS) -> Plan:
+        """A plan for another number of devices.
+
+        Raises:
+            InfeasibleError: nothing that is known fits there.
+            PlanError: devices are unlike.
+        """
+        if len(cluster.groups) > 1:
+            raise PlanError(
+                f"cluster `{cluster.name}` has {len(cluster.groups)} groups.", where="replan",
+                fix="`meshwright plan --pp auto`, which searches pipelines over unlike devices",
+            )  # fmt: skip
+        small = load_graph(self.graph)
+        return _Replanning(self, small, cluster, seconds).run()
+
+
+def load_frontier(path: Path) -> Frontier:
+    """Read a frontier.
+
+    Raises:
+        PlanError: no such file, or no frontier.
+        MismatchError: written by another version.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if (version := json.loads(text).get("meshwright", VERSION)) == VERSION:
+            return Frontier.model_validate_json(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"the frontier {path} cannot be read: {error}.", fix="what `--frontier` wrote") from error
+    except (ValueError, AttributeError) as error:
+        raise PlanError(
+            f"this is no frontier: {str(error).splitlines()[0]}.", origin=str(path),
+            fix="a file from `meshwright plan --frontier`",
+        ) from error  # fmt: skip
+    told = f"the frontier is of meshwright {version}, this is {VERSION}."
+    raise MismatchError(told, origin=str(path), fix="plan again")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A point carried over to other stages; `same`: its decisions hold there as they are. `estimate` in seconds."""
+
+    point: Point
+    shape: Shape
+    hosts: int
+    estimate: float
+
+    @property
+    def same(self) -> bool:
+        return (self.shape.mesh.shape, self.shape.microbatches) == (self.point.mesh, self.point.microbatches)
+
+
+@dataclass
+class _Replanning:
+    frontier: Frontier
+    small: Graph
+    cluster: Cluster
+    allowed: float  # seconds to look for plans
+    began: float = field(default_factory=time.monotonic)
+    searches: dict[int, Pipelines] = field(default_factory=dict)  # by hosts used
+    best: Pipelines | None = None
+    tried: int = 0
+
+    def run(self) -> Plan:
+        whole = self._on(self.cluster.hosts)
+        candidates = sorted(self._candidates(whole), key=lambda each: each.estimate)
+        self._look([each for each in candidates if each.same], solve=False, until=self.began + self.allowed / 2)
+        self._look(candidates, solve=True, until=self.began + self.allowed)
+        if self.best is None:
+            raise InfeasibleError(
+                f"none of {len(self.frontier.points)} known solutions fits {self.cluster.size} devices.",
+                where=f"{format_bytes(whole.search.limit)} per device may be used",
+                origin=f"cluster {self.cluster.name}", fix="`meshwright plan`, which searches anew",
+            )  # fmt: skip
+        return self._written(whole)
+
+    @property
+    def seconds(self) -> float:
+        return self.best.best.seconds if self.best else inf
+
+    def _written(self, whole: Pipelines) -> Plan:
+        assert self.best is not None
+        bound = min(min(whole.search.floors(policy).values()) for policy in whole.search.policies())
+        self.best.search.stopped_by = "time"
+        found, used = self.best.write(min(bound, self.seconds), (*LEFT_OUT, KNOWN)), self.best.search.cluster
+        spare = self.cluster.hosts - used.hosts
+        hosts = f"{used.hosts} of {self.cluster.hosts} hosts are used, {spare} spare" if spare else "all hosts are used"
+        told = f"planned anew from {len(self.frontier.points)} known solutions, {self.tried} candidates priced; {hosts}"
+        update = {"notes": (*found.notes, *self.frontier.notes, told), "recipe": self.frontier.recipe or None}
+        if self.frontier.unstacked and found.pipeline is not None:
+            update["pipeline"] = found.pipeline.model_copy(update={"unstacked": True})
+        return found.model_copy(update=update)
+
+    def _on(self, hosts: int) -> Pipelines:
+        """The search on the first so many hosts; programs, cuts and frames are shared."""
+        if hosts not in self.searches:
+            where = self.cluster if hosts == self.cluster.hosts else self.cluster.first(hosts)
+            known = next(iter(self.searches.values()), None)
+            request = Request(**self.frontier.request)  # type: ignore[arg-type]
+            if known is None:
+                folded = Folded(self.small, self.small, ())
+                name, mark = self.frontier.name, self.frontier.fingerprint
+                search = Search(folded, where, request, Roofline(where), name, mark, lambda line: None)
+            else:
+                search = known.search.over(where, request)
+            found = Pipelines(search)
+            if known is None:
+                found.choices.units = Units(**self.frontier.units)  # type: ignore[arg-type]
+            else:
+                found.choices.take_cuts_of(known.choices)
+            self.searches[hosts] = found
+        return self.searches[hosts]
+
+    def _candidates(self, whole: Pipelines) -> Iterator[Candidate]:
+        units, batch, per_host = len(whole.choices.units), whole.choices.batch, self.cluster.per_host
+        pinned = whole.search.request.pp
+        for point in self.frontier.points:
+            size = prod(point.mesh[1:])
+            for first in range(1, self.cluster.size // size + 1):
+                devices = first * size
+                if devices % per_host and per_host % devices:
+                    continue
+                for many in self._counts(whole, point):
+                    if first != point.mesh[0] and (batch // many) % first:
+                        continue
+                    for stages in range(2, min(units, self.cluster.size // devices) + 1):
+                        if (stages * devices) % per_host and stages * devices > per_host:
+                            continue
+                        if isinstance(pinned, int) and stages != pinned:
+                            continue
+                        shape = Shape(stages, mesh_of((first, *point.mesh[1:])), point.policy, many)
+                        yield Candidate(point, shape, ceil(stages * devices / per_host), _estimate(point, shape, units))
+
+    @staticmethod
+    def _counts(whole: Pipelines, point: Point) -> list[int]:
+        near = range(ceil(point.microbatches / NEAR), point.microbatches * NEAR + 1)
+        return [many for many in whole.choices.counts if many in near]
+
+    def _look(self, candidates: list[Candidate], solve: bool, until: float) -> None:
+        """Price candidates as they are, or solve anew on their meshes, the most promising first."""
+        seen: set[Shape] = set()
+        for candidate in candidates:
+            if (time.monotonic() > until and self.best) or candidate.estimate >= self.seconds:
+                return
+            if candidate.shape in seen:
+                continue
+            try:
+                pipelines = self._on(candidate.hosts)
+            except MeshwrightError:  # the fabric has no place for so few hosts
+                continue
+            self.tried += 1
+            pipelines.outside = self.seconds
+            if solve:
+                seen.add(candidate.shape)
+                pipelines.solve_shape(candidate.shape)
+            else:
+                space = pipelines.space(candidate.shape)
+                choices = candidate.point.choices_in(space)
+                assert choices is not None  # the mesh and the count are those of the point
+                pipelines.offer(candidate.shape, space, choices)
+            if pipelines.best.seconds < self.seconds:
+                self.best = pipelines
+
+
+def _estimate(point: Point, shape: Shape, units: int) -> float:
+    """Work shared out evenly, half the bubble of 1F1B (others have less), and that units are not cut."""
+    devices = prod(point.mesh) / shape.mesh.size
+    passes = point.passes * point.microbatches / shape.microbatches * ceil(units / shape.stages) / units
+    return devices * ((shape.microbatches + (shape.stages - 1) / 2) * passes + point.once / shape.stages)

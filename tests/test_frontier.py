@@ -1,0 +1,103 @@
+"""Planning anew after devices were lost or gained: from what a search met, as good as a search, at once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from meshwright.api import plan_captured
+from meshwright.backends.xla.lower import lower
+from meshwright.backends.xla.verify import verify_outputs
+from meshwright.cli import app
+from meshwright.ir.cluster import Cluster
+from meshwright.ir.errors import ClusterError, InfeasibleError, MismatchError, PlanError, UsageError
+from meshwright.planner.frontier import Frontier, load_frontier
+from meshwright.planner.request import Request
+from meshwright.recipe import make
+
+from .pipelines import case
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """A step of eight layers, its plan for eight hosts of one device, and what the search kept."""
+    captured = make({"model": "gpt-tiny", "batch": 16, "layers": 8}).capture(True)
+    frontiers: list[Frontier] = []
+    plan = plan_captured(
+        captured, "8xh100x1@ib100", Request(pp="auto", schedule="1f1b"), "gpt-tiny", keep=frontiers.append
+    )
+    return captured, plan, frontiers[0]
+
+
+@pytest.mark.parametrize("hosts", [4, 6, 7, 8, 12])
+def test_as_fast_as_a_search_of_the_same_hosts(kept, hosts):
+    captured, _, frontier = kept
+    cluster = f"{hosts}xh100x1@ib100"
+    anew = frontier.replanned(Cluster.parse(cluster), seconds=30)
+    searched = plan_captured(captured, cluster, Request(pp="auto", schedule="1f1b"), "gpt-tiny")
+    assert anew.pipeline is not None and anew.cluster.size <= hosts
+    assert anew.estimate.peak_bytes <= anew.estimate.limit_bytes
+    assert anew.estimate.step_seconds <= 1.05 * searched.estimate.step_seconds
+    assert 0 < anew.proof.lower_bound <= searched.estimate.step_seconds, "faster plans than the bound allows"
+    spare = hosts - anew.cluster.hosts
+    assert (f"{spare} spare" in anew.notes[-1]) == bool(spare)
+
+
+def test_a_frontier_is_the_same_after_writing_and_reading(kept, tmp_path):
+    _, _, frontier = kept
+    place = tmp_path / "kept.json"
+    place.write_text(frontier.model_dump_json())
+    assert load_frontier(place) == frontier
+
+
+def test_a_plan_made_anew_equals_the_unsharded_step():
+    captured, leaves, _, truth = case("gpt-tiny")
+    frontiers: list[Frontier] = []
+    request = Request(pp="auto", schedule="1f1b", time_limit=20)
+    plan_captured(captured, "8xcpu", request, "gpt-tiny", keep=frontiers.append)
+    anew = frontiers[0].replanned(Cluster.parse("6xcpu"))
+    assert anew.pipeline is not None and anew.cluster.size <= 6
+    verify_outputs(truth, lower(anew, captured).jitted(*leaves), captured.graph.output_names)
+
+
+def test_hosts_of_a_cluster_by_themselves():
+    four = Cluster.parse("128xa100x8@hdr200").first(4)
+    assert (four.hosts, four.size, four.per_host) == (4, 32, 8)
+    assert four.tier_joining(0, 32).tier == "hdr200" and four.tier_joining(0, 8).tier == "nvlink3"
+    assert len(Cluster.parse("128xa100x8@hdr200").first(1).fabric) == 1
+    with pytest.raises(ClusterError, match="shape 4x4x8"):
+        Cluster.parse("v5p-256").first(5)
+    with pytest.raises(UsageError, match="129 hosts are no part"):
+        Cluster.parse("128xa100x8@hdr200").first(129)
+
+
+def test_what_cannot_be_planned_anew(kept, tmp_path):
+    _, _, frontier = kept
+    with pytest.raises(InfeasibleError, match=r"none of .* known solutions fits 1 devices"):
+        frontier.replanned(Cluster.parse("1xh100x1"))
+    with pytest.raises(PlanError, match="has 2 groups"):
+        frontier.replanned(Cluster.parse("benchmarks/clusters/a100_v100.yaml"))
+    with pytest.raises(PlanError, match="cannot be read"):
+        load_frontier(tmp_path / "none.json")
+    for text in ("no json", "[]", "{}", json.dumps({"points": []})):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(PlanError, match="no frontier"):
+            load_frontier(tmp_path / "bad.json")
+    (tmp_path / "old.json").write_text(json.dumps({"meshwright": "0.0.1"}))
+    with pytest.raises(MismatchError, match=r"of meshwright 0\.0\.1"):
+        load_frontier(tmp_path / "old.json")
+
+
+def test_the_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    step = ["plan", "--model", "gpt-tiny", "--layers", "8", "--batch", "16"]
+    made = CliRunner().invoke(app, [*step, "--cluster", "8xh100x1@ib100", "--pp", "4", "--frontier", "kept.json"])
+    assert made.exit_code == 0, made.output
+    anew = CliRunner().invoke(app, ["replan", "kept.json", "--cluster", "7xh100x1@ib100", "-o", "anew.json"])
+    assert anew.exit_code == 0 and "4 of 7 hosts are used, 3 spare" in anew.output
+    shown = CliRunner().invoke(app, ["show", "anew.json"])
+    assert shown.exit_code == 0 and "pipeline parallel 4" in shown.output
+    flat = CliRunner().invoke(app, [*step, "--cluster", "8xh100x1@ib100", "--frontier", "flat.json"])
+    assert flat.exit_code != 0 and not (tmp_path / "flat.json").exists()
