@@ -201,10 +201,6 @@ class Choices:
     def crowd(self, stages: int) -> float:
         """How much more than its share of layers some stage has, as layers are not cut; 1 where the ends may
         make up for it."""
-        found = ceil(self._layers / stages) * stages / self._layers
-        return found if found * self._layers / len(self.units) > 1 + ENDS else 1.0
-
-    @cached_property
-    def _layers(self) -> int:
-        middle = max(range(len(self.units.names)), key=self.units.kinds.count)
-        return sum(self.units.names[kind] == self.units.names[middle] for kind in self.units.kinds)
+        layers = self.units.repeats
+        found = ceil(layers / stages) * stages / layers
+        return found if found * layers / len(self.units) > 1 + ENDS else 1.0
