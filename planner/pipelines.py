@@ -194,7 +194,7 @@ class Pipelines:
         none, however everything lies."""
         if self._crowded(shape, 1.0):
             return True
-        middle = max(range(len(self.choices.units.names)), key=self.choices.units.kinds.count)
+        middle = self.choices.units.middle
         layers = self.choices.units.kinds.count(middle)
         runs = [0] * len(self.choices.units.names)
         runs[middle] = max(1, (layers - (len(self.choices.units) - layers)) // shape.stages)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..search import Search
 
 Choice = tuple[str, int]  # a schedule and its stages per rank
+FEW = 8  # stages that there should be layers for where their number is open
 ENDS = 0.1  # weight of what is not layers in a bound that counts the layers of the fullest stage
 
 
@@ -50,7 +51,9 @@ class Choices:
 
     @cached_property
     def units(self) -> Units:
-        return find_units(self.search.folded, self.search.program("none"))
+        wanted = self.search.request.pp
+        stages = wanted * self._chunks if isinstance(wanted, int) else FEW
+        return find_units(self.search.folded, self.search.program("none"), stages)
 
     @cached_property
     def batch(self) -> int:
@@ -87,6 +90,12 @@ class Choices:
         return (("1f1b", 1), *(looped or (("zb-h1", 1),)))
 
     @cached_property
+    def _chunks(self) -> int:
+        """Stages per rank of the schedule that is asked for."""
+        request = self.search.request
+        return 1 if request.schedule is None else entry(request.schedule).chunks or request.chunks or 2
+
+    @cached_property
     def _pinned(self) -> Choice:
         request = self.search.request
         found = entry(str(request.schedule))
@@ -100,7 +109,7 @@ class Choices:
                 f"{found.name} has {found.chunks} stage{'s' * (found.chunks != 1)} per rank, not {request.chunks}.",
                 where="request: chunks", fix="no chunks with this schedule, or interleaved, which takes them",
             )  # fmt: skip
-        chunks = found.chunks or request.chunks or 2
+        chunks = self._chunks
         if isinstance(request.pp, int) and chunks * request.pp > len(self.units):
             raise PlanError(
                 f"{found.name} cuts {request.pp} ranks into {chunks * request.pp} stages; the forward pass has"

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import inf
 
 import numpy as np
@@ -68,7 +68,7 @@ class Line:
         if not places or self.work[first:end].sum() <= 2 * most:
             return []
         bounds = [first, *places, end]
-        atoms = [float(self.work[a:b].sum()) for a, b in zip(bounds, bounds[1:], strict=False)]
+        atoms = [float(self.work[a:b].sum()) for a, b in pairwise(bounds)]
         return [bounds[i] for i in _least_across(atoms, [self.crossing[p] for p in places], most)]
 
     def middle(self, first: int, end: int) -> int | None:

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
 from ...ir.cluster import Cluster
 from ...ir.schedule import Schedule, peak_held
-from .dealing import deal
+from .dealing import Fits, deal
 from .limited import search_schedule
 from .simulate import Run, StageSeconds, pipeline_tasks, simulate
 from .stage_memory import Runs, StageMemory
@@ -74,10 +74,16 @@ class Pricing:
         return tier.latency + nbytes / tier.achieved
 
     def price(self, schedule: Schedule, cutoff: float = inf) -> Priced | None:
-        """The best cut for a schedule; None where nothing fits, or where it cannot beat `cutoff`."""
-        firsts = self._cut(schedule)
-        if firsts is None:
-            return None
+        """The better of two cuts for a schedule; None where nothing fits, or where it cannot beat `cutoff`."""
+        best: Priced | None = None
+        for firsts in self._cuts(schedule):
+            found = self.with_cut(schedule, firsts, cutoff)
+            if found is not None and (best is None or found.seconds < best.seconds):
+                best, cutoff = found, min(cutoff, found.seconds)
+        return best
+
+    def with_cut(self, schedule: Schedule, firsts: tuple[int, ...], cutoff: float = inf) -> Priced | None:
+        """The same with given first units of the stages."""
         ends = (*firsts[1:], len(self.units))
         runs = [runs_of(self.units, first, end) for first, end in zip(firsts, ends, strict=True)]
         homes = [self.places[rank] for rank in schedule.homes]
@@ -111,12 +117,24 @@ class Pricing:
             seconds=priced.seconds - priced.run.makespan + found.seconds,
         )  # fmt: skip
 
-    def _cut(self, schedule: Schedule) -> tuple[int, ...] | None:
+    def _cuts(self, schedule: Schedule) -> Iterator[tuple[int, ...]]:
+        """Even in what passes take, and in what they and the update take together."""
         homes = [self.places[rank] for rank in schedule.homes]
-        by_place = {id(home): [home.each[kind].passes for kind in self.units.kinds] for home in homes}
-        seconds = [by_place[id(home)] for home in homes]
-        if schedule.stages > schedule.ranks:
-            return deal(seconds)
+        fits = self._fits(schedule, homes) if schedule.stages == schedule.ranks else None
+        found = set[tuple[int, ...] | None]({None})
+        for share in (0.0, 1 / schedule.microbatches):
+            by_place = {id(home): self._seconds(home, share) for home in homes}
+            firsts = deal([by_place[id(home)] for home in homes], *[fits] * bool(fits))
+            if firsts not in found:
+                found.add(firsts)
+                yield firsts
+
+    def _seconds(self, home: Place, share: float) -> list[float]:
+        """Of each unit per microbatch, its share of what is done once included."""
+        each = [unit.passes + share * (unit.once + self._handing(unit)) for unit in home.each]
+        return [each[kind] for kind in self.units.kinds]
+
+    def _fits(self, schedule: Schedule, homes: Sequence[Place]) -> Fits:
         known: dict[tuple[int, Runs], bool] = {}
 
         def fits(stage: int, first: int, last: int) -> bool:
@@ -126,7 +144,7 @@ class Pricing:
                 known[key] = peak + self._extra(schedule, stage, [left], [late]) <= homes[stage].limit
             return known[key]
 
-        return deal(seconds, fits)
+        return fits
 
     def _extra(self, schedule: Schedule, rank: int, left: Sequence[float], late: Sequence[float]) -> float:
         """Bytes of forward results beyond those of one microbatch, which the peak of the lives has."""
@@ -161,7 +179,10 @@ class Pricing:
 
     def _once(self, home: Place, runs: Runs) -> float:
         pairs = zip(runs, home.each, strict=True)
-        return sum(n * (each.once + self._sending(each.handed, 0, self.cluster.size)) for n, each in pairs)
+        return sum(n * (each.once + self._handing(each)) for n, each in pairs)
+
+    def _handing(self, each: UnitSeconds) -> float:
+        return self._sending(each.handed, 0, self.cluster.size)
 
 
 def _passes(stage: StageSeconds) -> float:

@@ -94,15 +94,15 @@ class _Found:
     alike: int
 
 
-def find_units(folded: Folded, program: Program, halves: bool = False) -> Units:
+def find_units(folded: Folded, program: Program, stages: int = 0) -> Units:
     """Cut places of a folded graph.
 
     Args:
         program: its small graph, prepared without recomputation.
-        halves: cut layers in two, where little crosses.
+        stages: layers are cut in two, where little crosses, if there are fewer than two for each.
     """
     finder = _Finder(folded, program)
-    found = finder.find(halves)
+    found = finder.find(stages)
     numbers = {place: k for k, place in enumerate(dict.fromkeys(each.small for each in found))}
     kinds = tuple(numbers[each.small] for each in found)
     small_cuts = (0, *list(numbers)[1:])
@@ -128,8 +128,9 @@ class _Finder:
         self.small_at = [0, *accumulate(map(int, kept))]  # of each op of the whole graph: how many come before it
         self.whole_at = np.flatnonzero(kept)
 
-    def find(self, halves: bool) -> list[_Found]:
+    def find(self, stages: int) -> list[_Found]:
         found: list[_Found] = []
+        halves = sum(block.repeats for block in self.layers) < 2 * stages
         at = 0
         for number, block in enumerate(self.layers):
             found += self._unlike(at, block.start, "between" if found else "start")
