@@ -12,7 +12,7 @@ from math import inf
 
 from ...ir.cluster import Cluster
 from ...ir.schedule import Schedule, peak_held
-from .dealing import Fits, deal
+from .dealing import ANYWHERE, Fits, deal
 from .limited import search_schedule
 from .simulate import Run, StageSeconds, pipeline_tasks, simulate
 from .stage_memory import Runs, StageMemory
@@ -21,6 +21,7 @@ from .unit_costs import UnitSeconds
 from .units import Units, runs_of
 
 REORDER = 60_000  # passes that a search for a better order may schedule: a second or two
+UNEVEN = 0.02  # of a step: what the longest update may be above the mean without stages being cut anew for it
 LARGE = 20_000  # passes of one step from which no better order is searched
 
 
@@ -118,21 +119,26 @@ class Pricing:
         )  # fmt: skip
 
     def _cuts(self, schedule: Schedule) -> Iterator[tuple[int, ...]]:
-        """Even in what passes take, and in what they and the update take together."""
+        """Even in what passes take; then, if updates are uneven by much, in what both take together."""
         homes = [self.places[rank] for rank in schedule.homes]
-        fits = self._fits(schedule, homes) if schedule.stages == schedule.ranks else None
-        found = set[tuple[int, ...] | None]({None})
-        for share in (0.0, 1 / schedule.microbatches):
-            by_place = {id(home): self._seconds(home, share) for home in homes}
-            firsts = deal([by_place[id(home)] for home in homes], *[fits] * bool(fits))
-            if firsts not in found:
-                found.add(firsts)
-                yield firsts
+        fits = self._fits(schedule, homes) if schedule.stages == schedule.ranks else ANYWHERE
+        firsts = deal(self._per_unit(homes, 0.0), fits)
+        if firsts is None:
+            return
+        yield firsts
+        ends = (*firsts[1:], len(self.units))
+        once = [self._once(home, runs_of(self.units, a, b)) for home, a, b in zip(homes, firsts, ends, strict=True)]
+        passes = sum(homes[0].each[kind].passes for kind in self.units.kinds) / len(homes)
+        if max(once) - sum(once) / len(once) > UNEVEN * schedule.microbatches * passes:
+            again = deal(self._per_unit(homes, 1 / schedule.microbatches), fits)
+            if again is not None and again != firsts:
+                yield again
 
-    def _seconds(self, home: Place, share: float) -> list[float]:
-        """Of each unit per microbatch, its share of what is done once included."""
-        each = [unit.passes + share * (unit.once + self._handing(unit)) for unit in home.each]
-        return [each[kind] for kind in self.units.kinds]
+    def _per_unit(self, homes: Sequence[Place], share: float) -> list[list[float]]:
+        """Seconds of each unit per microbatch on each stage, a share of what is done once included."""
+        found = {id(home): [u.passes + share * (u.once + self._handing(u)) for u in home.each] for home in homes}
+        rows = {key: [each[kind] for kind in self.units.kinds] for key, each in found.items()}
+        return [rows[id(home)] for home in homes]
 
     def _fits(self, schedule: Schedule, homes: Sequence[Place]) -> Fits:
         known: dict[tuple[int, Runs], bool] = {}
