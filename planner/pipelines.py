@@ -20,7 +20,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
-from math import ceil, inf
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -273,9 +273,9 @@ class Pipelines:
         return max(bound, relaxed)
 
     def _even(self, shape: Shape, schedule: Schedule) -> list[Watched]:
-        """The first, second and last stage, when each has as many units as the next."""
-        ends = [ceil(len(self.choices.units) * (s + 1) / shape.stages) for s in range(shape.stages)]
-        firsts = [0, *ends[:-1]]
+        """The first, second and last stage, when each has as many units as the next, or as much work."""
+        firsts = self.choices.units.evenly(shape.stages)
+        ends = [*firsts[1:], len(self.choices.units)]
         watched = sorted({0, min(1, shape.stages - 1), shape.stages - 1})
         each = schedule.stages // schedule.ranks
         return [

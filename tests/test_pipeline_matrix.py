@@ -136,7 +136,8 @@ def test_with_one_microbatch_the_others_do_too(name, schedule, layout):
 
 # Parts of models without equal layers, and halves of layers, as the planner cuts them.
 PARTS = [
-    ("wrn-tiny", 4, 1, "1f1b"), ("wrn-tiny", 2, 1, "zb-h1"), ("wrn-tiny", 8, 1, None), ("wrn-tiny", 4, 1, "interleaved"),
+    ("wrn-tiny", 4, 1, "1f1b"), ("wrn-tiny", 2, 1, "zb-h1"), ("wrn-tiny", 8, 1, None),
+    ("wrn-tiny", 4, 1, "interleaved"),
     ("dlrm-tiny", 4, 4, "1f1b"), ("dlrm-tiny", 2, 8, "zb-h1"), ("dlrm-tiny", 4, 4, None),
     ("gpt-tiny", 8, 4, "1f1b"), ("llama-tied-tiny", 8, 4, "zb-h1"),
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby
+from math import ceil
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from ...ir.graph import Graph, Op
 from ...ir.program import Program
 from ...ir.stage_places import Classes
 from ...ir.stages import Fragment, Stages, cut_stages
+from .dealing import deal
 from .narrow import Line
 
 MANY = 1_000_003  # what a repeated layer is counted as, so that its share of a count can be told
@@ -54,6 +56,14 @@ class Units:
     def repeats(self) -> int:
         """How many units run the same ops as the one that most are."""
         return sum(self.alike[kind] == self.alike[self.middle] for kind in self.kinds)
+
+    def evenly(self, stages: int) -> tuple[int, ...]:
+        """The first unit of each stage: equally many for each, or equal work where no layer repeats."""
+        if self.repeats == 1:
+            firsts = deal([[self.work[kind] for kind in self.kinds]] * stages)
+            assert firsts is not None
+            return firsts
+        return tuple(ceil(len(self) * stage / stages) for stage in range(stages))
 
     def words(self, first: int, last: int) -> str:
         """Units `first` up to, not including, `last`: "start, layers 1-6, first half of layer 7"."""
