@@ -14,6 +14,7 @@ from .pipelines import Pipelines
 from .report import write_plan
 from .request import Request, check
 from .search import Search
+from .unequal import Unequal
 
 
 def search(
@@ -43,11 +44,12 @@ def search(
 
 
 def _homogeneous(flat: Search) -> Plan:
-    """The best of all pipelines and, where their number of stages is open, of plans without one."""
+    """The best of all pipelines, of unequal stages too, and, where their number is open, of plans without one."""
     if flat.request.pp == 1:
         return flat.run()
     check(flat.request, flat.cluster, flat.program("none").time)
     pipelines = Pipelines(flat)
+    unequal = Unequal(pipelines)
     both = flat.request.pp == "auto" and flat.request.schedule is None
     try:
         pipelines.explore()
@@ -55,15 +57,18 @@ def _homogeneous(flat: Search) -> Plan:
         if both:
             flat.outside = pipelines.best.seconds
             flat.explore()
+        unequal.explore(min(pipelines.best.seconds, flat.best.seconds))
     except KeyboardInterrupt:
         flat.stopped_by = "interrupt"
-    if not both and pipelines.best.priced is None:
+    if not both and pipelines.best.priced is None and unequal.found is None:
         raise pipelines.infeasible()
     bound = pipelines.lower_bound()
     if both:
         bound = min(bound, flat.lower_bound())
-        if flat.best.seconds <= pipelines.best.seconds:
-            if flat.best.answer is None:
-                raise flat.infeasible()
-            return write_plan(flat, bound)
+    if unequal.found is not None:
+        return unequal.write(bound)
+    if both and flat.best.seconds <= pipelines.best.seconds:
+        if flat.best.answer is None:
+            raise flat.infeasible()
+        return write_plan(flat, bound)
     return pipelines.write(bound)
