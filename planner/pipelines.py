@@ -316,9 +316,10 @@ class Pipelines:
         return write_pipeline(ranks, best.pricing, best.priced, self.search.cluster, bound)
 
     def infeasible(self) -> PlanError:
-        stages = max(self.choices.stage_counts, default=1)
+        counts = self.choices.stage_counts or [self.search.request.pp]
+        stages = max(self.choices.stage_counts, default=self.search.request.pp)
         return InfeasibleError(
-            f"no pipeline of {', '.join(map(str, self.choices.stage_counts)) or 'any number of'} stages fits.",
+            f"no pipeline of {', '.join(map(str, counts))} stages fits.",
             where=f"{format_bytes(self.search.limit)} per device may be used",
             origin=f"cluster {self.search.cluster.name}: {self.search.cluster.size} devices",
             fix=f"more microbatches, recompute, or more stages than {stages}",

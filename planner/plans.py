@@ -66,7 +66,7 @@ def _homogeneous(flat: Search) -> Plan:
     if both:
         bound = min(bound, flat.lower_bound())
     if unequal.found is not None:
-        return unequal.write(bound)
+        return unequal.write(min(bound, unequal.lower_bound()))
     if both and flat.best.seconds <= pipelines.best.seconds:
         if flat.best.answer is None:
             raise flat.infeasible()

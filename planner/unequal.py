@@ -39,7 +39,7 @@ from .stage_layouts import StageLayouts
 SMALL = 64  # devices up to which unequal stages are always looked for
 UNEVEN = 0.05  # what the slowest stage of the best equal pipeline takes above the mean, else
 GRAINS = 32  # parts of the cluster that stages are made of, at most
-PAIRS, LOOKS = 8, 4  # recompute policies with microbatch counts that are estimated; estimates that are solved
+PAIRS, LOOKS = 8, 3  # recompute policies with microbatch counts that are estimated; estimates that are solved
 UNEQUAL = (
     "stages of unequal meshes, but for the most promising by an estimate",
     *(line for line in LEFT_OUT if not line.startswith("stages of different")),
@@ -80,13 +80,21 @@ class Unequal:
     def explore(self, best: float) -> None:
         self.best = best
         if not self._worth():
+            self._refuse_rest()
             return
         good = self.best * (1 - self.search.request.good_enough)
         splits = sorted(self._splits(), key=lambda split: split.seconds)
+        fitted = set[tuple[Piece, ...]]()  # and more recomputation only makes room
         for split in splits[:LOOKS]:
-            if split.seconds < good and not self.search.late():
-                self._look(split)
+            if split.seconds < good and split.pieces not in fitted and not self.search.late() and self._look(split):
+                fitted.add(split.pieces)
         self._reorder()
+
+    def lower_bound(self) -> float:
+        """No pipeline of unequal stages is faster; looked at where there can be no others."""
+        if not self._alone:
+            return inf
+        return min(self._floor(policy, i) for policy in self._policies for i in range(len(self._counts)))
 
     def write(self, bound: float) -> Plan:
         assert self.found is not None
@@ -95,10 +103,24 @@ class Unequal:
     # ------------------------------------------------------------ whether, and which
 
     def _worth(self) -> bool:
-        request = self.search.request
-        if request.mesh is not None or len(self.units) < 2 or not self._names:
+        if self.search.request.mesh is not None or len(self.units) < 2 or not self._names:
             return False
-        return self.search.cluster.size <= SMALL or self._uneven > UNEVEN
+        return self.search.cluster.size <= SMALL or self._alone or self._uneven > UNEVEN
+
+    @property
+    def _alone(self) -> bool:
+        """Whether so many stages are asked for that they cannot be equal."""
+        wanted = self.search.request.pp
+        return isinstance(wanted, int) and self.search.cluster.size % wanted > 0
+
+    def _refuse_rest(self) -> None:
+        if self._alone:
+            pp, schedule = self.search.request.pp, self.search.request.schedule
+            raise PlanError(
+                f"{self.search.cluster.size} devices cannot be cut into {pp} equal stages, and {schedule} has several"
+                " stages on a rank, which unequal ones cannot.",
+                where="request: pp", fix="stages that divide the devices, or 1f1b, zb-h1, gpipe",
+            )  # fmt: skip
 
     @property
     def _uneven(self) -> float:
@@ -218,7 +240,8 @@ class Unequal:
 
     # ------------------------------------------------------------ solving
 
-    def _look(self, split: Split) -> None:
+    def _look(self, split: Split) -> bool:
+        """Whether it fits; keeps it if it is better."""
         sizes = [piece.devices for piece in split.pieces]
         usual = schedule_named(self._names[0], len(sizes), split.microbatches)
         watched = [
@@ -232,14 +255,17 @@ class Unequal:
             shapes = (Shape(len(sizes), mesh, split.policy, split.microbatches) for mesh in meshes)
             rank = self.layouts.fastest(shapes, tuple(dict.fromkeys((mine[0], mine[-1]))))
             if rank is None:
-                return
+                return False
             ranks[size] = rank
         pricing = Pricing(self.units, self._places([ranks[size] for size in sizes]), self.search.cluster)
         for name in self._names:
-            priced = pricing.price(schedule_named(name, len(sizes), split.microbatches), self.best)
-            if priced is not None and priced.seconds < self.best:
-                self.best, self.found = priced.seconds, ([ranks[size] for size in sizes], pricing, priced)
-                self.search.note(f"{split}, {name}: {format_seconds(self.best)}, {format_bytes(max(priced.peaks))}")
+            schedule = schedule_named(name, len(sizes), split.microbatches)
+            firsts = tuple(piece.first for piece in split.pieces)
+            for priced in (pricing.price(schedule, self.best), pricing.with_cut(schedule, firsts, self.best)):
+                if priced is not None and priced.seconds < self.best:
+                    self.best, self.found = priced.seconds, ([ranks[size] for size in sizes], pricing, priced)
+                    self.search.note(f"{split}, {name}: {format_seconds(self.best)}, {format_bytes(max(priced.peaks))}")
+        return True
 
     def _places(self, ranks: Sequence[Rank]) -> tuple[Place, ...]:
         """The largest first, so that none straddles a host."""

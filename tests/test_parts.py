@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations, pairwise
 from math import inf
 
@@ -41,10 +42,10 @@ def unlike_chain(params, batch):
     return [p - 0.1 * g for p, g in zip(params, gradients, strict=True)], {"loss": value}
 
 
-def chain_search(cluster: str, request: Request, batch: int = 1024) -> Search:
+def chain_search(cluster: str, request: Request, batch: int = 1024, widths: Sequence[int] = WIDTHS) -> Search:
     shape = jax.ShapeDtypeStruct
-    params = [shape(pair, jnp.float32) for pair in pairwise(WIDTHS)]
-    data = {"x": shape((batch, WIDTHS[0]), jnp.float32), "y": shape((batch, WIDTHS[-1]), jnp.float32)}
+    params = [shape(pair, jnp.float32) for pair in pairwise(widths)]
+    data = {"x": shape((batch, widths[0]), jnp.float32), "y": shape((batch, widths[-1]), jnp.float32)}
     graph = fold(capture(unlike_chain, params, data, donate_argnums=0).graph)
     where = Cluster.parse(cluster)
     return Search(graph, where, request, Roofline(where), "chain", "x", lambda line: None)

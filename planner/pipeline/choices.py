@@ -67,7 +67,7 @@ class Choices:
         hosts, per_host = cluster.hosts, cluster.per_host
         if isinstance(wanted, int):
             check_enough(self.units, wanted)
-            return (wanted,)
+            return (wanted,) * (cluster.size % wanted == 0)
         sizes = [d for d in range(1, per_host + 1) if per_host % d == 0]
         sizes += [per_host * h for h in range(2, hosts + 1) if hosts % h == 0]
         return tuple(sorted(cluster.size // n for n in sizes if 1 < cluster.size // n <= len(self.units)))
