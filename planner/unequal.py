@@ -39,7 +39,7 @@ from .stage_layouts import StageLayouts
 SMALL = 64  # devices up to which unequal stages are always looked for
 UNEVEN = 0.05  # what the slowest stage of the best equal pipeline takes above the mean, else
 GRAINS = 32  # parts of the cluster that stages are made of, at most
-PAIRS, LOOKS = 8, 3  # recompute policies with microbatch counts that are estimated; estimates that are solved
+PAIRS, LOOKS = 6, 3  # recompute policies with microbatch counts that are estimated; estimates that are solved
 UNEQUAL = (
     "stages of unequal meshes, but for the most promising by an estimate",
     *(line for line in LEFT_OUT if not line.startswith("stages of different")),
@@ -124,13 +124,15 @@ class Unequal:
 
     @property
     def _uneven(self) -> float:
-        """How much longer than the mean the slowest stage of the best equal pipeline takes."""
+        """How much longer than the mean the slowest rank of the best equal pipeline takes."""
         priced = self.pipelines.best.priced
         if priced is None:
             return 0.0
+        schedule = priced.schedule
         passes = [stage.forward + stage.backward + stage.weight for stage in priced.stages]
-        each = [many + once / priced.schedule.microbatches for many, once in zip(passes, priced.once, strict=True)]
-        return max(each) * len(each) / sum(each) - 1
+        each = [many + once / schedule.microbatches for many, once in zip(passes, priced.once, strict=True)]
+        ranks = [sum(each[stage] for stage in held) for held in schedule.held]
+        return max(ranks) * len(ranks) / sum(ranks) - 1
 
     @cached_property
     def _names(self) -> tuple[str, ...]:
@@ -157,9 +159,9 @@ class Unequal:
     def _splits(self) -> Iterator[Split]:
         """The best by estimate of each pair of recompute and microbatch count."""
         grain, wanted = self.sizes[0], self.search.request.pp
-        pairs = [(self._floor(policy, i), policy, i) for policy in self._policies for i in range(len(self._counts))]
-        for floor, policy, i in sorted(pairs)[:PAIRS]:
-            if floor * self._off >= self.best:
+        pairs: list[tuple[Policy, int]] = [(policy, i) for policy in self._policies for i in range(len(self._counts))]
+        for policy, i in sorted(pairs, key=lambda pair: self._floor(*pair))[:PAIRS]:
+            if self._floor(policy, i) * self._off >= self.best:
                 return
             stages = wanted if isinstance(wanted, int) else None
             found = near_least_step(self._paces(policy, i), self.search.cluster.size // grain, stages)
@@ -228,13 +230,13 @@ class Unequal:
 
     @cached_property
     def _off(self) -> float:
-        """How far the best equal pipeline is above its own estimate."""
+        """How far the best equal pipeline is above its own estimate, as if it had one stage on each rank."""
         best, priced = self.pipelines.best.shape, self.pipelines.best.priced
-        grains = best.mesh.size // self.sizes[0] if best is not None else 0
-        if best is None or priced is None or priced.schedule.stages != best.stages or best.mesh.size not in self.sizes:
+        if best is None or priced is None or best.mesh.size not in self.sizes:
             return 1.0
-        pace = self._paces(best.policy, self._counts.index(best.microbatches))[grains]
-        stretches = list(zip(priced.firsts, (*priced.firsts[1:], len(self.units)), strict=True))
+        pace = self._paces(best.policy, self._counts.index(best.microbatches))[best.mesh.size // self.sizes[0]]
+        firsts = priced.firsts if len(priced.firsts) == best.stages else self.units.evenly(best.stages)
+        stretches = list(zip(firsts, (*firsts[1:], len(self.units)), strict=True))
         estimate = sum(pace.once[each] for each in stretches) + max(pace.again[each] for each in stretches)
         return max(1.0, priced.seconds / float(estimate))
 
