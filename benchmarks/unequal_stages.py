@@ -77,8 +77,8 @@ def main() -> None:
         equal = f"{found.equal * 1e3:.1f} ms" if found.equal else "none"
         unequal = f"{found.unequal * 1e3:.1f} ms on {' '.join(map(str, found.sizes))}" if found.unequal else "none faster"
         print(
-            f"{found.model:9} batch {found.batch:5} {found.cluster:16} pp {found.stages}: equal {equal}"
-            f", unequal {unequal}; searched {found.equal_search:.1f} s and {found.unequal_search:.1f} s of CPU", flush=True,
+            f"{found.model:9} batch {found.batch:5} {found.cluster:16} pp {found.stages}: equal {equal}, "
+            f"unequal {unequal}; CPU {found.equal_search:.1f} + {found.unequal_search:.1f} s", flush=True,
         )  # fmt: skip
         if options.output:
             options.output.write_text(json.dumps(rows, indent=1) + "\n")
