@@ -75,7 +75,7 @@ def main() -> None:
         found = row(*case)
         rows.append(asdict(found))
         equal = f"{found.equal * 1e3:.1f} ms" if found.equal else "none"
-        unequal = f"{found.unequal * 1e3:.1f} ms on {' '.join(map(str, found.sizes))}" if found.unequal else "none faster"
+        unequal = f"{found.unequal * 1e3:.1f} ms on {found.sizes}" if found.unequal else "none faster"
         print(
             f"{found.model:9} batch {found.batch:5} {found.cluster:16} pp {found.stages}: equal {equal}, "
             f"unequal {unequal}; CPU {found.equal_search:.1f} + {found.unequal_search:.1f} s", flush=True,
