@@ -26,6 +26,7 @@ from meshwright.planner.pipeline.watched import Watched
 from meshwright.planner.pipelines import Pipelines
 from meshwright.planner.request import Request
 from meshwright.planner.unequal import Unequal
+from meshwright.view.text import plan_head
 
 from .pipelines import case
 from .test_parts import chain_search
@@ -116,8 +117,10 @@ def test_stages_that_do_not_divide_the_devices_equal_one_device():
     pipe = plan.pipeline
     assert pipe is not None and plan.device_count == 8
     assert sorted(stage.mesh.size for stage in pipe.stages) == [2, 2, 4]
+    assert {first % stage.mesh.size for first, stage in zip(pipe.first, pipe.stages, strict=True)} == {0}
     assert plan.proof.lower_bound < plan.estimate.step_seconds == plan.proof.objective
     assert "stages of unequal meshes, but for the most promising by an estimate" in plan.proof.left_out
+    assert "8 devices as 3 ranks of x=2 and x=4" in plan_head(plan)
     verify_outputs(truth, lower_pipeline(plan, captured).jitted(*leaves), captured.graph.output_names)
 
 
