@@ -244,7 +244,7 @@ class Cluster(Part):
         data["name"] = f"{self.name}, {hosts} hosts"
         return Cluster._checked(data | {"provenance": self._kept(data)}, {}, f"cluster {self.name}")
 
-    def _kept(self, data: Mapping[str, Any], old: Mapping[str, Origin] | None = None) -> dict[str, Origin]:
+    def _kept(self, data: Mapping[str, Any], old: Mapping[str, Any] | None = None) -> dict[str, Origin]:
         """Where the fields of a part of this cluster come from."""
         known = {path for path, _ in _fields(Cluster._checked(dict(data), {}, f"cluster {self.name}"))}
         return {path: origin for path, origin in (old or self.provenance).items() if path in known}

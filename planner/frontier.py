@@ -56,7 +56,7 @@ class Frontier(BaseModel):
     fingerprint: str
     request: dict[str, str | float | int | tuple[int, ...] | None]
     graph: str
-    units: dict[str, tuple[int | str | bool, ...]]
+    units: dict[str, tuple[int | float | str, ...]]
     points: tuple[Point, ...] = Field(min_length=1)
     recipe: dict[str, str | int | bool] = {}
     unstacked: bool = False

@@ -38,15 +38,13 @@ from .pipeline.choices import Shape
 from .pipeline.dealing import deal
 from .pipeline.priced import Place, Priced, Pricing
 from .pipeline.schedules import schedule_named
-from .pipeline.stage_memory import StageMemory
-from .pipeline.unit_costs import UnitSeconds, unit_seconds
 from .pipeline.units import Units, runs_of
-from .pipeline.watched import Watched, limited
+from .pipeline.watched import Watched
 from .pipeline_report import LEFT_OUT, Rank, write_pipeline
 from .pipelines import Pipelines
 from .request import Request, check
 from .search import Search
-from .space import build
+from .stage_layouts import StageLayouts
 
 ORDERS = 12  # of so many groups that are tried: all of three
 UNLIKE = (
@@ -81,7 +79,6 @@ class Islands:
     started: float = field(default_factory=time.monotonic)
     best: float = inf
     found: tuple[list[Rank], Pricing, Priced] | None = None
-    solved: dict[tuple, Rank | None] = field(default_factory=dict)
 
     def run(self, alone: Callable[[Search], Plan]) -> Plan:
         """The best of all: never worse than any group by itself."""
@@ -138,6 +135,10 @@ class Islands:
     @cached_property
     def pipelines(self) -> list[Pipelines]:
         return [Pipelines(search) for search in self.searches]
+
+    @cached_property
+    def layouts(self) -> list[StageLayouts]:
+        return list(map(StageLayouts, self.pipelines))
 
     @property
     def _head(self) -> Search:
@@ -304,51 +305,24 @@ class Islands:
         for group, n in zip(each.order, each.stages, strict=True):
             work, row = self._work[group, each.policy], self._options(group).index(n)
             speeds[group] = float(_passes(work)[row, at])
-        by_group = {group: [seconds / len(self.units)] * len(self.units) for group, seconds in speeds.items()}
+        shares = [self.units.work[kind] for kind in self.units.kinds]
+        by_group = {group: [seconds * share / sum(shares) for share in shares] for group, seconds in speeds.items()}
         return deal([by_group[group] for group in homes])
 
     def _places(self, ranks: Sequence[Rank], homes: Sequence[int]) -> Iterator[Place]:
         """Groups are numbered as the cluster lists them, whatever their order in the pipeline."""
         sizes = [search.cluster.size for search in self.searches]
         free = [sum(sizes[:group]) for group in range(len(sizes))]
-        parts: dict[int, tuple[tuple[UnitSeconds, ...], StageMemory]] = {}
         for rank, group in zip(ranks, homes, strict=True):
-            space, devices = rank.space, rank.space.mesh.size
-            if id(rank) not in parts:
-                holdings = self.pipelines[group].holdings(self._head.policy_of(space.program), space.microbatches)
-                seconds = unit_seconds(holdings.cut, space, rank.choices)
-                parts[id(rank)] = seconds, StageMemory(holdings, space, rank.choices)
-            each, memory = parts[id(rank)]
-            yield Place(each, memory, rank.search.limit, free[group], devices)
-            free[group] += devices
+            yield self.layouts[group].place(rank, free[group])
+            free[group] += rank.space.mesh.size
 
-    def _layouts(self, group: int, stages: int, each: Combination, watched: Sequence[Watched]) -> Rank | None:
+    def _layouts(self, group: int, stages: int, each: Combination, watched: tuple[Watched, ...]) -> Rank | None:
         """The fastest layouts of a group's stages that fit, over its meshes."""
-        search, best = self.searches[group], None
-        least = inf
-        for mesh in plane_meshes(search.cluster, search.cluster.size // stages, self.request.mesh):
-            rank = self._on(group, Shape(stages, mesh, each.policy, each.microbatches), tuple(watched))
-            if rank is None:
-                continue
-            holdings = self.pipelines[group].holdings(each.policy, each.microbatches)
-            passes = [s.passes for s in unit_seconds(holdings.cut, rank.space, rank.choices)]
-            busy = max(sum(n * s for n, s in zip(stage.runs, passes, strict=True)) for stage in watched)
-            if busy < least:
-                best, least = rank, busy
-        return best
-
-    def _on(self, group: int, shape: Shape, watched: tuple[Watched, ...]) -> Rank | None:
-        key = group, shape, watched
-        if key not in self.solved:
-            pipelines, search = self.pipelines[group], self.searches[group]
-            program, layouts = search.program(shape.policy), search.layouts_on(shape.mesh)
-            weights = pipelines.choices.weights(shape)
-            space = build(program, shape.microbatches, search.cost, layouts, runs=weights)
-            problem = limited(space, pipelines.holdings(shape.policy, shape.microbatches), watched, search.limit)
-            solution = pipelines.solve(problem.live)
-            found = solution.choices
-            self.solved[key] = None if found is None else Rank(search, space, problem.read(found))
-        return self.solved[key]
+        cluster = self.searches[group].cluster
+        meshes = plane_meshes(cluster, cluster.size // stages, self.request.mesh)
+        shapes = (Shape(stages, mesh, each.policy, each.microbatches) for mesh in meshes)
+        return self.layouts[group].fastest(shapes, watched)
 
 
 def _passes(work: Mapping[tuple[str, bool], np.ndarray]) -> np.ndarray:

@@ -20,7 +20,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
-from math import ceil, inf
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -219,7 +219,7 @@ class Pipelines:
         none, however everything lies."""
         if self._crowded(shape, 1.0):
             return True
-        middle = max(range(len(self.choices.units.names)), key=self.choices.units.kinds.count)
+        middle = self.choices.units.middle
         layers = self.choices.units.kinds.count(middle)
         runs = [0] * len(self.choices.units.names)
         runs[middle] = max(1, (layers - (len(self.choices.units) - layers)) // shape.stages)
@@ -292,9 +292,9 @@ class Pipelines:
                 return
 
     def _even(self, shape: Shape, schedule: Schedule) -> list[Watched]:
-        """The first, second and last stage, when each has as many units as the next."""
-        ends = [ceil(len(self.choices.units) * (s + 1) / shape.stages) for s in range(shape.stages)]
-        firsts = [0, *ends[:-1]]
+        """The first, second and last stage, when each has as many units as the next, or as much work."""
+        firsts = self.choices.units.evenly(shape.stages)
+        ends = [*firsts[1:], len(self.choices.units)]
         watched = sorted({0, min(1, shape.stages - 1), shape.stages - 1})
         each = schedule.stages // schedule.ranks
         return [
@@ -337,9 +337,10 @@ class Pipelines:
         return write_pipeline(ranks, best.pricing, best.priced, self.search.cluster, bound, left_out)
 
     def infeasible(self) -> PlanError:
-        stages = max(self.choices.stage_counts, default=1)
+        counts = self.choices.stage_counts or [self.search.request.pp]
+        stages = max(self.choices.stage_counts, default=self.search.request.pp)
         return InfeasibleError(
-            f"no pipeline of {', '.join(map(str, self.choices.stage_counts)) or 'any number of'} stages fits.",
+            f"no pipeline of {', '.join(map(str, counts))} stages fits.",
             where=f"{format_bytes(self.search.limit)} per device may be used",
             origin=f"cluster {self.search.cluster.name}: {self.search.cluster.size} devices",
             fix=f"more microbatches, recompute, or more stages than {stages}",

@@ -16,6 +16,7 @@ from .report import write_plan
 from .request import Request, check
 from .scouts import Scouts
 from .search import Search
+from .unequal import Unequal
 
 
 def search(
@@ -47,11 +48,12 @@ def search(
 
 
 def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -> Plan:
-    """The best of all pipelines and, where their number of stages is open, of plans without one."""
+    """The best of all pipelines, of unequal stages too, and, where their number is open, of plans without one."""
     if flat.request.pp == 1:
         return flat.run()
     check(flat.request, flat.cluster, flat.program("none").time)
     pipelines = Pipelines(flat)
+    unequal = Unequal(pipelines)
     both = flat.request.pp == "auto" and flat.request.schedule is None
     flat.scouts = Scouts.of(flat, sum(1 for _ in pipelines.choices.families()))
     try:
@@ -60,6 +62,7 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
         if both:
             flat.outside = pipelines.best.seconds
             flat.explore()
+        unequal.explore(min(pipelines.best.seconds, flat.best.seconds))
     except KeyboardInterrupt:
         flat.stopped_by = "interrupt"
     finally:
@@ -67,13 +70,15 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
             flat.scouts.close()
     if keep is not None and pipelines.points:
         keep(Frontier.of(pipelines))
-    if not both and pipelines.best.priced is None:
+    if not both and pipelines.best.priced is None and unequal.found is None:
         raise pipelines.infeasible()
     bound = pipelines.lower_bound()
     if both:
         bound = min(bound, flat.lower_bound())
-        if flat.best.seconds <= pipelines.best.seconds:
-            if flat.best.answer is None:
-                raise flat.infeasible()
-            return write_plan(flat, bound)
+    if unequal.found is not None:
+        return unequal.write(min(bound, unequal.lower_bound()))
+    if both and flat.best.seconds <= pipelines.best.seconds:
+        if flat.best.answer is None:
+            raise flat.infeasible()
+        return write_plan(flat, bound)
     return pipelines.write(bound)

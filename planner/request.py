@@ -140,11 +140,11 @@ def _check_pipeline(request: Request, cluster: Cluster) -> None:
             _refuse("mesh", "pinned while the number of stages is open", "pp as a number too, or no mesh")
     elif isinstance(pp, bool) or not isinstance(pp, Integral) or pp < 1:
         _refuse("pp", repr(pp), 'a number of stages, or "auto"')
-    elif cluster.size % pp:
+    elif pp > cluster.size or (cluster.size % pp and request.mesh is not None):
         near = [n for n in range(1, cluster.size + 1) if cluster.size % n == 0]
         fix = f"one of {', '.join(map(str, near[:12]))}"
         raise PlanError(
-            f"{cluster.size} devices cannot be cut into {pp} equal stages.",
+            f"{cluster.size} devices cannot be cut into {pp} {'equal ' * (pp <= cluster.size)}stages.",
             where="request: pp", origin=f"cluster {cluster.name}", fix=fix,
         )  # fmt: skip
     if pp == 1 and (request.schedule or request.chunks):

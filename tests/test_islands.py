@@ -31,7 +31,7 @@ fabric:
   - {{tier: shm, scope: host, bandwidth: 4 GB/s, latency: 20 us}}
   - {{tier: net, scope: all, bandwidth: {net}, latency: 50 us}}
 """
-REQUEST = Request(pp="auto", recompute="none", microbatches=4)
+REQUEST = Request(pp="auto", recompute="none", microbatches=4, schedule="zb-h1")
 
 
 def cluster(tmp_path, net: str = "1 GB/s") -> Cluster:

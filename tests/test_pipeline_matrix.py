@@ -134,6 +134,36 @@ def test_with_one_microbatch_the_others_do_too(name, schedule, layout):
     check(name, schedules(1)[schedule], layout)
 
 
+# Parts of models without equal layers, and halves of layers, as the planner cuts them.
+PARTS = [
+    ("wrn-tiny", 4, 1, "1f1b"), ("wrn-tiny", 2, 1, "zb-h1"), ("wrn-tiny", 8, 1, None),
+    ("wrn-tiny", 4, 1, "interleaved"),
+    ("dlrm-tiny", 4, 4, "1f1b"), ("dlrm-tiny", 2, 8, "zb-h1"), ("dlrm-tiny", 4, 4, None),
+    ("gpt-tiny", 8, 4, "1f1b"), ("llama-tied-tiny", 8, 4, "zb-h1"),
+]  # fmt: skip
+
+
+def check_planned(name: str, stages: int, microbatches: int, schedule: str | None) -> None:
+    captured, leaves, _, truth = case(name)
+    assert_moved(captured.graph, truth)
+    request = Request(pp=stages, microbatches=microbatches, schedule=schedule, time_limit=20)
+    plan = plan_captured(captured, "8xcpu", request, name)
+    assert plan.pipeline is not None and plan.device_count == 8
+    words = " ".join(stage.blocks for stage in plan.pipeline.stages)
+    assert "part" in words or "half" in words
+    verify_outputs(truth, lower_pipeline(plan, captured).jitted(*leaves), captured.graph.output_names)
+
+
+def test_planned_parts_equal_one_device():
+    check_planned(*PARTS[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, stages, microbatches, schedule", PARTS[1:])
+def test_all_planned_parts_equal_one_device(name, stages, microbatches, schedule):
+    check_planned(name, stages, microbatches, schedule)
+
+
 def test_of_one_microbatch_any_order_is_the_same():
     found = schedules(1)
     assert found["gpipe"].orders == found["1f1b"].orders == found["permuted"].orders

@@ -165,10 +165,14 @@ def test_the_passes_of_the_best_pipeline_are_reordered():
 
 
 def test_refusals():
+    with pytest.raises(PlanError, match="8 devices cannot be cut into 9 stages"):
+        planned("gpt-tiny", "8xcpu", Request(pp=9))
+    with pytest.raises(PlanError, match="8 devices cannot be cut into 3 equal stages, and interleaved has several"):
+        planned("gpt-tiny", "8xcpu", Request(pp=3, schedule="interleaved"))
     with pytest.raises(PlanError, match="8 devices cannot be cut into 3 equal stages"):
-        planned("gpt-tiny", "8xcpu", Request(pp=3))
-    with pytest.raises(PlanError, match="6 parts to cut between, fewer than 8 stages"):
-        planned("gpt-tiny", "8xcpu", Request(pp=8))
+        planned("gpt-tiny", "8xcpu", Request(pp=3, mesh=(2,)))
+    with pytest.raises(PlanError, match="10 parts to cut between, fewer than 16 stages"):
+        planned("gpt-tiny", "16xcpu", Request(pp=16))
     with pytest.raises(PlanError, match="mesh 4 has 4 devices, each of 4 stages has 2"):
         planned("gpt-tiny", "8xcpu", Request(pp=4, mesh=(4,)))
     with pytest.raises(PlanError, match="no schedule `1f2b`"):

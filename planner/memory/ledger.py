@@ -48,11 +48,11 @@ class Ledger:
     def _unmoved(self, value: int) -> np.ndarray:
         """The choices of a copy's node at which it lies like its source, whatever others choose."""
         mine = self.space.homes[self.tags[value]]
-        if value not in self.lives.copies:
+        source = self.lives.copies.get(value)
+        its = mine if source is None else self.space.homes[self.tags[source]]
+        if source is None or its.node not in (None, mine.node):
             return np.zeros(len(mine.layouts), bool)
-        its = self.space.homes[self.tags[self.lives.copies[value]]]
-        alone = its.node is None or its.node == mine.node
-        return (mine.layouts == its.layouts) & alone
+        return mine.layouts == its.layouts
 
     def _layout(self, value: int, choices: tuple[int, ...]) -> int:
         home = self.space.homes[self.tags[value]]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..search import Search
 
 Choice = tuple[str, int]  # a schedule and its stages per rank
+FEW = 8  # stages that there should be layers for where their number is open
 ENDS = 0.1  # weight of what is not layers in a bound that counts the layers of the fullest stage
 
 
@@ -50,7 +51,9 @@ class Choices:
 
     @cached_property
     def units(self) -> Units:
-        return find_units(self.search.folded, self.search.program("none"))
+        wanted = self.search.request.pp
+        stages = wanted * self._chunks if isinstance(wanted, int) else FEW
+        return find_units(self.search.folded, self.search.program("none"), stages)
 
     @cached_property
     def batch(self) -> int:
@@ -64,7 +67,7 @@ class Choices:
         hosts, per_host = cluster.hosts, cluster.per_host
         if isinstance(wanted, int):
             check_enough(self.units, wanted)
-            return (wanted,)
+            return (wanted,) * (cluster.size % wanted == 0)
         sizes = [d for d in range(1, per_host + 1) if per_host % d == 0]
         sizes += [per_host * h for h in range(2, hosts + 1) if hosts % h == 0]
         return tuple(sorted(cluster.size // n for n in sizes if 1 < cluster.size // n <= len(self.units)))
@@ -87,6 +90,12 @@ class Choices:
         return (("1f1b", 1), *(looped or (("zb-h1", 1),)))
 
     @cached_property
+    def _chunks(self) -> int:
+        """Stages per rank of the schedule that is asked for."""
+        request = self.search.request
+        return 1 if request.schedule is None else entry(request.schedule).chunks or request.chunks or 2
+
+    @cached_property
     def _pinned(self) -> Choice:
         request = self.search.request
         found = entry(str(request.schedule))
@@ -100,7 +109,7 @@ class Choices:
                 f"{found.name} has {found.chunks} stage{'s' * (found.chunks != 1)} per rank, not {request.chunks}.",
                 where="request: chunks", fix="no chunks with this schedule, or interleaved, which takes them",
             )  # fmt: skip
-        chunks = found.chunks or request.chunks or 2
+        chunks = self._chunks
         if isinstance(request.pp, int) and chunks * request.pp > len(self.units):
             raise PlanError(
                 f"{found.name} cuts {request.pp} ranks into {chunks * request.pp} stages; the forward pass has"
@@ -205,10 +214,6 @@ class Choices:
     def crowd(self, stages: int) -> float:
         """How much more than its share of layers some stage has, as layers are not cut; 1 where the ends may
         make up for it."""
-        found = ceil(self._layers / stages) * stages / self._layers
-        return found if found * self._layers / len(self.units) > 1 + ENDS else 1.0
-
-    @cached_property
-    def _layers(self) -> int:
-        middle = max(range(len(self.units.names)), key=self.units.kinds.count)
-        return sum(self.units.names[kind] == self.units.names[middle] for kind in self.units.kinds)
+        layers = self.units.repeats
+        found = ceil(layers / stages) * stages / layers
+        return found if found * layers / len(self.units) > 1 + ENDS else 1.0

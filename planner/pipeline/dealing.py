@@ -11,8 +11,10 @@ from itertools import accumulate
 
 Fits = Callable[[int, int, int], bool]  # (stage, first unit, one past the last)
 
+ANYWHERE: Fits = lambda stage, first, last: True  # noqa: E731
 
-def deal(seconds: Sequence[Sequence[float]], fits: Fits = lambda stage, first, last: True) -> tuple[int, ...] | None:
+
+def deal(seconds: Sequence[Sequence[float]], fits: Fits = ANYWHERE) -> tuple[int, ...] | None:
     """The first unit of each stage; None where no stages of these units fit.
 
     Args:

@@ -7,7 +7,7 @@ Positions of a graph that is no chain are sets of units closed under "comes befo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -131,6 +131,78 @@ def _least_sum(tables: Sequence[np.ndarray], devices: int, limit: float) -> tupl
         piece = Piece(at, int(to[devices, at]), int(own[devices, at]))
         pieces.append(piece)
         at, devices = piece.last, devices - piece.devices
+    return tuple(pieces)
+
+
+class Pace(NamedTuple):
+    """Tables of stages on one number of devices, wherever in the pipeline: `[a, b]` has units a to b - 1."""
+
+    once: np.ndarray  # seconds that each microbatch's way through the pipeline has from the stage
+    again: np.ndarray  # seconds that the stage takes for all other microbatches, and for what is done once per step
+
+
+def near_least_step(
+    paces: Mapping[int, Pace], devices: int, stages: int | None = None, coarse: float = 0.01
+) -> tuple[float, tuple[Piece, ...]] | None:
+    """The pipeline of all units on exactly so many devices with nearly the least
+
+        sum of all stages' `once`  +  the largest `again` of a stage
+
+    and those seconds. As `least_step`, in a fraction of the time.
+
+    Args:
+        paces: by number of devices.
+        stages: exactly so many; any number where None.
+        coarse: by so much at least the limit on `again` falls from one best plan to the next, and so much of
+            the second term may be lost.
+    """
+    best: tuple[float, tuple[Piece, ...]] | None = None
+    limit = np.inf
+    while (pieces := _least_sum_of(paces, devices, limit, stages)) is not None:
+        first = sum(float(paces[p.devices].once[p.first, p.last]) for p in pieces)
+        slowest = max(float(paces[p.devices].again[p.first, p.last]) for p in pieces)
+        if best is not None and first >= best[0]:  # it only grows
+            break
+        if best is None or first + slowest < best[0]:
+            best = first + slowest, pieces
+        if not slowest:
+            break
+        limit = slowest * (1 - coarse)
+    return best
+
+
+def _least_sum_of(
+    paces: Mapping[int, Pace], devices: int, limit: float, stages: int | None
+) -> tuple[Piece, ...] | None:
+    """The pipeline with the least sum of `once` and no stage whose `again` is above the limit."""
+    allowed = {d: np.where(pace.again <= limit, pace.once, np.inf) for d, pace in paces.items()}
+    units = len(next(iter(allowed.values()))) - 1
+    rounds = range(1 if stages is None else stages)
+    none = np.full((devices + 1, units + 1), np.inf)
+    none[0, units] = 0.0
+    behind, taken = none, []
+    for _ in rounds:
+        total = none.copy() if stages is None else np.full_like(none, np.inf)
+        source = total if stages is None else behind  # any number of stages: those found before count too
+        to, own = np.zeros(total.shape, int), np.zeros(total.shape, int)
+        for used in range(1, devices + 1):
+            for d in (d for d in allowed if d <= used):
+                if np.isfinite(source[used - d]).any():
+                    whole = allowed[d] + source[used - d]
+                    end = whole.argmin(axis=1)
+                    found = np.take_along_axis(whole, end[:, None], axis=1)[:, 0]
+                    better = found < total[used]
+                    total[used, better], to[used, better], own[used, better] = found[better], end[better], d
+        behind = total
+        taken.append((to, own))
+    if np.isinf(behind[devices, 0]):
+        return None
+    pieces, at, left = [], 0, devices
+    while at < units:
+        to, own = taken[-1] if stages is None else taken[stages - 1 - len(pieces)]
+        piece = Piece(at, int(to[left, at]), int(own[left, at]))
+        pieces.append(piece)
+        at, left = piece.last, left - piece.devices
     return tuple(pieces)
 
 

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
 from ...ir.cluster import Cluster
 from ...ir.schedule import Schedule, peak_held
-from .dealing import deal
+from .dealing import ANYWHERE, Fits, deal
 from .limited import search_schedule
 from .simulate import Run, StageSeconds, pipeline_tasks, simulate
 from .stage_memory import Runs, StageMemory
@@ -21,6 +21,7 @@ from .unit_costs import UnitSeconds
 from .units import Units, runs_of
 
 REORDER = 60_000  # passes that a search for a better order may schedule: a second or two
+UNEVEN = 0.02  # of a step: what the longest update may be above the mean without stages being cut anew for it
 LARGE = 20_000  # passes of one step from which no better order is searched
 
 
@@ -74,10 +75,16 @@ class Pricing:
         return tier.latency + nbytes / tier.achieved
 
     def price(self, schedule: Schedule, cutoff: float = inf) -> Priced | None:
-        """The best cut for a schedule; None where nothing fits, or where it cannot beat `cutoff`."""
-        firsts = self._cut(schedule)
-        if firsts is None:
-            return None
+        """The better of two cuts for a schedule; None where nothing fits, or where it cannot beat `cutoff`."""
+        best: Priced | None = None
+        for firsts in self._cuts(schedule):
+            found = self.with_cut(schedule, firsts, cutoff)
+            if found is not None and (best is None or found.seconds < best.seconds):
+                best, cutoff = found, min(cutoff, found.seconds)
+        return best
+
+    def with_cut(self, schedule: Schedule, firsts: tuple[int, ...], cutoff: float = inf) -> Priced | None:
+        """The same with given first units of the stages."""
         ends = (*firsts[1:], len(self.units))
         runs = [runs_of(self.units, first, end) for first, end in zip(firsts, ends, strict=True)]
         homes = [self.places[rank] for rank in schedule.homes]
@@ -111,12 +118,29 @@ class Pricing:
             seconds=priced.seconds - priced.run.makespan + found.seconds,
         )  # fmt: skip
 
-    def _cut(self, schedule: Schedule) -> tuple[int, ...] | None:
+    def _cuts(self, schedule: Schedule) -> Iterator[tuple[int, ...]]:
+        """Even in what passes take; then, if updates are uneven by much, in what both take together."""
         homes = [self.places[rank] for rank in schedule.homes]
-        by_place = {id(home): [home.each[kind].passes for kind in self.units.kinds] for home in homes}
-        seconds = [by_place[id(home)] for home in homes]
-        if schedule.stages > schedule.ranks:
-            return deal(seconds)
+        fits = self._fits(schedule, homes) if schedule.stages == schedule.ranks else ANYWHERE
+        firsts = deal(self._per_unit(homes, 0.0), fits)
+        if firsts is None:
+            return
+        yield firsts
+        ends = (*firsts[1:], len(self.units))
+        once = [self._once(home, runs_of(self.units, a, b)) for home, a, b in zip(homes, firsts, ends, strict=True)]
+        passes = sum(homes[0].each[kind].passes for kind in self.units.kinds) / len(homes)
+        if max(once) - sum(once) / len(once) > UNEVEN * schedule.microbatches * passes:
+            again = deal(self._per_unit(homes, 1 / schedule.microbatches), fits)
+            if again is not None and again != firsts:
+                yield again
+
+    def _per_unit(self, homes: Sequence[Place], share: float) -> list[list[float]]:
+        """Seconds of each unit per microbatch on each stage, a share of what is done once included."""
+        found = {id(home): [u.passes + share * (u.once + self._handing(u)) for u in home.each] for home in homes}
+        rows = {key: [each[kind] for kind in self.units.kinds] for key, each in found.items()}
+        return [rows[id(home)] for home in homes]
+
+    def _fits(self, schedule: Schedule, homes: Sequence[Place]) -> Fits:
         known: dict[tuple[int, Runs], bool] = {}
 
         def fits(stage: int, first: int, last: int) -> bool:
@@ -126,7 +150,7 @@ class Pricing:
                 known[key] = peak + self._extra(schedule, stage, [left], [late]) <= homes[stage].limit
             return known[key]
 
-        return deal(seconds, fits)
+        return fits
 
     def _extra(self, schedule: Schedule, rank: int, left: Sequence[float], late: Sequence[float]) -> float:
         """Bytes of forward results beyond those of one microbatch, which the peak of the lives has."""
@@ -161,7 +185,10 @@ class Pricing:
 
     def _once(self, home: Place, runs: Runs) -> float:
         pairs = zip(runs, home.each, strict=True)
-        return sum(n * (each.once + self._sending(each.handed, 0, self.cluster.size)) for n, each in pairs)
+        return sum(n * (each.once + self._handing(each)) for n, each in pairs)
+
+    def _handing(self, each: UnitSeconds) -> float:
+        return self._sending(each.handed, 0, self.cluster.size)
 
 
 def _passes(stage: StageSeconds) -> float:

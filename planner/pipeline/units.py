@@ -1,97 +1,188 @@
-"""The forward pass in units that a pipeline may be cut between: layers, and what is before and after.
+"""The forward pass in units that a pipeline may be cut between: layers, and parts of what is no layer.
 
-    whole graph   embedding | layer | layer | layer | layer | layer | head
-    small graph   embedding | layer | layer (stands for 3)  | layer | head
-    kinds             0         1           2                   3      4
+    whole graph   start | layer | layer | layer | layer | layer | end
+    small graph   start | layer | layer (stands for 3)  | layer | end
+    kinds           0       1           2                   3     4
 
-Units are found from the blocks of a folded graph; a stage is a run of them. Everything that a pipeline
-costs is known per *kind*, so it does not grow with depth.
+Units are found from the blocks of a folded graph, and where little crosses (`narrow.py`); a stage is a run of
+them. Everything that a pipeline costs is known per *kind*, so it does not grow with depth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, groupby
+from math import ceil
+
+import numpy as np
 
 from ...ir.blocks import HEAVY, Block, Folded
 from ...ir.errors import PlanError
 from ...ir.graph import Graph, Op
 from ...ir.program import Program
+from ...ir.stage_places import Classes
 from ...ir.stages import Fragment, Stages, cut_stages
+from .dealing import deal
+from .narrow import Line
 
 MANY = 1_000_003  # what a repeated layer is counted as, so that its share of a count can be told
+HALVES = ("first half", "second half")
 
 
 @dataclass(frozen=True)
 class Units:
     """`kinds[i]` is the kind of unit i of the whole graph, which begins at op `cuts[i]`;
-    kind k begins at op `small_cuts[k]` of the small graph, is called `names[k]`, and `repeated[k]`
-    says whether it stands for several units there."""
+    kind k begins at op `small_cuts[k]` of the small graph, is called `names[k]`, has so much `work[k]` in the
+    forward pass, and `alike[k]` is a number that repeats of one layer share."""
 
     kinds: tuple[int, ...]
     cuts: tuple[int, ...]
     small_cuts: tuple[int, ...]
     names: tuple[str, ...]
-    repeated: tuple[bool, ...]
+    alike: tuple[int, ...]
+    work: tuple[float, ...]
 
     def __len__(self) -> int:
         return len(self.kinds)
 
+    @cached_property
+    def middle(self) -> int:
+        """The kind that most units are."""
+        return max(range(len(self.names)), key=self.kinds.count)
+
+    @cached_property
+    def repeats(self) -> int:
+        """How many units run the same ops as the one that most are."""
+        return sum(self.alike[kind] == self.alike[self.middle] for kind in self.kinds)
+
+    def evenly(self, stages: int) -> tuple[int, ...]:
+        """The first unit of each stage: equally many for each, or equal work where no layer repeats."""
+        if self.repeats == 1:
+            firsts = deal([[self.work[kind] for kind in self.kinds]] * stages)
+            assert firsts is not None
+            return firsts
+        return tuple(ceil(len(self) * stage / stages) for stage in range(stages))
+
     def words(self, first: int, last: int) -> str:
-        """Units `first` up to, not including, `last`: "embedding, layers 1-6"."""
-        layers = [i for i, kind in enumerate(self.kinds) if self.names[kind] == "layer"]
-        inside = [layers.index(i) + 1 for i in layers if first <= i < last]
-        ends = [self.names[kind] for i, kind in enumerate(self.kinds) if first <= i < last and i not in layers]
-        text = f"layers {inside[0]}-{inside[-1]}" if len(inside) > 1 else f"layer {inside[0]}" if inside else ""
-        before = [end for end in ends if end == "start"]
-        return ", ".join([*before, *[text] * bool(text), *(end for end in ends if end != "start")])
+        """Units `first` up to, not including, `last`: "start, layers 1-6, first half of layer 7"."""
+        found: list[tuple[str, int]] = []  # name, number of the layer or part
+        for i in range(first, last):
+            name = self.names[self.kinds[i]]
+            whole = found and found[-1] == (HALVES[0], self._numbers[i]) and name == HALVES[1]
+            found[len(found) - bool(whole) :] = [("layer" if whole else name, self._numbers[i])]
+        groups = ((name, [number for _, number in run]) for name, run in groupby(found, key=lambda each: each[0]))
+        return ", ".join(_words(name, numbers) for name, numbers in groups)
+
+    @cached_property
+    def _numbers(self) -> tuple[int, ...]:
+        """Of each unit, which of its sort it is, from 1; both halves of a layer have its number."""
+        layers, parts, found = 0, 0, []
+        for kind in self.kinds:
+            name = self.names[kind]
+            layers, parts = layers + (name in ("layer", HALVES[0])), parts + (name == "part")
+            found.append(parts if name == "part" else layers)
+        return tuple(found)
 
 
-def find_units(folded: Folded, program: Program) -> Units:
-    """Cut places of a folded graph; `program` is its small graph, prepared without recomputation."""
-    phase = {op.tag: name for op, name in zip(program.graph.ops, program.phases, strict=True)}
-    layers = [b for b in folded.blocks if _is_layer(folded.whole, b, phase)]
-    small_at = _small_positions(folded)
-    found: list[tuple[int, int, str, bool]] = []  # position, stand-in's position, name, repeated
-    at = 0
-    for block in layers:
-        if _does_something(folded.whole, range(at, block.start), phase):
-            found.append((at, small_at[at], "between" if found else "start", False))
-        for repeat in range(block.repeats):
-            start, kept = block.start + repeat * block.period, block.start + block.kept(repeat) * block.period
-            found.append((start, small_at[kept], "layer", block.count(block.kept(repeat)) > 1))
-        at = block.start + block.period * block.repeats
-    if layers and _does_something(folded.whole, range(at, len(folded.whole.ops)), phase):
-        found.append((at, small_at[at], "end", False))
-    if not found:
-        return Units((0,), (0,), (0,), ("all",), (False,))
-    numbers = {place: k for k, place in enumerate(dict.fromkeys(small for _, small, _, _ in found))}
-    kinds = tuple(numbers[small] for _, small, _, _ in found)
-    of = {numbers[small]: (name, repeated) for _, small, name, repeated in found}
-    cuts = (0, *(position for position, _, _, _ in found[1:]))
+def _words(name: str, numbers: list[int]) -> str:
+    if name in HALVES:
+        return f"{name} of layer {numbers[0]}"
+    if name not in ("layer", "part"):
+        return name
+    return f"{name}s {numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else f"{name} {numbers[0]}"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A unit: where it begins in the whole graph and, or what stands for it, in the small one."""
+
+    start: int
+    small: int
+    name: str
+    alike: int
+
+
+def find_units(folded: Folded, program: Program, stages: int = 0) -> Units:
+    """Cut places of a folded graph.
+
+    Args:
+        program: its small graph, prepared without recomputation.
+        stages: layers are cut in two, where little crosses, if there are fewer than two for each.
+    """
+    finder = _Finder(folded, program)
+    found = finder.find(stages)
+    numbers = {place: k for k, place in enumerate(dict.fromkeys(each.small for each in found))}
+    kinds = tuple(numbers[each.small] for each in found)
     small_cuts = (0, *list(numbers)[1:])
-    return Units(kinds, cuts, small_cuts, tuple(of[k][0] for k in of), tuple(of[k][1] for k in of))
+    together = np.add.reduceat(finder.line.work, small_cuts)
+    first = [kinds.index(k) for k in range(len(numbers))]
+    return Units(
+        kinds, (0, *(each.start for each in found[1:])), small_cuts, tuple(found[i].name for i in first),
+        tuple(found[i].alike for i in first), tuple(float(w) / kinds.count(k) for k, w in enumerate(together)),
+    )  # fmt: skip
 
 
-def _is_layer(graph: Graph, block: Block, phase: Mapping[str, str]) -> bool:
-    ops = graph.ops[block.start : block.start + block.period]
-    return any(op.kind in HEAVY and phase.get(op.tag) == "forward" for op in ops)
+class _Finder:
+    def __init__(self, folded: Folded, program: Program):
+        self.whole, self.blocks = folded.whole, folded.blocks
+        self.forward = frozenset(op.tag for op in Classes(program).forward)
+        self.line = Line.of(folded.small, self.forward)
+        self.layers = [block for block in folded.blocks if self._is_layer(block)]
+        kept = np.ones(len(folded.whole.ops), bool)
+        for block in folded.blocks:
+            for repeat in range(block.repeats):
+                first = block.start + repeat * block.period
+                kept[first : first + block.period] = block.kept(repeat) == repeat
+        self.small_at = [0, *accumulate(map(int, kept))]  # of each op of the whole graph: how many come before it
+        self.whole_at = np.flatnonzero(kept)
 
+    def find(self, stages: int) -> list[_Found]:
+        found: list[_Found] = []
+        halves = sum(block.repeats for block in self.layers) < 2 * stages
+        at = 0
+        for number, block in enumerate(self.layers):
+            found += self._unlike(at, block.start, "between" if found else "start")
+            half = self._middle(block) if halves else None
+            for repeat in range(block.repeats):
+                start, kept = (block.start + n * block.period for n in (repeat, block.kept(repeat)))
+                here, there = start, self.small_at[kept]
+                found.append(_Found(here, there, "layer" if half is None else HALVES[0], 2 * number))
+                if half is not None:
+                    found.append(_Found(here + half, there + half, HALVES[1], 2 * number + 1))
+            at = block.start + block.period * block.repeats
+        found += self._unlike(at, len(self.whole.ops), "end" if found else "all")
+        return found
 
-def _does_something(graph: Graph, positions: range, phase: Mapping[str, str]) -> bool:
-    return any(phase.get(graph.ops[i].tag) == "forward" for i in positions)
+    def _is_layer(self, block: Block) -> bool:
+        ops = self.whole.ops[block.start : block.start + block.period]
+        return any(op.kind in HEAVY and op.tag in self.forward for op in ops)
 
+    def _unlike(self, first: int, end: int, name: str) -> list[_Found]:
+        """What is no layer: one unit, or parts if it is much."""
+        if self.forward.isdisjoint(op.tag for op in self.whole.ops[first:end]):
+            return []
+        small = self.small_at[first]
+        cuts = self.line.cuts(small, self.small_at[end], self._closed)
+        starts = [(first, small), *((int(self.whole_at[cut]), cut) for cut in cuts)]
+        return [_Found(here, there, "part" if cuts else name, -1 - there) for here, there in starts]
 
-def _small_positions(folded: Folded) -> list[int]:
-    """Of each op of the whole graph: how many ops of the small one come before it."""
-    kept = [True] * len(folded.whole.ops)
-    for block in folded.blocks:
-        for repeat in range(block.repeats):
-            first = block.start + repeat * block.period
-            kept[first : first + block.period] = [block.kept(repeat) == repeat] * block.period
-    return [0, *accumulate(kept)]
+    @cached_property
+    def _closed(self) -> frozenset[int]:
+        """Places in the small graph within repeats that stand for others."""
+        found = set[int]()
+        for block in self.blocks:
+            if block.repeats > 3:
+                end = self.small_at[block.start + block.period * block.repeats]
+                found.update(range(self.small_at[block.start] + 1, end))
+        return frozenset(found)
+
+    def _middle(self, block: Block) -> int | None:
+        """How many ops of a layer are its first half."""
+        first = self.small_at[block.start + block.period]
+        found = self.line.middle(first, first + block.period)
+        return None if found is None else found - first
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,8 +248,7 @@ class Cut:
 
     @cached_property
     def _layers(self) -> frozenset[str]:
-        middle = max(range(len(self.units.names)), key=self.units.kinds.count)
-        return frozenset(op.tag for fragment in self.fragments(middle) for op in fragment.ops)
+        return frozenset(op.tag for fragment in self.fragments(self.units.middle) for op in fragment.ops)
 
     def saved(self, kind: int) -> tuple[int, ...]:
         """Values of one microbatch that the forward pass of a unit leaves for later."""

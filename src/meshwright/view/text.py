@@ -55,7 +55,10 @@ def plan_head(plan: Plan) -> str:
 def _shape(plan: Plan) -> str:
     if plan.pipeline is None:
         return str(plan.mesh)
-    return f"{len(plan.pipeline.first)} ranks of {plan.mesh}"
+    pipe = plan.pipeline
+    meshes = {rank: pipe.stages[stage].mesh for stage, rank in enumerate(pipe.read(plan.microbatches).homes)}
+    different = dict.fromkeys(str(meshes[rank]) for rank in sorted(meshes))
+    return f"{len(pipe.first)} ranks of {' and '.join(different)}"
 
 
 STAGES = 16  # rows shown of a pipeline

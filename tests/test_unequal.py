@@ -1,0 +1,131 @@
+"""Pipelines whose stages have unequal numbers of devices: exact splits, an oracle, what is won, a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations, product
+from math import inf
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshwright.api import plan_captured
+from meshwright.backends.xla.lower_pipeline import lower_pipeline
+from meshwright.backends.xla.verify import verify_outputs
+from meshwright.ir.errors import PlanError
+from meshwright.planner.meshes import plane_meshes
+from meshwright.planner.pipeline.choices import Shape
+from meshwright.planner.pipeline.partition import Pace, near_least_step
+from meshwright.planner.pipeline.priced import Pricing
+from meshwright.planner.pipeline.schedules import one_f_one_b
+from meshwright.planner.pipeline.units import runs_of
+from meshwright.planner.pipeline.watched import Watched
+from meshwright.planner.pipelines import Pipelines
+from meshwright.planner.request import Request
+from meshwright.planner.unequal import Unequal
+from meshwright.view.text import plan_head
+
+from .pipelines import case
+from .test_parts import chain_search
+
+UNLIKE = (512, 128, 48, 64, 128)  # four products: about 4, 1, 1, 2 parts of the time
+
+
+def deals(devices: int, sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Sizes of stages, in order, that use all devices."""
+    yield from (d for n in range(1, devices + 1) for d in product(sizes, repeat=n) if sum(d) == devices)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 6), st.integers(1, 5), st.data())
+def test_unequal_splits_equal_trying_all(units, devices, microbatches, data):
+    """Work that is not cut evenly: d devices take the d-th part and one second."""
+    stages = data.draw(st.one_of(st.none(), st.integers(1, min(len(units), devices))))
+    once = data.draw(st.integers(0, 9))
+
+    def took(first, last, size):
+        way = sum(units[first:last]) / size + 1
+        return way, (microbatches - 1) * way + once * (last - first)
+
+    paces = {}
+    for size in (1, 2, 4):
+        tables = np.full((2, len(units) + 1, len(units) + 1), inf)
+        for a, b in combinations(range(len(units) + 1), 2):
+            tables[:, a, b] = took(a, b, size)
+        paces[size] = Pace(*tables)
+    every = [
+        sum(way for way, _ in each) + max(again for _, again in each)
+        for sizes in deals(devices, (1, 2, 4))
+        if stages in (None, len(sizes))
+        for cut in combinations(range(1, len(units)), len(sizes) - 1)
+        for each in [[took(a, b, d) for a, b, d in zip((0, *cut), (*cut, len(units)), sizes, strict=True)]]
+    ]
+    found = near_least_step(paces, devices, stages, coarse=1e-9)
+    assert (found is None) == (not every)
+    if found is not None:
+        seconds, pieces = found
+        assert seconds == pytest.approx(min(every)) and sum(p.devices for p in pieces) == devices
+        assert [p.first for p in pieces[1:]] == [p.last for p in pieces[:-1]]
+        assert stages in (None, len(pieces))
+
+
+# ---------------------------------------------------------------- planned
+
+
+REQUEST = Request(pp=4, microbatches=8, recompute="none", schedule="1f1b", gap=0.0)
+
+
+def explored(request: Request, widths=UNLIKE) -> tuple[Pipelines, Unequal]:
+    pipelines = Pipelines(chain_search("8xcpu", request, 8192, widths))
+    pipelines.explore()
+    unequal = Unequal(pipelines)
+    unequal.explore(pipelines.best.seconds)
+    return pipelines, unequal
+
+
+def test_unequal_stages_equal_trying_every_split():
+    """Oracle: every cut of the chain on every deal of the devices, with the fastest layouts per number of devices."""
+    equal, unequal = explored(REQUEST)
+    units, layouts = unequal.units, unequal.layouts
+    ranks = {}
+    for size in (1, 2, 4):
+        whole = Watched(runs_of(units, 0, len(units)), 1.0)
+        shapes = [Shape(4, mesh, "none", 8) for mesh in plane_meshes(unequal.search.cluster, size)]
+        ranks[size] = layouts.fastest(shapes, (whole,))
+    best, at = inf, ()
+    for sizes in (each for each in deals(8, (1, 2, 4)) if len(each) == 4):
+        pricing = Pricing(units, unequal._places([ranks[size] for size in sizes]), unequal.search.cluster)
+        for cut in combinations(range(1, len(units)), 3):
+            priced = pricing.with_cut(one_f_one_b(4, 8), (0, *cut))
+            if priced is not None and priced.seconds < best:
+                best, at = priced.seconds, sizes
+    assert at == (4, 1, 1, 2)
+    assert best <= unequal.best * (1 + 1e-9)
+    assert unequal.best <= 1.02 * best < equal.best.seconds
+
+
+def test_chains_that_are_even_keep_equal_stages():
+    equal, unequal = explored(REQUEST, widths=(64, 65, 66, 67, 68))
+    assert unequal.found is None and equal.best.priced is not None
+
+
+def test_stages_that_do_not_divide_the_devices_equal_one_device():
+    captured, leaves, _, truth = case("gpt-tiny")
+    plan = plan_captured(captured, "8xcpu", Request(pp=3, microbatches=4, schedule="1f1b"), "gpt-tiny")
+    pipe = plan.pipeline
+    assert pipe is not None and plan.device_count == 8
+    assert sorted(stage.mesh.size for stage in pipe.stages) == [2, 2, 4]
+    assert {first % stage.mesh.size for first, stage in zip(pipe.first, pipe.stages, strict=True)} == {0}
+    assert plan.proof.lower_bound < plan.estimate.step_seconds == plan.proof.objective
+    assert "stages of unequal meshes, but for the most promising by an estimate" in plan.proof.left_out
+    assert "8 devices as 3 ranks of x=2 and x=4" in plan_head(plan)
+    verify_outputs(truth, lower_pipeline(plan, captured).jitted(*leaves), captured.graph.output_names)
+
+
+def test_stages_of_a_pinned_mesh_are_equal():
+    _, unequal = explored(replace(REQUEST, mesh=(2,)))
+    assert unequal.found is None
+    with pytest.raises(PlanError, match="cannot be cut into 3 equal stages"):
+        plan_captured(case("gpt-tiny")[0], "8xcpu", Request(pp=3, mesh=(2,)), "gpt-tiny")
