@@ -20,7 +20,7 @@ from .errors import LoweringError
 from .graph import Graph, Op
 from .microbatch import TimeAxis
 from .program import Program
-from .stages import Fragment, Stages
+from .stages import Stages
 
 STAGES = "program=stages, which runs any stages"
 
@@ -115,13 +115,14 @@ class _Layering:
         self._check_borders(fed)
         inputs = self._inputs(alike)
         last = self.cut.count - 1
+        front, layers, back = (Passes(self.forward[k], self.backward[k]) for k in (0, 1, last))
         return Layered(
-            tuple(dict.fromkeys(op for k in (0, 1, last) for op in self._prepared(k))),
-            *(Passes(self.forward[k], self.backward[k]) for k in (0, 1, last)),
-            tuple(self.names), taken, made, fed, wanted, returned,
-            tuple(self.back[-1][v] for v in self._reads(last) if self.maker.get(v) == last - 1),
-            tuple(v for v in self._reads(0) if self.maker.get(v) == 1),
-            self._rounds(alike, own[1]), inputs, self._outputs(inputs),
+            prepare=tuple(dict.fromkeys(op for k in (0, 1, last) for op in self._prepared(k))),
+            front=front, layers=layers, back=back, names=tuple(self.names),
+            taken=taken, made=made, fed=fed, wanted=wanted, returned=returned,
+            to_back=tuple(self.back[-1][v] for v in self._reads(last) if self.maker[v] == last - 1),
+            to_front=tuple(v for v in self._reads(0) if self.maker[v] == 1),
+            rounds=self._rounds(alike, own[1]), inputs=inputs, outputs=self._outputs(inputs),
         )  # fmt: skip
 
     # ------------------------------------------------------------ passes
@@ -132,7 +133,7 @@ class _Layering:
     def _without_copies(self) -> tuple[list[tuple[Op, ...]], list[tuple[Op, ...]]]:
         """Passes of all parts. Layers do without copies of what comes from other parts: those of stage 0 may
         have one where others have none, as the front makes it by another op."""
-        found = tuple([f.ops for f in fragments] for fragments in (self.cut.forward, self.cut.backward))
+        found = [f.ops for f in self.cut.forward], [f.ops for f in self.cut.backward]
         for part in self.parts:
             mine = {v for ops in found for op in ops[part] for v in op.outputs}
             copies = {
@@ -234,7 +235,7 @@ class _Layering:
                 fix=f"{STAGES}, or results that are sums over the batch",
             )  # fmt: skip
 
-    def _shares(self, late: Mapping[Op, set[int]]) -> tuple[dict[int, list[Op]], list[Op]]:
+    def _shares(self, late: dict[Op, set[int]]) -> tuple[dict[int, list[Op]], list[Op]]:
         """Late ops that only one stage's layers have, by part, and those that all stages run alike."""
         self.owner = {v: part for v, part in self.maker.items() if part in self.parts}
         for op, parts in late.items():
@@ -298,12 +299,13 @@ class _Layering:
         shared = (*self.forward[0], *self.backward[0], *self.forward[last], *self.backward[last], *alike)
         read = {v for op in (*shared, *self._prepared(0), *self._prepared(last)) for v in op.inputs}
         for each in groups:
-            self._check(len(set(each)) == len(each) and read.isdisjoint(each) and position.keys() >= set(each), each[0], 0)
+            apart = len(set(each)) == len(each) and read.isdisjoint(each)
+            self._check(apart and position.keys() >= set(each), each[0], 0)
         return tuple(tuple(position[v] for v in each) for each in groups)
 
     def _outputs(self, inputs: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
         """Positions of results that are a stage's own: state in the order of the inputs, then others."""
-        after = {i: o for i, o in self.graph.state}
+        after = dict(self.graph.state)
         found: list[list[int]] = []
         for part in self.parts:
             state = [after[each[part - 1]] for each in inputs if each[part - 1] in after]

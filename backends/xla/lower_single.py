@@ -11,18 +11,20 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ...ir.blocks import Block, Folded, fold
 from ...ir.errors import LoweringError
-from ...ir.layered import STAGES, Layered, layered
+from ...ir.layered import STAGES, layered
 from ...ir.microbatch import TimeAxis
 from ...ir.plan import Pipeline, Plan
-from ...ir.program import Program, prepare
+from ...ir.program import prepare
 from ...ir.sharding import Sharding
 from ...ir.stages import cut_stages
 from .capture import Captured
@@ -37,41 +39,35 @@ Group = tuple[int, ...]  # positions of inputs or results, one per stage
 
 @dataclass(eq=False)
 class LoweredSingle:
-    """A pipelined step on flat leaves, one program for all stages."""
+    """A pipelined step on flat leaves, one program for all stages; as `Lowered` from outside."""
 
     plan: Plan
     captured: Captured
     program: Any  # jitted, on arrays that all stages share, then those of groups
     mesh: DeviceMesh
-    ends: tuple[Border, Border]  # of inputs, of results
-    apart: Unstacked | None = None
+    inputs: Border
+    results: Border
+    apart: Unstacked | None = None  # how the user's leaves were taken apart, layer by layer
 
-    @property
-    def by_tree(self) -> None:
-        """Arrays are put together before the program runs."""
-        return None
-
-    @property
-    def compiled(self) -> Callable[..., Any]:
-        return self.jitted
+    by_tree = None  # arrays are put together before the program runs
 
     @property
     def input_shardings(self) -> tuple[NamedSharding, ...]:
-        return self.ends[0].shardings
+        return self.inputs.shardings
 
     @property
     def output_shardings(self) -> tuple[NamedSharding, ...]:
-        return self.ends[1].shardings
+        return self.results.shardings
 
     @cached_property
-    def executable(self) -> Any:
+    def compiled(self) -> Any:
         """The XLA executable."""
         kinds = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.captured.binding.in_avals]
-        return self.program.lower(*self.ends[0].kinds(kinds)).compile()
+        return self.program.lower(*self.inputs.kinds(kinds)).compile()
 
     def hlo(self) -> str:
         """The compiled program as text."""
-        return self.executable.as_text()
+        return self.compiled.as_text()
 
     @cached_property
     def joint(self) -> bool:
@@ -82,27 +78,27 @@ class LoweredSingle:
     def meetings(self) -> Meetings:
         return Meetings(in_turn=on_cpus(self.mesh))
 
-    def jitted(self, *leaves: Any) -> tuple[Any, ...]:
-        """One step; donated leaves are given up."""
-        return self.run(leaves)
-
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Leaves where they lie first."""
         if self.joint:
             return [place(leaf, layout) for leaf, layout in zip(leaves, self.input_shardings, strict=True)]
         return jax.device_put(list(leaves), list(self.input_shardings))
 
+    def jitted(self, *leaves: Any) -> tuple[Any, ...]:
+        """One step; donated leaves are given up."""
+        return self.run(leaves)
+
     def run(self, leaves: Sequence[Any]) -> tuple[Any, ...]:
         """One step from leaves that lie anywhere."""
-        arrays = self.ends[0].together(self.placed(leaves))
+        arrays = self.inputs.together(self.placed(leaves))
         if not self.joint:
-            return self.ends[1].apart(self.program(*arrays))
+            return self.results.apart(self.compiled(*arrays))
 
         def call() -> tuple[Any, Any]:
-            found = self.program(*arrays)
+            found = self.compiled(*arrays)
             return found, found
 
-        return self.ends[1].apart(self.meetings.run("the step", named(processes_of(self.mesh)), call))
+        return self.results.apart(self.meetings.run("the step", named(processes_of(self.mesh)), call))
 
 
 @dataclass(frozen=True)
@@ -158,7 +154,8 @@ class Border:
         ]
 
     def _group(self, leaves: Sequence[Any], layout: NamedSharding) -> Any:
-        parts = [shard.data if leaf.ndim else shard.data.reshape(1) for leaf in leaves for shard in leaf.addressable_shards]
+        parts = [shard.data for leaf in leaves for shard in leaf.addressable_shards]
+        parts = parts if leaves[0].ndim else [part.reshape(1) for part in parts]
         shape = self.shape(tuple(range(len(leaves))), leaves[0].shape)
         return jax.make_array_from_single_device_arrays(shape, layout, parts, dtype=leaves[0].dtype)
 
@@ -172,7 +169,7 @@ class Border:
             shape = (array.shape[0] // len(group), *array.shape[1:]) if self.ranks[group[0]] else ()
             for o in group:
                 layout = self.shardings[o]
-                parts = [shards[d] for d in layout.mesh.devices.flat if d in shards]
+                parts = [shards[d] for d in layout.device_set & shards.keys()]
                 parts = parts if shape else [part.reshape(()) for part in parts]
                 found[o] = jax.make_array_from_single_device_arrays(shape, layout, parts, dtype=array.dtype)
         return tuple(found)
@@ -204,7 +201,7 @@ def lower_single(plan: Plan, captured: Captured, devices: Sequence[Any] | None =
         sharded, in_shardings=ins.program_shardings, out_shardings=outs.program_shardings,
         donate_argnums=_donated(captured, ins), compiler_options=options_for(mesh),
     )  # fmt: skip
-    return LoweredSingle(plan, captured, jitted, mesh, (ins, outs))
+    return LoweredSingle(plan, captured, jitted, mesh, ins, outs)
 
 
 def _check(plan: Plan, pipeline: Pipeline) -> None:
@@ -235,12 +232,14 @@ def part_cuts(folded: Folded, pipeline: Pipeline) -> list[int]:
     block = next((b for b in folded.blocks if all(b.place(cut) for cut in cuts[1:])), None)
     if block is None:
         raise LoweringError("the stages hold layers of several kinds.", where="pipeline", fix=STAGES)
+    if not block.start:
+        raise LoweringError("nothing comes before the layers of the first stage.", where="pipeline", fix=STAGES)
     ends = [block.start, *cuts[1:], block.start + block.period * block.repeats]
-    layers = [_layers(block, *pair) for pair in zip(ends, ends[1:], strict=False)]
+    layers = [_layers(block, *pair) for pair in pairwise(ends)]
     if len(set(layers)) > 1:
         counts = ", ".join(f"{count:g}" for count in layers)
         raise LoweringError(f"the stages hold {counts} layers, not equally many.", where="pipeline", fix=STAGES)
-    return [0, *ends] if block.start else ends
+    return [0, *ends]
 
 
 def _layers(block: Block, first: int, last: int) -> float:
@@ -250,15 +249,15 @@ def _layers(block: Block, first: int, last: int) -> float:
 def _mesh(plan: Plan, pipeline: Pipeline, devices: Sequence[Any] | None) -> DeviceMesh:
     stage = pipeline.stages[0].mesh
     used = used_devices(plan, devices, plan.device_count, f"pipeline of {len(pipeline.stages)} stages")
-    import numpy as np
-
     rows = [used[first : first + stage.size] for first in pipeline.first]
     if len({device.device_kind for row in rows for device in row}) > 1:
         raise LoweringError("the stages lie on devices of several kinds.", where="pipeline", fix=STAGES)
     return DeviceMesh(np.array(rows).reshape(len(rows), *stage.shape), (STAGE, *stage.names))
 
 
-def _border(mesh: DeviceMesh, layouts: Sequence[Sharding], groups: Sequence[Group], name: Callable[[int], str]) -> Border:
+def _border(
+    mesh: DeviceMesh, layouts: Sequence[Sharding], groups: Sequence[Group], name: Callable[[int], str]
+) -> Border:
     for group in groups:
         if unlike := [o for o in group if layouts[o] != layouts[group[0]]]:
             raise LoweringError(

@@ -74,8 +74,8 @@ class SingleStep:
     def _passes(self) -> Values:
         """All passes of all microbatches; the totals."""
         parts, last = self.parts, self.parts.names[-1]
-        of_front = _read(parts.front.backward) | _read((*parts.back.forward, *parts.back.backward))
         of_back = _read(parts.front.backward)
+        of_front = of_back | _read((*parts.back.forward, *parts.back.backward))
         borders = (*parts.taken, *parts.fed)
 
         front, sums = self._shares(parts.front.forward, {}, {*borders, *of_front})
@@ -84,8 +84,8 @@ class SingleStep:
         ends = {last[v]: self._dealt(left[v][self.stages - 1 :], self.stages - 1) for v in parts.to_back}
         self.layouts |= {last[v]: self.layouts[v] for v in parts.to_back}
 
-        returns = {last[v] for v in parts.wanted}
-        back, ending = self._shares((*parts.back.forward, *parts.back.backward), {**front, **ends}, {*returns, *of_back})
+        passes, returns = (*parts.back.forward, *parts.back.backward), {last[v] for v in parts.wanted}
+        back, ending = self._shares(passes, {**front, **ends}, {*returns, *of_back})
         grads = {v: self._gathered(back[last[v]]) for v in parts.wanted}
         self.layouts |= {v: self.layouts[last[v]] for v in parts.wanted}
 
