@@ -52,6 +52,7 @@ def _homogeneous(flat: Search) -> Plan:
     try:
         pipelines.explore()
         pipelines.reorder()
+        pipelines.choose_program()
         if both:
             flat.outside = pipelines.best.seconds
             flat.explore()

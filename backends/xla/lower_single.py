@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import jax
@@ -19,10 +18,11 @@ import numpy as np
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ...ir.blocks import Block, Folded, fold
+from ...ir.blocks import fold
 from ...ir.errors import LoweringError
 from ...ir.layered import STAGES, layered
 from ...ir.microbatch import TimeAxis
+from ...ir.part_cuts import part_cuts
 from ...ir.plan import Pipeline, Plan
 from ...ir.program import prepare
 from ...ir.sharding import Sharding
@@ -187,7 +187,8 @@ def lower_single(plan: Plan, captured: Captured, devices: Sequence[Any] | None =
     _check(plan, pipeline)
     folded = fold(captured.graph)
     program = prepare(folded.whole, plan.recompute)  # type: ignore[arg-type]
-    cut = cut_stages(program, captured.graph, part_cuts(folded, pipeline), plan.microbatches)
+    cuts = part_cuts(folded, [stage.cut for stage in pipeline.stages])
+    cut = cut_stages(program, captured.graph, cuts, plan.microbatches)
     parts, time = layered(program, cut), program.time
     assert isinstance(time, TimeAxis)
     mesh = _mesh(plan, pipeline, devices)
@@ -220,30 +221,6 @@ def _check(plan: Plan, pipeline: Pipeline) -> None:
 def _decisions(pipeline: Pipeline) -> tuple[Any, ...]:
     first = pipeline.stages[0]
     return first.mesh, first.strategies, first.slots
-
-
-def part_cuts(folded: Folded, pipeline: Pipeline) -> list[int]:
-    """Where the front, each stage's layers and the back begin.
-
-    Raises:
-        LoweringError: stages of other numbers or kinds of layers than each other.
-    """
-    cuts = [stage.cut for stage in pipeline.stages]
-    block = next((b for b in folded.blocks if all(b.place(cut) for cut in cuts[1:])), None)
-    if block is None:
-        raise LoweringError("the stages hold layers of several kinds.", where="pipeline", fix=STAGES)
-    if not block.start:
-        raise LoweringError("nothing comes before the layers of the first stage.", where="pipeline", fix=STAGES)
-    ends = [block.start, *cuts[1:], block.start + block.period * block.repeats]
-    layers = [_layers(block, *pair) for pair in pairwise(ends)]
-    if len(set(layers)) > 1:
-        counts = ", ".join(f"{count:g}" for count in layers)
-        raise LoweringError(f"the stages hold {counts} layers, not equally many.", where="pipeline", fix=STAGES)
-    return [0, *ends]
-
-
-def _layers(block: Block, first: int, last: int) -> float:
-    return (last - first) / block.period
 
 
 def _mesh(plan: Plan, pipeline: Pipeline, devices: Sequence[Any] | None) -> DeviceMesh:

@@ -66,7 +66,7 @@ class Pricing:
     places: tuple[Place, ...]
     cluster: Cluster
 
-    def _sending(self, nbytes: float, first: int, end: int) -> float:
+    def sending(self, nbytes: float, first: int, end: int) -> float:
         """Seconds that each device takes to send so much within a stretch of the cluster."""
         if not nbytes:
             return 0.0
@@ -157,11 +157,11 @@ class Pricing:
             return 0.0
         here, there, kind = homes[stage], homes[stage + 1], self.units.kinds[end - 1]
         most = max(here.each[kind].sent, there.each[kind].sent)
-        return self._sending(most, min(here.first, there.first), max(here.end, there.end))
+        return self.sending(most, min(here.first, there.first), max(here.end, there.end))
 
     def _once(self, home: Place, runs: Runs) -> float:
         pairs = zip(runs, home.each, strict=True)
-        return sum(n * (each.once + self._sending(each.handed, 0, self.cluster.size)) for n, each in pairs)
+        return sum(n * (each.once + self.sending(each.handed, 0, self.cluster.size)) for n, each in pairs)
 
 
 def _passes(stage: StageSeconds) -> float:

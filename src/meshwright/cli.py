@@ -111,6 +111,9 @@ def plan(
     ] = "1",
     schedule: Annotated[str | None, typer.Option(help="Pin the schedule: 1f1b, interleaved, zb-h1, ...")] = None,
     chunks: Annotated[int | None, typer.Option(help="Stages per rank, for interleaved.")] = None,
+    program: Annotated[
+        str | None, typer.Option(help="stages: programs of each stage; single: one for all stages, as gpipe.")
+    ] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds of search.")] = 60.0,
     gap: Annotated[
         float | None, typer.Option(help="Good enough: 0.01 (the default; 0.05 with --pp) stops at a proven 1 %.")
@@ -149,6 +152,7 @@ def plan(
         pp=parse_pp(pp),
         schedule=schedule,
         chunks=chunks,
+        program=cast(Any, program),
         time_limit=time_limit,
         gap=gap,
         seed=seed,
