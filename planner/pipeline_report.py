@@ -82,7 +82,7 @@ def write_pipeline(
         slots=slots_of(space, choices),
         uses=axis_uses(space, choices),
         estimate=Estimate(
-            step_seconds=chosen.programs.get(chosen.program, priced.seconds),
+            step_seconds=priced.seconds,
             compute_seconds=priced.seconds - moving,
             communication_seconds=moving,
             peak_bytes=priced.peaks[worst],

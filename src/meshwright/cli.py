@@ -252,6 +252,7 @@ def run(
     plan's devices.
 
     With --model the plan is made on the spot: meshwright run --model gpt-tiny --devices 8 --pin pp=4
+    Its stages have programs of their own, whose passes have a timeline; --pin program=single for one of all stages.
     """
     from .ir.codec import check_writable, load_plan
     from .processes import seat, take_devices
@@ -270,6 +271,8 @@ def run(
 
 
 def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> Any:
+    from dataclasses import replace
+
     from .emulation import emulate
     from .ir.cluster import Cluster
     from .pins import request_of
@@ -277,6 +280,8 @@ def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> 
     from .view.text import plan_head
 
     request = request_of(pins)
+    if request.pp != 1 and request.program is None:
+        request = replace(request, program="stages")  # whose passes have a timeline to show
     emulate(devices)
     recipe = {"model": model, **({} if batch is None else {"batch": batch})}
     found = _search(make(recipe), Cluster.parse(f"{devices}xcpu"), request).model_copy(update={"recipe": recipe})
