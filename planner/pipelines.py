@@ -340,10 +340,13 @@ class Pipelines:
         best, request = self.best, self.search.request
         if best.priced is None or best.pricing is None or best.shape is None:
             return
-        kind, wanted = self.search.cluster.device.kind, request.program
+        cluster, wanted = self.search.cluster, request.program
+        devices = min(best.shape.mesh.size, cluster.per_host)
         programs = {}
         if wanted != "single":
-            programs["stages"] = with_dispatch(best.priced.seconds, best.priced.schedule, kind)
+            programs["stages"] = with_dispatch(
+                best.priced.seconds, best.priced.schedule, devices, cluster.device.kind
+            )
         single, why = None, ""
         try:
             if wanted != "stages" and request.schedule in (None, "gpipe"):

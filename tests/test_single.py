@@ -22,7 +22,7 @@ from meshwright.backends.xla.verify import verify_outputs
 from meshwright.ir.errors import LoweringError, MeshwrightError, PlanError
 from meshwright.ir.plan import Plan
 from meshwright.planner.pipeline.schedules import gpipe, one_f_one_b
-from meshwright.planner.pipeline.single import INSTRUCTION, with_dispatch
+from meshwright.planner.pipeline.single import INSTRUCTION, ON_A_DEVICE, with_dispatch
 from meshwright.planner.request import Request
 
 from .pipelines import case, pipelined, stage_plan
@@ -201,6 +201,14 @@ def test_a_single_program_holds_every_tick_and_both_ends():
     assert any("no single program" in note and "may be used" in note for note in tight.notes)
 
 
+@pytest.mark.slow
+def test_the_compiled_program_takes_the_memory_predicted():
+    plan = chosen(program="single")
+    stats = lower(plan, case("gpt-tiny", "adamw")[0]).compiled.memory_analysis()
+    peak = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
+    assert peak - stats.alias_size_in_bytes == pytest.approx(plan.estimate.peak_bytes, rel=0.1)
+
+
 def test_ticks_shares_and_exchanges_add_up():
     plan = chosen(program="single", schedule="gpipe")
     stages = plan.pipeline.stages
@@ -211,11 +219,10 @@ def test_ticks_shares_and_exchanges_add_up():
 
 def test_the_host_works_beside_accelerators_and_on_top_of_emulated_ones():
     """Two stages of eight microbatches: 32 passes, and 16 hand-overs."""
-    host = 48 * INSTRUCTION
-    schedule = gpipe(2, 8)
-    assert with_dispatch(1.0, schedule, "cuda") == 1.0
-    assert with_dispatch(1e-6, schedule, "cuda") == pytest.approx(host)
-    assert with_dispatch(1.0, schedule, "cpu") == pytest.approx(1 + host)
+    host, schedule = 48 * (INSTRUCTION + 4 * ON_A_DEVICE), gpipe(2, 8)
+    assert with_dispatch(1.0, schedule, 4, "cuda") == 1.0
+    assert with_dispatch(1e-6, schedule, 4, "cuda") == pytest.approx(host)
+    assert with_dispatch(1.0, schedule, 4, "cpu") == pytest.approx(1 + host)
 
 
 @pytest.mark.parametrize(

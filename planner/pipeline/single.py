@@ -26,18 +26,23 @@ from .stage_memory import Runs
 from .unit_costs import UnitSeconds
 from .units import Units, runs_of
 
-# Seconds of the host per instruction (a pass, or a send with its receive): processor time of the dispatching thread,
-# gpt-tiny, 2 stages, 16 against 4 microbatches: (43.9 - 20.0) ms / (98 - 26) instructions
-# (benchmarks/pipeline_programs.py, 2 cores of a cloud host, jax 0.10.2, 2026-11-26).
-INSTRUCTION = 330e-6
+# Seconds of the host per instruction (a pass, or a send with its receive), and per device of the stage that a process
+# has: processor time of the dispatching thread, what 16 microbatches take it more than 4, over their instructions.
+# gpt-tiny, 2 stages: 332 us on 1 device each, 640 us on 4 (benchmarks/pipeline_programs.py, 2 cores of a cloud host,
+# jax 0.10.2, 2026-11-26).
+INSTRUCTION, ON_A_DEVICE = 230e-6, 103e-6
 EXCHANGES = 4  # of the front's results, what the back reads, and the gradients of both
 
 
-def with_dispatch(seconds: float, schedule: Schedule, kind: str) -> float:
-    """A step by programs of stages and the host's work: beside accelerators, on top where CPUs are the devices."""
+def with_dispatch(seconds: float, schedule: Schedule, devices: int, kind: str) -> float:
+    """A step by programs of stages and the host's work: beside accelerators, on top where CPUs are the devices.
+
+    Args:
+        devices: of a stage, in one process.
+    """
     passes = sum(map(len, schedule.orders))
     moves = 2 * schedule.microbatches * sum(a != b for a, b in pairwise(schedule.homes))
-    host = (passes + moves) * INSTRUCTION
+    host = (passes + moves) * (INSTRUCTION + devices * ON_A_DEVICE)
     return seconds + host if kind == "cpu" else max(seconds, host)
 
 
@@ -128,8 +133,9 @@ def _once(each: Sequence[UnitSeconds], runs: Runs) -> float:
 
 
 def _peak(place: Place, runs: Runs, ends: Runs, ticks: int, feed: int) -> float:
-    """The stage's layers and both ends with one microbatch on its way, what the other ticks leave of the layers, and
-    activations of all microbatches: the front's results, and the gradients that the back gives."""
+    """The stage's layers and both ends with one microbatch on its way, what the ticks leave of the layers, and
+    activations of all microbatches: the front's results, and the gradients that the back gives. What one tick leaves
+    is there twice: as it is made, and with the others."""
     left = place.memory.parts(runs)[1]
     sent = max(unit.sent for unit in place.each)
-    return place.memory.parts(with_ends(runs, ends))[0] + (ticks - 1) * left + 2 * feed * sent
+    return place.memory.parts(with_ends(runs, ends))[0] + ticks * left + 2 * feed * sent
