@@ -31,7 +31,7 @@ from meshwright.training import start
 DEVICES = 8
 CASES = (  # model, batch, stages, microbatches
     ("gpt-tiny", 32, 2, 4), ("gpt-tiny", 32, 2, 16), ("gpt-tiny", 32, 4, 4), ("gpt-tiny", 32, 4, 16),
-    ("llama-tiny", 32, 4, 8), ("gpt-bytes", 16, 2, 8),
+    ("llama-tiny", 32, 2, 8), ("gpt-bytes", 16, 2, 8),
 )  # fmt: skip
 KINDS = ("stages", "single")
 

@@ -38,7 +38,7 @@ from .intra import live_of
 from .memory.ledger import least_bytes, least_peak
 from .pipeline.choices import Choices, Shape
 from .pipeline.priced import Place, Priced, Pricing
-from .pipeline.single import layer_runs, price_single, with_dispatch, with_ends
+from .pipeline.single import layer_runs, price_single, shards_left, with_dispatch, with_ends
 from .pipeline.stage_memory import Holdings, StageMemory
 from .pipeline.unit_costs import all_bytes, unit_seconds
 from .pipeline.units import runs_of
@@ -341,12 +341,10 @@ class Pipelines:
         if best.priced is None or best.pricing is None or best.shape is None:
             return
         cluster, wanted = self.search.cluster, request.program
-        devices = min(best.shape.mesh.size, cluster.per_host)
         programs = {}
         if wanted != "single":
-            programs["stages"] = with_dispatch(
-                best.priced.seconds, best.priced.schedule, devices, cluster.device.kind
-            )
+            shards = shards_left(best.pricing, best.priced)
+            programs["stages"] = with_dispatch(best.priced.seconds, best.priced.schedule, shards, cluster.device.kind)
         single, why = None, ""
         try:
             if wanted != "stages" and request.schedule in (None, "gpipe"):

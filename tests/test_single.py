@@ -22,7 +22,7 @@ from meshwright.backends.xla.verify import verify_outputs
 from meshwright.ir.errors import LoweringError, MeshwrightError, PlanError
 from meshwright.ir.plan import Plan
 from meshwright.planner.pipeline.schedules import gpipe, one_f_one_b
-from meshwright.planner.pipeline.single import INSTRUCTION, ON_A_DEVICE, with_dispatch
+from meshwright.planner.pipeline.single import INSTRUCTION, SHARD, with_dispatch
 from meshwright.planner.request import Request
 
 from .pipelines import case, pipelined, stage_plan
@@ -219,10 +219,10 @@ def test_ticks_shares_and_exchanges_add_up():
 
 def test_the_host_works_beside_accelerators_and_on_top_of_emulated_ones():
     """Two stages of eight microbatches: 32 passes, and 16 hand-overs."""
-    host, schedule = 48 * (INSTRUCTION + 4 * ON_A_DEVICE), gpipe(2, 8)
-    assert with_dispatch(1.0, schedule, 4, "cuda") == 1.0
-    assert with_dispatch(1e-6, schedule, 4, "cuda") == pytest.approx(host)
-    assert with_dispatch(1.0, schedule, 4, "cpu") == pytest.approx(1 + host)
+    host, schedule = 48 * (INSTRUCTION + 100 * SHARD), gpipe(2, 8)
+    assert with_dispatch(1.0, schedule, 100, "cuda") == 1.0
+    assert with_dispatch(1e-6, schedule, 100, "cuda") == pytest.approx(host)
+    assert with_dispatch(1.0, schedule, 100, "cpu") == pytest.approx(1 + host)
 
 
 @pytest.mark.parametrize(

@@ -26,24 +26,32 @@ from .stage_memory import Runs
 from .unit_costs import UnitSeconds
 from .units import Units, runs_of
 
-# Seconds of the host per instruction (a pass, or a send with its receive), and per device of the stage that a process
-# has: processor time of the dispatching thread, what 16 microbatches take it more than 4, over their instructions.
-# gpt-tiny, 2 stages: 332 us on 1 device each, 640 us on 4 (benchmarks/pipeline_programs.py, 2 cores of a cloud host,
-# jax 0.10.2, 2026-11-26).
-INSTRUCTION, ON_A_DEVICE = 230e-6, 103e-6
+# Seconds of the host per instruction (a pass, or a send with its receive), and per shard of what a forward pass leaves
+# for later, which passes give and take: processor time of the dispatching thread, what 16 microbatches take it more
+# than 4, over their instructions. gpt-tiny, 2 stages: 332 us with 52 such values on 1 device, 640 us on 4 devices; 4
+# stages, 26 values on 2 devices: 277 us, 334 by this (benchmarks/pipeline_programs.py, 2 cores of a cloud host, jax
+# 0.10.2, 2026-11-26).
+INSTRUCTION, SHARD = 230e-6, 2e-6
 EXCHANGES = 4  # of the front's results, what the back reads, and the gradients of both
 
 
-def with_dispatch(seconds: float, schedule: Schedule, devices: int, kind: str) -> float:
+def with_dispatch(seconds: float, schedule: Schedule, shards: float, kind: str) -> float:
     """A step by programs of stages and the host's work: beside accelerators, on top where CPUs are the devices.
 
     Args:
-        devices: of a stage, in one process.
+        shards: what the forward pass of a stage leaves, on all devices of the stage in one process.
     """
     passes = sum(map(len, schedule.orders))
     moves = 2 * schedule.microbatches * sum(a != b for a, b in pairwise(schedule.homes))
-    host = (passes + moves) * (INSTRUCTION + devices * ON_A_DEVICE)
+    host = (passes + moves) * (INSTRUCTION + shards * SHARD)
     return seconds + host if kind == "cpu" else max(seconds, host)
+
+
+def shards_left(pricing: Pricing, priced: Priced) -> float:
+    """What the forward pass of a stage leaves, as shards in one process, in the mean."""
+    holdings, stages = pricing.places[0].memory.holdings, range(priced.schedule.stages)
+    left = [sum(holdings.left(priced.runs(pricing.units, stage)).values()) for stage in stages]
+    return sum(left) / len(left) * min(pricing.places[0].devices, pricing.cluster.per_host)
 
 
 def even_firsts(units: Units, stages: int) -> tuple[int, ...]:
