@@ -29,8 +29,8 @@ from .units import Units, runs_of
 # Seconds of the host per instruction (a pass, or a send with its receive), and per shard of what a forward pass leaves
 # for later, which passes give and take: processor time of the dispatching thread, what 16 microbatches take it more
 # than 4, over their instructions. gpt-tiny, 2 stages: 332 us with 52 such values on 1 device, 640 us on 4 devices; 4
-# stages, 26 values on 2 devices: 277 us, 334 by this (benchmarks/pipeline_programs.py, 2 cores of a cloud host, jax
-# 0.10.2, 2026-11-26).
+# stages, 26 values on 2 devices: 277 us, 334 by this. A later run of the benchmark, on the same shared machine, had 332
+# in place of 640 and 113 of 277 (benchmarks/pipeline_programs.py, 2 cores of a cloud host, jax 0.10.2, 2026-11-26).
 INSTRUCTION, SHARD = 230e-6, 2e-6
 EXCHANGES = 4  # of the front's results, what the back reads, and the gradients of both
 
