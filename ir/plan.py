@@ -152,13 +152,16 @@ class Pipeline(_Part):
     """Stages in order, the ranks that hold them, and the order in which each rank works.
 
     `first[rank]` is the first of a rank's devices, which are numbered one after another;
-    `orders[rank]` are its passes, as `ir.schedule` reads and writes them.
+    `orders[rank]` are its passes, as `ir.schedule` reads and writes them. `program` says whether each
+    stage has programs of its own, dispatched pass by pass, or all run a single one in step.
     """
 
     schedule: str  # name: "1f1b", ...
     stages: tuple[Stage, ...]
     first: tuple[int, ...]
     orders: tuple[str, ...]
+    program: Literal["stages", "single"] = "stages"
+    programs: dict[str, float] = {}  # predicted seconds of a step either way; a way that cannot be is left out
     unstacked: bool = False  # stacked parameters of a loop over layers are held layer by layer
 
     def read(self, microbatches: int) -> Schedule:

@@ -77,12 +77,17 @@ class Frontier(BaseModel):
 
         Raises:
             InfeasibleError: nothing that is known fits there.
-            PlanError: devices are unlike.
+            PlanError: devices are unlike, or a single program was asked for.
         """
         if len(cluster.groups) > 1:
             raise PlanError(
                 f"cluster `{cluster.name}` has {len(cluster.groups)} groups.", where="replan",
                 fix="`meshwright plan --pp auto`, which searches pipelines over unlike devices",
+            )  # fmt: skip
+        if self.request.get("program") == "single":
+            raise PlanError(
+                "a single program was asked for, and only programs of stages are planned anew.", where="replan",
+                fix="`meshwright plan --program single`",
             )  # fmt: skip
         small = load_graph(self.graph)
         return _Replanning(self, small, cluster, seconds).run()

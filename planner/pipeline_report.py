@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
 
 from ..ir.cluster import Cluster
 from ..ir.plan import Estimate, Pipeline, Plan, Stage
@@ -11,6 +12,7 @@ from ..ir.version import VERSION
 from .moves import find_collectives
 from .pipeline.priced import Priced, Pricing
 from .report import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
+from .request import ProgramKind
 from .search import Search
 from .space import Space, build
 from .usage import axis_uses
@@ -19,6 +21,7 @@ LEFT_OUT = (
     "stages of different meshes, or on different devices",
     "other orders of passes than the schedules' own, but for the pipeline that was best with those",
     "meshes of a stage with more than two axes",
+    "a single program for all stages, but for the pipeline that was best without",
     "offload to host memory",
     "overlap of communication with compute",
     "layouts that do not divide evenly, or cut a dim across a reshape's minor factor",
@@ -40,9 +43,26 @@ class Rank:
         return {tag: found[self.choices[space.op_node[tag]]].axes for tag, found in space.strategies.items()}
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Predicted seconds of a step by each kind of program that can be, and why there is no single one."""
+
+    programs: Mapping[str, float] = field(default_factory=dict)
+    why: str = ""
+
+    @property
+    def program(self) -> ProgramKind:
+        seconds = self.programs.get
+        return "single" if seconds("single", inf) < seconds("stages", inf) else "stages"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"no single program for all stages: {self.why}",) if self.why else ()
+
+
 def write_pipeline(
     ranks: Sequence[Rank], pricing: Pricing, priced: Priced, cluster: Cluster, lower_bound: float,
-    left_out: tuple[str, ...] = LEFT_OUT,
+    left_out: tuple[str, ...] = LEFT_OUT, chosen: Chosen = Chosen(),
 ) -> Plan:  # fmt: skip
     """The plan of a pipeline; tables count all its stages together, as the rank with most memory lays them out."""
     worst = max(range(len(ranks)), key=lambda rank: priced.peaks[rank] / pricing.places[rank].limit)
@@ -74,12 +94,12 @@ def write_pipeline(
         tensors=tuple(tensors_of(space, choices)),
         collectives=tuple(collectives),
         opaque=opaque_of(space),
-        notes=(*notes_of(search), "tables count all stages together"),
-        pipeline=_pipeline(ranks, pricing, priced, unlike=len({id(rank.space) for rank in ranks}) > 1),
+        notes=(*notes_of(search), *chosen.notes, "tables count all stages together"),
+        pipeline=_pipeline(ranks, pricing, priced, unlike=len({id(rank.space) for rank in ranks}) > 1, chosen=chosen),
     )
 
 
-def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: bool) -> Pipeline:
+def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: bool, chosen: Chosen) -> Pipeline:
     units, schedule = pricing.units, priced.schedule
     ends = (*priced.firsts[1:], len(units))
     stages = []
@@ -101,6 +121,8 @@ def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: b
         stages=tuple(stages),
         first=tuple(place.first for place in pricing.places),
         orders=schedule.text(),
+        program=chosen.program,
+        programs=dict(chosen.programs),
     )
 
 

@@ -25,21 +25,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..ir.errors import InfeasibleError, PlanError
+from ..ir.errors import InfeasibleError, MeshwrightError, PlanError
+from ..ir.layered import layered
+from ..ir.part_cuts import part_cuts
 from ..ir.plan import Plan
+from ..ir.program import prepare
 from ..ir.recompute import Policy
 from ..ir.schedule import Schedule, in_flight
+from ..ir.stages import cut_stages
 from ..ir.units import format_bytes, format_seconds
 from .intra import live_of
 from .memory.ledger import least_bytes, least_peak
 from .pipeline.choices import Choices, Shape
 from .pipeline.points import Point
 from .pipeline.priced import Place, Priced, Pricing
+from .pipeline.single import layer_runs, price_single, shards_left, with_dispatch, with_ends
 from .pipeline.stage_memory import Holdings, StageMemory
 from .pipeline.unit_costs import all_bytes, unit_seconds
 from .pipeline.units import runs_of
 from .pipeline.watched import Watched, limited
-from .pipeline_report import LEFT_OUT, Rank, write_pipeline
+from .pipeline_report import LEFT_OUT, Chosen, Rank, write_pipeline
 from .solver.anytime import solve_live
 from .solver.live import Demand, Live
 from .solver.onehot import Solution
@@ -61,6 +66,8 @@ class Found:
     choices: tuple[int, ...] = ()
     pricing: Pricing | None = None
     priced: Priced | None = None
+    programs: dict[str, float] = field(default_factory=dict)  # seconds of a step by each kind of program, once chosen
+    why: str = ""  # why there is no single program
 
     @property
     def seconds(self) -> float:
@@ -292,7 +299,12 @@ class Pipelines:
                 return
 
     def _even(self, shape: Shape, schedule: Schedule) -> list[Watched]:
-        """The first, second and last stage, when each has as many units as the next, or as much work."""
+        """The first, second and last stage, when each has as many units as the next, or as much work; of a single
+        program, all of which have both ends, the first and the last."""
+        if self.search.request.program == "single":
+            layers, both = layer_runs(self.choices.units, shape.stages)
+            ticks = shape.microbatches + shape.stages - 1
+            return [Watched(with_ends(runs, both), float(ticks)) for runs in (layers[0], layers[-1])]
         firsts = self.choices.units.evenly(shape.stages)
         ends = [*firsts[1:], len(self.choices.units)]
         watched = sorted({0, min(1, shape.stages - 1), shape.stages - 1})
@@ -310,7 +322,10 @@ class Pipelines:
         self.points.append(Point.of(space, choices, shape.policy, [each[kind] for kind in self.choices.units.kinds]))
         for schedule in self.choices.schedules_for(shape):
             best = min(self.best.seconds, self.outside)
-            priced = pricing.price(schedule, best)
+            if self.search.request.program == "single":
+                priced = self._single(pricing, shape.microbatches)
+            else:
+                priced = pricing.price(schedule, best)
             if priced is not None and priced.seconds < best:
                 self.best = Found(shape, space, choices, pricing, priced)
                 self.search.note(
@@ -320,7 +335,8 @@ class Pipelines:
     def reorder(self) -> None:
         """Keep the best pipeline's passes in a better order, if one is found and none was asked for."""
         best = self.best
-        if best.priced is None or best.pricing is None or self.search.request.schedule is not None:
+        request = self.search.request
+        if best.priced is None or best.pricing is None or request.schedule is not None or request.program == "single":
             return
         found = best.pricing.reordered(best.priced)
         if found is not None and found.seconds < best.seconds:
@@ -329,12 +345,58 @@ class Pipelines:
                 f"{best.shape}, passes reordered: {format_seconds(found.seconds)}, {format_bytes(max(found.peaks))}"
             )
 
+    def _single(self, pricing: Pricing, microbatches: int) -> Priced | None:
+        """A single program for all stages; None where it does not fit."""
+        try:
+            return price_single(pricing, microbatches)
+        except InfeasibleError:
+            return None
+
+    def choose_program(self) -> None:
+        """Of the best pipeline: programs of its stages with the host's dispatch, or a single one where that is faster.
+
+        Raises:
+            LoweringError: a single program was asked for, and the stages are not equal.
+        """
+        best, request = self.best, self.search.request
+        if best.priced is None or best.pricing is None or best.shape is None:
+            return
+        cluster, wanted = self.search.cluster, request.program
+        programs = {}
+        if wanted != "single":
+            shards = shards_left(best.pricing, best.priced)
+            programs["stages"] = with_dispatch(best.priced.seconds, best.priced.schedule, shards, cluster.device.kind)
+        single, why = None, ""
+        try:
+            if wanted != "stages" and request.schedule in (None, "gpipe"):
+                single = price_single(best.pricing, best.shape.microbatches)
+                programs["single"] = single.seconds
+                if single.seconds < programs.get("stages", inf):
+                    self._check_alike(best.shape, single)
+        except MeshwrightError as error:
+            if wanted == "single":
+                raise
+            single, why = None, error.what
+            programs.pop("single", None)
+        if single is not None and single.seconds < programs.get("stages", inf):
+            self.search.note(f"{best.shape}, a single program: {format_seconds(single.seconds)}")
+            best = replace(best, priced=single)
+        self.best = replace(best, programs=programs, why=why)
+
+    def _check_alike(self, shape: Shape, single: Priced) -> None:
+        """Raises LoweringError where the layers of the whole step are not one program on other values."""
+        folded, units = self.search.folded, self.choices.units
+        cuts = part_cuts(folded, [units.cuts[first] for first in single.firsts])
+        program = prepare(folded.whole, shape.policy)
+        layered(program, cut_stages(program, folded.whole, cuts, shape.microbatches))
+
     def write(self, bound: float, left_out: tuple[str, ...] = LEFT_OUT) -> Plan:
         """The plan of the best pipeline."""
         best = self.best
         assert best.space and best.pricing and best.priced
         ranks = [Rank(self.search, best.space, best.choices)] * best.priced.schedule.ranks
-        return write_pipeline(ranks, best.pricing, best.priced, self.search.cluster, bound, left_out)
+        chosen = Chosen(best.programs, best.why)
+        return write_pipeline(ranks, best.pricing, best.priced, self.search.cluster, bound, left_out, chosen)
 
     def infeasible(self) -> PlanError:
         counts = self.choices.stage_counts or [self.search.request.pp]

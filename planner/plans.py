@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ..ir.blocks import Folded
 from ..ir.cluster import Cluster
+from ..ir.errors import PlanError
 from ..ir.plan import Plan
 from .cost.model import CostModel, Roofline
 from .frontier import Frontier
@@ -41,6 +42,11 @@ def search(
         PlanError: the request contradicts the graph or the cluster.
     """
     if len(cluster.groups) > 1 and request.pp != 1:
+        if request.program == "single":
+            raise PlanError(
+                "a single program for all stages needs devices of one kind.", where="request: program",
+                origin=f"cluster {cluster.name}", fix="program=stages",
+            )  # fmt: skip
         islands = Islands(folded, cluster, request, name, fingerprint, tell, now)
         return islands.run(_homogeneous)
     flat = Search(folded, cluster, request, cost or Roofline(cluster), name, fingerprint, tell, now)
@@ -59,10 +65,12 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
     try:
         pipelines.explore()
         pipelines.reorder()
+        pipelines.choose_program()
         if both:
             flat.outside = pipelines.best.seconds
             flat.explore()
-        unequal.explore(min(pipelines.best.seconds, flat.best.seconds))
+        if flat.request.program != "single":
+            unequal.explore(min(pipelines.best.seconds, flat.best.seconds))
     except KeyboardInterrupt:
         flat.stopped_by = "interrupt"
     finally:

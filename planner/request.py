@@ -15,6 +15,7 @@ from ..ir.recompute import POLICIES, Policy
 from ..ir.units import format_bytes, parse_bytes
 
 Searcher = Literal["exact", "mcmc"]
+ProgramKind = Literal["stages", "single"]
 GAP, PIPELINE_GAP = 0.01, 0.05  # what ends a search; stages cut between layers leave more than that open anyway
 HEADROOM = 0.10  # of device memory kept free; runs above ~90 % lose speed to the allocator
 
@@ -30,6 +31,7 @@ class Request:
     pp            stages of a pipeline; "auto": planned, 1 included; then `mesh` is that of one stage
     schedule      of the pipeline: "1f1b", "interleaved", "zb-h1", ...
     chunks        stages per rank, where the schedule takes several
+    program       of the pipeline: "stages", programs of each stage, or a "single" one for all, which runs gpipe
     time_limit    seconds of search
     gap           the search ends when no plan can be faster by more than this share; by default 0.01, and
                   0.05 where pipelines are searched
@@ -44,6 +46,7 @@ class Request:
     pp: int | Literal["auto"] = 1
     schedule: str | None = None
     chunks: int | None = None
+    program: ProgramKind | None = None
     time_limit: float = 60.0
     gap: float | None = None
     seed: int = 0
@@ -147,11 +150,17 @@ def _check_pipeline(request: Request, cluster: Cluster) -> None:
             f"{cluster.size} devices cannot be cut into {pp} {'equal ' * (pp <= cluster.size)}stages.",
             where="request: pp", origin=f"cluster {cluster.name}", fix=fix,
         )  # fmt: skip
-    if pp == 1 and (request.schedule or request.chunks):
-        name = "schedule" if request.schedule else "chunks"
+    if request.program not in (None, *get_args(ProgramKind)):
+        _refuse("program", repr(request.program), did_you_mean(str(request.program), get_args(ProgramKind)))
+    if pp == 1 and (request.schedule or request.chunks or request.program):
+        name = next(name for name in ("schedule", "chunks", "program") if getattr(request, name))
         _refuse(name, f"{getattr(request, name)} without a pipeline", "pp of 2 or more, or auto")
     if request.chunks is not None and (request.chunks < 1 or request.schedule is None):
         _refuse("chunks", request.chunks, "1 or more, with a schedule that takes them, as interleaved")
+    if request.program == "single" and request.microbatches == 1:
+        _refuse("microbatches", "1 with program=single", "2 or more")
+    if request.program == "single" and request.schedule not in (None, "gpipe"):
+        _refuse("program", f"single with schedule {request.schedule}", "schedule=gpipe, which it runs, or no schedule")
     if pp != 1 and request.search != "exact":
         _refuse("search", f"{request.search} with pp", "exact")
 

@@ -138,7 +138,7 @@ def test_a_plan_of_stages():
 
 def test_the_passes_of_the_best_pipeline_are_reordered():
     """Never where a schedule is asked for; the same stages, faster, within the same memory, and as simulated."""
-    request = Request(pp=2, microbatches=4, mesh=(4,), recompute="none")
+    request = Request(pp=2, microbatches=4, mesh=(4,), recompute="none", program="stages")
     plan = planned("gpt-tiny", "8xcpu", request, batch=16)
     asked = planned("gpt-tiny", "8xcpu", replace(request, schedule="interleaved"), batch=16)
     found, known = plan.pipeline, asked.pipeline

@@ -28,6 +28,7 @@ from .devices import (
     used_devices,
 )
 from .lower_pipeline import lower_pipeline
+from .lower_single import LoweredSingle, lower_single
 from .meetings import Meetings, named
 from .pipeline import LoweredPipeline
 from .spmd import LocalStep
@@ -53,6 +54,8 @@ class Lowered:
     mesh: DeviceMesh
     input_shardings: tuple[NamedSharding, ...]
     output_shardings: tuple[NamedSharding, ...]
+
+    apart = None  # layers are taken apart for pipelines only
 
     @cached_property
     def compiled(self) -> Any:
@@ -134,9 +137,12 @@ class Lowered:
         return self.compiled.as_text()
 
 
+AnyLowered = Lowered | LoweredPipeline | LoweredSingle
+
+
 def lower(
     plan: Plan, captured: Captured, devices: Sequence[Any] | None = None
-) -> Lowered | LoweredPipeline:
+) -> AnyLowered:
     """Build the sharded program of a plan, or the programs of its pipeline.
 
     Args:
@@ -151,7 +157,8 @@ def lower(
     _check_graph(plan, captured)
     if plan.pipeline is not None:
         apart = unstack(captured) if plan.pipeline.unstacked else None
-        lowered = lower_pipeline(plan, captured if apart is None else apart.captured, devices)
+        lowerer = lower_single if plan.pipeline.program == "single" else lower_pipeline
+        lowered = lowerer(plan, captured if apart is None else apart.captured, devices)
         lowered.apart = apart
         return lowered
     mesh = device_mesh(plan.mesh, used_devices(plan, devices, plan.mesh.size, f"mesh {plan.mesh}"))

@@ -103,7 +103,7 @@ class LocalStep:
         consts, carry = op.loop_inputs
         if k < carry:
             return self.slot(f"{op.tag}/in{consts + k}")
-        return _stacked(self.slot(f"{op.tag}/out{k}"))
+        return stacked(self.slot(f"{op.tag}/out{k}"))
 
     def slot(self, tag: str) -> Sharding:
         if tag not in self.plan.slots:
@@ -298,20 +298,20 @@ class LocalStep:
             ]
             return tuple(results[:carry]), tuple(results[carry:])
 
-        final, stacked = lax.scan(
+        final, pieces = lax.scan(
             body, tuple(given[consts : consts + carry]), tuple(given[consts + carry :]),
             length=op.trips, reverse=bool(attrs.get("reverse", False)),
         )  # fmt: skip
-        for i, (value, array) in enumerate(zip(op.outputs, (*final, *stacked), strict=True)):
-            layout = ends[i] if i < carry else _stacked(ends[i])
+        for i, (value, array) in enumerate(zip(op.outputs, (*final, *pieces), strict=True)):
+            layout = ends[i] if i < carry else stacked(ends[i])
             scope.values[value] = Held(array, layout)
 
-    def _loop_input(self, op: Op, i: int, layout: Sharding, stacked: bool, scope: Scope) -> Any:
+    def _loop_input(self, op: Op, i: int, layout: Sharding, sliced: bool, scope: Scope) -> Any:
         outside, inside = op.inputs[i], op.regions[0].inputs[i]
-        target = _stacked(layout) if stacked else layout
+        target = stacked(layout) if sliced else layout
         if scope.moment is None or inside not in self._split or outside in self._split:
             return self.bring(scope.values[outside], target)
-        dim = self._split[inside] + (1 if stacked else 0)
+        dim = self._split[inside] + (1 if sliced else 0)
         return self.now(scope.values[outside], target, dim, scope)
 
     def _constants(self, scope: Scope) -> dict[int, Held]:
@@ -366,7 +366,7 @@ class LocalStep:
     def joined(self, pieces: jax.Array, layout: Sharding, dim: int) -> Held:
         """Results of all microbatches, stacked in front, as one value."""
         near = layout if self._groups(layout, dim) else _uncut(layout, dim)
-        arrays = self.bring(Held(pieces, _stacked(layout)), _stacked(near))
+        arrays = self.bring(Held(pieces, stacked(layout)), stacked(near))
         return Held(join_microbatches(arrays, dim, self._groups(near, dim)), near)
 
     def _late(self, time: TimeAxis) -> set[int]:
@@ -382,7 +382,8 @@ class LocalStep:
         return late
 
 
-def _stacked(layout: Sharding) -> Sharding:
+def stacked(layout: Sharding) -> Sharding:
+    """Of several values side by side, a new dim in front."""
     return Sharding(((), *layout.dims), layout.partial)
 
 

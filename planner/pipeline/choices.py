@@ -18,6 +18,7 @@ from ...ir.schedule import Schedule
 from ..cost.least import least_work
 from ..meshes import plane_meshes
 from .schedules import entry, schedule_named
+from .single import can_be_even, even_firsts
 from .units import Cut, Units, check_enough, find_units
 
 if TYPE_CHECKING:
@@ -67,10 +68,15 @@ class Choices:
         hosts, per_host = cluster.hosts, cluster.per_host
         if isinstance(wanted, int):
             check_enough(self.units, wanted)
+            if self.search.request.program == "single":
+                even_firsts(self.units, wanted)
             return (wanted,) * (cluster.size % wanted == 0)
         sizes = [d for d in range(1, per_host + 1) if per_host % d == 0]
         sizes += [per_host * h for h in range(2, hosts + 1) if hosts % h == 0]
-        return tuple(sorted(cluster.size // n for n in sizes if 1 < cluster.size // n <= len(self.units)))
+        found = sorted(cluster.size // n for n in sizes if 1 < cluster.size // n <= len(self.units))
+        if self.search.request.program == "single":
+            found = [stages for stages in found if can_be_even(self.units, stages)]
+        return tuple(found)
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -78,11 +84,14 @@ class Choices:
         if self.search.request.microbatches is not None:
             return (self.search.request.microbatches,)
         odd = lambda m: m // (m & -m)  # noqa: E731
-        return tuple(m for m in range(1, self.batch + 1) if self.batch % m == 0 and odd(m) in (1, 3))
+        least = 2 if self.search.request.program == "single" and self.batch > 1 else 1
+        return tuple(m for m in range(least, self.batch + 1) if self.batch % m == 0 and odd(m) in (1, 3))
 
     def schedules(self, stages: int, microbatches: int = 0) -> tuple[Choice, ...]:
         """What may be tried for so many stages: interleaving where there are layers enough, else zero bubble."""
         request = self.search.request
+        if request.program == "single":
+            return (("gpipe", 1),)
         if request.schedule is not None:
             return (self._pinned,)
         grouped = microbatches % stages == 0
@@ -202,11 +211,13 @@ class Choices:
             ((microbatches - 1) * crowd + 1 + bubble) / stages    for layers, if the ends took nothing
 
         A step takes the longer of the two, so any mean of them is a bound. What is done once counts
-        1 / stages.
+        1 / stages. In a single program the ends are run side by side, for a share of the microbatches each.
         """
         if name == "once":
             return 1 / shape.stages
         crowd, bubble = self.crowd(shape.stages), self.bubble(shape, name)
+        if self.search.request.program == "single":
+            return (shape.microbatches + (bubble if layer else 0.0)) / shape.stages
         mean = ENDS if crowd > 1 else 1.0
         full = (shape.microbatches - 1) * crowd + 1 + bubble if layer else 0.0
         return max(1e-9, mean * (shape.microbatches + bubble) + (1 - mean) * full) / shape.stages

@@ -67,7 +67,7 @@ class Pricing:
     places: tuple[Place, ...]
     cluster: Cluster
 
-    def _sending(self, nbytes: float, first: int, end: int) -> float:
+    def sending(self, nbytes: float, first: int, end: int) -> float:
         """Seconds that each device takes to send so much within a stretch of the cluster."""
         if not nbytes:
             return 0.0
@@ -181,14 +181,14 @@ class Pricing:
             return 0.0
         here, there, kind = homes[stage], homes[stage + 1], self.units.kinds[end - 1]
         most = max(here.each[kind].sent, there.each[kind].sent)
-        return self._sending(most, min(here.first, there.first), max(here.end, there.end))
+        return self.sending(most, min(here.first, there.first), max(here.end, there.end))
 
     def _once(self, home: Place, runs: Runs) -> float:
         pairs = zip(runs, home.each, strict=True)
         return sum(n * (each.once + self._handing(each)) for n, each in pairs)
 
     def _handing(self, each: UnitSeconds) -> float:
-        return self._sending(each.handed, 0, self.cluster.size)
+        return self.sending(each.handed, 0, self.cluster.size)
 
 
 def _passes(stage: StageSeconds) -> float:

@@ -14,8 +14,9 @@ import jax
 from .backends.xla.audit import Audit, audit
 from .backends.xla.audit_pipeline import audit_pipeline
 from .backends.xla.capture import Binding, Captured, convert
-from .backends.xla.lower import Lowered, OtherShapes
+from .backends.xla.lower import AnyLowered, OtherShapes
 from .backends.xla.lower import lower as lower_plan
+from .backends.xla.lower_single import LoweredSingle
 from .backends.xla.meetings import Meetings
 from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.trace import trace
@@ -174,7 +175,7 @@ def lower(
 class RunningStep:
     """A lowered step with the user's own signature (static arguments left out)."""
 
-    lowered: Lowered | LoweredPipeline
+    lowered: AnyLowered
 
     _started: list[bool] = field(default_factory=list)
 
@@ -192,13 +193,12 @@ class RunningStep:
 
     def _bindings(self) -> list[Binding]:
         """As the step was written and, where its layers were taken apart, with a tuple for each stack."""
-        apart = self.lowered.apart if isinstance(self.lowered, LoweredPipeline) else None
+        apart = self.lowered.apart
         return [self.lowered.captured.binding, *([] if apart is None else [apart.stacked.binding])]
 
     def run(self, leaves: Sequence[Any]) -> Any:
         """Run on the leaves of all arguments, which are not checked."""
-        lowered = self.lowered
-        apart = lowered.apart if isinstance(lowered, LoweredPipeline) else None
+        lowered, apart = self.lowered, self.lowered.apart
         if apart is not None and len(leaves) != len(apart.inputs):
             leaves = apart.apart(leaves)
         if lowered.joint:
@@ -234,20 +234,29 @@ class RunningStep:
         return self.lowered.plan
 
     def audit(self) -> Audit:
-        """Predicted against compiled communication and memory."""
+        """Predicted against compiled communication and memory.
+
+        Raises:
+            LoweringError: the plan runs a pipeline as a single program.
+        """
+        if isinstance(self.lowered, LoweredSingle):
+            raise LoweringError(
+                "a single program for all stages cannot be audited: how often its branches run is not in its text.",
+                where=f"plan `{self.plan.name}`", fix="hlo() for the text, or a plan with program=stages",
+            )  # fmt: skip
         return audit_pipeline(self.lowered) if isinstance(self.lowered, LoweredPipeline) else audit(self.lowered)
 
     def hlo(self) -> str:
         """The compiled program as text.
 
         Raises:
-            LoweringError: the plan has a pipeline.
+            LoweringError: the plan has a pipeline of several programs.
         """
         if isinstance(self.lowered, LoweredPipeline):
             raise LoweringError(
                 "the text is of one program; a pipeline is several.",
                 where=f"plan `{self.plan.name}`",
-                fix="a plan without a pipeline",
+                fix="a plan without a pipeline, or with program=single",
             )
         return self.lowered.hlo()
 
@@ -355,7 +364,7 @@ class ParallelStep:
         """Run both, compare, and return what the sharded step gave."""
         unsharded = self._unsharded(args, kwargs)
         graph = running.lowered.captured.graph
-        if isinstance(running.lowered, LoweredPipeline) and running.lowered.apart is not None:
+        if running.lowered.apart is not None:
             unsharded, leaves = running.lowered.apart.in_pieces(unsharded), running.lowered.apart.apart(leaves)
         truth = reference(unsharded, graph, leaves)
         results = self._run(running, self._key(args, kwargs)[0], leaves, args, kwargs)

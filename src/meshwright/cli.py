@@ -112,6 +112,9 @@ def plan(
     ] = "1",
     schedule: Annotated[str | None, typer.Option(help="Pin the schedule: 1f1b, interleaved, zb-h1, ...")] = None,
     chunks: Annotated[int | None, typer.Option(help="Stages per rank, for interleaved.")] = None,
+    program: Annotated[
+        str | None, typer.Option(help="stages: programs of each stage; single: one for all stages, as gpipe.")
+    ] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds of search.")] = 60.0,
     gap: Annotated[
         float | None, typer.Option(help="Good enough: 0.01 (the default; 0.05 with --pp) stops at a proven 1 %.")
@@ -153,6 +156,7 @@ def plan(
         pp=parse_pp(pp),
         schedule=schedule,
         chunks=chunks,
+        program=cast(Any, program),
         time_limit=time_limit,
         gap=gap,
         seed=seed,
@@ -244,6 +248,7 @@ def run(
     plan's devices.
 
     With --model the plan is made on the spot: meshwright run --model gpt-tiny --devices 8 --pin pp=4
+    Its stages have programs of their own, whose passes have a timeline; --pin program=single for one of all stages.
     """
     from .ir.codec import check_writable, load_plan
     from .processes import seat, take_devices
@@ -262,6 +267,8 @@ def run(
 
 
 def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> Any:
+    from dataclasses import replace
+
     from .emulation import emulate
     from .ir.cluster import Cluster
     from .pins import request_of
@@ -269,6 +276,8 @@ def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> 
     from .view.text import plan_head
 
     request = request_of(pins)
+    if request.pp != 1 and request.program is None:
+        request = replace(request, program="stages")  # whose passes have a timeline to show
     emulate(devices)
     recipe = {"model": model, **({} if batch is None else {"batch": batch})}
     found = _search(make(recipe), Cluster.parse(f"{devices}xcpu"), request).model_copy(update={"recipe": recipe})

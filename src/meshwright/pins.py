@@ -18,7 +18,7 @@ def _number(text: str) -> int:
 
 PINS: Mapping[str, Callable[[str], Any]] = {
     "pp": parse_pp, "schedule": str, "chunks": _number, "mesh": parse_mesh, "microbatches": _number,
-    "recompute": str, "memory": parse_bytes,
+    "recompute": str, "memory": parse_bytes, "program": str,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .backends.xla.lower import Lowered, lower
+from .backends.xla.lower import AnyLowered, lower
 from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.recorder import Passed, Recorder
 from .backends.xla.unstack import Unstacked
@@ -53,7 +53,7 @@ def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, s
         VerificationError: with `verify`, the first results differ from the unsharded step's.
     """
     lowered = lower(plan, made.capture(plan.pipeline is not None))
-    captured, apart = lowered.captured, lowered.apart if isinstance(lowered, LoweredPipeline) else None
+    captured, apart = lowered.captured, lowered.apart
     state, batches = start(made, data, seed)
     first = next(batches)
     truth = _unsharded(made, captured.graph, apart, state, *first) if verify else None
@@ -81,7 +81,7 @@ def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, s
     return results
 
 
-def _verify(truth: Reference, out: Any, lowered: Lowered | LoweredPipeline) -> None:
+def _verify(truth: Reference, out: Any, lowered: AnyLowered) -> None:
     names = lowered.captured.graph.output_names
     if lowered.joint:
         verify_together(truth, out, names, lowered.meetings)
@@ -119,7 +119,8 @@ def show(plan: Plan, trained: Trained, trace: Path | None, as_json: bool) -> Non
         return
     if trace is not None:
         if not trained.passes:
-            raise UsageError("only a pipeline has a measured timeline.", where="--trace", fix="meshwright simulate")
+            what = "only a pipeline with programs for each stage has a measured timeline."
+            raise UsageError(what, where="--trace", fix="meshwright simulate, or a plan with program=stages")
         write_whole(trace, json.dumps(both_trace(plan, trained.passes)))
     if as_json:
         found = {"losses": trained.losses, "seconds": trained.seconds}

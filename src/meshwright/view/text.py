@@ -46,10 +46,25 @@ def plan_head(plan: Plan) -> str:
             f"  step    {format_seconds(e.step_seconds)} predicted: compute {format_seconds(e.compute_seconds)}, "
             f"communication {format_seconds(e.communication_seconds)}; "
             f"{format_flops(rate / plan.device_count)} per device",
+            *_programs(plan),
             f"  memory  {format_bytes(e.peak_bytes)} per device of {format_bytes(e.limit_bytes)} allowed",
             f"  proof   {proof_line(plan)}",
         ]
     )
+
+
+def _programs(plan: Plan) -> list[str]:
+    """Which programs a pipeline runs, and what the other kind would take."""
+    if plan.pipeline is None or not plan.pipeline.programs:
+        return []
+    names = {"stages": "programs of each stage", "single": "a single program for all stages"}
+    here, seconds = plan.pipeline.program, plan.pipeline.programs
+    other = [f"{names[kind]} would take {format_seconds(s)}" for kind, s in seconds.items() if kind != here]
+    return [f"  runs    {names[here]}, {format_seconds(seconds[here])} with the host's dispatch{_also(other)}"]
+
+
+def _also(others: list[str]) -> str:
+    return f"; {others[0]}" if others else ""
 
 
 def _shape(plan: Plan) -> str:

@@ -28,7 +28,8 @@ def _pipeline(plan: Plan) -> str:
         return ""
     ranks, stages = len(plan.pipeline.first), len(plan.pipeline.stages)
     held = f", {stages // ranks} stages each" if stages > ranks else ""
-    return f"pipeline parallel {ranks}, {plan.pipeline.schedule}{held}"
+    single = ", a single program for all stages" if plan.pipeline.program == "single" else ""
+    return f"pipeline parallel {ranks}, {plan.pipeline.schedule}{held}{single}"
 
 
 def duty(use: AxisUse) -> str:

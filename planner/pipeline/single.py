@@ -1,0 +1,149 @@
+"""A pipeline as a single program for all stages, priced, and what the host takes to dispatch the other way.
+
+    single = ticks * (layers forward + back, and a hand-over each) + share * (front and back of the step)
+           + four exchanges of all microbatches' activations + updates         ticks = M + p - 1, share = ceil(M / p)
+    stages = the schedule, simulated, with the host's dispatch of every instruction
+
+In a tick all stages wait for the slowest. Front and back (embeddings, head and loss) are on every stage, which
+runs them for its share of the microbatches; each stage keeps what all ticks of the forward pass leave (GPipe).
+
+Leaves out: what both ways do once per step on the host, to place arrays and to take results apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import ceil
+
+from ...ir.errors import InfeasibleError, LoweringError
+from ...ir.schedule import Schedule
+from ...ir.units import format_bytes
+from .priced import Place, Priced, Pricing
+from .schedules import gpipe
+from .simulate import StageSeconds, pipeline_tasks, simulate
+from .stage_memory import Runs
+from .unit_costs import UnitSeconds
+from .units import Units, runs_of
+
+# Seconds of the host per instruction (a pass, or a send with its receive), and per shard of what a forward pass leaves
+# for later, which passes give and take: processor time of the dispatching thread, what 16 microbatches take it more
+# than 4, over their instructions. gpt-tiny, 2 stages: 332 us with 52 such values on 1 device, 640 us on 4 devices; 4
+# stages, 26 values on 2 devices: 277 us, 334 by this. A later run of the benchmark, on the same shared machine, had 332
+# in place of 640 and 113 of 277 (benchmarks/pipeline_programs.py, 2 cores of a cloud host, jax 0.10.2, 2026-11-26).
+INSTRUCTION, SHARD = 230e-6, 2e-6
+EXCHANGES = 4  # of the front's results, what the back reads, and the gradients of both
+
+
+def with_dispatch(seconds: float, schedule: Schedule, shards: float, kind: str) -> float:
+    """A step by programs of stages and the host's work: beside accelerators, on top where CPUs are the devices.
+
+    Args:
+        shards: what the forward pass of a stage leaves, on all devices of the stage in one process.
+    """
+    passes = sum(map(len, schedule.orders))
+    moves = 2 * schedule.microbatches * sum(a != b for a, b in pairwise(schedule.homes))
+    host = (passes + moves) * (INSTRUCTION + shards * SHARD)
+    return seconds + host if kind == "cpu" else max(seconds, host)
+
+
+def shards_left(pricing: Pricing, priced: Priced) -> float:
+    """What the forward pass of a stage leaves, as shards in one process, in the mean."""
+    holdings, stages = pricing.places[0].memory.holdings, range(priced.schedule.stages)
+    left = [sum(holdings.left(priced.runs(pricing.units, stage)).values()) for stage in stages]
+    return sum(left) / len(left) * min(pricing.places[0].devices, pricing.cluster.per_host)
+
+
+def even_firsts(units: Units, stages: int) -> tuple[int, ...]:
+    """The first unit of each stage where all hold equally many equal layers; the first also holds the front.
+
+    Raises:
+        LoweringError: that cannot be.
+    """
+    layers = [i for i, kind in enumerate(units.kinds) if units.names[kind] == "layer"]
+    places = [units.cuts[i] for i in layers]
+    alike = len({b - a for a, b in pairwise(places)}) <= 1 and layers == [*range(layers[0], layers[-1] + 1)]
+    if not layers or not alike or layers[0] == 0:
+        what = "layers of several kinds" if layers and not alike else "nothing before its layers"
+    elif len(layers) % stages:
+        what = f"{len(layers)} layers, which {stages} stages cannot share equally"
+    else:
+        each = len(layers) // stages
+        return (0, *(layers[0] + each * stage for stage in range(1, stages)))
+    raise LoweringError(f"the step has {what}.", where="request: program", fix="program=stages")
+
+
+def can_be_even(units: Units, stages: int) -> bool:
+    try:
+        return bool(even_firsts(units, stages))
+    except LoweringError:
+        return False
+
+
+def layer_runs(units: Units, stages: int) -> tuple[list[Runs], Runs]:
+    """Units of each kind: the layers of each stage, and what all stages have, the front and the back."""
+    firsts = even_firsts(units, stages)
+    layers = [i for i, kind in enumerate(units.kinds) if units.names[kind] == "layer"]
+    starts = [layers[0], *firsts[1:], layers[-1] + 1]
+    ends = with_ends(runs_of(units, 0, starts[0]), runs_of(units, starts[-1], len(units)))
+    return [runs_of(units, *pair) for pair in pairwise(starts)], ends
+
+
+def with_ends(runs: Runs, ends: Runs) -> Runs:
+    return tuple(map(sum, zip(runs, ends, strict=True)))
+
+
+def price_single(pricing: Pricing, microbatches: int) -> Priced:
+    """One program for all stages, one per rank.
+
+    Raises:
+        LoweringError: the stages cannot be equal.
+        InfeasibleError: what a stage then holds does not fit.
+    """
+    units, places = pricing.units, pricing.places
+    stages, each = len(places), places[0].each
+    firsts, (layers, ends) = even_firsts(units, stages), layer_runs(units, stages)
+    ticks, share = microbatches + stages - 1, ceil(microbatches / stages)
+    peaks = tuple(_peak(place, runs, ends, ticks, share * stages) for place, runs in zip(places, layers, strict=True))
+    peak, limit = max(peaks), places[0].limit
+    if peak > limit:
+        raise InfeasibleError(
+            f"it holds {format_bytes(peak)} per device, {format_bytes(limit)} may be used.",
+            where=f"a single program, {ticks} ticks of {stages} stages", fix="program=stages", needed_bytes=peak,
+            limit_bytes=limit,
+        )  # fmt: skip
+    sent = max(unit.sent for unit in each)
+    hop = max(pricing.sending(sent, place.first, place.end + place.devices) for place in places[:-1])
+    tick = max(_passes(each, runs) for runs in layers) + 2 * hop
+    exchange = EXCHANGES * pricing.sending(microbatches * sent, 0, pricing.cluster.size)
+    once = tuple(_once(each, with_ends(runs, ends)) for runs in layers)
+    schedule = gpipe(stages, microbatches)
+    seconds = tuple(_stage(each, runs, hop) for runs in layers)
+    total = ticks * tick + share * _passes(each, ends) + exchange + max(once)
+    run = simulate(pipeline_tasks(schedule, seconds))
+    return Priced(schedule, firsts, seconds, once, peaks, (float(ticks),) * stages, run, total)
+
+
+def _stage(each: Sequence[UnitSeconds], runs: Runs, hop: float) -> StageSeconds:
+    pairs = list(zip(runs, each, strict=True))
+    forward, backward, weight = (
+        sum(n * getattr(unit, name) for n, unit in pairs) for name in ("forward", "backward", "weight")
+    )
+    return StageSeconds(forward, backward, weight, hop, hop)
+
+
+def _passes(each: Sequence[UnitSeconds], runs: Runs) -> float:
+    return sum(n * unit.passes for n, unit in zip(runs, each, strict=True))
+
+
+def _once(each: Sequence[UnitSeconds], runs: Runs) -> float:
+    return sum(n * unit.once for n, unit in zip(runs, each, strict=True))
+
+
+def _peak(place: Place, runs: Runs, ends: Runs, ticks: int, feed: int) -> float:
+    """The stage's layers and both ends with one microbatch on its way, what the ticks leave of the layers, and
+    activations of all microbatches: the front's results, and the gradients that the back gives. What one tick leaves
+    is there twice: as it is made, and with the others."""
+    left = place.memory.parts(runs)[1]
+    sent = max(unit.sent for unit in place.each)
+    return place.memory.parts(with_ends(runs, ends))[0] + ticks * left + 2 * feed * sent

@@ -1,0 +1,250 @@
+"""A pipeline of equal stages as a single program equals the single-device step, and the planner chooses it by time.
+
+As in the matrix of pipelines: SGD in float32, so that what a parameter moved by is its gradient; under Adam with
+clipping the norms of all stages' gradients meet. Four or eight devices.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from meshwright.api import RunningStep, plan_captured
+from meshwright.backends.xla.capture import capture
+from meshwright.backends.xla.lower import lower
+from meshwright.backends.xla.lower_single import LoweredSingle
+from meshwright.backends.xla.verify import verify_outputs
+from meshwright.ir.errors import LoweringError, MeshwrightError, PlanError
+from meshwright.ir.plan import Plan
+from meshwright.planner.pipeline.schedules import gpipe, one_f_one_b
+from meshwright.planner.pipeline.single import INSTRUCTION, SHARD, with_dispatch
+from meshwright.planner.request import Request
+
+from .pipelines import case, pipelined, stage_plan
+from .test_pipeline_matrix import assert_moved, scanned
+from .test_pipeline_matrix import stage_plan as laid_out
+
+
+def single(plan: Plan, captured, stages: int, microbatches: int, cuts: list[int] | None = None) -> Plan:
+    found = pipelined(plan, captured, gpipe(stages, microbatches), cuts)
+    return found.model_copy(update={"pipeline": found.pipeline.model_copy(update={"program": "single"})})
+
+
+def check(name: str, stages: int, microbatches: int, layout: str, devices: int, optimizer: str = "sgd") -> None:
+    captured, leaves, _, truth = scanned(name) if name.endswith("-scan") else case(name, optimizer)
+    assert_moved(captured.graph, truth)
+    plan = single(laid_out(name, captured, devices, microbatches, layout), captured, stages, microbatches)
+    verify_outputs(truth, lower(plan, captured).jitted(*leaves), captured.graph.output_names)
+
+
+CASES = [
+    (name, stages, 4, layout, devices)
+    for name in ("gpt-tiny", "gpt-tiny-scan", "llama-tied-tiny")
+    for stages, layout, devices in ((4, "dp", 2), (4, "tp", 2), (2, "fsdp", 4), (2, "tp", 4))
+]
+FEW = [CASES[1], CASES[10]]
+
+
+@pytest.mark.parametrize("name, stages, microbatches, layout, devices", FEW)
+def test_losses_and_gradients_equal_one_device(name, stages, microbatches, layout, devices):
+    check(name, stages, microbatches, layout, devices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, stages, microbatches, layout, devices", [each for each in CASES if each not in FEW])
+def test_all_equal_one_device(name, stages, microbatches, layout, devices):
+    check(name, stages, microbatches, layout, devices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatches", [2, 8])
+def test_shares_need_not_be_equal(microbatches):
+    """Four stages: two of them have no microbatch's front and back to run, or all have two."""
+    check("gpt-tiny", 4, microbatches, "dp", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt-tiny", "llama-tied-tiny"])
+def test_norms_of_all_stages_meet_where_gradients_are_clipped(name):
+    captured, leaves, _, truth = case(name, "adamw")
+    plan = single(stage_plan(name, 2, 4, "adamw"), captured, 2, 4)
+    verify_outputs(truth, lower(plan, captured).jitted(*leaves), captured.graph.output_names)
+
+
+@pytest.mark.slow
+def test_recomputing_changes_no_gradient():
+    captured, leaves, _, truth = case("llama-tied-tiny")
+    plan = single(stage_plan("llama-tied-tiny", 2, 4, recompute="full"), captured, 2, 4)
+    verify_outputs(truth, lower(plan, captured).jitted(*leaves), captured.graph.output_names)
+
+
+def test_state_lies_as_with_programs_of_stages_and_either_takes_the_other_on():
+    """Layers lie on the devices of their stage, in arrays of their own; a step of each kind equals two steps."""
+    captured, leaves, flat, _ = case("gpt-tiny")
+    plan = single(stage_plan("gpt-tiny", 2, 4), captured, 2, 4)
+    stages = plan.pipeline.model_copy(update={"program": "stages"})
+    one, many = lower(plan, captured), lower(plan.model_copy(update={"pipeline": stages}), captured)
+    assert isinstance(one, LoweredSingle) and one.hlo().count("ENTRY") == 1
+    after, names = dict(captured.graph.state), captured.graph.input_names
+    homes = [(a.device_set, b.device_set) for a, b in zip(one.input_shardings, many.input_shardings, strict=True)]
+    layers = [k for k in after if "layers" in names[k]]
+    assert len(layers) > 40 and all(homes[k][0] == homes[k][1] for k in layers)
+    found, wanted = one.jitted(*leaves), jax.tree.leaves(flat(*leaves))
+    found = many.jitted(*(found[after[k]] if k in after else leaf for k, leaf in enumerate(leaves)))
+    wanted = jax.tree.leaves(flat(*(wanted[after[k]] if k in after else leaf for k, leaf in enumerate(leaves))))
+    for have, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(have), np.asarray(want), rtol=1e-3, atol=2e-5)
+
+
+def test_donated_leaves_are_given_up():
+    captured, leaves, _, _ = case("gpt-tiny")
+    one = lower(single(stage_plan("gpt-tiny", 2, 4), captured, 2, 4), captured)
+    placed = one.placed(leaves)
+    jax.block_until_ready(one.jitted(*placed))
+    gone = [k for k, leaf in enumerate(placed) if leaf.is_deleted()]
+    assert set(gone) == set(captured.graph.donated)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refusal(captured, plan: Plan) -> str:
+    with pytest.raises(LoweringError) as refused:
+        lower(plan, captured)
+    return str(refused.value)
+
+
+def test_what_is_not_equal_stages_is_refused():
+    captured, plan = case("gpt-tiny")[0], stage_plan("gpt-tiny", 2, 4)
+    whole = single(plan, captured, 2, 4)
+    first, second = (stage.cut for stage in whole.pipeline.stages)
+    uneven = single(plan, captured, 2, 4, [first, second + 87])  # a layer later
+    assert "stages hold 3, 1 layers" in refusal(captured, uneven)
+    within = single(plan, captured, 2, 4, [first, len(captured.graph.ops) - 1])
+    assert "layers of several kinds" in refusal(captured, within)
+    other = one_f_one_b(2, 4)
+    orders = {"schedule": other.name, "orders": other.text()}
+    plan = whole.model_copy(update={"pipeline": whole.pipeline.model_copy(update=orders)})
+    assert "runs gpipe, not 1f1b" in refusal(captured, plan)
+    assert "two microbatches or more" in refusal(captured, single(stage_plan("gpt-tiny", 2, 1), captured, 2, 1))
+
+
+@dataclass(frozen=True)
+class Layered:
+    """Four layers that look alike; with `tied` the third has the first one's weights."""
+
+    tied: bool
+
+    def __call__(self, weights, x):
+        def loss(weights):
+            h = x @ weights["in"]
+            for number, (up, down) in enumerate(weights["layers"]):
+                h = h + jnp.tanh(h @ (weights["layers"][0][0] if self.tied and number == 2 else up)) @ down
+            return jnp.mean(jnp.square(h @ weights["out"]))
+
+        value, grads = jax.value_and_grad(loss)(weights)
+        return jax.tree.map(lambda w, g: w - 0.1 * g, weights, grads), value
+
+
+def layers_alike(tied: bool):
+    rng = np.random.default_rng(0)
+    make = lambda *shape: rng.normal(size=shape).astype(np.float32) / 4  # noqa: E731
+    weights = {"in": make(8, 16), "layers": [(make(16, 16), make(16, 16)) for _ in range(4)], "out": make(16, 4)}
+    return Layered(tied), weights, make(8, 8)
+
+
+def test_layers_that_share_weights_are_refused_at_their_line():
+    for tied in (False, True):
+        step, weights, x = layers_alike(tied)
+        captured = capture(step, weights, x, donate_argnums=0)
+        request = Request(pp=2, microbatches=4, schedule="gpipe", recompute="none", time_limit=10)
+        plan = plan_captured(captured, "2xcpu", replace(request, program="stages"), "alike")
+        plan = plan.model_copy(update={"pipeline": plan.pipeline.model_copy(update={"program": "single"})})
+        if not tied:
+            results = jax.tree.leaves(RunningStep(lower(plan, captured))(weights, x))
+            for have, want in zip(results, jax.tree.leaves(step(weights, x)), strict=True):
+                np.testing.assert_allclose(np.asarray(have), np.asarray(want), rtol=1e-5, atol=1e-6)
+        else:
+            assert re.search(r"not alike.*\n.*test_single\.py:\d+", refusal(captured, plan))
+
+
+# ---------------------------------------------------------------- the planner's choice
+
+
+def chosen(**request) -> Plan:
+    options = {"pp": 2, "microbatches": 8, "recompute": "none", "mesh": (1,), **request}
+    return plan_captured(case("gpt-tiny", "adamw")[0], "2xcpu", Request(**options), "gpt-tiny")
+
+
+def test_the_faster_kind_of_program_is_chosen_and_both_are_told():
+    plan = chosen()
+    pipeline = plan.pipeline
+    assert pipeline.program == min(pipeline.programs, key=pipeline.programs.get) == "single"
+    assert set(pipeline.programs) == {"stages", "single"}
+    assert plan.estimate.step_seconds == pipeline.programs["single"]
+    assert pipeline.schedule == "gpipe" and [s.held for s in pipeline.stages] == [9, 9]
+    stages = chosen(program="stages").pipeline
+    assert stages.program == "stages" and stages.programs["stages"] == pytest.approx(pipeline.programs["stages"])
+
+
+def test_a_single_program_holds_every_tick_and_both_ends():
+    one, many = chosen(program="single"), chosen(program="stages", schedule="gpipe")
+    assert one.pipeline.program == "single" and "stages" not in one.pipeline.programs
+    assert one.estimate.peak_bytes > many.estimate.peak_bytes
+    tight = chosen(memory=one.estimate.peak_bytes * 0.9)
+    assert tight.pipeline.program == "stages"
+    assert any("no single program" in note and "may be used" in note for note in tight.notes)
+
+
+@pytest.mark.slow
+def test_the_compiled_program_takes_the_memory_predicted():
+    plan = chosen(program="single")
+    stats = lower(plan, case("gpt-tiny", "adamw")[0]).compiled.memory_analysis()
+    peak = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
+    assert peak - stats.alias_size_in_bytes == pytest.approx(plan.estimate.peak_bytes, rel=0.1)
+
+
+def test_ticks_shares_and_exchanges_add_up():
+    plan = chosen(program="single", schedule="gpipe")
+    stages = plan.pipeline.stages
+    ticks = 9 * max(s.forward_seconds + s.backward_seconds + 2 * s.send_seconds for s in stages)
+    updates = max(s.once_seconds for s in stages)
+    assert ticks + updates < plan.estimate.step_seconds < 1.5 * (ticks + updates)
+
+
+def test_the_host_works_beside_accelerators_and_on_top_of_emulated_ones():
+    """Two stages of eight microbatches: 32 passes, and 16 hand-overs."""
+    host, schedule = 48 * (INSTRUCTION + 100 * SHARD), gpipe(2, 8)
+    assert with_dispatch(1.0, schedule, 100, "cuda") == 1.0
+    assert with_dispatch(1e-6, schedule, 100, "cuda") == pytest.approx(host)
+    assert with_dispatch(1.0, schedule, 100, "cpu") == pytest.approx(1 + host)
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        ({"schedule": "1f1b"}, "program cannot be single with schedule 1f1b"),
+        ({"microbatches": 1}, "microbatches cannot be 1 with program=single"),
+        ({"pp": 1}, "program cannot be single without a pipeline"),
+    ],
+)
+def test_pins_that_contradict_a_single_program_are_refused(request_, message):
+    with pytest.raises(PlanError, match=message):
+        chosen(program="single", **request_)
+
+
+def test_a_kind_of_program_that_does_not_exist_is_refused():
+    with pytest.raises(PlanError, match="program cannot be 'singel'"):
+        chosen(program="singel")
+
+
+def test_layers_that_cannot_be_shared_equally_are_refused_when_asked_for():
+    captured = case("gpt-tiny", "adamw")[0]
+    request = Request(pp=3, microbatches=4, program="single", recompute="none")
+    with pytest.raises(MeshwrightError, match="4 layers, which 3 stages cannot share equally"):
+        plan_captured(captured, "3xcpu", request, "gpt-tiny")
