@@ -52,7 +52,7 @@ def case(name: str, optimizer: str = "sgd"):
     state, batch = example.init(jax.random.key(0)), example.make_batch(np.random.default_rng(0))
     leaves, tree = jax.tree.flatten((jax.tree.map(_later, state), batch))
     flat = jax.jit(lambda *leaves: example.step(*jax.tree.unflatten(tree, leaves)))
-    truth = replace(reference(flat, captured.graph, leaves), tolerance=0.0)  # f32 throughout: strict
+    truth = replace(reference(flat, captured, leaves), tolerance=0.0)  # f32 throughout: strict
     return captured, jax.tree.map(np.asarray, leaves), flat, truth
 
 

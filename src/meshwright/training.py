@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .backends.xla.capture import Captured
 from .backends.xla.lower import Lowered, lower
 from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.recorder import Passed, Recorder
@@ -20,7 +21,6 @@ from .backends.xla.unstack import Unstacked
 from .backends.xla.verify import Reference, reference, verify_outputs, verify_together
 from .ir.codec import write_whole
 from .ir.errors import UsageError
-from .ir.graph import Graph
 from .ir.plan import Plan
 from .ir.schedule import Step as Pass
 from .pipeline_view import both_text, both_trace
@@ -56,7 +56,7 @@ def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, s
     captured, apart = lowered.captured, lowered.apart if isinstance(lowered, LoweredPipeline) else None
     state, batches = start(made, data, seed)
     first = next(batches)
-    truth = _unsharded(made, captured.graph, apart, state, *first) if verify else None
+    truth = _unsharded(made, captured, apart, state, *first) if verify else None
     if apart is not None:
         leaves = apart.apart(jax.tree.leaves((state, *first)))
         state = jax.tree.unflatten(captured.binding.in_tree, leaves)[0][0]
@@ -146,12 +146,12 @@ def _next_state(out: Any, state: Any, name: str) -> Any:
     )
 
 
-def _unsharded(made: Made, graph: Graph, apart: Unstacked | None, *args: Any) -> Reference:
+def _unsharded(made: Made, captured: Captured, apart: Unstacked | None, *args: Any) -> Reference:
     leaves, tree = jax.tree.flatten(args)
     step = jax.jit(lambda *flat: made.step(*jax.tree.unflatten(tree, flat)))
     if apart is None:
-        return reference(step, graph, leaves)
-    return reference(apart.in_pieces(step), graph, apart.apart(leaves))
+        return reference(step, captured, leaves)
+    return reference(apart.in_pieces(step), captured, apart.apart(leaves))
 
 
 def start(made: Made, data: Path | None, seed: int) -> tuple[Any, Iterator[tuple[Any, ...]]]:
