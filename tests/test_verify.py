@@ -16,7 +16,7 @@ from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.verify import reference, verify_outputs
 from meshwright.ir.errors import VerificationError
 
-MICROBATCHES, WIDTH, LAYERS = 4, 48, 3
+MICROBATCHES, WIDTH, LAYERS = 8, 32, 4
 ADAM = optax.adamw(1e-2, b1=0.9, b2=0.95)
 
 
