@@ -93,6 +93,13 @@ def zero_bubble(ranks: int, microbatches: int) -> Schedule:
     return Schedule("zb", ranks, microbatches, tuple(orders))
 
 
+def half_split(ranks: int, microbatches: int) -> Schedule:
+    """As `zero_bubble`, but every other microbatch makes its gradients of weights in its backward pass."""
+    full = zero_bubble(ranks, microbatches)
+    orders = (tuple(s for s in order if s.kind != "weight" or s.microbatch % 2) for order in full.orders)
+    return Schedule("half-split", ranks, microbatches, tuple(orders))
+
+
 def shuffled(stages: int, microbatches: int, seed: int) -> Schedule:
     """A random order in which no rank waits for ever: a random walk over what may run next."""
     rng, orders, done = np.random.default_rng(seed), [[] for _ in range(stages)], set()

@@ -45,7 +45,7 @@ def step(state, batch):
 
 def in_microbatches(mistake, state, batch):
     """The same step, its batch in parts; `mistake` spoils the gradients of the parts, or what they add up to."""
-    parts = [jax.tree.map(lambda x: x[k::MICROBATCHES], batch) for k in range(MICROBATCHES)]
+    parts = [tuple(each[k::MICROBATCHES] for each in batch) for k in range(MICROBATCHES)]
     found = [jax.value_and_grad(loss_of)(state[0], *part) for part in parts]
     loss = sum(loss for loss, _ in found) / MICROBATCHES
     found = [jax.tree.map(lambda g: (g / MICROBATCHES).astype(jnp.bfloat16), grads) for _, grads in found]
