@@ -74,7 +74,7 @@ def searched(name: str, cluster: str, **options) -> Search:
 @pytest.mark.parametrize("policy", ["none", "elementwise", "full"])
 @pytest.mark.parametrize("name", ["gpt3-1.3b", "vit-l16"])
 def test_all_units_together_cost_what_the_step_costs(name, policy):
-    """Seconds within the scalars that each stage works out for itself; bytes exactly."""
+    """Seconds within the scalars that each stage works out for itself; bytes but for what passes hand over whole."""
     search = searched(name, "h100x8", batch=64)
     candidate = Candidate(mesh_of((4, 2)), policy, 8)
     space, lives = search.open(candidate)
@@ -88,7 +88,8 @@ def test_all_units_together_cost_what_the_step_costs(name, policy):
     memory = StageMemory(Holdings.of(cut, 8, search.cluster), space, solution.choices)
     ledger = Ledger(space, lives)
     peak, _ = ledger.peak(ledger.local_bytes(solution.choices))
-    assert memory.parts(runs_of(units, 0, len(units)))[0] == pytest.approx(peak, rel=1e-12)
+    most, left, _ = memory.parts(runs_of(units, 0, len(units)))
+    assert peak <= most <= peak + left
 
 
 def test_units_of_folded_layers():

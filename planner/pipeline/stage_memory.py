@@ -20,6 +20,7 @@ import numpy as np
 from ...ir.cluster import Cluster
 from ...ir.graph import Op
 from ...ir.microbatch import TimeAxis
+from ...ir.program import Program
 from ...ir.roles import roles
 from ..memory.ledger import Ledger
 from ..memory.lifetimes import Lifetimes, Segment, lifetimes, ticks_of
@@ -57,8 +58,7 @@ class Holdings:
     @property
     def split(self) -> Mapping[int, int]:
         """Value -> the dim that microbatches cut."""
-        time = self.cut.program.time
-        return time.split if isinstance(time, TimeAxis) else {}
+        return _split(self.cut.program)
 
     @cached_property
     def owned(self) -> np.ndarray:
@@ -107,20 +107,29 @@ class Holdings:
 
 
 def _in_passes(cut: Cut, lives: Lifetimes) -> Lifetimes:
-    """What forward passes leave lives from the first forward op to the last one of the backward pass."""
+    """What forward passes leave lives from the first forward op to the last one of the backward pass.
+
+    That is stored, also what within one program would be made again or be part of another value.
+    """
     inside = [each for op, each in _ticks(lives) if cut.passes.get(op.tag, "once") != "once"]
-    left = {v for kind in range(len(cut.units.names)) for v in cut.saved(kind)} - set(cut.program.graph.inputs)
-    if not inside:
+    graph, split = cut.program.graph, _split(cut.program) if lives.microbatches > 1 else {}
+    left = {v for kind in range(len(cut.units.names)) for v in cut.saved(kind)} - set(graph.inputs)
+    if not inside or not left:
         return lives
     start, end = inside[0][0], max(last for _, last in inside)
-    most: dict[int, int] = {}
-    for each in lives.segments:
-        if each.value in left:
-            most[each.value] = max(most.get(each.value, 0), each.first, each.last)
-    kept = [each for each in lives.segments if each.value not in most or each.end > end]
-    held = [Segment(value, start, end, many, many) for value, many in most.items()]
-    later = [replace(each, start=max(each.start, end + 1)) if each.value in most else each for each in kept]
-    return replace(lives, segments=(*later, *held))
+    many = {v: op.count for op in lives.program.graph.ops for v in op.outputs if v in left}
+    held = [Segment(v, start, end, many.get(v, 1), many.get(v, 1)) for v in left]
+    others = [each for each in lives.segments if each.value not in left]
+    later = [replace(s, start=max(s.start, end + 1)) for s in lives.segments if s.value in left and s.end > end]
+    return replace(
+        lives, segments=(*others, *held, *later),
+        causes=dict.fromkeys(left, "activations") | lives.causes,
+        scale={v: 1 / lives.microbatches if v in split else 1.0 for v in left} | lives.scale,
+    )  # fmt: skip
+
+
+def _split(program: Program) -> Mapping[int, int]:
+    return program.time.split if isinstance(program.time, TimeAxis) else {}
 
 
 def _ticks(lives: Lifetimes) -> Iterator[tuple[Op, tuple[int, int]]]:
