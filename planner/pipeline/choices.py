@@ -63,7 +63,7 @@ class Choices:
         cluster, wanted = self.search.cluster, self.search.request.pp
         hosts, per_host = cluster.hosts, cluster.per_host
         if isinstance(wanted, int):
-            check_enough(self.units, wanted)
+            check_enough(self.units, wanted, self.search.cluster.size)
             return (wanted,)
         sizes = [d for d in range(1, per_host + 1) if per_host % d == 0]
         sizes += [per_host * h for h in range(2, hosts + 1) if hosts % h == 0]

@@ -18,6 +18,7 @@ from .ir.schedule import Schedule
 from .planner.pipeline.simulate import COMPUTE, StageSeconds, pipeline_tasks, simulate
 from .planner.pipeline.timeline import Slice, Timeline
 
+LEGEND = "F forward, B backward, W gradients of weights, U update, . idle"
 APART = 1000  # added to the process numbers of the measured half of a trace
 
 
@@ -99,7 +100,7 @@ def both_text(plan: Plan, passes: Sequence[Passed], width: int = 96) -> str:
         f"measured   {theirs.seconds * 1e3:.2f} ms", theirs.text(width), "",
         *rows,
         "measured seconds are medians of all microbatches.",
-        "F forward, B backward, W gradients of weights, U update, . idle",
+        LEGEND,
     ])  # fmt: skip
 
 

@@ -206,7 +206,7 @@ def _collective_rows(plan: Plan, most: int | None) -> list[tuple[str, ...]]:
 def _proof(plan: Plan, everything: bool) -> str:
     p = plan.proof
     lines = [
-        f"searched for {p.seconds:.1f} s, seed {p.seed}; the best so far at each point:",
+        f"searched for {p.seconds:.1f} s, seed {p.seed}; found on the way:",
         *(f"  {line}" for line in _last(p.searched, None if everything else CANDIDATES)),
         f"  prices: {p.cost_model}, {p.band}",
         f"  not searched: {'; '.join(p.left_out)}",
