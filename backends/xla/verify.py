@@ -123,7 +123,8 @@ def _wrong(want: Any, have: Any, noise: Noise | None, before: Any, tolerance: fl
         count = int(np.sum(want != have))
         return f"{count} of {want.size} numbers are others" if count else ""
     tolerance = max(tolerance, TOLERANCE.get(str(want.dtype), 1e-3))
-    return _judged(wide(want), wide(have), noise or Noise(*np.zeros((2, *want.shape))), before, tolerance)
+    still = Noise(np.zeros(want.shape), np.zeros(want.shape))
+    return _judged(wide(want), wide(have), noise or still, before, tolerance)
 
 
 def _judged(want: np.ndarray, have: np.ndarray, noise: Noise, before: Any, tolerance: float) -> str:
