@@ -158,6 +158,14 @@ def in_flight(schedule: Schedule, rank: int, freed_by: Kind = "backward") -> int
     return int(peak_held(schedule, rank, one, one if freed_by == "weight" else [0.0] * schedule.stages))
 
 
+def microbatches_held(schedule: Schedule, rank: int) -> int:
+    """Of how many microbatches a rank holds something at once, at most: each from its first step there to its last."""
+    order = schedule.orders[rank]
+    first = {step.microbatch: k for k, step in reversed([*enumerate(order)])}
+    last = {step.microbatch: k for k, step in enumerate(order)}
+    return max((sum(first[m] <= k <= last[m] for m in first) for k in first.values()), default=0)
+
+
 def check(schedule: Schedule) -> None:
     """Every pass happens once, in an order in which no rank waits for ever.
 

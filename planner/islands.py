@@ -248,7 +248,7 @@ class Islands:
                 return
             self._look(each)
             left = sum(c.estimate < self.best for c in combinations[looked:])
-            self._head.stand(self.best, self.lower_bound(), looked, left)
+            self._head.stand(self.best, self.lower_bound(), looked, left, self.request.time_limit)
 
     def _look(self, each: Combination) -> None:
         try:

@@ -222,19 +222,28 @@ class Pipelines:
         return self.spaces[shape]
 
     def _hopeless(self, shape: Shape) -> bool:
-        """Whether all stages together have no room for one microbatch each, or the one with most layers has
-        none, however everything lies."""
-        if self._crowded(shape, 1.0):
-            return True
+        """Whether a shape fits in no way."""
+        return self._crowded(shape, 1.0) or self._least_of_layers(shape) > self.search.limit
+
+    def least(self, shape: Shape) -> float:
+        """Bytes per device that a shape needs at least, however everything lies."""
+        return max(self._least_of_all(shape, 1.0), self._least_of_layers(shape))
+
+    def _least_of_layers(self, shape: Shape) -> float:
+        """Of the stage with most layers, which has at least its share of them."""
         middle = self.choices.units.middle
         layers = self.choices.units.kinds.count(middle)
         runs = [0] * len(self.choices.units.names)
         runs[middle] = max(1, (layers - (len(self.choices.units) - layers)) // shape.stages)
         holdings = self.holdings(shape.policy, shape.microbatches)
-        return least_peak(holdings.of_stage(tuple(runs)), shape.mesh) > self.search.limit
+        return least_peak(holdings.of_stage(tuple(runs)), shape.mesh)
 
     def _crowded(self, shape: Shape, held: float) -> bool:
         """Whether all stages together have no room for so many microbatches, however everything lies."""
+        return self._least_of_all(shape, held) > self.search.limit
+
+    def _least_of_all(self, shape: Shape, held: float) -> float:
+        """Of all stages together with so many microbatches, shared out evenly."""
         holdings, mesh = self.holdings(shape.policy, shape.microbatches), shape.mesh
         graph, split = holdings.cut.program.graph, holdings.split if shape.microbatches > 1 else {}
 
@@ -243,7 +252,7 @@ class Pipelines:
 
         lasting = sum(n * least(v) for v, n in zip(graph.inputs, graph.input_counts, strict=True))
         flying = holdings.left(runs_of(self.choices.units, 0, len(self.choices.units))).items()
-        return lasting + held * sum(n * least(v) for v, n in flying) > shape.stages * self.search.limit
+        return (lasting + held * sum(n * least(v) for v, n in flying)) / shape.stages
 
     def _shared_memory(self, space: Space, shape: Shape) -> Live:
         """Parameters, sums and results in flight of all stages within the memory of all stages."""
@@ -399,11 +408,39 @@ class Pipelines:
         return write_pipeline(ranks, best.pricing, best.priced, self.search.cluster, bound, left_out, chosen)
 
     def infeasible(self) -> PlanError:
-        counts = self.choices.stage_counts or [self.search.request.pp]
-        stages = max(self.choices.stage_counts, default=self.search.request.pp)
+        """The least that any pipeline asked for needs, and the pipeline of those not asked for that needs least."""
+        search = self.search
+        if search.stopped_by != "proof":
+            return search.infeasible()
+        asked = self._least_needed()
+        if asked is None:
+            return InfeasibleError(
+                f"no pipeline of {search.request.pp} stages can be cut.", where=f"cluster {search.cluster.name}",
+                fix="--pp auto, without a pinned mesh",
+            )  # fmt: skip
+        needed, shape = asked
+        said = "may be enough, but no layouts were found that fit" if needed <= search.limit else "is needed at least"
         return InfeasibleError(
-            f"no pipeline of {', '.join(map(str, counts))} stages fits.",
-            where=f"{format_bytes(self.search.limit)} per device may be used",
-            origin=f"cluster {self.search.cluster.name}: {self.search.cluster.size} devices",
-            fix=f"more microbatches, recompute, or more stages than {stages}",
-        )
+            f"no pipeline fits: {format_bytes(needed)} per device {said}, {format_bytes(search.limit)} may be used.",
+            where=f"the least is with {shape}",
+            origin=f"cluster {search.cluster.name}: {search.cluster.size} devices",
+            fix=self._what_may_fit(needed),
+            needed_bytes=needed, limit_bytes=search.limit,
+        )  # fmt: skip
+
+    def _least_needed(self) -> tuple[float, Shape] | None:
+        """Least bytes of any shape, and the shape; more microbatches never need more."""
+        most = self.choices.counts[-1]
+        shapes = [replace(family, microbatches=most) for family in self.choices.families()]
+        return min(((self.least(shape), shape) for shape in shapes), key=lambda pair: pair[0], default=None)
+
+    def _what_may_fit(self, needed: float) -> str:
+        search, more = self.search, "more devices, a smaller batch, or devices with more memory"
+        free = dict.fromkeys(("mesh", "recompute", "microbatches", "schedule", "chunks"), None)
+        request = replace(search.request, pp="auto", **free)
+        found = Pipelines(search.over(search.cluster, request))._least_needed()
+        if found is None or found[0] >= needed:
+            return more
+        if found[0] <= search.limit:
+            return f"{found[1]}, which needs at least {format_bytes(found[0])}; or {more}"
+        return f"{more}; any pipeline here needs at least {format_bytes(found[0])}, that with {found[1]}"

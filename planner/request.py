@@ -83,6 +83,7 @@ class Request:
             # An axis of one device cuts nothing.
             cutting = tuple(int(size) for size in self.mesh if size != 1)
             object.__setattr__(self, "mesh", cutting or tuple(self.mesh[:1]))
+        _check_numbers(self)
 
 
 def parse_mesh(text: str) -> tuple[int, ...]:
@@ -108,7 +109,6 @@ def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
     Raises:
         PlanError: the field, its value, and values that would do.
     """
-    _check_numbers(request)
     if request.memory is not None and request.memory > cluster.device.memory:
         _refuse(
             "memory",

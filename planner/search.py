@@ -132,13 +132,16 @@ class Search:
         self.log.append(line)
         self.tell(line)
 
-    def stand(self, best: float, bound: float, looked: int, left: int) -> None:
-        """Say where the search stands; `left` of what is looked at can still hold something better."""
+    def stand(self, best: float, bound: float, looked: int, left: int, limit: float | None = None) -> None:
+        """Say where the search stands; `left` of what is looked at can still hold something better.
+
+        `limit`: seconds that all may take, where this search is a part of another.
+        """
         elapsed = time.monotonic() - self.started
         if elapsed - self._stood < OFTEN:
             return
         self._stood = elapsed
-        ends = min(left * elapsed / max(1, looked), self.request.time_limit - elapsed)
+        ends = min(left * elapsed / max(1, looked), (limit or self.request.time_limit) - elapsed)
         found = f"best {format_seconds(best)}, gap {1 - bound / best:.1%}, " if best < inf else "nothing yet, "
         self.now(f"{found}no plan under {format_seconds(bound)}; {left} left, about {max(0.0, ends):.0f} s")
 

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.ir.errors import UsageError
-from meshwright.planner.pipeline.stages import cut_into_stages
 from meshwright.planner.solver import anytime, branch
 from meshwright.planner.solver.anytime import solve_live
 from meshwright.planner.solver.ascent import Ascent
@@ -375,23 +374,6 @@ def test_alpas_intra_operator_optima(case):
     else:
         assert found.status == "optimal"
         assert found.objective == pytest.approx(case["brute_force"], rel=1e-9)
-
-
-@pytest.mark.parametrize("number", range(len(alpa("stage_dp_cases.json"))))
-def test_alpas_stage_optima(number):
-    case = alpa("stage_dp_cases.json")[number]
-    found = cut_into_stages(
-        np.array(case["cost"]),
-        np.array([hosts * each for hosts, each in case["submesh_choices"]]),
-        case["num_devices"],
-        case["num_microbatches"],
-        np.array(case["max_succ_stages"]),
-    )
-    if case["brute_force"] is None or not isfinite(case["brute_force"]):
-        assert found is None
-    else:
-        assert found is not None
-        assert found.seconds == pytest.approx(case["brute_force"], rel=1e-6)
 
 
 # ---------------------------------------------------------------- bad files

@@ -92,7 +92,7 @@ def test_predicted_bytes_and_memory_are_near_the_compiled_ones(name):
 
 
 def test_a_pipeline_moves_what_was_planned_and_holds_about_as_much():
-    """Its programs run as often as the schedule says. A pass keeps what it takes to its end, which plans leave out."""
+    """Its programs run as often as the schedule says. A pass keeps what it takes to its end, as plans say."""
     example = build("gpt-tiny", optimizer="sgd", dtype="f32")
     request = mw.Request(pp=2, microbatches=4, recompute="none", schedule="1f1b", time_limit=20)
     arguments = (example.state, example.batch)
@@ -102,6 +102,6 @@ def test_a_pipeline_moves_what_was_planned_and_holds_about_as_much():
     assert [part.stages for part in report.ranks] == [(0,), (1,)]
     assert sum(part.compiled_bytes for part in report.ranks) == report.compiled_bytes
     for part in report.ranks:
-        assert 0.9 < sum(part.parts.values()) / part.predicted_peak < 1.35
+        assert 0.75 < sum(part.parts.values()) / part.predicted_peak < 1.08
     assert report.compiled_peak == max(sum(part.parts.values()) for part in report.ranks)
     assert "ranks: lines above are of all of them" in audit_text(report)

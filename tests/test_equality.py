@@ -35,7 +35,7 @@ def case(name: str):
     state, batch = example.init(jax.random.key(0)), example.make_batch(np.random.default_rng(0))
     leaves, tree = jax.tree.flatten((state, batch))
     flat = jax.jit(lambda *leaves: example.step(*jax.tree.unflatten(tree, leaves)))
-    truth = reference(flat, captured.graph, leaves)
+    truth = reference(flat, captured, leaves)
     return captured, (state, batch), replace(truth, tolerance=0.0)  # f32 throughout: strict
 
 

@@ -1,6 +1,7 @@
 """The lines that start a plan on its cluster."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +82,12 @@ def test_hosts_are_called_by_their_names(small_plan):
 def test_what_does_not_fit_is_refused(small_plan, devices, per_host, launcher, message):
     with pytest.raises(UsageError, match=message):
         shown(on(small_plan, "4xh100x8@ib400", devices), launcher, per_host)
+
+
+def test_for_unlike_hosts_the_line_of_a_process_is_shown(small_plan):
+    cluster = Path(__file__).parent.parent / "benchmarks/clusters/a100_v100.yaml"
+    with pytest.raises(UsageError, match=r"not alike(.|\n)*meshwright run PLAN --coordinator \S+:8476 --processes N"):
+        shown(on(small_plan, str(cluster), 24), "slurm", 1)
 
 
 def test_the_command_prints_lines_to_copy(small_plan, tmp_path, monkeypatch, capsys):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +73,32 @@ def test_least_step_equals_trying_every_pipeline(drawn, microbatches):
     else:
         assert found is not None
         assert found[0] == pytest.approx(best) == pytest.approx(seconds(found[1]))
+
+
+def alpas_cases():
+    path = Path(__file__).parents[2] / "shared/data/planners/alpa_oracle/stage_dp_cases.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+@pytest.mark.parametrize("number", range(len(alpas_cases())))
+def test_alpas_stage_optima(number):
+    """Layers x layers x submeshes x configurations, and how many stages may follow each before it has no room."""
+    case = alpas_cases()[number]
+    seconds, most_after = np.array(case["cost"]), np.array(case["max_succ_stages"])
+    sizes, layers = [hosts * each for hosts, each in case["submesh_choices"]], len(seconds)
+    by_behind = []
+    for behind in range(layers):
+        table = np.full((case["num_devices"] + 1, layers + 1, layers + 1), np.inf)
+        best = np.where(most_after >= behind, seconds, np.inf).min(axis=3)
+        for submesh, size in enumerate(sizes):
+            if size <= case["num_devices"]:
+                np.minimum(table[size, :layers, 1:], best[:, :, submesh], out=table[size, :layers, 1:])
+        by_behind.append(table)
+    found = least_step(by_behind, case["num_devices"], case["num_microbatches"])
+    if case["brute_force"] is None or not np.isfinite(case["brute_force"]):
+        assert found is None
+    else:
+        assert found is not None and found[0] == pytest.approx(case["brute_force"], rel=1e-6)
 
 
 @st.composite

@@ -58,7 +58,7 @@ def scanned(name: str):
     leaves, tree = jax.tree.flatten((state, batch))
     flat = jax.jit(lambda *leaves: example.step(*jax.tree.unflatten(tree, leaves)))
     pieces = jax.tree.map(np.asarray, list(apart.apart(leaves)))
-    truth = replace(reference(apart.in_pieces(flat), apart.captured.graph, pieces), tolerance=0.0)
+    truth = replace(reference(apart.in_pieces(flat), apart.captured, pieces), tolerance=0.0)
     return apart.captured, pieces, flat, truth
 
 

@@ -11,12 +11,13 @@ import pytest
 from meshwright import cli
 from meshwright.backends.xla.recorder import Passed, Recorder
 from meshwright.ir.codec import save_plan
-from meshwright.ir.schedule import Step, needs
-from meshwright.pipeline_view import both_text, both_trace, measured, simulated
+from meshwright.ir.schedule import Step, microbatches_held, needs
+from meshwright.pipeline_view import both_text, both_trace, measured, parts_of_step, simulated
 from meshwright.planner.pipeline.schedules import interleaved, one_f_one_b
 from meshwright.planner.pipeline.timeline import check_nested
+from meshwright.view.text import plan_head
 
-from .pipelines import case, lowered, pipelined, stage_plan, timed
+from .pipelines import case, lowered, pipelined, stage_plan, timed, zero_bubble
 
 
 @pytest.mark.parametrize("schedule", [one_f_one_b(2, 4), interleaved(2, 4, 2)], ids=["1f1b", "interleaved"])
@@ -50,6 +51,25 @@ def small():
 
 def test_simulated_and_measured_stand_side_by_side(golden):
     assert both_text(small(), PASSES, 40) == golden
+
+
+def test_a_step_is_work_of_the_busiest_rank_and_bubble():
+    plan = small()
+    plan = plan.model_copy(update={"estimate": plan.estimate.model_copy(update={"step_seconds": 0.011})})
+    parts = parts_of_step(plan)
+    assert (parts.passes, parts.update, parts.bubble) == pytest.approx((0.005, 0.001, 0.005))
+    assert parts.sent == parts.exposed == 0
+    slow = [each.model_copy(update={"send_seconds": 0.003}) for each in plan.pipeline.stages]
+    pipeline = plan.pipeline.model_copy(update={"stages": tuple(slow)})
+    parts = parts_of_step(plan.model_copy(update={"pipeline": pipeline}))
+    assert (parts.sent, parts.exposed) == pytest.approx((0.006, 0.006))  # one microbatch: there and back, none beside
+    assert "rank 0 works longest, 6 ms, bubble 5 ms" in plan_head(plan)
+
+
+def test_no_rank_holds_more_microbatches_than_there_are():
+    assert [microbatches_held(one_f_one_b(4, 8), rank) for rank in range(4)] == [4, 3, 2, 1]
+    assert [microbatches_held(zero_bubble(4, 4), rank) for rank in range(4)] == [4, 4, 3, 2]
+    assert max(microbatches_held(interleaved(2, 4, 2), rank) for rank in range(2)) <= 4
 
 
 def test_one_trace_holds_both():

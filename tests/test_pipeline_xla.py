@@ -21,7 +21,16 @@ from meshwright.planner.pipeline.schedules import gpipe, interleaved, one_f_one_
 from meshwright.planner.pipeline.simulate import StageSeconds
 from meshwright.planner.pipeline.tighten import Held
 
-from .pipelines import case, check_equal, lowered, pipelined, shuffled, stage_plan, zero_bubble
+from .pipelines import (
+    case,
+    check_equal,
+    half_split,
+    lowered,
+    pipelined,
+    shuffled,
+    stage_plan,
+    zero_bubble,
+)
 
 
 def test_losses_and_gradients_equal_one_device():
@@ -30,7 +39,7 @@ def test_losses_and_gradients_equal_one_device():
 
 SCHEDULES = {
     "gpipe": gpipe(4, 4), "1f1b": one_f_one_b(4, 8), "interleaved": interleaved(2, 4, 2),
-    "zero bubble": zero_bubble(4, 4), "shuffled": shuffled(4, 4, 3),
+    "zero bubble": zero_bubble(4, 4), "half split": half_split(2, 4), "shuffled": shuffled(4, 4, 3),
     "searched": search_schedule(
         [StageSeconds(2, 3, 4, 0.1), StageSeconds(4, 1, 1, 0.1)], Held([2] * 2, [1] * 2, [8, 5]), 4
     ).schedule,

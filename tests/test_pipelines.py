@@ -74,7 +74,7 @@ def searched(name: str, cluster: str, **options) -> Search:
 @pytest.mark.parametrize("policy", ["none", "elementwise", "full"])
 @pytest.mark.parametrize("name", ["gpt3-1.3b", "vit-l16"])
 def test_all_units_together_cost_what_the_step_costs(name, policy):
-    """Seconds within the scalars that each stage works out for itself; bytes exactly."""
+    """Seconds within the scalars that each stage works out for itself; bytes but for what passes hand over whole."""
     search = searched(name, "h100x8", batch=64)
     candidate = Candidate(mesh_of((4, 2)), policy, 8)
     space, lives = search.open(candidate)
@@ -88,7 +88,8 @@ def test_all_units_together_cost_what_the_step_costs(name, policy):
     memory = StageMemory(Holdings.of(cut, 8, search.cluster), space, solution.choices)
     ledger = Ledger(space, lives)
     peak, _ = ledger.peak(ledger.local_bytes(solution.choices))
-    assert memory.parts(runs_of(units, 0, len(units)))[0] == pytest.approx(peak, rel=1e-12)
+    most, left, _ = memory.parts(runs_of(units, 0, len(units)))
+    assert peak <= most <= peak + left
 
 
 def test_units_of_folded_layers():
@@ -171,7 +172,7 @@ def test_refusals():
         planned("gpt-tiny", "8xcpu", Request(pp=3, schedule="interleaved"))
     with pytest.raises(PlanError, match="8 devices cannot be cut into 3 equal stages"):
         planned("gpt-tiny", "8xcpu", Request(pp=3, mesh=(2,)))
-    with pytest.raises(PlanError, match="10 parts to cut between, fewer than 16 stages"):
+    with pytest.raises(PlanError, match=r"10 parts to cut between, fewer than 16 stages(.|\n)*2 or 4 or 8 stages"):
         planned("gpt-tiny", "16xcpu", Request(pp=16))
     with pytest.raises(PlanError, match="mesh 4 has 4 devices, each of 4 stages has 2"):
         planned("gpt-tiny", "8xcpu", Request(pp=4, mesh=(4,)))
@@ -181,8 +182,15 @@ def test_refusals():
         planned("gpt-tiny", "8xcpu", Request(pp=4, microbatches=5))
     with pytest.raises(PlanError, match="schedule cannot be 1f1b"):
         planned("gpt-tiny", "8xcpu", Request(schedule="1f1b"))
-    with pytest.raises(InfeasibleError, match="no pipeline of 4 stages fits"):
+
+
+def test_a_refusal_for_want_of_memory_says_what_is_needed_and_what_may_fit():
+    with pytest.raises(InfeasibleError, match=r"is needed at least(.|\n)*any pipeline here needs at least") as none:
         planned("gpt-tiny", "8xcpu", Request(pp=4, memory=2e5))
+    assert none.value.needed_bytes > none.value.limit_bytes == 2e5
+    asked = Request(pp=4, recompute="none", microbatches=2, memory=8e5)
+    with pytest.raises(InfeasibleError, match=r"try +2 stages of mesh 4, recompute full.*, which needs at least"):
+        planned("gpt-tiny", "8xcpu", asked)
 
 
 @pytest.mark.slow

@@ -341,6 +341,12 @@ def test_requests_that_cannot_be_honoured_are_refused(pins, complaint):
         plan(mlp, *mlp_arguments(), cluster=CLUSTER, request=Request(**pins))
 
 
+@pytest.mark.parametrize("pins", [{"memory": -1.0}, {"memory": "0 B"}, {"gap": 2.0}, {"time_limit": 0.0}])
+def test_numbers_that_make_no_sense_are_refused_before_anything_is_traced(pins):
+    with pytest.raises(PlanError, match="cannot be"):
+        Request(**pins)
+
+
 @pytest.mark.parametrize("request_", [{"search": "mcmc"}, "mcmc", 5, Request])
 def test_what_is_no_request_is_refused(request_):
     with pytest.raises(PlanError, match="request cannot be"):

@@ -303,17 +303,27 @@ class Run:
         store |= {v: store[source] for v, source in low.stages[stage].same.items()}
 
     def _pass(self, rank: int, step: Step) -> None:
-        """Dispatch a pass, then let go of what it was the last to read."""
-        if not self.lowered.here[step.stage]:
+        """Dispatch a pass, then let go of what it was the last to read.
+
+        Where some microbatches of a schedule have weight passes, a backward step without one is both programs.
+        """
+        low, told = self.lowered, None
+        if not low.here[step.stage]:
             return
-        program, flight = self.lowered.passes[step.kind, step.stage], self.flight[step.stage][step.microbatch]
-        if program.fragment.ops:
-            self._dispatch(program, rank, step)
-        for value in program.fragment.drops:
-            flight.pop(value, None)
+        both = low.schedule.splits and low.schedule.whole(step)
+        for each in (step, step._replace(kind="weight")) if both else (step,):
+            program, flight = low.passes[each.kind, step.stage], self.flight[step.stage][step.microbatch]
+            if program.fragment.ops:
+                taken, token, began = self._dispatch(program, rank, each)
+                told = (taken, token, began) if told is None else (told[0], token, told[2])
+            for value in program.fragment.drops:
+                flight.pop(value, None)
+        if low.watch is not None and told is not None:
+            low.watch(rank, step, *told)
         self._count(rank, step)
 
-    def _dispatch(self, program: Program, rank: int, step: Step) -> None:
+    def _dispatch(self, program: Program, rank: int, step: Step) -> tuple[Sequence[Any], Any, float | None]:
+        """What a pass takes of its microbatch, its token, and the clock before it if all was there by then."""
         low, (_, stage, m), fragment = self.lowered, step, program.fragment
         flight, sums, store = self.flight[stage][m], self.sums[stage], self.steady[stage]
         taken = [flight[v] if v in flight else store[v] for v in program.keeps]
@@ -322,10 +332,9 @@ class Run:
         began = perf_counter() if low.watch is not None and all(array.is_ready() for array in moving) else None
         token, totals, gives, sent, _ = low.call(program, what, low.moments[stage][m], totals, taken)
         sums |= zip(fragment.totals, totals, strict=True)
-        if low.watch is not None:
-            low.watch(rank, step, moving, token, began)
         flight |= zip(fragment.gives, gives, strict=True)
         self._leave(program, rank, step, sent)
+        return moving, token, began
 
     def _leave(self, program: Program, rank: int, step: Step, sent: Sequence[Any]) -> None:
         """What a pass sends: at once to stages of its rank, else when the schedule says so."""

@@ -303,7 +303,7 @@ class _Analysis:
     def _ends(self) -> list[int]:
         tick, ends = 1, []
         for op in self.graph.ops:
-            tick += _length(op)
+            tick += ticks_of(op)
             ends.append(tick - 1)
         return ends
 
@@ -368,6 +368,7 @@ def _coming(
     return found[::-1]
 
 
-def _length(op: Op) -> int:
-    inner = sum(_length(o) for region in op.regions for o in region.ops) if op.kind == "scan" else 0
+def ticks_of(op: Op) -> int:
+    """One, and those of the ops in its body."""
+    inner = sum(ticks_of(o) for region in op.regions for o in region.ops) if op.kind == "scan" else 0
     return 1 + inner

@@ -67,7 +67,7 @@ class Choices:
         cluster, wanted = self.search.cluster, self.search.request.pp
         hosts, per_host = cluster.hosts, cluster.per_host
         if isinstance(wanted, int):
-            check_enough(self.units, wanted)
+            check_enough(self.units, wanted, cluster.size)
             if self.search.request.program == "single":
                 even_firsts(self.units, wanted)
             return (wanted,) * (cluster.size % wanted == 0)

@@ -1,24 +1,29 @@
 """Bytes on one device of a stage: the lives of its layers, and what more microbatches leave behind.
 
-    peak = the stage's layers with one microbatch on its way      (lives, as without a pipeline)
+    peak = the stage's layers with one microbatch on its way
          + (held - 1) * what one microbatch's forward pass leaves for later
+
+The first are lives as without a pipeline, but for what a forward pass leaves: each pass is a program of its own, which
+makes all of that from its start, and takes all of it to its end.
 
 Lives are worked out once per program, repeated layers counted as `MANY`, and read off for any number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from ...ir.cluster import Cluster
+from ...ir.graph import Op
 from ...ir.microbatch import TimeAxis
+from ...ir.program import Program
 from ...ir.roles import roles
 from ..memory.ledger import Ledger
-from ..memory.lifetimes import Lifetimes, lifetimes
+from ..memory.lifetimes import Lifetimes, Segment, lifetimes, ticks_of
 from ..memory.storage import as_xla
 from ..solver.live import Demand
 from ..space import Space
@@ -39,7 +44,8 @@ class Holdings:
     def of(cls, cut: Cut, microbatches: int, cluster: Cluster) -> Holdings:
         program = cut.program
         many = replace(program, graph=counted_as_many(program.graph, cut.units))
-        return cls(cut, lifetimes(many, microbatches, roles(program.graph), as_xla(program, cluster.device.kind)))
+        lives = lifetimes(many, microbatches, roles(program.graph), as_xla(program, cluster.device.kind))
+        return cls(cut, _in_passes(cut, lives))
 
     def counted(self, microbatches: int) -> Holdings:
         """The same with another number of microbatches; both above 1, or equal."""
@@ -52,8 +58,7 @@ class Holdings:
     @property
     def split(self) -> Mapping[int, int]:
         """Value -> the dim that microbatches cut."""
-        time = self.cut.program.time
-        return time.split if isinstance(time, TimeAxis) else {}
+        return _split(self.cut.program)
 
     @cached_property
     def owned(self) -> np.ndarray:
@@ -99,6 +104,41 @@ class Holdings:
             if node is not None:
                 found.append(Demand(node, shift, shift + 2 * self.lives.ticks, (held - 1) * many * sizes))
         return found
+
+
+def _in_passes(cut: Cut, lives: Lifetimes) -> Lifetimes:
+    """What forward passes leave lives from the first forward op to the last one of the backward pass.
+
+    That is stored, also what within one program would be made again or be part of another value.
+    """
+    inside = [each for op, each in _ticks(lives) if cut.passes.get(op.tag, "once") != "once"]
+    graph, split = cut.program.graph, _split(cut.program) if lives.microbatches > 1 else {}
+    left = {v for kind in range(len(cut.units.names)) for v in cut.saved(kind)} - set(graph.inputs)
+    if not inside or not left:
+        return lives
+    start, end = inside[0][0], max(last for _, last in inside)
+    many = {v: op.count for op in lives.program.graph.ops for v in op.outputs if v in left}
+    held = [Segment(v, start, end, many.get(v, 1), many.get(v, 1)) for v in left]
+    others = [each for each in lives.segments if each.value not in left]
+    later = [replace(s, start=max(s.start, end + 1)) for s in lives.segments if s.value in left and s.end > end]
+    return replace(
+        lives, segments=(*others, *held, *later),
+        causes=dict.fromkeys(left, "activations") | lives.causes,
+        scale={v: 1 / lives.microbatches if v in split else 1.0 for v in left} | lives.scale,
+    )  # fmt: skip
+
+
+def _split(program: Program) -> Mapping[int, int]:
+    return program.time.split if isinstance(program.time, TimeAxis) else {}
+
+
+def _ticks(lives: Lifetimes) -> Iterator[tuple[Op, tuple[int, int]]]:
+    """Each op of the program and its first and last tick."""
+    tick = 1
+    for op in lives.program.graph.ops:
+        long = ticks_of(op)
+        yield op, (tick, tick + long - 1)
+        tick += long
 
 
 def _counted(weight: np.ndarray, many: np.ndarray) -> np.ndarray:

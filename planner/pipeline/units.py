@@ -279,12 +279,13 @@ def counted_as_many(graph: Graph, units: Units) -> Graph:
     return replace(graph, ops=tuple(map(many, graph.ops)), input_counts=counts)
 
 
-def check_enough(units: Units, stages: int) -> None:
-    """Raises PlanError where there are fewer units than stages."""
+def check_enough(units: Units, stages: int, devices: int) -> None:
+    """Raises PlanError where there are fewer units than stages; the fix divides the devices."""
     if len(units) < stages:
+        near = [n for n in range(1, len(units) + 1) if devices % n == 0][-3:]
         raise PlanError(
             f"the forward pass has {len(units)} parts to cut between, fewer than {stages} stages.",
-            where="request: pp", fix=f"at most {len(units)} stages",
+            where="request: pp", fix=f"{' or '.join(map(str, near))} stages",
         )  # fmt: skip
 
 

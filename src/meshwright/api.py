@@ -366,7 +366,7 @@ class ParallelStep:
         graph = running.lowered.captured.graph
         if running.lowered.apart is not None:
             unsharded, leaves = running.lowered.apart.in_pieces(unsharded), running.lowered.apart.apart(leaves)
-        truth = reference(unsharded, graph, leaves)
+        truth = reference(unsharded, running.lowered.captured, leaves)
         results = self._run(running, self._key(args, kwargs)[0], leaves, args, kwargs)
         if running.lowered.joint:
             verify_together(truth, results, graph.output_names, running.lowered.meetings)

@@ -136,6 +136,7 @@ def plan(
 
     Ctrl-C ends the search with the best plan so far and its gap.
     """
+    from .emulation import trace_on_cpu
     from .ir.cluster import Cluster
     from .ir.codec import check_writable, save_plan
     from .planner.request import Request, parse_mesh, parse_pp
@@ -145,6 +146,7 @@ def plan(
         "batch": global_batch, "seq": seq, "layers": layers, "optimizer": optimizer, "dtype": dtype,
     }  # fmt: skip
     recipe = {"model": model, **{k: v for k, v in options.items() if v is not None}}
+    trace_on_cpu()
     where = Cluster.parse(cluster)
     if profile is not None:
         where = where.with_profile(profile)
@@ -269,7 +271,7 @@ def run(
 def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> Any:
     from dataclasses import replace
 
-    from .emulation import emulate
+    from .emulation import check_room, emulate
     from .ir.cluster import Cluster
     from .pins import request_of
     from .recipe import make
@@ -281,6 +283,7 @@ def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> 
     emulate(devices)
     recipe = {"model": model, **({} if batch is None else {"batch": batch})}
     found = _search(make(recipe), Cluster.parse(f"{devices}xcpu"), request).model_copy(update={"recipe": recipe})
+    check_room(found, devices)
     print(plan_head(found), file=sys.stderr)
     return found
 

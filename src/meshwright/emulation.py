@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 import jax
 
 from .ir.errors import LoweringError, UsageError
+from .ir.plan import Plan
+from .ir.units import format_bytes
 
 MOST = 64  # more threads than this say nothing about anything
 # Of glibc's `mallopt` (man 3 mallopt): memory at the heap's end that is given back; blocks mapped one by one.
@@ -37,6 +40,37 @@ def emulate(count: int) -> None:
                 f"{count} devices are asked for, and jax already runs with {len(jax.devices())}.",
                 fix="a fresh process",
             ) from error
+
+
+def check_room(plan: Plan, count: int) -> None:
+    """Refuse to emulate `count` devices of a plan that need more memory than this machine has free.
+
+    Raises:
+        LoweringError: bytes needed and there.
+    """
+    if plan.pipeline is None:
+        peaks = [plan.estimate.peak_bytes] * plan.device_count
+    else:
+        homes = plan.pipeline.read(plan.microbatches).homes
+        ranks = dict(zip(homes, plan.pipeline.stages, strict=True))
+        peaks = [stage.peak_bytes for stage in ranks.values() for _ in range(stage.mesh.size)]
+    needed, free = sum(sorted(peaks)[-count:]), free_bytes()
+    if free is not None and needed > free:
+        raise LoweringError(
+            f"the plan needs {format_bytes(needed)} for {count} emulated devices, this machine has "
+            f"{format_bytes(free)} free.",
+            where=f"plan `{plan.name}`", fix="a smaller model or batch, or real devices",
+        )  # fmt: skip
+
+
+def free_bytes() -> float | None:
+    """Memory that new work can have without swapping, as Linux estimates it; None elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = next((line.split() for line in lines if line.startswith("MemAvailable:")), None)
+    return float(found[1]) * 1024 if found else None
 
 
 def trace_on_cpu() -> None:

@@ -52,7 +52,8 @@ def job(plan: Plan, per_node: int) -> Job:
         what = ", ".join(f"{size} {device}" for device, size in sorted(sizes))
         raise UsageError(
             f"the hosts of {cluster.name} are not alike ({what}).", where="launch",
-            fix="`meshwright run` in each process, with --coordinator, --processes and --process",
+            fix="in each process, k from 0: meshwright run PLAN --coordinator "
+            f"{next((n for g in cluster.groups for n in g.names or ()), HOST)}:{PORT} --processes N --process k",
         )  # fmt: skip
     each = cluster.groups[0].per_host
     if needed > each and needed % each:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -17,6 +18,7 @@ from .ir.schedule import Schedule
 from .planner.pipeline.simulate import COMPUTE, StageSeconds, pipeline_tasks, simulate
 from .planner.pipeline.timeline import Slice, Timeline
 
+LEGEND = "F forward, B backward, W gradients of weights, U update, . idle"
 APART = 1000  # added to the process numbers of the measured half of a trace
 
 
@@ -40,6 +42,38 @@ def figures(plan: Plan) -> list[dict[str, float]]:
         peak = max(stages[s].peak_bytes for s in held)
         found.append({"rank": rank, "busy": busy, "span": span, "idle": 1 - busy / span, "peak_bytes": peak})
     return found
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What a pipeline's step is made of, in seconds, on the rank that works longest; passes + update + bubble = step.
+
+    `sent` is what transfers between stages take in all, in both directions; without `exposed`, the step would be as
+    much shorter if they took no time.
+    """
+
+    rank: int
+    passes: float
+    update: float
+    bubble: float
+    sent: float
+    exposed: float
+
+
+def parts_of_step(plan: Plan) -> StepParts:
+    """From the seconds in a plan, simulated with and without transfers."""
+    schedule, stages = _schedule(plan), _seconds(plan)
+    once = [stage.once_seconds for stage in plan.pipeline.stages]  # type: ignore[union-attr]
+    run = simulate(pipeline_tasks(schedule, stages))
+    apart = simulate(pipeline_tasks(schedule, [replace(each, send=0.0, back=0.0) for each in stages]))
+    work = [run.busy(rank) + sum(once[s] for s in held) for rank, held in enumerate(schedule.held)]
+    rank = max(range(len(work)), key=work.__getitem__)
+    between = [s for s in range(schedule.stages - 1) if schedule.homes[s] != schedule.homes[s + 1]]
+    sent = schedule.microbatches * sum(stages[s].send + stages[s + 1].sending("backward") for s in between)
+    return StepParts(
+        rank, run.busy(rank), work[rank] - run.busy(rank), plan.estimate.step_seconds - work[rank], sent,
+        run.makespan - apart.makespan,
+    )  # fmt: skip
 
 
 def measured(passes: Sequence[Passed]) -> Timeline:
@@ -66,7 +100,7 @@ def both_text(plan: Plan, passes: Sequence[Passed], width: int = 96) -> str:
         f"measured   {theirs.seconds * 1e3:.2f} ms", theirs.text(width), "",
         *rows,
         "measured seconds are medians of all microbatches.",
-        "F forward, B backward, W gradients of weights, U update, . idle",
+        LEGEND,
     ])  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from types import TracebackType
 import jax
 
 from .backends.xla.meetings import DEADLINE, deadline_seconds, leave
-from .emulation import MOST, emulate
+from .emulation import MOST, check_room, emulate
 from .ir.errors import LoweringError, ProcessError, UsageError
 from .ir.plan import Plan
 
@@ -203,6 +203,7 @@ def take_devices(plan: Plan, emulated: bool, place: Seat | None = None, deadline
         os.environ[DEADLINE] = str(deadline)
     count = plan.device_count if place is None else per_process(plan, place.processes)
     if emulated or (plan.cluster.device.kind == "cpu" and count <= MOST):
+        check_room(plan, count)
         emulate(count)
     if place is not None:
         _keep_stdout()

@@ -13,14 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from .backends.xla.capture import Captured
 from .backends.xla.lower import AnyLowered, lower
 from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.recorder import Passed, Recorder
 from .backends.xla.unstack import Unstacked
 from .backends.xla.verify import Reference, reference, verify_outputs, verify_together
 from .ir.codec import write_whole
-from .ir.errors import UsageError
-from .ir.graph import Graph
+from .ir.errors import UsageError, VerificationError
 from .ir.plan import Plan
 from .ir.schedule import Step as Pass
 from .pipeline_view import both_text, both_trace
@@ -35,13 +35,14 @@ class Trained:
     """What training has shown: losses and seconds of each step, compilation left out of the first one's.
 
     `passes` are those of one more step of a pipeline, recorded; `verified`: the first step equals the
-    unsharded one.
+    unsharded one; `wrong`: it does not, and nothing was trained after it.
     """
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     passes: list[Passed] = field(default_factory=list)
     verified: bool = False
+    wrong: VerificationError | None = None
 
 
 def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, seed: int) -> Trained:
@@ -50,13 +51,12 @@ def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, s
     Raises:
         MismatchError, LoweringError: the plan is not for this step or these devices.
         UsageError: text for a model that reads none; a step without a loss.
-        VerificationError: with `verify`, the first results differ from the unsharded step's.
     """
     lowered = lower(plan, made.capture(plan.pipeline is not None))
     captured, apart = lowered.captured, lowered.apart
     state, batches = start(made, data, seed)
     first = next(batches)
-    truth = _unsharded(made, captured.graph, apart, state, *first) if verify else None
+    truth = _unsharded(made, captured, apart, state, *first) if verify else None
     if apart is not None:
         leaves = apart.apart(jax.tree.leaves((state, *first)))
         state = jax.tree.unflatten(captured.binding.in_tree, leaves)[0][0]
@@ -72,21 +72,27 @@ def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, s
         out = jax.tree.unflatten(captured.binding.out_tree, out)
         results.seconds.append(time.perf_counter() - begin)
         if number == 0 and truth is not None:
-            _verify(truth, out, lowered)
-            results.verified = True
+            results.wrong = _verify(truth, out, lowered)
+            results.verified = results.wrong is None
         state = _next_state(out, state, made.name)
         results.losses.append(loss_of(out))
+        if results.wrong is not None:
+            break
     if isinstance(lowered, LoweredPipeline):
         results.passes = _recorded(lowered, jax.tree.leaves((state, *next(batches))))
     return results
 
 
-def _verify(truth: Reference, out: Any, lowered: AnyLowered) -> None:
+def _verify(truth: Reference, out: Any, lowered: AnyLowered) -> VerificationError | None:
     names = lowered.captured.graph.output_names
-    if lowered.joint:
-        verify_together(truth, out, names, lowered.meetings)
-    else:
-        verify_outputs(truth, out, names)
+    try:
+        if lowered.joint:
+            verify_together(truth, out, names, lowered.meetings)
+        else:
+            verify_outputs(truth, out, names)
+    except VerificationError as error:
+        return error
+    return None
 
 
 def _recorded(lowered: LoweredPipeline, leaves: Any) -> list[Passed]:
@@ -114,14 +120,19 @@ def show(plan: Plan, trained: Trained, trace: Path | None, as_json: bool) -> Non
 
     Raises:
         UsageError: a trace of a plan without a pipeline.
+        VerificationError: the first results differ from the unsharded step's; the trace is written first.
     """
     if jax.process_index() > 0:
+        if trained.wrong is not None:
+            raise trained.wrong
         return
     if trace is not None:
         if not trained.passes:
             what = "only a pipeline with programs for each stage has a measured timeline."
             raise UsageError(what, where="--trace", fix="meshwright simulate, or a plan with program=stages")
         write_whole(trace, json.dumps(both_trace(plan, trained.passes)))
+    if trained.wrong is not None:
+        raise trained.wrong
     if as_json:
         found = {"losses": trained.losses, "seconds": trained.seconds}
         passes = [{**asdict(each), "step": str(each.step)} for each in trained.passes]
@@ -147,12 +158,12 @@ def _next_state(out: Any, state: Any, name: str) -> Any:
     )
 
 
-def _unsharded(made: Made, graph: Graph, apart: Unstacked | None, *args: Any) -> Reference:
+def _unsharded(made: Made, captured: Captured, apart: Unstacked | None, *args: Any) -> Reference:
     leaves, tree = jax.tree.flatten(args)
     step = jax.jit(lambda *flat: made.step(*jax.tree.unflatten(tree, flat)))
     if apart is None:
-        return reference(step, graph, leaves)
-    return reference(apart.in_pieces(step), graph, apart.apart(leaves))
+        return reference(step, captured, leaves)
+    return reference(apart.in_pieces(step), captured, apart.apart(leaves))
 
 
 def start(made: Made, data: Path | None, seed: int) -> tuple[Any, Iterator[tuple[Any, ...]]]:

@@ -61,17 +61,24 @@ def simulate(
 def _simulate_pipeline(plan: Any, trace: Path | None, format: Format) -> None:
     """The schedule of a plan's pipeline, with the seconds that the plan gives its stages."""
     from .ir.codec import write_whole
-    from .pipeline_view import figures, simulated
+    from .pipeline_view import LEGEND, figures, parts_of_step, simulated
 
-    line, rows = simulated(plan), figures(plan)
+    line, rows, parts = simulated(plan), figures(plan), parts_of_step(plan)
     if trace is not None:
         write_whole(trace, json.dumps(line.perfetto()))
     if format is Format.json:
-        print(json.dumps({"seconds": line.seconds, "planned": plan.estimate.step_seconds, "ranks": rows}, indent=1))
+        data = {"seconds": line.seconds, "planned": plan.estimate.step_seconds, "ranks": rows, "sent": parts.sent,
+                "exposed": parts.exposed}
+        print(json.dumps(data, indent=1))
         return
     print(f"step     {format_seconds(line.seconds)}; the plan says {format_seconds(plan.estimate.step_seconds)}")
+    print(
+        f"between  stages {format_seconds(parts.sent)}, {format_seconds(max(0.0, parts.sent - parts.exposed))} hidden, "
+        f"{format_seconds(parts.exposed)} exposed"
+    )
     print(f"error    {plan.proof.band}")
     print(line.text())
+    print(LEGEND)
     for row in rows:
         print(
             f"rank {row['rank']:<3} busy {format_seconds(row['busy'])}, span {format_seconds(row['span'])}, "

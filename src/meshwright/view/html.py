@@ -12,6 +12,7 @@ from math import prod
 
 from ..ir.plan import Plan, Tensor
 from ..ir.units import format_bytes, format_seconds
+from ..pipeline_view import parts_of_step
 from .svg import bars, cut_picture, mesh_picture, proof_picture
 from .text import largest
 from .words import duty, words
@@ -76,8 +77,7 @@ def _head(plan: Plan) -> str:
     e, p = plan.estimate, plan.proof
     facts = [
         (format_seconds(e.step_seconds), "predicted step"),
-        (format_seconds(e.compute_seconds), "of it compute"),
-        (format_seconds(e.communication_seconds), "of it communication"),
+        *_parts_of_step(plan),
         (format_bytes(e.peak_bytes), f"of {format_bytes(e.limit_bytes)} per device"),
         (f"{p.gap:.1%}", f"gap, {p.status}"),
     ]
@@ -87,6 +87,16 @@ def _head(plan: Plan) -> str:
         f'<p class="lead">{escape("; ".join(words(plan)))}</p>'
         f'<div class="facts">{cells}</div>'
     )
+
+
+def _parts_of_step(plan: Plan) -> list[tuple[str, str]]:
+    e = plan.estimate
+    if plan.pipeline is None:
+        parts = {"compute": e.compute_seconds, "communication": e.communication_seconds}
+    else:
+        found = parts_of_step(plan)
+        parts = {f"rank {found.rank} works": found.passes + found.update, "bubble": found.bubble}
+    return [(format_seconds(seconds), f"of it {name}") for name, seconds in parts.items()]
 
 
 def _uses(plan: Plan) -> str:

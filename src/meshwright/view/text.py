@@ -6,11 +6,14 @@ from collections.abc import Iterable, Sequence
 
 from ..backends.xla.audit import Audit
 from ..ir.plan import Plan, Tensor
+from ..ir.schedule import microbatches_held
 from ..ir.units import format_bytes, format_flops, format_seconds
+from ..pipeline_view import parts_of_step
 from .words import duty, words
 
 TENSORS, COLLECTIVES, CANDIDATES = 12, 6, 4  # rows shown unless all are asked for
 WIDEST = 44  # columns of a name
+EXACT = 5e-4  # a gap that prints as none
 
 
 def plan_text(plan: Plan, everything: bool = False) -> str:
@@ -19,15 +22,16 @@ def plan_text(plan: Plan, everything: bool = False) -> str:
     Args:
         everything: all rows of every table instead of the largest.
     """
-    most = None if everything else TENSORS
+    most, staged = None if everything else TENSORS, plan.pipeline is not None
+    all_stages, fullest = (", of all stages added up", " of the fullest rank") if staged else ("", "")
     blocks = [
         plan_head(plan),
         _table("stages: seconds of one microbatch, and per step", _stage_rows(plan)),
         _table("what each axis cuts, in shares of the products' FLOP", _axis_rows(plan)),
-        _table("memory per device at the peak, by cause", _memory_rows(plan)),
-        _table("tensors: parts per device", _tensor_rows(plan, most)),
+        _table(f"memory per device at the peak{fullest}, by cause", _memory_rows(plan)),
+        _table(f"tensors: parts per device{all_stages}", _tensor_rows(plan, most)),
         _table(
-            "communication per step and device",
+            f"communication per step and device{all_stages}",
             _collective_rows(plan, None if everything else COLLECTIVES),
         ),
         _proof(plan, everything),
@@ -43,9 +47,9 @@ def plan_head(plan: Plan) -> str:
         [
             f"{plan.name} on {plan.cluster.name}: {plan.device_count} devices as {_shape(plan)}",
             f"  plan    {'; '.join(words(plan))}",
-            f"  step    {format_seconds(e.step_seconds)} predicted: compute {format_seconds(e.compute_seconds)}, "
-            f"communication {format_seconds(e.communication_seconds)}; "
+            f"  step    {format_seconds(e.step_seconds)} predicted: {_parts_of_step(plan)}; "
             f"{format_flops(rate / plan.device_count)} per device",
+            *_work_line(plan),
             *_programs(plan),
             f"  memory  {format_bytes(e.peak_bytes)} per device of {format_bytes(e.limit_bytes)} allowed",
             f"  proof   {proof_line(plan)}",
@@ -67,6 +71,26 @@ def _also(others: list[str]) -> str:
     return f"; {others[0]}" if others else ""
 
 
+def _parts_of_step(plan: Plan) -> str:
+    e = plan.estimate
+    if plan.pipeline is None:
+        return f"compute {format_seconds(e.compute_seconds)}, communication {format_seconds(e.communication_seconds)}"
+    parts = parts_of_step(plan)
+    work = format_seconds(parts.passes + parts.update)
+    return f"rank {parts.rank} works longest, {work}, bubble {format_seconds(parts.bubble)}"
+
+
+def _work_line(plan: Plan) -> list[str]:
+    if plan.pipeline is None:
+        return []
+    parts, collectives = parts_of_step(plan), format_seconds(plan.estimate.communication_seconds)
+    return [
+        f"  work    passes {format_seconds(parts.passes)}, update {format_seconds(parts.update)}; collectives in these "
+        f"{collectives}, mean of ranks; between stages {format_seconds(parts.sent)}, "
+        f"{format_seconds(parts.exposed)} of it exposed"
+    ]
+
+
 def _shape(plan: Plan) -> str:
     if plan.pipeline is None:
         return str(plan.mesh)
@@ -84,13 +108,15 @@ def _stage_rows(plan: Plan) -> list[tuple[str, ...]]:
         return []
     head = ("stage", "devices", "blocks", "forward", "backward", "update", "memory", "in flight")
     rows: list[tuple[str, ...]] = [head]
-    homes = plan.pipeline.read(plan.microbatches).homes
+    schedule = plan.pipeline.read(plan.microbatches)
+    homes, held = schedule.homes, [microbatches_held(schedule, rank) for rank in range(schedule.ranks)]
     for number, stage in enumerate(plan.pipeline.stages[:STAGES]):
         first = plan.pipeline.first[homes[number]]
         where = f"{first}-{first + stage.mesh.size - 1}" if stage.mesh.size > 1 else f"{first}"
         where += f" {plan.cluster.device_at(first).name}" if len(plan.cluster.devices) > 1 else ""
         times = map(format_seconds, (stage.forward_seconds, stage.backward_seconds, stage.once_seconds))
-        rows.append((f"{number}", where, stage.blocks, *times, format_bytes(stage.peak_bytes), f"{stage.held:.1f}"))
+        memory = format_bytes(stage.peak_bytes), f"{held[homes[number]]}"
+        rows.append((f"{number}", where, stage.blocks, *times, *memory))
     more = len(plan.pipeline.stages) - STAGES
     return [*rows, (f"... and {more} more",)] if more > 0 else rows
 
@@ -99,7 +125,8 @@ def proof_line(plan: Plan) -> str:
     """Status, bound and gap in one line."""
     p = plan.proof
     stopped = "all was looked at" if p.stopped_by == "end" else f"stopped by {p.stopped_by}"
-    status = "optimal" if p.status == "optimal" else f"feasible, {stopped}"
+    near = "optimal" if p.gap < EXACT else f"within {p.gap:.1%} of optimal"
+    status = near if p.status == "optimal" else f"feasible, {stopped}"
     return (
         f"{status}: no plan in the searched space is faster than {format_seconds(p.lower_bound)}, "
         f"gap {p.gap:.1%}"
@@ -197,7 +224,7 @@ def _collective_rows(plan: Plan, most: int | None) -> list[tuple[str, ...]]:
 def _proof(plan: Plan, everything: bool) -> str:
     p = plan.proof
     lines = [
-        f"searched for {p.seconds:.1f} s, seed {p.seed}; the best so far at each point:",
+        f"searched for {p.seconds:.1f} s, seed {p.seed}; found on the way:",
         *(f"  {line}" for line in _last(p.searched, None if everything else CANDIDATES)),
         f"  prices: {p.cost_model}, {p.band}",
         f"  not searched: {'; '.join(p.left_out)}",

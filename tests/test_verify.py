@@ -1,0 +1,103 @@
+"""Verification tells a wrong program from another order of sums, also where Adam makes whole updates of rounding.
+
+The sharded step is played by one in plain jax: the same model, its gradients added up over four microbatches in bf16,
+with one mistake of those that sharding can make.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from meshwright.backends.xla.capture import capture
+from meshwright.backends.xla.verify import reference, verify_outputs
+from meshwright.ir.errors import VerificationError
+
+MICROBATCHES, WIDTH, LAYERS = 8, 32, 4
+ADAM = optax.adamw(1e-2, b1=0.9, b2=0.95)
+
+
+def loss_of(params, tokens, targets):
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    hidden = params["table"][tokens]
+    for layer in params["layers"]:
+        centred = hidden - hidden.mean(-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5) + layer["shift"]
+        scores = jnp.einsum("btd,bsd->bts", normed @ layer["key"] + layer["key_shift"], normed)
+        hidden = hidden + jax.nn.softmax(scores / 7, axis=-1) @ jnp.tanh(normed @ layer["up"])
+    logits = (hidden @ params["table"].T).astype(jnp.float32)
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1))
+
+
+def update(state, grads, loss):
+    params, moments = state
+    updates, moments = ADAM.update(grads, moments, params)
+    return (optax.apply_updates(params, updates), moments), {"loss": loss}
+
+
+def step(state, batch):
+    loss, grads = jax.value_and_grad(loss_of)(state[0], *batch)
+    return update(state, grads, loss)
+
+
+def in_microbatches(mistake, state, batch):
+    """The same step, its batch in parts; `mistake` spoils the gradients of the parts, or what they add up to."""
+    parts = [tuple(each[k::MICROBATCHES] for each in batch) for k in range(MICROBATCHES)]
+    found = [jax.value_and_grad(loss_of)(state[0], *part) for part in parts]
+    loss = sum(loss for loss, _ in found) / MICROBATCHES
+    found = [jax.tree.map(lambda g: (g / MICROBATCHES).astype(jnp.bfloat16), grads) for _, grads in found]
+    if mistake == "a microbatch left out":
+        found.pop()
+    grads = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), found)
+    layers = grads["layers"]
+    if mistake == "a gradient averaged twice":
+        layers[1]["up"] /= MICROBATCHES
+    if mistake == "layers confused":
+        layers[0], layers[1] = layers[1], layers[0]
+    if mistake == "a sum not taken":  # over an axis of two: each device has its own half of the examples
+        layers[1]["up"] = found[0]["layers"][1]["up"] + found[1]["layers"][1]["up"]
+    if mistake == "one row":
+        grads["table"] = grads["table"].at[3].set(0)
+    return update(state, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state[0]), loss)
+
+
+@functools.cache
+def truth():
+    rng = np.random.default_rng(0)
+
+    def drawn(*shape):
+        return jnp.asarray(rng.normal(size=shape) * 0.2, jnp.float32)
+
+    layer = lambda: {  # noqa: E731
+        "up": drawn(WIDTH, WIDTH), "key": drawn(WIDTH, WIDTH), "shift": jnp.zeros(WIDTH), "key_shift": jnp.zeros(WIDTH),
+    }  # fmt: skip
+    params = {"table": drawn(64, WIDTH), "layers": [layer() for _ in range(LAYERS)]}
+    args = ((params, ADAM.init(params)), tuple(jnp.asarray(rng.integers(0, 64, (16, 24))) for _ in range(2)))
+    captured, (leaves, tree) = capture(step, *args), jax.tree.flatten(args)
+    flat = jax.jit(lambda *leaves: step(*jax.tree.unflatten(tree, leaves)))
+    return reference(flat, captured, leaves), captured.graph.output_names, args
+
+
+def check(mistake: str) -> None:
+    expected, names, args = truth()
+    verify_outputs(expected, jax.jit(functools.partial(in_microbatches, mistake))(*args), names)
+
+
+def test_rounding_that_adam_magnifies_is_no_alarm():
+    check("none")
+    expected, _, args = truth()
+    found = jax.tree.leaves(jax.jit(functools.partial(in_microbatches, "none"))(*args))
+    far = [np.max(np.abs(np.asarray(f) - w)) for f, w in zip(found, jax.tree.leaves(expected.results), strict=True)]
+    assert max(far) > 1.5e-2, "no update has another sign: the case is too easy"
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    ["a microbatch left out", "a gradient averaged twice", "layers confused", "a sum not taken", "one row"],
+)
+def test_a_mistake_is_found_behind_adam_in_bf16(mistake):
+    with pytest.raises(VerificationError, match=r"`result\[0\]"):
+        check(mistake)
