@@ -22,10 +22,10 @@ lint: env
 	$(BIN)/pyright --warnings
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: lint
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -m '' -n 2 --dist worksteal
 
 clean:
 	rm -rf .venv build dist

@@ -19,7 +19,6 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import islice
-from math import inf
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..ir.blocks import Folded
@@ -35,6 +34,7 @@ Key = tuple["Shape | Candidate", float]  # what is looked at, and the seconds to
 MOST = 3  # scouts: more would wait for the search
 WINDOW = 6  # wishes: what is worked out but never asked for is lost
 WORTH = 32  # families from which on starting one pays: it takes about a second
+FOREVER = 1e9  # seconds: the search has the clock
 START = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve()"
 
 
@@ -141,7 +141,7 @@ def _worker(folded: Folded, cluster: Cluster, request: Request, cost: CostModel)
     from .pipelines import Pipelines
     from .search import Best, Candidate, Search
 
-    flat = Search(folded, cluster, replace(request, time_limit=inf), cost, "", "", lambda line: None)
+    flat = Search(folded, cluster, replace(request, time_limit=FOREVER), cost, "", "", lambda line: None)
     pipelines = Pipelines(flat)
 
     def work_out(key: Key) -> Any:
