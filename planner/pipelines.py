@@ -244,6 +244,16 @@ class Pipelines:
 
     def _least_of_all(self, shape: Shape, held: float) -> float:
         """Of all stages together with so many microbatches, shared out evenly."""
+        key = replace(shape, stages=1)
+        if key not in self._leasts:
+            self._leasts[key] = self._lasting_and_flying(shape)
+        lasting, flying = self._leasts[key]
+        return (lasting + held * flying) / shape.stages
+
+    _leasts: dict[Shape, tuple[float, float]] = field(default_factory=dict)
+
+    def _lasting_and_flying(self, shape: Shape) -> tuple[float, float]:
+        """Least bytes of the step's inputs, and of what one microbatch leaves, in all stages."""
         holdings, mesh = self.holdings(shape.policy, shape.microbatches), shape.mesh
         graph, split = holdings.cut.program.graph, holdings.split if shape.microbatches > 1 else {}
 
@@ -252,7 +262,7 @@ class Pipelines:
 
         lasting = sum(n * least(v) for v, n in zip(graph.inputs, graph.input_counts, strict=True))
         flying = holdings.left(runs_of(self.choices.units, 0, len(self.choices.units))).items()
-        return (lasting + held * sum(n * least(v) for v, n in flying)) / shape.stages
+        return lasting, sum(n * least(v) for v, n in flying)
 
     def _shared_memory(self, space: Space, shape: Shape) -> Live:
         """Parameters, sums and results in flight of all stages within the memory of all stages."""
