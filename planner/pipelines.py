@@ -15,7 +15,6 @@ All stages have equal meshes. The bound of a shape assumes stages of exactly equ
 from __future__ import annotations
 
 import heapq
-import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,38 +22,28 @@ from itertools import count, islice
 from math import inf
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..ir.errors import InfeasibleError, MeshwrightError, PlanError
 from ..ir.layered import layered
 from ..ir.part_cuts import part_cuts
 from ..ir.plan import Plan
 from ..ir.program import prepare
-from ..ir.recompute import Policy
 from ..ir.schedule import Schedule, in_flight
 from ..ir.stages import cut_stages
 from ..ir.units import format_bytes, format_seconds
-from .intra import live_of
-from .memory.ledger import least_bytes, least_peak
+from .pipeline.bounds import Bounds
 from .pipeline.choices import Choices, Shape
 from .pipeline.points import Point
 from .pipeline.priced import Place, Priced, Pricing
 from .pipeline.single import layer_runs, price_single, shards_left, with_dispatch, with_ends
-from .pipeline.stage_memory import Holdings, StageMemory
-from .pipeline.unit_costs import all_bytes, unit_seconds
+from .pipeline.stage_memory import StageMemory
+from .pipeline.unit_costs import unit_seconds
 from .pipeline.units import runs_of
 from .pipeline.watched import Watched, limited
 from .pipeline_report import LEFT_OUT, Chosen, Rank, write_pipeline
-from .solver.anytime import solve_live
-from .solver.live import Demand, Live
-from .solver.onehot import Solution
-from .space import Space, build
+from .space import Space
 
 if TYPE_CHECKING:
     from .search import Search
-
-SOLVE_GAP = 0.5  # of the gap asked for: what one solve may leave open
-ONE_SOLVE = 1.0  # seconds
 
 
 @dataclass
@@ -80,11 +69,11 @@ class Pipelines:
 
     search: Search
     choices: Choices = field(init=False)
+    bounds: Bounds = field(init=False)
     best: Found = field(default_factory=Found)
     open: list[tuple[float, int, Shape]] = field(default_factory=list)
     closed: float = inf  # least bound of the shapes looked at to their end
     looked: int = 0
-    spaces: dict[Shape, Space] = field(default_factory=dict)
     outside: float = inf  # seconds of a plan found elsewhere
     points: list[Point] = field(default_factory=list)
     counts_left: dict[Shape, list[int]] = field(default_factory=dict)  # of families that were looked at
@@ -92,6 +81,7 @@ class Pipelines:
 
     def __post_init__(self) -> None:
         self.choices = Choices(self.search)
+        self.bounds = Bounds(self.search, self.choices)
 
     # ------------------------------------------------------------ the search
 
@@ -100,7 +90,7 @@ class Pipelines:
         for family in self.choices.families():
             self._push(self.choices.floor(family), family)
         for shape in self._first():
-            if self.relaxed(shape) < self._enough(inf):
+            if self.bounds.relaxed(shape, self.best.seconds) < self._enough(inf):
                 self.solve_shape(shape)
         while self.open and not self.search.late():
             bound, _, family = heapq.heappop(self.open)
@@ -124,18 +114,18 @@ class Pipelines:
             self.known.setdefault(family, {})[shape.microbatches] = own
             if own < self._enough(cutoff):
                 self.solve_shape(shape)
-            self.spaces.pop(shape, None)
+            self.bounds.spaces.pop(shape, None)
             self.closed = min(self.closed, own)
             self._push(min((self._carried(family, many) for many in left), default=inf), family)
 
     def _bound(self, shape: Shape, cutoff: float) -> float:
         """What `relaxed` gives; other processes begin with what comes next."""
         scouts = self.search.scouts
-        if scouts is None:
-            return self.relaxed(shape)
-        scouts.wish((each, self.best.seconds) for each in self._soon(cutoff))
-        found = scouts.take((shape, self.best.seconds))
-        return self.relaxed(shape) if found is None else found
+        beat, found = self.best.seconds, None
+        if scouts is not None:
+            scouts.wish((each, beat) for each in self._soon(cutoff))
+            found = scouts.take((shape, beat))
+        return self.bounds.relaxed(shape, beat) if found is None else found
 
     def _soon(self, cutoff: float) -> Iterator[Shape]:
         """What will be looked at next if nothing better is found."""
@@ -153,8 +143,8 @@ class Pipelines:
     def _counts_of(self, family: Shape) -> list[int]:
         """Those not looked at yet, of counts with room: more microbatches never need more."""
         if family not in self.counts_left:
-            counts = self.choices.counts
-            least = bisect_left(counts, 1, key=lambda many: not self._hopeless(replace(family, microbatches=many)))
+            counts, hopeless = self.choices.counts, self.bounds.hopeless
+            least = bisect_left(counts, 1, key=lambda many: not hopeless(replace(family, microbatches=many)))
             self.counts_left[family] = list(counts[least:])
         return self.counts_left[family]
 
@@ -194,125 +184,20 @@ class Pipelines:
             wanted = max(1, self.choices.batch // mesh.shape[0])
             many = max((c for c in self.choices.counts if c <= wanted), default=self.choices.counts[0])
             shape = Shape(stages, mesh, policy, many)
-            if not self.search.late() and self.choices.floor(shape) < self.best.seconds and not self._hopeless(shape):
+            if self.search.late():
+                return
+            if self.choices.floor(shape) < self.best.seconds and not self.bounds.hopeless(shape):
                 yield shape
-
-    # ------------------------------------------------------------ bounds
-
-    def holdings(self, policy: Policy, microbatches: int) -> Holdings:
-        key = policy, min(microbatches, 2)
-        if key not in self._holdings:
-            self._holdings[key] = Holdings.of(self.choices.cut(policy, microbatches), microbatches, self.search.cluster)
-        return self._holdings[key].counted(microbatches)
-
-    _holdings: dict[tuple[Policy, int], Holdings] = field(default_factory=dict)
-
-    def relaxed(self, shape: Shape) -> float:
-        """The least seconds with no more memory than all stages have together."""
-        if self._crowded(shape, self._least_held(shape)):
-            return inf
-        solution = self.solve(self._shared_memory(self.space(shape), shape))
-        return inf if solution.status == "infeasible" else solution.lower_bound
-
-    def space(self, shape: Shape) -> Space:
-        if shape not in self.spaces:
-            program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
-            weights = self.choices.weights(shape)
-            self.spaces[shape] = build(program, shape.microbatches, self.search.cost, layouts, runs=weights)
-        return self.spaces[shape]
-
-    def _hopeless(self, shape: Shape) -> bool:
-        """Whether a shape fits in no way."""
-        return self._crowded(shape, 1.0) or self._least_of_layers(shape) > self.search.limit
-
-    def least(self, shape: Shape) -> float:
-        """Bytes per device that a shape needs at least, however everything lies."""
-        return max(self._least_of_all(shape, 1.0), self._least_of_layers(shape))
-
-    def _least_of_layers(self, shape: Shape) -> float:
-        """Of the stage with most layers, which has at least its share of them."""
-        middle = self.choices.units.middle
-        layers = self.choices.units.kinds.count(middle)
-        runs = [0] * len(self.choices.units.names)
-        runs[middle] = max(1, (layers - (len(self.choices.units) - layers)) // shape.stages)
-        holdings = self.holdings(shape.policy, shape.microbatches)
-        return least_peak(holdings.of_stage(tuple(runs)), shape.mesh)
-
-    def _crowded(self, shape: Shape, held: float) -> bool:
-        """Whether all stages together have no room for so many microbatches, however everything lies."""
-        return self._least_of_all(shape, held) > self.search.limit
-
-    def _least_of_all(self, shape: Shape, held: float) -> float:
-        """Of all stages together with so many microbatches, shared out evenly."""
-        key = replace(shape, stages=1)
-        if key not in self._leasts:
-            self._leasts[key] = self._lasting_and_flying(shape)
-        lasting, flying = self._leasts[key]
-        return (lasting + held * flying) / shape.stages
-
-    _leasts: dict[Shape, tuple[float, float]] = field(default_factory=dict)
-
-    def _lasting_and_flying(self, shape: Shape) -> tuple[float, float]:
-        """Least bytes of the step's inputs, and of what one microbatch leaves, in all stages."""
-        holdings, mesh = self.holdings(shape.policy, shape.microbatches), shape.mesh
-        graph, split = holdings.cut.program.graph, holdings.split if shape.microbatches > 1 else {}
-
-        def least(value: int) -> float:
-            return least_bytes(graph.types[value], split.get(value), shape.microbatches, mesh)
-
-        lasting = sum(n * least(v) for v, n in zip(graph.inputs, graph.input_counts, strict=True))
-        flying = holdings.left(runs_of(self.choices.units, 0, len(self.choices.units))).items()
-        return lasting, sum(n * least(v) for v, n in flying)
-
-    def _shared_memory(self, space: Space, shape: Shape) -> Live:
-        """Parameters, sums and results in flight of all stages within the memory of all stages."""
-        base, holdings = live_of(space), self.holdings(shape.policy, shape.microbatches)
-        everything = runs_of(self.choices.units, 0, len(self.choices.units))
-        lasting = dict(zip(space.program.graph.inputs, space.program.graph.input_counts, strict=True))
-        demands, fixed = [], 0.0
-        for value, many in [*lasting.items(), *holdings.left(everything).items()]:
-            sizes, node = all_bytes(space, value)
-            weight = many * (1.0 if value in lasting else self._least_held(shape))
-            if node is None:
-                fixed += weight * float(sizes[0])
-            else:
-                demands.append(Demand(node, 0, 1, weight * sizes))
-        limit = np.array([shape.stages * self.search.limit - fixed])
-        return Live(base.costs, base.edges, tuple(demands), limit)
-
-    def _least_held(self, shape: Shape) -> float:
-        """Microbatches in flight of an average layer, at least, in any pipeline better than the best so far.
-
-        With 1F1B the stages hold p, p - 1, ... 1. A stage with more layers than its share takes so much
-        longer; so layers can crowd into the last stages only as far as the best so far allows.
-        """
-        known = ("1f1b", "gpipe", "interleaved", "looped-bfs", "zb-h1")
-        plain = all(name in known for name, _ in self.choices.schedules(shape.stages, shape.microbatches))
-        best = min(self.best.seconds, self.outside)
-        if not plain or best == inf:
-            return 1.0
-        crowd = max(1.0, best / max(self.choices.floor(shape), 1e-30))
-        return (min(shape.stages, shape.microbatches) / crowd + 1) / 2
-
-    def solve(self, live: Live, cutoff: float = inf) -> Solution:
-        left = max(0.5, min(ONE_SOLVE, self.search.deadline - time.monotonic()))
-        solution = solve_live(
-            live, time_limit=left, gap=SOLVE_GAP * self.search.request.good_enough, seed=self.search.request.seed,
-            cutoff=cutoff,
-        )
-        if solution.stopped_by == "interrupt":
-            raise KeyboardInterrupt
-        return solution
 
     # ------------------------------------------------------------ solving
 
     def solve_shape(self, shape: Shape) -> None:
         """Offer what fits of one shape."""
-        space = self.space(shape)
+        space = self.bounds.space(shape)
         for schedule in sorted(self.choices.schedules_for(shape), key=lambda s: -s.stages):
-            holdings = self.holdings(shape.policy, shape.microbatches)
+            holdings = self.bounds.holdings(shape.policy, shape.microbatches)
             problem = limited(space, holdings, self._even(shape, schedule), self.search.limit)
-            solution = self.solve(problem.live, self.best.seconds)
+            solution = self.bounds.solve(problem.live, self.best.seconds)
             if solution.choices is not None:
                 self.offer(shape, space, problem.read(solution.choices))
                 return
@@ -333,7 +218,7 @@ class Pipelines:
         ]
 
     def offer(self, shape: Shape, space: Space, choices: tuple[int, ...]) -> None:
-        holdings = self.holdings(shape.policy, shape.microbatches)
+        holdings = self.bounds.holdings(shape.policy, shape.microbatches)
         each, memory = unit_seconds(holdings.cut, space, choices), StageMemory(holdings, space, choices)
         size, limit = shape.mesh.size, self.search.limit
         places = tuple(Place(each, memory, limit, rank * size, size) for rank in range(shape.stages))
@@ -442,7 +327,7 @@ class Pipelines:
         """Least bytes of any shape, and the shape; more microbatches never need more."""
         most = self.choices.counts[-1]
         shapes = [replace(family, microbatches=most) for family in self.choices.families()]
-        return min(((self.least(shape), shape) for shape in shapes), key=lambda pair: pair[0], default=None)
+        return min(((self.bounds.least(shape), shape) for shape in shapes), key=lambda pair: pair[0], default=None)
 
     def _what_may_fit(self, needed: float) -> str:
         search, more = self.search, "more devices, a smaller batch, or devices with more memory"

@@ -138,11 +138,12 @@ def serve() -> None:
 
 
 def _worker(folded: Folded, cluster: Cluster, request: Request, cost: CostModel) -> Callable[[Key], Any]:
-    from .pipelines import Pipelines
+    from .pipeline.bounds import Bounds
+    from .pipeline.choices import Choices
     from .search import Best, Candidate, Search
 
     flat = Search(folded, cluster, replace(request, time_limit=FOREVER), cost, "", "", lambda line: None)
-    pipelines = Pipelines(flat)
+    bounds = Bounds(flat, Choices(flat))
 
     def work_out(key: Key) -> Any:
         what, seconds = key
@@ -150,7 +151,6 @@ def _worker(folded: Folded, cluster: Cluster, request: Request, cost: CostModel)
             flat.outside, flat.best = seconds, Best()
             found = flat.relaxed(what)
             return None if flat.best.answer else found  # a plan was met: the search should see it
-        pipelines.outside = seconds
-        return pipelines.relaxed(what)
+        return bounds.relaxed(what, seconds)
 
     return work_out

@@ -41,8 +41,8 @@ class StageLayouts:
             pipelines, search = self.pipelines, self.pipelines.search
             program, layouts = search.program(shape.policy), search.layouts_on(shape.mesh)
             space = build(program, shape.microbatches, search.cost, layouts, runs=pipelines.choices.weights(shape))
-            problem = limited(space, pipelines.holdings(shape.policy, shape.microbatches), watched, search.limit)
-            found = pipelines.solve(problem.live).choices
+            problem = limited(space, pipelines.bounds.holdings(shape.policy, shape.microbatches), watched, search.limit)
+            found = pipelines.bounds.solve(problem.live).choices
             self.solved[shape, watched] = None if found is None else Rank(search, space, problem.read(found))
         return self.solved[shape, watched]
 
@@ -50,7 +50,7 @@ class StageLayouts:
         """Seconds and bytes of units on a rank."""
         if id(rank) not in self.parts:
             policy = rank.search.policy_of(rank.space.program)
-            holdings = self.pipelines.holdings(policy, rank.space.microbatches)
+            holdings = self.pipelines.bounds.holdings(policy, rank.space.microbatches)
             seconds = unit_seconds(holdings.cut, rank.space, rank.choices)
             self.parts[id(rank)] = seconds, StageMemory(holdings, rank.space, rank.choices)
         return self.parts[id(rank)]

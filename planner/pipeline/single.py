@@ -24,7 +24,7 @@ from .schedules import gpipe
 from .simulate import StageSeconds, pipeline_tasks, simulate
 from .stage_memory import Runs
 from .unit_costs import UnitSeconds
-from .units import Units, runs_of
+from .units import HALVES, Units, runs_of
 
 # Seconds of the host per instruction (a pass, or a send with its receive), and per shard of what a forward pass leaves
 # for later, which passes give and take: processor time of the dispatching thread, what 16 microbatches take it more
@@ -60,17 +60,28 @@ def even_firsts(units: Units, stages: int) -> tuple[int, ...]:
     Raises:
         LoweringError: that cannot be.
     """
-    layers = [i for i, kind in enumerate(units.kinds) if units.names[kind] == "layer"]
+    layers, end = _layers(units)
     places = [units.cuts[i] for i in layers]
-    alike = len({b - a for a, b in pairwise(places)}) <= 1 and layers == [*range(layers[0], layers[-1] + 1)]
-    if not layers or not alike or layers[0] == 0:
-        what = "layers of several kinds" if layers and not alike else "nothing before its layers"
+    alike = len({b - a for a, b in pairwise(places)}) <= 1 and all(
+        units.names[kind] in ("layer", *HALVES) for kind in units.kinds[layers[0] if layers else end : end]
+    )
+    if not layers:
+        what = "no equal layers"
+    elif not alike or layers[0] == 0:
+        what = "layers of several kinds" if not alike else "nothing before its layers"
     elif len(layers) % stages:
         what = f"{len(layers)} layers, which {stages} stages cannot share equally"
     else:
         each = len(layers) // stages
         return (0, *(layers[0] + each * stage for stage in range(1, stages)))
     raise LoweringError(f"the step has {what}.", where="request: program", fix="program=stages")
+
+
+def _layers(units: Units) -> tuple[list[int], int]:
+    """The units that layers, whole or in halves, begin with; the first unit after them."""
+    begins = [i for i, kind in enumerate(units.kinds) if units.names[kind] in ("layer", HALVES[0])]
+    inside = [i for i, kind in enumerate(units.kinds) if units.names[kind] in ("layer", *HALVES)]
+    return begins, max(inside, default=-1) + 1
 
 
 def can_be_even(units: Units, stages: int) -> bool:
@@ -83,8 +94,8 @@ def can_be_even(units: Units, stages: int) -> bool:
 def layer_runs(units: Units, stages: int) -> tuple[list[Runs], Runs]:
     """Units of each kind: the layers of each stage, and what all stages have, the front and the back."""
     firsts = even_firsts(units, stages)
-    layers = [i for i, kind in enumerate(units.kinds) if units.names[kind] == "layer"]
-    starts = [layers[0], *firsts[1:], layers[-1] + 1]
+    layers, end = _layers(units)
+    starts = [layers[0], *firsts[1:], end]
     ends = with_ends(runs_of(units, 0, starts[0]), runs_of(units, starts[-1], len(units)))
     return [runs_of(units, *pair) for pair in pairwise(starts)], ends
 

@@ -153,13 +153,7 @@ def _plan_once(captured: Captured, cluster: Cluster | str | Path | None, request
     return Plan.model_validate_json(Meetings(in_turn=True).exchange("the plan", text)[0])
 
 
-def lower(
-    plan: Plan,
-    step: Callable,
-    *args: Any,
-    devices: Sequence[Any] | None = None,
-    **options: Any,
-) -> RunningStep:
+def lower(plan: Plan, step: Callable, *args: Any, devices: Sequence[Any] | None = None, **options: Any) -> RunningStep:
     """The runnable program of a plan, for the same step and argument shapes.
 
     Raises:

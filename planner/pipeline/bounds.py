@@ -1,0 +1,141 @@
+"""What no pipeline of a shape can do without: seconds, by one solve without stages' own memory limits, and bytes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...ir.recompute import Policy
+from ..intra import live_of
+from ..memory.ledger import least_bytes, least_peak
+from ..solver.anytime import solve_live
+from ..solver.live import Demand, Live
+from ..solver.onehot import Solution
+from ..space import Space, build
+from .choices import Choices, Shape
+from .stage_memory import Holdings
+from .unit_costs import all_bytes
+from .units import runs_of
+
+if TYPE_CHECKING:
+    from ..search import Search
+
+SOLVE_GAP = 0.5  # of the gap asked for: what one solve may leave open
+ONE_SOLVE = 1.0  # seconds
+
+
+@dataclass(eq=False)
+class Bounds:
+    """Bounds of one search, and what they share with its solves: spaces, and what units hold."""
+
+    search: Search
+    choices: Choices
+    spaces: dict[Shape, Space] = field(default_factory=dict)
+
+    def holdings(self, policy: Policy, microbatches: int) -> Holdings:
+        key = policy, min(microbatches, 2)
+        if key not in self._holdings:
+            self._holdings[key] = Holdings.of(self.choices.cut(policy, microbatches), microbatches, self.search.cluster)
+        return self._holdings[key].counted(microbatches)
+
+    _holdings: dict[tuple[Policy, int], Holdings] = field(default_factory=dict)
+
+    def relaxed(self, shape: Shape, beat: float) -> float:
+        """The least seconds with no more memory than all stages have together; `beat`: of the best plan known."""
+        if self._crowded(shape, self._least_held(shape, beat)):
+            return inf
+        solution = self.solve(self._shared_memory(self.space(shape), shape, beat))
+        return inf if solution.status == "infeasible" else solution.lower_bound
+
+    def space(self, shape: Shape) -> Space:
+        if shape not in self.spaces:
+            program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
+            weights = self.choices.weights(shape)
+            self.spaces[shape] = build(program, shape.microbatches, self.search.cost, layouts, runs=weights)
+        return self.spaces[shape]
+
+    def hopeless(self, shape: Shape) -> bool:
+        """Whether a shape fits in no way."""
+        return self._crowded(shape, 1.0) or self._least_of_layers(shape) > self.search.limit
+
+    def least(self, shape: Shape) -> float:
+        """Bytes per device that a shape needs at least, however everything lies."""
+        return max(self._least_of_all(shape, 1.0), self._least_of_layers(shape))
+
+    def _least_of_layers(self, shape: Shape) -> float:
+        """Of the stage with most layers, which has at least its share of them."""
+        middle = self.choices.units.middle
+        layers = self.choices.units.kinds.count(middle)
+        runs = [0] * len(self.choices.units.names)
+        runs[middle] = max(1, (layers - (len(self.choices.units) - layers)) // shape.stages)
+        holdings = self.holdings(shape.policy, shape.microbatches)
+        return least_peak(holdings.of_stage(tuple(runs)), shape.mesh)
+
+    def _crowded(self, shape: Shape, held: float) -> bool:
+        """Whether all stages together have no room for so many microbatches, however everything lies."""
+        return self._least_of_all(shape, held) > self.search.limit
+
+    def _least_of_all(self, shape: Shape, held: float) -> float:
+        """Of all stages together with so many microbatches, shared out evenly."""
+        key = replace(shape, stages=1)
+        if key not in self._leasts:
+            self._leasts[key] = self._lasting_and_flying(shape)
+        lasting, flying = self._leasts[key]
+        return (lasting + held * flying) / shape.stages
+
+    _leasts: dict[Shape, tuple[float, float]] = field(default_factory=dict)
+
+    def _lasting_and_flying(self, shape: Shape) -> tuple[float, float]:
+        """Least bytes of the step's inputs, and of what one microbatch leaves, in all stages."""
+        holdings, mesh = self.holdings(shape.policy, shape.microbatches), shape.mesh
+        graph, split = holdings.cut.program.graph, holdings.split if shape.microbatches > 1 else {}
+
+        def least(value: int) -> float:
+            return least_bytes(graph.types[value], split.get(value), shape.microbatches, mesh)
+
+        lasting = sum(n * least(v) for v, n in zip(graph.inputs, graph.input_counts, strict=True))
+        flying = holdings.left(runs_of(self.choices.units, 0, len(self.choices.units))).items()
+        return lasting, sum(n * least(v) for v, n in flying)
+
+    def _shared_memory(self, space: Space, shape: Shape, beat: float) -> Live:
+        """Parameters, sums and results in flight of all stages within the memory of all stages."""
+        base, holdings = live_of(space), self.holdings(shape.policy, shape.microbatches)
+        everything = runs_of(self.choices.units, 0, len(self.choices.units))
+        lasting = dict(zip(space.program.graph.inputs, space.program.graph.input_counts, strict=True))
+        demands, fixed = [], 0.0
+        for value, many in [*lasting.items(), *holdings.left(everything).items()]:
+            sizes, node = all_bytes(space, value)
+            weight = many * (1.0 if value in lasting else self._least_held(shape, beat))
+            if node is None:
+                fixed += weight * float(sizes[0])
+            else:
+                demands.append(Demand(node, 0, 1, weight * sizes))
+        limit = np.array([shape.stages * self.search.limit - fixed])
+        return Live(base.costs, base.edges, tuple(demands), limit)
+
+    def _least_held(self, shape: Shape, beat: float) -> float:
+        """Microbatches in flight of an average layer, at least, in any pipeline better than `beat`.
+
+        With 1F1B the stages hold p, p - 1, ... 1. A stage with more layers than its share takes so much
+        longer; so layers can crowd into the last stages only as far as `beat` allows.
+        """
+        known = ("1f1b", "gpipe", "interleaved", "looped-bfs", "zb-h1")
+        plain = all(name in known for name, _ in self.choices.schedules(shape.stages, shape.microbatches))
+        if not plain or beat == inf:
+            return 1.0
+        crowd = max(1.0, beat / max(self.choices.floor(shape), 1e-30))
+        return (min(shape.stages, shape.microbatches) / crowd + 1) / 2
+
+    def solve(self, live: Live, cutoff: float = inf) -> Solution:
+        left = max(0.5, min(ONE_SOLVE, self.search.deadline - time.monotonic()))
+        solution = solve_live(
+            live, time_limit=left, gap=SOLVE_GAP * self.search.request.good_enough, seed=self.search.request.seed,
+            cutoff=cutoff,
+        )
+        if solution.stopped_by == "interrupt":
+            raise KeyboardInterrupt
+        return solution
