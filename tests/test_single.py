@@ -24,6 +24,7 @@ from meshwright.ir.plan import Plan
 from meshwright.planner.pipeline.schedules import gpipe, one_f_one_b
 from meshwright.planner.pipeline.single import INSTRUCTION, SHARD, with_dispatch
 from meshwright.planner.request import Request
+from meshwright.recipe import make
 
 from .pipelines import case, pipelined, stage_plan
 from .test_pipeline_matrix import assert_moved, scanned
@@ -132,6 +133,14 @@ def test_what_is_not_equal_stages_is_refused():
     plan = whole.model_copy(update={"pipeline": whole.pipeline.model_copy(update=orders)})
     assert "runs gpipe, not 1f1b" in refusal(captured, plan)
     assert "two microbatches or more" in refusal(captured, single(stage_plan("gpt-tiny", 2, 1), captured, 2, 1))
+
+
+def test_layers_that_pipelines_may_halve_stay_whole():
+    captured = make({"model": "gpt-tiny", "layers": 4, "batch": 16}).capture(True)
+    plan = plan_captured(captured, "4xcpu", Request(pp=4, program="single", microbatches=4), "gpt-tiny")
+    assert plan.pipeline is not None and plan.pipeline.program == "single"
+    assert lower(plan, captured).plan == plan
+    assert [stage.blocks for stage in plan.pipeline.stages] == ["start, layer 1", "layer 2", "layer 3", "layer 4, end"]
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def even_firsts(units: Units, stages: int) -> tuple[int, ...]:
         what = f"{len(layers)} layers, which {stages} stages cannot share equally"
     else:
         each = len(layers) // stages
-        return (0, *(layers[0] + each * stage for stage in range(1, stages)))
+        return (0, *(layers[each * stage] for stage in range(1, stages)))
     raise LoweringError(f"the step has {what}.", where="request: program", fix="program=stages")
 
 
