@@ -24,7 +24,7 @@ from .schedules import gpipe
 from .simulate import StageSeconds, pipeline_tasks, simulate
 from .stage_memory import Runs
 from .unit_costs import UnitSeconds
-from .units import Units, runs_of
+from .units import HALVES, Units, runs_of
 
 # Seconds of the host per instruction (a pass, or a send with its receive), and per shard of what a forward pass leaves
 # for later, which passes give and take: processor time of the dispatching thread, what 16 microbatches take it more
@@ -32,6 +32,7 @@ from .units import Units, runs_of
 # stages, 26 values on 2 devices: 277 us, 334 by this. A later run of the benchmark, on the same shared machine, had 332
 # in place of 640 and 113 of 277 (benchmarks/pipeline_programs.py, 2 cores of a cloud host, jax 0.10.2, 2026-11-26).
 INSTRUCTION, SHARD = 230e-6, 2e-6
+WHOLE = ("layer", *HALVES)  # what layers are made of
 EXCHANGES = 4  # of the front's results, what the back reads, and the gradients of both
 
 
@@ -60,17 +61,24 @@ def even_firsts(units: Units, stages: int) -> tuple[int, ...]:
     Raises:
         LoweringError: that cannot be.
     """
-    layers = [i for i, kind in enumerate(units.kinds) if units.names[kind] == "layer"]
-    places = [units.cuts[i] for i in layers]
-    alike = len({b - a for a, b in pairwise(places)}) <= 1 and layers == [*range(layers[0], layers[-1] + 1)]
+    layers, end = _layers(units)
+    between = {units.names[kind] for kind in units.kinds[layers[0] : end]} if layers else set()
+    alike = between.issubset(WHOLE) and len({b - a for a, b in pairwise(units.cuts[i] for i in layers)}) <= 1
     if not layers or not alike or layers[0] == 0:
-        what = "layers of several kinds" if layers and not alike else "nothing before its layers"
+        what = "nothing before its layers" if layers and alike else "layers of several kinds" if layers else "no layers"
     elif len(layers) % stages:
         what = f"{len(layers)} layers, which {stages} stages cannot share equally"
     else:
         each = len(layers) // stages
-        return (0, *(layers[0] + each * stage for stage in range(1, stages)))
+        return (0, *(layers[each * stage] for stage in range(1, stages)))
     raise LoweringError(f"the step has {what}.", where="request: program", fix="program=stages")
+
+
+def _layers(units: Units) -> tuple[list[int], int]:
+    """The first unit of each layer, be it whole or in halves, and the unit after the last layer."""
+    names = [units.names[kind] for kind in units.kinds]
+    parts = [i for i, name in enumerate(names) if name in WHOLE]
+    return [i for i in parts if names[i] != HALVES[1]], parts[-1] + 1 if parts else 0
 
 
 def can_be_even(units: Units, stages: int) -> bool:
@@ -83,8 +91,8 @@ def can_be_even(units: Units, stages: int) -> bool:
 def layer_runs(units: Units, stages: int) -> tuple[list[Runs], Runs]:
     """Units of each kind: the layers of each stage, and what all stages have, the front and the back."""
     firsts = even_firsts(units, stages)
-    layers = [i for i, kind in enumerate(units.kinds) if units.names[kind] == "layer"]
-    starts = [layers[0], *firsts[1:], layers[-1] + 1]
+    layers, end = _layers(units)
+    starts = [layers[0], *firsts[1:], end]
     ends = with_ends(runs_of(units, 0, starts[0]), runs_of(units, starts[-1], len(units)))
     return [runs_of(units, *pair) for pair in pairwise(starts)], ends
 
