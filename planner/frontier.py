@@ -104,10 +104,12 @@ def load_frontier(path: Path) -> Frontier:
     try:
         text = path.read_text(encoding="utf-8")
         if (version := json.loads(text).get("meshwright", VERSION)) == VERSION:
-            return Frontier.model_validate_json(text)
+            found = Frontier.model_validate_json(text)
+            Request(**found.request), Units(**found.units)  # type: ignore[arg-type]
+            return found
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"the frontier {path} cannot be read: {error}.", fix="what `--frontier` wrote") from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise PlanError(
             f"this is no frontier: {str(error).splitlines()[0]}.", origin=str(path),
             fix="a file from `meshwright plan --frontier`",

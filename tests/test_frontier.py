@@ -98,6 +98,10 @@ def test_what_cannot_be_planned_anew(kept, tmp_path):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(PlanError, match="no frontier"):
             load_frontier(tmp_path / "bad.json")
+    damaged = frontier.model_copy(update={"request": {**frontier.request, "stages": 3}})
+    (tmp_path / "bad.json").write_text(damaged.model_dump_json())
+    with pytest.raises(PlanError, match="no frontier"):
+        load_frontier(tmp_path / "bad.json")
     (tmp_path / "old.json").write_text(json.dumps({"meshwright": "0.0.1"}))
     with pytest.raises(MismatchError, match=r"of meshwright 0\.0\.1"):
         load_frontier(tmp_path / "old.json")
@@ -113,4 +117,5 @@ def test_the_commands(tmp_path, monkeypatch):
     shown = CliRunner().invoke(app, ["show", "anew.json"])
     assert shown.exit_code == 0 and "pipeline parallel 4" in shown.output
     flat = CliRunner().invoke(app, [*step, "--cluster", "8xh100x1@ib100", "--frontier", "flat.json"])
-    assert flat.exit_code != 0 and not (tmp_path / "flat.json").exists()
+    assert flat.exit_code == 2 and not (tmp_path / "flat.json").exists()
+    assert "searching" not in flat.output, "refused before the search"
