@@ -117,5 +117,5 @@ def test_the_commands(tmp_path, monkeypatch):
     shown = CliRunner().invoke(app, ["show", "anew.json"])
     assert shown.exit_code == 0 and "pipeline parallel 4" in shown.output
     flat = CliRunner().invoke(app, [*step, "--cluster", "8xh100x1@ib100", "--frontier", "flat.json"])
-    assert flat.exit_code == 2 and not (tmp_path / "flat.json").exists()
+    assert flat.exit_code != 0 and not (tmp_path / "flat.json").exists()
     assert "searching" not in flat.output, "refused before the search"
