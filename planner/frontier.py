@@ -6,8 +6,8 @@
     replanned   first candidates on the point's own mesh, whose layouts hold as they are; then solves on the
                 others', the most promising first, each priced as the search prices: cut, memory, schedule
 
-No graph is captured and no space is searched, so this takes a second or two. What it proves is weaker: no plan on
-as many devices is faster than every op cut evenly over all of them.
+No graph is captured and no space is searched, so this takes a second or two. What it proves is weaker: no pipeline
+on as many devices is faster than every op cut evenly over those of a stage, stages of equal time, nothing sent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..ir.units import format_bytes
 from ..ir.version import VERSION
 from .cost.model import Roofline
 from .meshes import mesh_of
-from .pipeline.choices import Shape
+from .pipeline.choices import Choices, Shape
 from .pipeline.points import Point
 from .pipeline.units import Units
 from .pipeline_report import LEFT_OUT
@@ -42,6 +42,7 @@ from .search import Search
 SECONDS = 1.2  # in which candidates are priced
 POINTS = 24  # kept of one search, the fastest
 KNOWN = "meshes, recompute and microbatches unlike those that an earlier search met"
+PINS = ("pp", "mesh", "recompute", "microbatches")  # of the first plan, kept
 NEAR = 4  # microbatches up to so many times more or fewer
 
 
@@ -103,10 +104,12 @@ def load_frontier(path: Path) -> Frontier:
     try:
         text = path.read_text(encoding="utf-8")
         if (version := json.loads(text).get("meshwright", VERSION)) == VERSION:
-            return Frontier.model_validate_json(text)
+            found = Frontier.model_validate_json(text)
+            Request(**found.request), Units(**found.units)  # type: ignore[arg-type]
+            return found
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"the frontier {path} cannot be read: {error}.", fix="what `--frontier` wrote") from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise PlanError(
             f"this is no frontier: {str(error).splitlines()[0]}.", origin=str(path),
             fix="a file from `meshwright plan --frontier`",
@@ -146,9 +149,12 @@ class _Replanning:
         self._look([each for each in candidates if each.same], solve=False, until=self.began + self.allowed / 2)
         self._look(candidates, solve=True, until=self.began + self.allowed)
         if self.best is None:
+            size, pins = self.cluster.size, {name: getattr(whole.search.request, name) for name in PINS}
+            pins["mesh"] = pins["mesh"] and "x".join(map(str, pins["mesh"]))
+            asked = [f"{name}={value}" for name, value in pins.items() if value not in (None, "auto")]
             raise InfeasibleError(
-                f"none of {len(self.frontier.points)} known solutions fits {self.cluster.size} devices.",
-                where=f"{format_bytes(whole.search.limit)} per device may be used",
+                f"none of {len(self.frontier.points)} known solutions fits {size} device{'s' * (size != 1)}.",
+                where=", ".join([*asked, f"{format_bytes(whole.search.limit)} per device may be used"]),
                 origin=f"cluster {self.cluster.name}", fix="`meshwright plan`, which searches anew",
             )  # fmt: skip
         return self._written(whole)
@@ -159,23 +165,46 @@ class _Replanning:
 
     def _written(self, whole: Pipelines) -> Plan:
         assert self.best is not None
-        bound = min(min(whole.search.floors(policy).values()) for policy in whole.search.policies())
         self.best.search.stopped_by = "time"
-        found, used = self.best.write(min(bound, self.seconds), (*LEFT_OUT, KNOWN)), self.best.search.cluster
-        spare = self.cluster.hosts - used.hosts
-        hosts = f"{used.hosts} of {self.cluster.hosts} hosts are used, {spare} spare" if spare else "all hosts are used"
-        told = f"planned anew from {len(self.frontier.points)} known solutions, {self.tried} candidates priced; {hosts}"
+        self.best.choose_program()
+        left_out = (each.split(", but for the pipeline")[0] for each in LEFT_OUT)  # neither is tried here
+        found = self.best.write(min(self._bound(whole), self.seconds), (*left_out, KNOWN))
+        told = (
+            f"planned anew from {len(self.frontier.points)} known solutions, {self.tried} candidates priced;"
+            f" {self._used(self.best)}"
+        )
         update = {"notes": (*found.notes, *self.frontier.notes, told), "recipe": self.frontier.recipe or None}
         if self.frontier.unstacked and found.pipeline is not None:
             update["pipeline"] = found.pipeline.model_copy(update={"unstacked": True})
         return found.model_copy(update=update)
+
+    def _bound(self, whole: Pipelines) -> float:
+        """No pipeline of equal stages is faster, whatever their number, which need not divide the devices."""
+        choices, pinned = Choices(whole.search), whole.search.request.pp
+        choices.take_cuts_of(whole.choices)
+        most = min(len(choices.units), self.cluster.size)
+        choices.stage_counts = (pinned,) if isinstance(pinned, int) else tuple(range(2, most + 1))
+        one = mesh_of((1,))
+        policies = whole.search.policies()
+        return min(choices.floor(Shape(stages, one, policy)) for stages in choices.stage_counts for policy in policies)
+
+    def _used(self, best: Pipelines) -> str:
+        """Which hosts, or which devices of one host, take part."""
+        shape, hosts = best.best.shape, best.search.cluster.hosts
+        assert shape is not None
+        size, all_hosts = shape.stages * shape.mesh.size, self.cluster.hosts
+        if size < hosts * self.cluster.per_host:
+            return f"{size} of {self.cluster.size} devices are used, {self.cluster.size - size} spare"
+        if hosts < all_hosts:
+            return f"{hosts} of {all_hosts} hosts {'is' if hosts == 1 else 'are'} used, {all_hosts - hosts} spare"
+        return "all hosts are used"
 
     def _on(self, hosts: int) -> Pipelines:
         """The search on the first so many hosts; programs, cuts and frames are shared."""
         if hosts not in self.searches:
             where = self.cluster if hosts == self.cluster.hosts else self.cluster.first(hosts)
             known = next(iter(self.searches.values()), None)
-            request = Request(**self.frontier.request)  # type: ignore[arg-type]
+            request = Request(**{**self.frontier.request, "program": "stages"})  # type: ignore[arg-type]
             if known is None:
                 folded = Folded(self.small, self.small, ())
                 name, mark = self.frontier.name, self.frontier.fingerprint
@@ -192,12 +221,14 @@ class _Replanning:
 
     def _candidates(self, whole: Pipelines) -> Iterator[Candidate]:
         units, batch, per_host = len(whole.choices.units), whole.choices.batch, self.cluster.per_host
-        pinned = whole.search.request.pp
+        pinned, pinned_mesh = whole.search.request.pp, whole.search.request.mesh
         for point in self.frontier.points:
             size = prod(point.mesh[1:])
             for first in range(1, self.cluster.size // size + 1):
                 devices = first * size
                 if devices % per_host and per_host % devices:
+                    continue
+                if pinned_mesh not in (None, (first, *point.mesh[1:])):
                     continue
                 for many in self._counts(whole, point):
                     if first != point.mesh[0] and (batch // many) % first:

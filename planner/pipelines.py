@@ -309,9 +309,13 @@ class Pipelines:
             return search.infeasible()
         asked = self._least_needed()
         if asked is None:
+            pp, unequal = search.request.pp, isinstance(search.request.pp, int)
+            room = f"{format_bytes(search.limit)} per device may be used"
             return InfeasibleError(
-                f"no pipeline of {search.request.pp} stages can be cut.", where=f"cluster {search.cluster.name}",
-                fix="--pp auto, without a pinned mesh",
+                f"no pipeline{f' of {pp} stages' * unequal} was found that fits: {room}.",
+                where="stages of unequal meshes were tried" if unequal else "request: pp",
+                origin=f"cluster {search.cluster.name}: {search.cluster.size} devices",
+                fix=self._what_may_fit(inf), limit_bytes=search.limit,
             )  # fmt: skip
         needed, shape = asked
         said = "may be enough, but no layouts were found that fit" if needed <= search.limit else "is needed at least"

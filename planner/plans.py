@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 from ..ir.blocks import Folded
 from ..ir.cluster import Cluster
@@ -87,6 +88,7 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
         return unequal.write(min(bound, unequal.lower_bound()))
     if both and flat.best.seconds <= pipelines.best.seconds:
         if flat.best.answer is None:
-            raise flat.infeasible()
+            least = lambda refusal: getattr(refusal, "needed_bytes", None) or inf  # noqa: E731
+            raise min(flat.infeasible(), pipelines.infeasible(), key=least)
         return write_plan(flat, bound)
     return pipelines.write(bound)

@@ -144,8 +144,9 @@ def _check_pipeline(request: Request, cluster: Cluster) -> None:
     elif isinstance(pp, bool) or not isinstance(pp, Integral) or pp < 1:
         _refuse("pp", repr(pp), 'a number of stages, or "auto"')
     elif pp > cluster.size or (cluster.size % pp and request.mesh is not None):
-        near = [n for n in range(1, cluster.size + 1) if cluster.size % n == 0]
-        fix = f"one of {', '.join(map(str, near[:12]))}"
+        stages, rest = divmod(cluster.size, prod(request.mesh or (1,)))
+        pinned = "no pinned mesh" if rest else f"pp={stages}, or no pinned mesh"
+        fix = f"at most {cluster.size}" if request.mesh is None else pinned
         raise PlanError(
             f"{cluster.size} devices cannot be cut into {pp} {'equal ' * (pp <= cluster.size)}stages.",
             where="request: pp", origin=f"cluster {cluster.name}", fix=fix,

@@ -103,7 +103,7 @@ class Unequal:
     # ------------------------------------------------------------ whether, and which
 
     def _worth(self) -> bool:
-        if self.search.request.mesh is not None or len(self.units) < 2 or not self._names:
+        if self.search.request.mesh is not None or len(self.units) < 2 or not self._names or not self.sizes:
             return False
         return self.search.cluster.size <= SMALL or self._alone or self._uneven > UNEVEN
 

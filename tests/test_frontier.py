@@ -40,7 +40,7 @@ def test_as_fast_as_a_search_of_the_same_hosts(kept, hosts):
     assert anew.pipeline is not None and anew.cluster.size <= hosts
     assert anew.estimate.peak_bytes <= anew.estimate.limit_bytes
     assert anew.estimate.step_seconds <= 1.05 * searched.estimate.step_seconds
-    assert 0 < anew.proof.lower_bound <= searched.estimate.step_seconds, "faster plans than the bound allows"
+    assert 0 < anew.proof.lower_bound <= searched.proof.lower_bound, "more is proven than by a search"
     spare = hosts - anew.cluster.hosts
     assert (f"{spare} spare" in anew.notes[-1]) == bool(spare)
 
@@ -73,9 +73,22 @@ def test_hosts_of_a_cluster_by_themselves():
         Cluster.parse("128xa100x8@hdr200").first(129)
 
 
+def test_pins_hold_and_devices_of_a_host_that_are_spare_are_told():
+    """A pinned mesh of two is not made one or four, and two of ten devices have no part."""
+    frontiers: list[Frontier] = []
+    request = Request(pp=4, mesh=(2,), schedule="1f1b", time_limit=20)
+    plan_captured(case("gpt-tiny")[0], "8xcpu", request, "gpt-tiny", keep=frontiers.append)
+    anew = frontiers[0].replanned(Cluster.parse("10xcpu"))
+    assert anew.mesh.shape == (2,) and "8 of 10 devices are used, 2 spare" in anew.notes[-1]
+    assert anew.pipeline is not None and set(anew.pipeline.programs) == {"stages"}
+    assert not any("but for the pipeline" in each for each in anew.proof.left_out)
+    with pytest.raises(InfeasibleError, match=r"(?s)fits 4 devices.*pp=4, mesh=2, "):
+        frontiers[0].replanned(Cluster.parse("4xcpu"))
+
+
 def test_what_cannot_be_planned_anew(kept, tmp_path):
     _, _, frontier = kept
-    with pytest.raises(InfeasibleError, match=r"none of .* known solutions fits 1 devices"):
+    with pytest.raises(InfeasibleError, match=r"none of .* known solutions fits 1 device\."):
         frontier.replanned(Cluster.parse("1xh100x1"))
     with pytest.raises(PlanError, match="has 2 groups"):
         frontier.replanned(Cluster.parse("benchmarks/clusters/a100_v100.yaml"))
@@ -85,6 +98,10 @@ def test_what_cannot_be_planned_anew(kept, tmp_path):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(PlanError, match="no frontier"):
             load_frontier(tmp_path / "bad.json")
+    damaged = frontier.model_copy(update={"request": {**frontier.request, "stages": 3}})
+    (tmp_path / "bad.json").write_text(damaged.model_dump_json())
+    with pytest.raises(PlanError, match="no frontier"):
+        load_frontier(tmp_path / "bad.json")
     (tmp_path / "old.json").write_text(json.dumps({"meshwright": "0.0.1"}))
     with pytest.raises(MismatchError, match=r"of meshwright 0\.0\.1"):
         load_frontier(tmp_path / "old.json")
@@ -101,3 +118,4 @@ def test_the_commands(tmp_path, monkeypatch):
     assert shown.exit_code == 0 and "pipeline parallel 4" in shown.output
     flat = CliRunner().invoke(app, [*step, "--cluster", "8xh100x1@ib100", "--frontier", "flat.json"])
     assert flat.exit_code != 0 and not (tmp_path / "flat.json").exists()
+    assert "searching" not in flat.output, "refused before the search"

@@ -165,12 +165,16 @@ def test_the_passes_of_the_best_pipeline_are_reordered():
     assert plan.estimate.step_seconds <= tight.estimate.step_seconds <= asked.estimate.step_seconds
 
 
+def test_one_device_has_no_pipeline():
+    assert planned("gpt-tiny", "1xcpu", Request(pp="auto")).pipeline is None
+
+
 def test_refusals():
-    with pytest.raises(PlanError, match="8 devices cannot be cut into 9 stages"):
+    with pytest.raises(PlanError, match=r"8 devices cannot be cut into 9 stages(.|\n)*at most 8"):
         planned("gpt-tiny", "8xcpu", Request(pp=9))
     with pytest.raises(PlanError, match="8 devices cannot be cut into 3 equal stages, and interleaved has several"):
         planned("gpt-tiny", "8xcpu", Request(pp=3, schedule="interleaved"))
-    with pytest.raises(PlanError, match="8 devices cannot be cut into 3 equal stages"):
+    with pytest.raises(PlanError, match=r"8 devices cannot be cut into 3 equal stages(.|\n)*pp=4, or no"):
         planned("gpt-tiny", "8xcpu", Request(pp=3, mesh=(2,)))
     with pytest.raises(PlanError, match=r"10 parts to cut between, fewer than 16 stages(.|\n)*2 or 4 or 8 stages"):
         planned("gpt-tiny", "16xcpu", Request(pp=16))
@@ -191,6 +195,10 @@ def test_a_refusal_for_want_of_memory_says_what_is_needed_and_what_may_fit():
     asked = Request(pp=4, recompute="none", microbatches=2, memory=8e5)
     with pytest.raises(InfeasibleError, match=r"try +2 stages of mesh 4, recompute full.*, which needs at least"):
         planned("gpt-tiny", "8xcpu", asked)
+    with pytest.raises(InfeasibleError, match=r"no pipeline of 3 stages was found that fits: .*may be used"):
+        planned("gpt-tiny", "8xcpu", Request(pp=3, memory=2e5))
+    with pytest.raises(InfeasibleError, match=r"the least is with 2 stages of mesh 4, recompute full"):
+        planned("gpt-tiny", "8xcpu", Request(pp="auto", memory=2e5))
 
 
 @pytest.mark.slow

@@ -257,3 +257,18 @@ def test_layers_that_cannot_be_shared_equally_are_refused_when_asked_for():
     request = Request(pp=3, microbatches=4, program="single", recompute="none")
     with pytest.raises(MeshwrightError, match="4 layers, which 3 stages cannot share equally"):
         plan_captured(captured, "3xcpu", request, "gpt-tiny")
+
+
+def test_layers_that_may_be_halved_are_shared_whole():
+    """Four layers are cut in halves for four stages; a single program takes them whole."""
+    pipeline = plan_captured(
+        case("gpt-tiny", "adamw")[0], "4xcpu", Request(pp=4, microbatches=8, recompute="none"), "gpt-tiny"
+    ).pipeline
+    assert pipeline is not None and pipeline.program == "single"
+    assert [s.blocks for s in pipeline.stages] == ["start, layer 1", "layer 2", "layer 3", "layer 4, end"]
+
+
+def test_a_model_without_layers_is_refused_when_a_single_program_is_asked_for():
+    captured = case("dlrm-tiny")[0]
+    with pytest.raises(MeshwrightError, match="the step has no layers"):
+        plan_captured(captured, "4xcpu", Request(pp=2, microbatches=2, program="single"), "dlrm-tiny")

@@ -16,7 +16,7 @@ from ...ir.microbatch import Refusal
 from ...ir.recompute import Policy
 from ...ir.schedule import Schedule
 from ..cost.least import least_work
-from ..meshes import plane_meshes
+from ..meshes import mesh_of, plane_meshes
 from .schedules import entry, schedule_named
 from .single import can_be_even, even_firsts
 from .units import Cut, Units, check_enough, find_units
@@ -167,7 +167,7 @@ class Choices:
         if (stages, policy) not in self._known_floors:
             row, found = self.stage_counts.index(stages), {}
             for column, many in enumerate(self.counts):
-                shape = Shape(stages, self.meshes(stages)[0], policy, many)
+                shape = Shape(stages, mesh_of((1,)), policy, many)  # of any mesh
                 seconds = self._least_work(policy, many > 1).items()
                 found[many] = sum(self.share(shape, *each) * float(s[row, column]) for each, s in seconds)
             self._known_floors[stages, policy] = found

@@ -32,6 +32,7 @@ from .units import HALVES, Units, runs_of
 # stages, 26 values on 2 devices: 277 us, 334 by this. A later run of the benchmark, on the same shared machine, had 332
 # in place of 640 and 113 of 277 (benchmarks/pipeline_programs.py, 2 cores of a cloud host, jax 0.10.2, 2026-11-26).
 INSTRUCTION, SHARD = 230e-6, 2e-6
+WHOLE = ("layer", *HALVES)  # what layers are made of
 EXCHANGES = 4  # of the front's results, what the back reads, and the gradients of both
 
 
@@ -61,14 +62,10 @@ def even_firsts(units: Units, stages: int) -> tuple[int, ...]:
         LoweringError: that cannot be.
     """
     layers, end = _layers(units)
-    places = [units.cuts[i] for i in layers]
-    alike = len({b - a for a, b in pairwise(places)}) <= 1 and all(
-        units.names[kind] in ("layer", *HALVES) for kind in units.kinds[layers[0] if layers else end : end]
-    )
-    if not layers:
-        what = "no equal layers"
-    elif not alike or layers[0] == 0:
-        what = "layers of several kinds" if not alike else "nothing before its layers"
+    between = {units.names[kind] for kind in units.kinds[layers[0] : end]} if layers else set()
+    alike = between.issubset(WHOLE) and len({b - a for a, b in pairwise(units.cuts[i] for i in layers)}) <= 1
+    if not layers or not alike or layers[0] == 0:
+        what = "nothing before its layers" if layers and alike else "layers of several kinds" if layers else "no layers"
     elif len(layers) % stages:
         what = f"{len(layers)} layers, which {stages} stages cannot share equally"
     else:
@@ -78,10 +75,10 @@ def even_firsts(units: Units, stages: int) -> tuple[int, ...]:
 
 
 def _layers(units: Units) -> tuple[list[int], int]:
-    """The units that layers, whole or in halves, begin with; the first unit after them."""
-    begins = [i for i, kind in enumerate(units.kinds) if units.names[kind] in ("layer", HALVES[0])]
-    inside = [i for i, kind in enumerate(units.kinds) if units.names[kind] in ("layer", *HALVES)]
-    return begins, max(inside, default=-1) + 1
+    """The first unit of each layer, be it whole or in halves, and the unit after the last layer."""
+    names = [units.names[kind] for kind in units.kinds]
+    parts = [i for i, name in enumerate(names) if name in WHOLE]
+    return [i for i in parts if names[i] != HALVES[1]], parts[-1] + 1 if parts else 0
 
 
 def can_be_even(units: Units, stages: int) -> bool:

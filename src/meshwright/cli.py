@@ -168,6 +168,8 @@ def plan(
     place = output or Path(f"{made.name}.plan.json")
     for written in (place, frontier or place):
         check_writable(written)
+    if frontier is not None and request.pp == 1:
+        save_frontier([], recipe, frontier)
     kept: list[Any] = []
     found = _search(made, where, request, kept.append).model_copy(update={"recipe": recipe})
     save_plan(found, place)
