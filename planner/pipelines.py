@@ -62,6 +62,11 @@ class Found:
     def seconds(self) -> float:
         return self.priced.seconds if self.priced else inf
 
+    @property
+    def dispatched(self) -> float:
+        """With the host's dispatch, once the kind of program is chosen."""
+        return max(self.seconds, min(self.programs.values(), default=0.0))
+
 
 @dataclass
 class Pipelines:

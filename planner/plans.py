@@ -10,6 +10,7 @@ from ..ir.blocks import Folded
 from ..ir.cluster import Cluster
 from ..ir.errors import PlanError
 from ..ir.plan import Plan
+from ..ir.units import format_seconds
 from .cost.model import CostModel, Roofline
 from .frontier import Frontier
 from .islands import Islands
@@ -61,16 +62,19 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
     check(flat.request, flat.cluster, flat.program("none").time)
     pipelines = Pipelines(flat)
     unequal = Unequal(pipelines)
-    both = flat.request.pp == "auto" and flat.request.schedule is None
+    both = flat.request.pp == "auto" and flat.request.schedule is None and flat.request.program != "single"
     flat.scouts = Scouts.of(flat, sum(1 for _ in pipelines.choices.families()))
     try:
         pipelines.explore()
         pipelines.reorder()
         pipelines.choose_program()
         if both:
-            flat.outside = pipelines.best.seconds
+            flat.outside = pipelines.best.dispatched
             flat.explore()
-        if flat.request.program != "single":
+        slow = pipelines.best.seconds < flat.best.seconds <= pipelines.best.dispatched  # of dispatch alone
+        if slow:
+            flat.note(f"the best pipeline takes {format_seconds(pipelines.best.dispatched)} with the host's dispatch")
+        elif flat.request.program != "single":
             unequal.explore(min(pipelines.best.seconds, flat.best.seconds))
     except KeyboardInterrupt:
         flat.stopped_by = "interrupt"
@@ -86,7 +90,7 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
         bound = min(bound, flat.lower_bound())
     if unequal.found is not None:
         return unequal.write(min(bound, unequal.lower_bound()))
-    if both and flat.best.seconds <= pipelines.best.seconds:
+    if both and flat.best.seconds <= pipelines.best.dispatched:
         if flat.best.answer is None:
             least = lambda refusal: getattr(refusal, "needed_bytes", None) or inf  # noqa: E731
             raise min(flat.infeasible(), pipelines.infeasible(), key=least)
