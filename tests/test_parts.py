@@ -121,7 +121,7 @@ def test_parts_lose_little_against_every_cut_of_every_op(monkeypatch):
     assert len(coarse.choices.units) == 8 and count == 28
     for family in fine.choices.families():
         shape, fine.best = Shape(family.stages, family.mesh, family.policy, 4), Found()
-        fine._solve(shape)
+        fine.solve_shape(shape)
         pricing, (schedule,) = fine.best.pricing, fine.choices.schedules_for(shape)
         assert pricing is not None
         for cut in combinations(range(1, count), shape.stages - 1):

@@ -114,7 +114,7 @@ def test_no_pipeline_is_faster_than_the_bound():
     every = Pipelines(search)
     for family in every.choices.families():
         for many in every.choices.counts:
-            every._solve(type(family)(family.stages, family.mesh, family.policy, many))
+            every.solve_shape(type(family)(family.stages, family.mesh, family.policy, many))
     assert bound <= every.best.seconds * (1 + 1e-9)
     assert best <= every.best.seconds * (1 + search.request.good_enough)
 
