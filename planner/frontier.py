@@ -6,7 +6,7 @@
     replanned   first candidates on the point's own mesh, whose layouts hold as they are; then solves on the
                 others', the most promising first, each priced as the search prices: cut, memory, schedule
 
-No graph is captured and no space is searched, so this takes a second or two. What it proves is weaker: no pipeline
+No graph is captured and no space is searched, so this takes seconds. What it proves is weaker: no pipeline
 on as many devices is faster than every op cut evenly over those of a stage, stages of equal time, nothing sent.
 """
 

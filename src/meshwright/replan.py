@@ -24,7 +24,7 @@ def replan(
     everything: Annotated[bool, typer.Option("--all", help="Print all rows of every table.")] = False,
     format: FormatOption = Format.text,
 ) -> None:
-    """Plan the same step for another number of devices, in a second or two.
+    """Plan the same step for another number of devices, in seconds.
 
     The solutions that a search met are dealt out anew to stages; hosts that do not divide stay spare.
     """
