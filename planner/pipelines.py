@@ -198,7 +198,7 @@ class Pipelines:
 
     def solve_shape(self, shape: Shape) -> None:
         """Offer what fits of one shape."""
-        space = self.bounds.space(shape)
+        space = self.bounds.likely(shape)
         for schedule in sorted(self.choices.schedules_for(shape), key=lambda s: -s.stages):
             holdings = self.bounds.holdings(shape.policy, shape.microbatches)
             problem = limited(space, holdings, self._even(shape, schedule), self.search.limit)

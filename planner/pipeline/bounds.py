@@ -49,7 +49,7 @@ class Bounds:
         if self._crowded(shape, self._least_held(shape, beat)):
             return inf
         solution = self.solve(self._shared_memory(self.space(shape), shape, beat))
-        return inf if solution.status == "infeasible" else solution.lower_bound
+        return inf if solution.status == "infeasible" else solution.lower_bound + self.choices.more(shape)
 
     def space(self, shape: Shape) -> Space:
         if shape not in self.spaces:
@@ -57,6 +57,11 @@ class Bounds:
             weights = self.choices.weights(shape)
             self.spaces[shape] = build(program, shape.microbatches, self.search.cost, layouts, runs=weights)
         return self.spaces[shape]
+
+    def likely(self, shape: Shape) -> Space:
+        """Not to bound a shape but to choose in it."""
+        program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
+        return build(program, shape.microbatches, self.search.cost, layouts, runs=self.choices.likely(shape))
 
     def hopeless(self, shape: Shape) -> bool:
         """Whether a shape fits in no way."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..search import Search
 
 Choice = tuple[str, int]  # a schedule and its stages per rank
+Work = tuple[str, int | None]  # a pass and a kind of unit
 FEW = 8  # stages that there should be layers for where their number is open
 ENDS = 0.1  # weight of what is not layers in a bound that counts the layers of the fullest stage
 
@@ -42,6 +43,15 @@ class Shape:
         mesh = "×".join(map(str, self.mesh.shape))
         count = f", microbatches {self.microbatches}" if self.microbatches else ""
         return f"{self.stages} stages of mesh {mesh}, recompute {self.policy}{count}"
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Least seconds of a step; of these so many beyond what ops take; `mean`: see `Choices.share`."""
+
+    seconds: float
+    more: float
+    mean: float
 
 
 @dataclass(eq=False)
@@ -160,29 +170,56 @@ class Choices:
     def floor(self, shape: Shape) -> float:
         """No layouts of a shape take less: every op cut evenly over the devices of a stage, nothing sent."""
         found = self._floors(shape.stages, shape.policy)
-        return found[shape.microbatches] if shape.microbatches else min(found.values())
+        if shape.microbatches:
+            return found[shape.microbatches].seconds
+        return min(floor.seconds for floor in found.values())
 
-    def _floors(self, stages: int, policy: Policy) -> Mapping[int, float]:
-        """By microbatch count."""
+    def more(self, shape: Shape) -> float:
+        """Seconds of a step beyond those that ops take as often as `share` says, at least."""
+        return self._floors(shape.stages, shape.policy)[shape.microbatches].more
+
+    def _floors(self, stages: int, policy: Policy) -> Mapping[int, Floor]:
+        """By microbatch count, that which says most."""
         if (stages, policy) not in self._known_floors:
             row, found = self.stage_counts.index(stages), {}
             for column, many in enumerate(self.counts):
                 shape = Shape(stages, mesh_of((1,)), policy, many)  # of any mesh
-                seconds = self._least_work(policy, many > 1).items()
-                found[many] = sum(self.share(shape, *each) * float(s[row, column]) for each, s in seconds)
+                work = {key: float(all_[row, column]) for key, all_ in self._least_work(policy, many > 1).items()}
+                found[many] = max((self._floor(shape, work, mean) for mean in self._means()), key=lambda f: f.seconds)
             self._known_floors[stages, policy] = found
         return self._known_floors[stages, policy]
 
-    _known_floors: dict[tuple[int, Policy], Mapping[int, float]] = field(default_factory=dict)
+    _known_floors: dict[tuple[int, Policy], Mapping[int, Floor]] = field(default_factory=dict)
 
-    def _least_work(self, policy: Policy, cut: bool) -> Mapping[tuple[str, bool], np.ndarray]:
+    def _means(self) -> tuple[float, ...]:
+        return (1.0,) if self.search.request.program == "single" else (1.0, ENDS)
+
+    def _floor(self, shape: Shape, work: Mapping[Work, float], mean: float) -> Floor:
+        middle = self.units.middle
+        seconds = sum(self._share(shape, name, kind == middle, mean) * s for (name, kind), s in work.items())
+        more = (1 - mean) * (shape.microbatches - 1) * self._on_top(shape.stages, work)
+        return Floor(seconds + more, more, mean)
+
+    def _on_top(self, stages: int, work: Mapping[Work, float]) -> float:
+        """What the fullest stage runs besides its share of layers, at least, per microbatch: where all have
+        equally many, the longest of the ends, and one that has more, at least one layer more."""
+        if self.units.repeats % stages:
+            return 0.0
+        each: dict[int | None, float] = {}
+        for (name, kind), seconds in work.items():
+            if name != "once" and kind is not None:
+                each[kind] = each.get(kind, 0.0) + seconds / self.units.repeats_of(kind)
+        layer = each.pop(self.units.middle, 0.0)
+        return min(layer, max(each.values(), default=0.0))
+
+    def _least_work(self, policy: Policy, cut: bool) -> Mapping[Work, np.ndarray]:
         if (policy, cut) not in self._work:
-            devices = [self.search.cluster.size // stages for stages in self.stage_counts]
-            of, program = self.cut(policy, 2 if cut else 1).class_of, self.search.program(policy)
-            self._work[policy, cut] = least_work(program, self.search.cost, devices, self.counts, of)
+            devices, known = [self.search.cluster.size // n for n in self.stage_counts], self.cut(policy, 2 if cut else 1)
+            of = lambda tag: (known.passes.get(tag, "once"), known.kind_of(tag))  # noqa: E731
+            self._work[policy, cut] = least_work(self.search.program(policy), self.search.cost, devices, self.counts, of)
         return self._work[policy, cut]
 
-    _work: dict[tuple[Policy, bool], Mapping[tuple[str, bool], np.ndarray]] = field(default_factory=dict)
+    _work: dict[tuple[Policy, bool], Mapping[Work, np.ndarray]] = field(default_factory=dict)
 
     def take_cuts_of(self, other: Choices) -> None:
         """Use the cuts of another cluster's search for the same step."""
@@ -204,27 +241,41 @@ class Choices:
         shares = {each: self.share(shape, *each) for each in set(map(cut.class_of, cut.passes))}
         return {**{tag: shares[cut.class_of(tag)] for tag in cut.passes}, "": 1 / shape.stages}
 
+    def likely(self, shape: Shape) -> Mapping[str, float]:
+        """The same as it will be if ends are shorter than a layer: they come on top of equally many layers."""
+        cut, even = self.cut(shape.policy, shape.microbatches), self.units.repeats % shape.stages == 0
+        if not even or self.search.request.program == "single":
+            return self.weights(shape)
+        found = {"": 1 / shape.stages}
+        for tag in cut.passes:
+            name, layer = cut.class_of(tag)
+            often = self._share(shape, name, layer, 1.0)
+            top = name != "once" and not layer and self.units.repeats_of(cut.kind_of(tag)) < shape.stages
+            found[tag] = often + (shape.microbatches - 1) * (1 - 1 / shape.stages) if top else often
+        return found
+
     def share(self, shape: Shape, name: str, layer: bool) -> float:
         """How often the seconds of a pass count in the step, at least.
 
             (microbatches + bubble) / stages                      if all stages took equally long
-            ((microbatches - 1) * crowd + 1 + bubble) / stages    for layers, if the ends took nothing
+            ((microbatches - 1) * crowd + 1 + bubble) / stages    for layers, if the ends took nothing but `more`
 
         A step takes the longer of the two, so any mean of them is a bound. What is done once counts
         1 / stages. In a single program the ends are run side by side, for a share of the microbatches each.
         """
+        return self._share(shape, name, layer, self._floors(shape.stages, shape.policy)[shape.microbatches].mean)
+
+    def _share(self, shape: Shape, name: str, layer: bool, mean: float) -> float:
+        """`mean`: weight of what all stages would take if equally long."""
         if name == "once":
             return 1 / shape.stages
-        crowd, bubble = self.crowd(shape.stages), self.bubble(shape, name)
+        bubble = self.bubble(shape, name)
         if self.search.request.program == "single":
             return (shape.microbatches + (bubble if layer else 0.0)) / shape.stages
-        mean = ENDS if crowd > 1 else 1.0
-        full = (shape.microbatches - 1) * crowd + 1 + bubble if layer else 0.0
+        full = (shape.microbatches - 1) * self.crowd(shape.stages) + 1 + bubble if layer else 0.0
         return max(1e-9, mean * (shape.microbatches + bubble) + (1 - mean) * full) / shape.stages
 
     def crowd(self, stages: int) -> float:
-        """How much more than its share of layers some stage has, as layers are not cut; 1 where the ends may
-        make up for it."""
+        """How much more than its share of layers some stage has, as layers are not cut."""
         layers = self.units.repeats
-        found = ceil(layers / stages) * stages / layers
-        return found if found * layers / len(self.units) > 1 + ENDS else 1.0
+        return ceil(layers / stages) * stages / layers

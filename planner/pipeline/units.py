@@ -55,7 +55,11 @@ class Units:
     @cached_property
     def repeats(self) -> int:
         """How many units run the same ops as the one that most are."""
-        return sum(self.alike[kind] == self.alike[self.middle] for kind in self.kinds)
+        return self.repeats_of(self.middle)
+
+    def repeats_of(self, kind: int) -> int:
+        """How many units run the same ops as those of a kind."""
+        return sum(self.alike[each] == self.alike[kind] for each in self.kinds)
 
     def evenly(self, stages: int) -> tuple[int, ...]:
         """The first unit of each stage: equally many for each, or equal work where no layer repeats."""
@@ -244,11 +248,17 @@ class Cut:
 
     def class_of(self, tag: str) -> tuple[str, bool]:
         """The pass of an op, and whether the layers that most units are run it."""
-        return self.passes.get(tag, "once"), tag in self._layers
+        return self.passes.get(tag, "once"), self.kind_of(tag) == self.units.middle
+
+    def kind_of(self, tag: str) -> int | None:
+        """The kind of unit that runs an op, one of those alike; None for ops of no unit."""
+        return self._kinds.get(tag)
 
     @cached_property
-    def _layers(self) -> frozenset[str]:
-        return frozenset(op.tag for fragment in self.fragments(self.units.middle) for op in fragment.ops)
+    def _kinds(self) -> dict[str, int]:
+        middle = self.units.middle
+        order = sorted(range(len(self.units.names)), key=lambda kind: kind == middle)  # of those alike, the middle one
+        return {op.tag: kind for kind in order for fragment in self.fragments(kind) for op in fragment.ops}
 
     def saved(self, kind: int) -> tuple[int, ...]:
         """Values of one microbatch that the forward pass of a unit leaves for later."""
