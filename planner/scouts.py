@@ -10,6 +10,7 @@ A scout is a Python of its own that imports no jax, not a fork: nothing of the c
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -123,6 +124,7 @@ def _start() -> subprocess.Popen[bytes]:
 def serve() -> None:
     """What a scout does, until its search is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.disable()  # as in the search: hardly a cycle is made, and looking for them takes long
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not disturb the answers
     asked: BinaryIO = sys.stdin.buffer

@@ -214,14 +214,16 @@ class Search:
         """First an incumbent on a plain mesh, then best-first over the finest ones.
 
         A mesh with more axes can do whatever a coarser one can (its axes used
-        together), so the finest meshes are searched for all.
+        together), so the finest meshes are searched for all. Where a plan is to be beaten already, each
+        begins with one microbatch, fit or not: that bounds all counts.
         """
-        finest = _finest(self._meshes())
+        finest, known = _finest(self._meshes()), self.outside < inf
         plain = min(self._meshes(), key=lambda m: (abs(len(m.axes) - 2), m.shape))
         for policy in self.policies():
             for mesh in finest:
-                self._open(self._smallest_count(Candidate(mesh, policy, self._counts()[0])))
-        if plain not in finest:
+                root = Candidate(mesh, policy, self._counts()[0])
+                self._open(root if known else self._smallest_count(root))
+        if plain not in finest and not known:
             self._seed(plain)
         while self.open_bounds:
             candidate = self._next()
@@ -263,7 +265,7 @@ class Search:
 
     def _next(self) -> Candidate:
         """The lowest bound; while nothing is found, the one with most room."""
-        if self.best.answer is None:
+        if self.best.answer is None and self.outside == inf:
             return min(self.open_bounds, key=self.least)
         return min(self.open_bounds, key=lambda c: self.open_bounds[c])
 
@@ -300,6 +302,8 @@ class Search:
         self._open(self._next_count(candidate))
         bound = self.open_bounds[candidate] = max(self.open_bounds[candidate], relaxed)
         self._probed.add(candidate)
+        if self.least(candidate) > self.limit:
+            return self._close(candidate, inf)
         if not fits and bound < self._enough():
             bound = self.open_bounds[candidate] = max(bound, self._solve(candidate, PROBE))
         if bound >= self._enough():

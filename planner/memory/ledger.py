@@ -17,7 +17,6 @@ from ...ir.microbatch import TimeAxis
 from ..cost.kernels import free_values
 from ..solver.live import Demand
 from ..space import Space
-from ..strategies import layouts_of
 from .aliases import Alias
 from .lifetimes import FIRST, LAST, Lifetimes
 
@@ -117,6 +116,14 @@ def least_bytes(kind: TensorType, split: int | None, microbatches: int, mesh: Me
     return kind.nbytes / parts / _most_ways(tuple(shape), mesh)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65536)
 def _most_ways(shape: tuple[int, ...], mesh: Mesh) -> int:
-    return max(layout.ways(mesh) for layout in layouts_of(shape, mesh))
+    """Into how many shards the axes can cut a tensor whose dims they must divide."""
+    left = {shape: 1}  # what remains of the dims -> ways
+    for size in mesh.shape:
+        for dims, ways in list(left.items()):
+            for d, n in enumerate(dims):
+                if n % size == 0:
+                    less = (*dims[:d], n // size, *dims[d + 1 :])
+                    left[less] = max(left.get(less, 1), ways * size)
+    return max(left.values())

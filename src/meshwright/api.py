@@ -22,6 +22,7 @@ from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.trace import trace
 from .backends.xla.unstack import unstack
 from .backends.xla.verify import reference, verify_outputs, verify_together
+from .collector import paused
 from .interrupts import heard
 from .ir.blocks import fold
 from .ir.cluster import Cluster
@@ -116,6 +117,7 @@ def plan(
 
 
 @heard()
+@paused()
 def plan_captured(
     captured: Captured, cluster: Cluster | str | Path | None, request: Request, name: str,
     tell: Callable[[str], None] = lambda line: None, now: Callable[[str], None] = lambda line: None,

@@ -28,6 +28,7 @@ def replan(
 
     The solutions that a search met are dealt out anew to stages; hosts that do not divide stay spare.
     """
+    from .collector import paused
     from .ir.cluster import Cluster
     from .ir.codec import check_writable, save_plan
     from .planner.frontier import load_frontier
@@ -36,7 +37,8 @@ def replan(
     place = output or Path(f"{known.name}.plan.json")
     check_writable(place)
     where = Cluster.parse(cluster)
-    found = known.replanned(where if profile is None else where.with_profile(profile))
+    with paused():
+        found = known.replanned(where if profile is None else where.with_profile(profile))
     save_plan(found, place)
     print_plan(found, format, everything)
     print(f"saved to {place}", file=sys.stderr)
