@@ -132,9 +132,10 @@ def _repeats(symbols: np.ndarray, free: np.ndarray, period: int) -> Iterable[Blo
     """Maximal stretches in which every symbol equals the one a period later."""
     equal = (symbols[:-period] == symbols[period:]) & free[:-period] & free[period:]
     edges = np.flatnonzero(np.diff(np.concatenate([[0], equal.astype(np.int8), [0]])))
-    for start, end in edges.reshape(-1, 2):
-        if end - start >= period:
-            yield Block("", int(start), int(period), int((end - start) // period) + 1)
+    starts, ends = edges.reshape(-1, 2).T
+    long = ends - starts >= period
+    for start, end in zip(starts[long].tolist(), ends[long].tolist(), strict=True):
+        yield Block("", start, int(period), (end - start) // int(period) + 1)
 
 
 def _symbols(graph: Graph) -> np.ndarray:

@@ -54,5 +54,11 @@ class Mesh:
         position = self.names.index(name)
         return prod(self.shape[position + 1 :])
 
+    def refines(self, other: Mesh) -> bool:
+        """Whether every layout on the other mesh is one on this, its axes used together: (2, 2, 2) refines
+        (2, 4), (4, 2), (8,) and itself."""
+        strides, wanted = ({mesh.stride(name) for name in mesh.names} for mesh in (self, other))
+        return self.size == other.size and strides >= wanted
+
     def __str__(self) -> str:
         return " × ".join(f"{axis.name}={axis.size}" for axis in self.axes)

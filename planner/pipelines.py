@@ -76,7 +76,7 @@ class Pipelines:
     choices: Choices = field(init=False)
     bounds: Bounds = field(init=False)
     best: Found = field(default_factory=Found)
-    open: list[tuple[float, int, Shape]] = field(default_factory=list)
+    open: list[tuple[float, int, int, Shape]] = field(default_factory=list)  # bound, axes (finer first), number
     closed: float = inf  # least bound of the shapes looked at to their end
     looked: int = 0
     outside: float = inf  # seconds of a plan found elsewhere
@@ -98,21 +98,25 @@ class Pipelines:
             if self.bounds.relaxed(shape, self.best.seconds) < self._enough(inf):
                 self.solve_shape(shape)
         while self.open and not self.search.late():
-            bound, _, family = heapq.heappop(self.open)
+            bound, _, _, family = heapq.heappop(self.open)
             if bound >= self._enough(cutoff):
                 self._push(bound, family)
                 return
-            self._advance(family, cutoff)
+            self._advance(family, bound, cutoff)
             self.search.stand(self.best.seconds, self.lower_bound(), self.looked, self._left(cutoff))
 
-    def _advance(self, family: Shape, cutoff: float) -> None:
-        """Look at the family's microbatch counts, the least first; each bounds its multiples."""
+    def _advance(self, family: Shape, bound: float, cutoff: float) -> None:
+        """Look at the family's microbatch counts, the least first; each bounds its multiples. A family whose
+        bound has risen since it was pushed waits for its turn."""
         left = self._counts_of(family)
         for many in list(left):
             if self._carried(family, many) >= self._enough(cutoff):
                 left.remove(many)
                 self.closed = min(self.closed, self._carried(family, many))
-        if left:
+        now = min((self._carried(family, many) for many in left), default=inf)
+        if now > bound:
+            self._push(now, family)
+        elif left:
             shape = replace(family, microbatches=left.pop(0))
             own = max(self._carried(family, shape.microbatches), self._bound(shape, cutoff))
             self.looked += 1
@@ -135,15 +139,15 @@ class Pipelines:
     def _soon(self, cutoff: float) -> Iterator[Shape]:
         """What will be looked at next if nothing better is found."""
         enough = self._enough(cutoff)
-        for bound, _, family in sorted(self.open):
-            if bound < enough:
+        for bound, _, _, family in sorted(self.open):
+            if bound < enough and not self._finer(family):
                 left = (many for many in self._counts_of(family) if self._carried(family, many) < enough)
                 yield from (replace(family, microbatches=many) for many in islice(left, 1))
 
     def _left(self, cutoff: float) -> int:
         """Shapes that can still be better, those of families not looked at yet taken as one each."""
         enough = self._enough(cutoff)
-        return sum(len(self.counts_left.get(family, "?")) for bound, _, family in self.open if bound < enough)
+        return sum(len(self.counts_left.get(family, "?")) for bound, _, _, family in self.open if bound < enough)
 
     def _counts_of(self, family: Shape) -> list[int]:
         """Those not looked at yet, of counts with room: more microbatches never need more."""
@@ -154,13 +158,20 @@ class Pipelines:
         return self.counts_left[family]
 
     def _carried(self, family: Shape, many: int) -> float:
-        """A bound for a count, from those of counts that divide it too: parts cost no less, only the bubble shrinks."""
+        """A bound for a count, from those of counts that divide it too: parts cost no less, only the bubble shrinks.
+        Those of finer meshes hold as well, which can do whatever a coarser one can."""
         shape = replace(family, microbatches=many)
         found = [self.choices.floor(shape)]
-        for less, known in self.known.get(family, {}).items():
-            if many % less == 0:
-                found.append(known * self._waiting(shape) / self._waiting(replace(family, microbatches=less)))
+        for each in (family, *self._finer(family)):
+            for less, known in self.known.get(each, {}).items():
+                if many % less == 0:
+                    found.append(known * self._waiting(shape) / self._waiting(replace(family, microbatches=less)))
         return max(found)
+
+    def _finer(self, family: Shape) -> list[Shape]:
+        """The same on finer meshes."""
+        finer = (mesh for mesh in self.choices.meshes(family.stages) if mesh != family.mesh)
+        return [replace(family, mesh=mesh) for mesh in finer if mesh.refines(family.mesh)]
 
     def _waiting(self, shape: Shape) -> float:
         """At most how much longer than without a bubble the passes of a shape take."""
@@ -169,14 +180,14 @@ class Pipelines:
 
     def lower_bound(self) -> float:
         """No pipeline of the searched ones is faster."""
-        return min([self.best.seconds, self.closed, *(bound for bound, _, _ in self.open)])
+        return min([self.best.seconds, self.closed, *(bound for bound, *_ in self.open)])
 
     def _enough(self, cutoff: float) -> float:
         return min(self.best.seconds, cutoff) * (1 - self.search.request.good_enough)
 
     def _push(self, bound: float, shape: Shape) -> None:
         if bound < inf:
-            heapq.heappush(self.open, (bound, next(self._numbers), shape))
+            heapq.heappush(self.open, (bound, -len(shape.mesh.axes), next(self._numbers), shape))
 
     _numbers: Iterator[int] = field(default_factory=count)
 
@@ -184,7 +195,8 @@ class Pipelines:
         """For each number of stages a usual choice, to have something to beat."""
         policy = self.search.request.recompute or "selective"
         pairs = [(n, mesh) for n in self.choices.stage_counts for mesh in self.choices.meshes(n)]
-        usual = [(n, mesh) for n, mesh in pairs if len(mesh.axes) == 1 or mesh.shape[1] > 2]
+        usual = [(n, mesh) for n, mesh in pairs if mesh.shape[-1] > 2 or len(self.choices.meshes(n)) == 1]
+        usual = [(n, mesh) for n, mesh in usual if not self._finer(Shape(n, mesh, policy))]
         for stages, mesh in sorted(usual, key=lambda pair: abs(pair[0] - 8)):
             wanted = max(1, self.choices.batch // mesh.shape[0])
             many = max((c for c in self.choices.counts if c <= wanted), default=self.choices.counts[0])

@@ -185,7 +185,7 @@ class Search:
         return next(policy for policy, known in self._programs.items() if known is program)
 
     _programs: dict[Policy, Program] = field(default_factory=dict)
-    _spaces: dict[Candidate, tuple[Space, Lifetimes]] = field(default_factory=dict)
+    _spaces: dict[Candidate, Space] = field(default_factory=dict)
 
     def layouts_on(self, mesh: Mesh) -> Layouts:
         if mesh not in self._layouts:
@@ -196,17 +196,14 @@ class Search:
     _layouts: dict[Mesh, Layouts] = field(default_factory=dict)
     _catalogues: dict[tuple[str, ...], Catalogue] = field(default_factory=dict)
 
-    def open(self, candidate: Candidate) -> tuple[Space, Lifetimes]:
+    def space(self, candidate: Candidate) -> Space:
         if candidate not in self._spaces:
-            program = self.program(candidate.policy)
-            space = build(
-                program, candidate.microbatches, self.cost, self.layouts_on(candidate.mesh)
-            )
-            self._spaces[candidate] = (
-                space,
-                self._lives_of(candidate.policy, candidate.microbatches),
-            )
+            program, layouts = self.program(candidate.policy), self.layouts_on(candidate.mesh)
+            self._spaces[candidate] = build(program, candidate.microbatches, self.cost, layouts)
         return self._spaces[candidate]
+
+    def open(self, candidate: Candidate) -> tuple[Space, Lifetimes]:
+        return self.space(candidate), self._lives_of(candidate.policy, candidate.microbatches)
 
     # ------------------------------------------------------------ exploration
 
@@ -299,9 +296,11 @@ class Search:
     def _look(self, candidate: Candidate) -> None:
         relaxed, fits = self._scouted(candidate) or self.relaxed(candidate)
         self._relaxed_bounds[candidate] = relaxed
-        self._open(self._next_count(candidate))
         bound = self.open_bounds[candidate] = max(self.open_bounds[candidate], relaxed)
         self._probed.add(candidate)
+        if candidate.microbatches == 1 and bound >= self._enough():
+            return self._close(candidate, bound)  # and with it all counts
+        self._open(self._next_count(candidate))
         if self.least(candidate) > self.limit:
             return self._close(candidate, inf)
         if not fits and bound < self._enough():
@@ -372,7 +371,7 @@ class Search:
 
     def relaxed(self, candidate: Candidate) -> tuple[float, bool]:
         """Solve without a memory limit: a bound, and whether the answer fits all the same."""
-        space, lives = self.open(candidate)
+        space = self.space(candidate)
         left = min(10.0, max(1.0, self.deadline - time.monotonic()))
         solution = solve_live(
             live_of(space), time_limit=left, gap=ONE_SOLVE * self.request.good_enough, seed=self.request.seed,
@@ -382,7 +381,7 @@ class Search:
             raise KeyboardInterrupt
         if solution.choices is None:
             return solution.lower_bound, False
-        ledger = Ledger(space, lives)
+        ledger = Ledger(space, self._lives_of(candidate.policy, candidate.microbatches))
         peak, moment = ledger.peak(ledger.local_bytes(solution.choices))
         if peak <= self.limit:
             self._offer(candidate, Answer(solution, peak, moment))
@@ -482,9 +481,8 @@ class Search:
 
 
 def _finest(found: Sequence[Mesh]) -> list[Mesh]:
-    """Meshes that no other one refines: (2, 2, 2) refines (2, 4), (4, 2) and (8,)."""
-    strides = {mesh: {mesh.stride(name) for name in mesh.names} for mesh in found}
-    return [m for m in found if not any(strides[m] < strides[other] for other in found)]
+    """Meshes that no other one refines."""
+    return [mesh for mesh in found if not any(other.refines(mesh) for other in found if other != mesh)]
 
 
 def _few_primes(m: int) -> bool:
