@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SOLVE_GAP = 0.5  # of the gap asked for: what one solve may leave open
 ONE_SOLVE = 1.0  # seconds
+ENOUGH = 1.1  # times what is to be beaten: bounds above say no more
 
 
 @dataclass(eq=False)
@@ -48,8 +49,9 @@ class Bounds:
         """The least seconds with no more memory than all stages have together; `beat`: of the best plan known."""
         if self._crowded(shape, self._least_held(shape, beat)):
             return inf
-        solution = self.solve(self._shared_memory(self.space(shape), shape, beat))
-        return inf if solution.status == "infeasible" else solution.lower_bound + self.choices.more(shape)
+        more = self.choices.more(shape)
+        solution = self.solve(self._shared_memory(self.space(shape), shape, beat), ENOUGH * beat - more)
+        return inf if solution.status == "infeasible" else solution.lower_bound + more
 
     def space(self, shape: Shape) -> Space:
         if shape not in self.spaces:
