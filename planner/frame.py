@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from ..ir.sharding import Sharding, replicated
 from .catalogue import Taken
 from .cost.kernels import LEADERS, Kernels, spreads_scalar
 from .layouts import Layouts
+
+if TYPE_CHECKING:
+    from .fused import Fused
 
 Outer = tuple[str, bool]  # tag of the op itself or of the outermost loop around it; whether microbatches run it
 RESULTS: Outer = ("", False)  # what the step gives back
@@ -135,6 +138,7 @@ class Frame:
     readings: dict[tuple[str, str, int], Reading] = field(default_factory=dict)
     runs: dict[str, dict[Outer, float]] = field(default_factory=dict)
     splits: dict[Divides, int] = field(default_factory=dict)
+    fused: dict[tuple[Kernels, int], Fused] = field(default_factory=dict)  # kept by `fused_of`
     _alike: dict[Kernels, list[Alike]] = field(default_factory=dict)
 
     def serves(self, layouts: Layouts, microbatches: int) -> bool:

@@ -298,11 +298,10 @@ class Search:
         self._relaxed_bounds[candidate] = relaxed
         bound = self.open_bounds[candidate] = max(self.open_bounds[candidate], relaxed)
         self._probed.add(candidate)
-        if candidate.microbatches == 1 and bound >= self._enough():
-            return self._close(candidate, bound)  # and with it all counts
-        self._open(self._next_count(candidate))
-        if self.least(candidate) > self.limit:
-            return self._close(candidate, inf)
+        if candidate.microbatches > 1 or bound < self._enough():  # else it bounds all counts
+            self._open(self._next_count(candidate))
+        if bound < self._enough() and self.least(candidate) > self.limit:
+            bound = inf
         if not fits and bound < self._enough():
             bound = self.open_bounds[candidate] = max(bound, self._solve(candidate, PROBE))
         if bound >= self._enough():

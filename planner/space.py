@@ -11,7 +11,7 @@ Ops of repeated layers share their node (equal tags), so depth costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -24,6 +24,7 @@ from .cost.compute import Ways
 from .cost.kernels import kernels_of
 from .cost.model import CostModel
 from .frame import Alike, Change, Decided, Decision, Frame, Home, Outer, Place, frame_of
+from .fused import fused_of
 from .layouts import Layouts
 
 
@@ -128,8 +129,7 @@ class _Prices:
         space, frame = self.space, self.frame
         often = np.array([self._often(outer) for outer in frame.outers])
         space.runs = dict(zip(frame.runs, frame.op_runs(often).tolist(), strict=True))
-        for alike in frame.alike(self.kernels):
-            own = self._own_seconds(alike)
+        for alike, own in self._owns():
             for tag in alike.tags:
                 space.own[tag] = own
                 space.nodes[space.op_node[tag]].seconds += space.runs[tag] * own
@@ -145,18 +145,35 @@ class _Prices:
             return self.weights.get(tag, self.weights[""])
         return self.space.microbatches if split else 1
 
-    def _own_seconds(self, alike: Alike) -> np.ndarray:
-        """Seconds of one run, per choice: compute, and reductions settled inside the op."""
-        op, rule, prices = alike.op, alike.rule, self.layouts.collectives
-        chosen, many = self.space.strategies[op.tag], self.space.microbatches
-        sides, work = self.layouts.ways(alike.sides), self.layouts.cut_ways(alike.cuts)
-        if many > 1 and alike.timed.any():
-            sides, work = np.where(alike.timed, many, 1) * sides, work * many
-        operands, results = list(sides[: len(op.inputs)]), list(sides[len(op.inputs) :])
+    def _owns(self) -> Iterator[tuple[Alike, np.ndarray]]:
+        """Seconds of one run of each op, per choice: compute, and reductions settled inside."""
+        fused = fused_of(self.frame, self.kernels, self.cost)
+        found = [*zip(fused.alikes, fused.seconds(self.layouts, self.space.microbatches), strict=True)]
+        found += [(alike, self._kernel_seconds(alike)) for alike in fused.others]
+        for alike, seconds in found:
+            yield alike, seconds + self._settled(alike) if alike.settles else seconds
+
+    def _ways(self, alike: Alike) -> np.ndarray:
+        """Into how many parts each side is cut, per choice."""
+        sides, many = self.layouts.ways(alike.sides), self.space.microbatches
+        return np.where(alike.timed, many, 1) * sides if many > 1 and alike.timed.any() else sides
+
+    def _kernel_seconds(self, alike: Alike) -> np.ndarray:
+        """Of an op that is a kernel of its own."""
+        op, sides, work = alike.op, self._ways(alike), self.layouts.cut_ways(alike.cuts)
+        if self.space.microbatches > 1 and alike.timed.any():
+            work = work * self.space.microbatches
+        ways = Ways(list(sides[: len(op.inputs)]), list(sides[len(op.inputs) :]), work)
+        seconds = self.cost.op_seconds(op, alike.rule, self.types, ways, self.kernels)
+        return seconds + np.zeros(len(work))
+
+    def _settled(self, alike: Alike) -> np.ndarray:
+        """Seconds of the reductions that an op settles, per choice."""
+        op, prices, results = alike.op, self.layouts.collectives, self._ways(alike)[len(alike.op.inputs) :]
+        chosen = self.space.strategies[op.tag]
         seconds = np.zeros(len(chosen))
-        seconds += self.cost.op_seconds(op, rule, self.types, Ways(operands, results, work), self.kernels)
-        for i, strategy in enumerate(chosen if alike.settles else ()):
-            for axes in settled_axes(rule, strategy, self.space.mesh).values():
+        for i, strategy in enumerate(chosen):
+            for axes in settled_axes(alike.rule, strategy, self.space.mesh).values():
                 for value, ways in zip(op.outputs, results, strict=True):
                     nbytes = prices.wire_bytes(self.types[value]) / ways[i]
                     seconds[i] += prices.line("all_reduce", axes)(nbytes)

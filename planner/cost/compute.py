@@ -8,6 +8,7 @@ chain. Source of the model: Williams, Waterman & Patterson, CACM 52(4), 2009.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -76,8 +77,10 @@ def op_seconds(
     arithmetic it pays the part by which the chain's arithmetic exceeds the chain's memory
     traffic, so that a chain takes the larger of the two.
     """
-    if op.kind in FREE or (kernels.inside.issuperset(op.outputs) and op.kind not in CONTRACTIONS):
-        return 0.0
+    terms = fused_terms(op, types, device, kernels)
+    if terms is not None:
+        sides = (*ways.operands, *ways.results)
+        return terms.fixed + sum((seconds / sides[k] for k, seconds in terms.sides.items()), 0.0)
     if op.kind in CONTRACTIONS:
         narrow = products if kernels.inside.isdisjoint((*op.inputs, *op.outputs)) else None
         seconds = device.launch + np.maximum(
@@ -85,9 +88,7 @@ def op_seconds(
             _product_seconds(op, rule, types, device, ways, kernels, narrow),
         )
         return seconds + (_cast_seconds(op, types, device, ways) if narrow else 0.0)
-    if op.kind in KERNELS:
-        return device.launch + device.stream_seconds(_touched(op, types, ways, kernels))
-    return _fused_seconds(op, types, device, ways, kernels)
+    return device.launch + device.stream_seconds(_touched(op, types, ways, kernels))
 
 
 def least_seconds(
@@ -112,26 +113,33 @@ def least_seconds(
     return device.launch + total / (_peak(device, products or multiplied_as(op, types, device)) * share) / ways.work
 
 
-def _fused_seconds(
-    op: Op, types: Mapping[int, TensorType], device: Device, ways: Ways, kernels: Kernels
-) -> np.ndarray | float:
-    first, chain = op.outputs[0], kernels.chains[op.outputs[0]]
-    nbytes: np.ndarray | float = sum(
-        types[v].nbytes / w for v, w in zip(op.outputs, ways.results, strict=True) if v in kernels.stores
-    )
-    nbytes += sum(types[v].nbytes / ways.operands[k] for k, v in kernels.reads.get(first, ()))
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Seconds of an op that runs within a fused chain: `fixed`, and of each side (operands, then results) so
+    many divided by the ways that it is cut."""
+
+    fixed: float
+    sides: Mapping[int, float]
+
+
+def fused_terms(op: Op, types: Mapping[int, TensorType], device: Device, kernels: Kernels) -> Terms | None:
+    """Of an op that runs within a fused chain or costs nothing; None for kernels of their own."""
+    if op.kind in FREE or (kernels.inside.issuperset(op.outputs) and op.kind not in CONTRACTIONS):
+        return Terms(0.0, {})
+    if op.kind in KERNELS:
+        return None
+    first, many, sides = op.outputs[0], len(op.inputs), (*op.inputs, *op.outputs)
+    chain, found = kernels.chains[first], defaultdict[int, float](float)
+    for k, v in enumerate(op.outputs):
+        found[many + k] += device.stream_seconds(types[v].nbytes) * (v in kernels.stores)
+    for k, v in kernels.reads.get(first, ()):
+        found[k] += device.stream_seconds(types[v].nbytes)
     arithmetic, memory = chain.work / device.vector_flops, device.stream_seconds(chain.nbytes)
     excess = max(0.0, 1 - memory / arithmetic) if arithmetic else 0.0
-    _, cut = max(
-        zip(
-            (types[v].size for v in (*op.inputs, *op.outputs)),
-            (*ways.operands, *ways.results), strict=True,
-        ),
-        key=lambda side: side[0],
-    )  # fmt: skip
-    launched = not kernels.ends.isdisjoint(op.outputs)
-    seconds = device.stream_seconds(nbytes) + excess * work(op, types) / cut / device.vector_flops
-    return device.launch * launched + seconds
+    largest = max(range(len(sides)), key=lambda k: types[sides[k]].size)
+    found[largest] += excess * work(op, types) / device.vector_flops
+    fixed = device.launch * (not kernels.ends.isdisjoint(op.outputs))
+    return Terms(fixed, {k: seconds for k, seconds in found.items() if seconds})
 
 
 def _moved(op: Op, types: Mapping[int, TensorType], ways: Ways, kernels: Kernels) -> np.ndarray | float:

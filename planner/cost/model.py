@@ -19,7 +19,7 @@ from ...ir.mesh import Mesh
 from ...ir.rule import Rule
 from .bands import told
 from .collectives import Collectives
-from .compute import Ways, least_seconds, op_seconds
+from .compute import Terms, Ways, fused_terms, least_seconds, op_seconds
 from .kernels import Fusion, Kernels
 
 
@@ -51,6 +51,8 @@ class CostModel(Protocol):
         ways: Ways,
         kernels: Kernels,
     ) -> np.ndarray | float: ...
+
+    def fused_terms(self, op: Op, types: Mapping[int, TensorType], kernels: Kernels) -> Terms | None: ...
 
     def least_seconds(
         self,
@@ -97,6 +99,10 @@ class Roofline:
     ) -> np.ndarray | float:
         """Seconds of one run on one device, for every choice."""
         return op_seconds(op, rule, types, self.device, ways, kernels, self.products)
+
+    def fused_terms(self, op: Op, types: Mapping[int, TensorType], kernels: Kernels) -> Terms | None:
+        """The same of an op within a fused chain, before anything is chosen; None for kernels of their own."""
+        return fused_terms(op, types, self.device, kernels)
 
     def least_seconds(
         self,

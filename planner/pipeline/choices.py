@@ -214,9 +214,10 @@ class Choices:
 
     def _least_work(self, policy: Policy, cut: bool) -> Mapping[Work, np.ndarray]:
         if (policy, cut) not in self._work:
-            devices, known = [self.search.cluster.size // n for n in self.stage_counts], self.cut(policy, 2 if cut else 1)
+            program, known = self.search.program(policy), self.cut(policy, 2 if cut else 1)
+            devices = [self.search.cluster.size // stages for stages in self.stage_counts]
             of = lambda tag: (known.passes.get(tag, "once"), known.kind_of(tag))  # noqa: E731
-            self._work[policy, cut] = least_work(self.search.program(policy), self.search.cost, devices, self.counts, of)
+            self._work[policy, cut] = least_work(program, self.search.cost, devices, self.counts, of)
         return self._work[policy, cut]
 
     _work: dict[tuple[Policy, bool], Mapping[Work, np.ndarray]] = field(default_factory=dict)

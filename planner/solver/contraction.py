@@ -97,14 +97,14 @@ class _Work:
             del waiting[a, b]
             if b not in self.near[a]:
                 continue
-            ours, theirs = _counts(self.near[a][b])
-            for node, allowed in ((a, ours), (b, theirs)):
+            ours, theirs, few, many = _counts(self.near[a][b])
+            for node, allowed in ((a, ours), (b, theirs)) if few == 0 else ():
                 if (allowed == 0).any():
                     if not self._keep_possible(node, allowed > 0):
                         return False
                     waiting.update(dict.fromkeys(self._edges(node)))
-                    ours, theirs = _counts(self.near[a][b])
-            if not self._fold_separable(a, b) and (leader := self._leader(a, b, ours, theirs)) is not None:
+                    ours, theirs, few, many = _counts(self.near[a][b])
+            if not self._fold_separable(a, b) and (leader := self._leader(a, b, *many)) is not None:
                 follower = a if leader == b else b
                 waiting.update(dict.fromkeys(self._merge(follower, leader)))
         return True
@@ -137,9 +137,10 @@ class _Work:
         self._part(a, b)
         return True
 
-    def _leader(self, a: int, b: int, ours: np.ndarray, theirs: np.ndarray) -> int | None:
-        """The end whose choice decides the other's; of two such the one with more neighbours."""
-        leaders = [n for n, allowed in ((a, ours), (b, theirs)) if (allowed == 1).all()]
+    def _leader(self, a: int, b: int, ours: int, theirs: int) -> int | None:
+        """The end whose choice decides the other's, as each allows but one; of two such the one with more
+        neighbours. Given are the most that a choice of either end allows."""
+        leaders = [n for n, most in ((a, ours), (b, theirs)) if most == 1]
         return max(leaders, key=lambda n: len(self.near[n]), default=None)
 
     def _merge(self, node: int, leader: int) -> list[tuple[int, int]]:
@@ -184,8 +185,8 @@ def _gathered(node: int, demands: list[tuple[int, int, np.ndarray]]) -> list[Dem
 
 
 @numba.njit(cache=True, nogil=True)
-def _counts(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many choices of the other end each choice of either end allows."""
+def _counts(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, tuple[int, int]]:
+    """How many choices of the other end each choice of either end allows, the least of all and the most of each."""
     rows, columns = table.shape
     ours, theirs = np.zeros(rows, np.int64), np.zeros(columns, np.int64)
     for p in range(rows):
@@ -193,7 +194,7 @@ def _counts(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             if table[p, q] < np.inf:
                 ours[p] += 1
                 theirs[q] += 1
-    return ours, theirs
+    return ours, theirs, min(ours.min(), theirs.min()), (ours.max(), theirs.max())
 
 
 @numba.njit(cache=True, nogil=True)
