@@ -52,6 +52,13 @@ def plane_meshes(cluster: Cluster, size: int, pinned: tuple[int, ...] | None = N
     return tuple(mesh_of(shape) for shape in sorted(shapes, key=lambda s: (len(s), s)))
 
 
+def stage_sizes(cluster: Cluster) -> tuple[int, ...]:
+    """Devices that each stage of a pipeline may have: whole hosts, or equal parts of a host."""
+    hosts, per_host = cluster.hosts, cluster.per_host
+    whole = [per_host * h for h in range(2, hosts + 1) if hosts % h == 0]
+    return tuple(n for n in (*_divisors(per_host), *whole) if n < cluster.size)
+
+
 def mesh_of(shape: tuple[int, ...]) -> Mesh:
     return Mesh(tuple(Axis(name, size) for name, size in zip(NAMES, shape, strict=False)))
 

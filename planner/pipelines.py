@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from math import inf
@@ -94,8 +94,11 @@ class Pipelines:
         """Until no open family can beat the best by more than the gap, or time is up."""
         for family in self.choices.families():
             self._push(self.choices.floor(family), family)
-        for shape in self._first():
-            if self.bounds.relaxed(shape, self.best.seconds) < self._enough(inf):
+        first = self._first()
+        while first and not self.search.late():
+            shape = first.pop(0)
+            hopeless = self.choices.floor(shape) >= self.best.seconds or self.bounds.hopeless(shape)
+            if not hopeless and self._bound(shape, first) < self._enough(inf):
                 self.solve_shape(shape)
         while self.open and not self.search.late():
             bound, _, _, family = heapq.heappop(self.open)
@@ -118,7 +121,7 @@ class Pipelines:
             self._push(now, family)
         elif left:
             shape = replace(family, microbatches=left.pop(0))
-            own = max(self._carried(family, shape.microbatches), self._bound(shape, cutoff))
+            own = max(self._carried(family, shape.microbatches), self._bound(shape, self._soon(cutoff)))
             self.looked += 1
             self.known.setdefault(family, {})[shape.microbatches] = own
             if own < self._enough(cutoff):
@@ -127,12 +130,12 @@ class Pipelines:
             self.closed = min(self.closed, own)
             self._push(min((self._carried(family, many) for many in left), default=inf), family)
 
-    def _bound(self, shape: Shape, cutoff: float) -> float:
-        """What `relaxed` gives; other processes begin with what comes next."""
+    def _bound(self, shape: Shape, soon: Iterable[Shape]) -> float:
+        """What `relaxed` gives; other processes begin with what comes soon."""
         scouts = self.search.scouts
         beat, found = self.best.seconds, None
         if scouts is not None:
-            scouts.wish((each, beat) for each in self._soon(cutoff))
+            scouts.wish((each, beat) for each in soon)
             found = scouts.take((shape, beat))
         return self.bounds.relaxed(shape, beat) if found is None else found
 
@@ -191,20 +194,18 @@ class Pipelines:
 
     _numbers: Iterator[int] = field(default_factory=count)
 
-    def _first(self) -> Iterator[Shape]:
+    def _first(self) -> list[Shape]:
         """For each number of stages a usual choice, to have something to beat."""
         policy = self.search.request.recompute or "selective"
         pairs = [(n, mesh) for n in self.choices.stage_counts for mesh in self.choices.meshes(n)]
         usual = [(n, mesh) for n, mesh in pairs if mesh.shape[-1] > 2 or len(self.choices.meshes(n)) == 1]
         usual = [(n, mesh) for n, mesh in usual if not self._finer(Shape(n, mesh, policy))]
+        found = []
         for stages, mesh in sorted(usual, key=lambda pair: abs(pair[0] - 8)):
             wanted = max(1, self.choices.batch // mesh.shape[0])
             many = max((c for c in self.choices.counts if c <= wanted), default=self.choices.counts[0])
-            shape = Shape(stages, mesh, policy, many)
-            if self.search.late():
-                return
-            if self.choices.floor(shape) < self.best.seconds and not self.bounds.hopeless(shape):
-                yield shape
+            found.append(Shape(stages, mesh, policy, many))
+        return found
 
     # ------------------------------------------------------------ solving
 

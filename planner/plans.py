@@ -26,6 +26,7 @@ def search(
     folded: Folded, cluster: Cluster, request: Request, *, name: str, fingerprint: str,
     cost: CostModel | None = None, tell: Callable[[str], None] = lambda line: None,
     now: Callable[[str], None] = lambda line: None, keep: Callable[[Frontier], None] | None = None,
+    scouts: Scouts | None = None,
 ) -> Plan:  # fmt: skip
     """Plan one step.
 
@@ -38,6 +39,7 @@ def search(
         tell: hears one line per event of the search.
         now: hears where the search stands, a few times a second.
         keep: is given what planning for other numbers of devices needs, if a pipeline was found on equal devices.
+        scouts: other processes that help; without them the plan is the same.
 
     Raises:
         InfeasibleError: nothing fits, with the least memory any layout needs.
@@ -52,6 +54,7 @@ def search(
         islands = Islands(folded, cluster, request, name, fingerprint, tell, now)
         return islands.run(_homogeneous)
     flat = Search(folded, cluster, request, cost or Roofline(cluster), name, fingerprint, tell, now)
+    flat.scouts = scouts
     return _homogeneous(flat, keep)
 
 
@@ -63,7 +66,8 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
     pipelines = Pipelines(flat)
     unequal = Unequal(pipelines)
     both = flat.request.pp == "auto" and flat.request.schedule is None and flat.request.program != "single"
-    flat.scouts = Scouts.of(flat, sum(1 for _ in pipelines.choices.families()))
+    if flat.scouts is not None:
+        flat.scouts.brief(flat, pipelines.choices.units)
     try:
         pipelines.explore()
         pipelines.reorder()
@@ -78,9 +82,6 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
             unequal.explore(min(pipelines.best.seconds, flat.best.seconds))
     except KeyboardInterrupt:
         flat.stopped_by = "interrupt"
-    finally:
-        if flat.scouts is not None:
-            flat.scouts.close()
     if keep is not None and pipelines.points:
         keep(Frontier.of(pipelines))
     if not both and pipelines.best.priced is None and unequal.found is None:

@@ -6,6 +6,7 @@
 
 A bound depends on what is asked alone, so a search with scouts makes the same choices as one without.
 A scout is a Python of its own that imports no jax, not a fork: nothing of the caller's program runs in it.
+It is started before the graph is folded, as its start takes about as long as that.
 """
 
 from __future__ import annotations
@@ -17,18 +18,25 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
+from math import prod
 from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
 
 from ..ir.blocks import Folded
 from ..ir.cluster import Cluster
+from ..ir.recompute import POLICIES
 from .cost.model import CostModel
+from .meshes import plane_meshes, stage_sizes
 from .request import Request
 
 if TYPE_CHECKING:
     from .pipeline.choices import Shape
+    from .pipeline.units import Units
     from .search import Candidate, Search
 
 Key = tuple["Shape | Candidate", float]  # what is looked at, and the seconds to beat
@@ -39,25 +47,45 @@ FOREVER = 1e9  # seconds: the search has the clock
 START = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve()"
 
 
-class Scouts:
-    """Bounds by key, worked out elsewhere."""
+@contextmanager
+def hired(cluster: Cluster, request: Request) -> Iterator[Scouts | None]:
+    """As many as there are cores to spare, for a search large enough; they are gone afterwards."""
+    spare = min(MOST, _cores() - 1)
+    if not spare or len(cluster.groups) > 1 or request.pp == 1 or _families(cluster, request) < WORTH:
+        yield None
+        return
+    scouts = Scouts(spare)
+    try:
+        yield scouts
+    finally:
+        scouts.close()
 
-    def __init__(self, search: Search, count: int):
+
+def _families(cluster: Cluster, request: Request) -> int:
+    """Pipelines to look at, at most, for a model that can be cut anywhere."""
+    pp, policies = request.pp, 1 if request.recompute else len(POLICIES)
+    sizes = stage_sizes(cluster) if not isinstance(pp, int) else (cluster.size // pp,) * (cluster.size % pp == 0)
+    pinned = request.mesh and prod(request.mesh)
+    return policies * sum(len(plane_meshes(cluster, n, request.mesh)) for n in sizes if pinned in (None, n))
+
+
+class Scouts:
+    """Bounds by key, worked out elsewhere once they are briefed."""
+
+    def __init__(self, count: int):
         self.change = threading.Condition()
         self.wishes: list[Key] = []
         self.doing: set[Key] = set()
         self.found: dict[Key, Any] = {}
         self.closed = False
-        payload = pickle.dumps((search.folded, search.cluster, search.request, search.cost))
         self.processes = [_start() for _ in range(count)]
+
+    def brief(self, search: Search, units: Units) -> None:
+        """Say what is searched. Of the step only the small graph counts, with the units of the whole one."""
+        folded = replace(search.folded, whole=search.folded.small)
+        payload = pickle.dumps((folded, search.cluster, search.request, search.cost, units))
         for process in self.processes:
             threading.Thread(target=self._keep_busy, args=(process, payload), daemon=True).start()
-
-    @classmethod
-    def of(cls, search: Search, families: int) -> Scouts | None:
-        """As many as there are cores to spare, for a search large enough."""
-        spare = min(MOST, _cores() - 1)
-        return cls(search, spare) if spare and families >= WORTH else None
 
     def wish(self, keys: Iterable[Key]) -> None:
         """What will be looked at soon, in this order; replaces earlier wishes."""
@@ -128,8 +156,9 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not disturb the answers
     asked: BinaryIO = sys.stdin.buffer
-    work_out = _worker(*pickle.load(asked))
     try:
+        _warm_up()
+        work_out = _worker(*pickle.load(asked))
         pickle.dump(True, answers)
         answers.flush()
         while True:
@@ -139,13 +168,31 @@ def serve() -> None:
         return
 
 
-def _worker(folded: Folded, cluster: Cluster, request: Request, cost: CostModel) -> Callable[[Key], Any]:
+def _warm_up() -> None:
+    """Load all code, compiled functions included, before there is something to do."""
+    from .pipeline import bounds
+    from .solver.onehot import Edge
+
+    free = np.zeros(2)
+    rows = (bounds.Demand(0, 0, 1, np.array([2.0, 1.0])), bounds.Demand(1, 0, 1, np.array([1.0, 2.0])))
+    table = Edge(0, 1, np.array([[0.0, 1.0], [2.0, 0.0]]))
+    bounds.solve_live(bounds.Live((free, free), (table,), rows, np.array([3.0])), time_limit=1.0)
+
+
+def _worker(
+    folded: Folded, cluster: Cluster, request: Request, cost: CostModel, units: Units
+) -> Callable[[Key], Any]:
     from .pipeline.bounds import Bounds
     from .pipeline.choices import Choices
     from .search import Best, Candidate, Search
 
     flat = Search(folded, cluster, replace(request, time_limit=FOREVER), cost, "", "", lambda line: None)
-    bounds = Bounds(flat, Choices(flat))
+    choices = Choices(flat)
+    choices.units = units
+    bounds = Bounds(flat, choices)
+    for family in {each.policy: each for each in choices.families()}.values():  # what all bounds begin with
+        choices.floor(family)
+        bounds.hopeless(replace(family, microbatches=choices.counts[-1]))
 
     def work_out(key: Key) -> Any:
         what, seconds = key

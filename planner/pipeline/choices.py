@@ -16,7 +16,7 @@ from ...ir.microbatch import Refusal
 from ...ir.recompute import Policy
 from ...ir.schedule import Schedule
 from ..cost.least import least_work
-from ..meshes import mesh_of, plane_meshes
+from ..meshes import mesh_of, plane_meshes, stage_sizes
 from .schedules import entry, schedule_named
 from .single import can_be_even, even_firsts
 from .units import Cut, Units, check_enough, find_units
@@ -73,17 +73,13 @@ class Choices:
 
     @cached_property
     def stage_counts(self) -> tuple[int, ...]:
-        """Stages of whole hosts, or equal parts of a host."""
         cluster, wanted = self.search.cluster, self.search.request.pp
-        hosts, per_host = cluster.hosts, cluster.per_host
         if isinstance(wanted, int):
             check_enough(self.units, wanted, cluster.size)
             if self.search.request.program == "single":
                 even_firsts(self.units, wanted)
             return (wanted,) * (cluster.size % wanted == 0)
-        sizes = [d for d in range(1, per_host + 1) if per_host % d == 0]
-        sizes += [per_host * h for h in range(2, hosts + 1) if hosts % h == 0]
-        found = sorted(cluster.size // n for n in sizes if 1 < cluster.size // n <= len(self.units))
+        found = sorted(cluster.size // n for n in stage_sizes(cluster) if cluster.size // n <= len(self.units))
         if self.search.request.program == "single":
             found = [stages for stages in found if can_be_even(self.units, stages)]
         return tuple(found)

@@ -33,6 +33,7 @@ from .ir.verify import verify as verify_graph
 from .planner.frontier import Frontier
 from .planner.plans import search
 from .planner.request import Request
+from .planner.scouts import hired
 
 REQUEST_KEYS = tuple(Request.__dataclass_fields__)
 
@@ -125,18 +126,21 @@ def plan_captured(
 ) -> Plan:  # fmt: skip
     """Plan a step that was captured before. `keep` is as for `planner.plans.search`."""
     where = Cluster.local() if cluster is None else Cluster.parse(cluster)
-    layers = unstack(captured) if request.pp != 1 else None
-    graph = captured.graph if layers is None else layers.captured.graph
-    verify_graph(graph)
-    known = fingerprint(captured.graph)
-    apart = layers is not None and len(layers.inputs) != len(captured.graph.inputs)
-    told = ("stacked parameters are held layer by layer", *layers.notes) if layers is not None and apart else ()
+    with hired(where, request) as scouts:
+        layers = unstack(captured) if request.pp != 1 else None
+        graph = captured.graph if layers is None else layers.captured.graph
+        verify_graph(graph)
+        known = fingerprint(captured.graph)
+        apart = layers is not None and len(layers.inputs) != len(captured.graph.inputs)
+        told = ("stacked parameters are held layer by layer", *layers.notes) if layers is not None and apart else ()
 
-    def kept(frontier: Frontier) -> None:
-        if keep is not None:
-            keep(frontier.model_copy(update={"unstacked": apart, "notes": told}))
+        def kept(frontier: Frontier) -> None:
+            if keep is not None:
+                keep(frontier.model_copy(update={"unstacked": apart, "notes": told}))
 
-    found = search(fold(graph), where, request, name=name, fingerprint=known, tell=tell, now=now, keep=kept)
+        found = search(
+            fold(graph), where, request, name=name, fingerprint=known, tell=tell, now=now, keep=kept, scouts=scouts
+        )
     if not apart:
         return found
     if found.pipeline is None:
