@@ -9,11 +9,13 @@ from .graph import Graph, Op
 
 def fingerprint(graph: Graph) -> str:
     """sha256 over types, ops and attributes with values renumbered; source lines and tags left out."""
-    numbers: dict[int, int] = {}
+    known: dict[int, str] = {}
     digest = hashlib.sha256()
 
     def number(value: int) -> str:
-        return f"{numbers.setdefault(value, len(numbers))}:{graph.types[value]}"
+        if value not in known:
+            known[value] = f"{len(known)}:{graph.types[value]}"
+        return known[value]
 
     def add(op: Op) -> None:
         digest.update(f"{op.kind} {op.attrs} {[number(v) for v in op.inputs]}".encode())

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count, islice
+from itertools import chain, count, islice
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,7 @@ from .pipeline_report import LEFT_OUT, Chosen, Rank, write_pipeline
 from .space import Space
 
 if TYPE_CHECKING:
-    from .search import Search
+    from .search import Candidate, Search
 
 
 @dataclass
@@ -80,6 +80,8 @@ class Pipelines:
     closed: float = inf  # least bound of the shapes looked at to their end
     looked: int = 0
     outside: float = inf  # seconds of a plan found elsewhere
+    first: float = inf  # of the best when the usual choices were looked at
+    afterwards: Sequence[Candidate] = ()
     points: list[Point] = field(default_factory=list)
     counts_left: dict[Shape, list[int]] = field(default_factory=dict)  # of families that were looked at
     known: dict[Shape, dict[int, float]] = field(default_factory=dict)  # bounds of counts looked at
@@ -90,8 +92,13 @@ class Pipelines:
 
     # ------------------------------------------------------------ the search
 
-    def explore(self, cutoff: float = inf) -> None:
-        """Until no open family can beat the best by more than the gap, or time is up."""
+    def explore(self, cutoff: float = inf, afterwards: Sequence[Candidate] = ()) -> None:
+        """Until no open family can beat the best by more than the gap, or time is up.
+
+        Args:
+            cutoff: seconds of a plan that is known.
+            afterwards: what will be looked at then, which other processes may begin with.
+        """
         for family in self.choices.families():
             self._push(self.choices.floor(family), family)
         first = self._first()
@@ -100,6 +107,7 @@ class Pipelines:
             hopeless = self.choices.floor(shape) >= self.best.seconds or self.bounds.hopeless(shape)
             if not hopeless and self._bound(shape, first) < self._enough(inf):
                 self.solve_shape(shape)
+        self.first, self.afterwards = self.best.seconds, afterwards
         while self.open and not self.search.late():
             bound, _, _, family = heapq.heappop(self.open)
             if bound >= self._enough(cutoff):
@@ -135,7 +143,7 @@ class Pipelines:
         scouts = self.search.scouts
         beat, found = self.best.seconds, None
         if scouts is not None:
-            scouts.wish((each, beat) for each in soon)
+            scouts.wish(chain(((each, beat) for each in soon), ((each, self.first) for each in self.afterwards)))
             found = scouts.take((shape, beat))
         return self.bounds.relaxed(shape, beat) if found is None else found
 

@@ -69,11 +69,11 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
     if flat.scouts is not None:
         flat.scouts.brief(flat, pipelines.choices.units)
     try:
-        pipelines.explore()
+        pipelines.explore(afterwards=flat.roots() if both else [])
         pipelines.reorder()
         pipelines.choose_program()
         if both:
-            flat.outside = pipelines.best.dispatched
+            flat.outside, flat.aim = pipelines.best.dispatched, max(pipelines.first, pipelines.best.dispatched)
             flat.explore()
         slow = pipelines.best.seconds < flat.best.seconds <= pipelines.best.dispatched  # of dispatch alone
         if slow:

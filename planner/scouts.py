@@ -197,7 +197,7 @@ def _worker(
     def work_out(key: Key) -> Any:
         what, seconds = key
         if isinstance(what, Candidate):
-            flat.outside, flat.best = seconds, Best()
+            flat.aim, flat.best = seconds, Best()
             found = flat.relaxed(what)
             return None if flat.best.answer else found  # a plan was met: the search should see it
         return bounds.relaxed(what, seconds)

@@ -98,6 +98,7 @@ class Search:
     log: list[str] = field(default_factory=list)
     stopped_by: Stop = "proof"
     outside: float = inf  # seconds of a plan found elsewhere, to be beaten
+    aim: float = inf  # what bounds need not exceed: such seconds as known when others began to work them out
     scouts: Scouts | None = None
 
     # ------------------------------------------------------------ frame
@@ -214,13 +215,11 @@ class Search:
         together), so the finest meshes are searched for all. Where a plan is to be beaten already, each
         begins with one microbatch, fit or not: that bounds all counts.
         """
-        finest, known = _finest(self._meshes()), self.outside < inf
+        known = self.outside < inf
+        for root in self.roots():
+            self._open(root if known else self._smallest_count(root))
         plain = min(self._meshes(), key=lambda m: (abs(len(m.axes) - 2), m.shape))
-        for policy in self.policies():
-            for mesh in finest:
-                root = Candidate(mesh, policy, self._counts()[0])
-                self._open(root if known else self._smallest_count(root))
-        if plain not in finest and not known:
+        if plain not in _finest(self._meshes()) and not known:
             self._seed(plain)
         while self.open_bounds:
             candidate = self._next()
@@ -233,10 +232,14 @@ class Search:
             best = min(self.best.seconds, self.outside)
             self.stand(best, self.lower_bound(), len(self._relaxed_bounds), len(self.open_bounds))
 
+    def roots(self) -> list[Candidate]:
+        """The least microbatch count of every finest mesh and recompute policy."""
+        first, finest = self._counts()[0], _finest(self._meshes())
+        return [Candidate(mesh, policy, first) for policy in self.policies() for mesh in finest]
+
     def _walk(self) -> None:
         """FlexFlow's search: every finest mesh and recompute policy, in equal shares of the time."""
-        finest, first = _finest(self._meshes()), self._counts()[0]
-        roots = [Candidate(mesh, policy, first) for mesh in finest for policy in self.policies()]
+        roots = self.roots()
         self.open_bounds = {root: min(self.floors(root.policy).values()) for root in roots}
         for root in roots:
             self._walk_family(root, self.request.time_limit / len(roots))
@@ -311,7 +314,7 @@ class Search:
         """What `relaxed` gives, if another process has worked it out; others begin with what comes next."""
         if self.scouts is None:
             return None
-        beat = min(self.best.seconds, self.outside)
+        beat = min(self.best.seconds, self.aim)
         soon = sorted(self.open_bounds.keys() - self._probed - {candidate}, key=self.open_bounds.__getitem__)
         self.scouts.wish((each, beat) for each in soon)
         return self.scouts.take((candidate, beat))
@@ -374,7 +377,7 @@ class Search:
         left = min(10.0, max(1.0, self.deadline - time.monotonic()))
         solution = solve_live(
             live_of(space), time_limit=left, gap=ONE_SOLVE * self.request.good_enough, seed=self.request.seed,
-            cutoff=min(self.best.seconds, self.outside),
+            cutoff=min(self.best.seconds, self.aim),
         )  # fmt: skip
         if solution.stopped_by == "interrupt":
             raise KeyboardInterrupt

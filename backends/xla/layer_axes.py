@@ -20,6 +20,8 @@ from ...ir.rules import rule_of
 def layer_axes(graph: Graph) -> dict[int, int]:
     """Input position -> the first of its dims that runs over layers, for inputs that have one."""
     classes = _Classes()
+    if all(visit.op.kind != "scan" for visit in graph.visits):
+        return {}
     for visit in graph.visits:
         for same in _same_dims(graph, visit.op):
             classes.join(same)

@@ -178,9 +178,10 @@ class Choices:
         """By microbatch count, that which says most."""
         if (stages, policy) not in self._known_floors:
             row, found = self.stage_counts.index(stages), {}
-            for column, many in enumerate(self.counts):
+            for many in self.counts:
                 shape = Shape(stages, mesh_of((1,)), policy, many)  # of any mesh
-                work = {key: float(all_[row, column]) for key, all_ in self._least_work(policy, many > 1).items()}
+                counts, least = self._least_work(policy, many > 1)
+                work = {key: float(seconds[row, counts.index(many)]) for key, seconds in least.items()}
                 found[many] = max((self._floor(shape, work, mean) for mean in self._means()), key=lambda f: f.seconds)
             self._known_floors[stages, policy] = found
         return self._known_floors[stages, policy]
@@ -208,15 +209,17 @@ class Choices:
         layer = each.pop(self.units.middle, 0.0)
         return min(layer, max(each.values(), default=0.0))
 
-    def _least_work(self, policy: Policy, cut: bool) -> Mapping[Work, np.ndarray]:
+    def _least_work(self, policy: Policy, cut: bool) -> tuple[list[int], Mapping[Work, np.ndarray]]:
+        """By number of stages and microbatch count, and the counts: above one if `cut`."""
         if (policy, cut) not in self._work:
             program, known = self.search.program(policy), self.cut(policy, 2 if cut else 1)
             devices = [self.search.cluster.size // stages for stages in self.stage_counts]
             of = lambda tag: (known.passes.get(tag, "once"), known.kind_of(tag))  # noqa: E731
-            self._work[policy, cut] = least_work(program, self.search.cost, devices, self.counts, of)
+            counts = [many for many in self.counts if (many > 1) == cut]
+            self._work[policy, cut] = counts, least_work(program, self.search.cost, devices, counts, of)
         return self._work[policy, cut]
 
-    _work: dict[tuple[Policy, bool], Mapping[Work, np.ndarray]] = field(default_factory=dict)
+    _work: dict[tuple[Policy, bool], tuple[list[int], Mapping[Work, np.ndarray]]] = field(default_factory=dict)
 
     def take_cuts_of(self, other: Choices) -> None:
         """Use the cuts of another cluster's search for the same step."""
