@@ -7,9 +7,10 @@ sizes, so a search over both lays out few frames and prices each of them many ti
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -109,13 +110,39 @@ class Runs:
         return np.bincount(self.things, self.times * often[self.outers], self.count)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Changes:
     """`sums[i]` is where a change, by number, counts; `runs` how often."""
 
     changes: list[Change]
     sums: list[tuple[Place, int]]
     runs: Runs
+
+    def seconds(self, layouts: Layouts, nbytes: Sequence[float]) -> list[np.ndarray]:
+        """Of one run of each change, from each layout to each; `nbytes` of each change's value.
+
+        The moves of all changes lie one after another, those among the updates last.
+        """
+        order, shapes, starts, moves, late = self._laid_out(layouts)
+        sizes = np.repeat(np.array(nbytes)[order], [rows * columns for rows, columns in shapes])
+        flat = np.concatenate([layouts.line_seconds(moves[:late], sizes[:late], ""),
+                               layouts.line_seconds(moves[late:], sizes[late:], "update")])  # fmt: skip
+        found: list[np.ndarray] = [flat] * len(order)
+        for number, start, (rows, columns) in zip(order.tolist(), starts, shapes, strict=True):
+            found[number] = flat[start : start + rows * columns].reshape(rows, columns)
+        return found
+
+    def _laid_out(self, layouts: Layouts) -> tuple[np.ndarray, list[tuple[int, int]], list[int], np.ndarray, int]:
+        """Of the changes in order: shapes, where each begins, all moves, and where those among the updates begin."""
+        if "moves" not in self.__dict__:
+            order = np.argsort([change.late for change in self.changes], kind="stable")
+            tables = [layouts.moves(self.changes[k].have, self.changes[k].wanted) for k in order.tolist()]
+            sizes = [table.size for table in tables]
+            starts = [0, *accumulate(sizes)][: len(sizes)]
+            late = sum(size for k, size in zip(order.tolist(), sizes, strict=True) if not self.changes[k].late)
+            moves = np.concatenate([table.ravel() for table in tables]) if tables else np.zeros(0, np.int32)
+            self.__dict__["moves"] = order, [table.shape for table in tables], starts, moves, late
+        return self.__dict__["moves"]
 
 
 Divides = tuple[int, bool]  # a size that axes may divide; whether microbatches cut it first

@@ -87,7 +87,14 @@ class Layouts:
         self, sources: np.ndarray, targets: np.ndarray, nbytes: float, phase: str
     ) -> np.ndarray:
         """Seconds to change a tensor of `nbytes` from each source to each target layout."""
-        moves = self.catalogue.moves_between(sources, targets)
+        return self.line_seconds(self.moves(sources, targets), nbytes, phase)
+
+    def moves(self, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """The number of the move from each source to each target layout, the same on meshes that share a catalogue."""
+        return self.catalogue.moves_between(sources, targets)
+
+    def line_seconds(self, moves: np.ndarray, nbytes: np.ndarray | float, phase: str) -> np.ndarray:
+        """Seconds of each move of a tensor of so many bytes."""
         fixed, slope = self._priced(phase)
         return fixed[moves] + slope[moves] * nbytes
 

@@ -23,7 +23,7 @@ from ..ir.rule import Strategy, settled_axes
 from .cost.compute import Ways
 from .cost.kernels import kernels_of
 from .cost.model import CostModel
-from .frame import Alike, Change, Decided, Decision, Frame, Home, Outer, Place, frame_of
+from .frame import Alike, Decided, Decision, Frame, Home, Outer, Place, frame_of
 from .fused import fused_of
 from .layouts import Layouts
 
@@ -134,7 +134,7 @@ class _Prices:
                 space.own[tag] = own
                 space.nodes[space.op_node[tag]].seconds += space.runs[tag] * own
         space.read = frame.reading_runs(often)
-        priced = [self._change(change) for change in frame.changes.changes]
+        priced = frame.changes.seconds(self.layouts, [space.bytes_of(each.value) for each in frame.changes.changes])
         for (place, number), runs in zip(frame.changes.sums, frame.changes.runs(often).tolist(), strict=True):
             self._add(place, runs * priced[number])
 
@@ -192,8 +192,3 @@ class _Prices:
             key, cell = ((a, b), matrix) if a < b else ((b, a), matrix.T)
             old = space.edges.get(key)
             space.edges[key] = cell.copy() if old is None else old + cell
-
-    def _change(self, change: Change) -> np.ndarray:
-        """Seconds of one run of a change, from each layout to each."""
-        nbytes, phase = self.space.bytes_of(change.value), "update" if change.late else ""
-        return self.layouts.seconds(change.have, change.wanted, nbytes, phase)

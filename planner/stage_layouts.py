@@ -40,7 +40,7 @@ class StageLayouts:
         if (shape, watched) not in self.solved:
             pipelines, search = self.pipelines, self.pipelines.search
             program, layouts = search.program(shape.policy), search.layouts_on(shape.mesh)
-            space = build(program, shape.microbatches, search.cost, layouts, runs=pipelines.choices.weights(shape))
+            space = build(program, shape.microbatches, search.cost, layouts, runs=pipelines.choices.likely(shape))
             problem = limited(space, pipelines.bounds.holdings(shape.policy, shape.microbatches), watched, search.limit)
             found = pipelines.bounds.solve(problem.live).choices
             self.solved[shape, watched] = None if found is None else Rank(search, space, problem.read(found))

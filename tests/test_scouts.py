@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from math import inf
 
 import pytest
 
+from meshwright import api
 from meshwright.api import plan_captured
 from meshwright.ir.blocks import fold
 from meshwright.ir.cluster import Cluster
@@ -33,11 +36,14 @@ def searching(step) -> Search:
 def planned(step, monkeypatch: pytest.MonkeyPatch, count: int):
     kept: list[scouts.Scouts] = []
 
-    def of(search: Search, families: int) -> scouts.Scouts | None:
-        kept.extend([scouts.Scouts(search, count)] * bool(count))
-        return kept[0] if kept else None
+    @contextmanager
+    def hired(cluster: Cluster, request: Request) -> Iterator[scouts.Scouts | None]:
+        kept.extend([scouts.Scouts(count)] * bool(count))
+        yield kept[0] if kept else None
+        for each in kept:
+            each.close()
 
-    monkeypatch.setattr(scouts.Scouts, "of", of)
+    monkeypatch.setattr(api, "hired", hired)
     told: list[str] = []
     plan = plan_captured(step, EIGHT, Request(pp="auto", gap=0.001, time_limit=1e4), "gpt-tiny", told.append)
     return plan, told, kept
@@ -58,7 +64,8 @@ def test_a_search_with_scouts_makes_the_same_choices(step, monkeypatch):
 
 def test_bounds_of_a_scout_are_those_of_the_search(step):
     search = searching(step)
-    pipelines, work_out = Pipelines(search), scouts._worker(search.folded, EIGHT, search.request, search.cost)
+    pipelines, folded = Pipelines(search), replace(search.folded, whole=search.folded.small)
+    work_out = scouts._worker(folded, EIGHT, search.request, search.cost, pipelines.choices.units)
     shapes = [shape for shape in pipelines.choices.families() if shape.stages in (2, 4)][::2]
     assert len(shapes) > 3
     for family in shapes:
@@ -69,16 +76,32 @@ def test_bounds_of_a_scout_are_those_of_the_search(step):
 
 def test_a_scout_that_dies_leaves_the_work_to_the_search(step):
     search = searching(step)
-    found = scouts.Scouts(search, 1)
+    pipelines = Pipelines(search)
+    found = scouts.Scouts(1)
     try:
-        key = (next(Pipelines(search).choices.families()), inf)
+        key = (next(pipelines.choices.families()), inf)
         found.processes[0].kill()
+        found.brief(search, pipelines.choices.units)
         found.wish([key])
         assert found.take(key) is None
     finally:
         found.close()
 
 
-def test_small_searches_have_none(step):
-    search = searching(step)
-    assert scouts.Scouts.of(search, scouts.WORTH - 1) is None
+def test_scouts_are_gone_whatever_happens(monkeypatch):
+    monkeypatch.setattr(scouts, "_cores", lambda: 2)
+    kept = []
+    with pytest.raises(RuntimeError), scouts.hired(Cluster.parse("8xh100x8@ib400"), Request(pp="auto")) as hired:
+        kept.append(hired)
+        raise RuntimeError
+    assert [process.poll() is not None for process in kept[0].processes] == [True]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "request_"),
+    [("h100x8", Request(pp="auto")), ("8xh100x8@ib400", Request()), ("8xh100x8@ib400", Request(pp=64))],
+)
+def test_small_searches_have_none(cluster, request_, monkeypatch):
+    monkeypatch.setattr(scouts, "_cores", lambda: 2)
+    with scouts.hired(Cluster.parse(cluster), request_) as hired:
+        assert hired is None

@@ -65,7 +65,9 @@ class Lifetimes:
         split = time.split if isinstance(time, TimeAxis) else {}
         fewer = self.microbatches / microbatches
         scale = {v: s * fewer if v in split else s for v, s in self.scale.items()}
-        return replace(self, microbatches=microbatches, scale=scale)
+        found = replace(self, microbatches=microbatches, scale=scale)
+        found.__dict__["arrays"] = self.arrays  # only sizes differ
+        return found
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, ...]:

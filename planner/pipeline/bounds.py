@@ -12,12 +12,13 @@ import numpy as np
 from ...ir.recompute import Policy
 from ..intra import live_of
 from ..memory.ledger import least_bytes, least_peak
+from ..memory.lifetimes import Lifetimes
 from ..solver.anytime import solve_live
 from ..solver.live import Demand, Live
 from ..solver.onehot import Solution
 from ..space import Space, build
 from .choices import Choices, Shape
-from .stage_memory import Holdings
+from .stage_memory import Holdings, Runs
 from .unit_costs import all_bytes
 from .units import runs_of
 
@@ -79,8 +80,13 @@ class Bounds:
         layers = self.choices.units.kinds.count(middle)
         runs = [0] * len(self.choices.units.names)
         runs[middle] = max(1, (layers - (len(self.choices.units) - layers)) // shape.stages)
-        holdings = self.holdings(shape.policy, shape.microbatches)
-        return least_peak(holdings.of_stage(tuple(runs)), shape.mesh)
+        key = shape.policy, min(shape.microbatches, 2), tuple(runs)
+        if key not in self._stages:
+            self._stages[key] = self.holdings(shape.policy, shape.microbatches).of_stage(key[2])
+        known, many = self._stages[key], shape.microbatches
+        return least_peak(known if many == known.microbatches else known.counted(many), shape.mesh)
+
+    _stages: dict[tuple[Policy, int, Runs], Lifetimes] = field(default_factory=dict)
 
     def _crowded(self, shape: Shape, held: float) -> bool:
         """Whether all stages together have no room for so many microbatches, however everything lies."""

@@ -242,16 +242,20 @@ class Choices:
         return {**{tag: shares[cut.class_of(tag)] for tag in cut.passes}, "": 1 / shape.stages}
 
     def likely(self, shape: Shape) -> Mapping[str, float]:
-        """The same as it will be if ends are shorter than a layer: they come on top of equally many layers."""
-        cut, even = self.cut(shape.policy, shape.microbatches), self.units.repeats % shape.stages == 0
-        if not even or self.search.request.program == "single":
-            return self.weights(shape)
+        """The same as it will be: the fullest stage has `crowd` times its share of layers or, where all have equally
+        many, the ends on top."""
+        cut, single = self.cut(shape.policy, shape.microbatches), self.search.request.program == "single"
+        on_top = (shape.microbatches - 1) * (1 - 1 / shape.stages) * (self.units.repeats % shape.stages == 0)
         found = {"": 1 / shape.stages}
         for tag in cut.passes:
             name, layer = cut.class_of(tag)
-            often = self._share(shape, name, layer, 1.0)
-            top = name != "once" and not layer and self.units.repeats_of(cut.kind_of(tag)) < shape.stages
-            found[tag] = often + (shape.microbatches - 1) * (1 - 1 / shape.stages) if top else often
+            found[tag] = self._share(shape, name, layer, 1.0)
+            if name == "once" or single:
+                continue
+            if layer:
+                found[tag] *= self.crowd(shape.stages)
+            elif self.units.repeats_of(cut.kind_of(tag)) < shape.stages:
+                found[tag] += on_top
         return found
 
     def share(self, shape: Shape, name: str, layer: bool) -> float:

@@ -57,8 +57,10 @@ class Units:
         """How many units run the same ops as the one that most are."""
         return self.repeats_of(self.middle)
 
-    def repeats_of(self, kind: int) -> int:
-        """How many units run the same ops as those of a kind."""
+    def repeats_of(self, kind: int | None) -> int:
+        """How many units run the same ops as those of a kind; 0 of None."""
+        if kind is None:
+            return 0
         return sum(self.alike[each] == self.alike[kind] for each in self.kinds)
 
     def evenly(self, stages: int) -> tuple[int, ...]:

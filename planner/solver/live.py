@@ -229,8 +229,8 @@ def finite(live: Live, ceiling: float = inf) -> Live:
         most = np.maximum.reduceat(np.where(np.isfinite(flat), flat, -inf), starts)
         span = 1.0 + 2 * float((most - leasts).sum())
     low = np.minimum(flat, np.repeat(leasts + span, sizes))
-    parts = np.split(low, starts[1:])
-    capped = [part.reshape(table.shape) for part, table in zip(parts, tables, strict=True)]
+    places = zip(starts.tolist(), sizes, tables, strict=True)
+    capped = [low[start : start + size].reshape(table.shape) for start, size, table in places]
     count = len(live.costs)
     edges = tuple(Edge(e.a, e.b, c) for e, c in zip(live.edges, capped[count:], strict=True))
     return replace(live, costs=tuple(capped[:count]), edges=edges)

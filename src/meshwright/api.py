@@ -138,14 +138,12 @@ def plan_captured(
             if keep is not None:
                 keep(frontier.model_copy(update={"unstacked": apart, "notes": told}))
 
-        found = search(
-            fold(graph), where, request, name=name, fingerprint=known, tell=tell, now=now, keep=kept, scouts=scouts
-        )
+        same = {"name": name, "fingerprint": known, "tell": tell, "now": now}
+        found = search(fold(graph), where, request, **same, keep=kept, scouts=scouts)
     if not apart:
         return found
     if found.pipeline is None:
-        flat = replace(request, pp=1)
-        return search(fold(captured.graph), where, flat, name=name, fingerprint=known, tell=tell, now=now)
+        return search(fold(captured.graph), where, replace(request, pp=1), **same)
     pipeline = found.pipeline.model_copy(update={"unstacked": True})
     return found.model_copy(update={"pipeline": pipeline, "notes": (*found.notes, *told)})
 
