@@ -264,7 +264,7 @@ class _Replanning:
                 seen.add(candidate.shape)
                 pipelines.solve_shape(candidate.shape)
             else:
-                space = pipelines.bounds.space(candidate.shape)
+                space = pipelines.bounds.likely(candidate.shape)
                 choices = candidate.point.choices_in(space)
                 assert choices is not None  # the mesh and the count are those of the point
                 pipelines.offer(candidate.shape, space, choices)
