@@ -41,6 +41,7 @@ from .search import Search
 
 SECONDS = 1.2  # in which candidates are priced
 POINTS = 24  # kept of one search, the fastest
+WIDE = 16  # that a search which keeps them tries to find
 KNOWN = "meshes, recompute and microbatches unlike those that an earlier search met"
 PINS = ("pp", "mesh", "recompute", "microbatches")  # of the first plan, kept
 NEAR = 4  # microbatches up to so many times more or fewer

@@ -18,7 +18,7 @@ import heapq
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, count, islice
+from itertools import chain, count, islice, zip_longest
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -217,13 +217,13 @@ class Pipelines:
 
     # ------------------------------------------------------------ solving
 
-    def solve_shape(self, shape: Shape) -> None:
-        """Offer what fits of one shape."""
+    def solve_shape(self, shape: Shape, beat: float | None = None) -> None:
+        """Offer what fits of one shape; `beat`: seconds that it has to beat, by default those of the best."""
         space = self.bounds.likely(shape)
         for schedule in sorted(self.choices.schedules_for(shape), key=lambda s: -s.stages):
             holdings = self.bounds.holdings(shape.policy, shape.microbatches)
             problem = limited(space, holdings, self._even(shape, schedule), self.search.limit)
-            solution = self.bounds.solve(problem.live, self.best.seconds)
+            solution = self.bounds.solve(problem.live, self.best.seconds if beat is None else beat)
             if solution.choices is not None:
                 self.offer(shape, space, problem.read(solution.choices))
                 return
@@ -261,6 +261,23 @@ class Pipelines:
                 self.search.note(
                     f"{shape}, {schedule.name}: {format_seconds(priced.seconds)}, {format_bytes(max(priced.peaks))}"
                 )
+
+    def broaden(self, points: int) -> None:
+        """Solve the best bounded shapes that were not solved, one of each mesh first, until so many points are known:
+        for other numbers of devices they may be the best."""
+        bounds = {
+            replace(family, microbatches=many): bound
+            for family, known in self.known.items() for many, bound in known.items() if bound < inf
+        }  # fmt: skip
+        solved = {(point.mesh, point.policy, point.microbatches) for point in self.points}
+        ranked: dict[tuple[int, ...], list[Shape]] = {}
+        for shape in sorted(bounds, key=bounds.__getitem__):
+            if (shape.mesh.shape, shape.policy, shape.microbatches) not in solved:
+                ranked.setdefault(shape.mesh.shape, []).append(shape)
+        for shape in (each for turn in zip_longest(*ranked.values()) for each in turn if each is not None):
+            if len(self.points) >= points or self.search.late():
+                return
+            self.solve_shape(shape, beat=inf)
 
     def reorder(self) -> None:
         """Keep the best pipeline's passes in a better order, if one is found and none was asked for."""

@@ -12,7 +12,7 @@ from ..ir.errors import PlanError
 from ..ir.plan import Plan
 from ..ir.units import format_seconds
 from .cost.model import CostModel, Roofline
-from .frontier import Frontier
+from .frontier import WIDE, Frontier
 from .islands import Islands
 from .pipelines import Pipelines
 from .report import write_plan
@@ -70,6 +70,8 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
         flat.scouts.brief(flat, pipelines.choices.units)
     try:
         pipelines.explore(afterwards=flat.roots() if both else [])
+        if keep is not None:
+            pipelines.broaden(WIDE)
         pipelines.reorder()
         pipelines.choose_program()
         if both:

@@ -177,49 +177,51 @@ class Choices:
     def _floors(self, stages: int, policy: Policy) -> Mapping[int, Floor]:
         """By microbatch count, that which says most."""
         if (stages, policy) not in self._known_floors:
-            row, found = self.stage_counts.index(stages), {}
-            for many in self.counts:
-                shape = Shape(stages, mesh_of((1,)), policy, many)  # of any mesh
-                counts, least = self._least_work(policy, many > 1)
-                work = {key: float(seconds[row, counts.index(many)]) for key, seconds in least.items()}
-                found[many] = max((self._floor(shape, work, mean) for mean in self._means()), key=lambda f: f.seconds)
-            self._known_floors[stages, policy] = found
+            work, found = self._work_of(stages, policy), []
+            for mean in (1.0,) if self.search.request.program == "single" else (1.0, ENDS):
+                shares = {key: self._shares(stages, key[0], key[1] == self.units.middle, mean) for key in work}
+                more = (1 - mean) * (np.array(self.counts) - 1) * self._on_top(stages, work)
+                seconds = sum((shares[key] * each for key, each in work.items()), more)
+                found.append([Floor(*each, mean) for each in zip(seconds.tolist(), more.tolist(), strict=True)])
+            most = (max(each, key=lambda floor: floor.seconds) for each in zip(*found, strict=True))
+            self._known_floors[stages, policy] = dict(zip(self.counts, most, strict=True))
         return self._known_floors[stages, policy]
 
     _known_floors: dict[tuple[int, Policy], Mapping[int, Floor]] = field(default_factory=dict)
 
-    def _means(self) -> tuple[float, ...]:
-        return (1.0,) if self.search.request.program == "single" else (1.0, ENDS)
-
-    def _floor(self, shape: Shape, work: Mapping[Work, float], mean: float) -> Floor:
-        middle = self.units.middle
-        seconds = sum(self._share(shape, name, kind == middle, mean) * s for (name, kind), s in work.items())
-        more = (1 - mean) * (shape.microbatches - 1) * self._on_top(shape.stages, work)
-        return Floor(seconds + more, more, mean)
-
-    def _on_top(self, stages: int, work: Mapping[Work, float]) -> float:
-        """What the fullest stage runs besides its share of layers, at least, per microbatch: where all have
+    def _on_top(self, stages: int, work: Mapping[Work, np.ndarray]) -> np.ndarray:
+        """What the fullest stage runs besides its share of layers, at least, per microbatch, by count: where all have
         equally many, the longest of the ends, and one that has more, at least one layer more."""
+        none = np.zeros(len(self.counts))
         if self.units.repeats % stages:
-            return 0.0
-        each: dict[int | None, float] = {}
+            return none
+        each: dict[int | None, np.ndarray] = {}
         for (name, kind), seconds in work.items():
             if name != "once" and kind is not None:
-                each[kind] = each.get(kind, 0.0) + seconds / self.units.repeats_of(kind)
-        layer = each.pop(self.units.middle, 0.0)
-        return min(layer, max(each.values(), default=0.0))
+                each[kind] = each.get(kind, none) + seconds / self.units.repeats_of(kind)
+        layer = each.pop(self.units.middle, none)
+        return np.minimum(layer, np.max([none, *each.values()], axis=0))
 
-    def _least_work(self, policy: Policy, cut: bool) -> tuple[list[int], Mapping[Work, np.ndarray]]:
-        """By number of stages and microbatch count, and the counts: above one if `cut`."""
+    def _work_of(self, stages: int, policy: Policy) -> Mapping[Work, np.ndarray]:
+        """Least seconds of one run of every class of ops, by microbatch count."""
+        row, found = self.stage_counts.index(stages), {}
+        for cut in (False, True):
+            here = np.array([(many > 1) == cut for many in self.counts])
+            for key, seconds in self._least_work(policy, cut).items() if here.any() else ():
+                found.setdefault(key, np.zeros(len(self.counts)))[here] = seconds[row]
+        return found
+
+    def _least_work(self, policy: Policy, cut: bool) -> Mapping[Work, np.ndarray]:
+        """By number of stages and microbatch count, one or, if `cut`, those above."""
         if (policy, cut) not in self._work:
             program, known = self.search.program(policy), self.cut(policy, 2 if cut else 1)
             devices = [self.search.cluster.size // stages for stages in self.stage_counts]
             of = lambda tag: (known.passes.get(tag, "once"), known.kind_of(tag))  # noqa: E731
             counts = [many for many in self.counts if (many > 1) == cut]
-            self._work[policy, cut] = counts, least_work(program, self.search.cost, devices, counts, of)
+            self._work[policy, cut] = least_work(program, self.search.cost, devices, counts, of)
         return self._work[policy, cut]
 
-    _work: dict[tuple[Policy, bool], tuple[list[int], Mapping[Work, np.ndarray]]] = field(default_factory=dict)
+    _work: dict[tuple[Policy, bool], Mapping[Work, np.ndarray]] = field(default_factory=dict)
 
     def take_cuts_of(self, other: Choices) -> None:
         """Use the cuts of another cluster's search for the same step."""
@@ -271,13 +273,27 @@ class Choices:
 
     def _share(self, shape: Shape, name: str, layer: bool, mean: float) -> float:
         """`mean`: weight of what all stages would take if equally long."""
+        return float(self._shares(shape.stages, name, layer, mean)[self.counts.index(shape.microbatches)])
+
+    def _shares(self, stages: int, name: str, layer: bool, mean: float) -> np.ndarray:
+        """The same by microbatch count."""
+        many = np.array(self.counts, float)
         if name == "once":
-            return 1 / shape.stages
-        bubble = self.bubble(shape, name)
+            return np.full(len(many), 1 / stages)
+        bubble = self._bubbles(stages, name)
         if self.search.request.program == "single":
-            return (shape.microbatches + (bubble if layer else 0.0)) / shape.stages
-        full = (shape.microbatches - 1) * self.crowd(shape.stages) + 1 + bubble if layer else 0.0
-        return max(1e-9, mean * (shape.microbatches + bubble) + (1 - mean) * full) / shape.stages
+            return (many + (bubble if layer else 0.0)) / stages
+        full = (many - 1) * self.crowd(stages) + 1 + bubble if layer else 0.0
+        return np.maximum(1e-9, mean * (many + bubble) + (1 - mean) * full) / stages
+
+    def _bubbles(self, stages: int, name: str) -> np.ndarray:
+        """`bubble` by microbatch count."""
+        if (stages, name) not in self._known_bubbles:
+            shapes = (Shape(stages, mesh_of((1,)), "none", many) for many in self.counts)  # of any mesh and policy
+            self._known_bubbles[stages, name] = np.array([self.bubble(shape, name) for shape in shapes])
+        return self._known_bubbles[stages, name]
+
+    _known_bubbles: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
 
     def crowd(self, stages: int) -> float:
         """How much more than its share of layers some stage has, as layers are not cut."""

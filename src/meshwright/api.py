@@ -135,11 +135,11 @@ def plan_captured(
         told = ("stacked parameters are held layer by layer", *layers.notes) if layers is not None and apart else ()
 
         def kept(frontier: Frontier) -> None:
-            if keep is not None:
-                keep(frontier.model_copy(update={"unstacked": apart, "notes": told}))
+            assert keep is not None
+            keep(frontier.model_copy(update={"unstacked": apart, "notes": told}))
 
         same = {"name": name, "fingerprint": known, "tell": tell, "now": now}
-        found = search(fold(graph), where, request, **same, keep=kept, scouts=scouts)
+        found = search(fold(graph), where, request, **same, keep=kept if keep else None, scouts=scouts)
     if not apart:
         return found
     if found.pipeline is None:
