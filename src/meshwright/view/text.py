@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..backends.xla.audit import Audit
+from ..ir.mesh import Mesh
 from ..ir.plan import Plan, Tensor
 from ..ir.schedule import microbatches_held
 from ..ir.units import format_bytes, format_flops, format_seconds
@@ -93,11 +94,15 @@ def _work_line(plan: Plan) -> list[str]:
 
 def _shape(plan: Plan) -> str:
     if plan.pipeline is None:
-        return str(plan.mesh)
+        return _mesh(plan.mesh)
     pipe = plan.pipeline
     meshes = {rank: pipe.stages[stage].mesh for stage, rank in enumerate(pipe.read(plan.microbatches).homes)}
-    different = dict.fromkeys(str(meshes[rank]) for rank in sorted(meshes))
+    different = dict.fromkeys(_mesh(meshes[rank]) for rank in sorted(meshes))
     return f"{len(pipe.first)} ranks of {' and '.join(different)}"
+
+
+def _mesh(mesh: Mesh) -> str:
+    return str(mesh) if mesh.size > 1 else "one device"
 
 
 STAGES = 16  # rows shown of a pipeline
@@ -152,6 +157,7 @@ def _axis_rows(plan: Plan) -> list[tuple[str, ...]]:
             ),
         )
         for use in plan.uses
+        if use.size > 1
     ]
 
 

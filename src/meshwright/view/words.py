@@ -53,7 +53,7 @@ def _axes(plan: Plan) -> list[str]:
             continue
         ways, axes = prod(use.size for use in uses), "·".join(use.axis for use in uses)
         if name == "idle":
-            found.append(f"{axes} repeats work" if ways > 1 else "one device")
+            found.append(f"all {ways} devices along {axes} do the same work" if ways > 1 else _alone(plan))
         elif name == "mixed":
             found.append(f"mixed parallel {ways} over {axes}")
         else:
@@ -61,6 +61,10 @@ def _axes(plan: Plan) -> list[str]:
         if name == "tensor" and _scatters_activations(plan, {use.axis for use in uses}):
             found.append("sequence parallel between blocks")
     return found
+
+
+def _alone(plan: Plan) -> str:
+    return "one device" if plan.pipeline is None else "each stage on one device"
 
 
 def _scatters_activations(plan: Plan, axes: set[str]) -> bool:
