@@ -173,6 +173,7 @@ def test_one_device_has_no_pipeline():
 def test_stages_of_one_device_cut_nothing_and_gather_nothing():
     plan = planned("gpt-tiny", "4xcpu", Request(pp=4, microbatches=4, schedule="1f1b"))
     assert plan.collectives == () and plan.estimate.communication_seconds == 0
+    assert "gathered" not in plan.estimate.memory
     assert [use.idle for use in plan.uses] == [1.0]
     assert "4 devices as 4 ranks of one device\n" in plan_head(plan)
     assert "each stage on one device" in plan_head(plan)
