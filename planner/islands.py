@@ -40,7 +40,7 @@ from .pipeline.priced import Place, Priced, Pricing
 from .pipeline.schedules import schedule_named
 from .pipeline.units import Units, runs_of
 from .pipeline.watched import Watched
-from .pipeline_report import LEFT_OUT, Rank, write_pipeline
+from .pipeline_report import BESIDES, Rank, by_stages, write_pipeline
 from .pipelines import Pipelines
 from .request import Request, check
 from .search import Search
@@ -48,7 +48,7 @@ from .stage_layouts import StageLayouts
 
 ORDERS = 12  # of so many groups that are tried: all of three
 UNLIKE = (
-    *(line for line in LEFT_OUT if not line.startswith("stages of different")),
+    *BESIDES,
     "several stages on one rank, where groups are unlike",
     "different recompute, or meshes, for stages of one group",
 )
@@ -94,7 +94,8 @@ class Islands:
         except KeyboardInterrupt:
             self._head.stopped_by = "interrupt"
         if self.found is not None:
-            return write_pipeline(*self.found, self.cluster, self.lower_bound(), UNLIKE)
+            chosen = by_stages(*self.found[1:], self._head.cluster.device.kind)
+            return write_pipeline(*self.found, self.cluster, self.lower_bound(), UNLIKE, chosen)
         if single is None:
             raise InfeasibleError(
                 "no plan fits, neither on one group of devices nor on all.", where=f"cluster {self.cluster.name}",

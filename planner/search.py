@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import floor, inf, log2
+from typing import Literal
 
 import numpy as np
 
@@ -96,7 +97,7 @@ class Search:
     started: float = field(default_factory=time.monotonic)
     best: Best = field(default_factory=Best)
     log: list[str] = field(default_factory=list)
-    stopped_by: Stop = "proof"
+    stopped_by: Stop | Literal["estimate"] = "proof"
     outside: float = inf  # seconds of a plan found elsewhere, to be beaten
     scouts: Scouts | None = None
 

@@ -136,6 +136,7 @@ def test_a_plan_of_stages():
     assert plan.proof.lower_bound <= plan.estimate.step_seconds == plan.proof.objective
     slowest = max(s.forward_seconds + s.backward_seconds for s in pipe.stages)
     assert plan.estimate.step_seconds >= 8 * slowest
+    assert plan.proof.left_out[0] == "stages of unequal meshes, but for the most promising by an estimate"
 
 
 def test_the_passes_of_the_best_pipeline_are_reordered():
@@ -167,7 +168,8 @@ def test_the_passes_of_the_best_pipeline_are_reordered():
 
 
 def test_one_device_has_no_pipeline():
-    assert planned("gpt-tiny", "1xcpu", Request(pp="auto")).pipeline is None
+    plan = planned("gpt-tiny", "1xcpu", Request(pp="auto"))
+    assert plan.pipeline is None and "pipeline stages" not in plan.proof.left_out
 
 
 def test_stages_of_one_device_cut_nothing_and_gather_nothing():

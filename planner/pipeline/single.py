@@ -50,9 +50,12 @@ def with_dispatch(seconds: float, schedule: Schedule, shards: float, kind: str) 
 
 def shards_left(pricing: Pricing, priced: Priced) -> float:
     """What the forward pass of a stage leaves, as shards in one process, in the mean."""
-    holdings, stages = pricing.places[0].memory.holdings, range(priced.schedule.stages)
-    left = [sum(holdings.left(priced.runs(pricing.units, stage)).values()) for stage in stages]
-    return sum(left) / len(left) * min(pricing.places[0].devices, pricing.cluster.per_host)
+    shards = []
+    for stage, rank in enumerate(priced.schedule.homes):
+        place = pricing.places[rank]
+        left = sum(place.memory.holdings.left(priced.runs(pricing.units, stage)).values())
+        shards.append(left * min(place.devices, pricing.cluster.per_host))
+    return sum(shards) / len(shards)
 
 
 def even_firsts(units: Units, stages: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from ..ir.plan import Plan, Tensor
 from ..ir.schedule import microbatches_held
 from ..ir.units import format_bytes, format_flops, format_seconds
 from ..pipeline_view import parts_of_step
-from .words import duty, words
+from .words import duty, ended, unlike, words
 
 TENSORS, COLLECTIVES, CANDIDATES = 12, 6, 4  # rows shown unless all are asked for
 WIDEST = 44  # columns of a name
@@ -25,10 +25,11 @@ def plan_text(plan: Plan, everything: bool = False) -> str:
     """
     most, staged = None if everything else TENSORS, plan.pipeline is not None
     all_stages, fullest = (", of all stages added up", " of the fullest rank") if staged else ("", "")
+    mesh = fullest if unlike(plan) else ""
     blocks = [
         plan_head(plan),
         _table("stages: seconds of one microbatch, and per step", _stage_rows(plan)),
-        _table("what each axis cuts, in shares of the products' FLOP", _axis_rows(plan)),
+        _table(f"what each axis cuts{mesh}, in shares of the products' FLOP", _axis_rows(plan)),
         _table(f"memory per device at the peak{fullest}, by cause", _memory_rows(plan)),
         _table(f"tensors: parts per device{all_stages}", _tensor_rows(plan, most)),
         _table(
@@ -129,9 +130,8 @@ def _stage_rows(plan: Plan) -> list[tuple[str, ...]]:
 def proof_line(plan: Plan) -> str:
     """Status, bound and gap in one line."""
     p = plan.proof
-    stopped = "all was looked at" if p.stopped_by == "end" else f"stopped by {p.stopped_by}"
     near = "optimal" if p.gap < EXACT else f"within {p.gap:.1%} of optimal"
-    status = near if p.status == "optimal" else f"feasible, {stopped}"
+    status = near if p.status == "optimal" else f"feasible, {ended(p)}"
     return (
         f"{status}: no plan in the searched space is faster than {format_seconds(p.lower_bound)}, "
         f"gap {p.gap:.1%}"
