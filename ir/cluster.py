@@ -191,9 +191,13 @@ class Cluster(Part):
 
     def device_at(self, rank: int) -> Device:
         """The type of one device, by its rank."""
+        return self.devices[self.group_at(rank).device]
+
+    def group_at(self, rank: int) -> Group:
+        """The group of one device, by its rank."""
         for group in self.groups:
             if rank < group.hosts * group.per_host:
-                return self.devices[group.device]
+                return group
             rank -= group.hosts * group.per_host
         raise UsageError(f"cluster `{self.name}` has {self.size} devices, none of rank {rank + self.size}.")
 

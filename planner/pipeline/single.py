@@ -54,7 +54,7 @@ def shards_left(pricing: Pricing, priced: Priced) -> float:
     for stage, rank in enumerate(priced.schedule.homes):
         place = pricing.places[rank]
         left = sum(place.memory.holdings.left(priced.runs(pricing.units, stage)).values())
-        shards.append(left * min(place.devices, pricing.cluster.per_host))
+        shards.append(left * min(place.devices, pricing.cluster.group_at(place.first).per_host))
     return sum(shards) / len(shards)
 
 
