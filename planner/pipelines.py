@@ -22,7 +22,7 @@ from itertools import count, islice
 from math import inf
 from typing import TYPE_CHECKING
 
-from ..ir.errors import InfeasibleError, MeshwrightError, PlanError
+from ..ir.errors import InfeasibleError, LoweringError, MeshwrightError, PlanError
 from ..ir.layered import layered
 from ..ir.part_cuts import part_cuts
 from ..ir.plan import Plan
@@ -265,7 +265,7 @@ class Pipelines:
         """Of the best pipeline: programs of its stages with the host's dispatch, or a single one where that is faster.
 
         Raises:
-            LoweringError: a single program was asked for, and the stages are not equal.
+            PlanError: a single program was asked for, and the stages are not equal.
         """
         best, request = self.best, self.search.request
         if best.priced is None or best.pricing is None or best.shape is None:
@@ -284,7 +284,7 @@ class Pipelines:
                     self._check_alike(best.shape, single)
         except MeshwrightError as error:
             if wanted == "single":
-                raise
+                raise PlanError.at(error, None, None) if isinstance(error, LoweringError) else error
             single, why = None, error.what
             programs.pop("single", None)
         if single is not None and single.seconds < programs.get("stages", inf):
