@@ -12,7 +12,6 @@ on as many devices is faster than every op cut evenly over those of a stage, sta
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..ir.blocks import Folded
 from ..ir.cluster import Cluster
-from ..ir.codec import dump_graph, load_graph
+from ..ir.codec import dump_graph, load_graph, read_object, read_text, unsealed
 from ..ir.errors import InfeasibleError, MeshwrightError, MismatchError, PlanError
 from ..ir.graph import Graph
 from ..ir.plan import Plan
@@ -98,24 +97,16 @@ def load_frontier(path: Path) -> Frontier:
     """Read a frontier.
 
     Raises:
-        PlanError: no such file, or no frontier.
+        PlanError: no such file, no frontier, or one that was changed.
         MismatchError: written by another version.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if (version := json.loads(text).get("meshwright", VERSION)) == VERSION:
-            found = Frontier.model_validate_json(text)
-            Request(**found.request), Units(**found.units)  # type: ignore[arg-type]
-            return found
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"the frontier {path} cannot be read: {error}.", fix="what `--frontier` wrote") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise PlanError(
-            f"this is no frontier: {str(error).splitlines()[0]}.", origin=str(path),
-            fix="a file from `meshwright plan --frontier`",
-        ) from error  # fmt: skip
-    told = f"the frontier is of meshwright {version}, this is {VERSION}."
-    raise MismatchError(told, origin=str(path), fix="plan again")
+    origin, fix = str(path), "a file from `meshwright plan --frontier`, as it was written"
+    data = read_object(read_text(path, "frontier", fix), "frontier", origin, fix)
+    version = data.get("meshwright")
+    if isinstance(version, str) and version != VERSION:
+        told = f"the frontier is of meshwright {version}, this is {VERSION}."
+        raise MismatchError(told, origin=origin, fix="plan again")
+    return unsealed(Frontier, data, "frontier", origin, fix)
 
 
 @dataclass(frozen=True)

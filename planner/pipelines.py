@@ -283,8 +283,10 @@ class Pipelines:
                 if single.seconds < programs.get("stages", inf):
                     self._check_alike(best.shape, single)
         except MeshwrightError as error:
+            if wanted == "single" and isinstance(error, LoweringError):
+                raise PlanError.at(error, None, None) from error
             if wanted == "single":
-                raise PlanError.at(error, None, None) if isinstance(error, LoweringError) else error
+                raise
             single, why = None, error.what
             programs.pop("single", None)
         if single is not None and single.seconds < programs.get("stages", inf):

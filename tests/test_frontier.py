@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -10,8 +13,9 @@ from typer.testing import CliRunner
 from meshwright.api import plan_captured
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.verify import verify_outputs
-from meshwright.cli import app
+from meshwright.cli import app, main
 from meshwright.ir.cluster import Cluster
+from meshwright.ir.codec import sealed
 from meshwright.ir.errors import ClusterError, InfeasibleError, MismatchError, PlanError, UsageError
 from meshwright.planner.frontier import Frontier, load_frontier
 from meshwright.planner.request import Request
@@ -48,7 +52,7 @@ def test_as_fast_as_a_search_of_the_same_hosts(kept, hosts):
 def test_a_frontier_is_the_same_after_writing_and_reading(kept, tmp_path):
     _, _, frontier = kept
     place = tmp_path / "kept.json"
-    place.write_text(frontier.model_dump_json())
+    place.write_text(sealed(frontier))
     assert load_frontier(place) == frontier
 
 
@@ -96,15 +100,56 @@ def test_what_cannot_be_planned_anew(kept, tmp_path):
         load_frontier(tmp_path / "none.json")
     for text in ("no json", "[]", "{}", json.dumps({"points": []})):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(PlanError, match="no frontier"):
+        with pytest.raises(PlanError, match="no (frontier|JSON)"):
             load_frontier(tmp_path / "bad.json")
-    damaged = frontier.model_copy(update={"request": {**frontier.request, "stages": 3}})
-    (tmp_path / "bad.json").write_text(damaged.model_dump_json())
-    with pytest.raises(PlanError, match="no frontier"):
-        load_frontier(tmp_path / "bad.json")
     (tmp_path / "old.json").write_text(json.dumps({"meshwright": "0.0.1"}))
     with pytest.raises(MismatchError, match=r"of meshwright 0\.0\.1"):
         load_frontier(tmp_path / "old.json")
+
+
+def damaged(data: Any, deep: int = 4) -> Iterator[tuple[str, Any]]:
+    """Copies of JSON with one place missing, of another type or of another value, and the place's name."""
+    keys = list(data) if isinstance(data, dict) else sorted({0, len(data) - 1} & set(range(len(data))))
+    for key in keys if len(keys) < 20 else keys[:2]:
+        rest = {k: v for k, v in data.items() if k != key} if isinstance(data, dict) else data[:key] + data[key + 1 :]
+        was = data[key]
+        other = was + was[-1:] if isinstance(was, list | str) and was else not was if isinstance(was, bool) else 7
+        if other == was:
+            other = 8
+        inner = list(damaged(was, deep - 1)) if deep and isinstance(was, list | dict) else []
+        found = [("", [was]), ("", other), *inner]
+        yield f"{key}", rest
+        for name, value in found:
+            changed = {**data, key: value} if isinstance(data, dict) else [*data[:key], value, *data[key + 1 :]]
+            yield f"{key}.{name}", changed
+
+
+def test_a_frontier_damaged_anywhere_is_refused_by_name(kept, tmp_path):
+    _, _, frontier = kept
+    place, text = tmp_path / "kept.json", sealed(frontier)
+    files = [(name, json.dumps(data)) for name, data in damaged(json.loads(text))]
+    files += [(f"cut at {at}", text[:at]) for at in range(0, len(text) - 2, len(text) // 7)]
+    assert len(files) > 100 and any("points.0.slots" in name for name, _ in files)
+    for name, changed in files:
+        place.write_text(changed)
+        with pytest.raises((PlanError, MismatchError)) as refused:
+            load_frontier(place)
+        told = refused.value
+        assert told.exit_code == (5 if isinstance(told, MismatchError) else 2), name
+        assert told.origin == str(place) and told.what and told.fix, name
+
+
+@pytest.mark.parametrize(("was", "becomes"), [("broadcast", "broadcost"), ('"passes"', '"paces"')])
+def test_the_command_refuses_a_damaged_frontier(kept, tmp_path, monkeypatch, capsys, was, becomes):
+    place = tmp_path / "kept.json"
+    text = sealed(kept[2])
+    place.write_text(text.replace(was, becomes, 1))
+    assert place.read_text() != text
+    monkeypatch.setattr(sys, "argv", ["meshwright", "replan", str(place), "--cluster", "4xh100x1@ib100"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("PlanError") and str(place) in said and "  try  " in said
 
 
 def test_the_commands(tmp_path, monkeypatch):
