@@ -30,7 +30,7 @@ from ..ir.errors import InfeasibleError, PlanError
 from ..ir.plan import Plan
 from ..ir.recompute import Policy
 from ..ir.schedule import in_flight
-from ..ir.units import format_bytes, format_seconds
+from ..ir.units import counted, format_bytes, format_seconds
 from .cost.least import least_work
 from .cost.model import Roofline
 from .meshes import plane_meshes
@@ -103,7 +103,8 @@ class Islands:
             )  # fmt: skip
         if single.cluster.size == self.cluster.size:
             return single
-        note = f"{self.cluster.size - single.cluster.size} devices are left idle: no pipeline over all is faster"
+        left = self.cluster.size - single.cluster.size
+        note = f"{counted(left, 'device')} {'is' if left == 1 else 'are'} left idle: no pipeline over all is faster"
         bound = min(single.proof.lower_bound, self.lower_bound())
         proof = {"lower_bound": bound, "left_out": UNLIKE, "status": "feasible", "searched": tuple(self._head.log)}
         return single.model_copy(
@@ -112,7 +113,7 @@ class Islands:
 
     @property
     def words(self) -> str:
-        return " and ".join(f"{g.hosts} hosts of {g.per_host} {g.device}" for g in self.cluster.groups)
+        return " and ".join(f"{counted(g.hosts, 'host')} of {g.per_host} {g.device}" for g in self.cluster.groups)
 
     @cached_property
     def searches(self) -> list[Search]:

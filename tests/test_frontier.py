@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -39,7 +41,7 @@ def kept():
 def test_as_fast_as_a_search_of_the_same_hosts(kept, hosts):
     captured, _, frontier = kept
     cluster = f"{hosts}xh100x1@ib100"
-    anew = frontier.replanned(Cluster.parse(cluster), seconds=30)
+    anew = frontier.replanned(Cluster.parse(cluster), looks=100)
     searched = plan_captured(captured, cluster, Request(pp="auto", schedule="1f1b"), "gpt-tiny")
     assert anew.pipeline is not None and anew.cluster.size <= hosts
     assert anew.estimate.peak_bytes <= anew.estimate.limit_bytes
@@ -47,6 +49,17 @@ def test_as_fast_as_a_search_of_the_same_hosts(kept, hosts):
     assert 0 < anew.proof.lower_bound <= searched.proof.lower_bound, "more is proven than by a search"
     spare = hosts - anew.cluster.hosts
     assert (f"{spare} spare" in anew.notes[-1]) == bool(spare)
+
+
+def test_the_clock_has_no_part_in_a_plan_made_anew(kept, monkeypatch):
+    """Neither a slow machine nor a second time gives another plan."""
+    _, _, frontier = kept
+    decided = lambda: frontier.replanned(Cluster.parse("6xh100x1@ib100")).model_dump(exclude={"proof": {"seconds"}})  # noqa: E731
+    first = decided()
+    ticks = count(0.0, 0.5)
+    monkeypatch.setattr(time, "monotonic", lambda: next(ticks))
+    assert decided() == first
+    assert first["proof"]["stopped_by"] == "estimate"
 
 
 def test_a_frontier_is_the_same_after_writing_and_reading(kept, tmp_path):
@@ -86,14 +99,18 @@ def test_pins_hold_and_devices_of_a_host_that_are_spare_are_told():
     assert anew.mesh.shape == (2,) and "8 of 10 devices are used, 2 spare" in anew.notes[-1]
     assert anew.pipeline is not None and set(anew.pipeline.programs) == {"stages"}
     assert not any("but for the pipeline" in each for each in anew.proof.left_out)
-    with pytest.raises(InfeasibleError, match=r"(?s)fits 4 devices.*pp=4, mesh=2, "):
+    with pytest.raises(InfeasibleError, match=r"(?s)can be dealt out to 4 devices.*pp=4; mesh=2; "):
         frontiers[0].replanned(Cluster.parse("4xcpu"))
 
 
 def test_what_cannot_be_planned_anew(kept, tmp_path):
     _, _, frontier = kept
-    with pytest.raises(InfeasibleError, match=r"none of .* known solutions fits 1 device\."):
+    with pytest.raises(InfeasibleError, match=r"can be dealt out to 1 device\.\n.*has two stages at least") as one:
         frontier.replanned(Cluster.parse("1xh100x1"))
+    assert "may be used" not in str(one.value), "memory is not the reason"
+    full = frontier.model_copy(update={"request": {**frontier.request, "memory": 1e5}})
+    with pytest.raises(InfeasibleError, match=r"fits 4 devices\.\n.*per device may be used"):
+        full.replanned(Cluster.parse("4xh100x1@ib100"))
     with pytest.raises(PlanError, match="has 2 groups"):
         frontier.replanned(Cluster.parse("benchmarks/clusters/a100_v100.yaml"))
     with pytest.raises(PlanError, match="cannot be read"):
