@@ -29,7 +29,7 @@ from ..ir.plan import Plan
 from ..ir.program import prepare
 from ..ir.schedule import Schedule, in_flight
 from ..ir.stages import cut_stages
-from ..ir.units import format_bytes, format_seconds
+from ..ir.units import counted, format_bytes, format_seconds
 from .pipeline.bounds import Bounds
 from .pipeline.choices import Choices, Shape
 from .pipeline.points import Point
@@ -321,7 +321,7 @@ class Pipelines:
             return InfeasibleError(
                 f"no pipeline{f' of {pp} stages' * unequal} was found that fits: {room}.",
                 where="stages of unequal meshes were tried" if unequal else "request: pp",
-                origin=f"cluster {search.cluster.name}: {search.cluster.size} devices",
+                origin=f"cluster {search.cluster.name}: {counted(search.cluster.size, 'device')}",
                 fix=self._what_may_fit(inf), limit_bytes=search.limit,
             )  # fmt: skip
         needed, shape = asked
@@ -329,7 +329,7 @@ class Pipelines:
         return InfeasibleError(
             f"no pipeline fits: {format_bytes(needed)} per device {said}, {format_bytes(search.limit)} may be used.",
             where=f"the least is with {shape}",
-            origin=f"cluster {search.cluster.name}: {search.cluster.size} devices",
+            origin=f"cluster {search.cluster.name}: {counted(search.cluster.size, 'device')}",
             fix=self._what_may_fit(needed),
             needed_bytes=needed, limit_bytes=search.limit,
         )  # fmt: skip

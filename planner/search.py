@@ -28,7 +28,7 @@ from ..ir.plan import Plan
 from ..ir.program import Program, prepare
 from ..ir.recompute import POLICIES, Policy
 from ..ir.roles import roles
-from ..ir.units import format_bytes, format_seconds
+from ..ir.units import counted, format_bytes, format_seconds
 from .catalogue import Catalogue
 from .cost.least import least_work
 from .cost.model import CostModel, Roofline
@@ -463,7 +463,7 @@ class Search:
             f"no plan fits: each needs at least {format_bytes(needs[least])} per device, "
             f"{format_bytes(self.limit)} may be used.",
             where=f"the least is with {least}",
-            origin=f"cluster {self.cluster.name}: {self.cluster.size} devices",
+            origin=f"cluster {self.cluster.name}: {counted(self.cluster.size, 'device')}",
             fix="more devices, a smaller batch, or devices with more memory",
             needed_bytes=needs[least],
             limit_bytes=self.limit,

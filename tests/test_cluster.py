@@ -316,7 +316,7 @@ def test_unlike_devices_have_no_common_answer():
     cluster = Cluster.parse(data)
     assert (cluster.size, cluster.hosts, cluster.tier_for(4).name) == (20, 3, "nvlink4")
     with pytest.raises(
-        ClusterError, match=r"needs equal devices; .* has 2 hosts of 8 h100 and 1 hosts of 4 a100"
+        ClusterError, match=r"needs equal devices; .* has 2 hosts of 8 h100 and 1 host of 4 a100"
     ):
         _ = cluster.device
     with pytest.raises(ClusterError, match="needs as many devices on each host"):

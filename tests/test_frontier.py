@@ -117,7 +117,7 @@ def test_what_cannot_be_planned_anew(kept, tmp_path):
         load_frontier(tmp_path / "none.json")
     for text in ("no json", "[]", "{}", json.dumps({"points": []})):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(PlanError, match="no (frontier|JSON)"):
+        with pytest.raises(PlanError, match=r"no (frontier|JSON)"):
             load_frontier(tmp_path / "bad.json")
     (tmp_path / "old.json").write_text(json.dumps({"meshwright": "0.0.1"}))
     with pytest.raises(MismatchError, match=r"of meshwright 0\.0\.1"):

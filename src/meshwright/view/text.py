@@ -8,7 +8,7 @@ from ..backends.xla.audit import Audit
 from ..ir.mesh import Mesh
 from ..ir.plan import Plan, Tensor
 from ..ir.schedule import microbatches_held
-from ..ir.units import format_bytes, format_flops, format_seconds
+from ..ir.units import counted, format_bytes, format_flops, format_seconds
 from ..pipeline_view import parts_of_step
 from .words import duty, ended, unlike, words
 
@@ -47,7 +47,7 @@ def plan_head(plan: Plan) -> str:
     rate = e.flop / e.step_seconds if e.step_seconds else 0.0
     return "\n".join(
         [
-            f"{plan.name} on {plan.cluster.name}: {plan.device_count} devices as {_shape(plan)}",
+            f"{plan.name} on {plan.cluster.name}: {counted(plan.device_count, 'device')} as {_shape(plan)}",
             f"  plan    {'; '.join(words(plan))}",
             f"  step    {format_seconds(e.step_seconds)} predicted: {_parts_of_step(plan)}; "
             f"{format_flops(rate / plan.device_count)} per device",
