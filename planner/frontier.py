@@ -37,7 +37,7 @@ from .pipelines import Pipelines
 from .request import Request
 from .search import Search
 
-LOOKS = 2  # candidates priced as they are, and as many solved anew; more only while nothing fits
+LOOKS = 2  # candidates priced as they are, and half as many solved anew; more only while nothing fits
 POINTS = 24  # kept of one search, the fastest
 KNOWN = "meshes, recompute and microbatches unlike those that an earlier search met"
 PINS = ("pp", "mesh", "recompute", "microbatches")  # of the first plan, kept
@@ -75,7 +75,7 @@ class Frontier(BaseModel):
         """A plan for another number of devices; the clock has no part in which.
 
         Args:
-            looks: how many candidates to price as they are, and as many to solve anew.
+            looks: how many candidates to price as they are, and half as many to solve anew.
 
         Raises:
             InfeasibleError: nothing that is known fits there.
@@ -138,8 +138,8 @@ class _Replanning:
     def run(self) -> Plan:
         whole = self._on(self.cluster.hosts)
         candidates = sorted(self._candidates(whole), key=lambda each: each.estimate)
-        self._look([each for each in candidates if each.same], solve=False)
-        self._look(candidates, solve=True)
+        self._look([each for each in candidates if each.same], self.looks, solve=False)
+        self._look(candidates, ceil(self.looks / 2), solve=True)
         if self.best is None:
             raise self._refusal(whole, bool(candidates))
         return self._written(whole)
@@ -248,12 +248,12 @@ class _Replanning:
         near = range(ceil(point.microbatches / NEAR), point.microbatches * NEAR + 1)
         return [many for many in whole.choices.counts if many in near]
 
-    def _look(self, candidates: list[Candidate], solve: bool) -> None:
-        """Price candidates as they are, or solve anew on their meshes, the most promising first."""
+    def _look(self, candidates: list[Candidate], looks: int, solve: bool) -> None:
+        """Price so many candidates as they are, or solve anew on their meshes, the most promising first."""
         seen: set[Shape] = set()
         before = self.tried
         for candidate in candidates:
-            if (self.tried - before >= self.looks and self.best) or candidate.estimate >= self.seconds:
+            if (self.tried - before >= looks and self.best) or candidate.estimate >= self.seconds:
                 return
             if candidate.shape in seen:
                 continue
