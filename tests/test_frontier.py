@@ -41,7 +41,7 @@ def kept():
 def test_as_fast_as_a_search_of_the_same_hosts(kept, hosts):
     captured, _, frontier = kept
     cluster = f"{hosts}xh100x1@ib100"
-    anew = frontier.replanned(Cluster.parse(cluster), looks=100)
+    anew = frontier.replanned(Cluster.parse(cluster), looks=24)
     searched = plan_captured(captured, cluster, Request(pp="auto", schedule="1f1b"), "gpt-tiny")
     assert anew.pipeline is not None and anew.cluster.size <= hosts
     assert anew.estimate.peak_bytes <= anew.estimate.limit_bytes
