@@ -35,6 +35,7 @@ from .errors import ClusterError, MeshwrightError, UsageError, did_you_mean
 from .profile import MeasuredLine, Profile, load_profile
 from .units import (
     Bytes,
+    counted,
     format_bandwidth,
     format_bytes,
     format_flops,
@@ -182,7 +183,7 @@ class Cluster(Part):
     def _only(self, found: set[Any], needs: str) -> Any:
         if len(found) == 1:
             return next(iter(found))
-        has = " and ".join(f"{g.hosts} hosts of {g.per_host} {g.device}" for g in self.groups)
+        has = " and ".join(f"{counted(g.hosts, 'host')} of {g.per_host} {g.device}" for g in self.groups)
         raise ClusterError(
             f"this needs {needs}; cluster `{self.name}` has {has}.",
             where="groups",
@@ -191,9 +192,13 @@ class Cluster(Part):
 
     def device_at(self, rank: int) -> Device:
         """The type of one device, by its rank."""
+        return self.devices[self.group_at(rank).device]
+
+    def group_at(self, rank: int) -> Group:
+        """The group of one device, by its rank."""
         for group in self.groups:
             if rank < group.hosts * group.per_host:
-                return self.devices[group.device]
+                return group
             rank -= group.hosts * group.per_host
         raise UsageError(f"cluster `{self.name}` has {self.size} devices, none of rank {rank + self.size}.")
 
@@ -232,7 +237,7 @@ class Cluster(Part):
             UsageError: it has not so many, or several groups.
         """
         if not 1 <= hosts <= self.hosts or len(self.groups) > 1:
-            has = f"{self.hosts} hosts in {len(self.groups)} group{'s' * (len(self.groups) > 1)}"
+            has = f"{counted(self.hosts, 'host')} in {counted(len(self.groups), 'group')}"
             raise UsageError(f"{hosts} hosts are no part of cluster `{self.name}`: {has}.")
         data = self.model_dump(mode="json", by_alias=True, exclude={"provenance", "price"})
         wide = sum(tier.hosts < hosts for tier in self.fabric) + 1  # tiers up to the one that joins them all
@@ -241,7 +246,7 @@ class Cluster(Part):
             data["fabric"][-1]["scope"] = {"hosts": hosts}
         group = data["groups"][0] | {"hosts": hosts}
         data["groups"] = [group | ({"names": group["names"][:hosts]} if group.get("names") else {})]
-        data["name"] = f"{self.name}, {hosts} hosts"
+        data["name"] = f"{self.name}, {counted(hosts, 'host')}"
         return Cluster._checked(data | {"provenance": self._kept(data)}, {}, f"cluster {self.name}")
 
     def _kept(self, data: Mapping[str, Any], old: Mapping[str, Any] | None = None) -> dict[str, Origin]:
@@ -356,7 +361,7 @@ class Cluster(Part):
 
     def describe(self) -> str:
         """A few lines for people; marks after a figure tell its origin unless it is preset."""
-        lines = [f"{self.name}: {_count(self.size, 'device')} on {_count(self.hosts, 'host')}"]
+        lines = [f"{self.name}: {counted(self.size, 'device')} on {counted(self.hosts, 'host')}"]
         for index, group in enumerate(self.groups):
             lines.append(
                 f"  {group.hosts} × {group.per_host} {group.device}{self._mark(f'groups.{index}.hosts')}"
@@ -393,10 +398,6 @@ class Cluster(Part):
     def _mark(self, path: str) -> str:
         origin = self.provenance.get(path, "preset")
         return "" if origin == "preset" else f" ({origin})"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def _loopback(device: Device) -> Tier:

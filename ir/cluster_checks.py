@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from . import presets
 from .cluster_parts import Tier, near
 from .errors import ClusterError
-from .units import format_bandwidth
+from .units import counted, format_bandwidth
 
 if TYPE_CHECKING:
     from .cluster import Cluster
@@ -30,7 +30,7 @@ def check_fabric(cluster: Cluster) -> None:
             f"`{names[-1]}` reaches {cluster.fabric[-1].hosts:.0f}" if names else "there is none"
         )
         raise ClusterError(
-            f"no tier connects all {cluster.size} devices on {cluster.hosts} hosts; {reach}.",
+            f"no tier connects all {counted(cluster.size, 'device')} on {counted(cluster.hosts, 'host')}; {reach}.",
             where="fabric",
             fix="a last tier with `scope: all`, such as `{preset: ib400}`",
         )

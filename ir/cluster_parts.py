@@ -25,6 +25,7 @@ from . import presets
 from .errors import ClusterError, UsageError, did_you_mean
 from .units import (
     BytesPerSecond,
+    counted,
     format_bytes,
     parse_bandwidth,
     parse_bytes,
@@ -189,7 +190,7 @@ class Group(Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.names is not None and len(self.names) != self.hosts:
-            what = f"{len(self.names)} host names do not name {self.hosts} hosts."
+            what = f"{counted(len(self.names), 'name')} for {counted(self.hosts, 'host')}."
             raise ClusterError(what, where="names", fix="one name per host, or none")
         return self
 

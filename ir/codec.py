@@ -12,9 +12,9 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from .errors import GraphError, MeshwrightError, MismatchError, PlanError
 from .fingerprint import fingerprint
@@ -34,8 +34,7 @@ def save_plan(plan: Plan, path: str | Path) -> None:
     Raises:
         PlanError: the folder is missing or not writable.
     """
-    data = json.loads(plan.model_dump_json())
-    write_whole(Path(path), json.dumps({**data, CHECKSUM: _digest(data)}, indent=1) + "\n")
+    write_whole(Path(path), sealed(plan, indent=1))
 
 
 def load_plan(path: str | Path) -> Plan:
@@ -46,19 +45,12 @@ def load_plan(path: str | Path) -> Plan:
         MismatchError: written by a meshwright with another plan format.
     """
     place = Path(path)
-    try:
-        text = place.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(
-            f"the plan {place} cannot be read: {_reason(error)}.",
-            fix="the path that `meshwright plan -o` wrote",
-        ) from error
-    return parse_plan(text, str(place))
+    return parse_plan(read_text(place, "plan", "the path that `meshwright plan -o` wrote"), str(place))
 
 
 def parse_plan(text: str, origin: str) -> Plan:
     """`load_plan` of text; `origin` is named in errors."""
-    data = _object(text, origin)
+    data = read_object(text, "plan", origin, "a file from `meshwright plan -o`")
     version = data.get("version")
     if version != PLAN_VERSION and "strategies" in data:
         raise MismatchError(
@@ -66,44 +58,62 @@ def parse_plan(text: str, origin: str) -> Plan:
             origin=origin,
             fix="plan again with this version",
         )
+    return unsealed(Plan, data, "plan", origin, "plan again; what is to be fixed is pinned in the request")
+
+
+# ---------------------------------------------------------------- files that are not edited by hand
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def sealed(found: BaseModel, indent: int | None = None) -> str:
+    """As JSON, with a digest that tells whether the file was changed since."""
+    data = json.loads(found.model_dump_json())
+    return json.dumps({**data, CHECKSUM: _digest(data)}, indent=indent) + "\n"
+
+
+def unsealed(kind: type[T], data: dict[str, Any], what: str, origin: str, fix: str) -> T:
+    """What `sealed` wrote.
+
+    Raises:
+        PlanError: the first field that is wrong, or that something was changed.
+    """
+    fields = {k: v for k, v in data.items() if k != CHECKSUM}
     try:
-        found = Plan.model_validate_json(
-            json.dumps({k: v for k, v in data.items() if k != CHECKSUM})
-        )
+        found = kind.model_validate_json(json.dumps(fields))
     except MeshwrightError as error:
         raise PlanError.at(error, None, origin) from error
     except ValidationError as error:
         first = error.errors()[0]
-        raise PlanError(
-            f"this is no plan: {first['msg']}.",
-            where=".".join(map(str, first["loc"])) or "the whole file",
-            origin=origin,
-            fix="plan again; plans are not meant to be edited by hand",
-        ) from error
-    if data.pop(CHECKSUM, None) != _digest(data):
-        raise PlanError(
-            "the plan was changed or damaged after it was written.",
-            origin=origin,
-            fix="plan again; what is to be fixed is pinned in the request",
-        )
+        where = ".".join(map(str, first["loc"])) or "the whole file"
+        raise PlanError(f"this is no {what}: {first['msg']}.", where=where, origin=origin, fix=fix) from error
+    if data.get(CHECKSUM) != _digest(fields):
+        raise PlanError(f"the {what} was changed or damaged after it was written.", origin=origin, fix=fix)
     return found
 
 
-def _digest(data: dict[str, Any]) -> str:
-    """Of everything in a plan's file but the digest itself."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+def read_text(place: Path, what: str, fix: str) -> str:
+    """The text of a file; refused by name where it cannot be read."""
+    try:
+        return place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"the {what} {place} cannot be read: {_reason(error)}.", fix=fix) from error
 
 
-def _object(text: str, origin: str) -> dict[str, Any]:
+def read_object(text: str, what: str, origin: str, fix: str) -> dict[str, Any]:
+    """The fields of a JSON object."""
     try:
         data = json.loads(text)
-    except ValueError as error:
-        raise PlanError(
-            f"this is no JSON: {error}.", origin=origin, fix="a file from `meshwright plan -o`"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"this is no JSON: {error}.", origin=origin, fix=fix) from error
     if not isinstance(data, dict):
-        raise PlanError("this is no plan.", origin=origin, fix="a file from `meshwright plan -o`")
+        raise PlanError(f"this is no {what}.", origin=origin, fix=fix)
     return data
+
+
+def _digest(data: dict[str, Any]) -> str:
+    """Of everything in a file but the digest itself."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:

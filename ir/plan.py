@@ -27,7 +27,8 @@ class Proof(_Part):
     """What the search can claim, in predicted seconds per step."""
 
     status: Literal["optimal", "feasible"]
-    stopped_by: Literal["proof", "time", "interrupt", "end"]  # "end": all was looked at, the bound is not tight
+    # "end": all was looked at, the bound is not tight; "estimate": only what an estimate ranks first was solved
+    stopped_by: Literal["proof", "time", "interrupt", "end", "estimate"]
     objective: float
     lower_bound: float  # no plan in the modelled space is faster
     seed: int
@@ -128,9 +129,9 @@ class Stage(_Part):
     """One stage of a pipeline: a stretch of the forward pass on devices of its own.
 
     `cut` is the position, among the ops of the captured graph, of the first op of the forward pass
-    that belongs to this stage; it ends where the next one begins. `strategies` and `slots` are as
-    in `Plan`; where they are empty, the plan's own hold. The last fields speak of the rank that
-    holds the stage.
+    that belongs to this stage; it ends where the next one begins. `strategies`, `slots` and `uses`
+    are as in `Plan`; where they are empty, the plan's own hold. The last fields speak of the rank
+    that holds the stage.
     """
 
     cut: int
@@ -138,6 +139,7 @@ class Stage(_Part):
     mesh: Mesh
     strategies: dict[str, tuple[int, ...]]
     slots: dict[str, Layout]
+    uses: tuple[AxisUse, ...] = ()
     forward_seconds: float  # of one microbatch, as backward
     backward_seconds: float
     weight_seconds: float  # of the backward seconds, what goes into gradients of weights

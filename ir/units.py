@@ -137,6 +137,11 @@ _COUNT = _Quantity("a count of FLOP", "6 PFLOP", _units(_DECIMAL, "FLOP", "FLOPs
 _ALL = (_BYTES, _BITS, _BANDWIDTH, _SECONDS, _FLOPS, _COUNT)
 
 
+def counted(number: int, thing: str) -> str:
+    """`counted(1, "host")` is "1 host", `counted(2, "host")` "2 hosts"."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 def parse_bytes(text: str) -> Bytes:
     """`80 GiB` (2^30), `80 GB` (10^9). Bits are refused."""
     return _BYTES.parse(text)

@@ -12,8 +12,6 @@ on as many devices is faster than every op cut evenly over those of a stage, sta
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from math import ceil, inf, prod
@@ -23,11 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..ir.blocks import Folded
 from ..ir.cluster import Cluster
-from ..ir.codec import dump_graph, load_graph
+from ..ir.codec import dump_graph, load_graph, read_object, read_text, unsealed
 from ..ir.errors import InfeasibleError, MeshwrightError, MismatchError, PlanError
 from ..ir.graph import Graph
 from ..ir.plan import Plan
-from ..ir.units import format_bytes
+from ..ir.units import counted, format_bytes
 from ..ir.version import VERSION
 from .cost.model import Roofline
 from .meshes import mesh_of
@@ -39,7 +37,7 @@ from .pipelines import Pipelines
 from .request import Request
 from .search import Search
 
-SECONDS = 1.2  # in which candidates are priced
+LOOKS = 2  # candidates priced as they are, and half as many solved anew; more only while nothing fits
 POINTS = 24  # kept of one search, the fastest
 WIDE = 16  # that a search which keeps them tries to find
 KNOWN = "meshes, recompute and microbatches unlike those that an earlier search met"
@@ -74,8 +72,11 @@ class Frontier(BaseModel):
             graph=dump_graph(search.folded.small), units=asdict(pipelines.choices.units), points=tuple(points[:POINTS]),
         )  # fmt: skip
 
-    def replanned(self, cluster: Cluster, seconds: float = SECONDS) -> Plan:
-        """A plan for another number of devices.
+    def replanned(self, cluster: Cluster, looks: int = LOOKS) -> Plan:
+        """A plan for another number of devices; the clock has no part in which.
+
+        Args:
+            looks: how many candidates to price as they are, and half as many to solve anew.
 
         Raises:
             InfeasibleError: nothing that is known fits there.
@@ -92,31 +93,23 @@ class Frontier(BaseModel):
                 fix="`meshwright plan --program single`",
             )  # fmt: skip
         small = load_graph(self.graph)
-        return _Replanning(self, small, cluster, seconds).run()
+        return _Replanning(self, small, cluster, looks).run()
 
 
 def load_frontier(path: Path) -> Frontier:
     """Read a frontier.
 
     Raises:
-        PlanError: no such file, or no frontier.
+        PlanError: no such file, no frontier, or one that was changed.
         MismatchError: written by another version.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if (version := json.loads(text).get("meshwright", VERSION)) == VERSION:
-            found = Frontier.model_validate_json(text)
-            Request(**found.request), Units(**found.units)  # type: ignore[arg-type]
-            return found
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"the frontier {path} cannot be read: {error}.", fix="what `--frontier` wrote") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise PlanError(
-            f"this is no frontier: {str(error).splitlines()[0]}.", origin=str(path),
-            fix="a file from `meshwright plan --frontier`",
-        ) from error  # fmt: skip
-    told = f"the frontier is of meshwright {version}, this is {VERSION}."
-    raise MismatchError(told, origin=str(path), fix="plan again")
+    origin, fix = str(path), "a file from `meshwright plan --frontier`, as it was written"
+    data = read_object(read_text(path, "frontier", fix), "frontier", origin, fix)
+    version = data.get("meshwright")
+    if isinstance(version, str) and version != VERSION:
+        told = f"the frontier is of meshwright {version}, this is {VERSION}."
+        raise MismatchError(told, origin=origin, fix="plan again")
+    return unsealed(Frontier, data, "frontier", origin, fix)
 
 
 @dataclass(frozen=True)
@@ -138,8 +131,7 @@ class _Replanning:
     frontier: Frontier
     small: Graph
     cluster: Cluster
-    allowed: float  # seconds to look for plans
-    began: float = field(default_factory=time.monotonic)
+    looks: int
     searches: dict[int, Pipelines] = field(default_factory=dict)  # by hosts used
     best: Pipelines | None = None
     tried: int = 0
@@ -147,18 +139,27 @@ class _Replanning:
     def run(self) -> Plan:
         whole = self._on(self.cluster.hosts)
         candidates = sorted(self._candidates(whole), key=lambda each: each.estimate)
-        self._look([each for each in candidates if each.same], solve=False, until=self.began + self.allowed / 2)
-        self._look(candidates, solve=True, until=self.began + self.allowed)
+        self._look([each for each in candidates if each.same], self.looks, solve=False)
+        self._look(candidates, ceil(self.looks / 2), solve=True)
         if self.best is None:
-            size, pins = self.cluster.size, {name: getattr(whole.search.request, name) for name in PINS}
-            pins["mesh"] = pins["mesh"] and "x".join(map(str, pins["mesh"]))
-            asked = [f"{name}={value}" for name, value in pins.items() if value not in (None, "auto")]
-            raise InfeasibleError(
-                f"none of {len(self.frontier.points)} known solutions fits {size} device{'s' * (size != 1)}.",
-                where=", ".join([*asked, f"{format_bytes(whole.search.limit)} per device may be used"]),
-                origin=f"cluster {self.cluster.name}", fix="`meshwright plan`, which searches anew",
-            )  # fmt: skip
+            raise self._refusal(whole, bool(candidates))
         return self._written(whole)
+
+    def _refusal(self, whole: Pipelines, dealt: bool) -> InfeasibleError:
+        """Memory is the reason only where some known solution can be dealt out to the devices."""
+        pins = {name: getattr(whole.search.request, name) for name in PINS}
+        pins["mesh"] = pins["mesh"] and "x".join(map(str, pins["mesh"]))
+        told = [f"{name}={value}" for name, value in pins.items() if value not in (None, "auto")]
+        if dealt:
+            what = f"fits {counted(self.cluster.size, 'device')}"
+            told.append(f"{format_bytes(whole.search.limit)} per device may be used")
+        else:
+            what = f"can be dealt out to {counted(self.cluster.size, 'device')}"
+            told.append("a pipeline has two stages at least, each of whole hosts or an equal part of one")
+        return InfeasibleError(
+            f"none of {counted(len(self.frontier.points), 'known solution')} {what}.", where="; ".join(told),
+            origin=f"cluster {self.cluster.name}", fix="`meshwright plan`, which searches anew",
+        )  # fmt: skip
 
     @property
     def seconds(self) -> float:
@@ -166,13 +167,13 @@ class _Replanning:
 
     def _written(self, whole: Pipelines) -> Plan:
         assert self.best is not None
-        self.best.search.stopped_by = "time"
+        self.best.search.stopped_by = "estimate"
         self.best.choose_program()
         left_out = (each.split(", but for the pipeline")[0] for each in LEFT_OUT)  # neither is tried here
         found = self.best.write(min(self._bound(whole), self.seconds), (*left_out, KNOWN))
         told = (
-            f"planned anew from {len(self.frontier.points)} known solutions, {self.tried} candidates priced;"
-            f" {self._used(self.best)}"
+            f"planned anew from {counted(len(self.frontier.points), 'known solution')},"
+            f" {counted(self.tried, 'candidate')} priced; {self._used(self.best)}"
         )
         update = {"notes": (*found.notes, *self.frontier.notes, told), "recipe": self.frontier.recipe or None}
         if self.frontier.unstacked and found.pipeline is not None:
@@ -197,7 +198,8 @@ class _Replanning:
         if size < hosts * self.cluster.per_host:
             return f"{size} of {self.cluster.size} devices are used, {self.cluster.size - size} spare"
         if hosts < all_hosts:
-            return f"{hosts} of {all_hosts} hosts {'is' if hosts == 1 else 'are'} used, {all_hosts - hosts} spare"
+            used = f"{hosts} of {counted(all_hosts, 'host')} {'is' if hosts == 1 else 'are'} used"
+            return f"{used}, {all_hosts - hosts} spare"
         return "all hosts are used"
 
     def _on(self, hosts: int) -> Pipelines:
@@ -247,11 +249,12 @@ class _Replanning:
         near = range(ceil(point.microbatches / NEAR), point.microbatches * NEAR + 1)
         return [many for many in whole.choices.counts if many in near]
 
-    def _look(self, candidates: list[Candidate], solve: bool, until: float) -> None:
-        """Price candidates as they are, or solve anew on their meshes, the most promising first."""
+    def _look(self, candidates: list[Candidate], looks: int, solve: bool) -> None:
+        """Price so many candidates as they are, or solve anew on their meshes, the most promising first."""
         seen: set[Shape] = set()
+        before = self.tried
         for candidate in candidates:
-            if (time.monotonic() > until and self.best) or candidate.estimate >= self.seconds:
+            if (self.tried - before >= looks and self.best) or candidate.estimate >= self.seconds:
                 return
             if candidate.shape in seen:
                 continue

@@ -30,7 +30,7 @@ from ..ir.errors import InfeasibleError, PlanError
 from ..ir.plan import Plan
 from ..ir.recompute import Policy
 from ..ir.schedule import in_flight
-from ..ir.units import format_bytes, format_seconds
+from ..ir.units import counted, format_bytes, format_seconds
 from .cost.least import least_work
 from .cost.model import Roofline
 from .meshes import plane_meshes
@@ -40,7 +40,7 @@ from .pipeline.priced import Place, Priced, Pricing
 from .pipeline.schedules import schedule_named
 from .pipeline.units import Units, runs_of
 from .pipeline.watched import Watched
-from .pipeline_report import LEFT_OUT, Rank, write_pipeline
+from .pipeline_report import BESIDES, Rank, by_stages, write_pipeline
 from .pipelines import Pipelines
 from .request import Request, check
 from .search import Search
@@ -48,7 +48,7 @@ from .stage_layouts import StageLayouts
 
 ORDERS = 12  # of so many groups that are tried: all of three
 UNLIKE = (
-    *(line for line in LEFT_OUT if not line.startswith("stages of different")),
+    *BESIDES,
     "several stages on one rank, where groups are unlike",
     "different recompute, or meshes, for stages of one group",
 )
@@ -94,7 +94,8 @@ class Islands:
         except KeyboardInterrupt:
             self._head.stopped_by = "interrupt"
         if self.found is not None:
-            return write_pipeline(*self.found, self.cluster, self.lower_bound(), UNLIKE)
+            chosen = by_stages(*self.found[1:], self._head.cluster.device.kind)
+            return write_pipeline(*self.found, self.cluster, self.lower_bound(), UNLIKE, chosen)
         if single is None:
             raise InfeasibleError(
                 "no plan fits, neither on one group of devices nor on all.", where=f"cluster {self.cluster.name}",
@@ -102,7 +103,8 @@ class Islands:
             )  # fmt: skip
         if single.cluster.size == self.cluster.size:
             return single
-        note = f"{self.cluster.size - single.cluster.size} devices are left idle: no pipeline over all is faster"
+        left = self.cluster.size - single.cluster.size
+        note = f"{counted(left, 'device')} {'is' if left == 1 else 'are'} left idle: no pipeline over all is faster"
         bound = min(single.proof.lower_bound, self.lower_bound())
         proof = {"lower_bound": bound, "left_out": UNLIKE, "status": "feasible", "searched": tuple(self._head.log)}
         return single.model_copy(
@@ -111,7 +113,7 @@ class Islands:
 
     @property
     def words(self) -> str:
-        return " and ".join(f"{g.hosts} hosts of {g.per_host} {g.device}" for g in self.cluster.groups)
+        return " and ".join(f"{counted(g.hosts, 'host')} of {g.per_host} {g.device}" for g in self.cluster.groups)
 
     @cached_property
     def searches(self) -> list[Search]:

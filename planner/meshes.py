@@ -7,6 +7,7 @@ from math import prod
 from ..ir.cluster import Cluster
 from ..ir.errors import PlanError
 from ..ir.mesh import Axis, Mesh
+from ..ir.units import counted
 
 NAMES = ("x", "y", "z")
 
@@ -43,7 +44,7 @@ def plane_meshes(cluster: Cluster, size: int, pinned: tuple[int, ...] | None = N
     if pinned is not None:
         if prod(pinned) != size:
             raise PlanError(
-                f"mesh {'×'.join(map(str, pinned))} has {prod(pinned)} devices, a stage has {size}.",
+                f"mesh {'×'.join(map(str, pinned))} has {counted(prod(pinned), 'device')}, a stage has {size}.",
                 where="request: mesh", fix=f"a mesh whose axes multiply to {size}, or other stages",
             )  # fmt: skip
         return (mesh_of(pinned),)

@@ -11,14 +11,14 @@ from ..ir.plan import Estimate, Pipeline, Plan, Stage
 from ..ir.version import VERSION
 from .moves import find_collectives
 from .pipeline.priced import Priced, Pricing
+from .pipeline.single import shards_left, with_dispatch
 from .report import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
 from .request import ProgramKind
 from .search import Search
 from .space import Space, build
 from .usage import axis_uses
 
-LEFT_OUT = (
-    "stages of different meshes, or on different devices",
+BESIDES = (  # whatever the meshes of stages
     "other orders of passes than the schedules' own, but for the pipeline that was best with those",
     "meshes of a stage with more than two axes",
     "a single program for all stages, but for the pipeline that was best without",
@@ -27,6 +27,7 @@ LEFT_OUT = (
     "layouts that do not divide evenly, or cut a dim across a reshape's minor factor",
     "different recompute for blocks of one step",
 )
+LEFT_OUT = ("stages of different meshes", *BESIDES)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class Chosen:
         return (f"no single program for all stages: {self.why}",) if self.why else ()
 
 
+def by_stages(pricing: Pricing, priced: Priced, kind: str, why: str = "") -> Chosen:
+    """Programs of each stage, with what the host takes to dispatch them to devices of a kind."""
+    seconds = with_dispatch(priced.seconds, priced.schedule, shards_left(pricing, priced), kind)
+    return Chosen({"stages": seconds}, why)
+
+
 def write_pipeline(
     ranks: Sequence[Rank], pricing: Pricing, priced: Priced, cluster: Cluster, lower_bound: float,
     left_out: tuple[str, ...] = LEFT_OUT, chosen: Chosen = Chosen(),
@@ -70,6 +77,8 @@ def write_pipeline(
     space = build(solved.program, solved.microbatches, search.cost, search.layouts_on(solved.mesh))
     collectives = find_collectives(space, choices)
     moving = sum(c.seconds for c in collectives) / len(ranks)
+    unlike = len({id(rank.space) for rank in ranks}) > 1
+    as_laid = f", as rank {worst} lays them out" * unlike
     return Plan(
         meshwright=VERSION,
         name=search.name,
@@ -94,14 +103,16 @@ def write_pipeline(
         tensors=tuple(tensors_of(space, choices)),
         collectives=tuple(collectives),
         opaque=opaque_of(space),
-        notes=(*notes_of(search), *chosen.notes, "tables count all stages together"),
-        pipeline=_pipeline(ranks, pricing, priced, unlike=len({id(rank.space) for rank in ranks}) > 1, chosen=chosen),
+        notes=(*notes_of(search), *chosen.notes, f"tables count all stages together{as_laid}"),
+        pipeline=_pipeline(ranks, pricing, priced, unlike, chosen),
     )
 
 
 def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: bool, chosen: Chosen) -> Pipeline:
     units, schedule = pricing.units, priced.schedule
     ends = (*priced.firsts[1:], len(units))
+    spaces = {id(rank.space): rank for rank in ranks} if unlike else {}
+    uses = {key: axis_uses(rank.space, rank.choices) for key, rank in spaces.items()}
     stages = []
     for number, (first, end) in enumerate(zip(priced.firsts, ends, strict=True)):
         rank = schedule.homes[number]
@@ -110,7 +121,7 @@ def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: b
             Stage(
                 cut=units.cuts[first], blocks=units.words(first, end), mesh=mine.space.mesh,
                 strategies=mine.strategies if unlike else {},
-                slots=slots_of(mine.space, mine.choices) if unlike else {},
+                slots=slots_of(mine.space, mine.choices) if unlike else {}, uses=uses.get(id(mine.space), ()),
                 forward_seconds=seconds.forward, backward_seconds=seconds.backward + seconds.weight,
                 weight_seconds=seconds.weight, send_seconds=seconds.send, once_seconds=priced.once[number],
                 peak_bytes=priced.peaks[rank], held=priced.held[rank], memory=_memory(pricing, priced, rank),

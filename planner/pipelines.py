@@ -22,14 +22,14 @@ from itertools import chain, count, islice, zip_longest
 from math import inf
 from typing import TYPE_CHECKING
 
-from ..ir.errors import InfeasibleError, MeshwrightError, PlanError
+from ..ir.errors import InfeasibleError, LoweringError, MeshwrightError, PlanError
 from ..ir.layered import layered
 from ..ir.part_cuts import part_cuts
 from ..ir.plan import Plan
 from ..ir.program import prepare
 from ..ir.schedule import Schedule, in_flight
 from ..ir.stages import cut_stages
-from ..ir.units import format_bytes, format_seconds
+from ..ir.units import counted, format_bytes, format_seconds
 from .pipeline.bounds import Bounds
 from .pipeline.choices import Choices, Shape
 from .pipeline.points import Point
@@ -303,7 +303,7 @@ class Pipelines:
         """Of the best pipeline: programs of its stages with the host's dispatch, or a single one where that is faster.
 
         Raises:
-            LoweringError: a single program was asked for, and the stages are not equal.
+            PlanError: a single program was asked for, and the stages are not equal.
         """
         best, request = self.best, self.search.request
         if best.priced is None or best.pricing is None or best.shape is None:
@@ -321,6 +321,8 @@ class Pipelines:
                 if single.seconds < programs.get("stages", inf):
                     self._check_alike(best.shape, single)
         except MeshwrightError as error:
+            if wanted == "single" and isinstance(error, LoweringError):
+                raise PlanError.at(error, None, None) from error
             if wanted == "single":
                 raise
             single, why = None, error.what
@@ -357,7 +359,7 @@ class Pipelines:
             return InfeasibleError(
                 f"no pipeline{f' of {pp} stages' * unequal} was found that fits: {room}.",
                 where="stages of unequal meshes were tried" if unequal else "request: pp",
-                origin=f"cluster {search.cluster.name}: {search.cluster.size} devices",
+                origin=f"cluster {search.cluster.name}: {counted(search.cluster.size, 'device')}",
                 fix=self._what_may_fit(inf), limit_bytes=search.limit,
             )  # fmt: skip
         needed, shape = asked
@@ -365,7 +367,7 @@ class Pipelines:
         return InfeasibleError(
             f"no pipeline fits: {format_bytes(needed)} per device {said}, {format_bytes(search.limit)} may be used.",
             where=f"the least is with {shape}",
-            origin=f"cluster {search.cluster.name}: {search.cluster.size} devices",
+            origin=f"cluster {search.cluster.name}: {counted(search.cluster.size, 'device')}",
             fix=self._what_may_fit(needed),
             needed_bytes=needed, limit_bytes=search.limit,
         )  # fmt: skip

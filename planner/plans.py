@@ -14,8 +14,9 @@ from ..ir.units import format_seconds
 from .cost.model import CostModel, Roofline
 from .frontier import WIDE, Frontier
 from .islands import Islands
+from .pipeline_report import Chosen
 from .pipelines import Pipelines
-from .report import write_plan
+from .report import BESIDES, write_plan
 from .request import Request, check
 from .scouts import Scouts
 from .search import Search
@@ -82,6 +83,7 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
             flat.note(f"the best pipeline takes {format_seconds(pipelines.best.dispatched)} with the host's dispatch")
         elif flat.request.program != "single":
             unequal.explore(min(pipelines.best.seconds, flat.best.seconds))
+            drop_dispatched(unequal, flat.best.seconds if both else inf)
     except KeyboardInterrupt:
         flat.stopped_by = "interrupt"
     if keep is not None and pipelines.points:
@@ -97,5 +99,13 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
         if flat.best.answer is None:
             least = lambda refusal: getattr(refusal, "needed_bytes", None) or inf  # noqa: E731
             raise min(flat.infeasible(), pipelines.infeasible(), key=least)
-        return write_plan(flat, bound)
-    return pipelines.write(bound)
+        return write_plan(flat, bound, tuple(dict.fromkeys((*BESIDES, *unequal.left_out))))
+    return pipelines.write(bound, unequal.left_out)
+
+
+def drop_dispatched(unequal: Unequal, flat: float) -> None:
+    """Unequal stages are given up where the host's dispatch makes them slower than a plan that has none."""
+    best = unequal.pipelines.best
+    single = best.dispatched if Chosen(best.programs).program == "single" else inf
+    if unequal.dispatched >= min(flat, single):
+        unequal.found = None

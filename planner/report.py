@@ -23,18 +23,18 @@ from .usage import axis_uses
 if TYPE_CHECKING:
     from .search import Search
 
-LEFT_OUT = (
-    "pipeline stages",
+BESIDES = (  # pipelines
     "offload to host memory",
     "overlap of communication with compute",
     "meshes of more than three axes, and axes that straddle hosts",
     "layouts that do not divide evenly, or cut a dim across a reshape's minor factor",
     "different recompute for blocks of one step",
 )
+LEFT_OUT = ("pipeline stages", *BESIDES)
 
 
-def write_plan(search: Search, bound: float | None = None) -> Plan:
-    """The plan of the search's incumbent; `bound` is of more than its own space."""
+def write_plan(search: Search, bound: float | None = None, left_out: tuple[str, ...] = LEFT_OUT) -> Plan:
+    """The plan of the search's incumbent; `bound` and `left_out` may be of more than its own space."""
     best = search.best
     assert (
         best.candidate
@@ -59,7 +59,7 @@ def write_plan(search: Search, bound: float | None = None) -> Plan:
         slots=slots_of(space, choices),
         uses=axis_uses(space, choices),
         estimate=_estimate(search, collectives),
-        proof=proof_of(search, search.best.seconds, search.lower_bound() if bound is None else bound),
+        proof=proof_of(search, search.best.seconds, search.lower_bound() if bound is None else bound, left_out),
         tensors=tuple(tensors_of(space, choices)),
         collectives=tuple(collectives),
         opaque=opaque_of(space),
@@ -122,7 +122,7 @@ def proof_of(search: Search, objective: float, bound: float, left_out: tuple[str
     )
 
 
-def _stopped(search: Search) -> Literal["time", "interrupt", "end"]:
+def _stopped(search: Search) -> Literal["time", "interrupt", "end", "estimate"]:
     if search.stopped_by != "proof":
         return search.stopped_by
     return "time" if search.late() else "end"

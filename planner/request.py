@@ -12,7 +12,7 @@ from ..ir.cluster import Cluster
 from ..ir.errors import PlanError, did_you_mean
 from ..ir.microbatch import Refusal, TimeAxis
 from ..ir.recompute import POLICIES, Policy
-from ..ir.units import format_bytes, parse_bytes
+from ..ir.units import counted, format_bytes, parse_bytes
 
 Searcher = Literal["exact", "mcmc"]
 ProgramKind = Literal["stages", "single"]
@@ -148,7 +148,7 @@ def _check_pipeline(request: Request, cluster: Cluster) -> None:
         pinned = "no pinned mesh" if rest else f"pp={stages}, or no pinned mesh"
         fix = f"at most {cluster.size}" if request.mesh is None else pinned
         raise PlanError(
-            f"{cluster.size} devices cannot be cut into {pp} {'equal ' * (pp <= cluster.size)}stages.",
+            f"{counted(cluster.size, 'device')} cannot be cut into {pp} {'equal ' * (pp <= cluster.size)}stages.",
             where="request: pp", origin=f"cluster {cluster.name}", fix=fix,
         )  # fmt: skip
     if request.program not in (None, *get_args(ProgramKind)):
@@ -175,7 +175,7 @@ def _check_mesh(shape: Sequence[int], cluster: Cluster, stages: int = 1) -> None
     if prod(shape) * stages != cluster.size:
         whole = "the cluster" if stages == 1 else f"each of {stages} stages"
         raise PlanError(
-            f"mesh {text} has {prod(shape)} devices, {whole} has {cluster.size // stages}.",
+            f"mesh {text} has {counted(prod(shape), 'device')}, {whole} has {cluster.size // stages}.",
             where="request: mesh",
             origin=f"cluster {cluster.name}",
             fix=f"a mesh whose axes multiply to {cluster.size // stages}",

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import floor, inf, log2
+from typing import Literal
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from ..ir.plan import Plan
 from ..ir.program import Program, prepare
 from ..ir.recompute import POLICIES, Policy
 from ..ir.roles import roles
-from ..ir.units import format_bytes, format_seconds
+from ..ir.units import counted, format_bytes, format_seconds
 from .catalogue import Catalogue
 from .cost.least import least_work
 from .cost.model import CostModel, Roofline
@@ -96,7 +97,7 @@ class Search:
     started: float = field(default_factory=time.monotonic)
     best: Best = field(default_factory=Best)
     log: list[str] = field(default_factory=list)
-    stopped_by: Stop = "proof"
+    stopped_by: Stop | Literal["estimate"] = "proof"
     outside: float = inf  # seconds of a plan found elsewhere, to be beaten
     aim: float = inf  # what bounds need not exceed: such seconds as known when others began to work them out
     scouts: Scouts | None = None
@@ -467,7 +468,7 @@ class Search:
             f"no plan fits: each needs at least {format_bytes(needs[least])} per device, "
             f"{format_bytes(self.limit)} may be used.",
             where=f"the least is with {least}",
-            origin=f"cluster {self.cluster.name}: {self.cluster.size} devices",
+            origin=f"cluster {self.cluster.name}: {counted(self.cluster.size, 'device')}",
             fix="more devices, a smaller batch, or devices with more memory",
             needed_bytes=needs[least],
             limit_bytes=self.limit,

@@ -17,11 +17,12 @@ Splits = Mapping[int, int]  # factor -> the sets of axes that cut it evenly
 
 
 def splits_of(size: int, mesh: Mesh) -> int:
-    """The sets of axes whose product divides a size, a bit per set.
+    """The sets of axes whose product divides a size, a bit per set; an axis of one device cuts nothing.
 
     `splits_of(6, Mesh.of(x=4, y=2))` is 0b101: no axis at all, or y.
     """
-    sets = range(1 << len(mesh.axes))
+    single = sum(1 << i for i, ways in enumerate(mesh.shape) if ways == 1)
+    sets = (s for s in range(1 << len(mesh.axes)) if not s & single)
     return sum(1 << s for s in sets if size % mesh.ways(members(s, mesh.names)) == 0)
 
 

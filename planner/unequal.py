@@ -32,7 +32,7 @@ from .pipeline.priced import Place, Priced, Pricing
 from .pipeline.schedules import schedule_named
 from .pipeline.units import Units, runs_of
 from .pipeline.watched import Watched
-from .pipeline_report import LEFT_OUT, Rank, write_pipeline
+from .pipeline_report import BESIDES, LEFT_OUT, Chosen, Rank, by_stages, write_pipeline
 from .pipelines import Pipelines
 from .stage_layouts import StageLayouts
 
@@ -40,10 +40,7 @@ SMALL = 64  # devices up to which unequal stages are always looked for
 UNEVEN = 0.05  # what the slowest stage of the best equal pipeline takes above the mean, else
 GRAINS = 32  # parts of the cluster that stages are made of, at most
 PAIRS, LOOKS = 6, 3  # recompute policies with microbatch counts that are estimated; estimates that are solved
-UNEQUAL = (
-    "stages of unequal meshes, but for the most promising by an estimate",
-    *(line for line in LEFT_OUT if not line.startswith("stages of different")),
-)
+UNEQUAL = ("stages of unequal meshes, but for the most promising by an estimate", *BESIDES)
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,7 @@ class Unequal:
     pipelines: Pipelines
     best: float = inf
     found: tuple[list[Rank], Pricing, Priced] | None = None
+    left_out: tuple[str, ...] = LEFT_OUT  # of the search for equal and unequal stages together
     layouts: StageLayouts = field(init=False)
 
     def __post_init__(self) -> None:
@@ -82,6 +80,7 @@ class Unequal:
         if not self._worth():
             self._refuse_rest()
             return
+        self.left_out = UNEQUAL
         good = self.best * (1 - self.search.request.good_enough)
         splits = sorted(self._splits(), key=lambda split: split.seconds)
         fitted = set[tuple[Piece, ...]]()  # and more recomputation only makes room
@@ -98,7 +97,20 @@ class Unequal:
 
     def write(self, bound: float) -> Plan:
         assert self.found is not None
-        return write_pipeline(*self.found, self.search.cluster, bound, UNEQUAL)
+        if self.search.stopped_by == "proof" and not self.search.late():
+            self.search.stopped_by = "estimate"
+        return write_pipeline(*self.found, self.search.cluster, bound, self.left_out, self._chosen)
+
+    @property
+    def dispatched(self) -> float:
+        """Seconds of a step with the host's dispatch; inf where nothing was found."""
+        return self._chosen.programs["stages"] if self.found else inf
+
+    @property
+    def _chosen(self) -> Chosen:
+        assert self.found is not None
+        why = "stages have unequal numbers of devices." if self.search.request.program is None else ""
+        return by_stages(*self.found[1:], self.search.cluster.device.kind, why)
 
     # ------------------------------------------------------------ whether, and which
 

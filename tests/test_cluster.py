@@ -103,6 +103,7 @@ def test_a_line_stands_for_these_hosts(text, device, hosts, per_host):
         ("0xh100x8", "`0xh100x8` has no devices."),
         ("h100x0", "`h100x0` has no devices."),
         ("v5p-100", "there is no TPU slice `v5p-100`.\n  where  cluster shorthand\n  try    one of v5p-8, v5p-16"),
+        ("1xv5p-256@dcn", "is one slice, which `@dcn` joins to nothing.\n  where  cluster shorthand\n"),
         ("v5px8", "`v5px8` does not name a TPU slice."),
         ("gb200-nvl7", "is no GB200 rack.\n  where  cluster shorthand\n  try    `gb200-nvl36` or `gb200-nvl72`"),
         ("???", "`???` describes no cluster."),
@@ -316,7 +317,7 @@ def test_unlike_devices_have_no_common_answer():
     cluster = Cluster.parse(data)
     assert (cluster.size, cluster.hosts, cluster.tier_for(4).name) == (20, 3, "nvlink4")
     with pytest.raises(
-        ClusterError, match=r"needs equal devices; .* has 2 hosts of 8 h100 and 1 hosts of 4 a100"
+        ClusterError, match=r"needs equal devices; .* has 2 hosts of 8 h100 and 1 host of 4 a100"
     ):
         _ = cluster.device
     with pytest.raises(ClusterError, match="needs as many devices on each host"):

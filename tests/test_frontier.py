@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
+from collections.abc import Iterator
+from itertools import count
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -10,8 +15,9 @@ from typer.testing import CliRunner
 from meshwright.api import plan_captured
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.verify import verify_outputs
-from meshwright.cli import app
+from meshwright.cli import app, main
 from meshwright.ir.cluster import Cluster
+from meshwright.ir.codec import sealed
 from meshwright.ir.errors import ClusterError, InfeasibleError, MismatchError, PlanError, UsageError
 from meshwright.planner.frontier import Frontier, load_frontier
 from meshwright.planner.request import Request
@@ -35,7 +41,7 @@ def kept():
 def test_as_fast_as_a_search_of_the_same_hosts(kept, hosts):
     captured, _, frontier = kept
     cluster = f"{hosts}xh100x1@ib100"
-    anew = frontier.replanned(Cluster.parse(cluster), seconds=30)
+    anew = frontier.replanned(Cluster.parse(cluster), looks=24)
     searched = plan_captured(captured, cluster, Request(pp="auto", schedule="1f1b"), "gpt-tiny")
     assert anew.pipeline is not None and anew.cluster.size <= hosts
     assert anew.estimate.peak_bytes <= anew.estimate.limit_bytes
@@ -45,10 +51,21 @@ def test_as_fast_as_a_search_of_the_same_hosts(kept, hosts):
     assert (f"{spare} spare" in anew.notes[-1]) == bool(spare)
 
 
+def test_the_clock_has_no_part_in_a_plan_made_anew(kept, monkeypatch):
+    """Neither a slow machine nor a second time gives another plan."""
+    _, _, frontier = kept
+    decided = lambda: frontier.replanned(Cluster.parse("6xh100x1@ib100")).model_dump(exclude={"proof": {"seconds"}})  # noqa: E731
+    first = decided()
+    ticks = count(0.0, 0.5)
+    monkeypatch.setattr(time, "monotonic", lambda: next(ticks))
+    assert decided() == first
+    assert first["proof"]["stopped_by"] == "estimate"
+
+
 def test_a_frontier_is_the_same_after_writing_and_reading(kept, tmp_path):
     _, _, frontier = kept
     place = tmp_path / "kept.json"
-    place.write_text(frontier.model_dump_json())
+    place.write_text(sealed(frontier))
     assert load_frontier(place) == frontier
 
 
@@ -82,29 +99,74 @@ def test_pins_hold_and_devices_of_a_host_that_are_spare_are_told():
     assert anew.mesh.shape == (2,) and "8 of 10 devices are used, 2 spare" in anew.notes[-1]
     assert anew.pipeline is not None and set(anew.pipeline.programs) == {"stages"}
     assert not any("but for the pipeline" in each for each in anew.proof.left_out)
-    with pytest.raises(InfeasibleError, match=r"(?s)fits 4 devices.*pp=4, mesh=2, "):
+    with pytest.raises(InfeasibleError, match=r"(?s)can be dealt out to 4 devices.*pp=4; mesh=2; "):
         frontiers[0].replanned(Cluster.parse("4xcpu"))
 
 
 def test_what_cannot_be_planned_anew(kept, tmp_path):
     _, _, frontier = kept
-    with pytest.raises(InfeasibleError, match=r"none of .* known solutions fits 1 device\."):
+    with pytest.raises(InfeasibleError, match=r"can be dealt out to 1 device\.\n.*has two stages at least") as one:
         frontier.replanned(Cluster.parse("1xh100x1"))
+    assert "may be used" not in str(one.value), "memory is not the reason"
+    full = frontier.model_copy(update={"request": {**frontier.request, "memory": 1e5}})
+    with pytest.raises(InfeasibleError, match=r"fits 4 devices\.\n.*per device may be used"):
+        full.replanned(Cluster.parse("4xh100x1@ib100"))
     with pytest.raises(PlanError, match="has 2 groups"):
         frontier.replanned(Cluster.parse("benchmarks/clusters/a100_v100.yaml"))
     with pytest.raises(PlanError, match="cannot be read"):
         load_frontier(tmp_path / "none.json")
     for text in ("no json", "[]", "{}", json.dumps({"points": []})):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(PlanError, match="no frontier"):
+        with pytest.raises(PlanError, match=r"no (frontier|JSON)"):
             load_frontier(tmp_path / "bad.json")
-    damaged = frontier.model_copy(update={"request": {**frontier.request, "stages": 3}})
-    (tmp_path / "bad.json").write_text(damaged.model_dump_json())
-    with pytest.raises(PlanError, match="no frontier"):
-        load_frontier(tmp_path / "bad.json")
     (tmp_path / "old.json").write_text(json.dumps({"meshwright": "0.0.1"}))
     with pytest.raises(MismatchError, match=r"of meshwright 0\.0\.1"):
         load_frontier(tmp_path / "old.json")
+
+
+def damaged(data: Any, deep: int = 4) -> Iterator[tuple[str, Any]]:
+    """Copies of JSON with one place missing, of another type or of another value, and the place's name."""
+    keys = list(data) if isinstance(data, dict) else sorted({0, len(data) - 1} & set(range(len(data))))
+    for key in keys if len(keys) < 20 else keys[:2]:
+        rest = {k: v for k, v in data.items() if k != key} if isinstance(data, dict) else data[:key] + data[key + 1 :]
+        was = data[key]
+        other = was + was[-1:] if isinstance(was, list | str) and was else not was if isinstance(was, bool) else 7
+        if other == was:
+            other = 8
+        inner = list(damaged(was, deep - 1)) if deep and isinstance(was, list | dict) else []
+        found = [("", [was]), ("", other), *inner]
+        yield f"{key}", rest
+        for name, value in found:
+            changed = {**data, key: value} if isinstance(data, dict) else [*data[:key], value, *data[key + 1 :]]
+            yield f"{key}.{name}", changed
+
+
+def test_a_frontier_damaged_anywhere_is_refused_by_name(kept, tmp_path):
+    _, _, frontier = kept
+    place, text = tmp_path / "kept.json", sealed(frontier)
+    files = [(name, json.dumps(data)) for name, data in damaged(json.loads(text))]
+    files += [(f"cut at {at}", text[:at]) for at in range(0, len(text) - 2, len(text) // 7)]
+    assert len(files) > 100 and any("points.0.slots" in name for name, _ in files)
+    for name, changed in files:
+        place.write_text(changed)
+        with pytest.raises((PlanError, MismatchError)) as refused:
+            load_frontier(place)
+        told = refused.value
+        assert told.exit_code == (5 if isinstance(told, MismatchError) else 2), name
+        assert told.origin == str(place) and told.what and told.fix, name
+
+
+@pytest.mark.parametrize(("was", "becomes"), [("broadcast", "broadcost"), ('"passes"', '"paces"')])
+def test_the_command_refuses_a_damaged_frontier(kept, tmp_path, monkeypatch, capsys, was, becomes):
+    place = tmp_path / "kept.json"
+    text = sealed(kept[2])
+    place.write_text(text.replace(was, becomes, 1))
+    assert place.read_text() != text
+    monkeypatch.setattr(sys, "argv", ["meshwright", "replan", str(place), "--cluster", "4xh100x1@ib100"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith("PlanError") and str(place) in said and "  try  " in said
 
 
 def test_the_commands(tmp_path, monkeypatch):

@@ -61,6 +61,7 @@ def test_a_pipeline_over_both_kinds_beats_either_alone(tmp_path):
     plan = plan_captured(found, whole, REQUEST, "gpt")
     alone = [plan_captured(found, whole.only(i), REQUEST, "gpt").estimate.step_seconds for i in range(2)]
     assert plan.cluster == whole and plan.pipeline is not None
+    assert set(plan.pipeline.programs) == {"stages"}
     assert plan.proof.lower_bound <= plan.estimate.step_seconds < min(alone)
     check(plan.pipeline.read(4))
     groups = [int(first >= 4) for first in plan.pipeline.first]

@@ -32,6 +32,7 @@ from meshwright.planner.pipelines import Pipelines
 from meshwright.planner.request import Request
 from meshwright.planner.search import Candidate, Search
 from meshwright.planner.solver.anytime import solve_live
+from meshwright.view.text import plan_head
 
 # ---------------------------------------------------------------- dealing
 
@@ -135,6 +136,7 @@ def test_a_plan_of_stages():
     assert plan.proof.lower_bound <= plan.estimate.step_seconds == plan.proof.objective
     slowest = max(s.forward_seconds + s.backward_seconds for s in pipe.stages)
     assert plan.estimate.step_seconds >= 8 * slowest
+    assert plan.proof.left_out[0] == "stages of unequal meshes, but for the most promising by an estimate"
 
 
 def test_the_passes_of_the_best_pipeline_are_reordered():
@@ -166,7 +168,17 @@ def test_the_passes_of_the_best_pipeline_are_reordered():
 
 
 def test_one_device_has_no_pipeline():
-    assert planned("gpt-tiny", "1xcpu", Request(pp="auto")).pipeline is None
+    plan = planned("gpt-tiny", "1xcpu", Request(pp="auto"))
+    assert plan.pipeline is None and "pipeline stages" not in plan.proof.left_out
+
+
+def test_stages_of_one_device_cut_nothing_and_gather_nothing():
+    plan = planned("gpt-tiny", "4xcpu", Request(pp=4, microbatches=4, schedule="1f1b"))
+    assert plan.collectives == () and plan.estimate.communication_seconds == 0
+    assert "gathered" not in plan.estimate.memory
+    assert [use.idle for use in plan.uses] == [1.0]
+    assert "4 devices as 4 ranks of one device\n" in plan_head(plan)
+    assert "each stage on one device" in plan_head(plan)
 
 
 def test_refusals():

@@ -46,6 +46,12 @@ def test_staying_costs_nothing(layout):
     assert reshard(layout, layout) == ()
 
 
+def test_an_axis_of_one_device_cuts_nothing():
+    """Whatever the sizes of the tensor, layouts are those of the mesh without it."""
+    alone, joined = layouts_of((8, 1, 6), Mesh.of(x=2)), layouts_of((8, 1, 6), Mesh.of(x=2, y=1))
+    assert joined == alone and len(alone) == 3
+
+
 def test_no_move_makes_a_sum_owed():
     assert reshard(Sharding(((), ())), Sharding(((), ()), frozenset("x"))) is None
 

@@ -6,6 +6,7 @@ clipping the norms of all stages' gradients meet. Four or eight devices.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, replace
 
@@ -13,13 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from meshwright.api import RunningStep, plan_captured
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.lower_single import LoweredSingle
 from meshwright.backends.xla.verify import verify_outputs
-from meshwright.ir.errors import LoweringError, MeshwrightError, PlanError
+from meshwright.cli import app
+from meshwright.ir.codec import save_plan
+from meshwright.ir.errors import LoweringError, PlanError
 from meshwright.ir.plan import Plan
 from meshwright.planner.pipeline.schedules import gpipe, one_f_one_b
 from meshwright.planner.pipeline.single import INSTRUCTION, SHARD, with_dispatch
@@ -180,6 +184,9 @@ def test_layers_that_share_weights_are_refused_at_their_line():
                 np.testing.assert_allclose(np.asarray(have), np.asarray(want), rtol=1e-5, atol=1e-6)
         else:
             assert re.search(r"not alike.*\n.*test_single\.py:\d+", refusal(captured, plan))
+            with pytest.raises(PlanError, match="not alike") as refused:
+                plan_captured(captured, "2xcpu", replace(request, program="single"), "alike")
+            assert refused.value.exit_code == 2, "a request that cannot be honoured"
 
 
 # ---------------------------------------------------------------- the planner's choice
@@ -226,6 +233,16 @@ def test_ticks_shares_and_exchanges_add_up():
     assert ticks + updates < plan.estimate.step_seconds < 1.5 * (ticks + updates)
 
 
+@pytest.mark.parametrize("program", ["single", "stages"])
+def test_a_simulation_says_that_it_is_of_programs_of_stages(tmp_path, program):
+    save_plan(chosen(program=program), tmp_path / "plan.json")
+    command = ["simulate", str(tmp_path / "plan.json")]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0 and ("the plan runs a single program" in shown.output) == (program == "single")
+    data = json.loads(CliRunner().invoke(app, [*command, "--format", "json"]).output)
+    assert (data["program"], data["simulated"]) == (program, "stages")
+
+
 def test_the_host_works_beside_accelerators_and_on_top_of_emulated_ones():
     """Two stages of eight microbatches: 32 passes, and 16 hand-overs."""
     host, schedule = 48 * (INSTRUCTION + 100 * SHARD), gpipe(2, 8)
@@ -255,7 +272,7 @@ def test_a_kind_of_program_that_does_not_exist_is_refused():
 def test_layers_that_cannot_be_shared_equally_are_refused_when_asked_for():
     captured = case("gpt-tiny", "adamw")[0]
     request = Request(pp=3, microbatches=4, program="single", recompute="none")
-    with pytest.raises(MeshwrightError, match="4 layers, which 3 stages cannot share equally"):
+    with pytest.raises(PlanError, match="4 layers, which 3 stages cannot share equally"):
         plan_captured(captured, "3xcpu", request, "gpt-tiny")
 
 
@@ -270,5 +287,5 @@ def test_layers_that_may_be_halved_are_shared_whole():
 
 def test_a_model_without_layers_is_refused_when_a_single_program_is_asked_for():
     captured = case("dlrm-tiny")[0]
-    with pytest.raises(MeshwrightError, match="the step has no layers"):
+    with pytest.raises(PlanError, match="the step has no layers"):
         plan_captured(captured, "4xcpu", Request(pp=2, microbatches=2, program="single"), "dlrm-tiny")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, product
@@ -24,9 +25,11 @@ from meshwright.planner.pipeline.schedules import one_f_one_b
 from meshwright.planner.pipeline.units import runs_of
 from meshwright.planner.pipeline.watched import Watched
 from meshwright.planner.pipelines import Pipelines
+from meshwright.planner.plans import drop_dispatched
 from meshwright.planner.request import Request
 from meshwright.planner.unequal import Unequal
 from meshwright.view.text import plan_head
+from meshwright.view.words import duty
 
 from .pipelines import case
 from .test_parts import chain_search
@@ -109,6 +112,7 @@ def test_unequal_stages_equal_trying_every_split():
 def test_chains_that_are_even_keep_equal_stages():
     equal, unequal = explored(REQUEST, widths=(64, 65, 66, 67, 68))
     assert unequal.found is None and equal.best.priced is not None
+    assert unequal.left_out[0].startswith("stages of unequal meshes, but for"), "they were looked at"
 
 
 def test_stages_that_do_not_divide_the_devices_equal_one_device():
@@ -120,12 +124,28 @@ def test_stages_that_do_not_divide_the_devices_equal_one_device():
     assert {first % stage.mesh.size for first, stage in zip(pipe.first, pipe.stages, strict=True)} == {0}
     assert plan.proof.lower_bound < plan.estimate.step_seconds == plan.proof.objective
     assert "stages of unequal meshes, but for the most promising by an estimate" in plan.proof.left_out
-    assert "8 devices as 3 ranks of x=2 and x=4" in plan_head(plan)
+    head = plan_head(plan)
+    assert "8 devices as 3 ranks of x=2 and x=4" in head
+    assert "feasible, only the most promising were solved" in head
+    assert re.search(r"  runs    programs of each stage, [\d.]+ ms with the host's dispatch\n", head)
+    assert "no single program for all stages: stages have unequal numbers of devices." in plan.notes
+    for uses in {stage.uses for stage in pipe.stages}:
+        assert f"{duty(uses[0])} parallel {uses[0].size} over x" in head
+    assert {len(stage.uses) for stage in pipe.stages} == {1}
     verify_outputs(truth, lower_pipeline(plan, captured).jitted(*leaves), captured.graph.output_names)
+
+
+def test_unequal_stages_are_given_up_for_a_plan_without_dispatch():
+    _, unequal = explored(REQUEST)
+    assert unequal.best < unequal.dispatched
+    drop_dispatched(unequal, 1.01 * unequal.dispatched)
+    assert unequal.found is not None
+    drop_dispatched(unequal, 1.01 * unequal.best)
+    assert unequal.found is None
 
 
 def test_stages_of_a_pinned_mesh_are_equal():
     _, unequal = explored(replace(REQUEST, mesh=(2,)))
-    assert unequal.found is None
+    assert unequal.found is None and unequal.left_out[0] == "stages of different meshes"
     with pytest.raises(PlanError, match="cannot be cut into 3 equal stages"):
         plan_captured(case("gpt-tiny")[0], "8xcpu", Request(pp=3, mesh=(2,)), "gpt-tiny")

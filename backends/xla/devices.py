@@ -15,6 +15,7 @@ from ...ir.errors import LoweringError
 from ...ir.mesh import Mesh
 from ...ir.plan import Plan
 from ...ir.sharding import Sharding
+from ...ir.units import counted
 
 
 def used_devices(plan: Plan, devices: Sequence[Any] | None, count: int, where: str) -> list[Any]:
@@ -26,7 +27,7 @@ def used_devices(plan: Plan, devices: Sequence[Any] | None, count: int, where: s
     found = list(devices if devices is not None else jax.devices())
     if len(found) < count:
         raise LoweringError(
-            f"the plan needs {count} devices, this process has {len(found)}.",
+            f"the plan needs {counted(count, 'device')}, this process has {len(found)}.",
             where=where,
             origin=f"cluster {plan.cluster.name}",
             fix=_more_devices(count, found),
@@ -54,9 +55,9 @@ def _more_devices(needed: int, found: list[Any]) -> str:
     if found and found[0].platform == "cpu":
         return (
             f"mw.emulate({needed}) before jax is first used (--emulate on the command line),"
-            f" or a plan for {len(found)} devices"
+            f" or a plan for {counted(len(found), 'device')}"
         )
-    return f"run where {needed} devices are visible, or plan for {len(found)} devices"
+    return f"run where {counted(needed, 'device')} can be seen, or plan for {counted(len(found), 'device')}"
 
 
 def processes_of(mesh: DeviceMesh) -> set[int]:

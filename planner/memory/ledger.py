@@ -85,10 +85,13 @@ class Ledger:
         return self.lives.profile(nbytes).ravel()
 
     def by_cause(self, choices: tuple[int, ...], at: tuple[int, int]) -> dict[str, float]:
+        """What lies at a moment; a copy is what was gathered, or one that lies as its source does."""
         nbytes, causes = self.local_bytes(choices), self.lives.causes
+        copied = {op.outputs[0]: op.inputs[0] for op in self.space.program.graph.ops if op.kind == "copy"}
         found: dict[str, float] = defaultdict(float)
         for value, count in self.lives.alive(*at).items():
-            found[causes[value]] += count * nbytes[value]
+            same = value in copied and self._layout(value, choices) == self._layout(copied[value], choices)
+            found["copies" if same else causes[value]] += count * nbytes[value]
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import ceil
 
-from ...ir.errors import InfeasibleError, LoweringError
+from ...ir.errors import InfeasibleError, PlanError
 from ...ir.schedule import Schedule
 from ...ir.units import format_bytes
 from .priced import Place, Priced, Pricing
@@ -50,16 +50,19 @@ def with_dispatch(seconds: float, schedule: Schedule, shards: float, kind: str) 
 
 def shards_left(pricing: Pricing, priced: Priced) -> float:
     """What the forward pass of a stage leaves, as shards in one process, in the mean."""
-    holdings, stages = pricing.places[0].memory.holdings, range(priced.schedule.stages)
-    left = [sum(holdings.left(priced.runs(pricing.units, stage)).values()) for stage in stages]
-    return sum(left) / len(left) * min(pricing.places[0].devices, pricing.cluster.per_host)
+    shards = []
+    for stage, rank in enumerate(priced.schedule.homes):
+        place = pricing.places[rank]
+        left = sum(place.memory.holdings.left(priced.runs(pricing.units, stage)).values())
+        shards.append(left * min(place.devices, pricing.cluster.group_at(place.first).per_host))
+    return sum(shards) / len(shards)
 
 
 def even_firsts(units: Units, stages: int) -> tuple[int, ...]:
     """The first unit of each stage where all hold equally many equal layers; the first also holds the front.
 
     Raises:
-        LoweringError: that cannot be.
+        PlanError: that cannot be.
     """
     layers, end = _layers(units)
     between = {units.names[kind] for kind in units.kinds[layers[0] : end]} if layers else set()
@@ -71,7 +74,7 @@ def even_firsts(units: Units, stages: int) -> tuple[int, ...]:
     else:
         each = len(layers) // stages
         return (0, *(layers[each * stage] for stage in range(1, stages)))
-    raise LoweringError(f"the step has {what}.", where="request: program", fix="program=stages")
+    raise PlanError(f"the step has {what}.", where="request: program", fix="program=stages")
 
 
 def _layers(units: Units) -> tuple[list[int], int]:
@@ -84,7 +87,7 @@ def _layers(units: Units) -> tuple[list[int], int]:
 def can_be_even(units: Units, stages: int) -> bool:
     try:
         return bool(even_firsts(units, stages))
-    except LoweringError:
+    except PlanError:
         return False
 
 
@@ -105,7 +108,7 @@ def price_single(pricing: Pricing, microbatches: int) -> Priced:
     """One program for all stages, one per rank.
 
     Raises:
-        LoweringError: the stages cannot be equal.
+        PlanError: the stages cannot be equal.
         InfeasibleError: what a stage then holds does not fit.
     """
     units, places = pricing.units, pricing.places

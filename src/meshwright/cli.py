@@ -20,7 +20,7 @@ import typer
 from . import launch, schedule_cli, whatif  # noqa: F401  (they add their commands to the app)
 from .interrupts import heard
 from .ir.errors import MeshwrightError, ProcessError, UsageError
-from .ir.units import parse_bytes
+from .ir.units import counted, parse_bytes
 from .options import Emulate, Format, FormatOption, PlanFile, app
 from .replan import print_plan, save_frontier
 
@@ -187,7 +187,7 @@ def _search(made: Any, where: Any, request: Any, keep: Any = None) -> Any:
     with Progress() as progress:
         progress.say(f"tracing {made.name}")
         captured = made.capture(request.pp != 1)
-        progress.say(f"searching plans for {where.size} devices (Ctrl-C: best so far)")
+        progress.say(f"searching plans for {counted(where.size, 'device')} (Ctrl-C: best so far)")
         return plan_captured(captured, where, request, made.name, progress.line, progress.now, keep)
 
 

@@ -99,7 +99,7 @@ def both_text(plan: Plan, passes: Sequence[Passed], width: int = 96) -> str:
         f"simulated  {ours.seconds * 1e3:.2f} ms ({title})", ours.text(width), "",
         f"measured   {theirs.seconds * 1e3:.2f} ms", theirs.text(width), "",
         *rows,
-        "measured seconds are medians of all microbatches.",
+        "measured seconds are medians of all microbatches; updates (U) are simulated, not recorded.",
         LEGEND,
     ])  # fmt: skip
 

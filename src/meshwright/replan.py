@@ -50,7 +50,7 @@ def save_frontier(kept: Sequence[Any], recipe: Mapping[str, str | int | bool], p
     Raises:
         PlanError: there is nothing to keep, or the file cannot be written.
     """
-    from .ir.codec import write_whole
+    from .ir.codec import sealed, write_whole
     from .ir.errors import PlanError
 
     if not kept:
@@ -58,7 +58,7 @@ def save_frontier(kept: Sequence[Any], recipe: Mapping[str, str | int | bool], p
             "the search met no pipeline, so nothing was kept.", where="--frontier",
             fix="--pp auto on equal devices; without pipelines, `meshwright plan` itself is quick",
         )  # fmt: skip
-    write_whole(place, kept[0].model_copy(update={"recipe": dict(recipe)}).model_dump_json() + "\n")
+    write_whole(place, sealed(kept[0].model_copy(update={"recipe": dict(recipe)})))
     print(f"saved what `replan` needs to {place}", file=sys.stderr)
 
 

@@ -13,6 +13,7 @@ from .ir.errors import MismatchError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
 from .ir.program import prepare
+from .ir.units import counted
 from .planner.cost.bands import band_of, told, weakest
 from .planner.cost.model import Roofline
 from .planner.instructions import Simulation, simulate_plan
@@ -80,14 +81,14 @@ def simulate(
         )  # fmt: skip
     if where.size != plan.mesh.size:
         raise MismatchError(
-            f"the plan is for {plan.mesh.size} devices, the cluster has {where.size}.",
+            f"the plan is for {counted(plan.mesh.size, 'device')}, the cluster has {where.size}.",
             where=f"cluster {where.name}", fix="a cluster of as many devices, or plan again",
         )  # fmt: skip
     for path, value in (changes or {}).items():
         where = where.with_(path, value)
     if where.size != plan.mesh.size:
         raise MismatchError(
-            f"a change of size needs a new plan: {plan.mesh.size} devices became {where.size}.",
+            f"a change of size needs a new plan: {counted(plan.mesh.size, 'device')} became {where.size}.",
             where="changes", fix="meshwright plan",
         )  # fmt: skip
     captured = _captured(plan, step, args, options)

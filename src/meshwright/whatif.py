@@ -58,6 +58,13 @@ def simulate(
     print(found.timeline.text())
 
 
+OF_LAYERS = (
+    "the plan runs a single program for all stages; simulated are the passes of its layers, as if each stage had\n"
+    "         programs of its own. The plan's figure adds embedding and head, which all stages share, the exchanges\n"
+    "         around them, and that in the single program stages wait for each other at every microbatch"
+)
+
+
 def _simulate_pipeline(plan: Any, trace: Path | None, format: Format) -> None:
     """The schedule of a plan's pipeline, with the seconds that the plan gives its stages."""
     from .ir.codec import write_whole
@@ -68,10 +75,12 @@ def _simulate_pipeline(plan: Any, trace: Path | None, format: Format) -> None:
         write_whole(trace, json.dumps(line.perfetto()))
     if format is Format.json:
         data = {"seconds": line.seconds, "planned": plan.estimate.step_seconds, "ranks": rows, "sent": parts.sent,
-                "exposed": parts.exposed}
+                "exposed": parts.exposed, "program": plan.pipeline.program, "simulated": "stages"}
         print(json.dumps(data, indent=1))
         return
     print(f"step     {format_seconds(line.seconds)}; the plan says {format_seconds(plan.estimate.step_seconds)}")
+    if plan.pipeline.program == "single":
+        print(f"beware   {OF_LAYERS}")
     print(
         f"between  stages {format_seconds(parts.sent)}, {format_seconds(max(0.0, parts.sent - parts.exposed))} hidden, "
         f"{format_seconds(parts.exposed)} exposed"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..backends.xla.audit import Audit
+from ..ir.mesh import Mesh
 from ..ir.plan import Plan, Tensor
 from ..ir.schedule import microbatches_held
-from ..ir.units import format_bytes, format_flops, format_seconds
+from ..ir.units import counted, format_bytes, format_flops, format_seconds
 from ..pipeline_view import parts_of_step
-from .words import duty, words
+from .words import duty, ended, unlike, words
 
 TENSORS, COLLECTIVES, CANDIDATES = 12, 6, 4  # rows shown unless all are asked for
 WIDEST = 44  # columns of a name
@@ -24,10 +25,11 @@ def plan_text(plan: Plan, everything: bool = False) -> str:
     """
     most, staged = None if everything else TENSORS, plan.pipeline is not None
     all_stages, fullest = (", of all stages added up", " of the fullest rank") if staged else ("", "")
+    mesh = fullest if unlike(plan) else ""
     blocks = [
         plan_head(plan),
         _table("stages: seconds of one microbatch, and per step", _stage_rows(plan)),
-        _table("what each axis cuts, in shares of the products' FLOP", _axis_rows(plan)),
+        _table(f"what each axis cuts{mesh}, in shares of the products' FLOP", _axis_rows(plan)),
         _table(f"memory per device at the peak{fullest}, by cause", _memory_rows(plan)),
         _table(f"tensors: parts per device{all_stages}", _tensor_rows(plan, most)),
         _table(
@@ -45,7 +47,7 @@ def plan_head(plan: Plan) -> str:
     rate = e.flop / e.step_seconds if e.step_seconds else 0.0
     return "\n".join(
         [
-            f"{plan.name} on {plan.cluster.name}: {plan.device_count} devices as {_shape(plan)}",
+            f"{plan.name} on {plan.cluster.name}: {counted(plan.device_count, 'device')} as {_shape(plan)}",
             f"  plan    {'; '.join(words(plan))}",
             f"  step    {format_seconds(e.step_seconds)} predicted: {_parts_of_step(plan)}; "
             f"{format_flops(rate / plan.device_count)} per device",
@@ -93,11 +95,15 @@ def _work_line(plan: Plan) -> list[str]:
 
 def _shape(plan: Plan) -> str:
     if plan.pipeline is None:
-        return str(plan.mesh)
+        return _mesh(plan.mesh)
     pipe = plan.pipeline
     meshes = {rank: pipe.stages[stage].mesh for stage, rank in enumerate(pipe.read(plan.microbatches).homes)}
-    different = dict.fromkeys(str(meshes[rank]) for rank in sorted(meshes))
+    different = dict.fromkeys(_mesh(meshes[rank]) for rank in sorted(meshes))
     return f"{len(pipe.first)} ranks of {' and '.join(different)}"
+
+
+def _mesh(mesh: Mesh) -> str:
+    return str(mesh) if mesh.size > 1 else "one device"
 
 
 STAGES = 16  # rows shown of a pipeline
@@ -124,9 +130,8 @@ def _stage_rows(plan: Plan) -> list[tuple[str, ...]]:
 def proof_line(plan: Plan) -> str:
     """Status, bound and gap in one line."""
     p = plan.proof
-    stopped = "all was looked at" if p.stopped_by == "end" else f"stopped by {p.stopped_by}"
     near = "optimal" if p.gap < EXACT else f"within {p.gap:.1%} of optimal"
-    status = near if p.status == "optimal" else f"feasible, {stopped}"
+    status = near if p.status == "optimal" else f"feasible, {ended(p)}"
     return (
         f"{status}: no plan in the searched space is faster than {format_seconds(p.lower_bound)}, "
         f"gap {p.gap:.1%}"
@@ -152,6 +157,7 @@ def _axis_rows(plan: Plan) -> list[tuple[str, ...]]:
             ),
         )
         for use in plan.uses
+        if use.size > 1
     ]
 
 

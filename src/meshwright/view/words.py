@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from math import prod
 
-from ..ir.plan import AxisUse, Plan, Tensor
+from ..ir.plan import AxisUse, Plan, Proof, Tensor
 
 MOSTLY = 0.5  # share of FLOP or bytes from which a word applies
 
 
 def words(plan: Plan) -> tuple[str, ...]:
     """One phrase per form of parallelism found, the largest part first."""
-    found = [_pipeline(plan), *_axes(plan), _states(plan)]
+    stages, states = _stages(plan), _states(plan)
+    told = f"fullest rank: {states}" if stages and states else states
+    found = [_pipeline(plan), *(stages or _axes(plan, plan.uses)), told]
     if plan.microbatches > 1:
         found.append(f"{plan.microbatches} microbatches, gradients accumulated")
     if plan.recompute != "none":
@@ -32,6 +34,12 @@ def _pipeline(plan: Plan) -> str:
     return f"pipeline parallel {ranks}, {plan.pipeline.schedule}{held}{single}"
 
 
+def ended(proof: Proof) -> str:
+    """Why the search did not go on."""
+    told = {"end": "all was looked at", "estimate": "only the most promising were solved"}
+    return told.get(proof.stopped_by, f"stopped by {proof.stopped_by}")
+
+
 def duty(use: AxisUse) -> str:
     """What an axis does most: "data", "sequence", "expert", "tensor", "mixed" or "idle"."""
     shares = {
@@ -45,22 +53,47 @@ def duty(use: AxisUse) -> str:
     return most if shares[most] >= MOSTLY else "mixed"
 
 
-def _axes(plan: Plan) -> list[str]:
+def unlike(plan: Plan) -> dict[tuple[AxisUse, ...], list[int]]:
+    """The stages by what their axes do; none where all do the same."""
+    found: dict[tuple[AxisUse, ...], list[int]] = {}
+    for number, stage in enumerate(plan.pipeline.stages if plan.pipeline else ()):
+        found.setdefault(stage.uses, []).append(number)
+    return found if len(found) > 1 else {}
+
+
+def _stages(plan: Plan) -> list[str]:
+    found = unlike(plan)
+    return [f"{_numbered(numbers)}: {', '.join(_axes(plan, uses))}" for uses, numbers in found.items()]
+
+
+def _numbered(stages: list[int]) -> str:
+    """[0, 1, 2, 5] -> "stages 0-2, 5"."""
+    starts = [n for n in stages if n - 1 not in stages]
+    ends = [n for n in stages if n + 1 not in stages]
+    spans = [f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True)]
+    return f"stage{'s' * (len(stages) > 1)} {', '.join(spans)}"
+
+
+def _axes(plan: Plan, uses: tuple[AxisUse, ...]) -> list[str]:
     found = []
     for name in ("data", "tensor", "expert", "sequence", "mixed", "idle"):
-        uses = [use for use in plan.uses if duty(use) == name]
-        if not uses:
+        mine = [use for use in uses if duty(use) == name]
+        if not mine:
             continue
-        ways, axes = prod(use.size for use in uses), "·".join(use.axis for use in uses)
+        ways, axes = prod(use.size for use in mine), "·".join(use.axis for use in mine)
         if name == "idle":
-            found.append(f"{axes} repeats work" if ways > 1 else "one device")
+            found.append(f"all {ways} devices along {axes} do the same work" if ways > 1 else _alone(plan))
         elif name == "mixed":
             found.append(f"mixed parallel {ways} over {axes}")
         else:
             found.append(f"{name} parallel {ways} over {axes}")
-        if name == "tensor" and _scatters_activations(plan, {use.axis for use in uses}):
+        if name == "tensor" and uses == plan.uses and _scatters_activations(plan, set(axes.split("·"))):
             found.append("sequence parallel between blocks")
     return found
+
+
+def _alone(plan: Plan) -> str:
+    return "one device" if plan.pipeline is None else "each stage on one device"
 
 
 def _scatters_activations(plan: Plan, axes: set[str]) -> bool:
