@@ -114,12 +114,14 @@ def load_frontier(path: Path) -> Frontier:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A point carried over to other stages; `same`: its decisions hold there as they are. `estimate` in seconds."""
+    """A point carried over to other stages; `same`: its decisions hold there as they are. `estimate` in seconds;
+    `held`: bytes that the first stage's devices hold, about."""
 
     point: Point
     shape: Shape
     hosts: int
     estimate: float
+    held: float
 
     @property
     def same(self) -> bool:
@@ -138,7 +140,8 @@ class _Replanning:
 
     def run(self) -> Plan:
         whole = self._on(self.cluster.hosts)
-        candidates = sorted(self._candidates(whole), key=lambda each: each.estimate)
+        limit = whole.search.limit
+        candidates = sorted(self._candidates(whole), key=lambda each: (each.held > limit, each.estimate))
         self._look([each for each in candidates if each.same], self.looks, solve=False)
         self._look(candidates, ceil(self.looks / 2), solve=True)
         if self.best is None:
@@ -234,15 +237,18 @@ class _Replanning:
                 if pinned_mesh not in (None, (first, *point.mesh[1:])):
                     continue
                 for many in self._counts(whole, point):
-                    if first != point.mesh[0] and (batch // many) % first:
+                    uneven = first == point.mesh[0] and (batch // point.microbatches) % first
+                    if (batch // many) % first and not uneven:
                         continue
-                    for stages in range(2, min(units, self.cluster.size // devices) + 1):
+                    most = min(units, self.cluster.size // devices)
+                    for stages in range(max(2, most // 2), most + 1):
                         if (stages * devices) % per_host and stages * devices > per_host:
                             continue
                         if isinstance(pinned, int) and stages != pinned:
                             continue
                         shape = Shape(stages, mesh_of((first, *point.mesh[1:])), point.policy, many)
-                        yield Candidate(point, shape, ceil(stages * devices / per_host), _estimate(point, shape, units))
+                        hosts = ceil(stages * devices / per_host)
+                        yield Candidate(point, shape, hosts, _estimate(point, shape, units), _held(point, shape))
 
     @staticmethod
     def _counts(whole: Pipelines, point: Point) -> list[int]:
@@ -281,3 +287,11 @@ def _estimate(point: Point, shape: Shape, units: int) -> float:
     devices = prod(point.mesh) / shape.mesh.size
     passes = point.passes * point.microbatches / shape.microbatches * ceil(units / shape.stages) / units
     return devices * ((shape.microbatches + (shape.stages - 1) / 2) * passes + point.once / shape.stages)
+
+
+def _held(point: Point, shape: Shape) -> float:
+    """As 1F1B's first stage, with layouts like the point's: state lies in as many parts or, on a smaller first axis,
+    at most so many times fewer; results are cut by it and by the microbatches."""
+    first, many = point.mesh[0] / shape.mesh.shape[0], point.microbatches / shape.microbatches
+    flying = (min(shape.stages, shape.microbatches) - 1) * point.left * first * many
+    return (point.peak * max(1.0, first) + flying) / shape.stages

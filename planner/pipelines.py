@@ -249,7 +249,9 @@ class Pipelines:
         size, limit = shape.mesh.size, self.search.limit
         places = tuple(Place(each, memory, limit, rank * size, size) for rank in range(shape.stages))
         pricing = Pricing(self.choices.units, places, self.search.cluster)
-        self.points.append(Point.of(space, choices, shape.policy, [each[kind] for kind in self.choices.units.kinds]))
+        seconds = [each[kind] for kind in self.choices.units.kinds]
+        peak, left, _ = memory.parts(runs_of(self.choices.units, 0, len(self.choices.units)))
+        self.points.append(Point.of(space, choices, shape.policy, seconds, peak, left))
         for schedule in self.choices.schedules_for(shape):
             best = min(self.best.seconds, self.outside)
             if self.search.request.program == "single":

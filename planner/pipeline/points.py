@@ -15,7 +15,8 @@ from .unit_costs import UnitSeconds
 
 
 class Point(BaseModel):
-    """Decisions of one solve. `passes` are the seconds of one microbatch through all units, `once` those per step."""
+    """Decisions of one solve. `passes` are the seconds of one microbatch through all units, `once` those per step;
+    `peak` bytes are held per device if one stage has all units and one microbatch, which leaves `left` for later."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -24,16 +25,21 @@ class Point(BaseModel):
     mesh: tuple[int, ...]
     passes: float
     once: float
+    peak: float
+    left: float
     strategies: dict[str, tuple[int, ...]]  # of nodes that are ops
     slots: dict[str, Layout]  # of nodes that are values
 
     @classmethod
-    def of(cls, space: Space, choices: tuple[int, ...], policy: Policy, each: Sequence[UnitSeconds]) -> Point:
+    def of(
+        cls, space: Space, choices: tuple[int, ...], policy: Policy, each: Sequence[UnitSeconds], peak: float,
+        left: float,
+    ) -> Point:  # fmt: skip
         """`each[i]` are the seconds of unit i."""
         chosen = {node.tag: node.choices[k] for node, k in zip(space.nodes, choices, strict=True)}
         return cls(
             policy=policy, microbatches=space.microbatches, mesh=space.mesh.shape,
-            passes=sum(unit.passes for unit in each), once=sum(unit.once for unit in each),
+            passes=sum(unit.passes for unit in each), once=sum(unit.once for unit in each), peak=peak, left=left,
             strategies={tag: c.axes for tag, c in chosen.items() if isinstance(c, Strategy)},
             slots={tag: Layout.of(c) for tag, c in chosen.items() if isinstance(c, Sharding)},
         )  # fmt: skip
