@@ -128,4 +128,5 @@ def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: b
 
 def _memory(pricing: Pricing, priced: Priced, rank: int) -> dict[str, float]:
     runs = [priced.runs(pricing.units, stage) for stage in priced.schedule.held[rank]]
-    return pricing.places[rank].memory.by_cause(tuple(map(sum, zip(*runs, strict=True))), priced.held[rank])
+    memory = pricing.places[rank].memory.under(priced.schedule)
+    return memory.by_cause(tuple(map(sum, zip(*runs, strict=True))), priced.held[rank])

@@ -11,24 +11,23 @@ Lives are worked out once per program, repeated layers counted as `MANY`, and re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from ...ir.cluster import Cluster
-from ...ir.graph import Op
 from ...ir.microbatch import TimeAxis
 from ...ir.program import Program
-from ...ir.roles import roles
+from ...ir.schedule import Schedule
 from ..memory.ledger import Ledger
-from ..memory.lifetimes import Lifetimes, Segment, lifetimes, ticks_of
-from ..memory.storage import as_xla
+from ..memory.lifetimes import Lifetimes, Segment
 from ..solver.live import Demand
-from ..space import Space
-from .unit_costs import all_bytes, local_bytes
-from .units import MANY, Cut, counted_as_many
+from ..space import Space, Transfer
+from .passes import Passes, Readings
+from .unit_costs import all_bytes, chosen_layouts, local_bytes
+from .units import MANY, Cut
 
 Runs = tuple[int, ...]  # how many units of each kind a stage has
 
@@ -39,19 +38,31 @@ class Holdings:
 
     cut: Cut
     lives: Lifetimes
+    held: int  # segments, the first ones, of what is kept from program to program
+    readings: Sequence[Readings]
+    backward: tuple[int, int]  # ticks of backward passes, the first and the one after the last
+    kind: str
 
     @classmethod
     def of(cls, cut: Cut, microbatches: int, cluster: Cluster) -> Holdings:
-        program = cut.program
-        many = replace(program, graph=counted_as_many(program.graph, cut.units))
-        lives = lifetimes(many, microbatches, roles(program.graph), as_xla(program, cluster.device.kind))
-        return cls(cut, _in_passes(cut, lives))
+        """With gradients of weights in the backward pass."""
+        return cls._of(cut, microbatches, cluster.device.kind, False)
+
+    @classmethod
+    def _of(cls, cut: Cut, microbatches: int, kind: str, splits: bool) -> Holdings:
+        passes = Passes(cut, microbatches, kind, splits)
+        return cls(cut, passes.lives, passes.held, passes.readings, passes.backward, kind)
+
+    @cached_property
+    def apart(self) -> Holdings:
+        """With gradients of weights in passes of their own."""
+        return self._of(self.cut, self.lives.microbatches, self.kind, True)
 
     def counted(self, microbatches: int) -> Holdings:
         """The same with another number of microbatches; both above 1, or equal."""
         if microbatches == self.lives.microbatches:
             return self
-        found = Holdings(self.cut, self.lives.counted(microbatches))
+        found = replace(self, lives=self.lives.counted(microbatches))
         found.__dict__["owned"] = self.owned  # who holds what does not depend on it
         return found
 
@@ -63,11 +74,12 @@ class Holdings:
     @cached_property
     def owned(self) -> np.ndarray:
         """Shape (segments, kinds): which kinds of units hold the value; all of them where nobody does."""
-        found = np.ones((len(self.lives.segments), len(self.cut.units.names)), bool)
-        for i, each in enumerate(self.lives.segments):
-            if kinds := self.cut.owners.get(each.value):
-                found[i] = [kind in kinds for kind in range(found.shape[1])]
-        return found
+        return self.owners(each.value for each in self.lives.segments)
+
+    def owners(self, values: Iterable[int]) -> np.ndarray:
+        kinds, everyone = range(len(self.cut.units.names)), frozenset(range(len(self.cut.units.names)))
+        found = [self.cut.owners.get(value) or everyone for value in values]
+        return np.array([[kind in owning for kind in kinds] for owning in found], bool).reshape(-1, len(kinds))
 
     def weights(self, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
         """Of each segment on a stage, as the first and as the last of its layers runs."""
@@ -75,12 +87,19 @@ class Holdings:
         many = np.where(self.owned, np.array(runs), 0).max(axis=1)
         return _counted(first, many), _counted(last, many)
 
-    def of_stage(self, runs: Runs) -> Lifetimes:
+    def in_programs(self, runs: Runs) -> Lifetimes:
         """The lives on a stage, one microbatch at a time."""
         weights = zip(*self.weights(runs), strict=True)
         pairs = zip(self.lives.segments, weights, strict=True)
         kept = [replace(s, first=int(first), last=int(last)) for s, (first, last) in pairs if first or last]
         return replace(self.lives, segments=tuple(kept))
+
+    def of_stage(self, runs: Runs) -> Lifetimes:
+        """Of these the ones that every schedule has, be backward passes one program or two."""
+        first, end = self.backward
+        inside = {id(each) for each in self.lives.segments[self.held :] if first <= each.start < end}
+        segments = tuple(each for each in self.lives.segments if id(each) not in inside)
+        return replace(self, lives=replace(self.lives, segments=segments)).in_programs(runs)
 
     def left(self, runs: Runs, late: bool = False) -> dict[int, int]:
         """Value -> how many of it one microbatch leaves on a stage; with `late`, of what waits for weight passes."""
@@ -106,44 +125,38 @@ class Holdings:
         return found
 
 
-def _in_passes(cut: Cut, lives: Lifetimes) -> Lifetimes:
-    """What forward passes leave lives from the first forward op to the last one of the backward pass.
-
-    That is stored, also what within one program would be made again or be part of another value.
-    """
-    inside = [each for op, each in _ticks(lives) if cut.passes.get(op.tag, "once") != "once"]
-    graph, split = cut.program.graph, _split(cut.program) if lives.microbatches > 1 else {}
-    left = {v for kind in range(len(cut.units.names)) for v in cut.saved(kind)} - set(graph.inputs)
-    if not inside or not left:
-        return lives
-    start, end = inside[0][0], max(last for _, last in inside)
-    many = {v: op.count for op in lives.program.graph.ops for v in op.outputs if v in left}
-    held = [Segment(v, start, end, many.get(v, 1), many.get(v, 1)) for v in left]
-    others = [each for each in lives.segments if each.value not in left]
-    later = [replace(s, start=max(s.start, end + 1)) for s in lives.segments if s.value in left and s.end > end]
-    return replace(
-        lives, segments=(*others, *held, *later),
-        causes=dict.fromkeys(left, "activations") | lives.causes,
-        scale={v: 1 / lives.microbatches if v in split else 1.0 for v in left} | lives.scale,
-    )  # fmt: skip
-
-
 def _split(program: Program) -> Mapping[int, int]:
     return program.time.split if isinstance(program.time, TimeAxis) else {}
-
-
-def _ticks(lives: Lifetimes) -> Iterator[tuple[Op, tuple[int, int]]]:
-    """Each op of the program and its first and last tick."""
-    tick = 1
-    for op in lives.program.graph.ops:
-        long = ticks_of(op)
-        yield op, (tick, tick + long - 1)
-        tick += long
 
 
 def _counted(weight: np.ndarray, many: np.ndarray) -> np.ndarray:
     """Weights of `MANY` layers (or one fewer) as those of so many."""
     return np.where(weight >= MANY - 1, np.maximum(0, many - (MANY - weight)), np.minimum(weight, many))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Lives under one solution, one a row: ticks, weights as of `MANY` layers, local bytes, kinds of units, cause."""
+
+    start: np.ndarray
+    end: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    sizes: np.ndarray
+    owned: np.ndarray
+    causes: tuple[str, ...]
+
+    def alive(self, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of each row on a stage, as the first and as the last of its layers runs."""
+        many = np.where(self.owned, np.array(runs), 0).max(axis=1)
+        return self.sizes * _counted(self.first, many), self.sizes * _counted(self.last, many)
+
+    def profile(self, nbytes: np.ndarray) -> np.ndarray:
+        """Their sum at each tick."""
+        total = np.zeros(int(self.end.max()) + 2)
+        np.add.at(total, self.start, nbytes)
+        np.add.at(total, self.end + 1, -nbytes)
+        return np.cumsum(total)[:-1]
 
 
 @dataclass(eq=False)
@@ -156,21 +169,76 @@ class StageMemory:
     _peaks: dict[Runs, tuple[float, float, float]] = field(default_factory=dict)
 
     @cached_property
-    def _sizes(self) -> np.ndarray:
-        nbytes = Ledger(self.space, self.holdings.lives).local_bytes(tuple(self.choices))
-        return np.array([nbytes[each.value] for each in self.holdings.lives.segments])
+    def _apart(self) -> StageMemory:
+        return StageMemory(self.holdings.apart, self.space, self.choices)
+
+    def under(self, schedule: Schedule) -> StageMemory:
+        """With the passes that a schedule has."""
+        return self._apart if schedule.splits else self
+
+    @cached_property
+    def _table(self) -> _Table:
+        holdings, lives = self.holdings, self.holdings.lives
+        moved = list(self._moved())
+        segments = (*lives.segments, *(each for each, _ in moved))
+        causes = (*(lives.causes[each.value] for each in lives.segments), *["moved"] * len(moved))
+        columns = [(each.start, each.end, each.first, each.last) for each in segments]
+        sizes = np.array([*self._sizes(), *(size for _, size in moved)])
+        return _Table(*np.array(columns, np.int64).T, sizes, holdings.owners(s.value for s in segments), causes)
+
+    def _sizes(self) -> Iterator[float]:
+        """Of each life. Copies of one value to one layout are one array between programs; each program has its own
+        wider copies."""
+        lives = self.holdings.lives
+        nbytes, seen = Ledger(self.space, lives).local_bytes(tuple(self.choices)), set[tuple[int, int]]()
+        for i, each in enumerate(lives.segments):
+            if each.value not in lives.copies:
+                yield nbytes[each.value]
+                continue
+            layout = self._layout(each.value)
+            key = self._source(each.value, layout), layout
+            yield 0.0 if i < self.holdings.held and key in seen else nbytes[each.value] if i < self.holdings.held else (
+                local_bytes(self.space, self.choices, each.value)
+            )
+            seen.add(key)
+
+    def _source(self, copy: int, layout: int) -> int:
+        """What a copy is made of, through copies that lie alike."""
+        source = self.holdings.lives.copies[copy]
+        while source in self.holdings.lives.copies and self._layout(source) == layout:
+            source = self.holdings.lives.copies[source]
+        return source
+
+    def _layout(self, value: int) -> int:
+        home = self.space.homes[self.space.program.value_tags[value]]
+        return int(home.layouts[self.choices[home.node] if home.node is not None else 0])
+
+    def _moved(self) -> Iterator[tuple[Segment, float]]:
+        """Operands brought to another layout, one copy for all ops of a program that want the same, and its bytes."""
+        tags, layouts = self.space.program.value_tags, self.space.layouts
+        makes = {op.tag: op.outputs[0] for op in self.space.program.graph.ops if op.outputs}
+        items: dict[tuple[str, str], list[Transfer]] = {}
+        for item in self.space.transfers:
+            items.setdefault((item.source, item.reader), []).append(item)
+        for readings in self.holdings.readings:
+            found: dict[tuple[str, int], list[tuple[float, list[Segment]]]] = {}
+            for (value, reader), lives in readings.items():
+                for item in items.get((tags[value], reader), ()):
+                    have, wanted = chosen_layouts(item, self.choices)
+                    if have != wanted:
+                        size = item.nbytes / float(layouts.ways(np.array([wanted]))[0])
+                        mine = [replace(each, value=makes[reader]) for each in lives]
+                        found.setdefault((item.source, wanted), []).append((size, mine))
+            for same in found.values():
+                size, longest = max(same, key=lambda each: each[1][-1].end)
+                start = min(lives[0].start for _, lives in same)
+                yield from ((each, size) for each in (replace(longest[0], start=start), *longest[1:]))
 
     def parts(self, runs: Runs) -> tuple[float, float, float]:
         """Peak with one microbatch; bytes that one leaves behind; of these, what waits for weight passes."""
         if runs not in self._peaks:
-            lives = self.holdings.lives
-            _, start, end, _, _ = lives.arrays
-            most = 0.0
-            for weight in self.holdings.weights(runs):
-                total = np.zeros(lives.ticks + 1)
-                np.add.at(total, start, self._sizes * weight)
-                np.add.at(total, end + 1, -self._sizes * weight)
-                most = max(most, float(np.cumsum(total)[:-1].max()))
+            table = self._table
+            most = max(float(table.profile(nbytes).max()) for nbytes in table.alive(runs))
             left, late = (
                 sum(n * local_bytes(self.space, self.choices, v) for v, n in self.holdings.left(runs, when).items())
                 for when in (False, True)
@@ -179,10 +247,12 @@ class StageMemory:
         return self._peaks[runs]
 
     def by_cause(self, runs: Runs, held: float) -> dict[str, float]:
-        """The peak's bytes by cause."""
-        lives = self.holdings.of_stage(runs)
-        ledger = Ledger(self.space, lives)
-        _, at = ledger.peak(ledger.local_bytes(tuple(self.choices)))
-        found = ledger.by_cause(tuple(self.choices), at)
+        """The peak's bytes by cause, the largest first."""
+        table, found = self._table, dict[str, float]()
+        fullest = max(table.alive(runs), key=lambda nbytes: table.profile(nbytes).max())
+        tick = int(table.profile(fullest).argmax())
+        for i in np.flatnonzero((table.start <= tick) & (tick <= table.end)):
+            found[table.causes[i]] = found.get(table.causes[i], 0.0) + float(fullest[i])
+        found = dict(sorted(found.items(), key=lambda each: -each[1]))
         found["microbatches in flight"] = (held - 1) * self.parts(runs)[1]
         return {cause: size for cause, size in found.items() if size}
