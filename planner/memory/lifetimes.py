@@ -107,13 +107,25 @@ def lifetimes(program: Program, microbatches: int, roles: Mapping[int, str], sto
     return _Analysis(program, microbatches, roles, storage).run()
 
 
-def brought(program: Program, storage: Storage, early: bool) -> dict[tuple[int, str], tuple[Segment, ...]]:
-    """(value, tag of an op that reads it) -> the life of a copy made for that op, laid out as the op wants it.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """That an op reads a value, and the lives of a copy made for it, laid out as the op wants it.
+
+    The lives bear the number of the op's first result, as they are on devices that make that.
+    """
+
+    value: int
+    reader: str  # the op's tag
+    lives: tuple[Segment, ...]
+
+
+def readings(program: Program, storage: Storage, early: bool) -> list[Reading]:
+    """What top-level ops read.
 
     Args:
         early: copies of the program's inputs are made at its start.
     """
-    return _Analysis(program, 1, {}, storage).brought(early)
+    return list(_Analysis(program, 1, {}, storage).readings(early))
 
 
 class _Analysis:
@@ -144,14 +156,14 @@ class _Analysis:
         copies = {v: source for v, source in self.copies.items() if v in causes and source in causes}
         return Lifetimes(self.program, self.microbatches, tuple(segments), ticks, causes, scale, copies)
 
-    def brought(self, early: bool) -> dict[tuple[int, str], tuple[Segment, ...]]:
+    def readings(self, early: bool) -> Iterator[Reading]:
         self._tick()
-        inputs, found = set(self.graph.inputs) if early else set[int](), {}
+        inputs = set(self.graph.inputs) if early else set[int]()
         for op, (start, end) in zip(self.graph.ops, self.bounds, strict=True):
-            for v in op.inputs:
-                life = self._until_read(v, 0, end, op.count) if v in inputs else [Segment(v, start, end, 1, 1)]
-                found[v, op.tag] = tuple(life)
-        return found
+            result = op.outputs[0]
+            for v in dict.fromkeys(op.inputs):
+                now = (Segment(result, start, end, 1, 1),)
+                yield Reading(v, op.tag, tuple(self._until_read(result, 0, end, op.count)) if v in inputs else now)
 
     # ------------------------------------------------------------ ticks
 

@@ -11,19 +11,18 @@ any program. So one timeline holds them one after another, and the lives of what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from ...ir.graph import ITEM_BYTES, Graph
 from ...ir.microbatch import TimeAxis
 from ...ir.program import Program
 from ...ir.roles import roles
-from ..memory.lifetimes import Lifetimes, Segment, brought, lifetimes
-from ..memory.storage import as_xla
+from ..memory.lifetimes import Lifetimes, Reading, Segment, lifetimes, readings
+from ..memory.storage import NARROW, as_xla
 from .units import Cut, counted_as_many
-
-Readings = Mapping[tuple[int, str], tuple[Segment, ...]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class _Pass:
 
     program: Program
     lives: Lifetimes
-    readings: Readings
+    readings: list[Reading]
     start: int
 
     @property
@@ -100,9 +99,9 @@ class Passes:
         for number, positions in enumerate(self._ops):
             program = self._program(number, positions)
             storage = as_xla(program, self.kind)
-            readings = brought(program, storage, self.kind == "cpu")
             start = found[-1].end + 1 if found else 0
-            found.append(_Pass(program, lifetimes(program, 1, {}, storage), readings, start))
+            reads = readings(program, storage, self.kind == "cpu")
+            found.append(_Pass(program, lifetimes(program, 1, {}, storage), reads, start))
         return found
 
     def _program(self, number: int, positions: list[int]) -> Program:
@@ -123,9 +122,26 @@ class Passes:
     # ------------------------------------------------------------ the timeline
 
     @property
-    def backward(self) -> tuple[int, int]:
-        """The ticks of backward passes, the first and the one after the last."""
-        return self.parts[2].start, self.parts[-1].start
+    def programs(self) -> list[tuple[int, int]]:
+        """The first and the last tick of each pass."""
+        return [(part.start, part.end) for part in self.parts]
+
+    def border(self, kind: int, name: Literal["forward", "backward"]) -> Iterator[Segment]:
+        """What the first unit of a stage takes from the stage before, and hands on to it in the backward pass; or the
+        last unit, the other way round. A program has what it takes to its end, and on CPUs narrow floats as f32 too.
+        """
+        number = 1 if name == "forward" else 2
+        here = self.parts[number]
+        fragments = getattr(self.cut.stages, name)
+        taken = {v for each in fragments for v, to in each.sends if to == kind}
+        given = {v for v, _ in fragments[kind].sends} - self._last.keys()
+        again = self.cut.received(kind) if name == "forward" else ()
+        ends = {v: self.parts[self._last[v]].end if v in again else here.end for v in (*taken, *given)}
+        wide = self.kind == "cpu"
+        for v, end in ends.items():
+            yield Segment(v, here.start, end, 1, 1)
+            if wide and v in taken and self.graph.types[v].dtype in NARROW:
+                yield from [Segment(v, here.start, here.end, 1, 1)] * 2
 
     @property
     def lives(self) -> Lifetimes:
@@ -190,8 +206,9 @@ class Passes:
             return max(1.0, 4 / max(1, ITEM_BYTES[self.graph.types[value].dtype]))
         return 1 / self.microbatches if value in self.time.split else 1.0
 
-    @property
-    def readings(self) -> list[Readings]:
-        """Of each pass: (value, tag of an op that reads it) -> the life of a copy made for that op."""
-        return [{key: tuple(map(part.later, lives)) for key, lives in part.readings.items()} for part in self.parts]
-
+    @cached_property
+    def readings(self) -> list[list[Reading]]:
+        """Of each pass."""
+        return [
+            [replace(each, lives=tuple(map(part.later, each.lives))) for each in part.readings] for part in self.parts
+        ]

@@ -25,7 +25,7 @@ from ..memory.ledger import Ledger
 from ..memory.lifetimes import Lifetimes, Segment
 from ..solver.live import Demand
 from ..space import Space, Transfer
-from .passes import Passes, Readings
+from .passes import Passes
 from .unit_costs import all_bytes, chosen_layouts, local_bytes
 from .units import MANY, Cut
 
@@ -38,25 +38,19 @@ class Holdings:
 
     cut: Cut
     lives: Lifetimes
-    held: int  # segments, the first ones, of what is kept from program to program
-    readings: Sequence[Readings]
-    backward: tuple[int, int]  # ticks of backward passes, the first and the one after the last
-    kind: str
+    passes: Passes
 
     @classmethod
     def of(cls, cut: Cut, microbatches: int, cluster: Cluster) -> Holdings:
         """With gradients of weights in the backward pass."""
-        return cls._of(cut, microbatches, cluster.device.kind, False)
-
-    @classmethod
-    def _of(cls, cut: Cut, microbatches: int, kind: str, splits: bool) -> Holdings:
-        passes = Passes(cut, microbatches, kind, splits)
-        return cls(cut, passes.lives, passes.held, passes.readings, passes.backward, kind)
+        passes = Passes(cut, microbatches, cluster.device.kind, splits=False)
+        return cls(cut, passes.lives, passes)
 
     @cached_property
     def apart(self) -> Holdings:
         """With gradients of weights in passes of their own."""
-        return self._of(self.cut, self.lives.microbatches, self.kind, True)
+        passes = Passes(self.cut, self.lives.microbatches, self.passes.kind, splits=True)
+        return Holdings(self.cut, passes.lives, passes)
 
     def counted(self, microbatches: int) -> Holdings:
         """The same with another number of microbatches; both above 1, or equal."""
@@ -96,9 +90,9 @@ class Holdings:
 
     def of_stage(self, runs: Runs) -> Lifetimes:
         """Of these the ones that every schedule has, be backward passes one program or two."""
-        first, end = self.backward
-        inside = {id(each) for each in self.lives.segments[self.held :] if first <= each.start < end}
-        segments = tuple(each for each in self.lives.segments if id(each) not in inside)
+        held, (first, last) = self.passes.held, self.passes.programs[2]
+        inside = [each for each in self.lives.segments[held:] if not first <= each.start <= last]
+        segments = (*self.lives.segments[:held], *inside)
         return replace(self, lives=replace(self.lives, segments=segments)).in_programs(runs)
 
     def left(self, runs: Runs, late: bool = False) -> dict[int, int]:
@@ -167,6 +161,7 @@ class StageMemory:
     space: Space
     choices: Sequence[int]
     _peaks: dict[Runs, tuple[float, float, float]] = field(default_factory=dict)
+    _borders: dict[int, np.ndarray] = field(default_factory=dict)
 
     @cached_property
     def _apart(self) -> StageMemory:
@@ -197,10 +192,11 @@ class StageMemory:
                 continue
             layout = self._layout(each.value)
             key = self._source(each.value, layout), layout
-            yield 0.0 if i < self.holdings.held and key in seen else nbytes[each.value] if i < self.holdings.held else (
-                local_bytes(self.space, self.choices, each.value)
-            )
-            seen.add(key)
+            if i >= self.holdings.passes.held:
+                yield local_bytes(self.space, self.choices, each.value)
+            else:
+                yield 0.0 if key in seen else nbytes[each.value]
+                seen.add(key)
 
     def _source(self, copy: int, layout: int) -> int:
         """What a copy is made of, through copies that lie alike."""
@@ -216,29 +212,45 @@ class StageMemory:
     def _moved(self) -> Iterator[tuple[Segment, float]]:
         """Operands brought to another layout, one copy for all ops of a program that want the same, and its bytes."""
         tags, layouts = self.space.program.value_tags, self.space.layouts
-        makes = {op.tag: op.outputs[0] for op in self.space.program.graph.ops if op.outputs}
         items: dict[tuple[str, str], list[Transfer]] = {}
         for item in self.space.transfers:
             items.setdefault((item.source, item.reader), []).append(item)
-        for readings in self.holdings.readings:
-            found: dict[tuple[str, int], list[tuple[float, list[Segment]]]] = {}
-            for (value, reader), lives in readings.items():
-                for item in items.get((tags[value], reader), ()):
+        for program in self.holdings.passes.readings:
+            found: dict[tuple[int, int], list[tuple[float, Sequence[Segment]]]] = {}
+            for each in program:
+                for item in items.get((tags[each.value], each.reader), ()):
                     have, wanted = chosen_layouts(item, self.choices)
                     if have != wanted:
                         size = item.nbytes / float(layouts.ways(np.array([wanted]))[0])
-                        mine = [replace(each, value=makes[reader]) for each in lives]
-                        found.setdefault((item.source, wanted), []).append((size, mine))
+                        found.setdefault((each.value, wanted), []).append((size, each.lives))
             for same in found.values():
-                size, longest = max(same, key=lambda each: each[1][-1].end)
+                size, longest = max(same, key=lambda pair: pair[1][-1].end)
                 start = min(lives[0].start for _, lives in same)
                 yield from ((each, size) for each in (replace(longest[0], start=start), *longest[1:]))
+
+    def _profiles(self, runs: Runs) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """As the first and as the last of a stage's layers runs: bytes of each row, and at each tick all of them, and
+        those of what comes from other stages and goes to them."""
+        table, border = self._table, self._border(runs)
+        return [(nbytes, table.profile(nbytes) + border, border) for nbytes in table.alive(runs)]
+
+    def _border(self, runs: Runs) -> np.ndarray:
+        kinds, total = np.flatnonzero(runs), np.zeros(self.holdings.lives.ticks + 1)
+        for kind in dict.fromkeys((int(kinds[0]), int(kinds[-1]))):
+            if kind not in self._borders:
+                passes, found = self.holdings.passes, np.zeros(total.size)
+                for each in (*passes.border(kind, "forward"), *passes.border(kind, "backward")):
+                    size = local_bytes(self.space, self.choices, each.value)
+                    found[each.start] += size
+                    found[each.end + 1] -= size
+                self._borders[kind] = found
+            total += self._borders[kind]
+        return np.cumsum(total)[:-1]
 
     def parts(self, runs: Runs) -> tuple[float, float, float]:
         """Peak with one microbatch; bytes that one leaves behind; of these, what waits for weight passes."""
         if runs not in self._peaks:
-            table = self._table
-            most = max(float(table.profile(nbytes).max()) for nbytes in table.alive(runs))
+            most = max(float(total.max()) for _, total, _ in self._profiles(runs))
             left, late = (
                 sum(n * local_bytes(self.space, self.choices, v) for v, n in self.holdings.left(runs, when).items())
                 for when in (False, True)
@@ -248,9 +260,9 @@ class StageMemory:
 
     def by_cause(self, runs: Runs, held: float) -> dict[str, float]:
         """The peak's bytes by cause, the largest first."""
-        table, found = self._table, dict[str, float]()
-        fullest = max(table.alive(runs), key=lambda nbytes: table.profile(nbytes).max())
-        tick = int(table.profile(fullest).argmax())
+        fullest, total, border = max(self._profiles(runs), key=lambda each: each[1].max())
+        table, tick = self._table, int(total.argmax())
+        found = {"handed over": float(border[tick])}
         for i in np.flatnonzero((table.start <= tick) & (tick <= table.end)):
             found[table.causes[i]] = found.get(table.causes[i], 0.0) + float(fullest[i])
         found = dict(sorted(found.items(), key=lambda each: -each[1]))
