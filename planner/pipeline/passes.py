@@ -3,7 +3,7 @@
     prepare    state, casts and gathered weights
     forward    for one microbatch; what it leaves for the backward pass is among its results
     backward   with the gradients of weights; or without, and those are made in a pass of their own
-    update     once per step
+    update     once per step; in rounds, with an exchange after each, where gradients are clipped by their norm
 
 A program has all of its arguments to its end and all of its results from its start; what lies between is found as for
 any program. So one timeline holds them one after another, and the lives of what goes from one to another.
@@ -65,11 +65,14 @@ class Passes:
         """Positions of the ops of each pass."""
         stages = self.cut.stages
         backward = [stages.backward, stages.weight] if self.splits else [(*stages.backward, *stages.weight)]
-        update = [f for fragments in stages.updates for f in fragments]
-        programs = (stages.prepare, stages.forward, *backward, update)
+        programs = (stages.prepare, stages.forward, *backward, *stages.updates)
         tags = [{op.tag for f in program for op in f.ops} for program in programs]
-        tags[-1] |= {op.tag for ops in self.cut.unread.values() for op in ops}
+        tags[self._first_update] |= {op.tag for ops in self.cut.unread.values() for op in ops}
         return [[k for k, op in enumerate(self.graph.ops) if op.tag in part] for part in tags]
+
+    @property
+    def _first_update(self) -> int:
+        return 4 if self.splits else 3
 
     @cached_property
     def _reads(self) -> list[set[int]]:
@@ -82,7 +85,9 @@ class Passes:
     @property
     def _read_after(self) -> set[int]:
         """Values that the passes make for the updates."""
-        return (self._reads[-1] | set(self.graph.outputs)) & set[int]().union(*self._makes[1:-1])
+        late = self._first_update
+        read = set(self.graph.outputs).union(*self._reads[late:])
+        return read & set[int]().union(*self._makes[1:late])
 
     @cached_property
     def _last(self) -> dict[int, int]:
@@ -142,6 +147,17 @@ class Passes:
             yield Segment(v, here.start, end, 1, 1)
             if wide and v in taken and self.graph.types[v].dtype in NARROW:
                 yield from [Segment(v, here.start, here.end, 1, 1)] * 2
+
+    @property
+    def handed(self) -> Iterator[tuple[Segment, int]]:
+        """What updates hand to other units, and a kind of unit: that which has it as a result of a round, and that
+        which gets it, until it is read for the last time."""
+        for part, fragments in zip(self.parts[self._first_update :], self.cut.stages.updates, strict=True):
+            for kind, fragment in enumerate(fragments):
+                for value, to in fragment.sends:
+                    last = self.parts[self._last[value]] if value in self._last else part
+                    yield Segment(value, part.start, part.end, 1, 1), kind
+                    yield Segment(value, part.start, max(part.end, last.end), 1, 1), to
 
     @property
     def lives(self) -> Lifetimes:

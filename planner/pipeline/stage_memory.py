@@ -174,12 +174,17 @@ class StageMemory:
     @cached_property
     def _table(self) -> _Table:
         holdings, lives = self.holdings, self.holdings.lives
-        moved = list(self._moved())
-        segments = (*lives.segments, *(each for each, _ in moved))
-        causes = (*(lives.causes[each.value] for each in lives.segments), *["moved"] * len(moved))
+        moved, handed = list(self._moved()), list(holdings.passes.handed)
+        segments = (*lives.segments, *(each for each, _ in (*moved, *handed)))
+        names = ["moved"] * len(moved) + ["handed over"] * len(handed)
+        causes = *(lives.causes[each.value] for each in lives.segments), *names
         columns = [(each.start, each.end, each.first, each.last) for each in segments]
-        sizes = np.array([*self._sizes(), *(size for _, size in moved)])
-        return _Table(*np.array(columns, np.int64).T, sizes, holdings.owners(s.value for s in segments), causes)
+        sizes = [*self._sizes(), *(size for _, size in moved)]
+        sizes += [local_bytes(self.space, self.choices, each.value) for each, _ in handed]
+        owned = holdings.owners(each.value for each in segments)
+        for row, (_, kind) in enumerate(handed, start=len(segments) - len(handed)):
+            owned[row] = np.arange(owned.shape[1]) == kind
+        return _Table(*np.array(columns, np.int64).T, np.array(sizes), owned, causes)
 
     def _sizes(self) -> Iterator[float]:
         """Of each life. Copies of one value to one layout are one array between programs; each program has its own
