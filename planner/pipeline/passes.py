@@ -180,6 +180,10 @@ class Passes:
         )
 
     @property
+    def prepared(self) -> set[int]:
+        return self._makes[0]
+
+    @property
     def held(self) -> int:
         return len(self.graph.inputs) + len(self.crossing)
 

@@ -187,21 +187,21 @@ class StageMemory:
         return _Table(*np.array(columns, np.int64).T, np.array(sizes), owned, causes)
 
     def _sizes(self) -> Iterator[float]:
-        """Of each life. Copies of one value to one layout are one array between programs; each program has its own
-        wider copies."""
-        lives = self.holdings.lives
+        """Of each life. What is prepared in one layout twice is one array between programs, of which each makes wider
+        copies of its own. A copy that another program leaves as a result is an array."""
+        lives, passes = self.holdings.lives, self.holdings.passes
         nbytes, seen = Ledger(self.space, lives).local_bytes(tuple(self.choices)), set[tuple[int, int]]()
         for i, each in enumerate(lives.segments):
-            if each.value not in lives.copies:
+            held, prepared = i < passes.held, each.value in passes.prepared
+            if each.value not in lives.copies or (not held and not prepared):
                 yield nbytes[each.value]
-                continue
-            layout = self._layout(each.value)
-            key = self._source(each.value, layout), layout
-            if i >= self.holdings.passes.held:
-                yield local_bytes(self.space, self.choices, each.value)
-            else:
+            elif held and prepared:
+                layout = self._layout(each.value)
+                key = self._source(each.value, layout), layout
                 yield 0.0 if key in seen else nbytes[each.value]
                 seen.add(key)
+            else:
+                yield local_bytes(self.space, self.choices, each.value)
 
     def _source(self, copy: int, layout: int) -> int:
         """What a copy is made of, through copies that lie alike."""
