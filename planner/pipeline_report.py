@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from math import inf
 
 from ..ir.cluster import Cluster
-from ..ir.plan import Estimate, Pipeline, Plan, Stage
+from ..ir.plan import Collective, Estimate, Pipeline, Plan, Stage
 from ..ir.version import VERSION
 from .moves import find_collectives
 from .pipeline.priced import Priced, Pricing
+from .pipeline.single import exchanges
 from .report import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
 from .request import ProgramKind
 from .search import Search
@@ -43,6 +44,12 @@ class Rank:
         return {tag: found[self.choices[space.op_node[tag]]].axes for tag, found in space.strategies.items()}
 
 
+def _all_stages(moved: Sequence[Collective], stages: int) -> list[Collective]:
+    return [
+        each.model_copy(update={"count": each.count * stages, "seconds": each.seconds * stages}) for each in moved
+    ]
+
+
 @dataclass(frozen=True)
 class Chosen:
     """Predicted seconds of a step by each kind of program that can be, and why there is no single one."""
@@ -69,6 +76,8 @@ def write_pipeline(
     search, solved, choices = ranks[worst].search, ranks[worst].space, ranks[worst].choices
     space = build(solved.program, solved.microbatches, search.cost, search.layouts_on(solved.mesh))
     collectives = find_collectives(space, choices)
+    if chosen.program == "single":
+        collectives += _all_stages(exchanges(pricing, space.microbatches), len(ranks))
     moving = sum(c.seconds for c in collectives) / len(ranks)
     return Plan(
         meshwright=VERSION,
@@ -92,7 +101,7 @@ def write_pipeline(
         ),
         proof=proof_of(search, priced.seconds, lower_bound, left_out),
         tensors=tuple(tensors_of(space, choices)),
-        collectives=tuple(collectives),
+        collectives=tuple(sorted(collectives, key=lambda each: -each.seconds)),
         opaque=opaque_of(space),
         notes=(*notes_of(search), *chosen.notes, "tables count all stages together"),
         pipeline=_pipeline(ranks, pricing, priced, unlike=len({id(rank.space) for rank in ranks}) > 1, chosen=chosen),

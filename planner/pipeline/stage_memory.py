@@ -233,6 +233,14 @@ class StageMemory:
                 start = min(lives[0].start for _, lives in same)
                 yield from ((each, size) for each in (replace(longest[0], start=start), *longest[1:]))
 
+    def travelling(self, value: int) -> float:
+        """Bytes of one microbatch's part on one device when it travels."""
+        return self.space.bytes_of(value) / float(self.space.layouts.ways(np.array([self._layout(value)]))[0])
+
+    def held_bytes(self, value: int) -> float:
+        """Bytes of one device's part of what microbatches add up."""
+        return local_bytes(self.space, self.choices, value) * self.holdings.lives.scale[value]
+
     def _profiles(self, runs: Runs) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """As the first and as the last of a stage's layers runs: bytes of each row, and at each tick all of them, and
         those of what comes from other stages and goes to them."""
