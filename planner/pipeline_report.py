@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from math import inf
 
 from ..ir.cluster import Cluster
-from ..ir.plan import Collective, Estimate, Pipeline, Plan, Stage
+from ..ir.plan import Estimate, Pipeline, Plan, Stage
 from ..ir.version import VERSION
-from .moves import find_collectives
+from .moves import find_collectives, repeated
 from .pipeline.priced import Priced, Pricing
-from .pipeline.single import exchanges
+from .pipeline.single import exchanges, once_alike
 from .report import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
 from .request import ProgramKind
 from .search import Search
@@ -44,12 +44,6 @@ class Rank:
         return {tag: found[self.choices[space.op_node[tag]]].axes for tag, found in space.strategies.items()}
 
 
-def _all_stages(moved: Sequence[Collective], stages: int) -> list[Collective]:
-    return [
-        each.model_copy(update={"count": each.count * stages, "seconds": each.seconds * stages}) for each in moved
-    ]
-
-
 @dataclass(frozen=True)
 class Chosen:
     """Predicted seconds of a step by each kind of program that can be, and why there is no single one."""
@@ -75,9 +69,10 @@ def write_pipeline(
     worst = max(range(len(ranks)), key=lambda rank: priced.peaks[rank] / pricing.places[rank].limit)
     search, solved, choices = ranks[worst].search, ranks[worst].space, ranks[worst].choices
     space = build(solved.program, solved.microbatches, search.cost, search.layouts_on(solved.mesh))
-    collectives = find_collectives(space, choices)
+    alike = dict.fromkeys(once_alike(pricing), len(ranks)) if chosen.program == "single" else {}
+    collectives = find_collectives(space, choices, alike)
     if chosen.program == "single":
-        collectives += _all_stages(exchanges(pricing, space.microbatches), len(ranks))
+        collectives += [repeated(each, len(ranks)) for each in exchanges(pricing, space.microbatches)]
     moving = sum(c.seconds for c in collectives) / len(ranks)
     return Plan(
         meshwright=VERSION,
@@ -137,5 +132,5 @@ def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: b
 
 def _memory(pricing: Pricing, priced: Priced, rank: int) -> dict[str, float]:
     runs = [priced.runs(pricing.units, stage) for stage in priced.schedule.held[rank]]
-    memory = pricing.places[rank].memory.under(priced.schedule)
+    memory = pricing.places[rank].memory.under(priced.schedule, rank)
     return memory.by_cause(tuple(map(sum, zip(*runs, strict=True))), priced.held[rank])

@@ -143,7 +143,7 @@ def exchanges(pricing: Pricing, microbatches: int) -> list[Collective]:
     """
     units, places = pricing.units, pricing.places
     stages, ticks = len(places), microbatches + len(places) - 1
-    sent = max(_sent(places[0], kind) for kind in set(units.kinds))
+    sent = max(_sent(places[0], units.kinds[first - 1]) for first in even_firsts(units, stages)[1:])
     hop = max(pricing.sending(sent, place.first, place.end + place.devices) for place in places[:-1])
     every = ceil(microbatches / stages) * stages * sent
 
@@ -164,6 +164,17 @@ def exchanges(pricing: Pricing, microbatches: int) -> list[Collective]:
         found.append(item("all_reduce", nbytes, count, pricing.sending(seconds, 0, pricing.cluster.size),
                           "gradients of front and back", "backward"))  # fmt: skip
     return found
+
+
+def once_alike(pricing: Pricing) -> set[str]:
+    """Tags of ops that run once per step on every stage: updates of front and back."""
+    units, cut = pricing.units, pricing.places[0].memory.holdings.cut
+    ends = {kind for kind, many in enumerate(layer_runs(units, len(pricing.places))[1]) if many}
+    found: tuple[set[str], set[str]] = set(), set()  # of layers, of ends
+    for fragments in cut.stages.updates:
+        for kind, fragment in enumerate(fragments):
+            found[kind in ends].update(op.tag for op in fragment.ops)
+    return found[True] - found[False]
 
 
 def _sent(place: Place, kind: int) -> float:

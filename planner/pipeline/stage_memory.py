@@ -21,6 +21,7 @@ from ...ir.cluster import Cluster
 from ...ir.microbatch import TimeAxis
 from ...ir.program import Program
 from ...ir.schedule import Schedule
+from ...ir.sharding import reshard
 from ..memory.ledger import Ledger
 from ..memory.lifetimes import Lifetimes, Segment
 from ..solver.live import Demand
@@ -167,9 +168,10 @@ class StageMemory:
     def _apart(self) -> StageMemory:
         return StageMemory(self.holdings.apart, self.space, self.choices)
 
-    def under(self, schedule: Schedule) -> StageMemory:
-        """With the passes that a schedule has."""
-        return self._apart if schedule.splits else self
+    def under(self, schedule: Schedule, rank: int) -> StageMemory:
+        """With the passes that a rank has in a schedule. No stage waits for gradients of the first one, where all are
+        made in one pass."""
+        return self._apart if schedule.splits and 0 not in schedule.held[rank] else self
 
     @cached_property
     def _table(self) -> _Table:
@@ -227,11 +229,19 @@ class StageMemory:
                     have, wanted = chosen_layouts(item, self.choices)
                     if have != wanted:
                         size = item.nbytes / float(layouts.ways(np.array([wanted]))[0])
+                        size *= self._parts_too(have, wanted)
                         found.setdefault((each.value, wanted), []).append((size, each.lives))
             for same in found.values():
                 size, longest = max(same, key=lambda pair: pair[1][-1].end)
                 start = min(lives[0].start for _, lives in same)
                 yield from ((each, size) for each in (replace(longest[0], start=start), *longest[1:]))
+
+    def _parts_too(self, have: int, wanted: int) -> int:
+        """XLA's CPU backend exchanges parts, each an array: those given with those taken, then these with the whole
+        that is put together of them (seen in buffers of compiled programs, jax 0.10.2)."""
+        known = self.space.layouts.known
+        steps = reshard(known[have], known[wanted]) if self.holdings.passes.kind == "cpu" else ()
+        return 2 if any(step.kind == "all_to_all" for step in steps or ()) else 1
 
     def travelling(self, value: int) -> float:
         """Bytes of one microbatch's part on one device when it travels."""
