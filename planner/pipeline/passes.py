@@ -179,9 +179,11 @@ class Passes:
             replace(self.cut.program, graph=graph), self.microbatches, segments, ticks, causes, scale, copies
         )
 
-    @property
-    def prepared(self) -> set[int]:
-        return self._makes[0]
+    @cached_property
+    def copies(self) -> dict[int, int]:
+        """Copies that are prepared, and what they show if their layout is the same."""
+        ops = (self.graph.ops[k] for k in self._ops[0])
+        return {op.outputs[0]: op.inputs[0] for op in ops if op.kind == "copy"}
 
     @property
     def held(self) -> int:

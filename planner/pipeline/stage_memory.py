@@ -192,27 +192,27 @@ class StageMemory:
         """Of each life. What is prepared in one layout twice is one array between programs, of which each makes wider
         copies of its own. A copy that another program leaves as a result is an array."""
         lives, passes = self.holdings.lives, self.holdings.passes
-        nbytes, seen = Ledger(self.space, lives).local_bytes(tuple(self.choices)), set[tuple[int, int]]()
+        nbytes = Ledger(self.space, lives).local_bytes(tuple(self.choices))
+        seen = {(s.value, self.layout(s.value)) for s in lives.segments[: passes.held] if s.value not in passes.copies}
         for i, each in enumerate(lives.segments):
-            held, prepared = i < passes.held, each.value in passes.prepared
-            if each.value not in lives.copies or (not held and not prepared):
-                yield nbytes[each.value]
-            elif held and prepared:
-                layout = self._layout(each.value)
-                key = self._source(each.value, layout), layout
-                yield 0.0 if key in seen else nbytes[each.value]
-                seen.add(key)
+            v, held = each.value, i < passes.held
+            key = self.origin(v), self.layout(v)
+            if held and v in passes.copies and key in seen:
+                yield 0.0
+            elif v in lives.copies and (held or v in passes.copies):
+                yield local_bytes(self.space, self.choices, v)
             else:
-                yield local_bytes(self.space, self.choices, each.value)
+                yield nbytes[v]
+            seen.update([key] if held else [])
 
-    def _source(self, copy: int, layout: int) -> int:
-        """What a copy is made of, through copies that lie alike."""
-        source = self.holdings.lives.copies[copy]
-        while source in self.holdings.lives.copies and self._layout(source) == layout:
-            source = self.holdings.lives.copies[source]
-        return source
+    def origin(self, copy: int) -> int:
+        """What a prepared copy is made of, through copies that lie alike; or what lies as it does; or itself."""
+        copies, layout = self.holdings.passes.copies, self.layout(copy)
+        while copy in copies and self.layout(copies[copy]) == layout:
+            copy = copies[copy]
+        return copies.get(copy, copy)
 
-    def _layout(self, value: int) -> int:
+    def layout(self, value: int) -> int:
         home = self.space.homes[self.space.program.value_tags[value]]
         return int(home.layouts[self.choices[home.node] if home.node is not None else 0])
 
@@ -245,7 +245,7 @@ class StageMemory:
 
     def travelling(self, value: int) -> float:
         """Bytes of one microbatch's part on one device when it travels."""
-        return self.space.bytes_of(value) / float(self.space.layouts.ways(np.array([self._layout(value)]))[0])
+        return self.space.bytes_of(value) / float(self.space.layouts.ways(np.array([self.layout(value)]))[0])
 
     def held_bytes(self, value: int) -> float:
         """Bytes of one device's part of what microbatches add up."""
