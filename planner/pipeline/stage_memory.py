@@ -59,6 +59,8 @@ class Holdings:
             return self
         found = replace(self, lives=self.lives.counted(microbatches))
         found.__dict__["owned"] = self.owned  # who holds what does not depend on it
+        if not self.passes.splits:
+            found.__dict__["apart"] = self.apart.counted(microbatches)
         return found
 
     @property
@@ -90,11 +92,10 @@ class Holdings:
         return replace(self.lives, segments=tuple(kept))
 
     def of_stage(self, runs: Runs) -> Lifetimes:
-        """Of these the ones that every schedule has, be backward passes one program or two."""
-        held, (first, last) = self.passes.held, self.passes.programs[2]
-        inside = [each for each in self.lives.segments[held:] if not first <= each.start <= last]
-        segments = (*self.lives.segments[:held], *inside)
-        return replace(self, lives=replace(self.lives, segments=segments)).in_programs(runs)
+        """The least of them, be backward passes one program or two: as two, but for what the second waits for."""
+        lives, programs = self.apart.in_programs(runs), self.apart.passes.programs
+        waits = programs[2][0], programs[3][1]
+        return replace(lives, segments=tuple(s for s in lives.segments if (s.start, s.end) != waits))
 
     def left(self, runs: Runs, late: bool = False) -> dict[int, int]:
         """Value -> how many of it one microbatch leaves on a stage; with `late`, of what waits for weight passes."""
