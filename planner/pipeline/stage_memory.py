@@ -3,8 +3,8 @@
     peak = the stage's layers with one microbatch on its way
          + (held - 1) * what one microbatch's forward pass leaves for later
 
-The first are lives as without a pipeline, but for what a forward pass leaves: each pass is a program of its own, which
-makes all of that from its start, and takes all of it to its end.
+The first are lives as `passes` finds them, with copies of operands that are brought to another layout, and what the
+stage takes from others and hands on.
 
 Lives are worked out once per program, repeated layers counted as `MANY`, and read off for any number.
 """
@@ -187,7 +187,8 @@ class StageMemory:
         owned = holdings.owners(each.value for each in segments)
         for row, (_, kind) in enumerate(handed, start=len(segments) - len(handed)):
             owned[row] = np.arange(owned.shape[1]) == kind
-        return _Table(*np.array(columns, np.int64).T, np.array(sizes), owned, causes)
+        start, end, first, last = np.array(columns, np.int64).T
+        return _Table(start, end, first, last, np.array(sizes), owned, causes)
 
     def _sizes(self) -> Iterator[float]:
         """Of each life. What is prepared in one layout twice is one array between programs, of which each makes wider
