@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+STAGE = "stage"  # the axis of stages, where all of a pipeline are one program
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:

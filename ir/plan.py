@@ -76,9 +76,12 @@ class Tensor(_Part):
 
 class Collective(_Part):
     """One predicted communication. It runs `count` times per step and each time
-    moves `nbytes` (size of the larger of the local operand and result)."""
+    moves `nbytes` (size of the larger of the local operand and result).
 
-    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+    A single program for all stages of a pipeline has some over the axis `mesh.STAGE` too, which `Plan.mesh` lacks.
+    """
+
+    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "permute"]
     axes: tuple[str, ...]
     nbytes: float
     count: int

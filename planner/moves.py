@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -40,16 +41,27 @@ def _say(names: Mapping[str, str], tag: str) -> str:
     return names.get(op, tag)
 
 
-def find_collectives(space: Space, choices: tuple[int, ...]) -> list[Collective]:
-    """Every communication that the chosen layouts imply, equal ones added up."""
+def find_collectives(
+    space: Space, choices: tuple[int, ...], often: Mapping[str, int] = MappingProxyType({})
+) -> list[Collective]:
+    """Every communication that the chosen layouts imply, equal ones added up.
+
+    Args:
+        often: op tag -> on how many stages alike what it reads is brought and what it makes is settled.
+    """
     found: dict[tuple, Collective] = {}
     names = spoken(space)
     for item in space.transfers:
         for entry in moves(space, choices, item, names):
-            _count(found, entry)
-    for _, entry in settlements(space, choices):
-        _count(found, entry)
+            _count(found, repeated(entry, often.get(item.reader, 1)))
+    for op, entry in settlements(space, choices):
+        _count(found, repeated(entry, often.get(op.tag, 1)))
     return sorted(found.values(), key=lambda c: -c.seconds)
+
+
+def repeated(entry: Collective, times: int) -> Collective:
+    """The same so many times."""
+    return entry.model_copy(update={"count": entry.count * times, "seconds": entry.seconds * times})
 
 
 def _count(found: dict[tuple, Collective], entry: Collective) -> None:

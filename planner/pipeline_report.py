@@ -9,9 +9,9 @@ from math import inf
 from ..ir.cluster import Cluster
 from ..ir.plan import Estimate, Pipeline, Plan, Stage
 from ..ir.version import VERSION
-from .moves import find_collectives
+from .moves import find_collectives, repeated
 from .pipeline.priced import Priced, Pricing
-from .pipeline.single import shards_left, with_dispatch
+from .pipeline.single import exchanges, once_alike, shards_left, with_dispatch
 from .report import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
 from .request import ProgramKind
 from .search import Search
@@ -75,7 +75,10 @@ def write_pipeline(
     worst = max(range(len(ranks)), key=lambda rank: priced.peaks[rank] / pricing.places[rank].limit)
     search, solved, choices = ranks[worst].search, ranks[worst].space, ranks[worst].choices
     space = build(solved.program, solved.microbatches, search.cost, search.layouts_on(solved.mesh))
-    collectives = find_collectives(space, choices)
+    alike = dict.fromkeys(once_alike(pricing), len(ranks)) if chosen.program == "single" else {}
+    collectives = find_collectives(space, choices, alike)
+    if chosen.program == "single":
+        collectives += [repeated(each, len(ranks)) for each in exchanges(pricing, space.microbatches)]
     moving = sum(c.seconds for c in collectives) / len(ranks)
     unlike = len({id(rank.space) for rank in ranks}) > 1
     as_laid = f", as rank {worst} lays them out" * unlike
@@ -101,7 +104,7 @@ def write_pipeline(
         ),
         proof=proof_of(search, priced.seconds, lower_bound, left_out),
         tensors=tuple(tensors_of(space, choices)),
-        collectives=tuple(collectives),
+        collectives=tuple(sorted(collectives, key=lambda each: -each.seconds)),
         opaque=opaque_of(space),
         notes=(*notes_of(search), *chosen.notes, f"tables count all stages together{as_laid}"),
         pipeline=_pipeline(ranks, pricing, priced, unlike, chosen),
@@ -139,4 +142,5 @@ def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: b
 
 def _memory(pricing: Pricing, priced: Priced, rank: int) -> dict[str, float]:
     runs = [priced.runs(pricing.units, stage) for stage in priced.schedule.held[rank]]
-    return pricing.places[rank].memory.by_cause(tuple(map(sum, zip(*runs, strict=True))), priced.held[rank])
+    memory = pricing.places[rank].memory.under(priced.schedule, rank)
+    return memory.by_cause(tuple(map(sum, zip(*runs, strict=True))), priced.held[rank])

@@ -45,6 +45,7 @@ from .space import Space
 if TYPE_CHECKING:
     from .search import Candidate, Search
 
+TRIES = 3  # solves of a shape: the solver does not see all of the memory, so its limit is drawn in
 
 @dataclass
 class Found:
@@ -219,14 +220,20 @@ class Pipelines:
 
     def solve_shape(self, shape: Shape, beat: float | None = None) -> None:
         """Offer what fits of one shape; `beat`: seconds that it has to beat, by default those of the best."""
-        space = self.bounds.likely(shape)
+        space, beat = self.bounds.likely(shape), self.best.seconds if beat is None else beat
+        holdings = self.bounds.holdings(shape.policy, shape.microbatches)
         for schedule in sorted(self.choices.schedules_for(shape), key=lambda s: -s.stages):
-            holdings = self.bounds.holdings(shape.policy, shape.microbatches)
-            problem = limited(space, holdings, self._even(shape, schedule), self.search.limit)
-            solution = self.bounds.solve(problem.live, self.best.seconds if beat is None else beat)
-            if solution.choices is not None:
-                self.offer(shape, space, problem.read(solution.choices))
-                return
+            watched, limit, before = self._even(shape, schedule), self.search.limit, self.best
+            for _ in range(TRIES):
+                problem = limited(space, holdings, watched, limit)
+                solution = self.bounds.solve(problem.live, beat)
+                if solution.choices is None:
+                    break
+                memory = self.offer(shape, space, problem.read(solution.choices))
+                excess = max(memory.held(each.runs, each.held) for each in watched) - self.search.limit
+                if excess <= 0 or self.best is not before:
+                    return
+                limit -= excess
 
     def _even(self, shape: Shape, schedule: Schedule) -> list[Watched]:
         """The first, second and last stage, when each has as many units as the next, or as much work; of a single
@@ -243,7 +250,8 @@ class Pipelines:
             Watched(runs_of(self.choices.units, firsts[s], ends[s]), in_flight(schedule, s) / each) for s in watched
         ]
 
-    def offer(self, shape: Shape, space: Space, choices: tuple[int, ...]) -> None:
+    def offer(self, shape: Shape, space: Space, choices: tuple[int, ...]) -> StageMemory:
+        """Price layouts with every schedule, to be the best if they are; gives back what they take of memory."""
         holdings = self.bounds.holdings(shape.policy, shape.microbatches)
         each, memory = unit_seconds(holdings.cut, space, choices), StageMemory(holdings, space, choices)
         size, limit = shape.mesh.size, self.search.limit
@@ -263,6 +271,7 @@ class Pipelines:
                 self.search.note(
                     f"{shape}, {schedule.name}: {format_seconds(priced.seconds)}, {format_bytes(max(priced.peaks))}"
                 )
+        return memory
 
     def broaden(self, points: int) -> None:
         """Solve the best bounded shapes that were not solved, one of each mesh first, until so many points are known:

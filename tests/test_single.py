@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from meshwright.api import RunningStep, plan_captured
+from meshwright.backends.xla.audit import audit_single
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.lower_single import LoweredSingle
@@ -289,3 +290,26 @@ def test_a_model_without_layers_is_refused_when_a_single_program_is_asked_for():
     captured = case("dlrm-tiny")[0]
     with pytest.raises(PlanError, match="the step has no layers"):
         plan_captured(captured, "4xcpu", Request(pp=2, microbatches=2, program="single"), "dlrm-tiny")
+
+
+# ---------------------------------------------------------------- the audit
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_an_audit_finds_what_was_planned_between_stages_and_sees_one_permute_too_few(stages):
+    """Hand-overs happen in every tick, the layers' own communication in as many as there are microbatches."""
+    captured = case("gpt-tiny", "adamw")[0]
+    request = Request(pp=stages, microbatches=4, recompute="none", program="single", time_limit=20)
+    running = RunningStep(lower(plan_captured(captured, "8xcpu", request, "gpt-tiny"), captured))
+    report = running.audit()
+    lines = {(line.kind, line.axes): line for line in report.lines}
+    hops = lines["permute", ("stage",)]
+    assert hops.compiled_count == hops.predicted_count == 2 * (4 + stages - 1) * stages
+    assert hops.difference == lines["all_to_all", ("stage",)].difference == 0
+    assert abs(lines["all_gather", ("stage",)].difference) < 0.02 and abs(report.difference) < 0.1
+    assert 0.85 < report.compiled_peak / report.predicted_peak < 1.1
+    planned = [c.model_copy(update={"count": c.count - (c.kind == "permute")}) for c in running.plan.collectives]
+    damaged = running.plan.model_copy(update={"collectives": tuple(planned)})
+    report = audit_single(replace(running.lowered, plan=damaged))
+    hops = next(line for line in report.lines if line.kind == "permute")
+    assert hops.compiled_count == hops.predicted_count + 2 and hops.difference > 0

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
 from ...ir.errors import InfeasibleError, LoweringError, MeshwrightError
+from ...ir.mesh import STAGE, Axis, Mesh
 from ...ir.plan import Plan
 from ...ir.units import format_bytes, parse_bytes
 from .hlo import Found, collectives
 from .lower import Lowered
+from .lower_single import LoweredSingle
 
 _TOO_LARGE = (  # what is needed, what there is; libtpu 0.0.52 has both
     re.compile(r"[Uu]sed ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm"),
@@ -96,18 +98,38 @@ def audit(lowered: Lowered) -> Audit:
     Raises:
         InfeasibleError: the compiler says that the program does not fit into the device.
     """
-    estimate = lowered.plan.estimate
+    estimate, parts = lowered.plan.estimate, _memory(lowered)
+    found = collectives(lowered.hlo(), lowered.plan.mesh)
+    return Audit(compare(lowered.plan, found), estimate.peak_bytes, parts, estimate.limit_bytes)
+
+
+def audit_single(lowered: LoweredSingle) -> Audit:
+    """The same of a single program for all stages of a pipeline: what it moves is counted on all stages together, as
+    the plan does. In a tick without a microbatch a stage computes nothing; it hands on in every tick.
+
+    Raises:
+        InfeasibleError: the compiler says that the program does not fit into the device.
+    """
+    plan, stages = lowered.plan, lowered.mesh.shape[STAGE]
+    estimate, parts = plan.estimate, _memory(lowered)
+    mesh = Mesh((Axis(STAGE, stages), *plan.mesh.axes))
+    found = collectives(lowered.hlo(), mesh, {plan.microbatches + stages - 1: plan.microbatches})
+    every = [replace(each, count=each.count * stages) for each in found]
+    return Audit(compare(plan, every), estimate.peak_bytes, parts, estimate.limit_bytes)
+
+
+def _memory(lowered: Lowered | LoweredSingle) -> dict[str, float]:
+    """What the compiled program takes on a device."""
+    plan = lowered.plan
     try:
         stats = lowered.compiled.memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        raise refused(error, estimate.peak_bytes, lowered.plan.name) from error
-    parts = {
+        raise refused(error, plan.estimate.peak_bytes, plan.name) from error
+    return {
         "arguments": float(stats.argument_size_in_bytes),
         "temporaries": float(stats.temp_size_in_bytes),
         "results": float(stats.output_size_in_bytes - stats.alias_size_in_bytes),
     }
-    found = collectives(lowered.hlo(), lowered.plan.mesh)
-    return Audit(compare(lowered.plan, found), estimate.peak_bytes, parts, estimate.limit_bytes)
 
 
 def refused(error: Exception, predicted: float, name: str) -> MeshwrightError:
@@ -129,7 +151,7 @@ def compare(plan: Plan, found: list[Found]) -> tuple[Line, ...]:
     """Add up both sides by (kind, axes), the largest first."""
     predicted: dict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(lambda: [0.0, 0])
     compiled: dict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(lambda: [0.0, 0])
-    order = plan.mesh.names.index
+    order = (STAGE, *plan.mesh.names).index
     for item in plan.collectives:
         cell = predicted[item.kind, tuple(sorted(item.axes, key=order))]
         cell[0] += item.nbytes * item.count

@@ -67,6 +67,7 @@ class StagePrograms:
     layouts: dict[int, Sharding] = field(default_factory=dict)
     leaving: dict[int, Sharding] = field(default_factory=dict)  # values sent to other stages
     same: dict[int, int] = field(default_factory=dict)  # prepared value -> the value it equals
+    late: set[int] = field(default_factory=set)  # what its updates take
 
     def __post_init__(self) -> None:
         types = self.local.types
@@ -191,10 +192,12 @@ class StagePrograms:
         return Sharding(self.layouts[graph.outputs[position]].dims)
 
     def _renewed(self, fragment: Fragment, value: int) -> bool:
-        """Whether the fragment makes the new value of an input, which may take its place."""
+        """Whether the fragment makes the new value of an input, which may take its place: no update reads it under
+        another number."""
         graph = self.local.graph
         outputs = {graph.inputs[i]: o for i, o in graph.state}
-        return outputs.get(value) in fragment.results and value not in self.same.values()
+        read = {self.same[v] for v in self.late & self.same.keys()}
+        return outputs.get(value) in fragment.results and value not in read
 
     def _without_copies(self, fragment: Fragment) -> Fragment:
         """Copies that keep the layout are the value itself; others to one layout, as of weights gathered for the
@@ -323,6 +326,8 @@ def link(
             for stage in goal:
                 reader = readers.get((stage, value))
                 stages[stage].layouts[value] = stages[stage].arrival(value, sent, here, reader)
+    for fragment in (each for fragments in cut.updates for each in fragments):
+        stages[fragment.stage].late.update(fragment.takes)
     own = donated - _shared(stages, cut)
     built = [stages[f.stage].build(f, own, stages) for f in order]
     passes = {(p.fragment.kind, p.fragment.stage): p for p in built if p.fragment.kind != "update"}

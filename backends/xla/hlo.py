@@ -11,9 +11,10 @@ computation named after what it does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from types import MappingProxyType
 
 import numpy as np
 
@@ -37,6 +38,7 @@ _CALLED = re.compile(
 )
 _NAMED = re.compile(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] ?\{((?:'\w+',?)+)\}")
 _CHAIN = re.compile(r'chain_id="(\d+)"')
+_PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _ITEM = {"pred": 1, "s4": 1, "u4": 1, "c64": 8, "c128": 16, "bf16": 2}
 
@@ -51,13 +53,17 @@ class Found:
     count: int
 
 
-def collectives(text: str, mesh: Mesh) -> list[Found]:
-    """Every collective of the program with the number of times it runs per step."""
+def collectives(text: str, mesh: Mesh, often: Mapping[int, int] = MappingProxyType({})) -> list[Found]:
+    """Every collective of the program with the number of times it runs per step.
+
+    Args:
+        often: turns of a loop -> in how many of them what its branches do is done; by default in all.
+    """
     bodies = _computations(text)
-    runs = _runs(bodies)
+    runs = _runs(bodies, often)
     chains: set[str] = set()
     return [
-        Found(kind, _axes(groups, mesh), nbytes, runs[name])
+        Found(kind, _axes(kind, groups, mesh), nbytes, runs[name])
         for name, lines in bodies.items()
         if runs.get(name)
         for kind, groups, nbytes in _in_lines(_first_links(lines, chains), "all-reduce-scatter" in name)
@@ -77,19 +83,22 @@ def _computations(text: str) -> dict[str, list[str]]:
     return bodies
 
 
-def _runs(bodies: dict[str, list[str]]) -> dict[str, int]:
+def _runs(bodies: dict[str, list[str]], often: Mapping[int, int]) -> dict[str, int]:
     """How often each computation runs: trip counts multiply along calls from the entry."""
     entry = next(name for name in bodies if name.startswith("ENTRY "))
     runs: dict[str, int] = {}
-    stack = [(entry, 1)]
+    stack = [(entry, 1, 1)]
     while stack:
-        name, times = stack.pop()
+        name, times, turns = stack.pop()  # `turns` of the loop whose body this is
         runs[name] = runs.get(name, 0) + times
         for line in bodies[name]:
             trips = int(m[1]) if (m := _TRIPS.search(line)) else 1
+            branches = " conditional(" in line
+            taken = times * often[turns] // turns if branches and turns in often else times * trips
+            inside = trips if " while(" in line else 1 if branches else turns
             for called in _called(line):
                 if called in bodies:
-                    stack.append((called, times * trips))
+                    stack.append((called, taken, inside))
     return runs
 
 
@@ -145,11 +154,13 @@ def _item(kind: str) -> int:
 
 
 def _groups(rest: str) -> np.ndarray:
-    """replica_groups as rows of device numbers, from any of XLA's three notations.
+    """replica_groups, or who sends to whom, as rows of device numbers, from any of XLA's three notations.
 
     Lists `{{0,1},{2,3}}`; iotas `[2,2]<=[4]`; since jax 0.11 also names of a mesh,
     `mesh['x'=4,'y'=2] {'y'}`, devices numbered in row-major order.
     """
+    if match := _PAIRS.search(rest):
+        return np.array([[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", match[1])])
     if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", rest):
         return np.array(
             [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", match[1])]
@@ -170,11 +181,12 @@ def _groups(rest: str) -> np.ndarray:
     return np.zeros((0, 0), int)
 
 
-def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes along which the members of a group differ, if groups are whole sub-meshes."""
+def _axes(kind: str, groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes along which the members of a group differ, if groups are whole sub-meshes, or
+    those that a permute joins."""
     if groups.size == 0:
         return ()
     places = np.array(np.unravel_index(groups[0], mesh.shape)).T
     moving = [i for i in range(len(mesh.axes)) if len(set(places[:, i])) > 1]
     names = tuple(mesh.names[i] for i in moving)
-    return names if prod(mesh.shape[i] for i in moving) == groups.shape[1] else ()
+    return names if kind == "permute" or prod(mesh.shape[i] for i in moving) == groups.shape[1] else ()

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ...ir.blocks import fold
 from ...ir.errors import LoweringError
 from ...ir.layered import STAGES, layered
+from ...ir.mesh import STAGE
 from ...ir.microbatch import TimeAxis
 from ...ir.part_cuts import part_cuts
 from ...ir.plan import Pipeline, Plan
@@ -30,7 +31,7 @@ from ...ir.stages import cut_stages
 from .capture import Captured
 from .devices import on_cpus, options_for, partition_spec, place, processes_of, used_devices
 from .meetings import Meetings, named
-from .single import STAGE, SingleStep
+from .single import SingleStep
 from .spmd import LocalStep
 from .unstack import Unstacked
 

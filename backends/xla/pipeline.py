@@ -78,6 +78,7 @@ class LoweredPipeline:
             stage.zeros([v for values in totals.values() for v in values])
             for stage, totals in zip(self.stages, self.totals, strict=True)
         ]
+        self.late = [{v for p in programs for v in p.fragment.takes} for programs in zip(*self.rounds, strict=True)]
         self.parcels = self._parcels()
         self.copies: dict[tuple[int, int, tuple[int, ...]], Handover] = {}
 
@@ -372,7 +373,7 @@ class Run:
         self.lowered.peaks[rank] = max(self.lowered.peaks[rank], len(begun))
 
     def _settle(self) -> None:
-        """What the passes leave for the updates: totals, and values of each microbatch."""
+        """What the passes leave for the updates: totals, and values of each microbatch; the rest is let go of."""
         for stage, (steady, sums) in enumerate(zip(self.steady, self.sums, strict=True)):
             steady |= sums
             sums.clear()
@@ -381,6 +382,11 @@ class Run:
                     self.pieces[stage].setdefault(value, []).append(array)
                 flight.clear()
             steady |= {v: arrays[-1] for v, arrays in self.pieces[stage].items()}
+            late = self.lowered.late[stage]
+            for value in steady.keys() - late:
+                del steady[value]
+            for value in self.pieces[stage].keys() - late:
+                del self.pieces[stage][value]
 
     def _update(self, number: int, program: Program, results: list[Any]) -> None:
         fragment, stage, low = program.fragment, program.fragment.stage, self.lowered
@@ -401,6 +407,7 @@ class Run:
         given_up = [store[v] for v in program.donates]
         for value in fragment.drops:
             store.pop(value, None)
+            self.pieces[stage].pop(value, None)
         what = f"the update of stage {stage}"
         _, _, gives, sent, made = low.call(program, what, low.moments[stage][0], given_up, kept)
         store |= zip(fragment.gives, gives, strict=True)

@@ -24,11 +24,11 @@ from jax import lax
 
 from ...ir.graph import Op
 from ...ir.layered import Layered
+from ...ir.mesh import STAGE
 from ...ir.microbatch import TimeAxis
 from ...ir.sharding import Sharding, replicated
 from .spmd import JOIN, Held, LocalStep, Scope, jax_dtype, stacked, start
 
-STAGE = "stage"
 Values = dict[int, Any]  # value -> its local array
 OVER_STAGES: dict[str, Callable[..., Any]] = {"sum": lax.psum, "max": lax.pmax, "min": lax.pmin}
 

@@ -62,7 +62,7 @@ class Lifetimes:
     def counted(self, microbatches: int) -> Lifetimes:
         """The same lives with another microbatch count; both counts are above 1."""
         time = self.program.time
-        split = time.split if isinstance(time, TimeAxis) else {}
+        split = (time.split.keys() if isinstance(time, TimeAxis) else set()) - set(self.program.graph.inputs)
         fewer = self.microbatches / microbatches
         scale = {v: s * fewer if v in split else s for v, s in self.scale.items()}
         found = replace(self, microbatches=microbatches, scale=scale)
@@ -109,6 +109,27 @@ def lifetimes(program: Program, microbatches: int, roles: Mapping[int, str], sto
     return _Analysis(program, microbatches, roles, storage).run()
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """That an op reads a value, and the lives of a copy made for it, laid out as the op wants it.
+
+    The lives bear the number of the op's first result, as they are on devices that make that.
+    """
+
+    value: int
+    reader: str  # the op's tag
+    lives: tuple[Segment, ...]
+
+
+def readings(program: Program, storage: Storage, early: bool) -> list[Reading]:
+    """What top-level ops read.
+
+    Args:
+        early: copies of the program's inputs are made at its start.
+    """
+    return list(_Analysis(program, 1, {}, storage).readings(early))
+
+
 class _Analysis:
     def __init__(
         self, program: Program, microbatches: int, roles: Mapping[int, str], storage: Storage
@@ -136,6 +157,15 @@ class _Analysis:
         scale = {v: self._scale(v) for v in causes}
         copies = {v: source for v, source in self.copies.items() if v in causes and source in causes}
         return Lifetimes(self.program, self.microbatches, tuple(segments), ticks, causes, scale, copies)
+
+    def readings(self, early: bool) -> Iterator[Reading]:
+        self._tick()
+        inputs = set(self.graph.inputs) if early else set[int]()
+        for op, (start, end) in zip(self.graph.ops, self.bounds, strict=True):
+            result = op.outputs[0]
+            for v in dict.fromkeys(op.inputs):
+                now = (Segment(result, start, end, 1, 1),)
+                yield Reading(v, op.tag, tuple(self._until_read(result, 0, end, op.count)) if v in inputs else now)
 
     # ------------------------------------------------------------ ticks
 
@@ -231,6 +261,8 @@ class _Analysis:
             position = self.graph.inputs.index(value)
             count = self.graph.input_counts[position] if self.graph.input_counts else 1
             yield Segment(value, 0, last_tick, count, count)
+            for _ in range(int(self.storage.widths.get(value, 1.0)) - 1):
+                yield from self._until_read(value, 0, max(self.used[value], default=0), count)
             return
         start, end = self.defined[value], max(self.used[value], default=self.defined[value])
         if value not in self.position:
@@ -346,6 +378,8 @@ class _Analysis:
         )
 
     def _scale(self, value: int) -> float:
+        if value in self.graph.inputs:
+            return 1.0
         width = self.storage.widths.get(value, 1.0)
         if self.time is None:
             return width

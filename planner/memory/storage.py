@@ -85,6 +85,7 @@ class _Analysis:
         self.stored = frozenset(map(self.root, borders))
         self.known = frozenset(program.graph.constant_ids)
         self.inputs = frozenset(program.graph.inputs)
+        self.borders = (*program.graph.inputs, *program.graph.outputs)
         self._sources: dict[int, frozenset[int]] = {}
 
     def _join(self, op: Op) -> None:
@@ -196,12 +197,13 @@ class _Analysis:
         return self.cpu and self.types[value].dtype in NARROW
 
     def _widths(self) -> dict[int, float]:
-        """An operand of products alone is stored as f32; one that others read too, as both.
+        """An operand of products alone is stored as f32; one that others read too, or that comes in or goes out, as
+        both.
 
         What was gathered for products is widened at once, for all copies made of it, and what a
         loop takes slices of before the loop.
         """
-        products, others = set[int](), set[int]()
+        products, others = set[int](), {*map(self.root, self.borders)}
         for op in reversed(self.ops):
             gathered = op.kind == "copy" and self.maker.get(op.inputs[0], op).kind == "copy"
             if op.kind in CONTRACTIONS or (gathered and op.outputs[0] in products):

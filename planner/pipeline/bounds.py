@@ -39,10 +39,12 @@ class Bounds:
     spaces: dict[Shape, Space] = field(default_factory=dict)
 
     def holdings(self, policy: Policy, microbatches: int) -> Holdings:
-        key = policy, min(microbatches, 2)
+        key = policy, microbatches
         if key not in self._holdings:
-            self._holdings[key] = Holdings.of(self.choices.cut(policy, microbatches), microbatches, self.search.cluster)
-        return self._holdings[key].counted(microbatches)
+            alike = (h for (p, m), h in self._holdings.items() if p == policy and (m > 1) == (microbatches > 1))
+            found = next(alike, None) or Holdings.of(self.choices.cut(policy, microbatches), microbatches, self.search.cluster)
+            self._holdings[key] = found.counted(microbatches)
+        return self._holdings[key]
 
     _holdings: dict[tuple[Policy, int], Holdings] = field(default_factory=dict)
 

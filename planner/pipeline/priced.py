@@ -107,7 +107,7 @@ class Pricing:
         if 3 * old.stages * old.microbatches > LARGE:
             return None
         runs = [priced.runs(self.units, stage) for stage in range(old.stages)]
-        parts = (self.places[rank].memory.parts(runs[stage]) for stage, rank in enumerate(old.homes))
+        parts = (self.places[rank].memory.under(old, rank).parts(runs[stage]) for stage, rank in enumerate(old.homes))
         _, left, late = zip(*parts, strict=True)
         always = [peak - peak_held(old, rank, left, late) for rank, peak in enumerate(priced.peaks)]
         room = Held(left, late, [place.limit for place in self.places], always)
@@ -146,7 +146,7 @@ class Pricing:
         def fits(stage: int, first: int, last: int) -> bool:
             key = stage, runs_of(self.units, first, last)
             if key not in known:
-                peak, left, late = homes[stage].memory.parts(key[1])
+                peak, left, late = homes[stage].memory.under(schedule, stage).parts(key[1])
                 known[key] = peak + self._extra(schedule, stage, [left], [late]) <= homes[stage].limit
             return known[key]
 
@@ -160,7 +160,7 @@ class Pricing:
         return max(0.0, peak_held(schedule, rank, forward, kept) - sum(left))
 
     def _peak(self, schedule: Schedule, rank: int, runs: Sequence[Runs]) -> tuple[float, float]:
-        memory = self.places[rank].memory
+        memory = self.places[rank].memory.under(schedule, rank)
         mine = [memory.parts(runs[stage]) for stage in schedule.held[rank]]
         together = tuple(map(sum, zip(*(runs[stage] for stage in schedule.held[rank]), strict=True)))
         left = [size for _, size, _ in mine]

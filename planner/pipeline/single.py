@@ -1,7 +1,7 @@
 """A pipeline as a single program for all stages, priced, and what the host takes to dispatch the other way.
 
     single = ticks * (layers forward + back, and a hand-over each) + share * (front and back of the step)
-           + four exchanges of all microbatches' activations + updates         ticks = M + p - 1, share = ceil(M / p)
+           + exchanges between stages + updates                                ticks = M + p - 1, share = ceil(M / p)
     stages = the schedule, simulated, with the host's dispatch of every instruction
 
 In a tick all stages wait for the slowest. Front and back (embeddings, head and loss) are on every stage, which
@@ -12,11 +12,15 @@ Leaves out: what both ways do once per step on the host, to place arrays and to 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from math import ceil
+from typing import Literal
 
 from ...ir.errors import InfeasibleError, PlanError
+from ...ir.mesh import STAGE
+from ...ir.plan import Collective
 from ...ir.schedule import Schedule
 from ...ir.units import format_bytes
 from .priced import Place, Priced, Pricing
@@ -32,8 +36,8 @@ from .units import HALVES, Units, runs_of
 # stages, 26 values on 2 devices: 277 us, 334 by this. A later run of the benchmark, on the same shared machine, had 332
 # in place of 640 and 113 of 277 (benchmarks/pipeline_programs.py, 2 cores of a cloud host, jax 0.10.2, 2026-11-26).
 INSTRUCTION, SHARD = 230e-6, 2e-6
+_Kind = Literal["all_reduce", "all_gather", "all_to_all", "permute"]
 WHOLE = ("layer", *HALVES)  # what layers are made of
-EXCHANGES = 4  # of the front's results, what the back reads, and the gradients of both
 
 
 def with_dispatch(seconds: float, schedule: Schedule, shards: float, kind: str) -> float:
@@ -123,16 +127,71 @@ def price_single(pricing: Pricing, microbatches: int) -> Priced:
             where=f"a single program, {ticks} ticks of {stages} stages", fix="program=stages", needed_bytes=peak,
             limit_bytes=limit,
         )  # fmt: skip
-    sent = max(unit.sent for unit in each)
-    hop = max(pricing.sending(sent, place.first, place.end + place.devices) for place in places[:-1])
-    tick = max(_passes(each, runs) for runs in layers) + 2 * hop
-    exchange = EXCHANGES * pricing.sending(microbatches * sent, 0, pricing.cluster.size)
+    moved = exchanges(pricing, microbatches)
+    hop = moved[0].seconds / moved[0].count
     once = tuple(_once(each, with_ends(runs, ends)) for runs in layers)
     schedule = gpipe(stages, microbatches)
     seconds = tuple(_stage(each, runs, hop) for runs in layers)
-    total = ticks * tick + share * _passes(each, ends) + exchange + max(once)
+    passes = ticks * max(_passes(each, runs) for runs in layers) + share * _passes(each, ends)
+    total = passes + sum(item.seconds for item in moved) + max(once)
     run = simulate(pipeline_tasks(schedule, seconds))
     return Priced(schedule, firsts, seconds, once, peaks, (float(ticks),) * stages, run, total)
+
+
+def exchanges(pricing: Pricing, microbatches: int) -> list[Collective]:
+    """What each device exchanges with those of other stages; the hand-overs of the ticks come first.
+
+    Front and back run for a share of the microbatches on each stage: results of the front are gathered for the
+    layers, as gradients of the back, and those of the layers are dealt out. Their gradients are added up over stages.
+    """
+    units, places = pricing.units, pricing.places
+    stages, ticks = len(places), microbatches + len(places) - 1
+    sent = max(_sent(places[0], units.kinds[first - 1]) for first in even_firsts(units, stages)[1:])
+    hop = max(pricing.sending(sent, place.first, place.end + place.devices) for place in places[:-1])
+    every = ceil(microbatches / stages) * stages * sent
+
+    def item(kind: _Kind, nbytes: float, count: int, seconds: float, what: str, phase: str) -> Collective:
+        return Collective(
+            kind=kind, axes=(STAGE,), nbytes=nbytes, count=count, seconds=count * seconds, what=what, phase=phase
+        )
+
+    once = pricing.sending(every, 0, pricing.cluster.size)
+    found = [item("permute", sent, ticks, hop, f"microbatches to the {way} stage", phase)
+             for way, phase in (("next", "forward"), ("last", "backward"))]  # fmt: skip
+    found += [item("all_gather", every, 1, once, "results of the front", "forward"),
+              item("all_to_all", every, 1, once, "results of the layers", "forward"),
+              item("all_gather", every, 1, once, "gradients of the back", "backward"),
+              item("all_to_all", every, 1, once, "gradients of the layers", "backward")]  # fmt: skip
+    for nbytes, count in _sums(places[0], layer_runs(units, stages)[1]).items():
+        seconds = 2 * (stages - 1) / stages * nbytes
+        found.append(item("all_reduce", nbytes, count, pricing.sending(seconds, 0, pricing.cluster.size),
+                          "gradients of front and back", "backward"))  # fmt: skip
+    return found
+
+
+def once_alike(pricing: Pricing) -> set[str]:
+    """Tags of ops that run once per step on every stage: updates of front and back."""
+    units, cut = pricing.units, pricing.places[0].memory.holdings.cut
+    ends = {kind for kind, many in enumerate(layer_runs(units, len(pricing.places))[1]) if many}
+    found: tuple[set[str], set[str]] = set(), set()  # of layers, of ends
+    for fragments in cut.stages.updates:
+        for kind, fragment in enumerate(fragments):
+            found[kind in ends].update(op.tag for op in fragment.ops)
+    return found[True] - found[False]
+
+
+def _sent(place: Place, kind: int) -> float:
+    """Bytes that one device hands to the next stage per microbatch, as they travel."""
+    memory = place.memory
+    return sum(memory.travelling(value) for value in memory.holdings.cut.crossing(kind))
+
+
+def _sums(place: Place, ends: Runs) -> Counter[float]:
+    """Bytes of one device's part -> how many sums over microbatches of front and back have so many."""
+    memory = place.memory
+    owners, ours = memory.holdings.cut.owners, {kind for kind, many in enumerate(ends) if many}
+    totals = [v for v in memory.holdings.passes.totals if owners[v] <= ours]
+    return Counter(memory.held_bytes(v) for v in totals)
 
 
 def _stage(each: Sequence[UnitSeconds], runs: Runs, hop: float) -> StageSeconds:

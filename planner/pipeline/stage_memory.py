@@ -3,32 +3,32 @@
     peak = the stage's layers with one microbatch on its way
          + (held - 1) * what one microbatch's forward pass leaves for later
 
-The first are lives as without a pipeline, but for what a forward pass leaves: each pass is a program of its own, which
-makes all of that from its start, and takes all of it to its end.
+The first are lives as `passes` finds them, with copies of operands that are brought to another layout, and what the
+stage takes from others and hands on.
 
 Lives are worked out once per program, repeated layers counted as `MANY`, and read off for any number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from ...ir.cluster import Cluster
-from ...ir.graph import Op
 from ...ir.microbatch import TimeAxis
 from ...ir.program import Program
-from ...ir.roles import roles
+from ...ir.schedule import Schedule
+from ...ir.sharding import reshard
 from ..memory.ledger import Ledger
-from ..memory.lifetimes import Lifetimes, Segment, lifetimes, ticks_of
-from ..memory.storage import as_xla
+from ..memory.lifetimes import Lifetimes, Segment
 from ..solver.live import Demand
-from ..space import Space
-from .unit_costs import all_bytes, local_bytes
-from .units import MANY, Cut, counted_as_many
+from ..space import Space, Transfer
+from .passes import Passes
+from .unit_costs import all_bytes, chosen_layouts, local_bytes
+from .units import MANY, Cut
 
 Runs = tuple[int, ...]  # how many units of each kind a stage has
 
@@ -39,20 +39,28 @@ class Holdings:
 
     cut: Cut
     lives: Lifetimes
+    passes: Passes
 
     @classmethod
     def of(cls, cut: Cut, microbatches: int, cluster: Cluster) -> Holdings:
-        program = cut.program
-        many = replace(program, graph=counted_as_many(program.graph, cut.units))
-        lives = lifetimes(many, microbatches, roles(program.graph), as_xla(program, cluster.device.kind))
-        return cls(cut, _in_passes(cut, lives))
+        """With gradients of weights in the backward pass."""
+        passes = Passes(cut, microbatches, cluster.device.kind, splits=False)
+        return cls(cut, passes.lives, passes)
+
+    @cached_property
+    def apart(self) -> Holdings:
+        """With gradients of weights in passes of their own."""
+        passes = Passes(self.cut, self.lives.microbatches, self.passes.kind, splits=True)
+        return Holdings(self.cut, passes.lives, passes)
 
     def counted(self, microbatches: int) -> Holdings:
         """The same with another number of microbatches; both above 1, or equal."""
         if microbatches == self.lives.microbatches:
             return self
-        found = Holdings(self.cut, self.lives.counted(microbatches))
+        found = replace(self, lives=self.lives.counted(microbatches))
         found.__dict__["owned"] = self.owned  # who holds what does not depend on it
+        if not self.passes.splits:
+            found.__dict__["apart"] = self.apart.counted(microbatches)
         return found
 
     @property
@@ -63,11 +71,12 @@ class Holdings:
     @cached_property
     def owned(self) -> np.ndarray:
         """Shape (segments, kinds): which kinds of units hold the value; all of them where nobody does."""
-        found = np.ones((len(self.lives.segments), len(self.cut.units.names)), bool)
-        for i, each in enumerate(self.lives.segments):
-            if kinds := self.cut.owners.get(each.value):
-                found[i] = [kind in kinds for kind in range(found.shape[1])]
-        return found
+        return self.owners(each.value for each in self.lives.segments)
+
+    def owners(self, values: Iterable[int]) -> np.ndarray:
+        kinds, everyone = range(len(self.cut.units.names)), frozenset(range(len(self.cut.units.names)))
+        found = [self.cut.owners.get(value) or everyone for value in values]
+        return np.array([[kind in owning for kind in kinds] for owning in found], bool).reshape(-1, len(kinds))
 
     def weights(self, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
         """Of each segment on a stage, as the first and as the last of its layers runs."""
@@ -75,12 +84,18 @@ class Holdings:
         many = np.where(self.owned, np.array(runs), 0).max(axis=1)
         return _counted(first, many), _counted(last, many)
 
-    def of_stage(self, runs: Runs) -> Lifetimes:
+    def in_programs(self, runs: Runs) -> Lifetimes:
         """The lives on a stage, one microbatch at a time."""
         weights = zip(*self.weights(runs), strict=True)
         pairs = zip(self.lives.segments, weights, strict=True)
         kept = [replace(s, first=int(first), last=int(last)) for s, (first, last) in pairs if first or last]
         return replace(self.lives, segments=tuple(kept))
+
+    def of_stage(self, runs: Runs) -> Lifetimes:
+        """The least of them, be backward passes one program or two: as two, but for what the second waits for."""
+        lives, programs = self.apart.in_programs(runs), self.apart.passes.programs
+        waits = programs[2][0], programs[3][1]
+        return replace(lives, segments=tuple(s for s in lives.segments if (s.start, s.end) != waits))
 
     def left(self, runs: Runs, late: bool = False) -> dict[int, int]:
         """Value -> how many of it one microbatch leaves on a stage; with `late`, of what waits for weight passes."""
@@ -106,44 +121,38 @@ class Holdings:
         return found
 
 
-def _in_passes(cut: Cut, lives: Lifetimes) -> Lifetimes:
-    """What forward passes leave lives from the first forward op to the last one of the backward pass.
-
-    That is stored, also what within one program would be made again or be part of another value.
-    """
-    inside = [each for op, each in _ticks(lives) if cut.passes.get(op.tag, "once") != "once"]
-    graph, split = cut.program.graph, _split(cut.program) if lives.microbatches > 1 else {}
-    left = {v for kind in range(len(cut.units.names)) for v in cut.saved(kind)} - set(graph.inputs)
-    if not inside or not left:
-        return lives
-    start, end = inside[0][0], max(last for _, last in inside)
-    many = {v: op.count for op in lives.program.graph.ops for v in op.outputs if v in left}
-    held = [Segment(v, start, end, many.get(v, 1), many.get(v, 1)) for v in left]
-    others = [each for each in lives.segments if each.value not in left]
-    later = [replace(s, start=max(s.start, end + 1)) for s in lives.segments if s.value in left and s.end > end]
-    return replace(
-        lives, segments=(*others, *held, *later),
-        causes=dict.fromkeys(left, "activations") | lives.causes,
-        scale={v: 1 / lives.microbatches if v in split else 1.0 for v in left} | lives.scale,
-    )  # fmt: skip
-
-
 def _split(program: Program) -> Mapping[int, int]:
     return program.time.split if isinstance(program.time, TimeAxis) else {}
-
-
-def _ticks(lives: Lifetimes) -> Iterator[tuple[Op, tuple[int, int]]]:
-    """Each op of the program and its first and last tick."""
-    tick = 1
-    for op in lives.program.graph.ops:
-        long = ticks_of(op)
-        yield op, (tick, tick + long - 1)
-        tick += long
 
 
 def _counted(weight: np.ndarray, many: np.ndarray) -> np.ndarray:
     """Weights of `MANY` layers (or one fewer) as those of so many."""
     return np.where(weight >= MANY - 1, np.maximum(0, many - (MANY - weight)), np.minimum(weight, many))
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Lives under one solution, one a row: ticks, weights as of `MANY` layers, local bytes, kinds of units, cause."""
+
+    start: np.ndarray
+    end: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    sizes: np.ndarray
+    owned: np.ndarray
+    causes: tuple[str, ...]
+
+    def alive(self, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of each row on a stage, as the first and as the last of its layers runs."""
+        many = np.where(self.owned, np.array(runs), 0).max(axis=1)
+        return self.sizes * _counted(self.first, many), self.sizes * _counted(self.last, many)
+
+    def profile(self, nbytes: np.ndarray) -> np.ndarray:
+        """Their sum at each tick."""
+        total = np.zeros(int(self.end.max()) + 2)
+        np.add.at(total, self.start, nbytes)
+        np.add.at(total, self.end + 1, -nbytes)
+        return np.cumsum(total)[:-1]
 
 
 @dataclass(eq=False)
@@ -154,23 +163,119 @@ class StageMemory:
     space: Space
     choices: Sequence[int]
     _peaks: dict[Runs, tuple[float, float, float]] = field(default_factory=dict)
+    _borders: dict[int, np.ndarray] = field(default_factory=dict)
 
     @cached_property
-    def _sizes(self) -> np.ndarray:
-        nbytes = Ledger(self.space, self.holdings.lives).local_bytes(tuple(self.choices))
-        return np.array([nbytes[each.value] for each in self.holdings.lives.segments])
+    def _apart(self) -> StageMemory:
+        return StageMemory(self.holdings.apart, self.space, self.choices)
+
+    def under(self, schedule: Schedule, rank: int) -> StageMemory:
+        """With the passes that a rank has in a schedule. No stage waits for gradients of the first one, where all are
+        made in one pass."""
+        return self._apart if schedule.splits and 0 not in schedule.held[rank] else self
+
+    @cached_property
+    def _table(self) -> _Table:
+        holdings, lives = self.holdings, self.holdings.lives
+        moved, handed = list(self._moved()), list(holdings.passes.handed)
+        segments = (*lives.segments, *(each for each, _ in (*moved, *handed)))
+        names = ["moved"] * len(moved) + ["handed over"] * len(handed)
+        causes = *(lives.causes[each.value] for each in lives.segments), *names
+        columns = [(each.start, each.end, each.first, each.last) for each in segments]
+        sizes = [*self._sizes(), *(size for _, size in moved)]
+        sizes += [local_bytes(self.space, self.choices, each.value) for each, _ in handed]
+        owned = holdings.owners(each.value for each in segments)
+        for row, (_, kind) in enumerate(handed, start=len(segments) - len(handed)):
+            owned[row] = np.arange(owned.shape[1]) == kind
+        start, end, first, last = np.array(columns, np.int64).T
+        return _Table(start, end, first, last, np.array(sizes), owned, causes)
+
+    def _sizes(self) -> Iterator[float]:
+        """Of each life. What is prepared in one layout twice is one array between programs, of which each makes wider
+        copies of its own. A copy that another program leaves as a result is an array."""
+        lives, passes = self.holdings.lives, self.holdings.passes
+        nbytes = Ledger(self.space, lives).local_bytes(tuple(self.choices))
+        seen = {(s.value, self.layout(s.value)) for s in lives.segments[: passes.held] if s.value not in passes.copies}
+        for i, each in enumerate(lives.segments):
+            v, held = each.value, i < passes.held
+            key = self.origin(v), self.layout(v)
+            if held and v in passes.copies and key in seen:
+                yield 0.0
+            elif v in lives.copies and (held or v in passes.copies):
+                yield local_bytes(self.space, self.choices, v)
+            else:
+                yield nbytes[v]
+            seen.update([key] if held else [])
+
+    def origin(self, copy: int) -> int:
+        """What a prepared copy is made of, through copies that lie alike; or what lies as it does; or itself."""
+        copies, layout = self.holdings.passes.copies, self.layout(copy)
+        while copy in copies and self.layout(copies[copy]) == layout:
+            copy = copies[copy]
+        return copies.get(copy, copy)
+
+    def layout(self, value: int) -> int:
+        home = self.space.homes[self.space.program.value_tags[value]]
+        return int(home.layouts[self.choices[home.node] if home.node is not None else 0])
+
+    def _moved(self) -> Iterator[tuple[Segment, float]]:
+        """Operands brought to another layout, one copy for all ops of a program that want the same, and its bytes."""
+        tags, layouts = self.space.program.value_tags, self.space.layouts
+        items: dict[tuple[str, str], list[Transfer]] = {}
+        for item in self.space.transfers:
+            items.setdefault((item.source, item.reader), []).append(item)
+        for program in self.holdings.passes.readings:
+            found: dict[tuple[int, int], list[tuple[float, Sequence[Segment]]]] = {}
+            for each in program:
+                for item in items.get((tags[each.value], each.reader), ()):
+                    have, wanted = chosen_layouts(item, self.choices)
+                    if have != wanted:
+                        size = item.nbytes / float(layouts.ways(np.array([wanted]))[0])
+                        size *= self._parts_too(have, wanted)
+                        found.setdefault((each.value, wanted), []).append((size, each.lives))
+            for same in found.values():
+                size, longest = max(same, key=lambda pair: pair[1][-1].end)
+                start = min(lives[0].start for _, lives in same)
+                yield from ((each, size) for each in (replace(longest[0], start=start), *longest[1:]))
+
+    def _parts_too(self, have: int, wanted: int) -> int:
+        """XLA's CPU backend exchanges parts, each an array: those given with those taken, then these with the whole
+        that is put together of them (seen in buffers of compiled programs, jax 0.10.2)."""
+        known = self.space.layouts.known
+        steps = reshard(known[have], known[wanted]) if self.holdings.passes.kind == "cpu" else ()
+        return 2 if any(step.kind == "all_to_all" for step in steps or ()) else 1
+
+    def travelling(self, value: int) -> float:
+        """Bytes of one microbatch's part on one device when it travels."""
+        return self.space.bytes_of(value) / float(self.space.layouts.ways(np.array([self.layout(value)]))[0])
+
+    def held_bytes(self, value: int) -> float:
+        """Bytes of one device's part of what microbatches add up."""
+        return local_bytes(self.space, self.choices, value) * self.holdings.lives.scale[value]
+
+    def _profiles(self, runs: Runs) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """As the first and as the last of a stage's layers runs: bytes of each row, and at each tick all of them, and
+        those of what comes from other stages and goes to them."""
+        table, border = self._table, self._border(runs)
+        return [(nbytes, table.profile(nbytes) + border, border) for nbytes in table.alive(runs)]
+
+    def _border(self, runs: Runs) -> np.ndarray:
+        kinds, total = np.flatnonzero(runs), np.zeros(self.holdings.lives.ticks + 1)
+        for kind in dict.fromkeys((int(kinds[0]), int(kinds[-1]))):
+            if kind not in self._borders:
+                passes, found = self.holdings.passes, np.zeros(total.size)
+                for each in (*passes.border(kind, "forward"), *passes.border(kind, "backward")):
+                    size = local_bytes(self.space, self.choices, each.value)
+                    found[each.start] += size
+                    found[each.end + 1] -= size
+                self._borders[kind] = found
+            total += self._borders[kind]
+        return np.cumsum(total)[:-1]
 
     def parts(self, runs: Runs) -> tuple[float, float, float]:
         """Peak with one microbatch; bytes that one leaves behind; of these, what waits for weight passes."""
         if runs not in self._peaks:
-            lives = self.holdings.lives
-            _, start, end, _, _ = lives.arrays
-            most = 0.0
-            for weight in self.holdings.weights(runs):
-                total = np.zeros(lives.ticks + 1)
-                np.add.at(total, start, self._sizes * weight)
-                np.add.at(total, end + 1, -self._sizes * weight)
-                most = max(most, float(np.cumsum(total)[:-1].max()))
+            most = max(float(total.max()) for _, total, _ in self._profiles(runs))
             left, late = (
                 sum(n * local_bytes(self.space, self.choices, v) for v, n in self.holdings.left(runs, when).items())
                 for when in (False, True)
@@ -178,11 +283,18 @@ class StageMemory:
             self._peaks[runs] = most, left, late
         return self._peaks[runs]
 
+    def held(self, runs: Runs, microbatches: float) -> float:
+        """Peak with so many microbatches on their way."""
+        most, left, _ = self.parts(runs)
+        return most + (microbatches - 1) * left
+
     def by_cause(self, runs: Runs, held: float) -> dict[str, float]:
-        """The peak's bytes by cause."""
-        lives = self.holdings.of_stage(runs)
-        ledger = Ledger(self.space, lives)
-        _, at = ledger.peak(ledger.local_bytes(tuple(self.choices)))
-        found = ledger.by_cause(tuple(self.choices), at)
+        """The peak's bytes by cause, the largest first."""
+        fullest, total, border = max(self._profiles(runs), key=lambda each: each[1].max())
+        table, tick = self._table, int(total.argmax())
+        found = {"handed over": float(border[tick])}
+        for i in np.flatnonzero((table.start <= tick) & (tick <= table.end)):
+            found[table.causes[i]] = found.get(table.causes[i], 0.0) + float(fullest[i])
+        found = dict(sorted(found.items(), key=lambda each: -each[1]))
         found["microbatches in flight"] = (held - 1) * self.parts(runs)[1]
         return {cause: size for cause, size in found.items() if size}

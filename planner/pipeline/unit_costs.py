@@ -13,7 +13,7 @@ import numpy as np
 
 from ...ir.graph import Op
 from ...ir.microbatch import TimeAxis
-from ..space import Space
+from ..space import Space, Transfer
 from .units import Cut
 
 
@@ -55,16 +55,11 @@ class _Seconds:
         """(source, reader) -> seconds of one run of the layout changes between them."""
         found: dict[tuple[str, str], float] = defaultdict(float)
         for item in self.space.transfers:
-            reader = item.consumer if item.consumer is not None else item.producer
-            have = item.have[self._chosen(item.producer, item.have)]
-            wanted = item.wanted[self._chosen(reader, item.wanted)]
+            have, wanted = chosen_layouts(item, self.choices)
             if have != wanted:
                 table = self.space.layouts.seconds(np.array([have]), np.array([wanted]), item.nbytes, item.phase)
                 found[item.source, item.reader] += float(table[0, 0])
         return found
-
-    def _chosen(self, node: int | None, table: np.ndarray) -> int:
-        return 0 if node is None or len(table) == 1 else self.choices[node]
 
     def _unit(self, kind: int) -> UnitSeconds:
         sums: dict[str, float] = defaultdict(float)
@@ -102,6 +97,16 @@ class _Seconds:
 
     def _bytes(self, values: Iterable[int]) -> float:
         return sum(local_bytes(self.space, self.choices, v) for v in values)
+
+
+def chosen_layouts(item: Transfer, choices: Sequence[int]) -> tuple[int, int]:
+    """The layout that a value has, and the one that its reader wants."""
+    reader = item.consumer if item.consumer is not None else item.producer
+    have, wanted = (
+        table[0 if node is None or len(table) == 1 else choices[node]]
+        for table, node in ((item.have, item.producer), (item.wanted, reader))
+    )
+    return int(have), int(wanted)
 
 
 def local_bytes(space: Space, choices: Sequence[int], value: int) -> float:

@@ -44,7 +44,7 @@ def limited(space: Space, holdings: Holdings, watched: Sequence[Watched], limit:
     demands: list[Demand] = []
     limits: list[np.ndarray] = []
     for stage in watched:
-        ledger = Ledger(space, holdings.of_stage(stage.runs))
+        ledger = Ledger(space, holdings.in_programs(stage.runs))
         shift = sum(each.size for each in limits)
         demands += [replace(d, first=d.first + shift, last=d.last + shift) for d in ledger.demands(found)]
         flying = holdings.demands(space, stage.runs, stage.held, shift)

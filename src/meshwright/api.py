@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from .backends.xla.audit import Audit, audit
+from .backends.xla.audit import Audit, audit, audit_single
 from .backends.xla.audit_pipeline import audit_pipeline
 from .backends.xla.capture import Binding, Captured, convert
 from .backends.xla.lower import AnyLowered, OtherShapes
@@ -232,16 +232,9 @@ class RunningStep:
         return self.lowered.plan
 
     def audit(self) -> Audit:
-        """Predicted against compiled communication and memory.
-
-        Raises:
-            LoweringError: the plan runs a pipeline as a single program.
-        """
+        """Predicted against compiled communication and memory."""
         if isinstance(self.lowered, LoweredSingle):
-            raise LoweringError(
-                "a single program for all stages cannot be audited: how often its branches run is not in its text.",
-                where=f"plan `{self.plan.name}`", fix="hlo() for the text, or a plan with program=stages",
-            )  # fmt: skip
+            return audit_single(self.lowered)
         return audit_pipeline(self.lowered) if isinstance(self.lowered, LoweredPipeline) else audit(self.lowered)
 
     def hlo(self) -> str:

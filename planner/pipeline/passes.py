@@ -1,0 +1,236 @@
+"""Lives of the values of a pipeline's stage, where each pass is a program of its own.
+
+    prepare    state, casts and gathered weights
+    forward    for one microbatch; what it leaves for the backward pass is among its results
+    backward   with the gradients of weights; or without, and those are made in a pass of their own
+    update     once per step; in rounds, with an exchange after each, where gradients are clipped by their norm
+
+A program has all of its arguments to its end and all of its results from its start; what lies between is found as for
+any program. So one timeline holds them one after another, and the lives of what goes from one to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+from ...ir.graph import ITEM_BYTES, Graph
+from ...ir.microbatch import TimeAxis
+from ...ir.program import Program
+from ...ir.roles import roles
+from ..memory.lifetimes import Lifetimes, Reading, Segment, lifetimes, readings
+from ..memory.storage import NARROW, as_xla
+from .units import Cut, counted_as_many
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A program of all kinds of units, as part of the timeline that begins at tick `start`."""
+
+    program: Program
+    lives: Lifetimes
+    readings: list[Reading]
+    start: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.lives.ticks - 1
+
+    def later(self, each: Segment) -> Segment:
+        return replace(each, start=each.start + self.start, end=each.end + self.start)
+
+
+@dataclass(eq=False)
+class Passes:
+    """The passes of a program that is cut into units, its repeated layers counted as many, on a kind of device."""
+
+    cut: Cut
+    microbatches: int
+    kind: str
+    splits: bool  # whether gradients of weights have a pass of their own
+
+    def __post_init__(self) -> None:
+        self.graph: Graph = counted_as_many(self.cut.program.graph, self.cut.units)
+        self.phases = self.cut.program.phases
+        time = self.cut.program.time
+        self.time = time if isinstance(time, TimeAxis) and self.microbatches > 1 else None
+        self.totals = frozenset(self.time.totals if self.time else ()) & self._read_after
+        self.many = {v: op.count for op in self.graph.ops for v in op.outputs}
+        self.parts = self._parts()
+
+    @cached_property
+    def _ops(self) -> list[list[int]]:
+        """Positions of the ops of each pass."""
+        stages = self.cut.stages
+        backward = [stages.backward, stages.weight] if self.splits else [(*stages.backward, *stages.weight)]
+        programs = (stages.prepare, stages.forward, *backward, *stages.updates)
+        tags = [{op.tag for f in program for op in f.ops} for program in programs]
+        tags[self._first_update] |= {op.tag for ops in self.cut.unread.values() for op in ops}
+        return [[k for k, op in enumerate(self.graph.ops) if op.tag in part] for part in tags]
+
+    @property
+    def _first_update(self) -> int:
+        return 4 if self.splits else 3
+
+    @cached_property
+    def _reads(self) -> list[set[int]]:
+        return [{v for k in ops for v in self.graph.ops[k].inputs} for ops in self._ops]
+
+    @cached_property
+    def _makes(self) -> list[set[int]]:
+        return [{v for k in ops for v in self.graph.ops[k].outputs} for ops in self._ops]
+
+    @property
+    def _read_after(self) -> set[int]:
+        """Values that the passes make for the updates."""
+        late = self._first_update
+        read = set(self.graph.outputs).union(*self._reads[late:])
+        return read & set[int]().union(*self._makes[1:late])
+
+    @cached_property
+    def _last(self) -> dict[int, int]:
+        """Value that a pass makes for a later one -> the last that reads it."""
+        found: dict[int, int] = {}
+        made = set[int]()
+        for number, (reads, makes) in enumerate(zip(self._reads, self._makes, strict=True)):
+            found.update(dict.fromkeys(reads & made - makes, number))
+            made |= makes
+        return found | {v: len(self._ops) - 1 for v in self.graph.outputs if v in made}
+
+    def _parts(self) -> list[_Pass]:
+        found: list[_Pass] = []
+        for number, positions in enumerate(self._ops):
+            program = self._program(number, positions)
+            storage = as_xla(program, self.kind)
+            start = found[-1].end + 1 if found else 0
+            reads = readings(program, storage, self.kind == "cpu")
+            found.append(_Pass(program, lifetimes(program, 1, {}, storage), reads, start))
+        return found
+
+    def _program(self, number: int, positions: list[int]) -> Program:
+        graph, reads, makes = self.graph, self._reads[number], self._makes[number]
+        inputs = tuple(sorted(reads - makes - graph.constant_ids))
+        outputs = tuple(sorted((makes & self._last.keys()) - self.totals))
+        counts = dict(zip(graph.inputs, graph.input_counts, strict=True)) if graph.input_counts else {}
+        state = [(graph.inputs[i], graph.outputs[o], i in graph.donated) for i, o in graph.state]
+        renewed = [(inputs.index(a), outputs.index(b), d) for a, b, d in state if a in inputs and b in outputs]
+        small = replace(
+            graph, ops=tuple(graph.ops[k] for k in positions), inputs=inputs, outputs=outputs,
+            input_names=(), output_names=(), input_tags=(),
+            input_counts=tuple(counts.get(v, self.many.get(v, 1)) for v in inputs),
+            state=tuple((a, b) for a, b, _ in renewed), donated=frozenset(a for a, _, d in renewed if d),
+        )  # fmt: skip
+        return Program(small, tuple(self.phases[k] for k in positions), self.cut.program.time)
+
+    # ------------------------------------------------------------ the timeline
+
+    @property
+    def programs(self) -> list[tuple[int, int]]:
+        """The first and the last tick of each pass."""
+        return [(part.start, part.end) for part in self.parts]
+
+    def border(self, kind: int, name: Literal["forward", "backward"]) -> Iterator[Segment]:
+        """What the first unit of a stage takes from the stage before, and hands on to it in the backward pass; or the
+        last unit, the other way round. A program has what it takes to its end, and on CPUs narrow floats as f32 too.
+        """
+        number = 1 if name == "forward" else 2
+        here = self.parts[number]
+        fragments = getattr(self.cut.stages, name)
+        taken = {v for each in fragments for v, to in each.sends if to == kind}
+        given = {v for v, _ in fragments[kind].sends} - self._last.keys()
+        again = self.cut.received(kind) if name == "forward" else ()
+        ends = {v: self.parts[self._last[v]].end if v in again else here.end for v in (*taken, *given)}
+        wide = self.kind == "cpu"
+        for v, end in ends.items():
+            yield Segment(v, here.start, end, 1, 1)
+            if wide and v in taken and self.graph.types[v].dtype in NARROW:
+                yield from [Segment(v, here.start, here.end, 1, 1)] * 2
+
+    @property
+    def handed(self) -> Iterator[tuple[Segment, int]]:
+        """What updates hand to other units, and a kind of unit: that which has it as a result of a round, and that
+        which gets it, until it is read for the last time."""
+        for part, fragments in zip(self.parts[self._first_update :], self.cut.stages.updates, strict=True):
+            for kind, fragment in enumerate(fragments):
+                for value, to in fragment.sends:
+                    last = self.parts[self._last[value]] if value in self._last else part
+                    yield Segment(value, part.start, part.end, 1, 1), kind
+                    yield Segment(value, part.start, max(part.end, last.end), 1, 1), to
+
+    @property
+    def lives(self) -> Lifetimes:
+        """Of one microbatch; the first `held` segments are of what is kept from program to program."""
+        graph, parts, crossing = self.graph, self.parts, self.crossing
+        inside = [each for part in parts for each in self._inside(part)]
+        counts = graph.input_counts or (1,) * len(graph.inputs)
+        ticks = parts[-1].end + 1
+        whole = [Segment(v, 0, ticks - 1, count, count) for v, count in zip(graph.inputs, counts, strict=True)]
+        made = zip(reversed(parts), reversed(self._makes), strict=True)
+        causes = {v: cause for part, makes in made for v, cause in part.lives.causes.items() if v in makes}
+        names = roles(self.cut.program.graph)
+        causes |= {v: names.get(k, "inputs") for k, v in enumerate(graph.inputs)}
+        causes = {each.value: "activations" for each in crossing} | causes
+        segments = (*whole, *crossing, *inside)
+        scale = {each.value: self._scale(each.value) for each in segments}
+        copies = {c: s for part in parts for c, s in part.lives.copies.items()}
+        return Lifetimes(
+            replace(self.cut.program, graph=graph), self.microbatches, segments, ticks, causes, scale, copies
+        )
+
+    @cached_property
+    def copies(self) -> dict[int, int]:
+        """Copies that are prepared, and what they show if their layout is the same."""
+        ops = (self.graph.ops[k] for k in self._ops[0])
+        return {op.outputs[0]: op.inputs[0] for op in ops if op.kind == "copy"}
+
+    @property
+    def held(self) -> int:
+        return len(self.graph.inputs) + len(self.crossing)
+
+    @cached_property
+    def crossing(self) -> list[Segment]:
+        """What a pass makes for later ones, or what microbatches add up, of all layers."""
+        return [*self._sums(), *self._handed_on()]
+
+    def _sums(self) -> Iterator[Segment]:
+        for v in sorted(self.totals):
+            yield Segment(v, 0, self.parts[-1].end, self.many[v], self.many[v])
+
+    def _handed_on(self) -> Iterator[Segment]:
+        for number, part in enumerate(self.parts):
+            for v in part.program.graph.outputs:
+                if v in self._makes[number] and not self._renewed(part, v):
+                    yield Segment(v, part.start, self.parts[self._last[v]].end, self.many[v], self.many[v])
+
+    @staticmethod
+    def _renewed(part: _Pass, value: int) -> bool:
+        """New state is written over donated old state."""
+        graph = part.program.graph
+        return any(graph.outputs[o] == value for i, o in graph.state if i in graph.donated)
+
+    def _inside(self, part: _Pass) -> Iterator[Segment]:
+        """Lives within one program: of arguments and results only those of wider copies."""
+        graph = part.program.graph
+        inputs, outputs = set(graph.inputs), set(graph.outputs)
+        own = set(inputs)  # whose first life is that of the argument itself
+        for each in part.lives.segments:
+            width = int(part.lives.scale[each.value])
+            copies = width - 1 if each.value in outputs else 1 if each.value in inputs | self.totals else width
+            yield from [part.later(each)] * (copies if each.value not in own else 0)
+            own.discard(each.value)
+
+    def _scale(self, value: int) -> float:
+        if self.time is None or value in self.graph.inputs:
+            return 1.0
+        if value in self.totals:
+            return max(1.0, 4 / max(1, ITEM_BYTES[self.graph.types[value].dtype]))
+        return 1 / self.microbatches if value in self.time.split else 1.0
+
+    @cached_property
+    def readings(self) -> list[list[Reading]]:
+        """Of each pass."""
+        return [
+            [replace(each, lives=tuple(map(part.later, each.lives))) for each in part.readings] for part in self.parts
+        ]
