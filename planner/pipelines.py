@@ -15,7 +15,6 @@ All stages have equal meshes. The bound of a shape assumes stages of exactly equ
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, count, islice, zip_longest
@@ -162,11 +161,9 @@ class Pipelines:
         return sum(len(self.counts_left.get(family, "?")) for bound, _, _, family in self.open if bound < enough)
 
     def _counts_of(self, family: Shape) -> list[int]:
-        """Those not looked at yet, of counts with room: more microbatches never need more."""
+        """Those not looked at yet, of counts with room."""
         if family not in self.counts_left:
-            counts, hopeless = self.choices.counts, self.bounds.hopeless
-            least = bisect_left(counts, 1, key=lambda many: not hopeless(replace(family, microbatches=many)))
-            self.counts_left[family] = list(counts[least:])
+            self.counts_left[family] = self.bounds.with_room(family)
         return self.counts_left[family]
 
     def _carried(self, family: Shape, many: int) -> float:

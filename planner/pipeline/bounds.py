@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from math import inf
 from typing import TYPE_CHECKING
@@ -42,8 +43,8 @@ class Bounds:
         key = policy, microbatches
         if key not in self._holdings:
             alike = (h for (p, m), h in self._holdings.items() if p == policy and (m > 1) == (microbatches > 1))
-            found = next(alike, None) or Holdings.of(self.choices.cut(policy, microbatches), microbatches, self.search.cluster)
-            self._holdings[key] = found.counted(microbatches)
+            cut, cluster = self.choices.cut(policy, microbatches), self.search.cluster
+            self._holdings[key] = (next(alike, None) or Holdings.of(cut, microbatches, cluster)).counted(microbatches)
         return self._holdings[key]
 
     _holdings: dict[tuple[Policy, int], Holdings] = field(default_factory=dict)
@@ -71,6 +72,15 @@ class Bounds:
     def hopeless(self, shape: Shape) -> bool:
         """Whether a shape fits in no way."""
         return self._crowded(shape, 1.0) or self._least_of_layers(shape) > self.search.limit
+
+    def with_room(self, family: Shape) -> list[int]:
+        """The microbatch counts of a family that are not hopeless: more microbatches never need more."""
+        counts, limit = self.choices.counts, self.search.limit
+        shapes = [replace(family, microbatches=many) for many in counts]
+        first = bisect_left(shapes, True, key=lambda shape: not self._crowded(shape, 1.0))
+        if first < len(counts) and self._least_of_layers(shapes[first]) > limit:
+            first = bisect_left(shapes, True, first + 1, key=lambda shape: self._least_of_layers(shape) <= limit)
+        return list(counts[first:])
 
     def least(self, shape: Shape) -> float:
         """Bytes per device that a shape needs at least, however everything lies."""

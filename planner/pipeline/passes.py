@@ -11,10 +11,12 @@ any program. So one timeline holds them one after another, and the lives of what
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
+
+import numpy as np
 
 from ...ir.graph import ITEM_BYTES, Graph
 from ...ir.microbatch import TimeAxis
@@ -58,7 +60,22 @@ class Passes:
         self.time = time if isinstance(time, TimeAxis) and self.microbatches > 1 else None
         self.totals = frozenset(self.time.totals if self.time else ()) & self._read_after
         self.many = {v: op.count for op in self.graph.ops for v in op.outputs}
-        self.parts = self._parts()
+
+    @cached_property
+    def apart(self) -> Passes:
+        """With gradients of weights in a pass of their own."""
+        return Passes(self.cut, self.microbatches, self.kind, splits=True)
+
+    @cached_property
+    def owned(self) -> np.ndarray:
+        """Shape (segments of `lives`, kinds): which kinds of units hold the value; all of them where nobody does."""
+        return self.owners(each.value for each in self.lives.segments)
+
+    def owners(self, values: Iterable[int]) -> np.ndarray:
+        """The same of some values."""
+        kinds, everyone = range(len(self.cut.units.names)), frozenset(range(len(self.cut.units.names)))
+        found = [self.cut.owners.get(value) or everyone for value in values]
+        return np.array([[kind in owning for kind in kinds] for owning in found], bool).reshape(-1, len(kinds))
 
     @cached_property
     def _ops(self) -> list[list[int]]:
@@ -99,7 +116,8 @@ class Passes:
             made |= makes
         return found | {v: len(self._ops) - 1 for v in self.graph.outputs if v in made}
 
-    def _parts(self) -> list[_Pass]:
+    @cached_property
+    def parts(self) -> list[_Pass]:
         found: list[_Pass] = []
         for number, positions in enumerate(self._ops):
             program = self._program(number, positions)
@@ -159,7 +177,7 @@ class Passes:
                     yield Segment(value, part.start, part.end, 1, 1), kind
                     yield Segment(value, part.start, max(part.end, last.end), 1, 1), to
 
-    @property
+    @cached_property
     def lives(self) -> Lifetimes:
         """Of one microbatch; the first `held` segments are of what is kept from program to program."""
         graph, parts, crossing = self.graph, self.parts, self.crossing

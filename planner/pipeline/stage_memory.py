@@ -11,7 +11,7 @@ Lives are worked out once per program, repeated layers counted as `MANY`, and re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -35,53 +35,40 @@ Runs = tuple[int, ...]  # how many units of each kind a stage has
 
 @dataclass(frozen=True, eq=False)
 class Holdings:
-    """Lives of one program, from which those of any stage are read."""
+    """Lives of one program, from which those of any stage are read; all counts above one share its passes."""
 
     cut: Cut
-    lives: Lifetimes
+    microbatches: int
     passes: Passes
 
     @classmethod
     def of(cls, cut: Cut, microbatches: int, cluster: Cluster) -> Holdings:
         """With gradients of weights in the backward pass."""
-        passes = Passes(cut, microbatches, cluster.device.kind, splits=False)
-        return cls(cut, passes.lives, passes)
+        return cls(cut, microbatches, Passes(cut, microbatches, cluster.device.kind, splits=False))
+
+    @cached_property
+    def lives(self) -> Lifetimes:
+        known = self.passes.lives
+        return known if self.microbatches == known.microbatches else known.counted(self.microbatches)
 
     @cached_property
     def apart(self) -> Holdings:
         """With gradients of weights in passes of their own."""
-        passes = Passes(self.cut, self.lives.microbatches, self.passes.kind, splits=True)
-        return Holdings(self.cut, passes.lives, passes)
+        return Holdings(self.cut, self.microbatches, self.passes.apart)
 
     def counted(self, microbatches: int) -> Holdings:
         """The same with another number of microbatches; both above 1, or equal."""
-        if microbatches == self.lives.microbatches:
-            return self
-        found = replace(self, lives=self.lives.counted(microbatches))
-        found.__dict__["owned"] = self.owned  # who holds what does not depend on it
-        if not self.passes.splits:
-            found.__dict__["apart"] = self.apart.counted(microbatches)
-        return found
+        return self if microbatches == self.microbatches else Holdings(self.cut, microbatches, self.passes)
 
     @property
     def split(self) -> Mapping[int, int]:
         """Value -> the dim that microbatches cut."""
         return _split(self.cut.program)
 
-    @cached_property
-    def owned(self) -> np.ndarray:
-        """Shape (segments, kinds): which kinds of units hold the value; all of them where nobody does."""
-        return self.owners(each.value for each in self.lives.segments)
-
-    def owners(self, values: Iterable[int]) -> np.ndarray:
-        kinds, everyone = range(len(self.cut.units.names)), frozenset(range(len(self.cut.units.names)))
-        found = [self.cut.owners.get(value) or everyone for value in values]
-        return np.array([[kind in owning for kind in kinds] for owning in found], bool).reshape(-1, len(kinds))
-
     def weights(self, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
         """Of each segment on a stage, as the first and as the last of its layers runs."""
         _, _, _, first, last = self.lives.arrays
-        many = np.where(self.owned, np.array(runs), 0).max(axis=1)
+        many = np.where(self.passes.owned, np.array(runs), 0).max(axis=1)
         return _counted(first, many), _counted(last, many)
 
     def in_programs(self, runs: Runs) -> Lifetimes:
@@ -184,7 +171,7 @@ class StageMemory:
         columns = [(each.start, each.end, each.first, each.last) for each in segments]
         sizes = [*self._sizes(), *(size for _, size in moved)]
         sizes += [local_bytes(self.space, self.choices, each.value) for each, _ in handed]
-        owned = holdings.owners(each.value for each in segments)
+        owned = holdings.passes.owners(each.value for each in segments)
         for row, (_, kind) in enumerate(handed, start=len(segments) - len(handed)):
             owned[row] = np.arange(owned.shape[1]) == kind
         start, end, first, last = np.array(columns, np.int64).T
