@@ -21,6 +21,8 @@ from itertools import chain, count, islice, zip_longest
 from math import inf
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..ir.errors import InfeasibleError, LoweringError, MeshwrightError, PlanError
 from ..ir.layered import layered
 from ..ir.part_cuts import part_cuts
@@ -218,19 +220,28 @@ class Pipelines:
     def solve_shape(self, shape: Shape, beat: float | None = None) -> None:
         """Offer what fits of one shape; `beat`: seconds that it has to beat, by default those of the best."""
         space, beat = self.bounds.likely(shape), self.best.seconds if beat is None else beat
-        holdings = self.bounds.holdings(shape.policy, shape.microbatches)
         for schedule in sorted(self.choices.schedules_for(shape), key=lambda s: -s.stages):
-            watched, limit, before = self._even(shape, schedule), self.search.limit, self.best
-            for _ in range(TRIES):
-                problem = limited(space, holdings, watched, limit)
-                solution = self.bounds.solve(problem.live, beat)
-                if solution.choices is None:
-                    break
-                memory = self.offer(shape, space, problem.read(solution.choices))
-                excess = max(memory.held(each.runs, each.held) for each in watched) - self.search.limit
-                if excess <= 0 or self.best is not before:
-                    return
-                limit -= excess
+            if self._solved(shape, space, self._even(shape, schedule), beat):
+                return
+
+    def _solved(self, shape: Shape, space: Space, watched: list[Watched], beat: float) -> bool:
+        """Offer layouts with which the watched stages fit or, on the way there, nearly fit: with stages cut otherwise
+        or another schedule they may. Whether there are any."""
+        holdings, before = self.bounds.holdings(shape.policy, shape.microbatches), self.best
+        problem = limited(space, holdings, watched, self.search.limit)
+        live, found = problem.live, False
+        for _ in range(TRIES):
+            solution = self.bounds.solve(live, beat)
+            if solution.choices is None:
+                break
+            memory, found = self.offer(shape, space, problem.read(solution.choices)), True
+            excess = np.array([memory.held(each.runs, each.held) for each in watched]) - self.search.limit
+            if excess.max() <= 0 or self.best is not before:
+                break
+            unused = (live.limits - live.used(solution.choices)).reshape(len(watched), -1).min(axis=1)
+            drawn = np.where(excess > 0, excess + unused, 0.0)
+            live = replace(live, limits=live.limits - drawn.repeat(live.limits.size // len(watched)))
+        return found
 
     def _even(self, shape: Shape, schedule: Schedule) -> list[Watched]:
         """The first, second and last stage, when each has as many units as the next, or as much work; of a single
@@ -248,7 +259,7 @@ class Pipelines:
         ]
 
     def offer(self, shape: Shape, space: Space, choices: tuple[int, ...]) -> StageMemory:
-        """Price layouts with every schedule, to be the best if they are; gives back what they take of memory."""
+        """Price layouts with every schedule, to be the best if they are; gives back what they hold."""
         holdings = self.bounds.holdings(shape.policy, shape.microbatches)
         each, memory = unit_seconds(holdings.cut, space, choices), StageMemory(holdings, space, choices)
         size, limit = shape.mesh.size, self.search.limit

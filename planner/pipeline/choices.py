@@ -214,7 +214,7 @@ class Choices:
     def _least_work(self, policy: Policy, cut: bool) -> Mapping[Work, np.ndarray]:
         """By number of stages and microbatch count, one or, if `cut`, those above."""
         if (policy, cut) not in self._work:
-            program, known = self.search.program(policy), self.cut(policy, 2 if cut else 1)
+            program, known = self.search.program(policy), self.cut(policy, self.counts[-1])
             devices = [self.search.cluster.size // stages for stages in self.stage_counts]
             of = lambda tag: (known.passes.get(tag, "once"), known.kind_of(tag))  # noqa: E731
             counts = [many for many in self.counts if (many > 1) == cut]

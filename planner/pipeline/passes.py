@@ -204,6 +204,10 @@ class Passes:
         return {op.outputs[0]: op.inputs[0] for op in ops if op.kind == "copy"}
 
     @property
+    def constants(self) -> frozenset[int]:
+        return self.graph.constant_ids
+
+    @property
     def held(self) -> int:
         return len(self.graph.inputs) + len(self.crossing)
 

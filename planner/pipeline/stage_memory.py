@@ -206,14 +206,17 @@ class StageMemory:
         return int(home.layouts[self.choices[home.node] if home.node is not None else 0])
 
     def _moved(self) -> Iterator[tuple[Segment, float]]:
-        """Operands brought to another layout, one copy for all ops of a program that want the same, and its bytes."""
-        tags, layouts = self.space.program.value_tags, self.space.layouts
+        """Operands brought to another layout, one copy for all ops of a program that want the same, and its bytes.
+        What any device can make for itself (masks) is never laid out."""
+        tags, layouts, constants = self.space.program.value_tags, self.space.layouts, self.holdings.passes.constants
         items: dict[tuple[str, str], list[Transfer]] = {}
         for item in self.space.transfers:
             items.setdefault((item.source, item.reader), []).append(item)
         for program in self.holdings.passes.readings:
             found: dict[tuple[int, int], list[tuple[float, Sequence[Segment]]]] = {}
             for each in program:
+                if self.space.homes[tags[each.value]].node is None and each.value not in constants:
+                    continue
                 for item in items.get((tags[each.value], each.reader), ()):
                     have, wanted = chosen_layouts(item, self.choices)
                     if have != wanted:
