@@ -77,7 +77,8 @@ class Pipelines:
     search: Search
     choices: Choices = field(init=False)
     bounds: Bounds = field(init=False)
-    best: Found = field(default_factory=Found)
+    best: Found = field(default_factory=Found)  # with passes in the order of a schedule, until `reorder`
+    reordered: Found = field(default_factory=Found)  # the best of some time, with passes in a better order
     open: list[tuple[float, int, int, Shape]] = field(default_factory=list)  # bound, axes (finer first), number
     closed: float = inf  # least bound of the shapes looked at to their end
     looked: int = 0
@@ -109,6 +110,7 @@ class Pipelines:
             hopeless = self.choices.floor(shape) >= self.best.seconds or self.bounds.hopeless(shape)
             if not hopeless and self._bound(shape, first) < self._enough(inf):
                 self.solve_shape(shape)
+        self._look_for_order()
         self.first, self.afterwards = self.best.seconds, afterwards
         while self.open and not self.search.late():
             bound, _, _, family = heapq.heappop(self.open)
@@ -116,7 +118,7 @@ class Pipelines:
                 self._push(bound, family)
                 return
             self._advance(family, bound, cutoff)
-            self.search.stand(self.best.seconds, self.lower_bound(), self.looked, self._left(cutoff))
+            self.search.stand(self.beat, self.lower_bound(), self.looked, self._left(cutoff))
 
     def _advance(self, family: Shape, bound: float, cutoff: float) -> None:
         """Look at the family's microbatch counts, the least first; each bounds its multiples. A family whose
@@ -143,7 +145,7 @@ class Pipelines:
     def _bound(self, shape: Shape, soon: Iterable[Shape]) -> float:
         """What `relaxed` gives; other processes begin with what comes soon."""
         scouts = self.search.scouts
-        beat, found = self.best.seconds, None
+        beat, found = self.beat, None
         if scouts is not None:
             scouts.wish(chain(((each, beat) for each in soon), ((each, self.first) for each in self.afterwards)))
             found = scouts.take((shape, beat))
@@ -191,10 +193,15 @@ class Pipelines:
 
     def lower_bound(self) -> float:
         """No pipeline of the searched ones is faster."""
-        return min([self.best.seconds, self.closed, *(bound for bound, *_ in self.open)])
+        return min([self.beat, self.closed, *(bound for bound, *_ in self.open)])
+
+    @property
+    def beat(self) -> float:
+        """Seconds of the best plan known, which another has to beat."""
+        return min(self.best.seconds, self.reordered.seconds)
 
     def _enough(self, cutoff: float) -> float:
-        return min(self.best.seconds, cutoff) * (1 - self.search.request.good_enough)
+        return min(self.beat, cutoff) * (1 - self.search.request.good_enough)
 
     def _push(self, bound: float, shape: Shape) -> None:
         if bound < inf:
@@ -300,16 +307,24 @@ class Pipelines:
 
     def reorder(self) -> None:
         """Keep the best pipeline's passes in a better order, if one is found and none was asked for."""
-        best = self.best
-        request = self.search.request
-        if best.priced is None or best.pricing is None or request.schedule is not None or request.program == "single":
+        self._look_for_order()
+        if self.reordered.seconds < self.best.seconds:
+            self.best = self.reordered
+
+    def _look_for_order(self) -> None:
+        best, request = self.best, self.search.request
+        if best is self._looked_at or best.priced is None or best.pricing is None:
             return
-        found = best.pricing.reordered(best.priced)
-        if found is not None and found.seconds < best.seconds:
-            self.best = replace(best, priced=found)
+        if request.schedule is not None or request.program == "single":
+            return
+        self._looked_at, found = best, best.pricing.reordered(best.priced)
+        if found is not None and found.seconds < self.beat:
+            self.reordered = replace(best, priced=found)
             self.search.note(
                 f"{best.shape}, passes reordered: {format_seconds(found.seconds)}, {format_bytes(max(found.peaks))}"
             )
+
+    _looked_at: Found | None = None  # whose passes were reordered
 
     def _single(self, pricing: Pricing, microbatches: int) -> Priced | None:
         """A single program for all stages; None where it does not fit."""

@@ -102,6 +102,6 @@ def test_a_pipeline_moves_what_was_planned_and_holds_about_as_much():
     assert [part.stages for part in report.ranks] == [(0,), (1,)]
     assert sum(part.compiled_bytes for part in report.ranks) == report.compiled_bytes
     for part in report.ranks:
-        assert 0.75 < sum(part.parts.values()) / part.predicted_peak < 1.08
+        assert 0.75 < sum(part.parts.values()) / part.predicted_peak < 1.1
     assert report.compiled_peak == max(sum(part.parts.values()) for part in report.ranks)
     assert "ranks: lines above are of all of them" in audit_text(report)

@@ -173,7 +173,8 @@ def test_the_passes_of_the_best_pipeline_are_reordered():
     assert plan.proof.lower_bound <= plan.estimate.step_seconds
     tight = planned("gpt-tiny", "8xcpu", replace(request, memory=asked.estimate.peak_bytes), batch=16)
     assert tight.estimate.peak_bytes <= asked.estimate.peak_bytes
-    assert plan.estimate.step_seconds <= tight.estimate.step_seconds <= asked.estimate.step_seconds
+    assert plan.estimate.step_seconds <= 1.01 * tight.estimate.step_seconds  # solves stop within their gap
+    assert tight.estimate.step_seconds <= 1.01 * asked.estimate.step_seconds
 
 
 def test_one_device_has_no_pipeline():

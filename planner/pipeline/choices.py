@@ -204,24 +204,15 @@ class Choices:
 
     def _work_of(self, stages: int, policy: Policy) -> Mapping[Work, np.ndarray]:
         """Least seconds of one run of every class of ops, by microbatch count."""
-        row, found = self.stage_counts.index(stages), {}
-        for cut in (False, True):
-            here = np.array([(many > 1) == cut for many in self.counts])
-            for key, seconds in self._least_work(policy, cut).items() if here.any() else ():
-                found.setdefault(key, np.zeros(len(self.counts)))[here] = seconds[row]
-        return found
-
-    def _least_work(self, policy: Policy, cut: bool) -> Mapping[Work, np.ndarray]:
-        """By number of stages and microbatch count, one or, if `cut`, those above."""
-        if (policy, cut) not in self._work:
+        if policy not in self._work:
             program, known = self.search.program(policy), self.cut(policy, self.counts[-1])
-            devices = [self.search.cluster.size // stages for stages in self.stage_counts]
+            devices = [self.search.cluster.size // each for each in self.stage_counts]
             of = lambda tag: (known.passes.get(tag, "once"), known.kind_of(tag))  # noqa: E731
-            counts = [many for many in self.counts if (many > 1) == cut]
-            self._work[policy, cut] = least_work(program, self.search.cost, devices, counts, of)
-        return self._work[policy, cut]
+            self._work[policy] = least_work(program, self.search.cost, devices, self.counts, of)
+        row = self.stage_counts.index(stages)
+        return {key: seconds[row] for key, seconds in self._work[policy].items()}
 
-    _work: dict[tuple[Policy, bool], Mapping[Work, np.ndarray]] = field(default_factory=dict)
+    _work: dict[Policy, Mapping[Work, np.ndarray]] = field(default_factory=dict)  # by number of stages and count
 
     def take_cuts_of(self, other: Choices) -> None:
         """Use the cuts of another cluster's search for the same step."""

@@ -200,8 +200,13 @@ class Passes:
     @cached_property
     def copies(self) -> dict[int, int]:
         """Copies that are prepared, and what they show if their layout is the same."""
-        ops = (self.graph.ops[k] for k in self._ops[0])
-        return {op.outputs[0]: op.inputs[0] for op in ops if op.kind == "copy"}
+        prepared = {self.graph.ops[k].outputs[0] for k in self._ops[0]}
+        return {copy: source for copy, source in self.copied.items() if copy in prepared}
+
+    @cached_property
+    def copied(self) -> dict[int, int]:
+        """All copies, and what they are of."""
+        return {op.outputs[0]: op.inputs[0] for op in self.graph.ops if op.kind == "copy"}
 
     @property
     def constants(self) -> frozenset[int]:

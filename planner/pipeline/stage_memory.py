@@ -167,7 +167,7 @@ class StageMemory:
         moved, handed = list(self._moved()), list(holdings.passes.handed)
         segments = (*lives.segments, *(each for each, _ in (*moved, *handed)))
         names = ["moved"] * len(moved) + ["handed over"] * len(handed)
-        causes = *(lives.causes[each.value] for each in lives.segments), *names
+        causes = *(self._cause(each.value) for each in lives.segments), *names
         columns = [(each.start, each.end, each.first, each.last) for each in segments]
         sizes = [*self._sizes(), *(size for _, size in moved)]
         sizes += [local_bytes(self.space, self.choices, each.value) for each, _ in handed]
@@ -176,6 +176,12 @@ class StageMemory:
             owned[row] = np.arange(owned.shape[1]) == kind
         start, end, first, last = np.array(columns, np.int64).T
         return _Table(start, end, first, last, np.array(sizes), owned, causes)
+
+    def _cause(self, value: int) -> str:
+        """A copy is what was gathered, or one that lies as its source does."""
+        source = self.holdings.passes.copied.get(value)
+        same = source is not None and self.layout(value) == self.layout(source)
+        return "copies" if same else self.holdings.lives.causes[value]
 
     def _sizes(self) -> Iterator[float]:
         """Of each life. What is prepared in one layout twice is one array between programs, of which each makes wider
