@@ -23,7 +23,10 @@ from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra import live_of
 from meshwright.planner.memory.ledger import Ledger
 from meshwright.planner.meshes import mesh_of
+from meshwright.planner.pipeline.choices import Shape
 from meshwright.planner.pipeline.dealing import deal
+from meshwright.planner.pipeline.priced import Place, Pricing
+from meshwright.planner.pipeline.schedules import schedule_named
 from meshwright.planner.pipeline.simulate import StageSeconds, pipeline_tasks, simulate
 from meshwright.planner.pipeline.stage_memory import Holdings, StageMemory
 from meshwright.planner.pipeline.unit_costs import unit_seconds
@@ -133,6 +136,47 @@ def planned(name: str, cluster: str, request: Request, **options) -> mw.Plan:
     example = build(name, **options)
     captured = capture(example.step, example.state, example.batch, donate_argnums=0)
     return plan_captured(captured, cluster, request, name)
+
+
+@pytest.mark.parametrize(("layers", "stages"), [(16, 2), (16, 4), (18, 4)])
+def test_no_cut_of_any_layouts_is_faster_than_the_bounds(layers, stages):
+    """Every cut into stages, with layouts that are solved for and near them. Where all stages have equally many layers,
+    an end comes on top of one of them, and the bound counts it: so it is close to the best cut."""
+    search = searched("gpt-tiny", "8xh100x1@ib100", batch=16, layers=layers)
+    pipelines, rng, many = Pipelines(search), np.random.default_rng(layers * stages), 8
+    shape = Shape(stages, mesh_of((8 // stages,)), "none", many)
+    space, units = pipelines.bounds.likely(shape), pipelines.choices.units
+    bound, live = pipelines.bounds.relaxed(shape, 1e9), live_of(space)
+    assert 0 < pipelines.choices.floor(shape) <= bound * (1 + 1e-9)
+    found = solve_live(live, time_limit=5).choices
+    assert found is not None
+    tried = {found}
+    while len(tried) < 6:
+        node, other = int(rng.integers(len(found))), list(found)
+        other[node] = int(rng.integers(len(live.costs[node])))
+        tried |= {tuple(other)} if np.isfinite(live.cost(other)) else set()
+    least = float("inf")
+    for choices in tried:
+        holdings = pipelines.bounds.holdings("none", many)
+        each, memory = unit_seconds(holdings.cut, space, choices), StageMemory(holdings, space, choices)
+        places = tuple(Place(each, memory, 1e15, r * shape.mesh.size, shape.mesh.size) for r in range(stages))
+        pricing, one = Pricing(units, places, search.cluster), schedule_named("1f1b", stages, many, None)
+        for cut in combinations(range(1, len(units)), stages - 1):
+            priced = pricing.with_cut(one, (0, *cut))
+            assert priced is not None and priced.seconds >= bound * (1 - 1e-9)
+            least = min(least, priced.seconds)
+    even = units.repeats % stages == 0
+    assert (pipelines.choices.more(shape) > 0) == even
+    assert least < 1.3 * bound
+
+
+def test_a_finer_mesh_can_do_what_a_coarser_one_can():
+    assert mesh_of((2, 2, 2)).refines(mesh_of((4, 2))) and mesh_of((4, 2)).refines(mesh_of((8,)))
+    assert not mesh_of((4, 2)).refines(mesh_of((2, 4))) and not mesh_of((8,)).refines(mesh_of((4, 2)))
+    search = searched("gpt-tiny", "2xh100x8@ib100", batch=16)
+    bounds = Pipelines(search).bounds
+    coarse, fine = (bounds.relaxed(Shape(2, mesh_of(each), "none", 4), 1e9) for each in ((8,), (2, 4)))
+    assert fine <= coarse * (1 + 0.03)  # solves stop within their gap
 
 
 def test_a_plan_of_stages():
