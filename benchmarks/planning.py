@@ -1,6 +1,6 @@
-"""How fast, how well proven and how large planning is: five tables.
+"""How fast, how well proven and how large planning is: six tables.
 
-    python benchmarks/planning.py [zoo autoparallel mcmc depth solve] [--models ...] [--clusters ...] [-o FILE]
+    python benchmarks/planning.py [zoo autoparallel mcmc depth solve pipelines] [--models ...] [--clusters ...] [-o F]
 
 zoo           the zoo at real size on three clusters; each row is one whole search pinned to one
               mesh (1, 2, 3 axes): all recompute policies and microbatch counts, under the
@@ -12,6 +12,8 @@ autoparallel  the job Meta's AutoParallel was measured on, in a process of its o
 mcmc          FlexFlow's search against ours: same inputs, prices, memory limit and machine.
 depth         gpt3-175b with 12, 48 and 96 layers: search on all meshes; one solve in proportion.
 solve         one problem of the last in detail.
+pipelines     gpt3-175b on 1024 A100s and llama3-405b on 16384 H100s with `--pp auto`: seconds after capture, gap, step;
+              then the first planned anew on other numbers of hosts, from what that search kept.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,6 +49,10 @@ COMPARED = (
     ("vit-l16", "32xh100x8@ib400", (4, 8, 8)), ("wrn-50-2", "h100x8", (4, 2)), ("dlrm", "h100x8", (4, 2)),
 )  # fmt: skip
 CHAIN_SECONDS = 30.0
+PIPELINES = (
+    ("gpt3-175b", "128xa100x8@hdr200", {"batch": 1536}, (127, 64, 160)),
+    ("llama3-405b", "2048xh100x8@ib400", {"batch": 2048, "seq": 8192}, ()),
+)
 
 
 def captured(name: str, **options: Any) -> Any:
@@ -261,7 +267,54 @@ def solve(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-TABLES = {"zoo": zoo, "autoparallel": autoparallel, "mcmc": mcmc, "depth": depth, "solve": solve}
+def pipelines(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Three searches of each with an open number of stages, then three plans anew of each other number of hosts."""
+    rows = []
+    for name, cluster, sizes, others in PIPELINES:
+        rows += _pipelines_of(name, cluster, sizes, others)
+    return rows
+
+
+def _pipelines_of(
+    name: str, cluster: str, sizes: dict[str, int], others: tuple[int, ...], repeats: int = 3
+) -> Iterator[dict[str, Any]]:
+    from meshwright.api import plan_captured
+    from meshwright.collector import paused
+    from meshwright.ir.cluster import Cluster
+    from meshwright.planner.request import Request
+    from meshwright.recipe import make
+
+    step, request, kept = make({"model": name, **sizes}).capture(True), Request(pp="auto", time_limit=600), []
+    plan_of = lambda keep=None: plan_captured(step, Cluster.parse(cluster), request, name, keep=keep)  # noqa: E731
+    yield _timed({"model": name, "cluster": cluster}, plan_of, repeats)
+    if others:
+        plan_of(kept.append)
+    for hosts in others:
+        other = f"{hosts}{cluster[cluster.index('x'):]}"
+        with paused():
+            anew = lambda other=other: kept[0].replanned(Cluster.parse(other))  # noqa: E731
+            yield _timed({"model": name, "cluster": other, "anew": True}, anew, repeats)
+
+
+def _timed(row: dict[str, Any], plan_of: Callable[[], Any], repeats: int) -> dict[str, Any]:
+    """Medians of wall and CPU seconds of this process."""
+    seconds, busy, plan = [], [], None
+    for _ in range(repeats):
+        start, cpu = time.perf_counter(), time.process_time()
+        plan = plan_of()
+        seconds.append(time.perf_counter() - start)
+        busy.append(time.process_time() - cpu)
+    assert plan is not None
+    told = _told(plan)
+    row |= {"seconds": median(seconds), "all_seconds": seconds, "cpu_seconds": median(busy)}
+    row |= {key: told[key] for key in ("gap", "step_seconds", "plan")}
+    print(row, flush=True)
+    return row
+
+
+TABLES = {
+    "zoo": zoo, "autoparallel": autoparallel, "mcmc": mcmc, "depth": depth, "solve": solve, "pipelines": pipelines,
+}  # fmt: skip
 
 
 def main() -> None:
