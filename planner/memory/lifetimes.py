@@ -80,10 +80,9 @@ class Lifetimes:
         """Bytes alive, shape (2 moments, ticks), given local bytes per value."""
         values, start, end, first, last = self.arrays
         size = np.array([nbytes[int(v)] for v in values])
-        total = np.zeros((2, self.ticks + 1))
+        total, count = np.zeros((2, self.ticks + 1)), self.ticks + 1
         for moment, weight in ((FIRST, first), (LAST, last)):
-            np.add.at(total[moment], start, size * weight)
-            np.add.at(total[moment], end + 1, -size * weight)
+            total[moment] = np.bincount(start, size * weight, count) - np.bincount(end + 1, size * weight, count)
         return np.cumsum(total, axis=1)[:, :-1]
 
     def alive(self, moment: int, tick: int) -> dict[int, int]:

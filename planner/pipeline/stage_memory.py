@@ -136,10 +136,8 @@ class _Table:
 
     def profile(self, nbytes: np.ndarray) -> np.ndarray:
         """Their sum at each tick."""
-        total = np.zeros(int(self.end.max()) + 2)
-        np.add.at(total, self.start, nbytes)
-        np.add.at(total, self.end + 1, -nbytes)
-        return np.cumsum(total)[:-1]
+        count = int(self.end.max()) + 2
+        return np.cumsum(np.bincount(self.start, nbytes, count) - np.bincount(self.end + 1, nbytes, count))[:-1]
 
 
 @dataclass(eq=False)
