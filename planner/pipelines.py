@@ -117,7 +117,11 @@ class Pipelines:
             if bound >= self._enough(cutoff):
                 self._push(bound, family)
                 return
-            self._advance(family, bound, cutoff)
+            try:
+                self._advance(family, bound, cutoff)
+            except KeyboardInterrupt:
+                self._push(bound, family)  # what was left of it is open still
+                raise
             self.search.stand(self.beat, self.lower_bound(), self.looked, self._left(cutoff))
 
     def _advance(self, family: Shape, bound: float, cutoff: float) -> None:

@@ -86,6 +86,8 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
             drop_dispatched(unequal, flat.best.seconds if both else inf)
     except KeyboardInterrupt:
         flat.stopped_by = "interrupt"
+        if both and flat.best.answer is None and not flat.open_bounds:
+            flat.begin(known=True)  # plans without a pipeline were not looked at, so any may be as good as its floor
     if keep is not None and pipelines.points:
         keep(Frontier.of(pipelines))
     if not both and pipelines.best.priced is None and unequal.found is None:

@@ -217,8 +217,7 @@ class Search:
         begins with one microbatch, fit or not: that bounds all counts.
         """
         known = self.outside < inf
-        for root in self.roots():
-            self._open(root if known else self._smallest_count(root))
+        self.begin(known)
         plain = min(self._meshes(), key=lambda m: (abs(len(m.axes) - 2), m.shape))
         if plain not in _finest(self._meshes()) and not known:
             self._seed(plain)
@@ -232,6 +231,11 @@ class Search:
             self._advance(candidate)
             best = min(self.best.seconds, self.outside)
             self.stand(best, self.lower_bound(), len(self._relaxed_bounds), len(self.open_bounds))
+
+    def begin(self, known: bool) -> None:
+        """All candidates are open, from one microbatch on or, where nothing is known to beat, from what can fit."""
+        for root in self.roots():
+            self._open(root if known else self._smallest_count(root))
 
     def roots(self) -> list[Candidate]:
         """The least microbatch count of every finest mesh and recompute policy."""

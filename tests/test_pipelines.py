@@ -17,6 +17,7 @@ from meshwright.backends.xla.capture import capture
 from meshwright.ir.blocks import fold
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.errors import InfeasibleError, PlanError
+from meshwright.ir.recompute import POLICIES
 from meshwright.ir.schedule import check, read_schedule
 from meshwright.models import build
 from meshwright.planner.cost.model import Roofline
@@ -168,6 +169,21 @@ def test_no_cut_of_any_layouts_is_faster_than_the_bounds(layers, stages):
     even = units.repeats % stages == 0
     assert (pipelines.choices.more(shape) > 0) == even
     assert least < 1.3 * bound
+
+
+def test_a_search_that_is_interrupted_leaves_no_bound_too_high(monkeypatch):
+    """Plans without a pipeline, which are looked at last, may be as good as their floor."""
+    floors = [min(searched("gpt-tiny", "4xcpu", batch=16).floors(policy).values()) for policy in POLICIES]
+    solve = Pipelines.solve_shape
+
+    def pressed(self, *args):
+        solve(self, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipelines, "solve_shape", pressed)
+    plan = planned("gpt-tiny", "4xcpu", Request(pp="auto"), batch=16)
+    assert plan.proof.stopped_by == "interrupt" and plan.pipeline is not None
+    assert plan.proof.lower_bound <= min(floors) * (1 + 1e-9)
 
 
 def test_a_finer_mesh_can_do_what_a_coarser_one_can():
