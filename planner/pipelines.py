@@ -87,7 +87,7 @@ class Pipelines:
     afterwards: Sequence[Candidate] = ()
     points: list[Point] = field(default_factory=list)
     counts_left: dict[Shape, list[int]] = field(default_factory=dict)  # of families that were looked at
-    known: dict[Shape, dict[int, float]] = field(default_factory=dict)  # bounds of counts looked at
+    known: dict[Shape, dict[int, float]] = field(default_factory=dict)  # bounds of counts looked at, with any memory
 
     def __post_init__(self) -> None:
         self.choices = Choices(self.search)
@@ -108,7 +108,7 @@ class Pipelines:
         while first and not self.search.late():
             shape = first.pop(0)
             hopeless = self.choices.floor(shape) >= self.best.seconds or self.bounds.hopeless(shape)
-            if not hopeless and self._bound(shape, first) < self._enough(inf):
+            if not hopeless and self._bound(shape, first)[1] < self._enough(inf):
                 self.solve_shape(shape)
         self._look_for_order()
         self.first, self.afterwards = self.best.seconds, afterwards
@@ -137,16 +137,17 @@ class Pipelines:
             self._push(now, family)
         elif left:
             shape = replace(family, microbatches=left.pop(0))
-            own = max(self._carried(family, shape.microbatches), self._bound(shape, self._soon(cutoff)))
+            carried, (free, own) = self._carried(family, shape.microbatches), self._bound(shape, self._soon(cutoff))
             self.looked += 1
-            self.known.setdefault(family, {})[shape.microbatches] = own
+            self.known.setdefault(family, {})[shape.microbatches] = max(carried, free)
+            own = max(carried, own)
             if own < self._enough(cutoff):
                 self.solve_shape(shape)
             self.bounds.spaces.pop(shape, None)
             self.closed = min(self.closed, own)
             self._push(min((self._carried(family, many) for many in left), default=inf), family)
 
-    def _bound(self, shape: Shape, soon: Iterable[Shape]) -> float:
+    def _bound(self, shape: Shape, soon: Iterable[Shape]) -> tuple[float, float]:
         """What `relaxed` gives; other processes begin with what comes soon."""
         scouts = self.search.scouts
         beat, found = self.beat, None

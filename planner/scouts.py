@@ -64,7 +64,9 @@ def hired(cluster: Cluster, request: Request) -> Iterator[Scouts | None]:
 def _families(cluster: Cluster, request: Request) -> int:
     """Pipelines to look at, at most, for a model that can be cut anywhere."""
     pp, policies = request.pp, 1 if request.recompute else len(POLICIES)
-    sizes = stage_sizes(cluster) if not isinstance(pp, int) else (cluster.size // pp,) * (cluster.size % pp == 0)
+    sizes = stage_sizes(cluster)
+    if isinstance(pp, int):
+        sizes = tuple(n for n in sizes if n * pp == cluster.size)
     pinned = request.mesh and prod(request.mesh)
     return policies * sum(len(plane_meshes(cluster, n, request.mesh)) for n in sizes if pinned in (None, n))
 

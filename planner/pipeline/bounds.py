@@ -49,13 +49,18 @@ class Bounds:
 
     _holdings: dict[tuple[Policy, int], Holdings] = field(default_factory=dict)
 
-    def relaxed(self, shape: Shape, beat: float) -> float:
-        """The least seconds with no more memory than all stages have together; `beat`: of the best plan known."""
+    def relaxed(self, shape: Shape, beat: float) -> tuple[float, float]:
+        """The least seconds with any memory, which bound the count's multiples too, and those with no more than all
+        stages have together; `beat`: of the best plan known. More microbatches need less memory, so the second say
+        nothing of other counts."""
         if self._crowded(shape, self._least_held(shape, beat)):
-            return inf
-        more = self.choices.more(shape)
-        solution = self.solve(self._shared_memory(self.space(shape), shape, beat), ENOUGH * beat - more)
-        return inf if solution.status == "infeasible" else solution.lower_bound + more
+            return 0.0, inf
+        space, more = self.space(shape), self.choices.more(shape)
+        free = self.solve(live_of(space), ENOUGH * beat - more).lower_bound + more
+        if free >= beat:
+            return free, free
+        solution = self.solve(self._shared_memory(space, shape, beat), ENOUGH * beat - more)
+        return free, inf if solution.status == "infeasible" else max(free, solution.lower_bound + more)
 
     def space(self, shape: Shape) -> Space:
         if shape not in self.spaces:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
+import numpy as np
+
 from ...ir.cluster import Cluster
 from ...ir.schedule import Schedule, peak_held
 from .dealing import ANYWHERE, Fits, deal
@@ -110,9 +112,17 @@ class Pricing:
         parts = (self.places[rank].memory.under(old, rank).parts(runs[stage]) for stage, rank in enumerate(old.homes))
         _, left, late = zip(*parts, strict=True)
         always = [peak - peak_held(old, rank, left, late) for rank, peak in enumerate(priced.peaks)]
-        room = Held(left, late, [place.limit for place in self.places], always)
+        limits = np.array([place.limit for place in self.places])
+        room = Held(left, late, limits.tolist(), always)
         found = search_schedule(priced.stages, room, old.microbatches, work=REORDER, placement=old.held)
         peaks, held = zip(*(self._peak(found.schedule, rank, runs) for rank in range(old.ranks)), strict=True)
+        excess = np.maximum(0.0, np.array(peaks) - limits)  # passes that are split hold more than those that are not
+        if excess.any():
+            room = replace(room, limits=(limits - excess).tolist())
+            found = search_schedule(priced.stages, room, old.microbatches, work=REORDER, placement=old.held)
+            peaks, held = zip(*(self._peak(found.schedule, rank, runs) for rank in range(old.ranks)), strict=True)
+            if (np.array(peaks) > limits).any():
+                return None
         return replace(
             priced, schedule=found.schedule, peaks=peaks, held=held, run=found.run,
             seconds=priced.seconds - priced.run.makespan + found.seconds,
