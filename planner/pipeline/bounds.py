@@ -56,10 +56,11 @@ class Bounds:
         if self._crowded(shape, self._least_held(shape, beat)):
             return 0.0, inf
         space, more = self.space(shape), self.choices.more(shape)
-        free = self.solve(live_of(space), ENOUGH * beat - more).lower_bound + more
-        if free >= beat:
+        found = self.solve(live_of(space), ENOUGH * beat - more)
+        free, within = found.lower_bound + more, self._shared_memory(space, shape, beat)
+        if free >= beat or (found.choices is not None and within.fits(found.choices)):
             return free, free
-        solution = self.solve(self._shared_memory(space, shape, beat), ENOUGH * beat - more)
+        solution = self.solve(within, ENOUGH * beat - more)
         return free, inf if solution.status == "infeasible" else max(free, solution.lower_bound + more)
 
     def space(self, shape: Shape) -> Space:
