@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..ir.mesh import Axis, Mesh
-from ..ir.program import Program
 from ..ir.rule import Rule, Strategy, cuttable, operand_sharding, result_sharding
 from ..ir.sharding import Sharding, Step, reshard
 from .strategies import Splits, divides, follow, layouts_by, strategies
 
 if TYPE_CHECKING:
     from .frame import Frame
+    from .outline import Outline
 
 UNKNOWN, IMPOSSIBLE = -1, 0  # numbers of moves
 
@@ -55,7 +55,7 @@ class Catalogue:
         self.mesh = mesh  # only the names of its axes count
         self.known: list[Sharding] = []
         self.moves: list[Move | None] = [None]
-        self.frames: dict[Program, list[Frame]] = {}  # kept by `frame_of`
+        self.frames: dict[Outline, dict[tuple[int, ...], Frame]] = {}  # kept by `frame_of`
         self._numbers: dict[Sharding, int] = {}
         self._move_of = np.full((64, 64), UNKNOWN, np.int32)  # source, target -> number in `moves`
         self._move_numbers: dict[tuple, int] = {}

@@ -47,8 +47,11 @@ def fused_of(frame: Frame, kernels: Kernels, cost: CostModel) -> Fused:
 
 
 def _laid_out(frame: Frame, kernels: Kernels, cost: CostModel) -> Fused:
-    types = frame.program.graph.types
-    priced = [(alike, cost.fused_terms(alike.op, types, kernels)) for alike in frame.alike(kernels)]
+    types, known = frame.outline.program.graph.types, frame.outline.terms.setdefault((kernels, id(cost)), {})
+    for alike in frame.alike(kernels):
+        if alike.form not in known:
+            known[alike.form] = cost.fused_terms(alike.op, types, kernels)
+    priced = [(alike, known[alike.form]) for alike in frame.alike(kernels)]
     others = [alike for alike, terms in priced if terms is None]
     found = [(alike, terms) for alike, terms in priced if terms is not None]
     counts = [alike.sides.shape[1] for alike, _ in found]

@@ -6,13 +6,12 @@ depend on its shape, so it is worked out once per kind of move and mesh.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import inf
 
 import numpy as np
 
 from ..ir.mesh import Mesh
-from ..ir.rule import Rule, Strategy, cuttable
+from ..ir.rule import Rule, Strategy
 from ..ir.sharding import Sharding
 from .catalogue import Catalogue, Move, Taken
 from .cost.collectives import Collectives
@@ -54,28 +53,10 @@ class Layouts:
         """Into how many parts each strategy cuts the op's work; `cuts[i]` says which axes do."""
         return np.multiply.reduce(np.where(cuts, self._shape, 1), axis=1)
 
-    def slot(self, shape: tuple[int, ...], owed: bool = False) -> tuple[list[Sharding], np.ndarray]:
-        """Every layout of a tensor of this shape, and their numbers."""
-        return self.catalogue.slot(tuple(self.split(size, 1) for size in shape), owed)
-
-    def taken(self, rule: Rule, time: Mapping[int, int]) -> Taken:
-        """All strategies of an op; `time[f]` is the number of microbatches that cut factor f already."""
-        return self.catalogue.taken(rule, self._factor_splits(rule, time))
-
     def only(self, rule: Rule, strategy: Strategy, order: tuple[str, ...] = ()) -> Taken:
         """One given strategy of an op; `order` names axes as they cut one dim, major to minor, if
         not in the mesh's order."""
         return self.catalogue.around(rule, [strategy], order)
-
-    def followed(
-        self, rule: Rule, operand: int, numbers: np.ndarray, time: Mapping[int, int]
-    ) -> tuple[Taken, np.ndarray]:
-        """The strategies that take an operand as it lies, and which layouts have one."""
-        return self.catalogue.followed(rule, operand, numbers, self._factor_splits(rule, time))
-
-    def _factor_splits(self, rule: Rule, time: Mapping[int, int]) -> dict[int, int]:
-        """Of each factor that may be cut, or is cut in time, the sets of axes that divide it."""
-        return {f: self.split(rule.factors[f].size, time.get(f, 1)) for f in (*cuttable(rule), *time)}
 
     def split(self, size: int, parts: int) -> int:
         """The sets of axes that divide a dim that is cut into so many parts already."""

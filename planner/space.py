@@ -23,9 +23,10 @@ from ..ir.rule import Strategy, settled_axes
 from .cost.compute import Ways
 from .cost.kernels import kernels_of
 from .cost.model import CostModel
-from .frame import Alike, Decided, Decision, Frame, Home, Outer, Place, frame_of
+from .frame import Alike, Decided, Decision, Frame, Home, Place, frame_of
 from .fused import fused_of
 from .layouts import Layouts
+from .outline import Outer
 
 
 @dataclass
@@ -67,15 +68,15 @@ class Space:
     def bytes_of(self, value: int) -> float:
         """Bytes of a whole value when it travels, of one microbatch."""
         whole = self.layouts.collectives.wire_bytes(self.program.graph.types[value])
-        return whole / self.frame.parts(value, self.microbatches)
+        return whole / self.frame.outline.parts(value, self.microbatches)
 
     @cached_property
     def transfers(self) -> list[Transfer]:
         """Every place where a value may change layout."""
-        found = []
-        for ((source, reader, k), reading), runs in zip(self.frame.readings.items(), self.read.tolist(), strict=True):
+        found, readings = [], self.frame.outline.readings
+        for ((source, reader, k), reading), runs in zip(readings.items(), self.read.tolist(), strict=True):
             home, wanted = self.homes[source], self.frame.wants[reader, k]
-            sides = home.node, reading.consumer, home.layouts, wanted
+            sides = home.node, self.frame.reader(reading), home.layouts, wanted
             found.append(Transfer(source, reader, *sides, self.bytes_of(reading.value), runs, reading.phase))
         return found
 
@@ -126,16 +127,16 @@ class _Prices:
         self.kernels = kernels_of(space.program, cost.fused_attention, cost.fusion, cost.redone_inside)
 
     def fill(self) -> None:
-        space, frame = self.space, self.frame
-        often = np.array([self._often(outer) for outer in frame.outers])
-        space.runs = dict(zip(frame.runs, frame.op_runs(often).tolist(), strict=True))
+        space, frame, outline = self.space, self.frame, self.frame.outline
+        often = np.array([self._often(outer) for outer in outline.outers])
+        space.runs = dict(zip(outline.runs, outline.op_runs(often).tolist(), strict=True))
         for alike, own in self._owns():
             for tag in alike.tags:
                 space.own[tag] = own
                 space.nodes[space.op_node[tag]].seconds += space.runs[tag] * own
-        space.read = frame.reading_runs(often)
+        space.read = outline.reading_runs(often)
         priced = frame.changes.seconds(self.layouts, [space.bytes_of(each.value) for each in frame.changes.changes])
-        for (place, number), runs in zip(frame.changes.sums, frame.changes.runs(often).tolist(), strict=True):
+        for (place, number), runs in zip(frame.changes.sums, frame.changes.runs(space.read).tolist(), strict=True):
             self._add(place, runs * priced[number])
 
     def _often(self, outer: Outer) -> float:
