@@ -32,6 +32,7 @@ from ..ir.schedule import Schedule, in_flight
 from ..ir.stages import cut_stages
 from ..ir.units import counted, format_bytes, format_seconds
 from .pipeline.bounds import Bounds
+from .pipeline.carried import Carried
 from .pipeline.choices import Choices, Shape
 from .pipeline.points import Point
 from .pipeline.priced import Place, Priced, Pricing
@@ -87,11 +88,11 @@ class Pipelines:
     afterwards: Sequence[Candidate] = ()
     points: list[Point] = field(default_factory=list)
     counts_left: dict[Shape, list[int]] = field(default_factory=dict)  # of families that were looked at
-    known: dict[Shape, dict[int, float]] = field(default_factory=dict)  # bounds of counts looked at, with any memory
+    carried: Carried = field(init=False)
 
     def __post_init__(self) -> None:
         self.choices = Choices(self.search)
-        self.bounds = Bounds(self.search, self.choices)
+        self.bounds, self.carried = Bounds(self.search, self.choices), Carried(self.choices)
 
     # ------------------------------------------------------------ the search
 
@@ -127,25 +128,29 @@ class Pipelines:
     def _advance(self, family: Shape, bound: float, cutoff: float) -> None:
         """Look at the family's microbatch counts, the least first; each bounds its multiples. A family whose
         bound has risen since it was pushed waits for its turn."""
-        left = self._counts_of(family)
+        left, carried = self._counts_of(family), self._carried(family)
         for many in list(left):
-            if self._carried(family, many) >= self._enough(cutoff):
+            if carried[many] >= self._enough(cutoff):
                 left.remove(many)
-                self.closed = min(self.closed, self._carried(family, many))
-        now = min((self._carried(family, many) for many in left), default=inf)
+                self.closed = min(self.closed, carried[many])
+        now = min((carried[many] for many in left), default=inf)
         if now > bound:
             self._push(now, family)
         elif left:
             shape = replace(family, microbatches=left.pop(0))
-            carried, (free, own) = self._carried(family, shape.microbatches), self._bound(shape, self._soon(cutoff))
+            before, (free, own) = carried[shape.microbatches], self._bound(shape, self._soon(cutoff))
             self.looked += 1
-            self.known.setdefault(family, {})[shape.microbatches] = max(carried, free)
-            own = max(carried, own)
+            self.carried.add(family, shape.microbatches, max(before, free))
+            own = max(before, own)
             if own < self._enough(cutoff):
                 self.solve_shape(shape)
             self.bounds.spaces.pop(shape, None)
-            self.closed = min(self.closed, own)
-            self._push(min((self._carried(family, many) for many in left), default=inf), family)
+            self.closed, carried = min(self.closed, own), self._carried(family)
+            self._push(min((carried[many] for many in left), default=inf), family)
+
+    def _carried(self, family: Shape) -> dict[int, float]:
+        """By microbatch count, what is known of the family before any is looked at."""
+        return dict(zip(self.choices.counts, self.carried.bounds(family).tolist(), strict=True))
 
     def _bound(self, shape: Shape, soon: Iterable[Shape]) -> tuple[float, float]:
         """What `relaxed` gives; other processes begin with what comes soon."""
@@ -160,8 +165,9 @@ class Pipelines:
         """What will be looked at next if nothing better is found."""
         enough = self._enough(cutoff)
         for bound, _, _, family in sorted(self.open):
-            if bound < enough and not self._finer(family):
-                left = (many for many in self._counts_of(family) if self._carried(family, many) < enough)
+            if bound < enough and not self.carried.finer(family):
+                carried = self._carried(family)
+                left = (many for many in self._counts_of(family) if carried[many] < enough)
                 yield from (replace(family, microbatches=many) for many in islice(left, 1))
 
     def _left(self, cutoff: float) -> int:
@@ -174,27 +180,6 @@ class Pipelines:
         if family not in self.counts_left:
             self.counts_left[family] = self.bounds.with_room(family)
         return self.counts_left[family]
-
-    def _carried(self, family: Shape, many: int) -> float:
-        """A bound for a count, from those of counts that divide it too: parts cost no less, only the bubble shrinks.
-        Those of finer meshes hold as well, which can do whatever a coarser one can."""
-        shape = replace(family, microbatches=many)
-        found = [self.choices.floor(shape)]
-        for each in (family, *self._finer(family)):
-            for less, known in self.known.get(each, {}).items():
-                if many % less == 0:
-                    found.append(known * self._waiting(shape) / self._waiting(replace(family, microbatches=less)))
-        return max(found)
-
-    def _finer(self, family: Shape) -> list[Shape]:
-        """The same on finer meshes."""
-        finer = (mesh for mesh in self.choices.meshes(family.stages) if mesh != family.mesh)
-        return [replace(family, mesh=mesh) for mesh in finer if mesh.refines(family.mesh)]
-
-    def _waiting(self, shape: Shape) -> float:
-        """At most how much longer than without a bubble the passes of a shape take."""
-        bubbles = [self.choices.bubble(shape, name) for name in ("forward", "backward", "weight")]
-        return 1 + max(*bubbles, 0.0) / shape.microbatches
 
     def lower_bound(self) -> float:
         """No pipeline of the searched ones is faster."""
@@ -219,7 +204,7 @@ class Pipelines:
         policy = self.search.request.recompute or "selective"
         pairs = [(n, mesh) for n in self.choices.stage_counts for mesh in self.choices.meshes(n)]
         usual = [(n, mesh) for n, mesh in pairs if mesh.shape[-1] > 2 or len(self.choices.meshes(n)) == 1]
-        usual = [(n, mesh) for n, mesh in usual if not self._finer(Shape(n, mesh, policy))]
+        usual = [(n, mesh) for n, mesh in usual if not self.carried.finer(Shape(n, mesh, policy))]
         found = []
         for stages, mesh in sorted(usual, key=lambda pair: abs(pair[0] - 8)):
             wanted = max(1, self.choices.batch // mesh.shape[0])
@@ -298,7 +283,7 @@ class Pipelines:
         for other numbers of devices they may be the best."""
         bounds = {
             replace(family, microbatches=many): bound
-            for family, known in self.known.items() for many, bound in known.items() if bound < inf
+            for family, known in self.carried.found.items() for many, bound in known.items() if bound < inf
         }  # fmt: skip
         solved = {(point.mesh, point.policy, point.microbatches) for point in self.points}
         ranked: dict[tuple[int, ...], list[Shape]] = {}

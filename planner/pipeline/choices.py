@@ -165,10 +165,13 @@ class Choices:
 
     def floor(self, shape: Shape) -> float:
         """No layouts of a shape take less: every op cut evenly over the devices of a stage, nothing sent."""
-        found = self._floors(shape.stages, shape.policy)
         if shape.microbatches:
-            return found[shape.microbatches].seconds
-        return min(floor.seconds for floor in found.values())
+            return self._floors(shape.stages, shape.policy)[shape.microbatches].seconds
+        return float(self.floors(shape).min())
+
+    def floors(self, family: Shape) -> np.ndarray:
+        """The same by microbatch count."""
+        return np.array([floor.seconds for floor in self._floors(family.stages, family.policy).values()])
 
     def more(self, shape: Shape) -> float:
         """Seconds of a step beyond those that ops take as often as `share` says, at least."""
@@ -271,16 +274,16 @@ class Choices:
         many = np.array(self.counts, float)
         if name == "once":
             return np.full(len(many), 1 / stages)
-        bubble = self._bubbles(stages, name)
+        bubble = self.bubbles(stages, name)
         if self.search.request.program == "single":
             return (many + (bubble if layer else 0.0)) / stages
         full = (many - 1) * self.crowd(stages) + 1 + bubble if layer else 0.0
         return np.maximum(1e-9, mean * (many + bubble) + (1 - mean) * full) / stages
 
-    def _bubbles(self, stages: int, name: str) -> np.ndarray:
-        """`bubble` by microbatch count."""
+    def bubbles(self, stages: int, name: str) -> np.ndarray:
+        """`bubble` by microbatch count, on any mesh."""
         if (stages, name) not in self._known_bubbles:
-            shapes = (Shape(stages, mesh_of((1,)), "none", many) for many in self.counts)  # of any mesh and policy
+            shapes = (Shape(stages, mesh_of((1,)), "none", many) for many in self.counts)
             self._known_bubbles[stages, name] = np.array([self.bubble(shape, name) for shape in shapes])
         return self._known_bubbles[stages, name]
 
