@@ -79,47 +79,25 @@ def op_seconds(
     """
     terms = fused_terms(op, types, device, kernels)
     if terms is not None:
-        sides = (*ways.operands, *ways.results)
-        return terms.fixed + sum((seconds / sides[k] for k, seconds in terms.sides.items()), 0.0)
+        return terms.fixed + _cut(terms.sides, ways)
     if op.kind in CONTRACTIONS:
         narrow = products if kernels.inside.isdisjoint((*op.inputs, *op.outputs)) else None
         seconds = device.launch + np.maximum(
-            device.stream_seconds(_moved(op, types, ways, kernels)),
+            device.stream_seconds(_cut(_moved(op, types, kernels), ways)),
             _product_seconds(op, rule, types, device, ways, kernels, narrow),
         )
         return seconds + (_cast_seconds(op, types, device, ways) if narrow else 0.0)
-    return device.launch + device.stream_seconds(_touched(op, types, ways, kernels))
-
-
-def least_seconds(
-    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, ways: Ways, kernels: Kernels,
-    products: str | None = None,
-) -> np.ndarray | float:  # fmt: skip
-    """No layout that cuts everything into at most so many parts runs the op in less.
-
-    A product whose operands are cut smaller never reaches a larger share of the peak than
-    the whole one does, all multiprocessors busy.
-    """
-    if op.kind not in CONTRACTIONS:
-        return op_seconds(op, rule, types, device, ways, kernels, products)
-    if not kernels.inside.isdisjoint((*op.inputs, *op.outputs)):
-        rate = _peak(device, multiplied_as(op, types, device)) * device.attention_efficiency
-        return device.launch + flop(op, rule, types) * CAUSAL / rate / ways.work
-    share, total = device.efficiency, flop(op, rule, types)
-    if op.kind == "dot_general":
-        left, right, result = (types[v].size for v in (*op.inputs, *op.outputs))
-        terms = total / 2
-        share = product_share(terms / right, terms / left, terms / result, ENDLESS, device)
-    return device.launch + total / (_peak(device, products or multiplied_as(op, types, device)) * share) / ways.work
+    return device.launch + device.stream_seconds(_cut(_touched(op, types, kernels), ways))
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Seconds of an op that runs within a fused chain: `fixed`, and of each side (operands, then results) so
-    many divided by the ways that it is cut."""
+    """Seconds of an op: `fixed`, of each side (operands, then results) so many divided by the ways that it is cut,
+    and `work` divided by those of the op's work."""
 
     fixed: float
     sides: Mapping[int, float]
+    work: float = 0.0
 
 
 def fused_terms(op: Op, types: Mapping[int, TensorType], device: Device, kernels: Kernels) -> Terms | None:
@@ -142,22 +120,54 @@ def fused_terms(op: Op, types: Mapping[int, TensorType], device: Device, kernels
     return Terms(fixed, {k: seconds for k, seconds in found.items() if seconds})
 
 
-def _moved(op: Op, types: Mapping[int, TensorType], ways: Ways, kernels: Kernels) -> np.ndarray | float:
-    """Bytes of all operands and results, but for those inside fused attention."""
-    sides = zip((*op.inputs, *op.outputs), (*ways.operands, *ways.results), strict=True)
-    return sum((types[v].nbytes / w for v, w in sides if v not in kernels.inside), 0.0)
+def least_terms(
+    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, kernels: Kernels, products: str | None = None
+) -> Terms:
+    """No layout that cuts everything into at most so many parts runs the op in less.
+
+    A product whose operands are cut smaller never reaches a larger share of the peak than
+    the whole one does, all multiprocessors busy.
+    """
+    fused = fused_terms(op, types, device, kernels)
+    if fused is not None:
+        return fused
+    if op.kind not in CONTRACTIONS:
+        touched = _touched(op, types, kernels)
+        return Terms(device.launch, {k: device.stream_seconds(nbytes) for k, nbytes in touched.items()})
+    if not kernels.inside.isdisjoint((*op.inputs, *op.outputs)):
+        rate = _peak(device, multiplied_as(op, types, device)) * device.attention_efficiency
+        return Terms(device.launch, {}, flop(op, rule, types) * CAUSAL / rate)
+    share, total = device.efficiency, flop(op, rule, types)
+    if op.kind == "dot_general":
+        left, right, result = (types[v].size for v in (*op.inputs, *op.outputs))
+        terms = total / 2
+        share = float(product_share(terms / right, terms / left, terms / result, ENDLESS, device))
+    return Terms(device.launch, {}, total / (_peak(device, products or multiplied_as(op, types, device)) * share))
 
 
-def _touched(op: Op, types: Mapping[int, TensorType], ways: Ways, kernels: Kernels) -> np.ndarray | float:
-    """Bytes that a look-up or an update touches: not the whole table it reads or changes."""
-    results = sum((types[v].nbytes / w for v, w in zip(op.outputs, ways.results, strict=True)), 0.0)
+def _moved(op: Op, types: Mapping[int, TensorType], kernels: Kernels) -> dict[int, float]:
+    """Bytes of each side, but for those inside fused attention."""
+    sides = enumerate((*op.inputs, *op.outputs))
+    return {k: float(types[v].nbytes) for k, v in sides if v not in kernels.inside}
+
+
+def _touched(op: Op, types: Mapping[int, TensorType], kernels: Kernels) -> dict[int, float]:
+    """Bytes of each side that a look-up or an update touches: not the whole table it reads or changes."""
+    many = len(op.inputs)
+    results = {many + k: float(types[v].nbytes) for k, v in enumerate(op.outputs)}
     if op.kind == "gather":
-        return 2 * results + types[op.inputs[1]].nbytes / ways.operands[1]
+        return {**{k: 2 * nbytes for k, nbytes in results.items()}, 1: float(types[op.inputs[1]].nbytes)}
     if op.kind == "dynamic_update_slice":
-        return 2 * types[op.inputs[1]].nbytes / ways.operands[1]
+        return {1: 2.0 * types[op.inputs[1]].nbytes}
     if op.kind in ("scatter", "scatter-add"):
-        return results + 2 * types[op.inputs[2]].nbytes / ways.operands[2]
-    return _moved(op, types, ways, kernels)
+        return {**results, 2: 2.0 * types[op.inputs[2]].nbytes}
+    return _moved(op, types, kernels)
+
+
+def _cut(sides: Mapping[int, float], ways: Ways) -> np.ndarray | float:
+    """What is left of something on each side where it is cut, added up."""
+    cuts = (*ways.operands, *ways.results)
+    return sum((much / cuts[k] for k, much in sides.items()), 0.0)
 
 
 def _product_seconds(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -13,7 +14,6 @@ from ...ir.graph import Op
 from ...ir.microbatch import TimeAxis
 from ...ir.program import Program
 from ...ir.rules import rule_of
-from .compute import Ways
 from .kernels import free_values, kernels_of
 from .model import CostModel
 
@@ -28,20 +28,29 @@ def least_work(
     Args:
         class_of: of an op's tag, or of that of the outermost loop around it.
     """
-    found: dict[Class, np.ndarray] = defaultdict(lambda: np.zeros((len(devices), len(counts))))
+    sums: dict[Class, np.ndarray] = defaultdict(lambda: np.zeros(3))
+    for outer, each in _pieces(program, cost):
+        sums[class_of(outer)] += each
+    ways = np.array(devices, float)[:, None].repeat(len(counts), 1)
+    parts = ways * np.array(counts)
+    return {key: fixed + whole / ways + split / parts for key, (fixed, whole, split) in sums.items()}
+
+
+@lru_cache(maxsize=16)
+def _pieces(program: Program, cost: CostModel) -> list[tuple[str, np.ndarray]]:
+    """Of each op, by the tag that decides its runs: seconds that nothing cuts, that devices cut, and that
+    microbatches cut too."""
     kernels = kernels_of(program, cost.fused_attention, cost.fusion, cost.redone_inside)
     types, time = program.graph.types, program.time
-    split = time.split.keys() if isinstance(time, TimeAxis) else frozenset()
-    once = np.array(devices, float)[:, None].repeat(len(counts), 1)
-    parts = once * np.array(counts)
+    timed = time.split.keys() if isinstance(time, TimeAxis) else frozenset()
+    found = []
     for outer, op, times in _priced(program):
-        sides = (*op.inputs, *op.outputs)
-        ways = [parts if v in split else once for v in sides]
-        work = once if split.isdisjoint(sides) else parts
-        cuts = Ways(ways[: len(op.inputs)], ways[len(op.inputs) :], work)
-        seconds = cost.least_seconds(op, rule_of(op, types), types, cuts, kernels)
-        found[class_of(outer)] += times * seconds
-    return dict(found)
+        sides, terms = (*op.inputs, *op.outputs), cost.least_terms(op, rule_of(op, types), types, kernels)
+        split = sum(seconds for k, seconds in terms.sides.items() if sides[k] in timed)
+        whole = sum(terms.sides.values()) - split
+        work = (terms.work, 0.0) if timed.isdisjoint(sides) else (0.0, terms.work)
+        found.append((outer, times * np.array([terms.fixed, whole + work[0], split + work[1]])))
+    return found
 
 
 def _priced(program: Program) -> Iterator[tuple[str, Op, int]]:

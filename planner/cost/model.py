@@ -19,7 +19,7 @@ from ...ir.mesh import Mesh
 from ...ir.rule import Rule
 from .bands import told
 from .collectives import Collectives
-from .compute import Terms, Ways, fused_terms, least_seconds, op_seconds
+from .compute import Terms, Ways, fused_terms, least_terms, op_seconds
 from .kernels import Fusion, Kernels
 
 
@@ -54,14 +54,7 @@ class CostModel(Protocol):
 
     def fused_terms(self, op: Op, types: Mapping[int, TensorType], kernels: Kernels) -> Terms | None: ...
 
-    def least_seconds(
-        self,
-        op: Op,
-        rule: Rule,
-        types: Mapping[int, TensorType],
-        ways: Ways,
-        kernels: Kernels,
-    ) -> np.ndarray | float: ...
+    def least_terms(self, op: Op, rule: Rule, types: Mapping[int, TensorType], kernels: Kernels) -> Terms: ...
 
 
 @dataclass(frozen=True)
@@ -104,13 +97,6 @@ class Roofline:
         """The same of an op within a fused chain, before anything is chosen; None for kernels of their own."""
         return fused_terms(op, types, self.device, kernels)
 
-    def least_seconds(
-        self,
-        op: Op,
-        rule: Rule,
-        types: Mapping[int, TensorType],
-        ways: Ways,
-        kernels: Kernels,
-    ) -> np.ndarray | float:
+    def least_terms(self, op: Op, rule: Rule, types: Mapping[int, TensorType], kernels: Kernels) -> Terms:
         """No layout that cuts everything into at most so many parts takes less."""
-        return least_seconds(op, rule, types, self.device, ways, kernels, self.products)
+        return least_terms(op, rule, types, self.device, kernels, self.products)
