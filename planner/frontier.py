@@ -234,7 +234,8 @@ class _Replanning:
                 devices = first * size
                 if devices % per_host and per_host % devices:
                     continue
-                if pinned_mesh not in (None, (first, *point.mesh[1:])):
+                mesh = mesh_of((first, *point.mesh[1:]))
+                if pinned_mesh not in (None, mesh.shape):
                     continue
                 for many in self._counts(whole, point):
                     uneven = first == point.mesh[0] and (batch // point.microbatches) % first
@@ -246,7 +247,7 @@ class _Replanning:
                             continue
                         if isinstance(pinned, int) and stages != pinned:
                             continue
-                        shape = Shape(stages, mesh_of((first, *point.mesh[1:])), point.policy, many)
+                        shape = Shape(stages, mesh, point.policy, many)
                         hosts = ceil(stages * devices / per_host)
                         yield Candidate(point, shape, hosts, _estimate(point, shape, units), _held(point, shape))
 

@@ -232,8 +232,8 @@ class _Chains:
             self.parent[value] = op.outputs[0]
 
     def of(self, value: int) -> int:
-        while self.parent.get(value, value) != value:
-            value = self.parent[value]
+        while (up := self.parent.get(value, value)) != value:
+            self.parent[value] = value = self.parent[up]
         return value
 
     def tie(self, a: int, b: int) -> None:
