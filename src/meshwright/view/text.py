@@ -10,11 +10,10 @@ from ..ir.plan import Plan, Tensor
 from ..ir.schedule import microbatches_held
 from ..ir.units import counted, format_bytes, format_flops, format_seconds
 from ..pipeline_view import parts_of_step
-from .words import duty, ended, unlike, words
+from .words import claim, duty, ended, enough, share, unlike, words
 
 TENSORS, COLLECTIVES, CANDIDATES = 12, 6, 4  # rows shown unless all are asked for
 WIDEST = 44  # columns of a name
-EXACT = 5e-4  # a gap that prints as none
 
 
 def plan_text(plan: Plan, everything: bool = False) -> str:
@@ -130,11 +129,10 @@ def _stage_rows(plan: Plan) -> list[tuple[str, ...]]:
 def proof_line(plan: Plan) -> str:
     """Status, bound and gap in one line."""
     p = plan.proof
-    near = "optimal" if p.gap < EXACT else f"within {p.gap:.1%} of optimal"
-    status = near if p.status == "optimal" else f"feasible, {ended(p)}"
+    status = f"feasible, {ended(p)}" if p.status == "feasible" else claim(p)
     return (
         f"{status}: no plan in the searched space is faster than {format_seconds(p.lower_bound)}, "
-        f"gap {p.gap:.1%}"
+        f"gap {share(p.gap)}{enough(p)}"
     )
 
 
