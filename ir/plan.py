@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from .cluster import Cluster
 from .mesh import Mesh
@@ -37,7 +37,7 @@ class Proof(_Part):
     band: str  # what is known about the error of the cost model
     left_out: tuple[str, ...]  # what the search did not look at
     searched: tuple[str, ...]  # one line per (mesh, microbatches, recompute) candidate
-    seconds: float  # how long the search took
+    seconds: float | None = Field(None, exclude=True)  # the search took; left out of files: equal plans, equal files
     good_enough: float | None = None  # the gap at which the search was to end; older files do not say it
 
     @model_validator(mode="wrap")

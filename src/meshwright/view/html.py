@@ -15,7 +15,7 @@ from ..ir.units import format_bytes, format_seconds
 from ..pipeline_view import parts_of_step
 from .svg import bars, cut_picture, mesh_picture, proof_picture
 from .text import largest
-from .words import claim, duty, ended, enough, share, words
+from .words import claim, duty, ended, enough, lasted, share, words
 
 TENSORS, COLLECTIVES = 16, 10
 
@@ -176,7 +176,7 @@ def _proof(plan: Plan) -> str:
     notes = "".join(f"<li>{escape(line)}</li>" for line in kept)
     return (
         f"{proof_picture(p.lower_bound, p.objective)}"
-        f"<p>{escape(claim(p) + enough(p))}, {escape(ended(p))} after {p.seconds:.1f} s, seed {p.seed}. "
+        f"<p>{escape(claim(p) + enough(p))}, {escape(ended(p))}{lasted(p, ' after')}, seed {p.seed}. "
         f"Prices: {escape(p.cost_model)}, {escape(p.band)}.</p>"
         + (f"<ul>{notes}</ul>" if notes else "")
         + f"<details open='open'><summary>not searched</summary><ul>{left_out}</ul></details>"

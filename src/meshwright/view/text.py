@@ -10,7 +10,7 @@ from ..ir.plan import Plan, Tensor
 from ..ir.schedule import microbatches_held
 from ..ir.units import counted, format_bytes, format_flops, format_seconds
 from ..pipeline_view import parts_of_step
-from .words import claim, duty, ended, enough, share, unlike, words
+from .words import claim, duty, ended, enough, lasted, share, unlike, words
 
 TENSORS, COLLECTIVES, CANDIDATES = 12, 6, 4  # rows shown unless all are asked for
 WIDEST = 44  # columns of a name
@@ -228,7 +228,7 @@ def _collective_rows(plan: Plan, most: int | None) -> list[tuple[str, ...]]:
 def _proof(plan: Plan, everything: bool) -> str:
     p = plan.proof
     lines = [
-        f"searched for {p.seconds:.1f} s, seed {p.seed}; found on the way:",
+        f"searched{lasted(p, ' for')}, seed {p.seed}; found on the way:",
         *(f"  {line}" for line in _last(p.searched, None if everything else CANDIDATES)),
         f"  prices: {p.cost_model}, {p.band}",
         f"  not searched: {'; '.join(p.left_out)}",

@@ -56,6 +56,11 @@ def ended(proof: Proof) -> str:
     return told.get(proof.stopped_by, f"stopped by {proof.stopped_by}")
 
 
+def lasted(proof: Proof, word: str) -> str:
+    """How long the search took; plans that were read from a file do not say it."""
+    return "" if proof.seconds is None else f"{word} {proof.seconds:.1f} s"
+
+
 def duty(use: AxisUse) -> str:
     """What an axis does most: "data", "sequence", "expert", "tensor", "mixed" or "idle"."""
     shares = {
