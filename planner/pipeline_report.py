@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
 from ..ir.cluster import Cluster
 from ..ir.plan import Estimate, Pipeline, Plan, Stage
+from ..ir.units import format_seconds
 from ..ir.version import VERSION
 from .moves import find_collectives, repeated
 from .pipeline.priced import Priced, Pricing
@@ -59,6 +60,26 @@ class Chosen:
     @property
     def notes(self) -> tuple[str, ...]:
         return (f"no single program for all stages: {self.why}",) if self.why else ()
+
+
+@dataclass(frozen=True)
+class Way:
+    """A pipeline by programs of its stages, in words: seconds of a step by the devices alone, and with the host's
+    dispatch of the passes."""
+
+    words: str
+    seconds: float
+    dispatched: float
+
+    def __str__(self) -> str:
+        alone, together = format_seconds(self.seconds), format_seconds(self.dispatched)
+        return f"{self.words}: {alone} by the devices alone, {together} with the host's dispatch of its passes"
+
+
+def passed_over(taken: Plan, ways: Iterable[Way]) -> Plan:
+    """The plan, with a line for each pipeline that would take the devices less time but waits for the host."""
+    slow = [each for each in ways if each.seconds < taken.estimate.step_seconds <= each.dispatched]
+    return taken.model_copy(update={"notes": (*taken.notes, *(f"not taken: {each}" for each in slow))})
 
 
 def by_stages(pricing: Pricing, priced: Priced, kind: str, why: str = "") -> Chosen:

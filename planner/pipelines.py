@@ -40,7 +40,7 @@ from .pipeline.stage_memory import StageMemory
 from .pipeline.unit_costs import unit_seconds
 from .pipeline.units import runs_of
 from .pipeline.watched import Watched, limited
-from .pipeline_report import LEFT_OUT, Chosen, Rank, write_pipeline
+from .pipeline_report import LEFT_OUT, Chosen, Rank, Way, write_pipeline
 from .space import Space
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class Found:
     priced: Priced | None = None
     programs: dict[str, float] = field(default_factory=dict)  # seconds of a step by each kind of program, once chosen
     why: str = ""  # why there is no single program
+    apart: Priced | None = None  # as programs of each stage, where a single one was chosen
 
     @property
     def seconds(self) -> float:
@@ -68,6 +69,14 @@ class Found:
     def dispatched(self) -> float:
         """With the host's dispatch, once the kind of program is chosen."""
         return max(self.seconds, min(self.programs.values(), default=0.0))
+
+    @property
+    def by_stages(self) -> list[Way]:
+        """As programs of each stage, if it can be so and was chosen."""
+        priced = self.apart or self.priced
+        if priced is None or "stages" not in self.programs:
+            return []
+        return [Way(f"{self.shape}, {priced.schedule.name}", priced.seconds, self.programs["stages"])]
 
 
 @dataclass
@@ -368,7 +377,7 @@ class Pipelines:
             programs.pop("single", None)
         if single is not None and single.seconds < programs.get("stages", inf):
             self.search.note(f"{best.shape}, a single program: {format_seconds(single.seconds)}")
-            best = replace(best, priced=single)
+            best = replace(best, priced=single, apart=best.priced)
         self.best = replace(best, programs=programs, why=why)
 
     def _check_alike(self, shape: Shape, single: Priced) -> None:

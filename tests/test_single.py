@@ -26,10 +26,12 @@ from meshwright.cli import app
 from meshwright.ir.codec import save_plan
 from meshwright.ir.errors import LoweringError, PlanError
 from meshwright.ir.plan import Plan
+from meshwright.ir.units import parse_seconds
 from meshwright.planner.pipeline.schedules import gpipe, one_f_one_b
 from meshwright.planner.pipeline.single import INSTRUCTION, SHARD, with_dispatch
 from meshwright.planner.request import Request
 from meshwright.recipe import make
+from meshwright.view import plan_html, plan_text
 
 from .pipelines import case, pipelined, stage_plan
 from .test_pipeline_matrix import assert_moved, scanned
@@ -207,6 +209,24 @@ def test_the_faster_kind_of_program_is_chosen_and_both_are_told():
     assert pipeline.schedule == "gpipe" and [s.held for s in pipeline.stages] == [9, 9]
     stages = chosen(program="stages").pipeline
     assert stages.program == "stages" and stages.programs["stages"] == pytest.approx(pipeline.programs["stages"])
+
+
+def told_of_dispatch(plan: Plan) -> list[tuple[float, float]]:
+    """Of pipelines that were not taken, seconds by the devices alone, and with the host's dispatch."""
+    told = [re.search(r"not taken: .*: (\S+ ms) by the devices alone, (\S+ ms) with the host", n) for n in plan.notes]
+    return [(parse_seconds(each[1]), parse_seconds(each[2])) for each in told if each]
+
+
+def test_a_pipeline_that_is_faster_but_for_the_host_is_told():
+    """Whether a single program is taken in its place, or a plan without a pipeline."""
+    flat = plan_captured(case("gpt-tiny")[0], "8xcpu", Request(pp="auto", recompute="none"), "gpt-tiny")
+    assert flat.pipeline is None
+    for plan in (flat, chosen()):
+        [(alone, together)] = told_of_dispatch(plan)
+        assert alone < plan.estimate.step_seconds < together
+        assert "by the devices alone" in plan_text(plan) and "by the devices alone" in plan_html(plan)
+    assert together == pytest.approx(chosen().pipeline.programs["stages"], rel=1e-3)
+    assert not told_of_dispatch(chosen(program="stages")), "what is taken itself"
 
 
 def test_a_single_program_holds_every_tick_and_both_ends():
