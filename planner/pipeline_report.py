@@ -12,7 +12,7 @@ from ..ir.units import format_seconds
 from ..ir.version import VERSION
 from .moves import find_collectives, repeated
 from .pipeline.priced import Priced, Pricing
-from .pipeline.single import exchanges, once_alike, shards_left, with_dispatch
+from .pipeline.single import exchanges, memory_by_cause, once_alike, shards_left, with_dispatch
 from .report import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
 from .request import ProgramKind
 from .search import Search
@@ -120,7 +120,7 @@ def write_pipeline(
             communication_seconds=moving,
             peak_bytes=priced.peaks[worst],
             limit_bytes=pricing.places[worst].limit,
-            memory=_memory(pricing, priced, worst),
+            memory=_memory(pricing, priced, worst, chosen),
             flop=flop_of(space),
         ),
         proof=proof_of(search, priced.seconds, lower_bound, left_out),
@@ -148,7 +148,8 @@ def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: b
                 slots=slots_of(mine.space, mine.choices) if unlike else {}, uses=uses.get(id(mine.space), ()),
                 forward_seconds=seconds.forward, backward_seconds=seconds.backward + seconds.weight,
                 weight_seconds=seconds.weight, send_seconds=seconds.send, once_seconds=priced.once[number],
-                peak_bytes=priced.peaks[rank], held=priced.held[rank], memory=_memory(pricing, priced, rank),
+                peak_bytes=priced.peaks[rank], held=priced.held[rank],
+                memory=_memory(pricing, priced, rank, chosen),
             )
         )  # fmt: skip
     return Pipeline(
@@ -161,7 +162,9 @@ def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: b
     )
 
 
-def _memory(pricing: Pricing, priced: Priced, rank: int) -> dict[str, float]:
+def _memory(pricing: Pricing, priced: Priced, rank: int, chosen: Chosen) -> dict[str, float]:
+    if chosen.program == "single":
+        return memory_by_cause(pricing, priced.schedule.microbatches, rank)
     runs = [priced.runs(pricing.units, stage) for stage in priced.schedule.held[rank]]
     memory = pricing.places[rank].memory.under(priced.schedule, rank)
     return memory.by_cause(tuple(map(sum, zip(*runs, strict=True))), priced.held[rank])

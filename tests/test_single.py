@@ -246,6 +246,25 @@ def test_the_compiled_program_takes_the_memory_predicted():
     assert peak - stats.alias_size_in_bytes == pytest.approx(plan.estimate.peak_bytes, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("cluster", "request_"),
+    [
+        ("4xcpu", {}),
+        ("4xcpu", {"pp": 2, "mesh": (2,), "program": "stages"}),
+        ("4xcpu", {"pp": 2, "mesh": (2,), "program": "stages", "schedule": "zbv"}),
+        ("4xcpu", {"pp": 2, "mesh": (2,), "program": "single"}),
+        ("4xcpu", {"pp": 4, "mesh": (1,), "program": "single"}),
+        ("8xcpu", {"pp": 3, "program": "stages"}),
+    ],
+    ids=["flat", "stages", "two stages each", "single", "four, single", "unequal"],
+)
+def test_causes_of_memory_add_up_to_the_peak(cluster, request_):
+    request = Request(**{"microbatches": 8, "recompute": "none", **request_})
+    plan = plan_captured(case("gpt-tiny", "adamw")[0], cluster, request, "gpt-tiny")
+    for part in (plan.estimate, *(plan.pipeline.stages if plan.pipeline else ())):
+        assert sum(part.memory.values()) == pytest.approx(part.peak_bytes, rel=1e-9)
+
+
 def test_ticks_shares_and_exchanges_add_up():
     plan = chosen(program="single", schedule="gpipe")
     stages = plan.pipeline.stages
