@@ -15,6 +15,7 @@ from .frontier import WIDE, Frontier
 from .islands import Islands
 from .pipeline_report import Chosen, Way, passed_over
 from .pipelines import Pipelines
+from .refusal import refusal
 from .report import BESIDES, write_plan
 from .request import Request, check
 from .scouts import Scouts
@@ -89,7 +90,7 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
     if keep is not None and pipelines.points:
         keep(Frontier.of(pipelines))
     if not both and pipelines.best.priced is None and unequal.found is None:
-        raise pipelines.infeasible()
+        raise refusal(pipelines)
     bound = pipelines.lower_bound()
     if both:
         bound = min(bound, flat.lower_bound())
@@ -98,7 +99,7 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
     elif both and flat.best.seconds <= pipelines.best.dispatched:
         if flat.best.answer is None:
             least = lambda refusal: getattr(refusal, "needed_bytes", None) or inf  # noqa: E731
-            raise min(flat.infeasible(), pipelines.infeasible(), key=least)
+            raise min(flat.infeasible(), refusal(pipelines), key=least)
         found = write_plan(flat, bound, tuple(dict.fromkeys((*BESIDES, *unequal.left_out))))
     else:
         found = pipelines.write(bound, unequal.left_out)
