@@ -261,7 +261,7 @@ def audit_text(audit: Audit) -> str:
         f"{format_bytes(audit.compiled_bytes)} compiled ({_difference(audit.difference)})"
     )
     peak = (
-        f"memory: {format_bytes(audit.predicted_peak)} predicted, "
+        f"memory{_fullest(audit)}: {format_bytes(audit.predicted_peak)} predicted, "
         f"{format_bytes(audit.compiled_peak)} compiled ({audit.memory_difference:+.1%}): "
         + ", ".join(f"{part} {format_bytes(nbytes)}" for part, nbytes in audit.parts.items())
     )
@@ -272,21 +272,30 @@ def audit_text(audit: Audit) -> str:
     return "\n".join(lines)
 
 
+def _fullest(audit: Audit) -> str:
+    """Which rank the line of memory is of, and which was to hold most if that is another."""
+    if audit.fullest is None:
+        return ""
+    found, planned = audit.fullest
+    other = f" (planned: rank {planned.rank}, {format_bytes(planned.predicted_peak)})" if planned != found else ""
+    return f" of the fullest rank, {found.rank}{other}"
+
+
 def _ranks_of(audit: Audit) -> list[str]:
-    """The ranks of a pipeline; the lines above add up all of them."""
+    """The ranks of a pipeline; the collectives above add up all of them."""
     rows = [
         (
             str(part.rank),
             ", ".join(map(str, part.stages)),
             format_bytes(part.compiled_bytes),
             format_bytes(part.predicted_peak),
-            format_bytes(sum(part.parts.values())),
-            f"{sum(part.parts.values()) / part.predicted_peak - 1:+.1%}",
+            format_bytes(part.compiled_peak),
+            f"{part.compiled_peak / part.predicted_peak - 1:+.1%}",
         )
         for part in audit.ranks
     ]
     head = [("rank", "stages", "communication compiled", "memory predicted", "compiled", "difference")]
-    return [_table("ranks: lines above are of all of them", head + rows)] if rows else []
+    return [_table("ranks: collectives above are of all of them", head + rows)] if rows else []
 
 
 def _difference(share: float) -> str:
