@@ -7,9 +7,9 @@ and reviewed without the graph it was made for.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from .cluster import Cluster
 from .mesh import Mesh
@@ -17,6 +17,7 @@ from .schedule import Schedule, read_schedule
 from .sharding import Sharding
 
 PLAN_VERSION = 1
+EXACT = 1e-6  # a gap up to which a plan is optimal: rounding of sums of seconds, and where solvers stop
 
 
 class _Part(BaseModel):
@@ -26,7 +27,7 @@ class _Part(BaseModel):
 class Proof(_Part):
     """What the search can claim, in predicted seconds per step."""
 
-    status: Literal["optimal", "feasible"]
+    status: Literal["optimal", "within_gap", "feasible"]  # "within_gap": proven to be within what is good enough
     # "end": all was looked at, the bound is not tight; "estimate": only what an estimate ranks first was solved
     stopped_by: Literal["proof", "time", "interrupt", "end", "estimate"]
     objective: float
@@ -36,7 +37,17 @@ class Proof(_Part):
     band: str  # what is known about the error of the cost model
     left_out: tuple[str, ...]  # what the search did not look at
     searched: tuple[str, ...]  # one line per (mesh, microbatches, recompute) candidate
-    seconds: float  # how long the search took
+    seconds: float | None = Field(None, exclude=True)  # the search took; left out of files: equal plans, equal files
+    good_enough: float | None = None  # the gap at which the search was to end; older files do not say it
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_it_is(cls, data: Any, read: ModelWrapValidatorHandler[Proof]) -> Proof:
+        """Older files call optimal whatever is within the gap that was good enough."""
+        found = read(data)
+        if found.good_enough is None and found.status == "optimal" and found.gap > EXACT:
+            return found.model_copy(update={"status": "within_gap"})
+        return found
 
     @property
     def gap(self) -> float:

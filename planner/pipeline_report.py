@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
 from ..ir.cluster import Cluster
 from ..ir.plan import Estimate, Pipeline, Plan, Stage
+from ..ir.units import format_seconds
 from ..ir.version import VERSION
 from .moves import find_collectives, repeated
 from .pipeline.priced import Priced, Pricing
-from .pipeline.single import exchanges, once_alike, shards_left, with_dispatch
+from .pipeline.single import exchanges, memory_by_cause, once_alike, shards_left, with_dispatch
 from .report import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
 from .request import ProgramKind
 from .search import Search
@@ -61,6 +62,26 @@ class Chosen:
         return (f"no single program for all stages: {self.why}",) if self.why else ()
 
 
+@dataclass(frozen=True)
+class Way:
+    """A pipeline by programs of its stages, in words: seconds of a step by the devices alone, and with the host's
+    dispatch of the passes."""
+
+    words: str
+    seconds: float
+    dispatched: float
+
+    def __str__(self) -> str:
+        alone, together = format_seconds(self.seconds), format_seconds(self.dispatched)
+        return f"{self.words}: {alone} by the devices alone, {together} with the host's dispatch of its passes"
+
+
+def passed_over(taken: Plan, ways: Iterable[Way]) -> Plan:
+    """The plan, with a line for each pipeline that would take the devices less time but waits for the host."""
+    slow = [each for each in ways if each.seconds < taken.estimate.step_seconds <= each.dispatched]
+    return taken.model_copy(update={"notes": (*taken.notes, *(f"not taken: {each}" for each in slow))})
+
+
 def by_stages(pricing: Pricing, priced: Priced, kind: str, why: str = "") -> Chosen:
     """Programs of each stage, with what the host takes to dispatch them to devices of a kind."""
     seconds = with_dispatch(priced.seconds, priced.schedule, shards_left(pricing, priced), kind)
@@ -99,7 +120,7 @@ def write_pipeline(
             communication_seconds=moving,
             peak_bytes=priced.peaks[worst],
             limit_bytes=pricing.places[worst].limit,
-            memory=_memory(pricing, priced, worst),
+            memory=_memory(pricing, priced, worst, chosen),
             flop=flop_of(space),
         ),
         proof=proof_of(search, priced.seconds, lower_bound, left_out),
@@ -127,7 +148,8 @@ def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: b
                 slots=slots_of(mine.space, mine.choices) if unlike else {}, uses=uses.get(id(mine.space), ()),
                 forward_seconds=seconds.forward, backward_seconds=seconds.backward + seconds.weight,
                 weight_seconds=seconds.weight, send_seconds=seconds.send, once_seconds=priced.once[number],
-                peak_bytes=priced.peaks[rank], held=priced.held[rank], memory=_memory(pricing, priced, rank),
+                peak_bytes=priced.peaks[rank], held=priced.held[rank],
+                memory=_memory(pricing, priced, rank, chosen),
             )
         )  # fmt: skip
     return Pipeline(
@@ -140,7 +162,9 @@ def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: b
     )
 
 
-def _memory(pricing: Pricing, priced: Priced, rank: int) -> dict[str, float]:
+def _memory(pricing: Pricing, priced: Priced, rank: int, chosen: Chosen) -> dict[str, float]:
+    if chosen.program == "single":
+        return memory_by_cause(pricing, priced.schedule.microbatches, rank)
     runs = [priced.runs(pricing.units, stage) for stage in priced.schedule.held[rank]]
     memory = pricing.places[rank].memory.under(priced.schedule, rank)
     return memory.by_cause(tuple(map(sum, zip(*runs, strict=True))), priced.held[rank])

@@ -30,7 +30,7 @@ from ..ir.plan import Plan
 from ..ir.program import prepare
 from ..ir.schedule import Schedule, in_flight
 from ..ir.stages import cut_stages
-from ..ir.units import counted, format_bytes, format_seconds
+from ..ir.units import format_bytes, format_seconds
 from .pipeline.bounds import Bounds
 from .pipeline.carried import Carried
 from .pipeline.choices import Choices, Shape
@@ -41,7 +41,7 @@ from .pipeline.stage_memory import StageMemory
 from .pipeline.unit_costs import unit_seconds
 from .pipeline.units import runs_of
 from .pipeline.watched import Watched, limited
-from .pipeline_report import LEFT_OUT, Chosen, Rank, write_pipeline
+from .pipeline_report import LEFT_OUT, Chosen, Rank, Way, write_pipeline
 from .space import Space
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class Found:
     priced: Priced | None = None
     programs: dict[str, float] = field(default_factory=dict)  # seconds of a step by each kind of program, once chosen
     why: str = ""  # why there is no single program
+    apart: Priced | None = None  # as programs of each stage, where a single one was chosen
 
     @property
     def seconds(self) -> float:
@@ -69,6 +70,14 @@ class Found:
     def dispatched(self) -> float:
         """With the host's dispatch, once the kind of program is chosen."""
         return max(self.seconds, min(self.programs.values(), default=0.0))
+
+    @property
+    def by_stages(self) -> list[Way]:
+        """As programs of each stage, if it can be so and was chosen."""
+        priced = self.apart or self.priced
+        if priced is None or "stages" not in self.programs:
+            return []
+        return [Way(f"{self.shape}, {priced.schedule.name}", priced.seconds, self.programs["stages"])]
 
 
 @dataclass
@@ -353,7 +362,7 @@ class Pipelines:
             programs.pop("single", None)
         if single is not None and single.seconds < programs.get("stages", inf):
             self.search.note(f"{best.shape}, a single program: {format_seconds(single.seconds)}")
-            best = replace(best, priced=single)
+            best = replace(best, priced=single, apart=best.priced)
         self.best = replace(best, programs=programs, why=why)
 
     def _check_alike(self, shape: Shape, single: Priced) -> None:
@@ -370,45 +379,3 @@ class Pipelines:
         ranks = [Rank(self.search, best.space, best.choices)] * best.priced.schedule.ranks
         chosen = Chosen(best.programs, best.why)
         return write_pipeline(ranks, best.pricing, best.priced, self.search.cluster, bound, left_out, chosen)
-
-    def infeasible(self) -> PlanError:
-        """The least that any pipeline asked for needs, and the pipeline of those not asked for that needs least."""
-        search = self.search
-        if search.stopped_by != "proof":
-            return search.infeasible()
-        asked = self._least_needed()
-        if asked is None:
-            pp, unequal = search.request.pp, isinstance(search.request.pp, int)
-            room = f"{format_bytes(search.limit)} per device may be used"
-            return InfeasibleError(
-                f"no pipeline{f' of {pp} stages' * unequal} was found that fits: {room}.",
-                where="stages of unequal meshes were tried" if unequal else "request: pp",
-                origin=f"cluster {search.cluster.name}: {counted(search.cluster.size, 'device')}",
-                fix=self._what_may_fit(inf), limit_bytes=search.limit,
-            )  # fmt: skip
-        needed, shape = asked
-        said = "may be enough, but no layouts were found that fit" if needed <= search.limit else "is needed at least"
-        return InfeasibleError(
-            f"no pipeline fits: {format_bytes(needed)} per device {said}, {format_bytes(search.limit)} may be used.",
-            where=f"the least is with {shape}",
-            origin=f"cluster {search.cluster.name}: {counted(search.cluster.size, 'device')}",
-            fix=self._what_may_fit(needed),
-            needed_bytes=needed, limit_bytes=search.limit,
-        )  # fmt: skip
-
-    def _least_needed(self) -> tuple[float, Shape] | None:
-        """Least bytes of any shape, and the shape; more microbatches never need more."""
-        most = self.choices.counts[-1]
-        shapes = [replace(family, microbatches=most) for family in self.choices.families()]
-        return min(((self.bounds.least(shape), shape) for shape in shapes), key=lambda pair: pair[0], default=None)
-
-    def _what_may_fit(self, needed: float) -> str:
-        search, more = self.search, "more devices, a smaller batch, or devices with more memory"
-        free = dict.fromkeys(("mesh", "recompute", "microbatches", "schedule", "chunks"), None)
-        request = replace(search.request, pp="auto", **free)
-        found = Pipelines(search.over(search.cluster, request))._least_needed()
-        if found is None or found[0] >= needed:
-            return more
-        if found[0] <= search.limit:
-            return f"{found[1]}, which needs at least {format_bytes(found[0])}; or {more}"
-        return f"{more}; any pipeline here needs at least {format_bytes(found[0])}, that with {found[1]}"

@@ -10,12 +10,12 @@ from ..ir.blocks import Folded
 from ..ir.cluster import Cluster
 from ..ir.errors import PlanError
 from ..ir.plan import Plan
-from ..ir.units import format_seconds
 from .cost.model import CostModel, Roofline
 from .frontier import WIDE, Frontier
 from .islands import Islands
-from .pipeline_report import Chosen
+from .pipeline_report import Chosen, Way, passed_over
 from .pipelines import Pipelines
+from .refusal import refusal
 from .report import BESIDES, write_plan
 from .request import Request, check
 from .scouts import Scouts
@@ -67,6 +67,7 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
     pipelines = Pipelines(flat)
     unequal = Unequal(pipelines)
     both = flat.request.pp == "auto" and flat.request.schedule is None and flat.request.program != "single"
+    ways: list[Way] = []
     if flat.scouts is not None:
         flat.scouts.brief(flat, pipelines.choices.units)
     try:
@@ -79,11 +80,9 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
             flat.outside, flat.aim = pipelines.best.dispatched, max(pipelines.first, pipelines.best.dispatched)
             flat.explore()
         slow = pipelines.best.seconds < flat.best.seconds <= pipelines.best.dispatched  # of dispatch alone
-        if slow:
-            flat.note(f"the best pipeline takes {format_seconds(pipelines.best.dispatched)} with the host's dispatch")
-        elif flat.request.program != "single":
+        if not slow and flat.request.program != "single":
             unequal.explore(min(pipelines.best.seconds, flat.best.seconds))
-            drop_dispatched(unequal, flat.best.seconds if both else inf)
+            ways += drop_dispatched(unequal, flat.best.seconds if both else inf)
     except KeyboardInterrupt:
         flat.stopped_by = "interrupt"
         if both and flat.best.answer is None and not flat.open_bounds:
@@ -91,23 +90,27 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
     if keep is not None and pipelines.points:
         keep(Frontier.of(pipelines))
     if not both and pipelines.best.priced is None and unequal.found is None:
-        raise pipelines.infeasible()
+        raise refusal(pipelines)
     bound = pipelines.lower_bound()
     if both:
         bound = min(bound, flat.lower_bound())
     if unequal.found is not None:
-        return unequal.write(min(bound, unequal.lower_bound()))
-    if both and flat.best.seconds <= pipelines.best.dispatched:
+        found = unequal.write(min(bound, unequal.lower_bound()))
+    elif both and flat.best.seconds <= pipelines.best.dispatched:
         if flat.best.answer is None:
             least = lambda refusal: getattr(refusal, "needed_bytes", None) or inf  # noqa: E731
-            raise min(flat.infeasible(), pipelines.infeasible(), key=least)
-        return write_plan(flat, bound, tuple(dict.fromkeys((*BESIDES, *unequal.left_out))))
-    return pipelines.write(bound, unequal.left_out)
+            raise min(flat.infeasible(), refusal(pipelines), key=least)
+        found = write_plan(flat, bound, tuple(dict.fromkeys((*BESIDES, *unequal.left_out))))
+    else:
+        found = pipelines.write(bound, unequal.left_out)
+    return passed_over(found, (*pipelines.best.by_stages, *ways))
 
 
-def drop_dispatched(unequal: Unequal, flat: float) -> None:
-    """Unequal stages are given up where the host's dispatch makes them slower than a plan that has none."""
+def drop_dispatched(unequal: Unequal, flat: float) -> list[Way]:
+    """Unequal stages are given up where the host's dispatch makes them slower than a plan that has none; what is."""
     best = unequal.pipelines.best
     single = best.dispatched if Chosen(best.programs).program == "single" else inf
-    if unequal.dispatched >= min(flat, single):
-        unequal.found = None
+    if unequal.found is None or unequal.dispatched < min(flat, single):
+        return []
+    way, unequal.found = unequal.way, None
+    return [way]

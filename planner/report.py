@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..ir.graph import Op, TensorType
 from ..ir.microbatch import Refusal
-from ..ir.plan import Collective, Estimate, Layout, Plan, Proof, Tensor
+from ..ir.plan import EXACT, Collective, Estimate, Layout, Plan, Proof, Tensor
 from ..ir.roles import roles
 from ..ir.rules import rule_of
 from ..ir.sharding import Sharding
@@ -17,6 +17,7 @@ from ..ir.version import VERSION
 from .cost.compute import flop
 from .memory.ledger import Ledger
 from .moves import find_collectives, spoken
+from .solver.onehot import relative_gap
 from .space import Space
 from .usage import axis_uses
 
@@ -105,11 +106,12 @@ def flop_of(space: Space) -> float:
 def proof_of(search: Search, objective: float, bound: float, left_out: tuple[str, ...] = LEFT_OUT) -> Proof:
     """What the search can claim of a plan of so many seconds."""
     bound = min(bound, objective)
-    proven = bound >= objective * (1 - max(1e-6, search.request.good_enough))
-    status: Literal["optimal", "feasible"] = "optimal" if proven else "feasible"
+    gap, good_enough = relative_gap(objective, bound), search.request.good_enough
+    proven = gap <= max(EXACT, good_enough)
+    status: Literal["within_gap", "feasible"] = "within_gap" if proven else "feasible"
     stopped = "proof" if proven else _stopped(search)
     return Proof(
-        status=status,
+        status="optimal" if gap <= EXACT else status,
         stopped_by=stopped,
         objective=objective,
         lower_bound=bound,
@@ -119,6 +121,7 @@ def proof_of(search: Search, objective: float, bound: float, left_out: tuple[str
         left_out=left_out,
         searched=tuple(search.log),
         seconds=round(time.monotonic() - search.started, 3),
+        good_enough=good_enough,
     )
 
 

@@ -32,7 +32,7 @@ from .pipeline.priced import Place, Priced, Pricing
 from .pipeline.schedules import schedule_named
 from .pipeline.units import Units, runs_of
 from .pipeline.watched import Watched
-from .pipeline_report import BESIDES, LEFT_OUT, Chosen, Rank, by_stages, write_pipeline
+from .pipeline_report import BESIDES, LEFT_OUT, Chosen, Rank, Way, by_stages, write_pipeline
 from .pipelines import Pipelines
 from .stage_layouts import StageLayouts
 
@@ -105,6 +105,13 @@ class Unequal:
     def dispatched(self) -> float:
         """Seconds of a step with the host's dispatch; inf where nothing was found."""
         return self._chosen.programs["stages"] if self.found else inf
+
+    @property
+    def way(self) -> Way:
+        assert self.found is not None
+        _, pricing, priced = self.found
+        sizes = " ".join(str(place.devices) for place in pricing.places)
+        return Way(f"stages on {sizes} devices, {priced.schedule.name}", priced.seconds, self.dispatched)
 
     @property
     def _chosen(self) -> Chosen:

@@ -1,5 +1,7 @@
 """What is read out of a compiled program, and how it is held against a plan."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import PartitionSpec as P
 
 import meshwright as mw
-from meshwright.backends.xla.audit import compare
+from meshwright.backends.xla.audit import Audit, Part, compare
 from meshwright.backends.xla.hlo import Found, collectives
 from meshwright.ir.mesh import Mesh
 from meshwright.models import build
@@ -104,4 +106,14 @@ def test_a_pipeline_moves_what_was_planned_and_holds_about_as_much():
     for part in report.ranks:
         assert 0.75 < sum(part.parts.values()) / part.predicted_peak < 1.1
     assert report.compiled_peak == max(sum(part.parts.values()) for part in report.ranks)
-    assert "ranks: lines above are of all of them" in audit_text(report)
+    assert "ranks: collectives above are of all of them" in audit_text(report)
+
+
+def test_an_audit_names_the_fullest_rank_and_the_one_that_was_to_be():
+    ranks = Part(0, (0,), 0.0, 4096.0, {"held": 1024.0}), Part(1, (1,), 0.0, 3072.0, {"held": 5120.0})
+    report = Audit((), 3072.0, ranks[1].parts, 8192.0, ranks)
+    told = "memory of the fullest rank, 1 (planned: rank 0, 4 KiB): 3 KiB predicted, 5 KiB compiled (+66.7%)"
+    assert told in audit_text(report)
+    alike = replace(report, ranks=(replace(ranks[0], predicted_peak=2048.0), ranks[1]))
+    assert "memory of the fullest rank, 1: 3 KiB predicted" in audit_text(alike)
+    assert "memory: 3 KiB predicted" in audit_text(replace(report, ranks=())), "no pipeline"

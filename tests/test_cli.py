@@ -70,10 +70,7 @@ def test_plan_honours_every_pin(run, tmp_path):
 def test_equal_seeds_give_equal_plans(run, tmp_path):
     for name in ("a.json", "b.json"):
         run("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", *QUICK, "-o", name)
-    plans = [load_plan(tmp_path / name) for name in ("a.json", "b.json")]
-    seconds = plans[0].proof.seconds
-    same = plans[1].proof.model_copy(update={"seconds": seconds})
-    assert plans[0] == plans[1].model_copy(update={"proof": same})
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes(), "no clock in it"
 
 
 def test_show_prints_what_plan_printed_and_writes_html(run, plan_file, tmp_path):

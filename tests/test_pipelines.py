@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import combinations
 
@@ -19,6 +20,7 @@ from meshwright.ir.cluster import Cluster
 from meshwright.ir.errors import InfeasibleError, PlanError
 from meshwright.ir.recompute import POLICIES
 from meshwright.ir.schedule import check, read_schedule
+from meshwright.ir.units import parse_bytes
 from meshwright.models import build
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra import live_of
@@ -290,16 +292,38 @@ def test_refusals():
 
 
 def test_a_refusal_for_want_of_memory_says_what_is_needed_and_what_may_fit():
-    with pytest.raises(InfeasibleError, match=r"is needed at least(.|\n)*any pipeline here needs at least") as none:
+    with pytest.raises(InfeasibleError, match=r"each needs at least(.|\n)*any pipeline here needs at least") as none:
         planned("gpt-tiny", "8xcpu", Request(pp=4, memory=2e5))
     assert none.value.needed_bytes > none.value.limit_bytes == 2e5
     asked = Request(pp=4, recompute="none", microbatches=2, memory=8e5)
-    with pytest.raises(InfeasibleError, match=r"try +2 stages of mesh 4, recompute \w+.*, which needs at least"):
+    with pytest.raises(InfeasibleError, match=r"2 stages of mesh 4, recompute \w+.* may fit, but was not found to"):
         planned("gpt-tiny", "8xcpu", asked)
     with pytest.raises(InfeasibleError, match=r"no pipeline of 3 stages was found that fits: .*may be used"):
         planned("gpt-tiny", "8xcpu", Request(pp=3, memory=2e5))
-    with pytest.raises(InfeasibleError, match=r"the least is with 2 stages of mesh 4, recompute (full|selective)"):
+    least = r"the least, a lower bound, is with 2 stages of mesh 4, recompute (full|selective)"
+    with pytest.raises(InfeasibleError, match=least):
         planned("gpt-tiny", "8xcpu", Request(pp="auto", memory=2e5))
+
+
+@pytest.mark.parametrize("pin", [{"schedule": "1f1b"}, {"program": "single"}])
+def test_memory_that_a_refusal_names_is_enough(pin):
+    request_ = {"pp": 2, "mesh": (4,), "recompute": "none", **pin}
+    with pytest.raises(InfeasibleError, match=r"no pipeline was found that fits: 585\.9 KiB .* at least") as none:
+        planned("gpt-tiny", "8xcpu", Request(**request_, memory=6e5))
+    told = re.search(r"try +(\S+ [KM]iB) per device, with which \d stages .* fits; or more devices", str(none.value))
+    enough = parse_bytes(told[1])
+    assert none.value.needed_bytes < 6e5 < enough, "what is needed is a bound only"
+    assert planned("gpt-tiny", "8xcpu", Request(**request_, memory=enough)).estimate.peak_bytes <= enough
+
+
+def test_a_pipeline_with_fewer_pins_that_a_refusal_names_fits():
+    asked = Request(pp=4, recompute="none", microbatches=2, memory=1.2e6)
+    with pytest.raises(InfeasibleError) as none:
+        planned("gpt-tiny", "8xcpu", asked)
+    shape = r"fits; or 2 stages of mesh 4, recompute (\w+), microbatches (\d+), which fits"
+    [(policy, many)] = re.findall(shape, str(none.value))
+    found = planned("gpt-tiny", "8xcpu", replace(asked, pp=2, recompute=policy, microbatches=int(many), mesh=(4,)))
+    assert found.estimate.peak_bytes <= 1.2e6
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from meshwright.planner.request import Request
 from meshwright.planner.search import _finest
 from meshwright.planner.space import Space
 from meshwright.planner.space import build as build_space
+from meshwright.view.text import proof_line
 from meshwright.view.words import words
 
 CLUSTER = Cluster.parse("4xcpu")
@@ -163,6 +164,14 @@ def test_the_search_matches_solving_every_combination(memory):
     assert found.estimate.step_seconds == pytest.approx(best, rel=1e-5)
     assert found.proof.lower_bound <= best * (1 + 1e-9)
     assert found.proof.status == "optimal"
+
+
+@pytest.mark.parametrize(("gap", "status", "told"), [(0.0, "optimal", "optimal"), (0.5, "within_gap", "within 3")])
+def test_only_a_plan_without_a_gap_is_called_optimal(gap, status, told):
+    found = plan_captured(capture(mlp, *mlp_arguments()), CLUSTER, Request(gap=gap), "mlp")
+    assert (found.proof.status, found.proof.stopped_by, found.proof.good_enough) == (status, "proof", gap)
+    assert (found.proof.gap > 0.3) == (status == "within_gap")
+    assert proof_line(found).startswith(told) and f"({100 * gap:g}% is good enough)" in proof_line(found)
 
 
 def test_flexflows_search_starts_at_data_parallelism_and_proves_nothing():

@@ -26,10 +26,12 @@ from meshwright.cli import app
 from meshwright.ir.codec import save_plan
 from meshwright.ir.errors import LoweringError, PlanError
 from meshwright.ir.plan import Plan
+from meshwright.ir.units import parse_seconds
 from meshwright.planner.pipeline.schedules import gpipe, one_f_one_b
 from meshwright.planner.pipeline.single import INSTRUCTION, SHARD, with_dispatch
 from meshwright.planner.request import Request
 from meshwright.recipe import make
+from meshwright.view import plan_html, plan_text
 
 from .pipelines import case, pipelined, stage_plan
 from .test_pipeline_matrix import assert_moved, scanned
@@ -209,6 +211,24 @@ def test_the_faster_kind_of_program_is_chosen_and_both_are_told():
     assert stages.program == "stages" and stages.programs["stages"] == pytest.approx(pipeline.programs["stages"])
 
 
+def told_of_dispatch(plan: Plan) -> list[tuple[float, float]]:
+    """Of pipelines that were not taken, seconds by the devices alone, and with the host's dispatch."""
+    told = [re.search(r"not taken: .*: (\S+ ms) by the devices alone, (\S+ ms) with the host", n) for n in plan.notes]
+    return [(parse_seconds(each[1]), parse_seconds(each[2])) for each in told if each]
+
+
+def test_a_pipeline_that_is_faster_but_for_the_host_is_told():
+    """Whether a single program is taken in its place, or a plan without a pipeline."""
+    flat = plan_captured(case("gpt-tiny")[0], "8xcpu", Request(pp="auto", recompute="none"), "gpt-tiny")
+    assert flat.pipeline is None
+    for plan in (flat, chosen()):
+        [(alone, together)] = told_of_dispatch(plan)
+        assert alone < plan.estimate.step_seconds < together
+        assert "by the devices alone" in plan_text(plan) and "by the devices alone" in plan_html(plan)
+    assert together == pytest.approx(chosen().pipeline.programs["stages"], rel=1e-3)
+    assert not told_of_dispatch(chosen(program="stages")), "what is taken itself"
+
+
 def test_a_single_program_holds_every_tick_and_both_ends():
     one, many = chosen(program="single"), chosen(program="stages", schedule="gpipe")
     assert one.pipeline.program == "single" and "stages" not in one.pipeline.programs
@@ -224,6 +244,25 @@ def test_the_compiled_program_takes_the_memory_predicted():
     stats = lower(plan, case("gpt-tiny", "adamw")[0]).compiled.memory_analysis()
     peak = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
     assert peak - stats.alias_size_in_bytes == pytest.approx(plan.estimate.peak_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "request_"),
+    [
+        ("4xcpu", {}),
+        ("4xcpu", {"pp": 2, "mesh": (2,), "program": "stages"}),
+        ("4xcpu", {"pp": 2, "mesh": (2,), "program": "stages", "schedule": "zbv"}),
+        ("4xcpu", {"pp": 2, "mesh": (2,), "program": "single"}),
+        ("4xcpu", {"pp": 4, "mesh": (1,), "program": "single"}),
+        ("8xcpu", {"pp": 3, "program": "stages"}),
+    ],
+    ids=["flat", "stages", "two stages each", "single", "four, single", "unequal"],
+)
+def test_causes_of_memory_add_up_to_the_peak(cluster, request_):
+    request = Request(**{"microbatches": 8, "recompute": "none", **request_})
+    plan = plan_captured(case("gpt-tiny", "adamw")[0], cluster, request, "gpt-tiny")
+    for part in (plan.estimate, *(plan.pipeline.stages if plan.pipeline else ())):
+        assert sum(part.memory.values()) == pytest.approx(part.peak_bytes, rel=1e-9)
 
 
 def test_ticks_shares_and_exchanges_add_up():

@@ -9,7 +9,7 @@ import pytest
 from meshwright import models
 from meshwright.backends.xla.capture import capture
 from meshwright.ir.blocks import fold
-from meshwright.ir.codec import dump_graph, load_graph, load_plan, save_plan
+from meshwright.ir.codec import CHECKSUM, _digest, dump_graph, load_graph, load_plan, save_plan
 from meshwright.ir.errors import GraphError, MismatchError, PlanError
 from meshwright.ir.rules import rule_of
 from meshwright.ir.text import parse, show
@@ -125,8 +125,19 @@ def test_a_changed_graph_file_is_refused():
 
 def test_a_plan_survives_its_file(small_plan, tmp_path):
     save_plan(small_plan, tmp_path / "plan.json")
-    assert load_plan(tmp_path / "plan.json") == small_plan
+    timeless = small_plan.proof.model_copy(update={"seconds": None})  # equal plans are equal files
+    assert load_plan(tmp_path / "plan.json") == small_plan.model_copy(update={"proof": timeless})
     assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def test_a_file_that_calls_any_proven_gap_optimal_is_read_as_it_is(small_plan, tmp_path):
+    """Files did so before they said what gap is good enough."""
+    place, old = tmp_path / "plan.json", small_plan.proof.model_copy(update={"status": "optimal"})
+    fields = json.loads(small_plan.model_copy(update={"proof": old}).model_dump_json())
+    del fields["proof"]["good_enough"]
+    place.write_text(json.dumps({**fields, CHECKSUM: _digest(fields)}))
+    true = old.model_copy(update={"status": "within_gap", "good_enough": None, "seconds": None})
+    assert old.gap > 0 and load_plan(place).proof == true
 
 
 def test_damaged_plans_are_refused_by_name(small_plan, tmp_path):

@@ -138,10 +138,10 @@ def test_stages_that_do_not_divide_the_devices_equal_one_device():
 def test_unequal_stages_are_given_up_for_a_plan_without_dispatch():
     _, unequal = explored(REQUEST)
     assert unequal.best < unequal.dispatched
-    drop_dispatched(unequal, 1.01 * unequal.dispatched)
-    assert unequal.found is not None
-    drop_dispatched(unequal, 1.01 * unequal.best)
-    assert unequal.found is None
+    way = unequal.way
+    assert drop_dispatched(unequal, 1.01 * unequal.dispatched) == [] and unequal.found is not None
+    assert drop_dispatched(unequal, 1.01 * unequal.best) == [way] and unequal.found is None
+    assert way.seconds < way.dispatched and re.match(r"stages on [\d ]+ devices, 1f1b: [\d.]+ ms by", str(way))
 
 
 def test_stages_of_a_pinned_mesh_are_equal():

@@ -52,6 +52,10 @@ class Part:
     predicted_peak: float
     parts: dict[str, float]
 
+    @property
+    def compiled_peak(self) -> float:
+        return sum(self.parts.values())
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -66,6 +70,14 @@ class Audit:
     @property
     def compiled_peak(self) -> float:
         return sum(self.parts.values())
+
+    @property
+    def fullest(self) -> tuple[Part, Part] | None:
+        """Of a pipeline, the rank that holds most as compiled, and the one that was to hold most."""
+        if not self.ranks:
+            return None
+        compiled = max(self.ranks, key=lambda part: part.compiled_peak)
+        return compiled, max(self.ranks, key=lambda part: part.predicted_peak)
 
     @property
     def memory_difference(self) -> float:

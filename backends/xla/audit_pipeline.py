@@ -33,7 +33,7 @@ def audit_pipeline(lowered: LoweredPipeline) -> Audit:
     pipeline = lowered.plan.pipeline
     assert pipeline is not None
     ranks = [_part(shapes, rank, held) for rank, held in enumerate(lowered.schedule.held)]
-    fullest = max(ranks, key=lambda part: sum(part.parts.values()))
+    fullest = max(ranks, key=lambda part: part.compiled_peak)
     found = [each for stage in range(lowered.cut.count) for each in shapes.found(stage)]
     lines = compare(lowered.plan, found)
     return Audit(lines, fullest.predicted_peak, fullest.parts, lowered.plan.estimate.limit_bytes, tuple(ranks))

@@ -119,7 +119,8 @@ def price_single(pricing: Pricing, microbatches: int) -> Priced:
     stages, each = len(places), places[0].each
     firsts, (layers, ends) = even_firsts(units, stages), layer_runs(units, stages)
     ticks, share = microbatches + stages - 1, ceil(microbatches / stages)
-    peaks = tuple(_peak(place, runs, ends, ticks, share * stages) for place, runs in zip(places, layers, strict=True))
+    held = {runs: sum(memory_by_cause(pricing, microbatches, layers.index(runs)).values()) for runs in set(layers)}
+    peaks = tuple(held[runs] for runs in layers)
     peak, limit = max(peaks), places[0].limit
     if peak > limit:
         raise InfeasibleError(
@@ -210,10 +211,14 @@ def _once(each: Sequence[UnitSeconds], runs: Runs) -> float:
     return sum(n * unit.once for n, unit in zip(runs, each, strict=True))
 
 
-def _peak(place: Place, runs: Runs, ends: Runs, ticks: int, feed: int) -> float:
-    """The stage's layers and both ends with one microbatch on its way, what the ticks leave of the layers, and
-    activations of all microbatches: the front's results, and the gradients that the back gives. What one tick leaves
-    is there twice: as it is made, and with the others."""
-    left = place.memory.parts(runs)[1]
-    sent = max(unit.sent for unit in place.each)
-    return place.memory.parts(with_ends(runs, ends))[0] + ticks * left + 2 * feed * sent
+def memory_by_cause(pricing: Pricing, microbatches: int, rank: int) -> dict[str, float]:
+    """Bytes at the peak of a rank: the stage's layers and both ends with one microbatch on its way, what the ticks
+    leave of the layers, and activations of all microbatches: the front's results, and the gradients that the back
+    gives. What one tick leaves is there twice: as it is made, and with the others."""
+    stages, place = len(pricing.places), pricing.places[rank]
+    layers, ends = layer_runs(pricing.units, stages)
+    feed = ceil(microbatches / stages) * stages
+    return place.memory.by_cause(with_ends(layers[rank], ends), 1) | {
+        "left by all ticks": (microbatches + stages - 1) * place.memory.parts(layers[rank])[1],
+        "between front, layers and back": 2 * feed * max(unit.sent for unit in place.each),
+    }

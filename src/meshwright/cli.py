@@ -327,7 +327,8 @@ def audit(
             "compiled_peak": report.compiled_peak, "compiled_parts": report.parts, "limit": report.limit,
         }  # fmt: skip
         ranks = [asdict(part) for part in report.ranks]
-        print(json.dumps({**totals, "lines": lines, **({"ranks": ranks} if ranks else {})}, indent=1))
+        fullest = {"fullest_rank": report.fullest[0].rank} if report.fullest else {}
+        print(json.dumps({**totals, **fullest, "lines": lines, **({"ranks": ranks} if ranks else {})}, indent=1))
     else:
         print(audit_text(report))
     if report.compiled_peak > report.limit:

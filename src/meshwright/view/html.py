@@ -15,7 +15,7 @@ from ..ir.units import format_bytes, format_seconds
 from ..pipeline_view import parts_of_step
 from .svg import bars, cut_picture, mesh_picture, proof_picture
 from .text import largest
-from .words import duty, ended, words
+from .words import claim, duty, ended, enough, lasted, share, words
 
 TENSORS, COLLECTIVES = 16, 10
 
@@ -79,7 +79,7 @@ def _head(plan: Plan) -> str:
         (format_seconds(e.step_seconds), "predicted step"),
         *_parts_of_step(plan),
         (format_bytes(e.peak_bytes), f"of {format_bytes(e.limit_bytes)} per device"),
-        (f"{p.gap:.1%}", f"gap, {p.status}"),
+        (share(p.gap), f"gap, {claim(p)}"),
     ]
     cells = "".join(f"<div><b>{escape(a)}</b><span>{escape(b)}</span></div>" for a, b in facts)
     return (
@@ -176,7 +176,7 @@ def _proof(plan: Plan) -> str:
     notes = "".join(f"<li>{escape(line)}</li>" for line in kept)
     return (
         f"{proof_picture(p.lower_bound, p.objective)}"
-        f"<p>{escape(p.status)}, {escape(ended(p))} after {p.seconds:.1f} s, seed {p.seed}. "
+        f"<p>{escape(claim(p) + enough(p))}, {escape(ended(p))}{lasted(p, ' after')}, seed {p.seed}. "
         f"Prices: {escape(p.cost_model)}, {escape(p.band)}.</p>"
         + (f"<ul>{notes}</ul>" if notes else "")
         + f"<details open='open'><summary>not searched</summary><ul>{left_out}</ul></details>"

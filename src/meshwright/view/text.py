@@ -10,11 +10,10 @@ from ..ir.plan import Plan, Tensor
 from ..ir.schedule import microbatches_held
 from ..ir.units import counted, format_bytes, format_flops, format_seconds
 from ..pipeline_view import parts_of_step
-from .words import duty, ended, unlike, words
+from .words import claim, duty, ended, enough, lasted, share, unlike, words
 
 TENSORS, COLLECTIVES, CANDIDATES = 12, 6, 4  # rows shown unless all are asked for
 WIDEST = 44  # columns of a name
-EXACT = 5e-4  # a gap that prints as none
 
 
 def plan_text(plan: Plan, everything: bool = False) -> str:
@@ -130,11 +129,10 @@ def _stage_rows(plan: Plan) -> list[tuple[str, ...]]:
 def proof_line(plan: Plan) -> str:
     """Status, bound and gap in one line."""
     p = plan.proof
-    near = "optimal" if p.gap < EXACT else f"within {p.gap:.1%} of optimal"
-    status = near if p.status == "optimal" else f"feasible, {ended(p)}"
+    status = f"feasible, {ended(p)}" if p.status == "feasible" else claim(p)
     return (
         f"{status}: no plan in the searched space is faster than {format_seconds(p.lower_bound)}, "
-        f"gap {p.gap:.1%}"
+        f"gap {share(p.gap)}{enough(p)}"
     )
 
 
@@ -230,7 +228,7 @@ def _collective_rows(plan: Plan, most: int | None) -> list[tuple[str, ...]]:
 def _proof(plan: Plan, everything: bool) -> str:
     p = plan.proof
     lines = [
-        f"searched for {p.seconds:.1f} s, seed {p.seed}; found on the way:",
+        f"searched{lasted(p, ' for')}, seed {p.seed}; found on the way:",
         *(f"  {line}" for line in _last(p.searched, None if everything else CANDIDATES)),
         f"  prices: {p.cost_model}, {p.band}",
         f"  not searched: {'; '.join(p.left_out)}",
@@ -263,7 +261,7 @@ def audit_text(audit: Audit) -> str:
         f"{format_bytes(audit.compiled_bytes)} compiled ({_difference(audit.difference)})"
     )
     peak = (
-        f"memory: {format_bytes(audit.predicted_peak)} predicted, "
+        f"memory{_fullest(audit)}: {format_bytes(audit.predicted_peak)} predicted, "
         f"{format_bytes(audit.compiled_peak)} compiled ({audit.memory_difference:+.1%}): "
         + ", ".join(f"{part} {format_bytes(nbytes)}" for part, nbytes in audit.parts.items())
     )
@@ -274,21 +272,30 @@ def audit_text(audit: Audit) -> str:
     return "\n".join(lines)
 
 
+def _fullest(audit: Audit) -> str:
+    """Which rank the line of memory is of, and which was to hold most if that is another."""
+    if audit.fullest is None:
+        return ""
+    found, planned = audit.fullest
+    other = f" (planned: rank {planned.rank}, {format_bytes(planned.predicted_peak)})" if planned != found else ""
+    return f" of the fullest rank, {found.rank}{other}"
+
+
 def _ranks_of(audit: Audit) -> list[str]:
-    """The ranks of a pipeline; the lines above add up all of them."""
+    """The ranks of a pipeline; the collectives above add up all of them."""
     rows = [
         (
             str(part.rank),
             ", ".join(map(str, part.stages)),
             format_bytes(part.compiled_bytes),
             format_bytes(part.predicted_peak),
-            format_bytes(sum(part.parts.values())),
-            f"{sum(part.parts.values()) / part.predicted_peak - 1:+.1%}",
+            format_bytes(part.compiled_peak),
+            f"{part.compiled_peak / part.predicted_peak - 1:+.1%}",
         )
         for part in audit.ranks
     ]
     head = [("rank", "stages", "communication compiled", "memory predicted", "compiled", "difference")]
-    return [_table("ranks: lines above are of all of them", head + rows)] if rows else []
+    return [_table("ranks: collectives above are of all of them", head + rows)] if rows else []
 
 
 def _difference(share: float) -> str:

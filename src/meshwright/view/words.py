@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from math import prod
 
-from ..ir.plan import AxisUse, Plan, Proof, Tensor
+from ..ir.plan import EXACT, AxisUse, Plan, Proof, Tensor
 
+SHOWN = 5e-4  # the least gap that one digit of a percentage shows
 MOSTLY = 0.5  # share of FLOP or bytes from which a word applies
 
 
@@ -34,10 +35,30 @@ def _pipeline(plan: Plan) -> str:
     return f"pipeline parallel {ranks}, {plan.pipeline.schedule}{held}{single}"
 
 
+def claim(proof: Proof) -> str:
+    """How good the plan is proven to be."""
+    return f"within {share(proof.gap)} of optimal" if proof.status == "within_gap" else proof.status
+
+
+def enough(proof: Proof) -> str:
+    """At which gap the search was to end."""
+    return "" if proof.good_enough is None else f" ({100 * proof.good_enough:g}% is good enough)"
+
+
+def share(gap: float) -> str:
+    """In percent; none only where the gap counts as none."""
+    return f"{gap:.1%}" if gap >= SHOWN or gap <= EXACT else f"{100 * gap:.1g}%"
+
+
 def ended(proof: Proof) -> str:
     """Why the search did not go on."""
     told = {"end": "all was looked at", "estimate": "only the most promising were solved"}
     return told.get(proof.stopped_by, f"stopped by {proof.stopped_by}")
+
+
+def lasted(proof: Proof, word: str) -> str:
+    """How long the search took; plans that were read from a file do not say it."""
+    return "" if proof.seconds is None else f"{word} {proof.seconds:.1f} s"
 
 
 def duty(use: AxisUse) -> str:
