@@ -12,8 +12,9 @@ autoparallel  the job Meta's AutoParallel was measured on, in a process of its o
 mcmc          FlexFlow's search against ours: same inputs, prices, memory limit and machine.
 depth         gpt3-175b with 12, 48 and 96 layers: search on all meshes; one solve in proportion.
 solve         one problem of the last in detail.
-pipelines     gpt3-175b on 1024 A100s and llama3-405b on 16384 H100s with `--pp auto`: seconds after capture, gap, step;
-              then the first planned anew on other numbers of hosts, from what that search kept.
+pipelines     gpt3-175b on 1024 A100s (with a quarter of its layers and on four times as many devices too) and
+              llama3-405b on 16384 H100s with `--pp auto`: seconds after capture, gap, step; and the first planned anew
+              on other numbers of hosts, from what that search kept.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ COMPARED = (
 CHAIN_SECONDS = 30.0
 PIPELINES = (
     ("gpt3-175b", "128xa100x8@hdr200", {"batch": 1536}, (127, 64, 160)),
+    ("gpt3-175b", "128xa100x8@hdr200", {"batch": 1536, "layers": 24}, ()),
+    ("gpt3-175b", "512xa100x8@hdr200", {"batch": 1536}, ()),
     ("llama3-405b", "2048xh100x8@ib400", {"batch": 2048, "seq": 8192}, ()),
 )
 
@@ -286,14 +289,14 @@ def _pipelines_of(
 
     step, request, kept = make({"model": name, **sizes}).capture(True), Request(pp="auto", time_limit=600), []
     plan_of = lambda keep=None: plan_captured(step, Cluster.parse(cluster), request, name, keep=keep)  # noqa: E731
-    yield _timed({"model": name, "cluster": cluster}, plan_of, repeats)
+    yield _timed({"model": name, "cluster": cluster, **sizes}, plan_of, repeats)
     if others:
         plan_of(kept.append)
     for hosts in others:
         other = f"{hosts}{cluster[cluster.index('x'):]}"
         with paused():
             anew = lambda other=other: kept[0].replanned(Cluster.parse(other))  # noqa: E731
-            yield _timed({"model": name, "cluster": other, "anew": True}, anew, repeats)
+            yield _timed({"model": name, "cluster": other, **sizes, "anew": True}, anew, repeats)
 
 
 def _timed(row: dict[str, Any], plan_of: Callable[[], Any], repeats: int) -> dict[str, Any]:
