@@ -8,13 +8,15 @@ from math import inf
 
 from ..ir.cluster import Cluster
 from ..ir.plan import Estimate, Pipeline, Plan, Stage
+from ..ir.schedule import Schedule
 from ..ir.units import format_seconds
 from ..ir.version import VERSION
 from .moves import find_collectives, repeated
 from .pipeline.priced import Priced, Pricing
+from .pipeline.schedules import entry
 from .pipeline.single import exchanges, memory_by_cause, once_alike, shards_left, with_dispatch
 from .report import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
-from .request import ProgramKind
+from .request import ProgramKind, Request
 from .search import Search
 from .space import Space, build
 from .usage import axis_uses
@@ -127,9 +129,20 @@ def write_pipeline(
         tensors=tuple(tensors_of(space, choices)),
         collectives=tuple(sorted(collectives, key=lambda each: -each.seconds)),
         opaque=opaque_of(space),
-        notes=(*notes_of(search), *chosen.notes, f"tables count all stages together{as_laid}"),
+        notes=(
+            *notes_of(search), *chosen.notes, *_chunks(search.request, priced.schedule),
+            f"tables count all stages together{as_laid}",
+        ),
         pipeline=_pipeline(ranks, pricing, priced, unlike, chosen),
     )
+
+
+def _chunks(request: Request, schedule: Schedule) -> tuple[str, ...]:
+    """Where the schedule that was asked for takes any number of stages per rank, and none was."""
+    if request.schedule is None or request.chunks is not None or entry(request.schedule).chunks is not None:
+        return ()
+    many = schedule.stages // schedule.ranks
+    return (f"{schedule.name} has {many} stages per rank, as chunks were not asked for; no other number was searched",)
 
 
 def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: bool, chosen: Chosen) -> Pipeline:

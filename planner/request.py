@@ -13,6 +13,7 @@ from ..ir.errors import PlanError, did_you_mean
 from ..ir.microbatch import Refusal, TimeAxis
 from ..ir.recompute import POLICIES, Policy
 from ..ir.units import counted, format_bytes, parse_bytes
+from .pipeline.schedules import entry, schedule_named
 
 Searcher = Literal["exact", "mcmc"]
 ProgramKind = Literal["stages", "single"]
@@ -30,7 +31,7 @@ class Request:
     recompute     "none", "elementwise", "selective" or "full"
     pp            stages of a pipeline; "auto": planned, 1 included; then `mesh` is that of one stage
     schedule      of the pipeline: "1f1b", "interleaved", "zb-h1", ...
-    chunks        stages per rank, where the schedule takes several
+    chunks        stages per rank, where the schedule takes several; 2 if not given
     program       of the pipeline: "stages", programs of each stage, or a "single" one for all, which runs gpipe
     time_limit    seconds of search
     gap           the search ends when no plan can be faster by more than this share; by default 0.01, and
@@ -103,23 +104,35 @@ def parse_pp(text: str) -> int | Literal["auto"]:
     return int(text)
 
 
-def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
-    """Refuse what cannot be honoured.
+def check_early(request: Request, cluster: Cluster) -> None:
+    """Refuse what contradicts itself or the cluster, which needs no step.
 
     Raises:
         PlanError: the field, its value, and values that would do.
     """
+    if request.recompute is not None and request.recompute not in POLICIES:
+        _refuse("recompute", request.recompute, did_you_mean(str(request.recompute), POLICIES))
+    _check_pipeline(request)
+    if len(cluster.groups) > 1:  # of unlike devices each group is planned for, and stages are not equal
+        return
     if request.memory is not None and request.memory > cluster.device.memory:
         _refuse(
             "memory",
             format_bytes(request.memory),
             f"at most the {format_bytes(cluster.device.memory)} that a {cluster.device.name} has",
         )
-    if request.recompute is not None and request.recompute not in POLICIES:
-        _refuse("recompute", request.recompute, did_you_mean(str(request.recompute), POLICIES))
-    _check_pipeline(request, cluster)
+    _check_stages(request, cluster)
     if request.mesh is not None and request.pp != "auto":
         _check_mesh(request.mesh, cluster, int(request.pp))
+
+
+def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
+    """Refuse what cannot be honoured of a step.
+
+    Raises:
+        PlanError: the field, its value, and values that would do.
+    """
+    check_early(request, cluster)
     if request.microbatches is not None:
         _check_microbatches(request.microbatches, time)
 
@@ -136,14 +149,10 @@ def _check_numbers(request: Request) -> None:
             _refuse(name.replace("good_enough", "gap"), value, "a share from 0 up to, not including, 1")
 
 
-def _check_pipeline(request: Request, cluster: Cluster) -> None:
+def _check_stages(request: Request, cluster: Cluster) -> None:
+    """Whether devices can be cut into so many stages."""
     pp = request.pp
-    if pp == "auto":
-        if request.mesh is not None:
-            _refuse("mesh", "pinned while the number of stages is open", "pp as a number too, or no mesh")
-    elif isinstance(pp, bool) or not isinstance(pp, Integral) or pp < 1:
-        _refuse("pp", repr(pp), 'a number of stages, or "auto"')
-    elif pp > cluster.size or (cluster.size % pp and request.mesh is not None):
+    if pp != "auto" and (pp > cluster.size or (cluster.size % pp and request.mesh is not None)):
         stages, rest = divmod(cluster.size, prod(request.mesh or (1,)))
         pinned = "no pinned mesh" if rest else f"pp={stages}, or no pinned mesh"
         fix = f"at most {cluster.size}" if request.mesh is None else pinned
@@ -151,19 +160,53 @@ def _check_pipeline(request: Request, cluster: Cluster) -> None:
             f"{counted(cluster.size, 'device')} cannot be cut into {pp} {'equal ' * (pp <= cluster.size)}stages.",
             where="request: pp", origin=f"cluster {cluster.name}", fix=fix,
         )  # fmt: skip
+
+
+def _check_pipeline(request: Request) -> None:
+    pp = request.pp
+    if pp == "auto":
+        if request.mesh is not None:
+            _refuse("mesh", "pinned while the number of stages is open", "pp as a number too, or no mesh")
+    elif isinstance(pp, bool) or not isinstance(pp, Integral) or pp < 1:
+        _refuse("pp", repr(pp), 'a number of stages, or "auto"')
     if request.program not in (None, *get_args(ProgramKind)):
         _refuse("program", repr(request.program), did_you_mean(str(request.program), get_args(ProgramKind)))
     if pp == 1 and (request.schedule or request.chunks or request.program):
         name = next(name for name in ("schedule", "chunks", "program") if getattr(request, name))
         _refuse(name, f"{getattr(request, name)} without a pipeline", "pp of 2 or more, or auto")
-    if request.chunks is not None and (request.chunks < 1 or request.schedule is None):
-        _refuse("chunks", request.chunks, "1 or more, with a schedule that takes them, as interleaved")
+    if request.chunks is not None:
+        _check_chunks(request.chunks, request.schedule)
     if request.program == "single" and request.microbatches == 1:
         _refuse("microbatches", "1 with program=single", "2 or more")
     if request.program == "single" and request.schedule not in (None, "gpipe"):
         _refuse("program", f"single with schedule {request.schedule}", "schedule=gpipe, which it runs, or no schedule")
     if pp != 1 and request.search != "exact":
         _refuse("search", f"{request.search} with pp", "exact")
+    if request.schedule is not None:
+        _check_schedule(request, request.schedule)
+
+
+def _check_chunks(chunks: int, schedule: str | None) -> None:
+    if isinstance(chunks, bool) or not isinstance(chunks, Integral) or chunks < 1:
+        _refuse("chunks", repr(chunks), "1 or more stages per rank")
+    if schedule is None:
+        _refuse("chunks", f"{chunks} without a schedule that has several stages per rank", "schedule=interleaved too")
+
+
+def _check_schedule(request: Request, name: str) -> None:
+    found = entry(name)
+    if found.copies > 1:
+        raise PlanError(
+            f"{found.name} holds each stage on {found.copies} ranks, which plans cannot.",
+            where="request: schedule", fix="1f1b, interleaved, zb-h1, zbv and others with one copy",
+        )  # fmt: skip
+    if request.chunks is not None and request.chunks != (found.chunks or request.chunks):
+        raise PlanError(
+            f"{found.name} has {counted(found.chunks or 0, 'stage')} per rank, not {request.chunks}.",
+            where="request: chunks", fix="no chunks with this schedule, or interleaved, which takes them",
+        )  # fmt: skip
+    if found.needs and isinstance(request.pp, int) and request.microbatches is not None:
+        schedule_named(name, request.pp, request.microbatches, None if found.chunks else request.chunks)
 
 
 def _check_mesh(shape: Sequence[int], cluster: Cluster, stages: int = 1) -> None:

@@ -291,6 +291,40 @@ def test_refusals():
         planned("gpt-tiny", "8xcpu", Request(schedule="1f1b"))
 
 
+@pytest.mark.parametrize(
+    ("request_", "told"),
+    [
+        ({"pp": 2, "chunks": 2}, r"chunks cannot be 2 without a schedule(.|\n)*try +schedule=interleaved"),
+        ({"pp": 2, "chunks": 0, "schedule": "interleaved"}, "chunks cannot be 0"),
+        ({"pp": 2, "chunks": 2, "schedule": "1f1b"}, "1f1b has 1 stage per rank, not 2"),
+        ({"pp": 2, "chunks": 3, "schedule": "zbv"}, "zbv has 2 stages per rank, not 3"),
+        ({"pp": 2, "schedule": "chimera"}, "each stage on 2 ranks"),
+        ({"pp": 4, "schedule": "interleaved", "microbatches": 9}, r"9 microbatches make no 2 equal groups of 4"),
+        ({"pp": 2, "program": "single", "schedule": "zbv"}, "program cannot be single with schedule zbv"),
+        ({"pp": 9}, "8 devices cannot be cut into 9 stages"),
+        ({"mesh": (3,)}, "mesh 3 has 3 devices"),
+        ({"memory": 1e15}, "memory cannot be"),
+    ],
+    ids=str,
+)
+def test_requests_that_contradict_themselves_or_the_cluster_are_refused_before_tracing(request_, told):
+    def step(x):
+        raise AssertionError("traced")
+
+    with pytest.raises(PlanError, match=told):
+        mw.plan(step, 1.0, cluster="8xcpu", request=Request(**request_))
+    with pytest.raises(PlanError, match=told):
+        mw.parallelize(step, cluster="8xcpu", **request_)(1.0)
+
+
+def test_a_plan_says_how_many_stages_a_rank_has_where_that_was_not_asked_for():
+    request = Request(pp=2, mesh=(4,), schedule="interleaved", microbatches=4, recompute="none")
+    plan = planned("gpt-tiny", "8xcpu", request)
+    assert "interleaved has 2 stages per rank, as chunks were not asked for; no other number was searched" in plan.notes
+    asked = planned("gpt-tiny", "8xcpu", replace(request, chunks=2))
+    assert asked.pipeline == plan.pipeline and not any("stages per rank" in each for each in asked.notes)
+
+
 def test_a_refusal_for_want_of_memory_says_what_is_needed_and_what_may_fit():
     with pytest.raises(InfeasibleError, match=r"each needs at least(.|\n)*any pipeline here needs at least") as none:
         planned("gpt-tiny", "8xcpu", Request(pp=4, memory=2e5))

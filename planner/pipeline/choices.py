@@ -114,16 +114,6 @@ class Choices:
     def _pinned(self) -> Choice:
         request = self.search.request
         found = entry(str(request.schedule))
-        if found.copies > 1:
-            raise PlanError(
-                f"{found.name} holds each stage on {found.copies} ranks, which plans cannot.",
-                where="request: schedule", fix="1f1b, interleaved, zb-h1, zbv and others with one copy",
-            )  # fmt: skip
-        if request.chunks is not None and request.chunks != (found.chunks or request.chunks):
-            raise PlanError(
-                f"{found.name} has {found.chunks} stage{'s' * (found.chunks != 1)} per rank, not {request.chunks}.",
-                where="request: chunks", fix="no chunks with this schedule, or interleaved, which takes them",
-            )  # fmt: skip
         chunks = self._chunks
         if isinstance(request.pp, int) and chunks * request.pp > len(self.units):
             raise PlanError(

@@ -32,7 +32,7 @@ from .ir.plan import Plan
 from .ir.verify import verify as verify_graph
 from .planner.frontier import Frontier
 from .planner.plans import search
-from .planner.request import Request
+from .planner.request import Request, check_early
 from .planner.scouts import hired
 
 REQUEST_KEYS = tuple(Request.__dataclass_fields__)
@@ -69,9 +69,7 @@ class Options:
         numbers = {n % len(names) for n in found.static_argnums}
         numbers |= {i for i, name in enumerate(names) if name in found.static_argnames}
         known = set(found.static_argnames) | {names[i] for i in numbers}
-        return replace(
-            found, static_argnums=tuple(sorted(numbers)), static_argnames=tuple(sorted(known))
-        )
+        return replace(found, static_argnums=tuple(sorted(numbers)), static_argnames=tuple(sorted(known)))
 
     def capture(self, step: Callable, args: tuple, kwargs: dict, stages: bool = False) -> Captured:
         """Trace the step; with `stages`, so that loops over layers can be taken apart."""
@@ -113,8 +111,16 @@ def plan(
         "donate_argnums": donate_argnums, "donate_argnames": donate_argnames,
     }  # fmt: skip
     request = request or Request()
+    where = _place(cluster, request)
     captured = Options.of(step, given).capture(step, args, kwargs, request.pp != 1)
-    return plan_captured(captured, cluster, request, _name(step), tell)
+    return plan_captured(captured, where, request, _name(step), tell)
+
+
+def _place(cluster: Cluster | str | Path | None, request: Request) -> Cluster:
+    """The cluster that is meant; what contradicts it is refused before anything is traced."""
+    where = Cluster.local() if cluster is None else Cluster.parse(cluster)
+    check_early(request, where)
+    return where
 
 
 @heard()
@@ -125,7 +131,7 @@ def plan_captured(
     keep: Callable[[Frontier], None] | None = None,
 ) -> Plan:  # fmt: skip
     """Plan a step that was captured before. `keep` is as for `planner.plans.search`."""
-    where = Cluster.local() if cluster is None else Cluster.parse(cluster)
+    where = _place(cluster, request)
     with hired(where, request) as scouts:
         layers = unstack(captured) if request.pp != 1 else None
         graph = captured.graph if layers is None else layers.captured.graph
@@ -143,7 +149,8 @@ def plan_captured(
     if not apart:
         return found
     if found.pipeline is None:
-        return search(fold(captured.graph), where, replace(request, pp=1), **same)
+        again = search(fold(captured.graph), where, replace(request, pp=1, program=None), **same)
+        return again.model_copy(update={"notes": tuple(dict.fromkeys((*again.notes, *found.notes)))})
     pipeline = found.pipeline.model_copy(update={"unstacked": True})
     return found.model_copy(update={"pipeline": pipeline, "notes": (*found.notes, *told)})
 
@@ -340,8 +347,9 @@ class ParallelStep:
     def _plan(self, key: Any, args: tuple, kwargs: dict) -> tuple[Plan, Captured]:
         if key not in self._found:
             stages = self.request.pp != 1 if self.fixed is None else self.fixed.pipeline is not None
+            where = None if self.fixed else _place(self.cluster, self.request)
             captured = self.options.capture(self.step, args, kwargs, stages)
-            found = self.fixed or _plan_once(captured, self.cluster, self.request, _name(self.step))
+            found = self.fixed or _plan_once(captured, where, self.request, _name(self.step))
             self._found[key] = (found, captured)
         return self._found[key]
 

@@ -111,7 +111,7 @@ def plan(
         str, typer.Option(help="Stages of a pipeline, or auto: planned. The mesh is then that of a stage.")
     ] = "1",
     schedule: Annotated[str | None, typer.Option(help="Pin the schedule: 1f1b, interleaved, zb-h1, ...")] = None,
-    chunks: Annotated[int | None, typer.Option(help="Stages per rank, for interleaved.")] = None,
+    chunks: Annotated[int | None, typer.Option(help="Stages per rank, for interleaved; 2 if not given.")] = None,
     program: Annotated[
         str | None, typer.Option(help="stages: programs of each stage; single: one for all stages, as gpipe.")
     ] = None,
@@ -182,8 +182,10 @@ def plan(
 def _search(made: Any, where: Any, request: Any, keep: Any = None) -> Any:
     """Trace and plan, telling stderr what happens."""
     from .api import plan_captured
+    from .planner.request import check_early
     from .progress import Progress
 
+    check_early(request, where)
     with Progress() as progress:
         progress.say(f"tracing {made.name}")
         captured = made.capture(request.pp != 1)
@@ -322,13 +324,12 @@ def audit(
     if format is Format.json:
         lines = [{**asdict(line), "difference": _finite(line.difference)} for line in report.lines]
         totals = {
-            "predicted_bytes": report.predicted_bytes, "compiled_bytes": report.compiled_bytes,
+            "predicted_bytes": report.predicted_bytes, "compiled_bytes": report.compiled_bytes, "lines": lines,
             "difference": _finite(report.difference), "predicted_peak": report.predicted_peak,
             "compiled_peak": report.compiled_peak, "compiled_parts": report.parts, "limit": report.limit,
         }  # fmt: skip
-        ranks = [asdict(part) for part in report.ranks]
-        fullest = {"fullest_rank": report.fullest[0].rank} if report.fullest else {}
-        print(json.dumps({**totals, **fullest, "lines": lines, **({"ranks": ranks} if ranks else {})}, indent=1))
+        full, ranks = report.fullest, [*map(asdict, report.ranks)]
+        print(json.dumps(totals | ({"fullest_rank": full[0].rank, "ranks": ranks} if full else {}), indent=1))
     else:
         print(audit_text(report))
     if report.compiled_peak > report.limit:
