@@ -19,6 +19,8 @@ from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from .errors import PlanError
 
 Kind = Literal["forward", "backward", "weight"]
@@ -82,6 +84,20 @@ class Schedule:
         return step.kind == "backward" and step._replace(kind="weight") not in self.rank_of
 
     @cached_property
+    def flying(self) -> tuple[tuple[tuple[int, ...], np.ndarray, np.ndarray], ...]:
+        """Of each rank: its stages and, after each of its steps (rows), how many results of each stage's forward
+        passes it holds, and how many that wait for weight passes."""
+        return tuple(self._flying(order, held) for order, held in zip(self.orders, self.held, strict=True))
+
+    def _flying(self, order: tuple[Step, ...], held: tuple[int, ...]) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+        results, waiting = np.zeros((2, len(order), len(held)))
+        for row, step in enumerate(order):
+            column = held.index(step.stage)
+            results[row, column] = {"forward": 1, "backward": -1, "weight": 0}[step.kind]
+            waiting[row, column] = -1 if step.kind == "weight" else step.kind == "backward" and not self.whole(step)
+        return held, np.cumsum(results, axis=0), np.cumsum(waiting, axis=0)
+
+    @cached_property
     def slots(self) -> tuple[tuple[tuple[Step, ...], ...], ...]:
         """Each rank's order, steps that run as one in one slot."""
         return tuple(tuple(_slots(order, self.together)) for order in self.orders)
@@ -136,16 +152,9 @@ def peak_held(schedule: Schedule, rank: int, forward: Sequence[float], kept: Seq
         forward: per stage, what one microbatch's forward pass leaves (bytes, or 1 to count).
         kept: per stage, the part of it that waits for the weight pass after the backward pass.
     """
-    held = most = 0.0
-    for step in schedule.orders[rank]:
-        if step.kind == "forward":
-            held += forward[step.stage]
-        elif step.kind == "weight":
-            held -= kept[step.stage]
-        else:
-            held -= forward[step.stage] - (0.0 if schedule.whole(step) else kept[step.stage])
-        most = max(most, held)
-    return most
+    stages, results, waiting = schedule.flying[rank]
+    held = results @ np.array([forward[s] for s in stages]) + waiting @ np.array([kept[s] for s in stages])
+    return max(0.0, float(held.max(initial=0.0)))
 
 
 def in_flight(schedule: Schedule, rank: int, freed_by: Kind = "backward") -> int:

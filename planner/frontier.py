@@ -14,17 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from math import ceil, inf, prod
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..ir.blocks import Folded
-from ..ir.cluster import Cluster
+from ..ir.cluster import Cluster, Device
 from ..ir.codec import dump_graph, load_graph, read_object, read_text, unsealed
 from ..ir.errors import InfeasibleError, MeshwrightError, MismatchError, PlanError
 from ..ir.graph import Graph
 from ..ir.plan import Plan
+from ..ir.recompute import Policy
 from ..ir.units import counted, format_bytes
 from ..ir.version import VERSION
 from .cost.model import Roofline
@@ -47,7 +50,8 @@ NEAR = 4  # microbatches up to so many times more or fewer
 
 class Frontier(BaseModel):
     """Everything that is needed to plan the same step again. `graph` is the small graph as text, `units` the fields
-    of `Units`, `recipe`, `unstacked` and `notes` as in plans."""
+    of `Units`, `recipe`, `unstacked` and `notes` as in plans; `work` the least work of each policy, on devices of this
+    mark: a pass, a kind of unit, and seconds as `cost.least.summed` gives them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,6 +62,8 @@ class Frontier(BaseModel):
     graph: str
     units: dict[str, tuple[int | float | str, ...]]
     points: tuple[Point, ...] = Field(min_length=1)
+    device: str
+    work: dict[Policy, tuple[tuple[str, int | None, float, float, float], ...]]
     recipe: dict[str, str | int | bool] = {}
     unstacked: bool = False
     notes: tuple[str, ...] = ()
@@ -70,6 +76,10 @@ class Frontier(BaseModel):
         return cls(
             meshwright=VERSION, name=search.name, fingerprint=search.fingerprint, request=asdict(search.request),
             graph=dump_graph(search.folded.small), units=asdict(pipelines.choices.units), points=tuple(points[:POINTS]),
+            device=_mark(search.cluster.device), work={
+                policy: tuple((*key, *seconds.tolist()) for key, seconds in sums.items())
+                for policy, sums in pipelines.choices.sums.items()
+            },
         )  # fmt: skip
 
     def replanned(self, cluster: Cluster, looks: int = LOOKS) -> Plan:
@@ -94,6 +104,11 @@ class Frontier(BaseModel):
             )  # fmt: skip
         small = load_graph(self.graph)
         return _Replanning(self, small, cluster, looks).run()
+
+
+def _mark(device: Device) -> str:
+    """Equal for devices of equal figures, whatever they are called."""
+    return sha256(device.model_dump_json().encode()).hexdigest()[:16]
 
 
 def load_frontier(path: Path) -> Frontier:
@@ -220,6 +235,9 @@ class _Replanning:
             found = Pipelines(search)
             if known is None:
                 found.choices.units = Units(**self.frontier.units)  # type: ignore[arg-type]
+                if self.frontier.device == _mark(where.device):
+                    for policy, sums in self.frontier.work.items():
+                        found.choices.sums[policy] = {(name, kind): np.array(each) for name, kind, *each in sums}
             else:
                 found.choices.take_cuts_of(known.choices)
             self.searches[hosts] = found

@@ -4,7 +4,7 @@ Worked out for all numbers of devices and microbatch counts at once."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TypeVar
 
@@ -28,9 +28,20 @@ def least_work(
     Args:
         class_of: of an op's tag, or of that of the outermost loop around it.
     """
+    return spread(summed(program, cost, class_of), devices, counts)
+
+
+def summed(program: Program, cost: CostModel, class_of: Callable[[str], Class]) -> dict[Class, np.ndarray]:
+    """Seconds of each class that nothing cuts, that devices cut, and that microbatches cut too: the same for
+    any number of either."""
     sums: dict[Class, np.ndarray] = defaultdict(lambda: np.zeros(3))
     for outer, each in _pieces(program, cost):
         sums[class_of(outer)] += each
+    return dict(sums)
+
+
+def spread(sums: Mapping[Class, np.ndarray], devices: Sequence[int], counts: Sequence[int]) -> dict[Class, np.ndarray]:
+    """What `least_work` says, of sums."""
     ways = np.array(devices, float)[:, None].repeat(len(counts), 1)
     parts = ways * np.array(counts)
     return {key: fixed + whole / ways + split / parts for key, (fixed, whole, split) in sums.items()}
@@ -38,8 +49,7 @@ def least_work(
 
 @lru_cache(maxsize=16)
 def _pieces(program: Program, cost: CostModel) -> list[tuple[str, np.ndarray]]:
-    """Of each op, by the tag that decides its runs: seconds that nothing cuts, that devices cut, and that
-    microbatches cut too."""
+    """The same of each op, with the tag that decides its runs."""
     kernels = kernels_of(program, cost.fused_attention, cost.fusion, cost.redone_inside)
     types, time = program.graph.types, program.time
     timed = time.split.keys() if isinstance(time, TimeAxis) else frozenset()

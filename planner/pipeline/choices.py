@@ -15,7 +15,7 @@ from ...ir.mesh import Mesh
 from ...ir.microbatch import Refusal
 from ...ir.recompute import Policy
 from ...ir.schedule import Schedule
-from ..cost.least import least_work
+from ..cost.least import spread, summed
 from ..meshes import mesh_of, plane_meshes, stage_sizes
 from .schedules import entry, schedule_named
 from .single import can_be_even, even_firsts
@@ -197,19 +197,20 @@ class Choices:
 
     def _work_of(self, stages: int, policy: Policy) -> Mapping[Work, np.ndarray]:
         """Least seconds of one run of every class of ops, by microbatch count."""
-        if policy not in self._work:
+        if policy not in self.sums:
             program, known = self.search.program(policy), self.cut(policy, self.counts[-1])
-            devices = [self.search.cluster.size // each for each in self.stage_counts]
             of = lambda tag: (known.passes.get(tag, "once"), known.kind_of(tag))  # noqa: E731
-            self._work[policy] = least_work(program, self.search.cost, devices, self.counts, of)
-        row = self.stage_counts.index(stages)
-        return {key: seconds[row] for key, seconds in self._work[policy].items()}
+            self.sums[policy] = summed(program, self.search.cost, of)
+        spread_out = spread(self.sums[policy], [self.search.cluster.size // stages], self.counts)
+        return {key: seconds[0] for key, seconds in spread_out.items()}
 
-    _work: dict[Policy, Mapping[Work, np.ndarray]] = field(default_factory=dict)  # by number of stages and count
+    sums: dict[Policy, Mapping[Work, np.ndarray]] = field(default_factory=dict)  # `summed`
 
     def take_cuts_of(self, other: Choices) -> None:
-        """Use the cuts of another cluster's search for the same step."""
+        """Use the cuts of another cluster's search for the same step, and the work where devices are alike."""
         self.units, self._cuts = other.units, other._cuts
+        if self.search.cluster.device == other.search.cluster.device:
+            self.sums = other.sums
 
     def cut(self, policy: Policy, microbatches: int) -> Cut:
         """The step in units, each as if it were a stage; all counts above one share it."""

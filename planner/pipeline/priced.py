@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import inf
 
 import numpy as np
@@ -151,16 +152,12 @@ class Pricing:
         return [rows[id(home)] for home in homes]
 
     def _fits(self, schedule: Schedule, homes: Sequence[Place]) -> Fits:
-        known: dict[tuple[int, Runs], bool] = {}
+        @cache
+        def has_room(stage: int, runs: Runs) -> bool:
+            peak, left, late = homes[stage].memory.under(schedule, stage).parts(runs)
+            return peak + self._extra(schedule, stage, [left], [late]) <= homes[stage].limit
 
-        def fits(stage: int, first: int, last: int) -> bool:
-            key = stage, runs_of(self.units, first, last)
-            if key not in known:
-                peak, left, late = homes[stage].memory.under(schedule, stage).parts(key[1])
-                known[key] = peak + self._extra(schedule, stage, [left], [late]) <= homes[stage].limit
-            return known[key]
-
-        return fits
+        return cache(lambda stage, first, last: has_room(stage, runs_of(self.units, first, last)))
 
     def _extra(self, schedule: Schedule, rank: int, left: Sequence[float], late: Sequence[float]) -> float:
         """Bytes of forward results beyond those of one microbatch, which the peak of the lives has."""
