@@ -218,8 +218,9 @@ def told_of_dispatch(plan: Plan) -> list[tuple[float, float]]:
 
 
 def test_a_pipeline_that_is_faster_but_for_the_host_is_told():
-    """Whether a single program is taken in its place, or a plan without a pipeline."""
-    flat = plan_captured(case("gpt-tiny")[0], "8xcpu", Request(pp="auto", recompute="none"), "gpt-tiny")
+    """Whether a single program is taken in its place, or a plan without a pipeline, of stacked layers too."""
+    request = Request(pp="auto", recompute="none", program="stages")
+    flat = plan_captured(case("gpt-tiny-scan")[0], "8xcpu", request, "gpt-tiny-scan")
     assert flat.pipeline is None
     for plan in (flat, chosen()):
         [(alone, together)] = told_of_dispatch(plan)
