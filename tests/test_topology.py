@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 import meshwright as mw
-from meshwright import api
+from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.topology import name_of, topology_devices
 from meshwright.ir.cluster import Cluster
@@ -47,7 +47,7 @@ def audited(name: str, cluster: Cluster, topology: str, **options):
     arguments = (example.step, example.state, example.batch)
     plan = mw.plan(*arguments, cluster=cluster, donate_argnums=0, request=mw.Request(gap=0.05))
     devices = topology_devices(topology, cluster)
-    return mw.RunningStep(lower(plan, api.capture(*arguments, donate_argnums=0), devices)).audit()
+    return mw.RunningStep(lower(plan, capture(*arguments, donate_argnums=0), devices)).audit()
 
 
 @needs_libtpu
