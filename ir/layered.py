@@ -134,6 +134,9 @@ class _Layering:
         """Passes of all parts. Layers do without copies of what comes from other parts: those of stage 0 may
         have one where others have none, as the front makes it by another op."""
         found = [f.ops for f in self.cut.forward], [f.ops for f in self.cut.backward]
+        gates = self._gates(*found)
+        for ops in found:
+            ops[:] = [tuple(_renamed(op, gates) for op in each if op.outputs[0] not in gates) for each in ops]
         for part in self.parts:
             mine = {v for ops in found for op in ops[part] for v in op.outputs}
             copies = {
@@ -144,6 +147,17 @@ class _Layering:
             }
             for ops in found:
                 ops[part] = tuple(_renamed(op, copies) for op in ops[part] if op.outputs[0] not in copies)
+        return found
+
+    def _gates(self, forward: list[tuple[Op, ...]], backward: list[tuple[Op, ...]]) -> dict[int, int]:
+        """Results of barriers that hold nothing in their part, and what they are of: what another part begins to
+        compute again with. It has that in its hands only then, so nothing needs to be held back."""
+        found = {}
+        for ops in zip(forward, backward, strict=True):
+            read = {v for each in ops for op in each for v in op.inputs}.union(self.graph.outputs)
+            for op in (op for each in ops for op in each if op.kind == "optimization_barrier"):
+                if read.isdisjoint(op.outputs):
+                    found.update(zip(op.outputs, op.inputs, strict=True))
         return found
 
     @cached_property
