@@ -40,6 +40,12 @@ def test_replicas_share_microbatches_and_agree_at_the_end():
     assert neutral.step_seconds([shared], 8) == pytest.approx(2 * 12 + 3)
 
 
+@given(st.lists(st.builds(neutral.Stage, *[st.sampled_from([0.0, 0.1, 0.7, 3.0])] * 3, st.integers(1, 5),
+                          st.sampled_from([0.0, 0.3])), min_size=1, max_size=5), st.integers(1, 12))
+def test_the_compiled_evaluator_gives_what_the_simulator_gives(stages, microbatches):
+    assert neutral.quick_seconds(stages, microbatches) == neutral.step_seconds(stages, microbatches)
+
+
 def test_sends_take_the_seconds_of_their_cut_each_way():
     stages = [neutral.Stage(1, 1, send=5), neutral.Stage(1, 1, send=7), neutral.Stage(1, 1)]
     assert neutral.step_seconds(stages, 1) == pytest.approx(6 + 2 * (5 + 7))
@@ -136,6 +142,14 @@ def test_loads_on_one_accelerator_and_in_line_are_as_published(case, alone, line
     graph = max_load.Graph(load("dnn_partitioning.json")["inputs"][case])
     assert graph.loads(np.ones(len(graph.cpu), int)).max() == pytest.approx(alone, rel=5e-6)
     assert graph.of(graph.lined()) == pytest.approx(lined, rel=5e-6)
+
+
+def test_operators_without_a_colour_are_tied_to_nothing():
+    node = {"supportedOnFpga": True, "cpuLatency": 9.0, "fpgaLatency": 2.0, "isBackwardNode": False, "size": 1.0}
+    nodes = [{"id": i, **node, **colour} for i, colour in enumerate([{"colorClass": None}] * 2 + [{}] * 2)]
+    file = {"nodes": nodes, "edges": [(0, 1, 0.0)], "maxFPGAs": 4, "maxCPUs": 1, "maxSizePerFPGA": 9.0}
+    graph = max_load.Graph(file)
+    assert graph.of(np.arange(1, 5)[graph.group]) == 2.0
 
 
 # ---------------------------------------------------------------- against trying everything
