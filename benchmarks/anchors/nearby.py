@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heappop, heappush
+from math import inf
 from typing import Any, NamedTuple, TypeVar
 
 Plan = TypeVar("Plan")
@@ -22,28 +23,25 @@ def fastest_near(
     """The fastest plan met: the fastest one whose neighbours have not been looked at is always the next.
 
     Args:
-        starts: one at least; earlier ones win among equals.
-        around: neighbours of a plan that are allowed.
+        starts: one at least that is allowed; earlier ones win among equals.
+        around: neighbours of a plan.
+        seconds: inf where a plan is not allowed.
         patience: ends once so many plans have been tried since the last faster one.
     """
-    queue: list[tuple[float, int, Plan]] = []
-    seen: set[Plan] = set()
-
-    def tried(plans: Iterable[Plan]) -> Iterator[float]:
-        for plan in plans:
-            if plan not in seen:
-                seen.add(plan)
-                heappush(queue, (took := seconds(plan), len(seen), plan))
-                yield took
-
-    for _ in tried(starts):
-        pass
-    best, since = queue[0], 0
+    starts = list(dict.fromkeys(starts))
+    seen, since = set(starts), 0
+    queue = sorted((seconds(plan), i, plan) for i, plan in enumerate(starts))
+    best = queue[0]
     while queue and since < patience:
-        for _ in tried(around(heappop(queue)[-1])):
+        for plan in around(heappop(queue)[-1]):
+            if plan in seen:
+                continue
+            seen.add(plan)
             since += 1
-            if queue[0] < best:
-                best, since = queue[0], 0
+            if (took := seconds(plan)) < inf:
+                heappush(queue, (took, len(seen), plan))
+                if took < best[0]:
+                    best, since = queue[0], 0
             if since >= patience:
                 break
     return best[-1]
@@ -118,7 +116,7 @@ def _halves(stages: Sequence[Stage], i: int, between: Callable, early: Any, late
 def _elsewhere(stages: Sequence[Stage], i: int, between: Callable) -> Iterator[tuple[Stage, ...]]:
     """One of two stages takes the units of both; the other takes a part of some stage's."""
     pair = stages[i : i + 2]
-    for stays, goes in (pair, pair[::-1]):
+    for stays, goes in (pair, pair[::-1]) if pair[0].width != pair[1].width else (pair,):
         fewer = _put(stages, i, 2, Stage(pair[0].first, pair[1].last, stays.width, stays.like))
         for j, one in enumerate(fewer):
             yield from _halves(fewer, j, between, one.width, goes.width)

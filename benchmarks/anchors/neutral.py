@@ -8,7 +8,7 @@ search with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numba
@@ -30,6 +30,9 @@ class Stage:
     send: float = 0.0
     replicas: int = 1
     last: float = 0.0
+
+
+Evaluator = Callable[[Sequence[Stage], int], float]  # seconds of a step of so many microbatches
 
 
 def step_seconds(stages: Sequence[Stage], microbatches: int) -> float:
