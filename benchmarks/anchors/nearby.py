@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heappop, heappush
+from itertools import pairwise
 from math import inf
 from typing import Any, NamedTuple, TypeVar
 
@@ -85,7 +86,7 @@ def neighbours(
         between: the positions at which units between two positions can be cut.
     """
     stages = [stage._replace(like=i) for i, stage in enumerate(stages)]
-    for i, (one, other) in enumerate(zip(stages, stages[1:], strict=False)):
+    for i, (one, other) in enumerate(pairwise(stages)):
         for cut in between(one.first, other.last):
             yield _put(stages, i, 2, one._replace(last=cut), other._replace(first=cut))
         for width in widths.joined(one.width, other.width):

@@ -8,7 +8,7 @@ s the sum of data-parallel degrees from this stage to the last, it holds ceil(s 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -89,7 +89,8 @@ class Throughput:
 
     def held(self, stages: Sequence[Stage]) -> list[int]:
         """Samples in flight on each replica of each stage."""
-        return [ceil(sum(s.data for s in stages[i:]) / stage.data) for i, stage in enumerate(stages)]
+        behind = [*accumulate(stage.data for stage in reversed(stages))][::-1]
+        return [ceil(many / stage.data) for many, stage in zip(behind, stages, strict=True)]
 
     def _priced(self, stage: Stage, held: int) -> float:
         units = [
@@ -136,6 +137,7 @@ class Throughput:
     def _between(self, left: int, rest: int) -> list[int]:
         return [some for some in self.graph.left if some & left == some != left and some & rest == rest != some]
 
+    @cache  # noqa: B019
     def _piece(self, units: int, tensor: int) -> _Piece | None:
         return next((piece for piece in self._pieces(units) if piece.tensor == tensor), None)
 
