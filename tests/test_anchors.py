@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from anchors import aceso, aceso_profile, dapple, max_load, neutral, pipedream, piper  # noqa: E402
+from anchors import aceso, aceso_profile, dapple, max_load, nearby, neutral, pipedream, piper  # noqa: E402
 from anchors.row import Row, choose  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
@@ -40,14 +40,31 @@ def test_replicas_share_microbatches_and_agree_at_the_end():
     assert neutral.step_seconds([shared], 8) == pytest.approx(2 * 12 + 3)
 
 
+@given(st.lists(st.builds(neutral.Stage, *[st.sampled_from([0.0, 0.1, 0.7, 3.0])] * 3, st.integers(1, 5),
+                          st.sampled_from([0.0, 0.3])), min_size=1, max_size=5), st.integers(1, 12))
+def test_the_compiled_evaluator_gives_what_the_simulator_gives(stages, microbatches):
+    assert neutral.quick_seconds(stages, microbatches) == neutral.step_seconds(stages, microbatches)
+
+
 def test_sends_take_the_seconds_of_their_cut_each_way():
     stages = [neutral.Stage(1, 1, send=5), neutral.Stage(1, 1, send=7), neutral.Stage(1, 1)]
     assert neutral.step_seconds(stages, 1) == pytest.approx(6 + 2 * (5 + 7))
 
 
 def test_among_plans_equal_by_the_objective_the_fastest_simulated_is_chosen():
-    chosen = choose("abcd", {"a": 2, "b": 1, "c": 1, "d": 3}.__getitem__, {"a": 9, "b": 8, "c": 7, "d": 5}.__getitem__)
-    assert (chosen.plan, chosen.objective, chosen.simulated, chosen.fastest) == ("c", 1, 7, 5)
+    objective = {"a": 2, "b": 1, "c": 1, "d": 3}.__getitem__
+    chosen = choose("abcd", objective, {"a": 9, "b": 8, "c": 7, "d": 5}.__getitem__, lambda plan: ())
+    assert (chosen.plan, chosen.objective, chosen.fastest, chosen.front) == ("c", 1, "d", ((1, 7), (3, 5)))
+
+
+def test_plans_near_known_ones_are_chosen_where_they_are_faster():
+    chosen = choose([5], lambda plan: 1.0 + (plan < 3), lambda plan: abs(plan - 2), lambda plan: (plan - 1, plan + 1))
+    assert (chosen.plan, chosen.fastest, chosen.front) == (3, 2, ((1.0, 1), (2.0, 0)))
+
+
+def test_of_plans_no_worse_by_the_objective_the_fastest_simulated_counts_for_both():
+    row = Row("a", "b", published=2.0, reproduced=2.0, ours=1.0, front=((1.0, 9.0), (2.0, 7.0), (3.0, 5.0)))
+    assert row.simulated_both == 7.0
 
 
 def test_a_row_knows_whether_ours_is_worse_and_whether_their_plan_gives_their_figure():
@@ -138,6 +155,14 @@ def test_loads_on_one_accelerator_and_in_line_are_as_published(case, alone, line
     assert graph.of(graph.lined()) == pytest.approx(lined, rel=5e-6)
 
 
+def test_operators_without_a_colour_are_tied_to_nothing():
+    node = {"supportedOnFpga": True, "cpuLatency": 9.0, "fpgaLatency": 2.0, "isBackwardNode": False, "size": 1.0}
+    nodes = [{"id": i, **node, **colour} for i, colour in enumerate([{"colorClass": None}] * 2 + [{}] * 2)]
+    file = {"nodes": nodes, "edges": [(0, 1, 0.0)], "maxFPGAs": 4, "maxCPUs": 1, "maxSizePerFPGA": 9.0}
+    graph = max_load.Graph(file)
+    assert graph.of(np.arange(1, 5)[graph.group]) == 2.0
+
+
 # ---------------------------------------------------------------- against trying everything
 
 
@@ -160,6 +185,55 @@ def piper_files(draw):
     nodes = [{"id": v, "name": "unit", "TMPCs": {str(t): [way(v)] for t in (1, 2)}} for v in range(count)]
     costs = [{"sourceId": a, "destId": b, "communicationCost": 1e10 * draw(number)} for a, b in edges]
     return {"nodes": nodes, "edges": costs}
+
+
+WORK = st.lists(st.sampled_from([0.0, 1.0, 1.5, 2.0, 3.0, 7.0]), min_size=2, max_size=5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(WORK, st.integers(2, 4), st.booleans(), st.data())
+def test_the_fastest_near_one_cut_of_a_chain_is_the_fastest_of_all(work, devices, straight, data):
+    """With patience for all of them."""
+    devices = min(devices, len(work)) if straight else devices
+    sends = data.draw(st.lists(st.sampled_from([0.0, 1.0, 5.0]), min_size=len(work), max_size=len(work)))
+
+    def seconds(stages):
+        found = [
+            neutral.Stage(sum(work[a:b]), 2 * sum(work[a:b]), sends[b - 1] * (b < len(work)), width)
+            for a, b, width, _ in stages
+        ]
+        return neutral.step_seconds(found, 5)
+
+    def around(stages):
+        widths = nearby.SINGLE if straight else nearby.SHARED
+        found = nearby.neighbours(stages, lambda a, b: range(a + 1, b), widths)
+        return [tuple(stage._replace(like=0) for stage in each) for each in found]
+
+    every = list(chains(len(work), devices, straight))
+    found = nearby.fastest_near(every[:1], around, seconds, 10_000)
+    assert found in every
+    assert seconds(found) == min(map(seconds, every))
+
+
+def chains(units: int, devices: int, straight: bool, first: int = 0):
+    """All ways to cut a chain into stages on exactly so many devices; straight: one on each."""
+    if first == units and not devices:
+        yield ()
+    for last in range(first + 1, units + 1):
+        for width in range(1, 1 + min(devices, 1 if straight else devices)):
+            stage = nearby.Stage(first, last, width)
+            yield from ((stage, *rest) for rest in chains(units, devices - width, straight, last))
+
+
+@settings(max_examples=20, deadline=None)
+@given(piper_files(), st.integers(1, 4), st.sampled_from([1.0, 2.0, 100.0]))
+def test_the_fastest_near_pipers_best_plan_is_the_fastest_of_those_that_fit(file, devices, memory):
+    objective = piper.Throughput(piper.Graph(file), devices, memory, 4)
+    every = [plan for plan in plans(objective.graph.left, devices, 4) if np.isfinite(objective.of(plan))]
+    if every:
+        found = nearby.fastest_near([objective.best()], objective.around, objective.simulated, 10_000)
+        assert objective.of(found) < np.inf
+        assert objective.simulated(found) == pytest.approx(min(map(objective.simulated, every)))
 
 
 @settings(max_examples=40, deadline=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 from meshwright.ir.errors import PlanError
 
 from . import aceso, aceso_profile, dapple, max_load, pipedream, piper
-from .row import Row, Stopwatch, choose
+from .neutral import quick_seconds
+from .row import Chosen, Row, Stopwatch, choose
 
 # Paces tried for a plan that the simulator finds fast: as parts of the slowest stage of PipeDream's best plan,
 # of the simulated pace of Piper's.
@@ -42,15 +43,17 @@ def pipedream_rows(folder: Path) -> Iterator[Row]:
             theirs = pipedream.read_plan(result["stages"], len(machines))
             with Stopwatch() as watch:
                 early, late = objective.best(), objective.best(latest=True)
-            slowest, large = objective.of(early), len(machines) > 1 and graph.end > LARGE
-            paces = PACES[::5] if large else PACES
-            limits = [(limit, slowest * part) for limit in (slowest * (1 + 1e-12), np.inf) for part in paces]
-            calm = {plan for limit in limits if (plan := objective.calm(*limit))}
-            plans = [early, late, *sorted(calm, key=str)]
-            chosen = choose(plans, objective.of, objective.simulated)
+            with Stopwatch() as further:
+                slowest, large = objective.of(early), len(machines) > 1 and graph.end > LARGE
+                paces = PACES[::5] if large else PACES
+                limits = [(limit, slowest * part) for limit in (slowest * (1 + 1e-12), np.inf) for part in paces]
+                calm = {plan for limit in limits if (plan := objective.calm(*limit))}
+                plans = [early, late, *sorted(calm, key=str)]
+                chosen = _choose(objective, plans)
             yield Row(
                 "PipeDream", name, result["pipeline_s"], objective.of(theirs), chosen.objective,
-                objective.simulated(theirs), chosen.simulated, chosen.fastest, watch.seconds, result["solver_s"],
+                *map(objective.simulated, (theirs, chosen.plan, chosen.fastest)),
+                chosen.front, watch.seconds, further.seconds, result["solver_s"],
             )  # fmt: skip
 
 
@@ -96,16 +99,21 @@ def _piper_row(name: str, case: dict[str, Any], graph: piper.Graph) -> Row:
     if ours is None:
         note = "nothing fits, as published" if case["TPS"] is None else "we find nothing that fits"
         return Row("Piper", name, case["TPS"], None, None, seconds=watch.seconds, theirs=case.get("cpu_s"), note=note)
-    slowest, pace = objective.of(ours), objective.simulated(ours)
-    limits = [(slowest * (1 + 1e-12), pace * part) for part in NEAR_PACES]
-    paced = {plan for limit in limits if (plan := objective.within(*limit))} - {ours}
-    chosen = choose([ours, *sorted(paced)], objective.of, objective.simulated)
+    with Stopwatch() as further:
+        slowest, pace = objective.of(ours), objective.simulated(ours, quick_seconds)
+        limits = [(slowest * (1 + 1e-12), pace * part) for part in NEAR_PACES]
+        paced = {plan for limit in limits if (plan := objective.within(*limit))} - {ours}
+        chosen = _choose(objective, [ours, *sorted(paced)])
     theirs = objective.read(case["plan"]) if case.get("plan") else None
     return Row(
         "Piper", name, case["TPS"], objective.of(theirs) if theirs else None, chosen.objective,
-        objective.simulated(theirs) if theirs else None, chosen.simulated, chosen.fastest,
-        watch.seconds, case.get("cpu_s"), precision=1e-7,
+        objective.simulated(theirs) if theirs else None, *map(objective.simulated, (chosen.plan, chosen.fastest)),
+        chosen.front, watch.seconds, further.seconds, case.get("cpu_s"), precision=1e-7,
     )  # fmt: skip
+
+
+def _choose(objective: Any, plans: Sequence[Any]) -> Chosen[Any]:
+    return choose(plans, objective.of, lambda plan: objective.simulated(plan, quick_seconds), objective.around)
 
 
 def dapple_rows(folder: Path) -> Iterator[Row]:
@@ -124,12 +132,14 @@ def dapple_rows(folder: Path) -> Iterator[Row]:
             theirs = dapple.read_plan(result, objective.units)
             with Stopwatch() as watch:
                 plans = objective.plans()
-            # simulated: the best of so many stages in so many pipelines
-            alike = {(plan.pipelines, len(plan.stages)): plan for plan in reversed(plans)}
-            chosen = choose(list(alike.values()), objective.of, objective.simulated)
+            with Stopwatch() as further:
+                # the best of so many stages in so many pipelines
+                alike = {(plan.pipelines, len(plan.stages)): plan for plan in reversed(plans)}
+                chosen = _choose(objective, list(alike.values()))
             yield Row(
                 "DAPPLE", name, float(objective.work[-1]) / result["speedup"], objective.of(theirs), chosen.objective,
-                objective.simulated(theirs), chosen.simulated, chosen.fastest, watch.seconds, result["cpu_s"],
+                *map(objective.simulated, (theirs, chosen.plan, chosen.fastest)),
+                chosen.front, watch.seconds, further.seconds, result["cpu_s"],
             )  # fmt: skip
 
 

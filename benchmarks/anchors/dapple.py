@@ -9,7 +9,7 @@ counts the first layer of the next stage among the weights that a stage all-redu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from meshwright.planner.pipeline.partition import halved
 
-from . import neutral
+from . import nearby, neutral
 
 NEAR = 1e-9  # a limit falls by more than this part
 STEP = 0.98  # and to this part at most
@@ -130,15 +130,20 @@ class Latency:
         rate = self.network.together if apart else self.network.inside * (count // 2)
         return 2 * (count - 1) / count / rate
 
-    def simulated(self, plan: Plan) -> float:
+    def simulated(self, plan: Plan, evaluator: neutral.Evaluator = neutral.step_seconds) -> float:
         """Seconds of a simulated step: each pipeline's microbatches, then the all-reduces."""
         many = self.microbatches(plan.pipelines)
         stages = []
         for (a, b, n), cut, reduce in zip(plan.stages, [*self._cuts(plan), 0.0], self._reduces(plan), strict=True):
             both = float(self.work[b] - self.work[a]) / n / plan.pipelines / many
             stages.append(neutral.Stage(both / 2, both / 2, cut / plan.pipelines / many, last=reduce))
-        return neutral.step_seconds(stages, many)
+        return evaluator(stages, many)
 
+    def around(self, plan: Plan) -> Iterator[Plan]:
+        """Plans of as many pipelines on as many devices, one step away."""
+        stages = [nearby.Stage(*stage) for stage in plan.stages]
+        for pipeline in nearby.neighbours(stages, lambda a, b: range(a + 1, b), nearby.SHARED):
+            yield Plan(plan.pipelines, tuple(stage[:3] for stage in pipeline))
 
     # ------------------------------------------------------------ search
 

@@ -37,13 +37,14 @@ class Graph:
 
     def __init__(self, file: dict[str, Any]) -> None:
         nodes, number = file["nodes"], {node["id"]: i for i, node in enumerate(file["nodes"])}
-        colours = sorted({node.get("colorClass", f"own {node['id']}") for node in nodes}, key=str)
-        at = {colour: g for g, colour in enumerate(colours)}
-        self.group = np.array([at[node.get("colorClass", f"own {node['id']}")] for node in nodes])
+        given = [node.get("colorClass") for node in nodes]  # null and missing are the same: tied to nothing
+        colours = [f"own {node['id']}" if colour is None else colour for node, colour in zip(nodes, given, strict=True)]
+        at = {colour: g for g, colour in enumerate(sorted(set(colours), key=str))}
+        self.group = np.array([at[colour] for colour in colours])
         self.devices = int(file["maxFPGAs"]) + 1
         assert file["maxCPUs"] == 1, "as all published cases"
         self.limit = float(file["maxSizePerFPGA"])
-        count = len(colours)
+        count = len(at)
         self.cpu, self.accelerator, self.size = (
             np.bincount(self.group, [float(node[key]) for node in nodes], count)
             for key in ("cpuLatency", "fpgaLatency", "size")
@@ -151,7 +152,8 @@ class Graph:
     def follows(self) -> np.ndarray:
         """Pairs of groups, one before the other in the forward pass.
 
-        A group with backward passes alone goes with the group to or from which most moves.
+        A group with backward passes alone goes with the group to or from which most moves; among equals, with one
+        that has a forward pass.
         """
         ends = self.group[self.edges]
         found = {(int(a), int(b)) for a, b in ends[~self.backward[self.edges].any(axis=1)]}
@@ -159,7 +161,8 @@ class Graph:
         for lone in np.flatnonzero(~forward):
             touching = [i for i, (a, b) in enumerate(ends) if lone in (a, b) and a != b]
             if touching:
-                a, b = map(int, ends[max(touching, key=lambda i: self.cost[self.edges[i, 0]])])
+                most = max(touching, key=lambda i: (self.cost[self.edges[i, 0]], forward[ends[i]].any()))
+                a, b = map(int, ends[most])
                 found |= {(a, b), (b, a)}
         return np.array(sorted(found))
 

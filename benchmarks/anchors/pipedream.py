@@ -8,16 +8,18 @@ the compute of a stage one level up. Activations count, as in the anchor's publi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from meshwright.planner.pipeline.partition import Cuts, best_cuts
 
-from .neutral import Stage, step_seconds
+from . import nearby
+from .neutral import Evaluator, Stage, step_seconds
 
 MICROBATCHES = 256  # of the simulated run
 
@@ -181,7 +183,7 @@ class Throughput:
             for a, b, m in solved.cuts[start].pieces(end, self.machines[level])
         )
 
-    def simulated(self, parts: Sequence[Part]) -> float:
+    def simulated(self, parts: Sequence[Part], evaluator: Evaluator = step_seconds) -> float:
         """Seconds per minibatch of a simulated run; replicas synchronize after each of their minibatches."""
         graph, stages = self.graph, []
         leaves = list(self.leaves(parts, len(self.machines) - 1, ()))
@@ -192,8 +194,36 @@ class Throughput:
             sync = self._all_synchronization(weights, leaf.replicas)
             send = float(graph.crossing[part.last]) / self.bandwidths[leaf.cut]
             forward = compute * graph.forward
-            stages.append(Stage(forward, compute - forward + sync, send, int(np.prod(leaf.replicas))))
-        return step_seconds(stages, MICROBATCHES) / MICROBATCHES
+            stages.append(Stage(forward, compute - forward + sync, send, prod(leaf.replicas)))
+        return evaluator(stages, MICROBATCHES) / MICROBATCHES
+
+    def around(self, parts: Sequence[Part], level: int | None = None) -> Iterator[tuple[Part, ...]]:
+        """Plans one step away: cuts and replicas of one level changed, the parts inside stretched to fit."""
+        level = len(self.machines) - 1 if level is None else level
+        stages = [nearby.Stage(part.first, part.last, part.replicas) for part in parts]
+        widths = nearby.SINGLE if self.straight else nearby.SHARED
+        for pipeline in nearby.neighbours(stages, self._between, widths):
+            new = tuple(self._stretched(parts[s.like], s.first, s.last, s.width) for s in pipeline)
+            if all(new):
+                yield new
+        if level:
+            for i, part in enumerate(parts):
+                for inside in self.around(part.inside, level - 1):
+                    yield (*parts[:i], replace(part, inside=inside), *parts[i + 1 :])
+
+    def _between(self, a: int, b: int) -> np.ndarray:
+        before = self.graph.before
+        return np.flatnonzero(before[a] & before[:, b])
+
+    def _stretched(self, part: Part, first: int, last: int, replicas: int) -> Part | None:
+        """Its first and last parts inside take the change; None where they cannot."""
+        if not self.graph.before[first, last]:
+            return None
+        ends = [first, *(one.last for one in part.inside[:-1]), last]
+        inside = [
+            self._stretched(one, *span, one.replicas) for one, span in zip(part.inside, pairwise(ends), strict=False)
+        ]
+        return Part(first, last, replicas, tuple(inside)) if all(inside) else None
 
     def _all_synchronization(self, weights: Any, replicas: Sequence[int]) -> Any:
         """Seconds per minibatch of a replica, over the replicas of all levels."""

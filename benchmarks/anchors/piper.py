@@ -7,21 +7,24 @@ s the sum of data-parallel degrees from this stage to the last, it holds ceil(s 
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from math import ceil, inf
+from itertools import accumulate
+from math import ceil, inf, prod
+from operator import mul
 from typing import Any, NamedTuple
 
 from meshwright.planner.pipeline.ideals import closed_sets, members
 from meshwright.planner.pipeline.partition import halved
 
-from . import neutral
+from . import nearby, neutral
 
 GIB = 1 << 30
 BANDWIDTH = 25 * GIB  # of all published cases, bytes/s
 SETS = 5000  # closed sets that are still searched
+Width = tuple[int, int]  # of a stage: how many ways each unit is split, replicas
 
 
 class Stage(NamedTuple):
@@ -86,7 +89,8 @@ class Throughput:
 
     def held(self, stages: Sequence[Stage]) -> list[int]:
         """Samples in flight on each replica of each stage."""
-        return [ceil(sum(s.data for s in stages[i:]) / stage.data) for i, stage in enumerate(stages)]
+        behind = [*accumulate(stage.data for stage in reversed(stages))][::-1]
+        return [ceil(many / stage.data) for many, stage in zip(behind, stages, strict=True)]
 
     def _priced(self, stage: Stage, held: int) -> float:
         units = [
@@ -99,7 +103,7 @@ class Throughput:
         alike = 4 * (stage.data - 1) * weights / stage.data / self.batch
         return (crossing / stage.data + alike) / BANDWIDTH + sum(u.seconds for u in units) / stage.data
 
-    def simulated(self, stages: Sequence[Stage]) -> float:
+    def simulated(self, stages: Sequence[Stage], evaluator: neutral.Evaluator = neutral.step_seconds) -> float:
         """Seconds per sample of a simulated step; replicas take samples by turns and agree once, at the end."""
         found = []
         for i, stage in enumerate(stages):
@@ -110,7 +114,59 @@ class Throughput:
             send = sum(x for pair, _ in pairs for w, x in pair[0].crossing.items() if later >> w & 1) / BANDWIDTH
             alike = 4 * (stage.data - 1) * sum(pair[0].weights for pair, _ in pairs) / stage.data / BANDWIDTH
             found.append(neutral.Stage(plain / 3, plain * 2 / 3 + again, send, stage.data, alike))
-        return neutral.step_seconds(found, self.batch) / self.batch
+        return evaluator(found, self.batch) / self.batch
+
+    def around(self, stages: Sequence[Stage]) -> Iterator[tuple[Stage, ...]]:
+        """Plans one step away, on no more devices; recomputed is what then lets each stage fit."""
+        sets = list(accumulate((s.units for s in stages), int.__xor__, initial=self.graph.left[-1]))
+        chain = [nearby.Stage(a, b, s[1:3]) for a, b, s in zip(sets, sets[1:], stages, strict=False)]
+        widths = nearby.Widths(self._traded, self._changed, self._joined, self._parted)
+        for pipeline in nearby.neighbours(chain, self._between, widths):
+            tensors, replicas = zip(*(s.width for s in pipeline), strict=True)
+            if sum(map(mul, tensors, replicas)) > self.devices or sum(replicas) > self.batch:
+                continue
+            found = [Stage(s.first ^ s.last, *s.width, 0) for s in pipeline]
+            held = self.held(found)
+            pieces = [self._piece(s.units, s.tensor) for s in found]
+            if all(pieces):
+                again = [piece.fitted(many) for piece, many in zip(pieces, held, strict=True)]
+                if all(more < inf for more, _ in again):
+                    yield tuple(s._replace(recomputed=units) for s, (_, units) in zip(found, again, strict=True))
+
+    @cache  # noqa: B019
+    def _between(self, left: int, rest: int) -> list[int]:
+        return [some for some in self.graph.left if some & left == some != left and some & rest == rest != some]
+
+    @cache  # noqa: B019
+    def _piece(self, units: int, tensor: int) -> _Piece | None:
+        return next((piece for piece in self._pieces(units) if piece.tensor == tensor), None)
+
+    def _degrees_near(self, data: int) -> tuple[list[int], list[int]]:
+        """The next lower one and the next higher one, where there are."""
+        at = bisect_left(self.degrees, data)
+        return self.degrees[max(0, at - 1) : at], self.degrees[at + 1 : at + 2]
+
+    def _changed(self, width: Width) -> Iterator[Width]:
+        tensor, data = width
+        yield from ((tensor, d) for some in self._degrees_near(data) for d in some)
+        yield from ((t, d) for t in (tensor // 2, tensor * 2) for d in {data, *self._degrees_near(data)[0]} if t)
+
+    def _traded(self, one: Width, other: Width) -> Iterator[tuple[Width, Width]]:
+        mine, theirs = (list(self._changed(width)) for width in (one, other))
+        yield from ((a, b) for a in mine if prod(a) < prod(one) for b in theirs if prod(b) > prod(other))
+
+    def _joined(self, one: Width, other: Width) -> set[Width]:
+        together = self._most(one[1] + other[1])
+        return {one, other, (one[0], together), (other[0], together)}
+
+    def _parted(self, width: Width) -> Iterator[tuple[Width, Width]]:
+        tensor, data = width
+        yield width, width
+        yield from (((tensor, d), (tensor, self._most(data - d))) for d in self.degrees if d < data)
+
+    def _most(self, data: int) -> int:
+        """The largest degree of no more."""
+        return self.degrees[bisect_right(self.degrees, data) - 1]
 
     def read(self, plan: Sequence[dict[str, int]]) -> tuple[Stage, ...]:
         """A published plan. It tells how many units each stage has; of the sets of so many, the fastest are meant."""
