@@ -352,7 +352,7 @@ class Pipelines:
                 single = price_single(best.pricing, best.shape.microbatches)
                 programs["single"] = single.seconds
                 if single.seconds < programs.get("stages", inf):
-                    self._check_alike(best.shape, single)
+                    self._check_alike(best, single)
         except MeshwrightError as error:
             if wanted == "single" and isinstance(error, LoweringError):
                 raise PlanError.at(error, None, None) from error
@@ -365,12 +365,22 @@ class Pipelines:
             best = replace(best, priced=single, apart=best.priced)
         self.best = replace(best, programs=programs, why=why)
 
-    def _check_alike(self, shape: Shape, single: Priced) -> None:
-        """Raises LoweringError where the layers of the whole step are not one program on other values."""
+    def _check_alike(self, best: Found, single: Priced) -> None:
+        """Raises LoweringError where the layers of the whole step are not one program on other values, or what
+        they hold does not lie alike."""
         folded, units = self.search.folded, self.choices.units
+        assert best.shape and best.space
         cuts = part_cuts(folded, [units.cuts[first] for first in single.firsts])
-        program = prepare(folded.whole, shape.policy)
-        layered(program, cut_stages(program, folded.whole, cuts, shape.microbatches))
+        program = prepare(folded.whole, best.shape.policy)
+        found = layered(program, cut_stages(program, folded.whole, cuts, best.shape.microbatches))
+        name, tags = folded.whole.input_name, [program.value_tags[v] for v in program.graph.inputs]
+        for first, *others in found.inputs:
+            lies = best.space.layout(tags[first], best.choices)
+            if unlike := [each for each in others if best.space.layout(tags[each], best.choices) != lies]:
+                raise LoweringError(
+                    f"{name(first)} and {name(unlike[0])} are laid out in different ways.", where="pipeline",
+                    fix="program=stages, which runs any stages",
+                )  # fmt: skip
 
     def write(self, bound: float, left_out: tuple[str, ...] = LEFT_OUT) -> Plan:
         """The plan of the best pipeline."""

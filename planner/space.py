@@ -11,7 +11,7 @@ Ops of repeated layers share their node (equal tags), so depth costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -64,6 +64,11 @@ class Space:
     @property
     def op_node(self) -> Mapping[str, int]:
         return self.frame.op_node
+
+    def layout(self, tag: str, choices: Sequence[int]) -> int:
+        """The number of a value's layout under choices, by its tag."""
+        home = self.homes[tag]
+        return int(home.layouts[choices[home.node] if home.node is not None else 0])
 
     def bytes_of(self, value: int) -> float:
         """Bytes of a whole value when it travels, of one microbatch."""

@@ -23,6 +23,7 @@ from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.lower_single import LoweredSingle
 from meshwright.backends.xla.verify import verify_outputs
 from meshwright.cli import app
+from meshwright.ir.cluster import Cluster
 from meshwright.ir.codec import save_plan
 from meshwright.ir.errors import LoweringError, PlanError
 from meshwright.ir.plan import Plan
@@ -84,11 +85,26 @@ def test_norms_of_all_stages_meet_where_gradients_are_clipped(name):
     verify_outputs(truth, lower(plan, captured).jitted(*leaves), captured.graph.output_names)
 
 
-@pytest.mark.slow
-def test_recomputing_changes_no_gradient():
-    captured, leaves, _, truth = case("llama-tied-tiny")
-    plan = single(stage_plan("llama-tied-tiny", 2, 4, recompute="full"), captured, 2, 4)
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("llama-tiny", "full"),
+        pytest.param("gpt-tiny", "selective", marks=pytest.mark.slow),
+        pytest.param("gpt-tiny", "full", marks=pytest.mark.slow),
+    ],
+)
+def test_recomputing_changes_no_gradient(name, policy):
+    captured, leaves, _, truth = case(name)
+    plan = single(stage_plan(name, 2, 4, recompute=policy), captured, 2, 4)
     verify_outputs(truth, lower(plan, captured).jitted(*leaves), captured.graph.output_names)
+
+
+def test_a_plan_whose_layers_do_not_lie_alike_is_refused_when_planned():
+    """What is computed again tells the last layer apart from the others, so it may be laid out in its own way."""
+    made = make({"model": "llama-tied-tiny"})
+    request = Request(pp=2, microbatches=4, program="single", recompute="selective")
+    with pytest.raises(PlanError, match=r"blocks\[1\].* and .*blocks\[3\].* are laid out in different ways"):
+        plan_captured(made.capture(True), Cluster.parse("8xcpu"), request, made.name, lambda line: None)
 
 
 def test_state_lies_as_with_programs_of_stages_and_either_takes_the_other_on():

@@ -206,8 +206,7 @@ class StageMemory:
         return copies.get(copy, copy)
 
     def layout(self, value: int) -> int:
-        home = self.space.homes[self.space.program.value_tags[value]]
-        return int(home.layouts[self.choices[home.node] if home.node is not None else 0])
+        return self.space.layout(self.space.program.value_tags[value], self.choices)
 
     def _moved(self) -> Iterator[tuple[Segment, float]]:
         """Operands brought to another layout, one copy for all ops of a program that want the same, and its bytes.
