@@ -139,6 +139,10 @@ class Candidate:
     held: float
 
     @property
+    def devices(self) -> int:
+        return self.shape.stages * self.shape.mesh.size
+
+    @property
     def same(self) -> bool:
         return (self.shape.mesh.shape, self.shape.microbatches) == (self.point.mesh, self.point.microbatches)
 
@@ -159,6 +163,7 @@ class _Replanning:
         candidates = sorted(self._candidates(whole), key=lambda each: (each.held > limit, each.estimate))
         self._look([each for each in candidates if each.same], self.looks, solve=False)
         self._look(candidates, ceil(self.looks / 2), solve=True)
+        self._look_at_more_devices(candidates)
         if self.best is None:
             raise self._refusal(whole, bool(candidates))
         return self._written(whole)
@@ -269,17 +274,31 @@ class _Replanning:
                         hosts = ceil(stages * devices / per_host)
                         yield Candidate(point, shape, hosts, _estimate(point, shape, units), _held(point, shape))
 
+    def _look_at_more_devices(self, candidates: list[Candidate]) -> None:
+        """Where the best leaves devices spare, the most promising of those that leave fewest: estimates take units
+        as equal, so that 18 on 6 stages seem as good as on 8."""
+        limit, best = self._on(self.cluster.hosts).search.limit, self.best and self.best.best.shape
+        if best is None:
+            return
+        fitting = [each for each in candidates if each.held <= limit]
+        most = max((each.devices for each in fitting), default=0)
+        if most > best.stages * best.mesh.size:
+            fullest = [each for each in fitting if each.devices == most]
+            same = [each for each in fullest if each.same]
+            self._look(same or fullest, self.looks if same else 1, solve=not same, hopeful=True)
+
     @staticmethod
     def _counts(whole: Pipelines, point: Point) -> list[int]:
         near = range(ceil(point.microbatches / NEAR), point.microbatches * NEAR + 1)
         return [many for many in whole.choices.counts if many in near]
 
-    def _look(self, candidates: list[Candidate], looks: int, solve: bool) -> None:
-        """Price so many candidates as they are, or solve anew on their meshes, the most promising first."""
+    def _look(self, candidates: list[Candidate], looks: int, solve: bool, hopeful: bool = False) -> None:
+        """Price so many candidates as they are, or solve anew on their meshes, the most promising first; with
+        `hopeful` whatever the estimate."""
         seen: set[Shape] = set()
         before = self.tried
         for candidate in candidates:
-            if (self.tried - before >= looks and self.best) or candidate.estimate >= self.seconds:
+            if (self.tried - before >= looks and self.best) or (candidate.estimate >= self.seconds and not hopeful):
                 return
             if candidate.shape in seen:
                 continue

@@ -200,6 +200,11 @@ def _check_schedule(request: Request, name: str) -> None:
             f"{found.name} holds each stage on {found.copies} ranks, which plans cannot.",
             where="request: schedule", fix="1f1b, interleaved, zb-h1, zbv and others with one copy",
         )  # fmt: skip
+    if request.chunks == 1 and found.chunks is None:
+        raise PlanError(
+            f"{found.name} has two stages per rank or more, not 1.",
+            where="request: chunks", fix="chunks=2 or more, or schedule=1f1b",
+        )  # fmt: skip
     if request.chunks is not None and request.chunks != (found.chunks or request.chunks):
         raise PlanError(
             f"{found.name} has {counted(found.chunks or 0, 'stage')} per rank, not {request.chunks}.",

@@ -191,6 +191,10 @@ MISTAKES = [
     (2, "cannot be cut into 5", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--microbatches", "5")),
     (2, "search cannot be 'best'", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--search", "best")),
     (2, "chunks cannot be 2", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--pp", "2", "--chunks", "2")),
+    (
+        2, "interleaved has two stages per rank or more, not 1",
+        ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--pp", "2", "--schedule", "interleaved", "--chunks=1"),
+    ),
     (2, "recompute cannot be all", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--recompute", "all")),
     (2, "time_limit cannot be -1", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--time-limit", "-1")),
     (2, "has no unit", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--memory", "7")),

@@ -51,6 +51,17 @@ def test_as_fast_as_a_search_of_the_same_hosts(kept, hosts):
     assert (f"{spare} spare" in anew.notes[-1]) == bool(spare)
 
 
+def test_devices_are_not_left_spare_where_all_are_faster():
+    """18 units are three on six stages and on eight, but ends weigh less than layers, and eight are faster."""
+    captured, frontiers = make({"model": "gpt-tiny", "batch": 16, "layers": 8}).capture(True), list[Frontier]()
+    cluster = Cluster.parse("8xa100x1@ib100")
+    plan = plan_captured(
+        captured, cluster, Request(pp="auto", schedule="1f1b"), "gpt-tiny", keep=frontiers.append
+    )
+    anew = frontiers[0].replanned(cluster)
+    assert anew.estimate.step_seconds <= plan.estimate.step_seconds * (1 + 1e-9)
+
+
 def test_the_clock_has_no_part_in_a_plan_made_anew(kept, monkeypatch):
     """Neither a slow machine nor a second time gives another plan."""
     _, _, frontier = kept

@@ -116,10 +116,13 @@ class Choices:
         found = entry(str(request.schedule))
         chunks = self._chunks
         if isinstance(request.pp, int) and chunks * request.pp > len(self.units):
+            most = len(self.units) // request.pp
+            told = f"at most {most} stages per rank" if most > 1 else f"at most {len(self.units) // 2} ranks"
+            where = f"request: {'schedule' if request.chunks is None else 'chunks'}"
             raise PlanError(
                 f"{found.name} cuts {request.pp} ranks into {chunks * request.pp} stages; the forward pass has"
                 f" {len(self.units)} parts to cut between.",
-                where="request: schedule", fix=f"at most {len(self.units) // chunks} ranks, or another schedule",
+                where=where, fix=f"{told}, or another schedule",
             )  # fmt: skip
         return found.name, chunks
 
