@@ -40,7 +40,7 @@ ASCENT_SHARE, BRANCH_SHARE, EXACT_SHARE = 0.12, 0.3, 0.25  # of the time limit, 
 FIRST_MOVES_SHARE, MOVES_SHARE = 0.04, 0.25
 LEAST_STEPS = 100  # of the ascent
 SLICE = 6.0  # seconds after which walks and neighbourhoods start from the best again
-SMALL = 2000  # choices up to which the exact solver comes first, after messages where memory is not limited
+SMALL = 2000  # choices up to which the exact solver comes first; after messages to beat a cutoff without limits
 PRESSES = 100  # times that all prices are raised while nothing fits
 EXACT_CHOICES = 20_000  # choices from which on the exact solver is not tried
 EXACT_MOMENTS, MOMENTS_MORE = 200, 10  # memory rows at first; added when an answer breaks others
@@ -185,7 +185,7 @@ class _Search:
             return
         prices, tried = np.zeros(self.live.limits.size), inf
         if core.live.sizes.sum() <= SMALL:
-            if not core.live.limits.size:  # then messages alone come near, sooner than the exact solver's reductions
+            if not core.live.limits.size and self.cutoff < inf:  # messages alone come near, sooner than reductions
                 self._price(core, prices)
             if not self.over:
                 self._solve_core(core, prices)
