@@ -110,7 +110,7 @@ def searched(step: Any, cluster: str, name: str, **pins: Any) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - busy,
         "problems": len(spent),
-        "slowest": max(spent.values(), default=None),
+        "slowest": max(spent.values(), default=0.0),
         "kinds": block_kinds(folded),
         "nodes": len(space.nodes) if space else None,
         "choices": sum(len(node.choices) for node in space.nodes) if space else None,
