@@ -23,6 +23,7 @@ from pydantic import (
 
 from . import presets
 from .errors import ClusterError, UsageError, did_you_mean
+from .host_lists import host_names
 from .units import (
     BytesPerSecond,
     counted,
@@ -183,7 +184,7 @@ class Group(Part):
     def _named_hosts(cls, data: Any) -> Any:
         hosts = data.get("hosts") if isinstance(data, Mapping) else None
         if (isinstance(hosts, str) and not hosts.isdigit()) or isinstance(hosts, list):
-            names = presets.host_names(hosts)
+            names = host_names(hosts)
             return {**data, "hosts": len(names), "names": names}
         return data
 

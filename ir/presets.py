@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from .errors import ClusterError, MissingDependencyError, UsageError, did_you_mean
+from .errors import ClusterError, MissingDependencyError, did_you_mean
 from .units import parse_bandwidth, parse_flops, spell_bandwidth, spell_bytes, spell_flops
 
 SCHEMA = "meshwright/cluster/v1"
@@ -335,45 +335,6 @@ def _leaves(facts: Mapping[str, Any], prefix: str) -> Iterator[str]:
             yield from (f"{prefix}.{field}.{dtype}" for key in value for dtype in DTYPES[key])
         elif field not in ("tier", "source", "name"):
             yield f"{prefix}.{field}"
-
-
-def host_names(hosts: str | list[Any]) -> tuple[str, ...]:
-    """gpu[00-02,7] -> gpu00, gpu01, gpu02, gpu7; also a comma-separated or YAML list."""
-    if isinstance(hosts, list):
-        names = [name for item in hosts for name in host_names(str(item))]
-    else:
-        parts = re.findall(r"[^,\[\]\s]+(?:\[[^\]]*\])?[^,\[\]\s]*", hosts)
-        names = [name for part in parts for name in _numbered(part, hosts)]
-    if not names:
-        raise _pattern(str(hosts))
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UsageError(f"host `{twice}` is named twice in `{hosts}`.", fix="each host once")
-    return tuple(names)
-
-
-def _numbered(part: str, whole: str) -> list[str]:
-    match = re.fullmatch(r"([^\[]*)\[([^\]]*)\]([^\[]*)", part)
-    if match is None:
-        if re.fullmatch(r"[-+]?[\d.]+", part):
-            raise UsageError(
-                f"`{part}` is neither a number of hosts nor a name.", where="hosts", fix="1 or more, or gpu[00-31]"
-            )
-        return [part]
-    names = []
-    for span in match[2].split(","):
-        ends = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", span)
-        if ends is None or int(ends[2] or ends[1]) < int(ends[1]) or int(ends[2] or 0) >= 10**6:
-            raise _pattern(whole)
-        numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1)
-        names += [f"{match[1]}{n:0{len(ends[1])}d}{match[3]}" for n in numbers]
-    return names
-
-
-def _pattern(text: str) -> UsageError:
-    return UsageError(
-        f"`{text}` is not a pattern of hosts.", fix='a count such as 32, or `"gpu[00-31]"`'
-    )
 
 
 def inside_bandwidth(name: str | None) -> float | None:

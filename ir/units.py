@@ -24,7 +24,8 @@ Flop = float
 BytesPerSecond = float
 FlopPerSecond = float
 
-_NUMBER = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*(.*?)\s*")
+_NUMBER = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?)\s*(.*?)\s*")
+_LONGEST = 100  # characters of a quantity; more say nothing that a float holds
 _DECIMAL = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18}
 _BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
 
@@ -40,7 +41,7 @@ class _Quantity:
     spelled: tuple[str, ...] = ()  # further ones that files may be written in
 
     def parse(self, text: str) -> float:
-        match = _NUMBER.fullmatch(text)
+        match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST else None
         if match is None:
             raise self._wrong(text, "is not a number with a unit")
         number, unit = match.groups()
@@ -91,7 +92,7 @@ class _Quantity:
     def _wrong(self, text: str, complaint: str, meant: list[str] | None = None) -> UsageError:
         instead = f"write {' or '.join(f'`{m}`' for m in meant)}" if meant else None
         return UsageError(
-            f"`{text}` {complaint}.",
+            f"`{text:.60}` {complaint}.",
             fix=instead or f"{self.name} is written like `{self.example}`",
         )
 
@@ -140,6 +141,13 @@ _ALL = (_BYTES, _BITS, _BANDWIDTH, _SECONDS, _FLOPS, _COUNT)
 def counted(number: int, thing: str) -> str:
     """`counted(1, "host")` is "1 host", `counted(2, "host")` "2 hosts"."""
     return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def parse_count(text: str) -> int:
+    """`128`: digits alone, and no more of them than a count of anything has."""
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise UsageError(f"`{text:.40}` is no number.", fix="a whole number")
+    return int(text)
 
 
 def parse_bytes(text: str) -> Bytes:

@@ -17,7 +17,7 @@ from meshwright.backends.xla.meetings import deadline_seconds
 from meshwright.ir.codec import load_plan, save_plan
 from meshwright.ir.errors import LoweringError, UsageError
 from meshwright.planner.request import Request
-from meshwright.processes import Seat, first_host, per_process, seat
+from meshwright.processes import per_process
 from meshwright.recipe import make
 
 from .processes import MODEL, ROOT, finish, start
@@ -197,61 +197,6 @@ def test_twenty_runs_do_not_hang():
     command = [sys.executable, str(ROOT / "benchmarks" / "pipeline_processes.py"), "--runs", "20", "--steps", "20"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.slow
-def test_processes_with_unlike_plans_are_told(folder):
-    plans = [planned(folder, 4, "1f1b"), planned(folder, 4, "gpipe")]
-    script = f"import os, sys; sys.argv += ['run', {plans}[int(os.environ['JAX_PROCESS_ID'])], '--steps', '1']"
-    (folder / "unlike_plans.py").write_text(f"{script}\nfrom meshwright.cli import main\nmain()")
-    for code, _, err in finish(start(["unlike_plans.py"], 2, folder), folder):
-        assert code == 5 and "runs another plan than process" in err, err
-
-
-# ---------------------------------------------------------------- who is who
-
-
-SLURM = {
-    "SLURM_JOB_ID": "4100", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "4", "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "node[007-009,012],login1",
-}  # fmt: skip
-TORCH = {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-JAX = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
-
-
-@pytest.mark.parametrize(
-    "env, found",
-    [
-        ({}, None),
-        (JAX, Seat("h:1", 2, 1)),
-        (TORCH, Seat("10.0.0.1:29500", 4, 3)),
-        (TORCH | {"TORCHELASTIC_USE_AGENT_STORE": "True"}, Seat("10.0.0.1:29501", 4, 3)),
-        (TORCH | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, Seat("10.0.0.1:29500", 4, 3, 1, 2)),
-        (SLURM, Seat("node007:61444", 8, 5, 1, 2)),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
-    ],
-)
-def test_a_process_finds_its_seat(env, found):
-    assert seat(env=env) == found
-
-
-@pytest.mark.parametrize("hosts, first", [("a1", "a1"), ("a1,b2", "a1"), ("n[3,5-7]", "n3"), ("n[03-12],m1", "n03")])
-def test_the_first_host_of_a_slurm_list(hosts, first):
-    assert first_host(hosts) == first
-
-
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ({"coordinator": "h:1"}, "one is missing"),
-        ({"coordinator": "h:1", "processes": 2, "process": 2}, "there is no process 2 of 2"),
-        ({"coordinator": "h", "processes": 2, "process": 0}, "`h` is no address"),
-        ({"env": TORCH | {"RANK": "x"}}, "`x` is no number"),
-    ],
-)
-def test_seats_that_cannot_be_are_refused(given, message):
-    with pytest.raises(UsageError, match=message):
-        seat(**given)
 
 
 def test_devices_that_cannot_be_dealt_out_are_refused(folder):

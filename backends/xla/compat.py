@@ -2,6 +2,7 @@
 
     scan's counts     num_consts, num_carry (0.10); a tree `ft_in` of consts, carry, xs (0.11)
     a call's body     an open or a closed jaxpr, under the names of `CALLS`
+    coordination      the client of jax's service for several processes, and who this one is
     user's line       off the raw traceback: the public `summarize` cannot skip other libraries
 
 Tried with 0.10.2, 0.11.2 (also on CUDA) and 0.12.0.1.
@@ -10,6 +11,7 @@ Tried with 0.10.2, 0.11.2 (also on CUDA) and 0.12.0.1.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -18,8 +20,8 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, Var
 
 __all__ = [
-    "CALLS", "IDENTITIES", "PLACEMENTS", "ClosedJaxpr", "Jaxpr", "Literal", "Primitive", "Var",
-    "barrier_primitive", "bind", "call_body", "held_back", "is_jitted", "is_library", "is_vacant",
+    "CALLS", "IDENTITIES", "PLACEMENTS", "ClosedJaxpr", "Coordination", "Jaxpr", "Literal", "Primitive", "Var",
+    "barrier_primitive", "bind", "call_body", "coordination", "held_back", "is_jitted", "is_library", "is_vacant",
     "line_in_code", "scan_counts", "user_line",
 ]  # fmt: skip
 
@@ -46,6 +48,23 @@ IDENTITIES = frozenset({"copy", "name", "stop_gradient", "copy_p"})
 PLACEMENTS = frozenset(
     {"sharding_constraint", "shard_map", "reshard", "mesh_cast", "layout_constraint", "shard_alike"}
 )
+
+
+@dataclass(frozen=True)
+class Coordination:
+    """jax's service for the processes of a run: `client` reads and writes texts under keys; asking it looks for no
+    devices, unlike `jax.process_index`."""
+
+    client: Any
+    process: int
+    count: int
+
+
+def coordination() -> Coordination | None:
+    """The service, where this process has joined others."""
+    from jax._src.distributed import global_state as state
+
+    return None if state.client is None else Coordination(state.client, state.process_id, state.num_processes)
 
 
 def bind(primitive: Any, operands: Sequence[Any], params: dict[str, Any]) -> list[jax.Array]:

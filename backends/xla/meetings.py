@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NoReturn
@@ -32,8 +31,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ...ir.errors import MeshwrightError, MismatchError, ProcessError, UsageError
-from ...ir.plan import Plan
+from ...ir.errors import MeshwrightError, ProcessError, UsageError
+from .compat import coordination
 
 DEADLINE = "MESHWRIGHT_DEADLINE"  # the environment variable: seconds
 SECONDS = 600.0  # when it is not set: another process may compile as long
@@ -96,19 +95,6 @@ class Meetings:
         rows = self.gather(what, np.resize(data, max(sizes)) if data.size else np.zeros(max(sizes), np.uint8))
         return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
-    def agree(self, plan: Plan) -> None:
-        """All processes run one plan; each gives its own.
-
-        Raises:
-            MismatchError: another process has another plan.
-        """
-        said = self.exchange("the comparison of plans", sha256(plan.model_dump_json().encode()).hexdigest())
-        if others := [k for k, each in enumerate(said) if each != said[jax.process_index()]]:
-            raise MismatchError(
-                f"process {others[0]} runs another plan than process {jax.process_index()}.",
-                where=f"plan `{plan.name}`", fix="the same plan file for all processes",
-            )  # fmt: skip
-
     def gather(self, what: str, array: np.ndarray) -> np.ndarray:
         """What each process gives, in their order; every process calls it."""
         call = lambda: (multihost_utils.process_allgather(array), ())  # noqa: E731
@@ -157,16 +143,22 @@ def named(processes: Iterable[int]) -> str:
 def late(what: str, whom: str, seconds: float) -> ProcessError:
     return ProcessError(
         f"{what} waited {seconds:g} s for {whom}.",
-        where=f"process {jax.process_index()} of {jax.process_count()}",
+        where=_here(),
         fix=f"see what the other processes say; if they only take longer, {DEADLINE}=SECONDS",
     )
+
+
+def _here() -> str:
+    """Which process this is, asked without looking for devices: that may be what waits."""
+    found = coordination()
+    return "process 0 of 1" if found is None else f"process {found.process} of {found.count}"
 
 
 def ended(what: str, whom: str, error: Exception) -> ProcessError:
     """A program that failed while others took part."""
     return ProcessError(
         f"{what} failed while it waited for {whom}.",
-        where=f"process {jax.process_index()} of {jax.process_count()}",
+        where=_here(),
         origin=str(error).strip().splitlines()[0],
         fix="see what the other processes say; the first that ended has the reason",
     )

@@ -11,13 +11,13 @@ from typing import Any
 
 import jax
 
+from .backends.xla.agreement import look_for_devices
 from .backends.xla.audit import Audit, audit, audit_single
 from .backends.xla.audit_pipeline import audit_pipeline
 from .backends.xla.capture import Binding, Captured, convert
 from .backends.xla.lower import AnyLowered, OtherShapes
 from .backends.xla.lower import lower as lower_plan
 from .backends.xla.lower_single import LoweredSingle
-from .backends.xla.meetings import Meetings
 from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.trace import trace
 from .backends.xla.unstack import unstack
@@ -34,6 +34,7 @@ from .planner.frontier import Frontier
 from .planner.plans import search
 from .planner.request import Request, check_early
 from .planner.scouts import hired
+from .together import plan_once, same_call, same_start
 
 REQUEST_KEYS = tuple(Request.__dataclass_fields__)
 
@@ -155,15 +156,6 @@ def plan_captured(
     return found.model_copy(update={"pipeline": pipeline, "notes": (*found.notes, *told)})
 
 
-def _plan_once(captured: Captured, cluster: Cluster | str | Path | None, request: Request, name: str) -> Plan:
-    """Plan in the first process of the run; a search that is stopped by the clock may end elsewhere in another."""
-    if jax.process_count() == 1:
-        return plan_captured(captured, cluster, request, name)
-    first = jax.process_index() == 0
-    text = plan_captured(captured, cluster, request, name).model_dump_json() if first else ""
-    return Plan.model_validate_json(Meetings(in_turn=True).exchange("the plan", text)[0])
-
-
 def lower(plan: Plan, step: Callable, *args: Any, devices: Sequence[Any] | None = None, **options: Any) -> RunningStep:
     """The runnable program of a plan, for the same step and argument shapes.
 
@@ -208,7 +200,7 @@ class RunningStep:
             leaves = apart.apart(leaves)
         if lowered.joint:
             if not self._started:
-                lowered.meetings.agree(self.plan)
+                same_start(lowered, leaves)
                 self._started.append(True)
             return jax.tree.unflatten(lowered.captured.binding.out_tree, lowered.run(leaves))
         try:
@@ -347,9 +339,11 @@ class ParallelStep:
     def _plan(self, key: Any, args: tuple, kwargs: dict) -> tuple[Plan, Captured]:
         if key not in self._found:
             stages = self.request.pp != 1 if self.fixed is None else self.fixed.pipeline is not None
+            look_for_devices()
             where = None if self.fixed else _place(self.cluster, self.request)
             captured = self.options.capture(self.step, args, kwargs, stages)
-            found = self.fixed or _plan_once(captured, where, self.request, _name(self.step))
+            same_call(captured, where, self.request, self.verify)
+            found = self.fixed or plan_once(lambda: plan_captured(captured, where, self.request, _name(self.step)))
             self._found[key] = (found, captured)
         return self._found[key]
 

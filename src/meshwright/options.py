@@ -29,3 +29,8 @@ PlanFile = Annotated[Path, typer.Argument(help="A plan written by `meshwright pl
 Emulate = Annotated[
     bool, typer.Option("--emulate", help="Run on emulated CPU devices, whatever the plan is for.")
 ]
+
+
+def finite(number: float) -> float | None:
+    """JSON has no infinity."""
+    return number if abs(number) != float("inf") else None

@@ -1,119 +1,31 @@
-"""One run in several processes: who this process is among them, and how it joins.
+"""One run in several processes: how this process joins the others, and with what.
 
-    mw.connect()                                           # from the environment
+    mw.connect()                                           # from the environment, see `seats`
     mw.connect("10.0.0.1:8476", processes=4, process=2)    # or said outright
 
-The environment may be that of jax (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`), of
-torchrun (`MASTER_ADDR`, `MASTER_PORT`, `WORLD_SIZE`, `RANK`) or of a slurm step. A process has all devices
-of its host, unless several processes share the host; then each has its part of them.
+A process has all devices of its host, unless several processes share the host; then each has its part of them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import re
 import signal
+import socket
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from types import TracebackType
 
 import jax
 
+from .backends.xla.agreement import agree, look_for_devices, refused, software, watched
 from .backends.xla.meetings import DEADLINE, deadline_seconds, leave
 from .emulation import MOST, check_room, emulate
-from .ir.errors import LoweringError, ProcessError, UsageError
+from .ir.errors import LoweringError, ProcessError
 from .ir.plan import Plan
+from .seats import Seat, seat
 
-PORTS, LEAST_PORT = 4096, 61440  # of slurm jobs, by their number: above the ports that systems hand out
-JOIN_SECONDS = 300  # how long processes may start apart
-
-
-@dataclass(frozen=True)
-class Seat:
-    """Which of how many processes this is; `beside` of them share its host, of which it is number `local`."""
-
-    coordinator: str
-    processes: int
-    process: int
-    local: int = 0
-    beside: int = 1
-
-
-def seat(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None,
-    env: Mapping[str, str] = os.environ,
-) -> Seat | None:  # fmt: skip
-    """What was said, else what the environment says; None where there is one process.
-
-    Raises:
-        UsageError: half of what is needed, or numbers that cannot be.
-    """
-    said = (coordinator, processes, process)
-    if any(each is not None for each in said):
-        if None in said:
-            raise UsageError(
-                f"coordinator {coordinator}, {processes} processes, process {process}: one is missing.",
-                fix="all three, or none of them and an environment by jax, torchrun or slurm",
-            )
-        return _checked(Seat(coordinator or "", processes or 0, process or 0), "what was given")
-    found = _of_jax(env) or _of_torchrun(env) or _of_slurm(env)
-    return found if found is not None and found.processes > 1 else None
-
-
-def _of_jax(env: Mapping[str, str]) -> Seat | None:
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    if not all(name in env for name in names):
-        return None
-    address, count, number = (env[name] for name in names)
-    return _checked(Seat(address, _int(count, names[1]), _int(number, names[2])), "JAX_* variables")
-
-
-def _of_torchrun(env: Mapping[str, str]) -> Seat | None:
-    names = ("WORLD_SIZE", "RANK", "MASTER_PORT")
-    if not all(name in env for name in (*names, "MASTER_ADDR")):
-        return None
-    count, number, port = (_int(env[name], name) for name in names)
-    port += env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself listens there
-    local, beside = (_int(env.get(n, d), n) for n, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
-    return _checked(Seat(f"{env['MASTER_ADDR']}:{port}", count, number, local, beside), "torchrun's variables")
-
-
-def _of_slurm(env: Mapping[str, str]) -> Seat | None:
-    """Of a step of `srun`; a batch script's own environment is one process."""
-    names = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")
-    if not all(name in env for name in (*names, "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES")):
-        return None
-    count, number, local, job = (_int(env[name], name) for name in names)
-    host = first_host(env["SLURM_STEP_NODELIST"])
-    beside = count // _int(env["SLURM_STEP_NUM_NODES"], "SLURM_STEP_NUM_NODES")
-    return _checked(Seat(f"{host}:{LEAST_PORT + job % PORTS}", count, number, local, beside), "slurm's variables")
-
-
-def first_host(hosts: str) -> str:
-    """`node001` of slurm's `node[001-004,009],login1`."""
-    found = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", hosts)
-    if found is None:
-        raise UsageError(f"`{hosts}` names no host.", where="SLURM_STEP_NODELIST", fix="hosts as slurm lists them")
-    return found[1] + (found[2] or "")
-
-
-def _checked(found: Seat, where: str) -> Seat:
-    if not 0 <= found.process < found.processes:
-        raise UsageError(
-            f"there is no process {found.process} of {found.processes}.", where=where,
-            fix=f"a number from 0 to {max(found.processes - 1, 0)}",
-        )  # fmt: skip
-    if not re.fullmatch(r".+:\d+", found.coordinator):
-        raise UsageError(f"`{found.coordinator}` is no address.", where=where, fix="host:port of process 0")
-    return found
-
-
-def _int(text: str, where: str) -> int:
-    if not text.isdigit():
-        raise UsageError(f"`{text}` is no number.", where=where, fix="a whole number")
-    return int(text)
+JOIN_SECONDS = 300.0  # how long processes may start apart, if the deadline is no sooner
+SLACK = 30  # seconds by which our clock ends before jax's own, which aborts
 
 
 def connect(
@@ -132,6 +44,7 @@ def connect(
     Raises:
         UsageError: half of what is needed, or numbers that cannot be.
         ProcessError: the others did not come.
+        MismatchError: another process has other versions or settings.
     """
     found = seat(coordinator, processes, process)
     if found is not None:
@@ -139,7 +52,7 @@ def connect(
 
 
 def join(found: Seat, devices: int) -> None:
-    """Take a seat.
+    """Take a seat; by the deadline all have, with the same software, or this process ends.
 
     Args:
         devices: how many accelerators this process gets where several share its host.
@@ -147,26 +60,51 @@ def join(found: Seat, devices: int) -> None:
     Raises:
         LoweringError: jax was used before.
         ProcessError: the others did not come.
+        MismatchError: another process has other versions or settings.
     """
-    deadline = deadline_seconds()
+    deadline = min(deadline_seconds(), JOIN_SECONDS)
     first = found.local * devices
     own = None if found.beside == 1 else list(range(first, first + devices))
+    _explain_aborts(found)
+    sys.excepthook = _end_with
+    if found.process == 0:
+        _check_port(found)
     try:
-        jax.distributed.initialize(
-            found.coordinator, found.processes, found.process, local_device_ids=own,
-            cluster_detection_method="deactivate", initialization_timeout=JOIN_SECONDS,
-            shutdown_timeout_seconds=max(1, int(min(deadline, JOIN_SECONDS))),
-        )  # fmt: skip
+        with watched(deadline, lambda: _nobody(found, f"waited {deadline:g} s")):
+            jax.distributed.initialize(
+                found.coordinator, found.processes, found.process, local_device_ids=own,
+                cluster_detection_method="deactivate", initialization_timeout=int(deadline) + SLACK,
+                shutdown_timeout_seconds=max(1, int(deadline)),
+            )  # fmt: skip
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0]
         if "before" in first or "once" in first:
             raise LoweringError("jax is in use already.", origin=first, fix="mw.connect() first of all") from error
+        raise _nobody(found, first) from error
+    agree("the software", software)
+
+
+def _check_port(found: Seat) -> None:
+    """Refuse a port that cannot be had: jax's service dies of it, at times by SIGSEGV."""
+    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
+        return
+    port = int(found.coordinator.rpartition(":")[2])
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+    except OSError as error:
         raise ProcessError(
-            f"process {found.process} of {found.processes} found no others.", where=found.coordinator,
-            origin=first, fix="process 0 at that address, and all of them started",
+            f"process 0 cannot listen at {found.coordinator}: {error.strerror or error}.",
+            where=f"process 0 of {found.processes}",
+            fix="another port for all processes; see whether an earlier run still lives",
         ) from error  # fmt: skip
-    _explain_aborts(found)
-    sys.excepthook = _end_with
+
+
+def _nobody(found: Seat, why: str) -> ProcessError:
+    return ProcessError(
+        f"process {found.process} of {found.processes} found no others.", where=found.coordinator, origin=why,
+        fix="process 0 at that address, all of them started, each with a number of its own",
+    )  # fmt: skip
 
 
 def _end_with(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -182,10 +120,11 @@ def _explain_aborts(found: Seat) -> None:
 
     def aborting(_: int) -> None:
         leave(
-            ProcessError(
-                "jax gives this run up: the process of the coordinator has ended, or the network has.",
+            refused()
+            or ProcessError(
+                "jax gives this run up: a process has ended or was started twice, or the network has failed.",
                 where=f"process {found.process} of {found.processes}, coordinator {found.coordinator}",
-                fix="see what the other processes say; the first that ended has the reason",
+                fix="see what the other processes say, and that each has a number of its own",
             )
         )  # fmt: skip
 
@@ -208,6 +147,7 @@ def take_devices(plan: Plan, emulated: bool, place: Seat | None = None, deadline
     if place is not None:
         _keep_stdout()
         join(place, count)
+        look_for_devices()
 
 
 def _keep_stdout() -> None:

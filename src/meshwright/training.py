@@ -26,6 +26,7 @@ from .ir.schedule import Step as Pass
 from .pipeline_view import both_text, both_trace
 from .recipe import Made
 from .text_data import read_text
+from .together import same_start
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -62,7 +63,7 @@ def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, s
         state = jax.tree.unflatten(captured.binding.in_tree, leaves)[0][0]
     results = Trained()
     if lowered.joint:
-        lowered.meetings.agree(plan)
+        same_start(lowered, jax.tree.leaves((state, *first)))
     else:
         _ = lowered.compiled  # before the clock runs
     for number in range(steps):

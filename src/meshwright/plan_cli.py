@@ -1,0 +1,125 @@
+"""The command that searches for a plan."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from .ir.units import counted, parse_bytes
+from .options import Format, FormatOption, app
+from .replan import print_plan, save_frontier
+
+
+@app.command()
+def plan(
+    cluster: Annotated[
+        str, typer.Option(help="8xcpu, 4xh100x8@ib400, v5p-256, a YAML file; see `clusters`.")
+    ],
+    model: Annotated[
+        str, typer.Option(help="A model of the zoo (see `models`), or FILE.py:FUNCTION.")
+    ],
+    global_batch: Annotated[
+        int | None, typer.Option("--global-batch", "--batch", help="Examples per step.")
+    ] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Depth.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or sgd.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the computation: bf16 or f32.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Measured figures of the cluster's devices, from `calibrate`.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Bytes per device that may be used, as in 60GiB.")
+    ] = None,
+    mesh: Annotated[str | None, typer.Option(help="Pin the mesh, as in 128x8.")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="Pin the microbatch count.")] = None,
+    recompute: Annotated[
+        str | None, typer.Option(help="Pin recompute: none, elementwise, selective, full.")
+    ] = None,
+    pp: Annotated[
+        str, typer.Option(help="Stages of a pipeline, or auto: planned. The mesh is then that of a stage.")
+    ] = "1",
+    schedule: Annotated[str | None, typer.Option(help="Pin the schedule: 1f1b, interleaved, zb-h1, ...")] = None,
+    chunks: Annotated[int | None, typer.Option(help="Stages per rank, for interleaved; 2 if not given.")] = None,
+    program: Annotated[
+        str | None, typer.Option(help="stages: programs of each stage; single: one for all stages, as gpipe.")
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds of search.")] = 60.0,
+    gap: Annotated[
+        float | None, typer.Option(help="Good enough: 0.01 (the default; 0.05 with --pp) stops at a proven 1 %.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal plans.")] = 0,
+    search: Annotated[
+        str, typer.Option(help="exact, or mcmc: FlexFlow's search, for comparison; it proves nothing.")
+    ] = "exact",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to save; MODEL.plan.json if not given.")
+    ] = None,
+    frontier: Annotated[
+        Path | None, typer.Option(help="Save what `replan` needs when devices are lost or gained; with --pp.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Print all rows of every table.")] = False,
+    format: FormatOption = Format.text,
+) -> None:
+    """Plan a training step for a cluster, print the plan and save it.
+
+    Ctrl-C ends the search with the best plan so far and its gap.
+    """
+    from .emulation import trace_on_cpu
+    from .ir.cluster import Cluster
+    from .ir.codec import check_writable, save_plan
+    from .planner.request import Request, parse_mesh, parse_pp
+    from .recipe import make
+
+    options = {
+        "batch": global_batch, "seq": seq, "layers": layers, "optimizer": optimizer, "dtype": dtype,
+    }  # fmt: skip
+    recipe = {"model": model, **{k: v for k, v in options.items() if v is not None}}
+    trace_on_cpu()
+    where = Cluster.parse(cluster)
+    if profile is not None:
+        where = where.with_profile(profile)
+    request = Request(
+        memory=None if memory is None else parse_bytes(memory),
+        mesh=None if mesh is None else parse_mesh(mesh),
+        microbatches=microbatches,
+        recompute=cast(Any, recompute),
+        pp=parse_pp(pp),
+        schedule=schedule,
+        chunks=chunks,
+        program=cast(Any, program),
+        time_limit=time_limit,
+        gap=gap,
+        seed=seed,
+        search=cast(Any, search),
+    )
+    made = make(recipe)
+    place = output or Path(f"{made.name}.plan.json")
+    for written in (place, frontier or place):
+        check_writable(written)
+    if frontier is not None and request.pp == 1:
+        save_frontier([], recipe, frontier)
+    kept: list[Any] = []
+    found = searched(made, where, request, kept.append).model_copy(update={"recipe": recipe})
+    save_plan(found, place)
+    print_plan(found, format, everything)
+    print(f"saved to {place}", file=sys.stderr)
+    if frontier is not None:
+        save_frontier(kept, recipe, frontier)
+
+
+def searched(made: Any, where: Any, request: Any, keep: Any = None) -> Any:
+    """Trace and plan, telling stderr what happens."""
+    from .api import plan_captured
+    from .planner.request import check_early
+    from .progress import Progress
+
+    check_early(request, where)
+    with Progress() as progress:
+        progress.say(f"tracing {made.name}")
+        captured = made.capture(request.pp != 1)
+        progress.say(f"searching plans for {counted(where.size, 'device')} (Ctrl-C: best so far)")
+        return plan_captured(captured, where, request, made.name, progress.line, progress.now, keep)

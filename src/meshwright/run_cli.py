@@ -1,0 +1,148 @@
+"""The commands that compile a plan here: train with it, or compare it with the compiled program."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .ir.errors import UsageError
+from .options import Emulate, Format, FormatOption, PlanFile, app, finite
+from .plan_cli import searched
+
+
+@app.command()
+def run(
+    plan: Annotated[Path | None, typer.Argument(help="A plan written by `meshwright plan`, or --model.")] = None,
+    model: Annotated[str | None, typer.Option(help="Plan this model here instead of reading a plan.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="With --model: emulated CPU devices.")] = 8,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="With --model: pp=4, schedule=zb-h1, microbatches=8, mesh=4x2, ...")
+    ] = None,
+    global_batch: Annotated[int | None, typer.Option(help="With --model: examples per step.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="How many steps to train.")] = 10,
+    data: Annotated[
+        Path | None, typer.Option(help="Text to train a byte-level model on.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the first step with the unsharded step.")
+    ] = False,
+    emulate: Emulate = False,
+    seed: Annotated[int, typer.Option(help="Of initial parameters and batches.")] = 0,
+    coordinator: Annotated[
+        str | None, typer.Option(help="host:port of process 0, where the environment does not say it.")
+    ] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="With --coordinator: how many processes run.")] = None,
+    process: Annotated[int | None, typer.Option(min=0, help="With --coordinator: which of them this is.")] = None,
+    deadline: Annotated[
+        float | None, typer.Option(help="Seconds that one wait for another process may take; 600.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the timeline of a pipeline, simulated and measured, for Perfetto.")
+    ] = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Train with a saved plan on this process's devices; a pipeline's timeline is shown after it.
+
+    Run it in every process of a slurm step, of torchrun, or with jax's variables (see `launch`), and they share the
+    plan's devices.
+
+    With --model the plan is made on the spot: meshwright run --model gpt-tiny --devices 8 --pin pp=4
+    Its stages have programs of their own, whose passes have a timeline; --pin program=single for one of all stages.
+    """
+    from .ir.codec import check_writable, load_plan
+    from .processes import take_devices
+    from .seats import seat
+    from .together import same_command
+    from .training import show, train
+
+    if trace is not None:
+        check_writable(trace)
+    if model is not None and plan is None:
+        found = _plan_here(model, devices, pin or [], global_batch)
+    elif plan is not None and not (model or pin or global_batch):
+        found = load_plan(plan)
+        place = seat(coordinator, processes, process)
+        take_devices(found, emulate, place, deadline)
+        same_command(found, {"steps": steps, "seed": seed, "verify": verify, "emulate": emulate}, data)
+    else:
+        raise UsageError("a plan or --model is needed; --pin and --global-batch go with --model.", fix="one of them")
+    show(found, train(found, _made(found), steps, data, verify, seed), trace, format is Format.json)
+
+
+def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> Any:
+    from dataclasses import replace
+
+    from .emulation import check_room, emulate
+    from .ir.cluster import Cluster
+    from .pins import request_of
+    from .recipe import make
+    from .view.text import plan_head
+
+    request = request_of(pins)
+    if request.pp != 1 and request.program is None:
+        request = replace(request, program="stages")  # whose passes have a timeline to show
+    emulate(devices)
+    recipe = {"model": model, **({} if batch is None else {"batch": batch})}
+    found = searched(make(recipe), Cluster.parse(f"{devices}xcpu"), request).model_copy(update={"recipe": recipe})
+    check_room(found, devices)
+    print(plan_head(found), file=sys.stderr)
+    return found
+
+
+@app.command()
+def audit(
+    plan: PlanFile,
+    emulate: Emulate = False,
+    topology: Annotated[
+        str | None, typer.Option(help="Compile for this TPU slice, as v5e:2x4; no TPU is needed.")
+    ] = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Compile a saved plan and compare its communication and memory with the prediction."""
+    from dataclasses import asdict
+
+    from .api import RunningStep
+    from .backends.xla.lower import lower
+    from .backends.xla.topology import topology_devices
+    from .ir.codec import load_plan
+    from .processes import take_devices
+    from .view import audit_text
+
+    found = load_plan(plan)
+    if topology is None:
+        take_devices(found, emulate)
+        devices = None
+    else:
+        if emulate:
+            raise UsageError("--emulate and --topology are two machines.", fix="one of them")
+        devices = topology_devices(topology, found.cluster)
+    made = _made(found)
+    report = RunningStep(lower(found, made.capture(found.pipeline is not None), devices)).audit()
+    if format is Format.json:
+        lines = [{**asdict(line), "difference": finite(line.difference)} for line in report.lines]
+        totals = {
+            "predicted_bytes": report.predicted_bytes, "compiled_bytes": report.compiled_bytes, "lines": lines,
+            "difference": finite(report.difference), "predicted_peak": report.predicted_peak,
+            "compiled_peak": report.compiled_peak, "compiled_parts": report.parts, "limit": report.limit,
+        }  # fmt: skip
+        full, ranks = report.fullest, [*map(asdict, report.ranks)]
+        print(json.dumps(totals | ({"fullest_rank": full[0].rank, "ranks": ranks} if full else {}), indent=1))
+    else:
+        print(audit_text(report))
+    if report.compiled_peak > report.limit:
+        raise typer.Exit(3)
+
+
+def _made(found: Any) -> Any:
+    from .recipe import make
+
+    if not found.recipe:
+        raise UsageError(
+            f"the plan does not say how its step `{found.name}` is made.",
+            fix="lower it in Python: mw.lower(plan, step, *arguments)",
+        )
+    return make(found.recipe)
