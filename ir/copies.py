@@ -25,6 +25,11 @@ SUMS = frozenset(
 LAYOUT_BOUND = frozenset(
     {"dot_general", "conv_general_dilated", "gather", "scatter-add", "scatter", "scan"}
 )
+READING = (
+    "forward",
+    "backward",
+    "update",
+)  # phases whose ops may read a copy; a loss may be made again after them
 SMALLEST = 2  # elements; scalars are not worth a decision of their own
 
 
@@ -99,7 +104,7 @@ class _Placer:
                 p for p in ("forward", "backward") if self._heavy(ops, readers.get((value, p), []))
             ]
             if len(phases) == 2 and self._large(value):
-                first = readers[value, "forward"][0]
+                first = min(found[0] for p in READING if (found := readers.get((value, p))))
                 copy = self._copy(value, f"{self._tag(value)}~step", self._count(value))
                 before[first].append(copy)
                 shared[value] = copy.outputs[0]

@@ -17,7 +17,7 @@ no time axis, and `Refusal` names the op.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import lcm
 
 from .graph import Graph, Op, Region
@@ -91,7 +91,8 @@ def time_axis(graph: Graph, batch: Mapping[int, int]) -> TimeAxis | Refusal:
         body = frozenset(i for i, op in enumerate(graph.ops) if flow.visit(op))
     except _Stop as stop:
         return stop.refusal
-    return TimeAxis(size, flow.split, flow.totals, body)
+    same = {v: "max" for v in flow.same if graph.types[v].dtype != "key"}
+    return TimeAxis(size, flow.split, {**flow.totals, **same}, body)
 
 
 class _Stop(Exception):
@@ -101,20 +102,24 @@ class _Stop(Exception):
 
 @dataclass
 class _Flow:
-    """Facts gathered on the way; `late` holds values known only after the last microbatch."""
+    """Facts gathered on the way; `late` holds values known only after the last microbatch, `same` those that a
+    loop of the body makes of no example: every microbatch makes them anew, equal, so their maximum is what they are."""
 
     graph: Graph
     split: dict[int, int]
     totals: dict[int, str]
     late: set[int]
     strict: bool = True  # False until the carries of a loop are known
+    same: set[int] = field(default_factory=set)
 
     def visit(self, op: Op) -> bool:
         """Classify one top-level op; True when it belongs to the body."""
         if not any(v in self.split for v in op.inputs):
             if any(v in self.totals or v in self.late for v in op.inputs):
                 self.late.update(op.outputs)
-            return False
+                return False
+            self.same.update(op.outputs if not self.same.isdisjoint(op.inputs) else ())
+            return not self.same.isdisjoint(op.inputs)
         self.cut(op)
         return True
 
@@ -130,11 +135,14 @@ class _Flow:
             self._simple(op, rule_of(op, self.graph.types))
 
     def _pass_through(self, op: Op) -> None:
+        """What a barrier holds keeps its nature; `held` sees to it that all of that is split."""
         for source, result in zip(op.inputs, op.outputs, strict=True):
-            if source in self.totals or source in self.late:
-                raise _Stop(op, "holds back a value summed over the whole batch")
             if source in self.split:
                 self.split[result] = self.split[source]
+            elif source in self.totals:
+                self.totals[result] = self.totals[source]
+            elif source in self.late:
+                self.late.add(result)
 
     def _simple(self, op: Op, rule: Rule) -> None:
         number = self._factor(op, rule)
@@ -188,6 +196,8 @@ class _Flow:
                 self.split[result] = inner.split[inside] + (0 if i < carry else 1)
             elif inside in inner.totals:
                 self.totals[result] = inner.totals[inside]
+            else:
+                self.same.add(result)
 
     def run(self, region: Region) -> None:
         for op in region.ops:
@@ -230,6 +240,7 @@ class _Flow:
         while value in writers and writers[value].kind in (
             "broadcast_in_dim",
             "convert_element_type",
+            "copy",
         ):
             value = writers[value].inputs[0]
         return value in zeros

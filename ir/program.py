@@ -11,9 +11,11 @@ from functools import cached_property
 
 from .copies import insert_copies
 from .graph import Graph, Op
+from .held import hold_microbatches
 from .microbatch import Refusal, TimeAxis, batch_dims, time_axis
 from .recompute import Policy, recompute
 from .roles import phases as find_phases
+from .verify import verify_time
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +35,20 @@ class Program:
 def prepare(graph: Graph, policy: Policy) -> Program:
     """Apply a recompute policy and place copies, on a graph tagged by `fold`."""
     batch = batch_dims(graph)
+    graph = hold_microbatches(graph, batch)
     base = find_phases(graph, batch)
     top = [base[visit.index] for visit in graph.visits if not visit.parents]
     phase_of = {op.outputs[0]: phase for op, phase in zip(graph.ops, top, strict=True)}
     axis = time_axis(graph, batch)
     again = recompute(graph, top, policy, None if isinstance(axis, Refusal) else axis.split.keys())
+    again = hold_microbatches(again, batch)
     middle = [_phase(op, phase_of) for op in again.ops]
     phase_of |= {op.outputs[0]: phase for op, phase in zip(again.ops, middle, strict=True)}
     ready = insert_copies(again, middle)
-    return Program(ready, tuple(_phase(op, phase_of) for op in ready.ops), time_axis(ready, batch))
+    time = time_axis(ready, batch)
+    if isinstance(time, TimeAxis):
+        verify_time(ready, time)
+    return Program(ready, tuple(_phase(op, phase_of) for op in ready.ops), time)
 
 
 def _phase(op: Op, known: dict[int, str]) -> str:

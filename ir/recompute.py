@@ -37,9 +37,21 @@ from .graph import Graph, Op, Region, TensorType
 from .values import Fresh, block_instances
 
 Policy = Literal[
-    "none", "elementwise", "selective", "full", "fused", "fused-selective", "fused-alternate", "fused-full"
+    "none",
+    "elementwise",
+    "selective",
+    "full",
+    "fused",
+    "fused-selective",
+    "fused-alternate",
+    "fused-full",
 ]
-POLICIES: tuple[Policy, ...] = ("none", "elementwise", "selective", "full")  # what a plan may choose
+POLICIES: tuple[Policy, ...] = (
+    "none",
+    "elementwise",
+    "selective",
+    "full",
+)  # what a plan may choose
 
 AGAIN = "~again"  # ends the tags of ops that are computed again
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated"})
@@ -91,14 +103,21 @@ def _recompute_flat(
             continue
         for value in op.inputs:
             at = facts.writer.get(value)
-            if at is not None and phases[at] == "forward" and value not in facts.kept:
+            if at is None or phases[at] != "forward" or value in facts.kept:
+                continue
+            if at < readers.setdefault(
+                facts.group[at], position
+            ):  # else made later: a loss that is made again
                 wanted.setdefault(facts.group[at], []).append(value)
-                readers.setdefault(facts.group[at], position)
     if not wanted:
         return graph
     again: dict[tuple[str, int] | None, list[int]] = {}
     for position, phase in enumerate(phases) if policy == "fused-full" else ():
-        if phase == "forward" and facts.group[position] in wanted and facts.group[position] is not None:
+        if (
+            phase == "forward"
+            and facts.group[position] in wanted
+            and facts.group[position] is not None
+        ):
             again.setdefault(facts.group[position], []).append(position)
     return _splice(graph, phases, facts, wanted, again, readers, gates, fresh)
 
@@ -120,7 +139,9 @@ def _facts(graph: Graph, phases: Sequence[str], policy: Policy) -> _Flat:
         if _stays(graph.ops[i], policy, i in products, group[i] is not None):
             kept.update(graph.ops[i].outputs)
         if policy in ("fused", "fused-selective") and graph.ops[i].kind == "select_n":
-            within = policy == "fused-selective" and bool(_reached(graph, graph.ops[i], readers) & products)
+            within = policy == "fused-selective" and bool(
+                _reached(graph, graph.ops[i], readers) & products
+            )
             kept.update(() if within else _dropped(graph, graph.ops[i], writer))
         if policy in ("fused", "fused-selective") and graph.ops[i].kind in PRODUCTS:
             skip = policy == "fused-selective" and i in products
@@ -151,7 +172,8 @@ def _attention_results(graph: Graph, activations: set[int]) -> set[int]:
     return {
         i
         for i in activations
-        if graph.types[graph.ops[i].outputs[0]].size <= max(graph.types[v].size for v in graph.ops[i].inputs)
+        if graph.types[graph.ops[i].outputs[0]].size
+        <= max(graph.types[v].size for v in graph.ops[i].inputs)
     }
 
 
@@ -169,10 +191,18 @@ def _added_up(graph: Graph, value: int, readers: Mapping[int, list[int]]) -> int
 def _dropped(graph: Graph, op: Op, writer: Mapping[int, int]) -> tuple[int, ...]:
     """Of a dropout (a choice by a hash or by random bits): its mask, and what it drops of."""
     at = writer.get(op.inputs[0])
-    if at is None or graph.ops[at].kind not in ("ge", "lt", "gt", "le") or _is_known(graph, op.inputs[0], writer):
+    if (
+        at is None
+        or graph.ops[at].kind not in ("ge", "lt", "gt", "le")
+        or _is_known(graph, op.inputs[0], writer)
+    ):
         return ()
     scaled = writer.get(op.inputs[-1])
-    source = graph.ops[scaled].inputs[0] if scaled is not None and graph.ops[scaled].kind in ("div", "mul") else None
+    source = (
+        graph.ops[scaled].inputs[0]
+        if scaled is not None and graph.ops[scaled].kind in ("div", "mul")
+        else None
+    )
     return (op.inputs[0],) if source is None else (op.inputs[0], source)
 
 
@@ -188,7 +218,11 @@ def _reached(graph: Graph, op: Op, readers: Mapping[int, list[int]]) -> set[int]
     found: set[int] = set()
     for value in op.outputs:
         for i in readers.get(value, ()):
-            found |= _reached(graph, graph.ops[i], readers) if graph.ops[i].kind == "convert_element_type" else {i}
+            found |= (
+                _reached(graph, graph.ops[i], readers)
+                if graph.ops[i].kind == "convert_element_type"
+                else {i}
+            )
     return found
 
 
@@ -249,7 +283,10 @@ def _again(
     """The copies, and by what the backward pass reads from here on: dropped values, and the gate."""
     needed: set[int] = set(whole)
     frontier: dict[int, None] = {}
-    stack = [*wanted, *(v for at in whole for v in graph.ops[at].inputs if facts.writer.get(v) not in needed)]
+    stack = [
+        *wanted,
+        *(v for at in whole for v in graph.ops[at].inputs if facts.writer.get(v) not in needed),
+    ]
     while stack:
         value = stack.pop()
         at = facts.writer.get(value)
@@ -271,7 +308,11 @@ def _again(
 
 def _digest(graph: Graph, facts: _Flat, held: Iterable[int]) -> str:
     """Tells barriers apart that hold different things, as a first and a last layer's may."""
-    names = [f"{graph.ops[at].tag}:{graph.ops[at].outputs.index(v)}" for v in held for at in [facts.writer[v]]]
+    names = [
+        f"{graph.ops[at].tag}:{graph.ops[at].outputs.index(v)}"
+        for v in held
+        for at in [facts.writer[v]]
+    ]
     return f"{crc32(' '.join(names).encode()):08x}"
 
 

@@ -8,6 +8,12 @@
     positions           donated inputs, names and tags belong to inputs and outputs that exist
     attributes          attributes are sorted by name, and plain data
 
+And of one that is cut over time (`verify_time`):
+
+    held-apart          a barrier outside loops holds only what exists per microbatch
+    in-time             what runs for each microbatch reads nothing that is known only after the last one
+    handed-on           of what microbatches make, others read only parts of the batch and totals
+
 `backends` build graphs that pass; `codec` checks what it reads from files.
 """
 
@@ -17,6 +23,7 @@ from collections.abc import Iterable, Mapping
 
 from .errors import GraphError
 from .graph import Graph, Op, Region, TensorType
+from .microbatch import TimeAxis
 from .rule import Rule
 
 
@@ -27,6 +34,34 @@ def verify(graph: Graph) -> None:
         GraphError: the first broken law, by name, with the value or op that breaks it.
     """
     _Check(graph).run()
+
+
+def verify_time(graph: Graph, time: TimeAxis) -> None:
+    """Check a prepared graph against its time axis.
+
+    Raises:
+        GraphError: the first broken law, by name, with the op that breaks it.
+    """
+    made: set[int] = set()
+    late: set[int] = set()
+    for position, op in enumerate(graph.ops):
+        if position in time.body:
+            if not late.isdisjoint(op.inputs):
+                raise _broken("in-time", f"%{min(late & set(op.inputs))} is not known yet", op)
+            if op.kind == "optimization_barrier" and not time.split.keys() >= set(op.outputs):
+                what = f"%{min(set(op.outputs) - time.split.keys())} is of no microbatch"
+                raise _broken("held-apart", what, op)
+            made.update(op.outputs)
+        elif not (made.isdisjoint(op.inputs) and late.isdisjoint(op.inputs)):
+            _check_handed(made & set(op.inputs), time, op)
+            late.update(op.outputs)
+    _check_handed(made & set(graph.outputs), time, "the outputs")
+
+
+def _check_handed(values: set[int], time: TimeAxis, where: Op | str) -> None:
+    for value in values:
+        if value not in time.split and value not in time.totals:
+            raise _broken("handed-on", f"%{value} is neither split nor a total", where)
 
 
 def verify_rule(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> None:
@@ -125,7 +160,9 @@ class _Check:
 
     def _state(self) -> None:
         graph = self.graph
-        self._known(graph.outputs, {*graph.inputs, *graph.constant_ids, *_results(graph)}, "outputs")
+        self._known(
+            graph.outputs, {*graph.inputs, *graph.constant_ids, *_results(graph)}, "outputs"
+        )
         for position, output in graph.state:
             if position >= len(graph.inputs) or output >= len(graph.outputs):
                 raise _broken("positions", f"state pair {(position, output)}", "the state")

@@ -48,7 +48,9 @@ def in_place(devices: Sequence[Any]) -> list[Any]:
     """
     if any(getattr(device, "platform", "") != "tpu" for device in devices):
         return list(devices)
-    return sorted(devices, key=lambda d: (getattr(d, "slice_index", None) or 0, *d.coords, d.core_on_chip))
+    return sorted(
+        devices, key=lambda d: (getattr(d, "slice_index", None) or 0, *d.coords, d.core_on_chip)
+    )
 
 
 def _more_devices(needed: int, found: list[Any]) -> str:
@@ -90,7 +92,9 @@ def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     host = np.asarray(leaf)
     host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype))
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index], dtype=host.dtype)
+    return jax.make_array_from_callback(
+        host.shape, sharding, lambda index: host[index], dtype=host.dtype
+    )
 
 
 def nowhere(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> jax.Array:
@@ -109,8 +113,13 @@ def _entry(axes: tuple[str, ...]) -> Any:
 
 def options_for(mesh: DeviceMesh) -> dict[str, str] | None:
     """On CPUs XLA drops barriers before it looks for equal ops: what a plan recomputes would then
-    be found computed already, and be kept after all."""
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if on_cpus(mesh) else None
+    be found computed already, and be kept after all. Barriers that are still there it cannot emit in loops over
+    less than a kilobyte, which it would make functions of: the process aborts (jax 0.10.2)."""
+    return (
+        {"xla_disable_hlo_passes": "cse_barrier_expander,small-while-loop-hoisting"}
+        if on_cpus(mesh)
+        else None
+    )
 
 
 def on_cpus(mesh: DeviceMesh) -> bool:

@@ -400,8 +400,8 @@ def start(reduction: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(shape.dtype, jnp.floating)
         else shape.dtype
     )
-    if reduction == "sum":
-        return jnp.zeros(shape.shape, dtype)
+    if reduction == "sum" or dtype == jnp.bool_:
+        return jnp.full(shape.shape, reduction == "min", dtype)
     bounds = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype)
     return jnp.full(shape.shape, bounds.min if reduction == "max" else bounds.max, dtype)
 

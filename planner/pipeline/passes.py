@@ -73,15 +73,24 @@ class Passes:
 
     def owners(self, values: Iterable[int]) -> np.ndarray:
         """The same of some values."""
-        kinds, everyone = range(len(self.cut.units.names)), frozenset(range(len(self.cut.units.names)))
+        kinds, everyone = (
+            range(len(self.cut.units.names)),
+            frozenset(range(len(self.cut.units.names))),
+        )
         found = [self.cut.owners.get(value) or everyone for value in values]
-        return np.array([[kind in owning for kind in kinds] for owning in found], bool).reshape(-1, len(kinds))
+        return np.array([[kind in owning for kind in kinds] for owning in found], bool).reshape(
+            -1, len(kinds)
+        )
 
     @cached_property
     def _ops(self) -> list[list[int]]:
         """Positions of the ops of each pass."""
         stages = self.cut.stages
-        backward = [stages.backward, stages.weight] if self.splits else [(*stages.backward, *stages.weight)]
+        backward = (
+            [stages.backward, stages.weight]
+            if self.splits
+            else [(*stages.backward, *stages.weight)]
+        )
         programs = (stages.prepare, stages.forward, *backward, *stages.updates)
         tags = [{op.tag for f in program for op in f.ops} for program in programs]
         tags[self._first_update] |= {op.tag for ops in self.cut.unread.values() for op in ops}
@@ -131,9 +140,15 @@ class Passes:
         graph, reads, makes = self.graph, self._reads[number], self._makes[number]
         inputs = tuple(sorted(reads - makes - graph.constant_ids))
         outputs = tuple(sorted((makes & self._last.keys()) - self.totals))
-        counts = dict(zip(graph.inputs, graph.input_counts, strict=True)) if graph.input_counts else {}
+        counts = (
+            dict(zip(graph.inputs, graph.input_counts, strict=True)) if graph.input_counts else {}
+        )
         state = [(graph.inputs[i], graph.outputs[o], i in graph.donated) for i, o in graph.state]
-        renewed = [(inputs.index(a), outputs.index(b), d) for a, b, d in state if a in inputs and b in outputs]
+        renewed = [
+            (inputs.index(a), outputs.index(b), d)
+            for a, b, d in state
+            if a in inputs and b in outputs
+        ]
         small = replace(
             graph, ops=tuple(graph.ops[k] for k in positions), inputs=inputs, outputs=outputs,
             input_names=(), output_names=(), input_tags=(),
@@ -159,7 +174,9 @@ class Passes:
         taken = {v for each in fragments for v, to in each.sends if to == kind}
         given = {v for v, _ in fragments[kind].sends} - self._last.keys()
         again = self.cut.received(kind) if name == "forward" else ()
-        ends = {v: self.parts[self._last[v]].end if v in again else here.end for v in (*taken, *given)}
+        ends = {
+            v: self.parts[self._last[v]].end if v in again else here.end for v in (*taken, *given)
+        }
         wide = self.kind == "cpu"
         for v, end in ends.items():
             yield Segment(v, here.start, end, 1, 1)
@@ -170,7 +187,9 @@ class Passes:
     def handed(self) -> Iterator[tuple[Segment, int]]:
         """What updates hand to other units, and a kind of unit: that which has it as a result of a round, and that
         which gets it, until it is read for the last time."""
-        for part, fragments in zip(self.parts[self._first_update :], self.cut.stages.updates, strict=True):
+        for part, fragments in zip(
+            self.parts[self._first_update :], self.cut.stages.updates, strict=True
+        ):
             for kind, fragment in enumerate(fragments):
                 for value, to in fragment.sends:
                     last = self.parts[self._last[value]] if value in self._last else part
@@ -184,9 +203,19 @@ class Passes:
         inside = [each for part in parts for each in self._inside(part)]
         counts = graph.input_counts or (1,) * len(graph.inputs)
         ticks = parts[-1].end + 1
-        whole = [Segment(v, 0, ticks - 1, count, count) for v, count in zip(graph.inputs, counts, strict=True)]
-        made = zip(reversed(parts), reversed(self._makes), strict=True)
-        causes = {v: cause for part, makes in made for v, cause in part.lives.causes.items() if v in makes}
+        whole = [
+            Segment(v, 0, ticks - 1, count, count)
+            for v, count in zip(graph.inputs, counts, strict=True)
+        ]
+        made = [
+            (part, set(part.program.graph.inputs)) for part in reversed(parts)
+        ]  # inside loops too
+        causes = {
+            v: cause
+            for part, given in made
+            for v, cause in part.lives.causes.items()
+            if v not in given
+        }
         names = roles(self.cut.program.graph)
         causes |= {v: names.get(k, "inputs") for k, v in enumerate(graph.inputs)}
         causes = {each.value: "activations" for each in crossing} | causes
@@ -194,7 +223,13 @@ class Passes:
         scale = {each.value: self._scale(each.value) for each in segments}
         copies = {c: s for part in parts for c, s in part.lives.copies.items()}
         return Lifetimes(
-            replace(self.cut.program, graph=graph), self.microbatches, segments, ticks, causes, scale, copies
+            replace(self.cut.program, graph=graph),
+            self.microbatches,
+            segments,
+            ticks,
+            causes,
+            scale,
+            copies,
         )
 
     @cached_property
@@ -229,7 +264,9 @@ class Passes:
         for number, part in enumerate(self.parts):
             for v in part.program.graph.outputs:
                 if v in self._makes[number] and not self._renewed(part, v):
-                    yield Segment(v, part.start, self.parts[self._last[v]].end, self.many[v], self.many[v])
+                    yield Segment(
+                        v, part.start, self.parts[self._last[v]].end, self.many[v], self.many[v]
+                    )
 
     @staticmethod
     def _renewed(part: _Pass, value: int) -> bool:
@@ -244,7 +281,13 @@ class Passes:
         own = set(inputs)  # whose first life is that of the argument itself
         for each in part.lives.segments:
             width = int(part.lives.scale[each.value])
-            copies = width - 1 if each.value in outputs else 1 if each.value in inputs | self.totals else width
+            copies = (
+                width - 1
+                if each.value in outputs
+                else 1
+                if each.value in inputs | self.totals
+                else width
+            )
             yield from [part.later(each)] * (copies if each.value not in own else 0)
             own.discard(each.value)
 
@@ -259,5 +302,6 @@ class Passes:
     def readings(self) -> list[list[Reading]]:
         """Of each pass."""
         return [
-            [replace(each, lives=tuple(map(part.later, each.lives))) for each in part.readings] for part in self.parts
+            [replace(each, lives=tuple(map(part.later, each.lives))) for each in part.readings]
+            for part in self.parts
         ]

@@ -10,7 +10,7 @@ them. Everything that a pipeline costs is known per *kind*, so it does not grow 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -78,7 +78,10 @@ class Units:
             name = self.names[self.kinds[i]]
             whole = found and found[-1] == (HALVES[0], self._numbers[i]) and name == HALVES[1]
             found[len(found) - bool(whole) :] = [("layer" if whole else name, self._numbers[i])]
-        groups = ((name, [number for _, number in run]) for name, run in groupby(found, key=lambda each: each[0]))
+        groups = (
+            (name, [number for _, number in run])
+            for name, run in groupby(found, key=lambda each: each[0])
+        )
         return ", ".join(_words(name, numbers) for name, numbers in groups)
 
     @cached_property
@@ -141,7 +144,10 @@ class _Finder:
             for repeat in range(block.repeats):
                 first = block.start + repeat * block.period
                 kept[first : first + block.period] = block.kept(repeat) == repeat
-        self.small_at = [0, *accumulate(map(int, kept))]  # of each op of the whole graph: how many come before it
+        self.small_at = [
+            0,
+            *accumulate(map(int, kept)),
+        ]  # of each op of the whole graph: how many come before it
         self.whole_at = np.flatnonzero(kept)
 
     def find(self, stages: int) -> list[_Found]:
@@ -154,7 +160,9 @@ class _Finder:
             for repeat in range(block.repeats):
                 start, kept = (block.start + n * block.period for n in (repeat, block.kept(repeat)))
                 here, there = start, self.small_at[kept]
-                found.append(_Found(here, there, "layer" if half is None else HALVES[0], 2 * number))
+                found.append(
+                    _Found(here, there, "layer" if half is None else HALVES[0], 2 * number)
+                )
                 if half is not None:
                     found.append(_Found(here + half, there + half, HALVES[1], 2 * number + 1))
             at = block.start + block.period * block.repeats
@@ -219,7 +227,7 @@ class Cut:
         found: dict[int, set[int]] = {}
         for kind in range(len(self.units.names)):
             for fragment in self.fragments(kind):
-                for value in (v for op in fragment.ops for v in op.outputs):
+                for value in _made(fragment.ops):
                     found.setdefault(value, set()).add(kind)
         for value, homes in zip(self.program.graph.inputs, self.stages.homes, strict=True):
             found.setdefault(value, set()).update(homes)
@@ -228,7 +236,12 @@ class Cut:
     @cached_property
     def unread(self) -> dict[int, list[Op]]:
         """Kind -> ops whose results only layers that are folded away read (norms of their gradients)."""
-        placed = {op.outputs for k in range(len(self.units.names)) for f in self.fragments(k) for op in f.ops}
+        placed = {
+            op.outputs
+            for k in range(len(self.units.names))
+            for f in self.fragments(k)
+            for op in f.ops
+        }
         found: dict[int, list[Op]] = {}
         owner = {value: max(kinds) for value, kinds in self.owners.items()}
         for op in self.program.graph.ops:
@@ -244,7 +257,9 @@ class Cut:
         found: dict[str, str] = {}
         for kind in range(len(self.units.names)):
             for fragment in self.fragments(kind):
-                name = fragment.kind if fragment.kind in ("forward", "backward", "weight") else "once"
+                name = (
+                    fragment.kind if fragment.kind in ("forward", "backward", "weight") else "once"
+                )
                 found.update((op.tag, name) for op in fragment.ops)
         return found
 
@@ -259,8 +274,15 @@ class Cut:
     @cached_property
     def _kinds(self) -> dict[str, int]:
         middle = self.units.middle
-        order = sorted(range(len(self.units.names)), key=lambda kind: kind == middle)  # of those alike, the middle one
-        return {op.tag: kind for kind in order for fragment in self.fragments(kind) for op in fragment.ops}
+        order = sorted(
+            range(len(self.units.names)), key=lambda kind: kind == middle
+        )  # of those alike, the middle one
+        return {
+            op.tag: kind
+            for kind in order
+            for fragment in self.fragments(kind)
+            for op in fragment.ops
+        }
 
     def saved(self, kind: int) -> tuple[int, ...]:
         """Values of one microbatch that the forward pass of a unit leaves for later."""
@@ -279,6 +301,15 @@ class Cut:
     def crossing(self, kind: int) -> tuple[int, ...]:
         """Values that a unit hands to later ones, per microbatch."""
         return tuple(dict.fromkeys(v for v, _ in self.stages.forward[kind].sends))
+
+
+def _made(ops: Iterable[Op]) -> Iterator[int]:
+    """What ops make and, within loops, what their bodies have."""
+    for op in ops:
+        yield from op.outputs
+        for region in op.regions:
+            yield from region.inputs
+            yield from _made(region.ops)
 
 
 def counted_as_many(graph: Graph, units: Units) -> Graph:
