@@ -1,7 +1,7 @@
 """Why no pipeline was found, and what would do: least bytes that any needs, and bytes with which one was found.
 
-    needed    a bound: no pipeline of a shape needs less, however everything lies
-    enough    limits are doubled until layouts of a shape fit, then halved between (in ratio) a few times
+needed    a bound: no pipeline of a shape needs less, however everything lies
+enough    limits are doubled until layouts of a shape fit, then halved between (in ratio) a few times
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ MORE = "more devices, a smaller batch, or devices with more memory"
 def refusal(pipelines: Pipelines) -> PlanError:
     """Names the least that any pipeline asked for needs, memory with which one fits, and a pipeline not asked for."""
     search = pipelines.search
+    if search.stopped_by == "proof" and search.late():
+        search.stopped_by = "time"
     if search.stopped_by != "proof":
         return search.infeasible()
     asked, limit, origin = _by_need(pipelines), search.limit, f"cluster {search.cluster.name}: "
@@ -43,7 +45,9 @@ def refusal(pipelines: Pipelines) -> PlanError:
         what = f"no pipeline was found that fits: {may} per device may be used; each needs {known} at least."
     search.now("nothing fits; looking for what would")
     enough = least_room(pipelines, asked)
-    fits = f"{format_bytes(enough[0])} per device, with which {enough[1]} fits; or " if enough else ""
+    fits = (
+        f"{format_bytes(enough[0])} per device, with which {enough[1]} fits; or " if enough else ""
+    )
     return InfeasibleError(
         what, where=f"the least, a lower bound, is with {shape}", origin=origin,
         fix=fits + _otherwise(pipelines, needed), needed_bytes=needed, limit_bytes=limit,
@@ -54,7 +58,9 @@ def _by_need(pipelines: Pipelines) -> list[tuple[float, Shape]]:
     """Shapes by the least bytes that they may need; more microbatches never need more."""
     most = pipelines.choices.counts[-1]
     shapes = (replace(family, microbatches=most) for family in pipelines.choices.families())
-    return sorted(((pipelines.bounds.least(shape), shape) for shape in shapes), key=lambda pair: pair[0])
+    return sorted(
+        ((pipelines.bounds.least(shape), shape) for shape in shapes), key=lambda pair: pair[0]
+    )
 
 
 def _otherwise(pipelines: Pipelines, needed: float) -> str:
@@ -74,7 +80,9 @@ def _otherwise(pipelines: Pipelines, needed: float) -> str:
     return f"{MORE}; {shape} may fit, but was not found to: it needs at least {format_bytes(least)}"
 
 
-def least_room(pipelines: Pipelines, asked: Sequence[tuple[float, Shape]]) -> tuple[float, Shape] | None:
+def least_room(
+    pipelines: Pipelines, asked: Sequence[tuple[float, Shape]]
+) -> tuple[float, Shape] | None:
     """About the least memory with which layouts of the most frugal shapes are found, and the shape. Limits are tried
     as they print, so that what is told is what was tried."""
     low, found = max(asked[0][0], pipelines.search.limit), None
@@ -93,7 +101,9 @@ def least_room(pipelines: Pipelines, asked: Sequence[tuple[float, Shape]]) -> tu
     return found
 
 
-def _first(asked: Sequence[tuple[float, Shape]], limit: float, best: Shape | None = None) -> list[Shape]:
+def _first(
+    asked: Sequence[tuple[float, Shape]], limit: float, best: Shape | None = None
+) -> list[Shape]:
     """A few that may fit: what is known to need little, then the most frugal of each recompute policy."""
     frugal = {shape.policy: shape for needed, shape in reversed(asked) if needed <= limit}
     order = [shape for _, shape in asked if frugal.get(shape.policy) == shape and shape != best]

@@ -69,7 +69,7 @@ def run_seed(seed: int, pipelines: bool, trace: bool = False) -> Outcome:
 
 def _difference(made: Any) -> str:
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
     import meshwright as mw
 
@@ -77,7 +77,9 @@ def _difference(made: Any) -> str:
     found = mw.parallelize(made.step, cluster=made.cluster, **made.request)(*made.args)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(wanted)]
     # Stacked parameters may be held layer by layer.
-    found = jax.tree.map(lambda _, have: jnp.stack(have) if isinstance(have, tuple) else have, wanted, found)
+    found = jax.tree.map(
+        lambda _, have: np.stack(have) if isinstance(have, tuple) else have, wanted, found
+    )
     before = [*jax.tree.leaves(made.args[0]), *[None] * len(names)]
     wanted, found = jax.tree.leaves(wanted), jax.tree.leaves(found)
     kind = "bfloat16" if "bf16" in made.words else "float32"

@@ -149,7 +149,9 @@ def random_step(seed: int, pipelines: bool) -> Made:
     )  # fmt: skip
     loss, optimizer = str(choose.choice(LOSSES)), str(choose.choice(OPTIMIZERS))
     tied, tokens = bool(choose.random() < 0.4), bool(choose.random() < 0.6) and not images
-    short = bool(choose.random() < 0.12) and "experts" not in drawn  # whose products XLA has not on CPUs
+    short = (
+        bool(choose.random() < 0.12) and "experts" not in drawn
+    )  # whose products XLA has not on CPUs
     whole = "batch norm" in drawn
     batch, width = int(choose.choice([8, 12, 24])), int(choose.choice([8, 12]))
     if "attention" in drawn:
@@ -169,13 +171,13 @@ def random_step(seed: int, pipelines: bool) -> Made:
 def _request(
     choose: np.random.Generator, pipelines: bool, whole: bool, batch: int
 ) -> tuple[str, dict[str, Any]]:
-    devices = int(choose.choice([2, 4, 6, 8]))
-    request: dict[str, Any] = {"time_limit": 2.0}
+    devices = int(choose.choice([2, 4, 4, 6, 8]))
+    request: dict[str, Any] = {"time_limit": 30.0}
     if choose.random() < 0.4:
         request["recompute"] = str(choose.choice(["none", "elementwise", "selective", "full"]))
     parts = [m for m in (1, 2, 3, 4, 6) if batch % m == 0]
     if pipelines:
-        stages = int(choose.choice([n for n in (2, 3, 4) if devices % n == 0]))
+        stages = int(choose.choice([n for n in (2, 2, 3, 4) if devices % n == 0]))
         request["pp"] = stages
         devices = devices // stages
         if choose.random() < 0.7:
