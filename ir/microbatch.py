@@ -5,18 +5,19 @@ value that carries the factor exists once per microbatch (`split`, with the dim
 it is cut in). Contracting the factor leaves a sum over time (`totals`), which
 is gradient accumulation. What uses totals (clipping, optimizer) runs once, after.
 
-    before   ops that never see the batch           casts of parameters
+    before   ops that see no microbatch             casts of parameters, early totals
     body     ops on split values                    forward, backward
     after    ops on totals                          clipping, optimizer
 
 An op of the body that needs a total cannot run before the last microbatch has
-(batch norm; a loss divided by a count summed over the batch). Such a graph has
-no time axis, and `Refusal` names the op.
+(batch norm). Such a graph has no time axis, and `Refusal` names the op. Totals of the
+inputs alone are taken early (`early.py`): a copy then shows the whole batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import lcm
 
@@ -24,6 +25,10 @@ from .graph import Graph, Op, Region
 from .mesh import Mesh
 from .rule import Factor, Rule, cuttable
 from .rules import rule_of
+from .rules.elementwise import KINDS
+
+_MADE_ANYWHERE = KINDS - {"copy"} | {"broadcast_in_dim"}
+WHOLE = "~whole~prepare"  # ends the tag of a copy that shows all microbatches of an input at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +93,68 @@ def time_axis(graph: Graph, batch: Mapping[int, int]) -> TimeAxis | Refusal:
     size = graph.types[next(iter(split))].shape[next(iter(split.values()))]
     flow = _Flow(graph, split, {}, set())
     try:
-        body = frozenset(i for i, op in enumerate(graph.ops) if flow.visit(op))
+        body = {i for i, op in enumerate(graph.ops) if flow.visit(op)}
     except _Stop as stop:
         return stop.refusal
+    if flow.whole:
+        _spread_late(graph, flow, body)
     same = {v: "max" for v in flow.same if graph.types[v].dtype != "key"}
-    return TimeAxis(size, flow.split, {**flow.totals, **same}, body)
+    return TimeAxis(size, flow.split, {**flow.totals, **same}, frozenset(body))
+
+
+def totals_waited_for(graph: Graph, batch: Mapping[int, int]) -> frozenset[int]:
+    """Totals that ops of the body need, themselves or something made of them, as far as the graph can be followed."""
+    split = {graph.inputs[p]: dim for p, dim in batch.items()}
+    flow = _Flow(graph, split, {}, set(), waits=set())
+    with suppress(_Stop):
+        for op in graph.ops:
+            flow.visit(op)
+    writer = {v: op for op in graph.ops for v in op.outputs}
+    found, stack = set[int](), list(flow.waits or ())
+    while stack:
+        value = stack.pop()
+        if value not in found:
+            found.add(value)
+            stack.extend(
+                () if value in flow.totals else writer[value].inputs if value in writer else ()
+            )
+    return frozenset(found & flow.totals.keys())
+
+
+def time_factor(op: Op, rule: Rule, split: Mapping[int, int]) -> int | None:
+    """The factor that is cut over time, of an op that reads or makes values of one microbatch."""
+    sides = zip((*op.inputs, *op.outputs), (*rule.operands, *rule.results), strict=True)
+    return next((_leading(rule.factors, dims[split[v]]) for v, dims in sides if v in split), None)
+
+
+def _spread_late(graph: Graph, flow: _Flow, body: set[int]) -> None:
+    """What is made of early totals for each example (their inverse, spread over the batch) is made for each
+    microbatch, where microbatches alone read it."""
+    wanted: dict[int, set[int | None]] = {v: {None} for v in graph.outputs}
+    for i in range(len(graph.ops) - 1, -1, -1):
+        op = graph.ops[i]
+        if op.kind in _MADE_ANYWHERE and flow.whole.issuperset(op.outputs):
+            dims, rule = wanted.get(op.outputs[0], {None}), rule_of(op, graph.types)
+            dim = next(iter(dims)) if len(dims) == 1 else None
+            if dim is not None and _leading(rule.factors, rule.results[0][dim]) in cuttable(rule):
+                flow.split[op.outputs[0]] = dim
+                body.add(i)
+        if not flow.whole.isdisjoint(op.inputs):
+            for value, dim in _parts_read(graph, op, i in body, flow.split):
+                wanted.setdefault(value, set()).add(dim)
+
+
+def _parts_read(
+    graph: Graph, op: Op, timed: bool, split: Mapping[int, int]
+) -> Iterator[tuple[int, int | None]]:
+    """Operands, each with the dim of which the op takes one microbatch's part, if it does."""
+    if not timed or op.kind in ("scan", "optimization_barrier"):
+        yield from ((v, None) for v in op.inputs)
+        return
+    rule = rule_of(op, graph.types)
+    number = time_factor(op, rule, split)
+    for value, dims in zip(op.inputs, rule.operands, strict=True):
+        yield value, next((d for d, factors in enumerate(dims) if number in factors), None)
 
 
 class _Stop(Exception):
@@ -103,7 +165,9 @@ class _Stop(Exception):
 @dataclass
 class _Flow:
     """Facts gathered on the way; `late` holds values known only after the last microbatch, `same` those that a
-    loop of the body makes of no example: every microbatch makes them anew, equal, so their maximum is what they are."""
+    loop of the body makes of no example: every microbatch makes them anew, equal, so their maximum is what they are.
+    `whole`: those made of the whole batch before the first. `waits` collects late values that the body needs;
+    None: refused."""
 
     graph: Graph
     split: dict[int, int]
@@ -111,28 +175,46 @@ class _Flow:
     late: set[int]
     strict: bool = True  # False until the carries of a loop are known
     same: set[int] = field(default_factory=set)
+    waits: set[int] | None = None
+    whole: set[int] = field(default_factory=set)
 
     def visit(self, op: Op) -> bool:
         """Classify one top-level op; True when it belongs to the body."""
+        if op.kind == "copy" and op.tag.endswith(WHOLE):
+            self.whole.update(op.outputs)
+            return False
         if not any(v in self.split for v in op.inputs):
-            if any(v in self.totals or v in self.late for v in op.inputs):
+            if any(self._waits(v) for v in op.inputs):
                 self.late.update(op.outputs)
                 return False
-            self.same.update(op.outputs if not self.same.isdisjoint(op.inputs) else ())
-            return not self.same.isdisjoint(op.inputs)
+            if not self.same.isdisjoint(op.inputs):
+                self.same.update(op.outputs)
+                return True
+            self.whole.update(op.outputs if not self.whole.isdisjoint(op.inputs) else ())
+            return False
         self.cut(op)
         return True
+
+    def _waits(self, value: int) -> bool:
+        """Whether a value is known after the last microbatch only."""
+        return value in self.totals or value in self.late
 
     def cut(self, op: Op) -> None:
         if op.kind == "optimization_barrier":
             self._pass_through(op)
             return
-        if any(v in self.totals or v in self.late for v in op.inputs):
-            raise _Stop(op, "mixes one microbatch with a value summed over the whole batch")
+        self._refuse_late(op, "mixes one microbatch with a value summed over the whole batch")
         if op.kind == "scan":
             self._scan(op)
         else:
             self._simple(op, rule_of(op, self.graph.types))
+
+    def _refuse_late(self, op: Op, reason: str) -> None:
+        late = [v for v in op.inputs if self._waits(v)]
+        if late and self.waits is None:
+            raise _Stop(op, reason)
+        if late and self.waits is not None:
+            self.waits.update(late)
 
     def _pass_through(self, op: Op) -> None:
         """What a barrier holds keeps its nature; `held` sees to it that all of that is split."""
@@ -176,7 +258,7 @@ class _Flow:
     def _scan(self, op: Op) -> None:
         """A loop in the body: what its carry is settles after at most two rounds."""
         region, (consts, carry) = op.regions[0], op.loop_inputs
-        inner = _Flow(self.graph, {}, {}, set())
+        inner = _Flow(self.graph, {}, {}, set(), waits=self.waits)
         for i, (outside, inside) in enumerate(zip(op.inputs, region.inputs, strict=True)):
             if outside in self.split:
                 dim = self.split[outside] - (1 if i >= consts + carry else 0)

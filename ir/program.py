@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .copies import insert_copies
+from .early import with_early_totals
 from .graph import Graph, Op
 from .held import hold_microbatches
 from .microbatch import Refusal, TimeAxis, batch_dims, time_axis
@@ -38,8 +39,10 @@ def prepare(graph: Graph, policy: Policy) -> Program:
     graph = hold_microbatches(graph, batch)
     base = find_phases(graph, batch)
     top = [base[visit.index] for visit in graph.visits if not visit.parents]
-    phase_of = {op.outputs[0]: phase for op, phase in zip(graph.ops, top, strict=True)}
-    axis = time_axis(graph, batch)
+    phase_of = {v: phase for op, phase in zip(graph.ops, top, strict=True) for v in op.outputs}
+    graph, axis = with_early_totals(graph, batch)
+    phase_of |= {v: "prepare" for op in graph.ops for v in op.outputs if v not in phase_of}
+    top = [phase_of[op.outputs[0]] for op in graph.ops]
     again = recompute(graph, top, policy, None if isinstance(axis, Refusal) else axis.split.keys())
     again = hold_microbatches(again, batch)
     middle = [_phase(op, phase_of) for op in again.ops]

@@ -15,17 +15,21 @@ from typing import Literal
 import numpy as np
 
 from ..ir.graph import Op
-from ..ir.microbatch import TimeAxis
+from ..ir.microbatch import WHOLE, TimeAxis, time_factor
 from ..ir.program import Program
 from ..ir.rule import Rule, cuttable
 from ..ir.rules import rule_of
 from .cost.compute import Terms
 from .cost.kernels import LEADERS, Kernels, spreads_scalar
 
-Outer = tuple[str, bool]  # tag of the op itself or of the outermost loop around it; whether microbatches run it
+Outer = tuple[
+    str, bool
+]  # tag of the op itself or of the outermost loop around it; whether microbatches run it
 RESULTS: Outer = ("", False)  # what the step gives back
 Divides = tuple[int, bool]  # a size that axes may divide; whether microbatches cut it first
-How = Literal["as it lies", "lifted", "settled", "whole"]  # lifted: under a loop's dim; settled: no sum is owed
+How = Literal[
+    "as it lies", "lifted", "settled", "whole"
+]  # lifted: under a loop's dim; settled: no sum is owed
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,9 @@ class Runs:
     @classmethod
     def of(cls, times: Iterable[Mapping[Outer, float]], outers: list[Outer]) -> Runs:
         numbers, rows = {outer: k for k, outer in enumerate(outers)}, list(times)
-        found = [(i, numbers[outer], many) for i, each in enumerate(rows) for outer, many in each.items()]
+        found = [
+            (i, numbers[outer], many) for i, each in enumerate(rows) for outer, many in each.items()
+        ]
         things, within, many = np.array(found).reshape(len(found), 3).T
         return cls(len(rows), things.astype(np.int64), within.astype(np.int64), many)
 
@@ -114,7 +120,9 @@ class Outline:
     readings: dict[tuple[str, str, int], Reading] = field(default_factory=dict)
     runs: dict[str, dict[Outer, float]] = field(default_factory=dict)
     divides: dict[Divides, int] = field(default_factory=dict)
-    terms: dict[tuple[Kernels, int], dict[int, Terms | None]] = field(default_factory=dict)  # kept by `fused_of`
+    terms: dict[tuple[Kernels, int], dict[int, Terms | None]] = field(
+        default_factory=dict
+    )  # kept by `fused_of`
     _forms: dict[Kernels, dict[str, int]] = field(default_factory=dict)
 
     def parts(self, value: int, microbatches: int) -> int:
@@ -259,18 +267,18 @@ class _Walk:
         # a broadcast may be cut in dims that its operand does not have
         follows = [k for k in follows if types[op.outputs[0]].size <= types[op.inputs[k]].size]
         operands, results = (tuple(self.tags[v] for v in side) for side in (op.inputs, op.outputs))
-        self.outline.steps.append(Decides(op, rule, operands, results, tuple(cuts.items()), tuple(follows)))
+        self.outline.steps.append(
+            Decides(op, rule, operands, results, tuple(cuts.items()), tuple(follows))
+        )
         self.outline.runs[op.tag] = defaultdict(float)
         self.decided.add(op.tag)
         self.free.update(dict.fromkeys(results, False))
 
     def _time_factor(self, op: Op, rule: Rule) -> int | None:
-        """The factor that is already cut into microbatches."""
-        for value, dims in zip(op.inputs, rule.operands, strict=True):
-            dim = self._split_dim(value)
-            if dim is not None:
-                return next((f for f in dims[dim] if rule.factors[f].size > 1), None)
-        return None
+        """The factor that is already cut into microbatches; an op that sees the whole batch has none."""
+        if self.time is None or not self.outline.cut or op.tag.endswith(WHOLE):
+            return None
+        return time_factor(op, rule, self.time.split)
 
     def _by_size(self, op: Op) -> list[int]:
         """Operands worth following: decided somewhere, the largest and latest first."""

@@ -43,14 +43,6 @@ def test_batch_statistics_inside_the_model_are_refused_by_name():
     assert "test_microbatch.py" in found.where
 
 
-def test_a_loss_divided_by_a_count_over_the_batch_is_refused():
-    def loss(w, batch):
-        x, mask = batch
-        return jnp.sum((x @ w) ** 2 * mask[:, None]) / jnp.sum(mask)
-
-    assert isinstance(axis_of(descend(loss), f32(4, 4), (f32(8, 4), f32(8))), Refusal)
-
-
 def test_a_step_without_a_batch_is_refused():
     assert isinstance(axis_of(lambda w: w * 2, f32(4, 4)), Refusal)
 

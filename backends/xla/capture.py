@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...ir.dead import drop_dead_ops
 from ...ir.errors import CaptureError
 from ...ir.graph import Attr, Constant, Graph, Op, Region, TensorType
 from . import compat
+from .batching_dims import with_batching_dims
 from .carried import carried_state
-from .dead import drop_dead_ops
 from .params import attrs_of, dtype_name
 from .trace import Traced, trace
 
@@ -102,7 +103,7 @@ def convert(traced: Traced, *, hold_in_loops: bool = False) -> Captured:
         output_names=traced.output_names,
         donated=traced.donated,
     )
-    graph = drop_dead_ops(graph)
+    graph = with_batching_dims(drop_dead_ops(graph), work.bound, work.arrays)
     graph = replace(graph, state=carried_state(graph, traced.in_tree, traced.out_tree))
     used = {(visit.op.kind, visit.op.attrs) for visit in graph.visits}
     binding = Binding(

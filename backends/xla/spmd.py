@@ -20,7 +20,7 @@ from jax import lax
 from ...ir.errors import LoweringError
 from ...ir.graph import Graph, Op
 from ...ir.mesh import Mesh
-from ...ir.microbatch import TimeAxis, time_groups
+from ...ir.microbatch import TimeAxis, time_factor, time_groups
 from ...ir.plan import Plan
 from ...ir.program import Program
 from ...ir.rule import NONE, Rule, Strategy, operand_sharding, result_sharding, settled_axes
@@ -60,7 +60,13 @@ class LocalStep:
         self, plan: Plan, program: Program, bound: Mapping, arrays: Mapping[int, Any], holds: bool = False,
         groups: int | None = None,
     ):  # fmt: skip
-        self.plan, self.program, self.bound, self.arrays, self.holds = plan, program, bound, arrays, holds
+        self.plan, self.program, self.bound, self.arrays, self.holds = (
+            plan,
+            program,
+            bound,
+            arrays,
+            holds,
+        )
         self.graph: Graph = program.graph
         self.mesh: Mesh = plan.mesh
         self.types = self.graph.types
@@ -68,7 +74,9 @@ class LocalStep:
         self.time = (
             program.time if plan.microbatches > 1 and isinstance(program.time, TimeAxis) else None
         )
-        self.groups = groups or (time_groups(self.time.batch, self.mesh, plan.microbatches) if self.time else 1)
+        self.groups = groups or (
+            time_groups(self.time.batch, self.mesh, plan.microbatches) if self.time else 1
+        )
 
     # ------------------------------------------------------------ layouts at the border
 
@@ -167,7 +175,8 @@ class LocalStep:
     def _names(self) -> dict[str, str]:
         """By tag, what profilers show of an op outside loops: its phase and its tag."""
         return {
-            op.tag: f"{phase}/{op.tag}" for op, phase in zip(self.graph.ops, self.program.phases, strict=True)
+            op.tag: f"{phase}/{op.tag}"
+            for op, phase in zip(self.graph.ops, self.program.phases, strict=True)
         }
 
     def strategy(self, op: Op) -> Strategy:
@@ -244,11 +253,8 @@ class LocalStep:
         return self.time.split if self.time else {}
 
     def _time_factor(self, op: Op, rule: Rule) -> int | None:
-        """The factor that is cut over time, for an op that reads the current microbatch."""
-        for value, dims in zip(op.inputs, rule.operands, strict=True):
-            if value in self._split:
-                return next((f for f in dims[self._split[value]] if rule.factors[f].size > 1), None)
-        return None
+        """The factor that is cut over time, for an op that reads or makes the current microbatch."""
+        return time_factor(op, rule, self._split)
 
     def _cuts(
         self, rule: Rule, strategy: Strategy, now: int | None, scope: Scope

@@ -21,10 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...ir.dead import drop_dead_ops
 from ...ir.graph import Graph
 from .apart import Place, take_apart
 from .capture import Captured, convert
-from .dead import drop_dead_ops
 from .layer_axes import layer_axes, scans_left
 from .trace import trace
 
@@ -104,14 +104,20 @@ def unstack(captured: Captured) -> Unstacked:
     inputs = tuple(Piece(leaf) for leaf in range(len(graph.inputs)))
     outputs = tuple(Piece(leaf) for leaf in range(len(graph.outputs)))
     notes: dict[str, None] = {}
-    while (axes := layer_axes(graph)) or any(op.kind == "scan" and op.trips == 1 for op in graph.ops):
+    while (axes := layer_axes(graph)) or any(
+        op.kind == "scan" and op.trips == 1 for op in graph.ops
+    ):
         found = take_apart(graph, bound, axes)
         graph, bound = drop_dead_ops(found.graph), found.bound
         inputs, outputs = _refined(inputs, found.inputs), _refined(outputs, found.outputs)
         notes.update(dict.fromkeys(found.notes))
     for op in scans_left(graph):
-        notes[f"scan at {op.where or 'no line'} stays a loop: no dim of the state alone is its {op.trips} rows"] = None
-    return Unstacked(_captured(captured, graph, bound, inputs, outputs), captured, inputs, outputs, tuple(notes))
+        notes[
+            f"scan at {op.where or 'no line'} stays a loop: no dim of the state alone is its {op.trips} rows"
+        ] = None
+    return Unstacked(
+        _captured(captured, graph, bound, inputs, outputs), captured, inputs, outputs, tuple(notes)
+    )
 
 
 def _refined(before: tuple[Piece, ...], places: Sequence[Place]) -> tuple[Piece, ...]:
@@ -122,7 +128,11 @@ def _refined(before: tuple[Piece, ...], places: Sequence[Place]) -> tuple[Piece,
 
 
 def _captured(
-    old: Captured, graph: Graph, bound: dict[Any, Any], inputs: tuple[Piece, ...], outputs: tuple[Piece, ...]
+    old: Captured,
+    graph: Graph,
+    bound: dict[Any, Any],
+    inputs: tuple[Piece, ...],
+    outputs: tuple[Piece, ...],
 ) -> Captured:
     """The graph with names, and the binding of its pieces."""
     binding = old.binding
@@ -194,7 +204,10 @@ def _names(tree: Any, names: Sequence[str], pieces: Sequence[Piece], first: int)
     counts: list[list[int]] = [[] for _ in paths]
     for piece in pieces:
         sizes = counts[piece.leaf]
-        sizes[:] = [max(a, row + 1) for a, (_, row) in zip(sizes or [0] * len(piece.rows), piece.rows, strict=True)]
+        sizes[:] = [
+            max(a, row + 1)
+            for a, (_, row) in zip(sizes or [0] * len(piece.rows), piece.rows, strict=True)
+        ]
     depths = _depths(paths, counts, first)
     return tuple(_name(names[p.leaf], paths[p.leaf], depths[p.leaf], p, first) for p in pieces)
 

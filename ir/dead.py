@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...ir.graph import Graph, Op, Region
+from .graph import Graph, Op, Region
 
 
 def drop_dead_ops(graph: Graph) -> Graph:
     """Keep what the outputs depend on; types and constants shrink with it."""
-    ops, _ = _live_ops(graph.ops, set(graph.outputs))
+    ops, _ = live_ops(graph.ops, set(graph.outputs))
     graph = replace(graph, ops=tuple(ops))
     known = {*graph.inputs, *graph.outputs}
     for visit in graph.visits:
@@ -30,8 +30,8 @@ def drop_dead_ops(graph: Graph) -> Graph:
     )
 
 
-def _live_ops(ops: Sequence[Op], live: set[int]) -> tuple[list[Op], set[int]]:
-    """The ops that `live` values depend on, and everything alive before them."""
+def live_ops(ops: Sequence[Op], live: set[int]) -> tuple[list[Op], set[int]]:
+    """The ops that `live` values depend on, and everything alive before them, which `live` learns."""
     kept: list[Op] = []
     for op in reversed(ops):
         if live.isdisjoint(op.outputs):
@@ -54,7 +54,7 @@ def _trim_scan(op: Op, live: set[int]) -> Op:
     consts, carry = op.loop_inputs
     needed = {k for k, v in enumerate(op.outputs) if v in live}
     while True:
-        body, alive = _live_ops(region.ops, {region.outputs[k] for k in needed})
+        body, alive = live_ops(region.ops, {region.outputs[k] for k in needed})
         more = {k for k in range(carry) if region.inputs[consts + k] in alive} - needed
         if not more:
             break
