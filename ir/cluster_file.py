@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from . import presets
 from .cluster_parts import Device, Group, Price, Tier
 from .errors import ClusterError, MeshwrightError, did_you_mean
+from .files import LARGEST, Kind, is_file, read_text
 
 PARTS: dict[str, type[BaseModel]] = {
     "devices": Device,
@@ -21,23 +24,59 @@ PARTS: dict[str, type[BaseModel]] = {
 }
 
 
+FILE = Kind("cluster file", 256 * 1024, "a YAML file; docs/cluster.md shows one", ClusterError)
+DEEPEST = 20  # levels of mappings and lists
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no aliases, which can stand for any amount of text; not nested without end; no endless numbers."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases (`*name`) are not read", problem_mark=event.start_mark)
+        if self.depth >= DEEPEST:
+            what = f"more than {DEEPEST} levels of lists and mappings"
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number = super().construct_yaml_int(node) if len(node.value) <= 40 else LARGEST + 1
+        if abs(number) > LARGEST:
+            what = f"`{node.value:.20}` and so on is no number of anything"
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=node.start_mark)
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
 def is_path(text: str) -> bool:
-    return text.endswith((".yaml", ".yml", ".json", ".toml")) or "/" in text or Path(text).is_file()
+    return text.endswith((".yaml", ".yml", ".json", ".toml")) or "/" in text or is_file(text)
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Content of a file, and the line of each dotted path in it."""
+    if not is_file(path) and not os.path.lexists(path):
+        raise _no_file(path)
+    text = read_text(path, FILE)
     try:
-        loader = yaml.SafeLoader(path.read_text())
+        loader = _Loader(text)
         node = loader.get_single_node()
         lines = dict(_lines(node, "", str(path)))
         data = loader.construct_document(node) if node else None
-    except FileNotFoundError:
-        raise _no_file(path) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ClusterError(f"`{path}` cannot be read: {error}.", fix="a YAML file") from None
     except yaml.YAMLError as error:
         raise _not_yaml(path, error) from None
+    except ClusterError:
+        raise
+    except ValueError as error:  # a date that is none, a number of thousands of digits
+        raise ClusterError(f"`{path}` holds what is no value: {error}.", fix="docs/cluster.md shows a file") from None
     if not isinstance(data, dict):
         what = f"`{path}` holds no cluster: a mapping with `devices`, `groups` and `fabric`."
         raise ClusterError(what, fix="docs/cluster.md shows a file")
@@ -45,10 +84,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _no_file(path: Path) -> ClusterError:
-    beside = path.parent.glob("*.y*ml") if path.parent.is_dir() else ()
+    beside = islice(path.parent.glob("*.y*ml"), 1000) if os.path.isdir(path.parent) else ()
     near = did_you_mean(path.name, sorted(p.name for p in beside))
     fix = near if near.startswith("`") else f"a shorthand such as `{presets.EXAMPLES[1]}`"
-    return ClusterError(f"there is no file `{path}`.", fix=fix)
+    return ClusterError(f"there is no file `{path!s:.200}`.", fix=fix)
 
 
 def _not_yaml(path: Path, error: yaml.YAMLError) -> ClusterError:

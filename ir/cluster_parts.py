@@ -6,6 +6,7 @@ bytes, bytes/s, FLOP/s and seconds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -39,6 +40,7 @@ from .units import (
 )
 
 DTYPES = presets.DTYPES
+MOST_HOSTS, MOST_PER_HOST = 1_000_000, 10_000  # more are a slip of the pen, and would be listed one by one
 
 
 def _read_as(parse: Callable[[str], float], example: str, zero: bool = False) -> BeforeValidator:
@@ -173,8 +175,8 @@ class Group(Part):
     """Equal hosts: `hosts` of them with `per_host` devices each."""
 
     device: str
-    hosts: int = Field(gt=0, examples=[4, "gpu[00-31]"])
-    per_host: int = Field(gt=0, examples=[8])
+    hosts: int = Field(gt=0, le=MOST_HOSTS, examples=[4, "gpu[00-31]"])
+    per_host: int = Field(gt=0, le=MOST_PER_HOST, examples=[8])
     names: tuple[str, ...] | None = None  # of the hosts
     host_memory: Memory | None = None
     host_link: Rate | None = None  # between one device and its host's memory
@@ -183,7 +185,7 @@ class Group(Part):
     @classmethod
     def _named_hosts(cls, data: Any) -> Any:
         hosts = data.get("hosts") if isinstance(data, Mapping) else None
-        if (isinstance(hosts, str) and not hosts.isdigit()) or isinstance(hosts, list):
+        if (isinstance(hosts, str) and not re.fullmatch("[0-9]+", hosts)) or isinstance(hosts, list):
             names = host_names(hosts)
             return {**data, "hosts": len(names), "names": names}
         return data
@@ -217,10 +219,9 @@ def _scope(value: object) -> object:
 
 def _shape(value: object) -> object:
     if isinstance(value, str):
-        parts = value.lower().split("x")
-        if not all(part.isdigit() and int(part) for part in parts):
-            raise UsageError(f"`{value}` is not a shape.", fix="sizes joined by x, like `4x4x8`")
-        return tuple(map(int, parts))
+        if not re.fullmatch(r"0*[1-9][0-9]{0,6}(x0*[1-9][0-9]{0,6}){0,7}", value.lower()):
+            raise UsageError(f"`{value:.60}` is not a shape.", fix="sizes joined by x, like `4x4x8`")
+        return tuple(map(int, value.lower().split("x")))
     return value
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from .errors import GraphError, MeshwrightError, MismatchError, PlanError
+from .files import PLAN, read_object, read_text
 from .fingerprint import fingerprint
 from .graph import Attr, Constant, Graph, Op, Region, TensorType
 from .plan import PLAN_VERSION, Plan
@@ -45,12 +46,12 @@ def load_plan(path: str | Path) -> Plan:
         MismatchError: written by a meshwright with another plan format.
     """
     place = Path(path)
-    return parse_plan(read_text(place, "plan", "the path that `meshwright plan -o` wrote"), str(place))
+    return parse_plan(read_text(place, PLAN), str(place))
 
 
 def parse_plan(text: str, origin: str) -> Plan:
     """`load_plan` of text; `origin` is named in errors."""
-    data = read_object(text, "plan", origin, "a file from `meshwright plan -o`")
+    data = read_object(text, PLAN, origin)
     version = data.get("version")
     if version != PLAN_VERSION and "strategies" in data:
         raise MismatchError(
@@ -92,25 +93,6 @@ def unsealed(kind: type[T], data: dict[str, Any], what: str, origin: str, fix: s
     return found
 
 
-def read_text(place: Path, what: str, fix: str) -> str:
-    """The text of a file; refused by name where it cannot be read."""
-    try:
-        return place.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"the {what} {place} cannot be read: {_reason(error)}.", fix=fix) from error
-
-
-def read_object(text: str, what: str, origin: str, fix: str) -> dict[str, Any]:
-    """The fields of a JSON object."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"this is no JSON: {error}.", origin=origin, fix=fix) from error
-    if not isinstance(data, dict):
-        raise PlanError(f"this is no {what}.", origin=origin, fix=fix)
-    return data
-
-
 def _digest(data: dict[str, Any]) -> str:
     """Of everything in a file but the digest itself."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
@@ -121,12 +103,11 @@ def write_whole(path: Path, text: str) -> None:
 
     A link stays one and its target is replaced; what is no file is refused.
     """
-    check_writable(path)
-    place = path.resolve()
+    place = check_writable(path)
     beside = ""
     try:
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=place.parent, prefix=f".{place.name}.", delete=False
+            "w", encoding="utf-8", errors="backslashreplace", dir=place.parent, prefix=_hidden(place), delete=False
         ) as file:
             beside = file.name
             file.write(text)
@@ -138,23 +119,33 @@ def write_whole(path: Path, text: str) -> None:
         raise _unwritable(path, _reason(error)) from error
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a path before hours of work end in a file that cannot be written."""
-    place = path.resolve()
-    if place.exists() and not place.is_file():
-        raise _unwritable(path, "it is a folder" if place.is_dir() else "it is no ordinary file")
+def check_writable(path: Path) -> Path:
+    """Where a file would be written; refused before hours of work end in one that cannot be.
+
+    Raises:
+        PlanError: why it cannot be written there.
+    """
     try:
-        with tempfile.NamedTemporaryFile(dir=place.parent, prefix=f".{place.name}."):
-            pass
-    except OSError as error:
-        why = (
-            "its folder is missing or not writable" if not place.parent.is_dir() else _reason(error)
-        )
-        raise _unwritable(path, why) from error
+        place = path.resolve()
+        if place.exists() and not place.is_file():
+            raise _unwritable(path, "it is a folder" if place.is_dir() else "it is no ordinary file")
+        if not place.parent.is_dir():
+            raise _unwritable(path, "its folder is missing or not writable")
+        with tempfile.NamedTemporaryFile(dir=place.parent, prefix=_hidden(place)):
+            return place
+    except MeshwrightError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a ring
+        raise _unwritable(path, _reason(error)) from error
+
+
+def _hidden(place: Path) -> str:
+    """How the file beside it is called, which grows by some characters more."""
+    return f".{place.name[:40]}."
 
 
 def _unwritable(path: Path, why: str) -> PlanError:
-    return PlanError(f"{path} cannot be written: {why}.", fix="a path in a writable folder")
+    return PlanError(f"{path!s:.200} cannot be written: {why}.", fix="a path in a writable folder")
 
 
 def _umask() -> int:

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Self
 
+LONGEST = 1200  # characters of one row of a message
+
 
 class MeshwrightError(ValueError):
     """Base of all errors raised for user mistakes. `exit_code` is what the CLI ends with.
@@ -37,7 +39,7 @@ class MeshwrightError(ValueError):
 
     def __str__(self) -> str:
         rows = [("where", self.where), ("from", self.origin), ("try", self.fix)]
-        return "\n".join([self.what, *(_row(label, text) for label, text in rows if text)])
+        return "\n".join([_clipped(self.what), *(_row(label, _clipped(text)) for label, text in rows if text)])
 
     def report(self) -> str:
         """The message with the error's name in front, as the CLI prints it."""
@@ -136,6 +138,11 @@ def did_you_mean(word: str, known: Iterable[str], what: str = "one of") -> str:
     folded = {w.lower(): w for w in words}
     near = [folded[w] for w in get_close_matches(word.lower(), folded, n=3, cutoff=0.6)]
     return " or ".join(f"`{w}`" for w in near) if near else f"{what} {', '.join(words)}"
+
+
+def _clipped(text: str) -> str:
+    """Without the middle of a value that no one would read."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
 
 
 def _row(label: str, text: str) -> str:

@@ -19,6 +19,7 @@ from .errors import UsageError
 MOST = 100_000  # hosts in one list
 PART = re.compile(r"(?:\[[^\[\]]*\]|[^,\s\[\]])+")
 PIECE = re.compile(r"\[[^\[\]]*\]|[^\[\]]+")
+NAME = re.compile(r"[A-Za-z0-9._+-]+")
 SPAN = re.compile(r"\s*([0-9]{1,9})(?:-([0-9]{1,9}))?\s*")
 
 
@@ -65,6 +66,8 @@ def host_names(hosts: str | list[Any]) -> tuple[str, ...]:
 def _numbers(piece: str, whole: str) -> list[str]:
     """What a piece of a name may be: itself, or the numbers in its brackets."""
     if not piece.startswith("["):
+        if not NAME.fullmatch(piece):
+            raise _pattern(whole)
         return [piece]
     found: list[str] = []
     for span in piece[1:-1].split(","):

@@ -40,11 +40,11 @@ DTYPES = {
 }  # fmt: skip
 
 _FORM = re.compile(
-    r"(?:(?P<hosts>\d+)x)?(?P<device>[a-z][a-z0-9-]*?)"
-    r"(?:x(?P<per_host>\d+))?(?:@(?P<fabric>[a-z0-9]+))?"
+    r"(?:(?P<hosts>[0-9]{1,7})x)?(?P<device>[a-z][a-z0-9-]*?)"
+    r"(?:x(?P<per_host>[0-9]{1,5}))?(?:@(?P<fabric>[a-z0-9]+))?"
 )
-_SLICE = re.compile(r"(?P<family>[a-z0-9]+)-(?P<size>\d+)")
-_RACK = re.compile(r"gb200-nvl(?P<size>\d+)")
+_SLICE = re.compile(r"(?P<family>[a-z0-9]+)-(?P<size>[0-9]{1,7})")
+_RACK = re.compile(r"gb200-nvl(?P<size>[0-9]{1,7})")
 
 
 @cache
@@ -243,9 +243,9 @@ def _unreadable(text: str, device: str | None = None) -> ClusterError:
     )
     hint = f"{near}; " if near.startswith("`") else ""
     what = (
-        f"device `{device}` of `{text}` is not known."
+        f"device `{device}` of `{text:.60}` is not known."
         if device
-        else f"`{text}` describes no cluster."
+        else f"`{text:.60}` describes no cluster."
     )
     form = f"HOSTSxDEVICExPER_HOST@FABRIC such as {', '.join(f'`{e}`' for e in EXAMPLES[:4])}, or a .yaml file"
     return ClusterError(what, fix=f"{hint}{form}")

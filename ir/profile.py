@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ClusterError
+from .files import MIB, Kind, is_file, read_object, read_text
 
 SCHEMA = "meshwright/profile/v1"
+FILE = Kind("profile", 64 * MIB, "meshwright calibrate -o FILE", ClusterError)
 
 
 class _Part(BaseModel):
@@ -103,15 +106,14 @@ def load_profile(path: str | Path) -> Profile:
     Raises:
         ClusterError: no such file, another version, damaged or changed by hand.
     """
-    try:
-        data: Any = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ClusterError(f"there is no profile `{path}`.", fix="meshwright calibrate -o FILE") from None
-    except (OSError, ValueError) as error:
-        raise ClusterError(f"`{path}` is no profile: {error}.", fix="meshwright calibrate -o FILE") from None
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        found = data.get("schema") if isinstance(data, dict) else None
-        raise ClusterError(f"`{path}` is no profile of version {SCHEMA}: `{found}`.", fix="meshwright calibrate again")
+    if not is_file(path) and not os.path.lexists(path):
+        raise ClusterError(f"there is no profile `{path}`.", fix=FILE.fix)
+    data = read_object(read_text(path, FILE), FILE, str(path))
+    if data.get("schema") != SCHEMA:
+        found = str(data.get("schema"))
+        raise ClusterError(
+            f"`{path}` is no profile of version {SCHEMA}: `{found:.60}`.", fix="meshwright calibrate again"
+        )
     stated = data.pop("checksum", None)
     if stated != _digest(data):
         raise ClusterError(

@@ -127,7 +127,7 @@ def read_schedule(name: str, stages: int, microbatches: int, lines: Iterable[str
 
 
 def _step(word: str) -> Step:
-    found = re.fullmatch(r"(\d+)([FBW])(\d+)", word)
+    found = re.fullmatch(r"([0-9]{1,9})([FBW])([0-9]{1,9})", word)
     if found is None:
         raise PlanError(f"`{word}` is no step.", where="schedule", fix="stage, F, B or W, microbatch, as in 3B5")
     return Step(MARKS[found[2]], int(found[1]), int(found[3]))

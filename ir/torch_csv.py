@@ -18,8 +18,8 @@ from .errors import PlanError
 from .schedule import Kind, Schedule, Step, check
 
 PASSES: dict[str, Kind] = {"F": "forward", "B": "backward", "I": "backward", "W": "weight"}
-PASS = re.compile(r"(\d+)([FBIW])(\d+)")
-OVERLAP = re.compile(r"\((\d+F\d+);(\d+[BI]\d+)\)OVERLAP_F_B")
+PASS = re.compile(r"([0-9]{1,9})([FBIW])([0-9]{1,9})")
+OVERLAP = re.compile(r"\(([0-9]{1,9}F[0-9]{1,9});([0-9]{1,9}[BI][0-9]{1,9})\)OVERLAP_F_B")
 # What follows from the passes, and is not kept.
 BESIDE = re.compile(r"\d+(SEND_F|RECV_F|SEND_B|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD)\d*")
 
@@ -82,7 +82,7 @@ def _slot(cell: str, row: int, column: int) -> tuple[str, ...]:
     if found := OVERLAP.fullmatch(cell):
         return found.groups()
     raise PlanError(
-        f"`{cell}` is no action.", where=f"torch CSV, row {row}, column {column}",
+        f"`{' '.join(cell.split()):.60}` is no action.", where=f"torch CSV, row {row}, column {column}",
         fix="stage, kind, microbatch, as in 3F5, 3B5, 3I5, 3W5 or (3F5;4B2)OVERLAP_F_B",
     )  # fmt: skip
 

@@ -23,8 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..ir.blocks import Folded
 from ..ir.cluster import Cluster, Device
-from ..ir.codec import dump_graph, load_graph, read_object, read_text, unsealed
+from ..ir.codec import dump_graph, load_graph, unsealed
 from ..ir.errors import InfeasibleError, MeshwrightError, MismatchError, PlanError
+from ..ir.files import MIB, Kind, read_object, read_text
 from ..ir.graph import Graph
 from ..ir.plan import Plan
 from ..ir.recompute import Policy
@@ -45,6 +46,7 @@ POINTS = 24  # kept of one search, the fastest
 WIDE = 16  # that a search which keeps them tries to find
 KNOWN = "meshes, recompute and microbatches unlike those that an earlier search met"
 PINS = ("pp", "mesh", "recompute", "microbatches")  # of the first plan, kept
+FILE = Kind("frontier", 256 * MIB, "a file from `meshwright plan --frontier`, as it was written", PlanError)
 NEAR = 4  # microbatches up to so many times more or fewer
 
 
@@ -118,13 +120,13 @@ def load_frontier(path: Path) -> Frontier:
         PlanError: no such file, no frontier, or one that was changed.
         MismatchError: written by another version.
     """
-    origin, fix = str(path), "a file from `meshwright plan --frontier`, as it was written"
-    data = read_object(read_text(path, "frontier", fix), "frontier", origin, fix)
+    origin = str(path)
+    data = read_object(read_text(path, FILE), FILE, origin)
     version = data.get("meshwright")
     if isinstance(version, str) and version != VERSION:
         told = f"the frontier is of meshwright {version}, this is {VERSION}."
         raise MismatchError(told, origin=origin, fix="plan again")
-    return unsealed(Frontier, data, "frontier", origin, fix)
+    return unsealed(Frontier, data, "frontier", origin, FILE.fix)
 
 
 @dataclass(frozen=True)

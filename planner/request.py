@@ -9,10 +9,10 @@ from numbers import Integral
 from typing import Literal, NoReturn, get_args
 
 from ..ir.cluster import Cluster
-from ..ir.errors import PlanError, did_you_mean
+from ..ir.errors import PlanError, UsageError, did_you_mean
 from ..ir.microbatch import Refusal, TimeAxis
 from ..ir.recompute import POLICIES, Policy
-from ..ir.units import counted, format_bytes, parse_bytes
+from ..ir.units import counted, format_bytes, parse_bytes, parse_count
 from .pipeline.schedules import entry, schedule_named
 
 Searcher = Literal["exact", "mcmc"]
@@ -90,18 +90,20 @@ class Request:
 def parse_mesh(text: str) -> tuple[int, ...]:
     """Sizes of a mesh's axes: `128x8` is (128, 8)."""
     parts = text.lower().replace("×", "x").split("x")
-    if not all(part.strip().isdigit() for part in parts):
-        _refuse("mesh", f"`{text}`", "sizes of axes, as in 128x8")
-    return tuple(int(part) for part in parts)
+    try:
+        return tuple(parse_count(part.strip()) for part in parts)
+    except UsageError:
+        _refuse("mesh", f"`{text:.60}`", "sizes of axes, as in 128x8")
 
 
 def parse_pp(text: str) -> int | Literal["auto"]:
     """Stages of a pipeline: a number, or `auto`."""
     if text == "auto":
         return "auto"
-    if not text.strip().isdigit():
-        _refuse("pp", f"`{text}`", "a number of stages, or auto")
-    return int(text)
+    try:
+        return parse_count(text.strip())
+    except UsageError:
+        _refuse("pp", f"`{text:.60}`", "a number of stages, or auto")
 
 
 def check_early(request: Request, cluster: Cluster) -> None:

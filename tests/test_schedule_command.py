@@ -129,7 +129,7 @@ REFUSED = [
     (("search", *SIZE, "--memory-limit", "5GiB"), 2, "says nothing without what a microbatch holds"),
     (("search", *SIZE, "--memory-limit", "0.5"), 3, "no room for one microbatch"),
     (("zbv", *SIZE, "--memory-limit", "2"), 3, "zbv holds 4 microbatches on rank 0, the limit is 2"),
-    (("none.csv",), 2, "`none.csv` cannot be read"),
+    (("none.csv",), 2, "the schedule none.csv cannot be read"),
     (("chimera", *SIZE, "-o", "x.csv"), 2, "stage 0 of schedule chimera lies on 2 ranks"),
     (("1f1b", *SIZE, "--trace", "no/x.json"), 2, "folder is missing"),
 ]

@@ -10,8 +10,6 @@ Source of the format: the contest's published example, `{"problem": {"name", "no
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from pathlib import Path
 from typing import Annotated
 
@@ -19,10 +17,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...ir.errors import UsageError
+from ...ir.files import MIB, Kind, read_bytes, unpacked
 from .live import Demand, Live
 from .onehot import Edge
 
 FORBIDDEN = 1e18
+FILE = Kind("cost graph", 1024 * MIB, "the path of a cost graph, .json or .json.gz")
 Amount = Annotated[float, Field(ge=0)]
 
 
@@ -97,15 +97,10 @@ def read(path: Path) -> Live:
     Raises:
         UsageError: the file cannot be read, is not JSON, or is not of the format.
     """
+    text = unpacked(read_bytes(path, FILE), path, FILE)
     try:
-        raw = path.read_bytes()
-        text = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         problem = _File.model_validate_json(text).problem
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be read: {error.strerror or error}.", fix="the path"
-        ) from None
-    except (ValidationError, EOFError, zlib.error) as error:
+    except ValidationError as error:
         raise UsageError(
             f"{path} is not a cost graph: {_first_problem(error)}.",
             fix='a file of the form {"problem": {"nodes": ..., "edges": ..., "usage_limit": ...}}',

@@ -4,14 +4,16 @@ Exit codes: 0 done; 1 the sharded results differ from the unsharded ones; 2 wron
 usage, model, cluster or file; 3 nothing fits; 4 stopped before any plan was found;
 5 the plan cannot run here, or belongs to something else; 6 a package is missing;
 7 another process of the run has ended, or was waited for too long;
-70 a defect of meshwright; 130 interrupted.
+70 a defect of meshwright; 130 interrupted; 141 whoever read the results has gone.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -19,19 +21,23 @@ import typer
 
 from . import launch, plan_cli, run_cli, schedule_cli, whatif  # noqa: F401  (they add their commands to the app)
 from .interrupts import heard
-from .ir.errors import MeshwrightError, ProcessError, UsageError
+from .ir.errors import LoweringError, MeshwrightError, ProcessError, UsageError
 from .options import Format, FormatOption, PlanFile, app, finite
+from .output import ReaderGoneError, flush, say, silence, tolerant
 from .replan import print_plan
 
-INTERRUPTED = 130
+INTERRUPTED, CLOSED = 130, 141  # as shells count signals: 128 and SIGINT's number, SIGPIPE's
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def main() -> NoReturn:
     """Run the command line and exit with the code that belongs to the outcome."""
     code: object = 0
+    tolerant()
     try:
         with heard():
             code = app(standalone_mode=False)
+        flush()  # what help printed
     except ProcessError as error:
         from .backends.xla.meetings import leave
 
@@ -39,20 +45,25 @@ def main() -> NoReturn:
     except MeshwrightError as error:
         _fail(error.report(), error.exit_code)
     except typer.Exit as done:
-        sys.exit(done.exit_code)
+        code = done.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except (ReaderGoneError, SystemExit):  # typer ends so when whoever reads its help has gone
+        silence()
+        sys.exit(CLOSED)
+    except MemoryError as error:
+        _fail(LoweringError(f"this machine has too little memory: {error or 'none is left'}.").report(), 5)
     except Exception as error:
         if hasattr(error, "format_message"):  # what typer says about options it does not know
             _fail(_usage(error), 2)
+        if isinstance(error, OSError) and error.errno in FULL:  # help, which typer prints
+            _fail(UsageError(f"results cannot be printed: {error.strerror}.", fix="room where they lead").report(), 2)
         if os.environ.get("MESHWRIGHT_TRACEBACK"):
             raise
         _fail(_defect(error), 70)
     if code == INTERRUPTED:
-        print("interrupted", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print("interrupted", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)  # at once: XLA's threads may be in the middle of a step
     sys.exit(code if isinstance(code, int) else 0)
 
@@ -71,9 +82,14 @@ def _usage(error: Any) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody may be there to read it
+        print(message, file=sys.stderr, flush=True)
     if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
         os._exit(code)  # an orderly exit waits for the other processes, and they for this one
+    try:
+        sys.stdout.flush()
+    except (AttributeError, OSError, ValueError):
+        silence()
     sys.exit(code)
 
 
@@ -149,12 +165,12 @@ def solve(
     if output is not None:
         write_whole(output, json.dumps(found.choices) + "\n")
     if format is Format.json:
-        print(json.dumps(results))
+        say(json.dumps(results))
         return
-    print(f"cost        {found.objective:.0f}")
-    print(f"proof       {found.status}: at least {found.lower_bound:.0f}, gap {results['gap']:.2%}")
-    print(f"peak usage  {results['peak_usage']:.0f} of {results['usage_limit'] or float('inf'):.0f}")
-    print(f"assignment  {json.dumps(found.choices)}")
+    say(f"cost        {found.objective:.0f}")
+    say(f"proof       {found.status}: at least {found.lower_bound:.0f}, gap {results['gap']:.2%}")
+    say(f"peak usage  {results['peak_usage']:.0f} of {results['usage_limit'] or float('inf'):.0f}")
+    say(f"assignment  {json.dumps(found.choices)}")
 
 
 def _told(progress: Any) -> Any:
@@ -184,13 +200,13 @@ def models(
     from .models import ModelError, describe, names
 
     if name is None:
-        print(json.dumps(names()) if format is Format.json else "\n".join(names()))
+        say(json.dumps(names()) if format is Format.json else "\n".join(names()))
         return
     try:
         line = describe(name)
     except ModelError as error:
         raise UsageError(error.what, where=error.where, fix=error.hint) from error
-    print(json.dumps({"name": name, "description": line}) if format is Format.json else line)
+    say(json.dumps({"name": name, "description": line}) if format is Format.json else line)
 
 
 @app.command()
@@ -210,7 +226,7 @@ def clusters(
     if measure and spec != "local":
         raise UsageError("only this machine can be measured.", fix="clusters local --measure")
     if spec is None:
-        print(_presets(presets.names(), format))
+        say(_presets(presets.names(), format))
         return
     if measure:
         from .backends.xla.measure import measured_cluster
@@ -218,7 +234,7 @@ def clusters(
         found = measured_cluster()
     else:
         found = Cluster.local() if spec == "local" else Cluster.parse(spec)
-    print(found.model_dump_json(indent=1) if format is Format.json else found.describe())
+    say(json.dumps(found.model_dump(mode="json"), indent=1) if format is Format.json else found.describe())
 
 
 def _presets(names: dict[str, str], format: Format) -> str:

@@ -18,6 +18,7 @@ from .emulation import emulate
 from .ir.cluster import Cluster
 from .ir.codec import save_plan
 from .ir.plan import Plan
+from .output import say
 from .planner.request import Request
 from .progress import Progress as Status
 from .recipe import Made, make
@@ -42,14 +43,14 @@ def run_demo(data: Path | None, steps: int, devices: int, large: bool) -> None:
         status.say("tracing and searching")
         captured = made.capture()
         plan = plan_captured(captured, cluster, Request(time_limit=30), MODEL, status.line)
-    print(f"{MODEL} on {len(text.data):,} bytes of {text.source}\n\n{plan_text(plan)}\n")
+    say(f"{MODEL} on {len(text.data):,} bytes of {text.source}\n\n{plan_text(plan)}\n")
     running = RunningStep(lower(plan, captured))
     sharded = _train("sharded", running, made, text, steps)
     single = _train("one device", jax.jit(made.step, donate_argnums=0), made, text, steps)
-    print(_side_by_side(sharded, single))
-    print(audit_text(running.audit()))
+    say(_side_by_side(sharded, single))
+    say(audit_text(running.audit()))
     if large:
-        print(f"\n{plan_text(_plan_large())}\nsaved to {LARGE_PLAN}")
+        say(f"\n{plan_text(_plan_large())}\nsaved to {LARGE_PLAN}")
 
 
 def _train(

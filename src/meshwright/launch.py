@@ -14,6 +14,7 @@ import typer
 from .ir.errors import UsageError
 from .ir.plan import Plan
 from .options import PlanFile, app
+from .output import say
 
 PORT = 8476  # of the coordinator, if no other is asked for; the one that jax's documents use for TPUs
 HOST = "$HOST0"
@@ -133,7 +134,7 @@ def launch(
     from .ir.codec import load_plan
 
     for line in lines(job(load_plan(plan), per_host), launcher, _command(plan, shlex.split(more)), port):
-        print(line)
+        say(line)
 
 
 def _command(plan: Path, options: Sequence[str]) -> str:

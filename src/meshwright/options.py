@@ -4,11 +4,28 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-app = typer.Typer(
+from .output import apart
+
+
+class _Command(TyperCommand):
+    """A command whose results alone reach stdout."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with apart():
+            return super().invoke(ctx)
+
+
+class _App(typer.Typer):
+    def command(self, *args: Any, **options: Any) -> Any:
+        return super().command(*args, cls=_Command, **options)
+
+
+app = _App(
     name="meshwright",
     help="Plan, inspect and run parallel training steps.",
     no_args_is_help=True,

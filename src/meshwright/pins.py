@@ -6,18 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .ir.errors import UsageError, did_you_mean
-from .ir.units import parse_bytes
+from .ir.units import parse_bytes, parse_count
 from .planner.request import Request, parse_mesh, parse_pp
 
-
-def _number(text: str) -> int:
-    if not text.isdigit():
-        raise UsageError(f"`{text}` is no number.", fix="a whole number")
-    return int(text)
-
-
 PINS: Mapping[str, Callable[[str], Any]] = {
-    "pp": parse_pp, "schedule": str, "chunks": _number, "mesh": parse_mesh, "microbatches": _number,
+    "pp": parse_pp, "schedule": str, "chunks": parse_count, "mesh": parse_mesh, "microbatches": parse_count,
     "recompute": str, "memory": parse_bytes, "program": str,
 }  # fmt: skip
 

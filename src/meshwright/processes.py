@@ -145,16 +145,8 @@ def take_devices(plan: Plan, emulated: bool, place: Seat | None = None, deadline
         check_room(plan, count)
         emulate(count)
     if place is not None:
-        _keep_stdout()
         join(place, count)
         look_for_devices()
-
-
-def _keep_stdout() -> None:
-    """What libraries print there goes to stderr: gloo tells of every connection."""
-    ours = os.dup(1)
-    os.dup2(2, 1)
-    sys.stdout = os.fdopen(ours, "w", buffering=1)
 
 
 def per_process(plan: Plan, processes: int) -> int:

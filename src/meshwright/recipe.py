@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from typing import Any
 from .api import Options
 from .backends.xla.capture import Captured
 from .ir.errors import UsageError
+from .ir.files import MIB, Kind, is_file, read_bytes
 from .models import Example, ModelError, build
 
+FILE = Kind("file", 16 * MIB, "FILE.py:FUNCTION")
 Recipe = Mapping[str, str | int | bool]  # as kept in `Plan.recipe`
 
 
@@ -35,7 +38,18 @@ class Made:
 
     def capture(self, stages: bool = False) -> Captured:
         """Trace it; the state (first argument) is donated, as training loops do. `stages` as for `Options.capture`."""
-        return Options(donate_argnums=(0,)).capture(self.step, self.args, {}, stages)
+        options = Options(donate_argnums=(0,))
+        if self.example is not None:
+            return options.capture(self.step, self.args, {}, stages)
+        try:
+            return options.capture(self.step, self.args, {}, stages)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            raise UsageError(
+                f"the step ended Python: {type(error).__name__}: {_text(error):.500}.", where=self.name,
+                fix="a step that returns (state, metrics)",
+            ) from error  # fmt: skip
 
 
 def make(recipe: Recipe) -> Made:
@@ -73,15 +87,9 @@ def _from_file(model: str, options: Mapping[str, Any], recipe: Recipe) -> Made:
     path, _, name = model.rpartition(":")
     function = getattr(_module(Path(path)), name, None)
     if not callable(function):
-        raise UsageError(f"{path} has no function `{name}`.", fix="FILE.py:FUNCTION")
-    try:
+        raise UsageError(f"{path:.200} has no function `{name:.60}`.", fix="FILE.py:FUNCTION")
+    with _blamed(f"`{name}()` failed", Path(path), "a function without arguments that returns (step, state, batch)"):
         found: Any = function()
-    except Exception as error:
-        raise UsageError(
-            f"`{name}()` failed: {type(error).__name__}: {error}.",
-            where=_line_in(error, Path(path)) or model,
-            fix="a function without arguments that returns (step, state, batch)",
-        ) from error
     if isinstance(found, tuple) and len(found) > 1 and callable(found[0]):
         return Made(name, found[0], tuple(found[1:]), recipe)
     if isinstance(found, tuple) or not all(hasattr(found, p) for p in ("step", "state", "batch")):
@@ -93,7 +101,26 @@ def _from_file(model: str, options: Mapping[str, Any], recipe: Recipe) -> Made:
     return Made(name, found.step, (found.state, found.batch), recipe)
 
 
-def _line_in(error: Exception, path: Path) -> str:
+@contextmanager
+def _blamed(what: str, path: Path, fix: str) -> Iterator[None]:
+    """Whatever a user's file ends with is the file's, an exit of Python's included; Ctrl-C stays what it is."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        text = f"{type(error).__name__}: {_text(error):.500}"
+        raise UsageError(f"{what}: {text}.", where=_line_in(error, path) or str(path), fix=fix) from error
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # an error of the user's whose text fails as well
+        return "its text cannot be had"
+
+
+def _line_in(error: BaseException, path: Path) -> str:
     """Where in the user's file an error came from."""
     lines = [
         f.lineno
@@ -104,18 +131,17 @@ def _line_in(error: Exception, path: Path) -> str:
 
 
 def _module(path: Path) -> Any:
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}.", fix="FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not is_file(path):
+        raise UsageError(f"there is no file {path!s:.200}.", fix="FILE.py:FUNCTION")
+    read_bytes(path, FILE)
+    known = getattr(sys.modules.get(path.stem), "__file__", str(path)) or ""
+    taken = path.stem in sys.stdlib_module_names or Path(known) != path
+    name = f"_{path.stem}_of_the_user" if taken else path.stem  # its own name may be that of what others import
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     sys.path.insert(0, str(path.parent.resolve()))
-    try:
+    with _blamed(f"{path} cannot be imported", path, f"python {path}"):
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(
-            f"{path} cannot be imported: {type(error).__name__}: {error}.",
-            fix="python " + str(path),
-        ) from error
     return module

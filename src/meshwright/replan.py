@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Format, FormatOption, app
+from .output import say
 
 
 @app.command()
@@ -67,8 +68,8 @@ def print_plan(found: Any, format: Format, everything: bool) -> None:
     from .view.words import words
 
     if format is Format.text:
-        print(plan_text(found, everything))
+        say(plan_text(found, everything))
         return
     data = found.model_dump(mode="json", exclude={"strategies", "slots"})
     data["proof"]["gap"] = found.proof.gap
-    print(json.dumps({**data, "words": words(found)}, indent=1))
+    say(json.dumps({**data, "words": words(found)}, indent=1))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .ir.errors import UsageError
+from .ir.errors import LoweringError, UsageError
 from .options import Emulate, Format, FormatOption, PlanFile, app, finite
+from .output import say
 from .plan_cli import searched
 
 
@@ -70,7 +73,23 @@ def run(
         same_command(found, {"steps": steps, "seed": seed, "verify": verify, "emulate": emulate}, data)
     else:
         raise UsageError("a plan or --model is needed; --pin and --global-batch go with --model.", fix="one of them")
-    show(found, train(found, _made(found), steps, data, verify, seed), trace, format is Format.json)
+    with _running(found):
+        trained = train(found, _made(found), steps, data, verify, seed)
+    show(found, trained, trace, format is Format.json)
+
+
+@contextmanager
+def _running(plan: Any) -> Iterator[None]:
+    """What XLA refuses, compiling or running: too little memory, or a call of the step's own that failed."""
+    from jax.errors import JaxRuntimeError
+
+    try:
+        yield
+    except JaxRuntimeError as error:
+        raise LoweringError(
+            "the step cannot run here, or failed as it ran.", where=f"plan `{plan.name}`",
+            origin=f"{str(error).strip().splitlines()[0]:.300}", fix="a smaller model or batch, or other devices",
+        ) from error  # fmt: skip
 
 
 def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> Any:
@@ -121,7 +140,8 @@ def audit(
             raise UsageError("--emulate and --topology are two machines.", fix="one of them")
         devices = topology_devices(topology, found.cluster)
     made = _made(found)
-    report = RunningStep(lower(found, made.capture(found.pipeline is not None), devices)).audit()
+    with _running(found):
+        report = RunningStep(lower(found, made.capture(found.pipeline is not None), devices)).audit()
     if format is Format.json:
         lines = [{**asdict(line), "difference": finite(line.difference)} for line in report.lines]
         totals = {
@@ -130,9 +150,9 @@ def audit(
             "compiled_peak": report.compiled_peak, "compiled_parts": report.parts, "limit": report.limit,
         }  # fmt: skip
         full, ranks = report.fullest, [*map(asdict, report.ranks)]
-        print(json.dumps(totals | ({"fullest_rank": full[0].rank, "ranks": ranks} if full else {}), indent=1))
+        say(json.dumps(totals | ({"fullest_rank": full[0].rank, "ranks": ranks} if full else {}), indent=1))
     else:
-        print(audit_text(report))
+        say(audit_text(report))
     if report.compiled_peak > report.limit:
         raise typer.Exit(3)
 

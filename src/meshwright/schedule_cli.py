@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .options import Format, FormatOption, app
+from .output import say
 
 
 @app.command()
@@ -52,7 +53,7 @@ def schedule(
     from .scheduling import Memory, Seconds, Size, study
 
     if name is None:
-        print(json.dumps(catalogue(), indent=1) if format is Format.json else catalogue_text())
+        say(json.dumps(catalogue(), indent=1) if format is Format.json else catalogue_text())
         return
     for path in filter(None, (output, trace)):
         check_writable(path)
@@ -64,5 +65,5 @@ def schedule(
     if trace is not None:
         write_whole(trace, json.dumps(found.timeline.perfetto()))
         print(f"wrote {trace}", file=sys.stderr)
-    print(json.dumps(data(found), indent=1) if format is Format.json else text(found, width))
+    say(json.dumps(data(found), indent=1) if format is Format.json else text(found, width))
     found.check_limit()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .ir.errors import InfeasibleError, UsageError
+from .ir.files import MIB, Kind, is_file, read_text
 from .ir.schedule import Schedule, peak_held
 from .ir.torch_csv import from_torch_csv
 from .ir.units import format_bytes, parse_bytes, parse_seconds
@@ -22,6 +23,7 @@ from .planner.pipeline.tighten import Held
 from .planner.pipeline.timeline import Timeline
 
 SEARCH = "search"
+FILE = Kind("schedule", 16 * MIB, "a CSV file of torch's pipelining, as `-o` writes it, or a name")
 MOST_PASSES = 200_000  # forward passes, all stages and microbatches
 
 
@@ -141,19 +143,11 @@ def study(name: str, size: Size, seconds: Seconds, memory: Memory) -> Study:
 
 
 def _is_file(name: str) -> bool:
-    return "." in name or "/" in name or Path(name).is_file()
+    return "." in name or "/" in name or is_file(name)
 
 
 def _read(name: str, size: Size) -> Schedule:
-    path = Path(name)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"`{name}` cannot be read.", where="schedule", origin=str(error),
-            fix="a CSV file of torch's pipelining, as `-o` writes it, or a name",
-        ) from error  # fmt: skip
-    found = from_torch_csv(text, path.stem)
+    found = from_torch_csv(read_text(name, FILE), Path(name).stem)
     said = {"--stages": found.ranks, "--microbatches": found.microbatches, "--chunks": found.stages // found.ranks}
     asked = (size.ranks, size.microbatches, size.chunks)
     for (option, there), here in zip(said.items(), asked, strict=True):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .ir.errors import UsageError
+from .ir.files import is_file
 
 KINDS = ("*.py", "*.md", "*.yaml", "*.toml")
 FOLDERS = ("ir", "planner", "backends", "models", "src", "tests", "docs", "benchmarks", "notebooks")
@@ -47,12 +48,12 @@ def read_text(path: Path | None) -> Text:
     """
     if path is None:
         return own_sources()
+    if not is_file(path) or path.stat().st_size == 0:
+        raise UsageError(f"{path!s:.200} cannot be read.", where="--data", fix="an ordinary file that is not empty")
     try:
-        return Text(np.frombuffer(path.read_bytes(), np.uint8), str(path))
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be read: {error.strerror}.", where="--data", fix="a readable file"
-        ) from error
+        return Text(np.memmap(path, np.uint8, "r"), str(path))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}.", where="--data", fix="a readable file") from error
 
 
 def own_sources() -> Text:

@@ -18,6 +18,7 @@ from .backends.xla.capture import Captured
 from .backends.xla.lower import AnyLowered
 from .backends.xla.meetings import Meetings
 from .ir.cluster import Cluster
+from .ir.files import is_file
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
 from .planner.request import Request
@@ -71,7 +72,7 @@ def plan_once(make: Callable[[], Plan]) -> Plan:
 
 def _content(data: Path) -> str:
     """Size and digest of a file, which is read piece by piece."""
-    if not data.is_file():
+    if not is_file(data):
         return f"no file {data}"
     with data.open("rb") as file:
         digest = sha256()

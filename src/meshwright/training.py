@@ -23,6 +23,7 @@ from .ir.codec import write_whole
 from .ir.errors import UsageError, VerificationError
 from .ir.plan import Plan
 from .ir.schedule import Step as Pass
+from .output import say
 from .pipeline_view import both_text, both_trace
 from .recipe import Made
 from .text_data import read_text
@@ -137,13 +138,13 @@ def show(plan: Plan, trained: Trained, trace: Path | None, as_json: bool) -> Non
     if as_json:
         found = {"losses": trained.losses, "seconds": trained.seconds}
         passes = [{**asdict(each), "step": str(each.step)} for each in trained.passes]
-        print(json.dumps(found | ({"passes": passes} if passes else {})))
+        say(json.dumps(found | ({"passes": passes} if passes else {})))
         return
     for number, (loss, seconds) in enumerate(zip(trained.losses, trained.seconds, strict=True), start=1):
         same = "  equals the unsharded step" if number == 1 and trained.verified else ""
-        print(f"step {number:4d}  loss {loss:.4f}  {seconds * 1e3:.1f} ms{same}")
+        say(f"step {number:4d}  loss {loss:.4f}  {seconds * 1e3:.1f} ms{same}")
     if trained.passes:
-        print(f"\n{both_text(plan, trained.passes)}")
+        say(f"\n{both_text(plan, trained.passes)}")
 
 
 def _next_state(out: Any, state: Any, name: str) -> Any:

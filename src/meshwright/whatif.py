@@ -12,6 +12,7 @@ import typer
 from .ir.errors import UsageError
 from .ir.units import format_bytes, format_seconds
 from .options import Format, FormatOption, PlanFile, app
+from .output import say
 
 Changes = Annotated[
     list[str] | None,
@@ -41,21 +42,21 @@ def simulate(
     if trace is not None:
         write_whole(trace, json.dumps(found.timeline.perfetto()))
     if format is Format.json:
-        print(json.dumps(_simulated(found), indent=1))
+        say(json.dumps(_simulated(found), indent=1))
         return
     result, between = found.result, found.between
-    print(f"step           {format_seconds(found.seconds)}" + _likely(between))
-    print(f"compute        {format_seconds(result.compute)}")
+    say(f"step           {format_seconds(found.seconds)}" + _likely(between))
+    say(f"compute        {format_seconds(result.compute)}")
     hidden = result.communication - result.exposed
-    print(
+    say(
         f"communication  {format_seconds(result.communication)}, {format_seconds(max(0.0, hidden))} hidden,"
         f" {format_seconds(result.exposed)} exposed"
     )
     planned = format_seconds(found.plan.estimate.step_seconds)
-    print(f"unoverlapped   {format_seconds(result.serial)}; the plan says {planned}")
-    print(f"memory         {_memory(result.memory)} of {format_bytes(found.limit)}")
-    print(f"error          {found.band}; {found.hangs_on}")
-    print(found.timeline.text())
+    say(f"unoverlapped   {format_seconds(result.serial)}; the plan says {planned}")
+    say(f"memory         {_memory(result.memory)} of {format_bytes(found.limit)}")
+    say(f"error          {found.band}; {found.hangs_on}")
+    say(found.timeline.text())
 
 
 OF_LAYERS = (
@@ -76,20 +77,20 @@ def _simulate_pipeline(plan: Any, trace: Path | None, format: Format) -> None:
     if format is Format.json:
         data = {"seconds": line.seconds, "planned": plan.estimate.step_seconds, "ranks": rows, "sent": parts.sent,
                 "exposed": parts.exposed, "program": plan.pipeline.program, "simulated": "stages"}
-        print(json.dumps(data, indent=1))
+        say(json.dumps(data, indent=1))
         return
-    print(f"step     {format_seconds(line.seconds)}; the plan says {format_seconds(plan.estimate.step_seconds)}")
+    say(f"step     {format_seconds(line.seconds)}; the plan says {format_seconds(plan.estimate.step_seconds)}")
     if plan.pipeline.program == "single":
-        print(f"beware   {OF_LAYERS}")
-    print(
+        say(f"beware   {OF_LAYERS}")
+    say(
         f"between  stages {format_seconds(parts.sent)}, {format_seconds(max(0.0, parts.sent - parts.exposed))} hidden, "
         f"{format_seconds(parts.exposed)} exposed"
     )
-    print(f"error    {plan.proof.band}")
-    print(line.text())
-    print(LEGEND)
+    say(f"error    {plan.proof.band}")
+    say(line.text())
+    say(LEGEND)
     for row in rows:
-        print(
+        say(
             f"rank {row['rank']:<3} busy {format_seconds(row['busy'])}, span {format_seconds(row['span'])}, "
             f"idle in it {row['idle']:.1%}, memory {format_bytes(row['peak_bytes'])}"
         )
@@ -261,7 +262,7 @@ def calibrate(
     with Progress() as progress:
         found = measure(tell=progress.say)
     write_whole(output, found.dump())
-    print(found.dump() if format is Format.json else profile_text(found))
+    say(found.dump() if format is Format.json else profile_text(found))
 
 
 def _no_idle_options(*options: tuple[str, bool, bool, str]) -> None:
@@ -284,16 +285,16 @@ def _print_price(found: Any, where: Any, beyond: str, job: dict[str, Any], forma
             "memory": list(found.memory), "peak_bytes": found.peak, "limit_bytes": where.memory_per_device,
             "fits": fits, "band": words,
         }  # fmt: skip
-        print(json.dumps(data, indent=1))
+        say(json.dumps(data, indent=1))
         return
-    print(f"step    {format_seconds(found.step)}" + _likely(between))
-    print("        " + ", ".join(f"{cause} {format_seconds(s)}" for cause, s in found.seconds.items() if s > 0))
-    print(f"memory  {_memory(found.memory[worst])} of {format_bytes(where.memory_per_device)} (stage {worst})")
+    say(f"step    {format_seconds(found.step)}" + _likely(between))
+    say("        " + ", ".join(f"{cause} {format_seconds(s)}" for cause, s in found.seconds.items() if s > 0))
+    say(f"memory  {_memory(found.memory[worst])} of {format_bytes(where.memory_per_device)} (stage {worst})")
     if not fits:
-        print(f"        does not fit: {format_bytes(found.peak - where.memory_per_device)} too much")
+        say(f"        does not fit: {format_bytes(found.peak - where.memory_per_device)} too much")
     elif found.peak > 0.9 * where.memory_per_device:
-        print("        above 90 % of the memory; measured runs lose much of their speed there")
-    print(f"error   {words}")
+        say("        above 90 % of the memory; measured runs lose much of their speed there")
+    say(f"error   {words}")
 
 
 def _changes(pairs: list[str] | None) -> dict[str, str]:
