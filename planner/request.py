@@ -17,7 +17,10 @@ from .pipeline.schedules import entry, schedule_named
 
 Searcher = Literal["exact", "mcmc"]
 ProgramKind = Literal["stages", "single"]
-GAP, PIPELINE_GAP = 0.01, 0.05  # what ends a search; stages cut between layers leave more than that open anyway
+GAP, PIPELINE_GAP = (
+    0.01,
+    0.05,
+)  # what ends a search; stages cut between layers leave more than that open anyway
 HEADROOM = 0.10  # of device memory kept free; runs above ~90 % lose speed to the allocator
 
 
@@ -115,7 +118,9 @@ def check_early(request: Request, cluster: Cluster) -> None:
     if request.recompute is not None and request.recompute not in POLICIES:
         _refuse("recompute", request.recompute, did_you_mean(str(request.recompute), POLICIES))
     _check_pipeline(request)
-    if len(cluster.groups) > 1:  # of unlike devices each group is planned for, and stages are not equal
+    if (
+        len(cluster.groups) > 1
+    ):  # of unlike devices each group is planned for, and stages are not equal
         return
     if request.memory is not None and request.memory > cluster.device.memory:
         _refuse(
@@ -135,6 +140,12 @@ def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
         PlanError: the field, its value, and values that would do.
     """
     check_early(request, cluster)
+    if request.program == "single" and isinstance(time, Refusal):
+        raise PlanError(
+            f"one program for all stages needs two microbatches or more, which are not possible: {time.reason}.",
+            where=time.where,
+            fix="program=stages, which takes one",
+        )
     if request.microbatches is not None:
         _check_microbatches(request.microbatches, time)
 
@@ -148,7 +159,9 @@ def _check_numbers(request: Request) -> None:
     for name in ("headroom", "good_enough"):
         value = getattr(request, name)
         if not 0 <= value < 1:
-            _refuse(name.replace("good_enough", "gap"), value, "a share from 0 up to, not including, 1")
+            _refuse(
+                name.replace("good_enough", "gap"), value, "a share from 0 up to, not including, 1"
+            )
 
 
 def _check_stages(request: Request, cluster: Cluster) -> None:
@@ -168,11 +181,19 @@ def _check_pipeline(request: Request) -> None:
     pp = request.pp
     if pp == "auto":
         if request.mesh is not None:
-            _refuse("mesh", "pinned while the number of stages is open", "pp as a number too, or no mesh")
+            _refuse(
+                "mesh",
+                "pinned while the number of stages is open",
+                "pp as a number too, or no mesh",
+            )
     elif isinstance(pp, bool) or not isinstance(pp, Integral) or pp < 1:
         _refuse("pp", repr(pp), 'a number of stages, or "auto"')
     if request.program not in (None, *get_args(ProgramKind)):
-        _refuse("program", repr(request.program), did_you_mean(str(request.program), get_args(ProgramKind)))
+        _refuse(
+            "program",
+            repr(request.program),
+            did_you_mean(str(request.program), get_args(ProgramKind)),
+        )
     if pp == 1 and (request.schedule or request.chunks or request.program):
         name = next(name for name in ("schedule", "chunks", "program") if getattr(request, name))
         _refuse(name, f"{getattr(request, name)} without a pipeline", "pp of 2 or more, or auto")
@@ -181,7 +202,11 @@ def _check_pipeline(request: Request) -> None:
     if request.program == "single" and request.microbatches == 1:
         _refuse("microbatches", "1 with program=single", "2 or more")
     if request.program == "single" and request.schedule not in (None, "gpipe"):
-        _refuse("program", f"single with schedule {request.schedule}", "schedule=gpipe, which it runs, or no schedule")
+        _refuse(
+            "program",
+            f"single with schedule {request.schedule}",
+            "schedule=gpipe, which it runs, or no schedule",
+        )
     if pp != 1 and request.search != "exact":
         _refuse("search", f"{request.search} with pp", "exact")
     if request.schedule is not None:
@@ -192,7 +217,11 @@ def _check_chunks(chunks: int, schedule: str | None) -> None:
     if isinstance(chunks, bool) or not isinstance(chunks, Integral) or chunks < 1:
         _refuse("chunks", repr(chunks), "1 or more stages per rank")
     if schedule is None:
-        _refuse("chunks", f"{chunks} without a schedule that has several stages per rank", "schedule=interleaved too")
+        _refuse(
+            "chunks",
+            f"{chunks} without a schedule that has several stages per rank",
+            "schedule=interleaved too",
+        )
 
 
 def _check_schedule(request: Request, name: str) -> None:
@@ -213,7 +242,9 @@ def _check_schedule(request: Request, name: str) -> None:
             where="request: chunks", fix="no chunks with this schedule, or interleaved, which takes them",
         )  # fmt: skip
     if found.needs and isinstance(request.pp, int) and request.microbatches is not None:
-        schedule_named(name, request.pp, request.microbatches, None if found.chunks else request.chunks)
+        schedule_named(
+            name, request.pp, request.microbatches, None if found.chunks else request.chunks
+        )
 
 
 def _check_mesh(shape: Sequence[int], cluster: Cluster, stages: int = 1) -> None:

@@ -156,7 +156,9 @@ def random_step(seed: int, pipelines: bool) -> Made:
     batch, width = int(choose.choice([8, 12, 24])), int(choose.choice([8, 12]))
     if "attention" in drawn:
         width = 8
-    cluster, request = _request(choose, pipelines, whole, batch)
+    cluster, request = _request(
+        choose, pipelines, whole, batch, 1 if network.shared else network.layers
+    )
     model = _Model(network, loss, optimizer, tied and tokens, tokens, images, short)
     args = model.arguments(np.random.default_rng([seed, 2]), batch, width)
     how = "scanned" if network.scanned else "unrolled"
@@ -169,7 +171,7 @@ def random_step(seed: int, pipelines: bool) -> Made:
 
 
 def _request(
-    choose: np.random.Generator, pipelines: bool, whole: bool, batch: int
+    choose: np.random.Generator, pipelines: bool, whole: bool, batch: int, alike: int
 ) -> tuple[str, dict[str, Any]]:
     devices = int(choose.choice([2, 4, 4, 6, 8]))
     request: dict[str, Any] = {"time_limit": 30.0}
@@ -185,8 +187,8 @@ def _request(
         form = choose.random()
         if form < 0.55:
             request["schedule"] = str(choose.choice(SCHEDULES))
-        elif form < 0.75 and request.get("microbatches") != 1:
-            request["program"] = str(choose.choice(["single", "stages"]))
+        elif form < 0.75 and request.get("microbatches") != 1 and not whole:
+            request["program"] = "stages" if form < 0.62 or alike % stages else "single"
     elif choose.random() < 0.6:
         request["microbatches"] = 1 if whole else int(choose.choice(parts))
     if devices > 1 and choose.random() < 0.4:

@@ -39,15 +39,23 @@ from .test_pipeline_matrix import assert_moved, scanned
 from .test_pipeline_matrix import stage_plan as laid_out
 
 
-def single(plan: Plan, captured, stages: int, microbatches: int, cuts: list[int] | None = None) -> Plan:
+def single(
+    plan: Plan, captured, stages: int, microbatches: int, cuts: list[int] | None = None
+) -> Plan:
     found = pipelined(plan, captured, gpipe(stages, microbatches), cuts)
-    return found.model_copy(update={"pipeline": found.pipeline.model_copy(update={"program": "single"})})
+    return found.model_copy(
+        update={"pipeline": found.pipeline.model_copy(update={"program": "single"})}
+    )
 
 
-def check(name: str, stages: int, microbatches: int, layout: str, devices: int, optimizer: str = "sgd") -> None:
+def check(
+    name: str, stages: int, microbatches: int, layout: str, devices: int, optimizer: str = "sgd"
+) -> None:
     captured, leaves, _, truth = scanned(name) if name.endswith("-scan") else case(name, optimizer)
     assert_moved(captured.graph, truth)
-    plan = single(laid_out(name, captured, devices, microbatches, layout), captured, stages, microbatches)
+    plan = single(
+        laid_out(name, captured, devices, microbatches, layout), captured, stages, microbatches
+    )
     verify_outputs(truth, lower(plan, captured).jitted(*leaves), captured.graph.output_names)
 
 
@@ -65,7 +73,9 @@ def test_losses_and_gradients_equal_one_device(name, stages, microbatches, layou
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, stages, microbatches, layout, devices", [each for each in CASES if each not in FEW])
+@pytest.mark.parametrize(
+    "name, stages, microbatches, layout, devices", [each for each in CASES if each not in FEW]
+)
 def test_all_equal_one_device(name, stages, microbatches, layout, devices):
     check(name, stages, microbatches, layout, devices)
 
@@ -103,8 +113,12 @@ def test_a_plan_whose_layers_do_not_lie_alike_is_refused_when_planned():
     """What is computed again tells the last layer apart from the others, so it may be laid out in its own way."""
     made = make({"model": "llama-tied-tiny"})
     request = Request(pp=2, microbatches=4, program="single", recompute="selective")
-    with pytest.raises(PlanError, match=r"blocks\[1\].* and .*blocks\[3\].* are laid out in different ways"):
-        plan_captured(made.capture(True), Cluster.parse("8xcpu"), request, made.name, lambda line: None)
+    with pytest.raises(
+        PlanError, match=r"blocks\[1\].* and .*blocks\[3\].* are laid out in different ways"
+    ):
+        plan_captured(
+            made.capture(True), Cluster.parse("8xcpu"), request, made.name, lambda line: None
+        )
 
 
 def test_state_lies_as_with_programs_of_stages_and_either_takes_the_other_on():
@@ -115,12 +129,17 @@ def test_state_lies_as_with_programs_of_stages_and_either_takes_the_other_on():
     one, many = lower(plan, captured), lower(plan.model_copy(update={"pipeline": stages}), captured)
     assert isinstance(one, LoweredSingle) and one.hlo().count("ENTRY") == 1
     after, names = dict(captured.graph.state), captured.graph.input_names
-    homes = [(a.device_set, b.device_set) for a, b in zip(one.input_shardings, many.input_shardings, strict=True)]
+    homes = [
+        (a.device_set, b.device_set)
+        for a, b in zip(one.input_shardings, many.input_shardings, strict=True)
+    ]
     layers = [k for k in after if "layers" in names[k]]
     assert len(layers) > 40 and all(homes[k][0] == homes[k][1] for k in layers)
     found, wanted = one.jitted(*leaves), jax.tree.leaves(flat(*leaves))
     found = many.jitted(*(found[after[k]] if k in after else leaf for k, leaf in enumerate(leaves)))
-    wanted = jax.tree.leaves(flat(*(wanted[after[k]] if k in after else leaf for k, leaf in enumerate(leaves))))
+    wanted = jax.tree.leaves(
+        flat(*(wanted[after[k]] if k in after else leaf for k, leaf in enumerate(leaves)))
+    )
     for have, want in zip(found, wanted, strict=True):
         np.testing.assert_allclose(np.asarray(have), np.asarray(want), rtol=1e-3, atol=2e-5)
 
@@ -155,15 +174,24 @@ def test_what_is_not_equal_stages_is_refused():
     orders = {"schedule": other.name, "orders": other.text()}
     plan = whole.model_copy(update={"pipeline": whole.pipeline.model_copy(update=orders)})
     assert "runs gpipe, not 1f1b" in refusal(captured, plan)
-    assert "two microbatches or more" in refusal(captured, single(stage_plan("gpt-tiny", 2, 1), captured, 2, 1))
+    assert "two microbatches or more" in refusal(
+        captured, single(stage_plan("gpt-tiny", 2, 1), captured, 2, 1)
+    )
 
 
 def test_layers_that_pipelines_may_halve_stay_whole():
     captured = make({"model": "gpt-tiny", "layers": 4, "batch": 16}).capture(True)
-    plan = plan_captured(captured, "4xcpu", Request(pp=4, program="single", microbatches=4), "gpt-tiny")
+    plan = plan_captured(
+        captured, "4xcpu", Request(pp=4, program="single", microbatches=4), "gpt-tiny"
+    )
     assert plan.pipeline is not None and plan.pipeline.program == "single"
     assert lower(plan, captured).plan == plan
-    assert [stage.blocks for stage in plan.pipeline.stages] == ["start, layer 1", "layer 2", "layer 3", "layer 4, end"]
+    assert [stage.blocks for stage in plan.pipeline.stages] == [
+        "start, layer 1",
+        "layer 2",
+        "layer 3",
+        "layer 4, end",
+    ]
 
 
 @dataclass(frozen=True)
@@ -176,7 +204,11 @@ class Layered:
         def loss(weights):
             h = x @ weights["in"]
             for number, (up, down) in enumerate(weights["layers"]):
-                h = h + jnp.tanh(h @ (weights["layers"][0][0] if self.tied and number == 2 else up)) @ down
+                h = (
+                    h
+                    + jnp.tanh(h @ (weights["layers"][0][0] if self.tied and number == 2 else up))
+                    @ down
+                )
             return jnp.mean(jnp.square(h @ weights["out"]))
 
         value, grads = jax.value_and_grad(loss)(weights)
@@ -186,8 +218,33 @@ class Layered:
 def layers_alike(tied: bool):
     rng = np.random.default_rng(0)
     make = lambda *shape: rng.normal(size=shape).astype(np.float32) / 4  # noqa: E731
-    weights = {"in": make(8, 16), "layers": [(make(16, 16), make(16, 16)) for _ in range(4)], "out": make(16, 4)}
+    weights = {
+        "in": make(8, 16),
+        "layers": [(make(16, 16), make(16, 16)) for _ in range(4)],
+        "out": make(16, 4),
+    }
     return Layered(tied), weights, make(8, 8)
+
+
+def test_of_one_microbatch_a_single_program_is_not_chosen_and_refused_where_no_more_are_possible():
+    step, weights, x = layers_alike(False)
+    plan = plan_captured(
+        capture(step, weights, x), "2xcpu", Request(pp=2, microbatches=1, time_limit=10), "one"
+    )
+    assert plan.pipeline is not None and plan.pipeline.program == "stages"
+
+    def of_all(weights, x):
+        def loss(weights):
+            y = x @ weights["in"]
+            for up, down in weights["layers"]:
+                y += jnp.tanh(y @ up) @ down
+            return jnp.sum(y.mean(0) ** 2)
+
+        return jax.tree.map(lambda w, g: w - g, weights, jax.grad(loss)(weights))
+
+    captured = capture(of_all, weights, x)
+    with pytest.raises(PlanError, match="two microbatches or more, which are not possible"):
+        plan_captured(captured, "2xcpu", Request(pp=2, program="single", time_limit=10), "all")
 
 
 def test_layers_that_share_weights_are_refused_at_their_line():
@@ -196,7 +253,9 @@ def test_layers_that_share_weights_are_refused_at_their_line():
         captured = capture(step, weights, x, donate_argnums=0)
         request = Request(pp=2, microbatches=4, schedule="gpipe", recompute="none", time_limit=10)
         plan = plan_captured(captured, "2xcpu", replace(request, program="stages"), "alike")
-        plan = plan.model_copy(update={"pipeline": plan.pipeline.model_copy(update={"program": "single"})})
+        plan = plan.model_copy(
+            update={"pipeline": plan.pipeline.model_copy(update={"program": "single"})}
+        )
         if not tied:
             results = jax.tree.leaves(RunningStep(lower(plan, captured))(weights, x))
             for have, want in zip(results, jax.tree.leaves(step(weights, x)), strict=True):
@@ -224,12 +283,17 @@ def test_the_faster_kind_of_program_is_chosen_and_both_are_told():
     assert plan.estimate.step_seconds == pipeline.programs["single"]
     assert pipeline.schedule == "gpipe" and [s.held for s in pipeline.stages] == [9, 9]
     stages = chosen(program="stages").pipeline
-    assert stages.program == "stages" and stages.programs["stages"] == pytest.approx(pipeline.programs["stages"])
+    assert stages.program == "stages" and stages.programs["stages"] == pytest.approx(
+        pipeline.programs["stages"]
+    )
 
 
 def told_of_dispatch(plan: Plan) -> list[tuple[float, float]]:
     """Of pipelines that were not taken, seconds by the devices alone, and with the host's dispatch."""
-    told = [re.search(r"not taken: .*: (\S+ ms) by the devices alone, (\S+ ms) with the host", n) for n in plan.notes]
+    told = [
+        re.search(r"not taken: .*: (\S+ ms) by the devices alone, (\S+ ms) with the host", n)
+        for n in plan.notes
+    ]
     return [(parse_seconds(each[1]), parse_seconds(each[2])) for each in told if each]
 
 
@@ -241,7 +305,9 @@ def test_a_pipeline_that_is_faster_but_for_the_host_is_told():
     for plan in (flat, chosen()):
         [(alone, together)] = told_of_dispatch(plan)
         assert alone < plan.estimate.step_seconds < together
-        assert "by the devices alone" in plan_text(plan) and "by the devices alone" in plan_html(plan)
+        assert "by the devices alone" in plan_text(plan) and "by the devices alone" in plan_html(
+            plan
+        )
     assert together == pytest.approx(chosen().pipeline.programs["stages"], rel=1e-3)
     assert not told_of_dispatch(chosen(program="stages")), "what is taken itself"
 
@@ -295,7 +361,9 @@ def test_a_simulation_says_that_it_is_of_programs_of_stages(tmp_path, program):
     save_plan(chosen(program=program), tmp_path / "plan.json")
     command = ["simulate", str(tmp_path / "plan.json")]
     shown = CliRunner().invoke(app, command)
-    assert shown.exit_code == 0 and ("the plan runs a single program" in shown.output) == (program == "single")
+    assert shown.exit_code == 0 and ("the plan runs a single program" in shown.output) == (
+        program == "single"
+    )
     data = json.loads(CliRunner().invoke(app, [*command, "--format", "json"]).output)
     assert (data["program"], data["simulated"]) == (program, "stages")
 
@@ -336,16 +404,26 @@ def test_layers_that_cannot_be_shared_equally_are_refused_when_asked_for():
 def test_layers_that_may_be_halved_are_shared_whole():
     """Four layers are cut in halves for four stages; a single program takes them whole."""
     pipeline = plan_captured(
-        case("gpt-tiny", "adamw")[0], "4xcpu", Request(pp=4, microbatches=8, recompute="none"), "gpt-tiny"
+        case("gpt-tiny", "adamw")[0],
+        "4xcpu",
+        Request(pp=4, microbatches=8, recompute="none"),
+        "gpt-tiny",
     ).pipeline
     assert pipeline is not None and pipeline.program == "single"
-    assert [s.blocks for s in pipeline.stages] == ["start, layer 1", "layer 2", "layer 3", "layer 4, end"]
+    assert [s.blocks for s in pipeline.stages] == [
+        "start, layer 1",
+        "layer 2",
+        "layer 3",
+        "layer 4, end",
+    ]
 
 
 def test_a_model_without_layers_is_refused_when_a_single_program_is_asked_for():
     captured = case("dlrm-tiny")[0]
     with pytest.raises(PlanError, match="the step has no layers"):
-        plan_captured(captured, "4xcpu", Request(pp=2, microbatches=2, program="single"), "dlrm-tiny")
+        plan_captured(
+            captured, "4xcpu", Request(pp=2, microbatches=2, program="single"), "dlrm-tiny"
+        )
 
 
 # ---------------------------------------------------------------- the audit
@@ -364,7 +442,10 @@ def test_an_audit_finds_what_was_planned_between_stages_and_sees_one_permute_too
     assert hops.difference == lines["all_to_all", ("stage",)].difference == 0
     assert abs(lines["all_gather", ("stage",)].difference) < 0.02 and abs(report.difference) < 0.1
     assert 0.85 < report.compiled_peak / report.predicted_peak < 1.1
-    planned = [c.model_copy(update={"count": c.count - (c.kind == "permute")}) for c in running.plan.collectives]
+    planned = [
+        c.model_copy(update={"count": c.count - (c.kind == "permute")})
+        for c in running.plan.collectives
+    ]
     damaged = running.plan.model_copy(update={"collectives": tuple(planned)})
     report = audit_single(replace(running.lowered, plan=damaged))
     hops = next(line for line in report.lines if line.kind == "permute")

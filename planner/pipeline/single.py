@@ -70,9 +70,18 @@ def even_firsts(units: Units, stages: int) -> tuple[int, ...]:
     """
     layers, end = _layers(units)
     between = {units.names[kind] for kind in units.kinds[layers[0] : end]} if layers else set()
-    alike = between.issubset(WHOLE) and len({b - a for a, b in pairwise(units.cuts[i] for i in layers)}) <= 1
+    alike = (
+        between.issubset(WHOLE)
+        and len({b - a for a, b in pairwise(units.cuts[i] for i in layers)}) <= 1
+    )
     if not layers or not alike or layers[0] == 0:
-        what = "nothing before its layers" if layers and alike else "layers of several kinds" if layers else "no layers"
+        what = (
+            "nothing before its layers"
+            if layers and alike
+            else "layers of several kinds"
+            if layers
+            else "no layers"
+        )
     elif len(layers) % stages:
         what = f"{len(layers)} layers, which {stages} stages cannot share equally"
     else:
@@ -112,14 +121,22 @@ def price_single(pricing: Pricing, microbatches: int) -> Priced:
     """One program for all stages, one per rank.
 
     Raises:
-        PlanError: the stages cannot be equal.
+        PlanError: the stages cannot be equal, or there is one microbatch.
         InfeasibleError: what a stage then holds does not fit.
     """
     units, places = pricing.units, pricing.places
     stages, each = len(places), places[0].each
+    if microbatches < 2:
+        raise PlanError(
+            "one program for all stages needs two microbatches or more.",
+            where=f"pipeline of {stages} stages", fix="microbatches=2; or program=stages, which takes one",
+        )  # fmt: skip
     firsts, (layers, ends) = even_firsts(units, stages), layer_runs(units, stages)
     ticks, share = microbatches + stages - 1, ceil(microbatches / stages)
-    held = {runs: sum(memory_by_cause(pricing, microbatches, layers.index(runs)).values()) for runs in set(layers)}
+    held = {
+        runs: sum(memory_by_cause(pricing, microbatches, layers.index(runs)).values())
+        for runs in set(layers)
+    }
     peaks = tuple(held[runs] for runs in layers)
     peak, limit = max(peaks), places[0].limit
     if peak > limit:
@@ -148,12 +165,22 @@ def exchanges(pricing: Pricing, microbatches: int) -> list[Collective]:
     units, places = pricing.units, pricing.places
     stages, ticks = len(places), microbatches + len(places) - 1
     sent = max(_sent(places[0], units.kinds[first - 1]) for first in even_firsts(units, stages)[1:])
-    hop = max(pricing.sending(sent, place.first, place.end + place.devices) for place in places[:-1])
+    hop = max(
+        pricing.sending(sent, place.first, place.end + place.devices) for place in places[:-1]
+    )
     every = ceil(microbatches / stages) * stages * sent
 
-    def item(kind: _Kind, nbytes: float, count: int, seconds: float, what: str, phase: str) -> Collective:
+    def item(
+        kind: _Kind, nbytes: float, count: int, seconds: float, what: str, phase: str
+    ) -> Collective:
         return Collective(
-            kind=kind, axes=(STAGE,), nbytes=nbytes, count=count, seconds=count * seconds, what=what, phase=phase
+            kind=kind,
+            axes=(STAGE,),
+            nbytes=nbytes,
+            count=count,
+            seconds=count * seconds,
+            what=what,
+            phase=phase,
         )
 
     once = pricing.sending(every, 0, pricing.cluster.size)
@@ -198,7 +225,8 @@ def _sums(place: Place, ends: Runs) -> Counter[float]:
 def _stage(each: Sequence[UnitSeconds], runs: Runs, hop: float) -> StageSeconds:
     pairs = list(zip(runs, each, strict=True))
     forward, backward, weight = (
-        sum(n * getattr(unit, name) for n, unit in pairs) for name in ("forward", "backward", "weight")
+        sum(n * getattr(unit, name) for n, unit in pairs)
+        for name in ("forward", "backward", "weight")
     )
     return StageSeconds(forward, backward, weight, hop, hop)
 
