@@ -21,22 +21,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from math import lcm
 
+from . import refusals
 from .graph import Graph, Op, Region
 from .mesh import Mesh
+from .refusals import Refusal
 from .rule import Factor, Rule, cuttable
 from .rules import rule_of
 from .rules.elementwise import KINDS
 
 _MADE_ANYWHERE = KINDS - {"copy"} | {"broadcast_in_dim"}
 WHOLE = "~whole~prepare"  # ends the tag of a copy that shows all microbatches of an input at once
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a graph cannot be cut into microbatches."""
-
-    reason: str
-    where: str
 
 
 @dataclass(frozen=True)
@@ -158,8 +152,8 @@ def _parts_read(
 
 
 class _Stop(Exception):
-    def __init__(self, op: Op, reason: str):
-        self.refusal = Refusal(f"{op.kind} {reason}", op.where)
+    def __init__(self, refusal: Refusal):
+        self.refusal = refusal
 
 
 @dataclass
@@ -203,16 +197,16 @@ class _Flow:
         if op.kind == "optimization_barrier":
             self._pass_through(op)
             return
-        self._refuse_late(op, "mixes one microbatch with a value summed over the whole batch")
+        self._refuse_late(op)
         if op.kind == "scan":
             self._scan(op)
         else:
             self._simple(op, rule_of(op, self.graph.types))
 
-    def _refuse_late(self, op: Op, reason: str) -> None:
+    def _refuse_late(self, op: Op) -> None:
         late = [v for v in op.inputs if self._waits(v)]
         if late and self.waits is None:
-            raise _Stop(op, reason)
+            raise _Stop(refusals.statistic(self.graph, op, late, self.totals))
         if late and self.waits is not None:
             self.waits.update(late)
 
@@ -230,7 +224,7 @@ class _Flow:
         number = self._factor(op, rule)
         factor = rule.factors[number]
         if op.kind.startswith(("gather", "scatter")) and _is_looked_up(op, rule, number):
-            raise _Stop(op, "looks up places along the batch dim")
+            raise _Stop(refusals.places(op))
         for dims, result in zip(rule.results, op.outputs, strict=True):
             dim = next((d for d, factors in enumerate(dims) if number in factors), None)
             if dim is not None:
@@ -238,7 +232,7 @@ class _Flow:
             elif factor.kind == "reduced":
                 self.totals[result] = factor.reduction
             else:
-                raise _Stop(op, "drops the batch dim")
+                raise _Stop(refusals.dropped(op))
 
     def _factor(self, op: Op, rule: Rule) -> int:
         """The one factor that is the batch, or a refusal."""
@@ -247,12 +241,14 @@ class _Flow:
             for v, dims in zip(op.inputs, rule.operands, strict=True)
             if v in self.split
         }
-        if len(found) != 1 or next(iter(found)) is None:
-            raise _Stop(op, "uses the batch dim in two ways")
+        if None in found:
+            raise _Stop(refusals.together(op))
+        if len(found) != 1:
+            raise _Stop(refusals.compares(op))
         number = found.pop()
         assert number is not None
         if number not in cuttable(rule):
-            raise _Stop(op, "needs the whole batch at once")
+            raise _Stop(refusals.together(op))
         return number
 
     def _scan(self, op: Op) -> None:
@@ -263,7 +259,7 @@ class _Flow:
             if outside in self.split:
                 dim = self.split[outside] - (1 if i >= consts + carry else 0)
                 if dim < 0:
-                    raise _Stop(op, "loops over the batch dim")
+                    raise _Stop(refusals.looped(op))
                 inner.split[inside] = dim
         inner.strict = False
         for _ in range(carry + 1):
@@ -296,7 +292,7 @@ class _Flow:
         others = [v for i, v in enumerate(op.inputs) if i not in owed]
         fits = any(owed == set(a) if self.strict else owed <= set(a) for a in alternatives)
         if any(v in self.split for v in others) or not fits:
-            raise _Stop(op, "needs a value summed over the whole batch inside a loop")
+            raise _Stop(refusals.inside_loop(op))
         self.totals.update(dict.fromkeys(op.outputs, "sum"))
 
     def join_carry(self, op: Op, region: Region, consts: int, carry: int) -> bool:
@@ -309,7 +305,7 @@ class _Flow:
                 changed = True
             if end in self.totals and start not in self.totals:
                 if not self._starts_at_zero(op.inputs[consts + i]):
-                    raise _Stop(op, "adds up a sum over the batch that does not start at zero")
+                    raise _Stop(refusals.no_zero(op))
                 self.totals[start] = "sum"
                 changed = True
             if start in self.split and end not in self.split and end not in self.totals:

@@ -152,10 +152,14 @@ def route(config: MixtralConfig, logits_BSE: jax.Array) -> tuple[jax.Array, jax.
 
 
 def balance_loss(config: MixtralConfig, logits_BSE: jax.Array, mask_BSJE: jax.Array) -> jax.Array:
-    """E · Σ_e (share of choices) · (mean probability); 1 when even (Switch §2.2)."""
-    share_E = mask_BSJE.mean(axis=(0, 1, 2))
-    probability_E = jax.nn.softmax(logits_BSE, axis=-1).mean(axis=(0, 1))
-    return config.experts * jnp.sum(share_E * probability_E)
+    """E · Σ_e (share of choices) · (mean probability) of each sequence, averaged; 1 when even.
+
+    Switch §2.2, over sequences instead of the batch: DeepSeek-V3 §2.1.2 (eq. 17-20), Megatron-Core's
+    `seq_aux_loss`. Over the batch it would be no sum over examples, and no microbatch could run alone.
+    """
+    share_BE = mask_BSJE.mean(axis=(1, 2))
+    probability_BE = jax.nn.softmax(logits_BSE, axis=-1).mean(axis=1)
+    return config.experts * jnp.sum(share_BE * probability_BE, axis=-1).mean()
 
 
 def mixture(config: MixtralConfig, layer: Params, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -175,7 +179,9 @@ def sorted_mixture(
 ) -> tuple[jax.Array, jax.Array]:
     top_BSJ, expert_BSJ = jax.lax.top_k(logits_BSE, config.choices)
     mask_BSJE = jax.nn.one_hot(expert_BSJ, config.experts)
-    y_BSD = routed_experts(x_BSD, expert_BSJ, jax.nn.softmax(top_BSJ, axis=-1), layer, config.capacity)
+    y_BSD = routed_experts(
+        x_BSD, expert_BSJ, jax.nn.softmax(top_BSJ, axis=-1), layer, config.capacity
+    )
     return y_BSD, balance_loss(config, logits_BSE, mask_BSJE)
 
 

@@ -270,7 +270,7 @@ def _check_microbatches(count: int, time: TimeAxis | Refusal) -> None:
         raise PlanError(
             f"{count} microbatches are not possible: {time.reason}.",
             where=time.where,
-            fix="microbatches=1",
+            fix=time.fix,
         )
     if count < 1 or time.batch % count:
         near = [m for m in range(1, time.batch + 1) if time.batch % m == 0]

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from meshwright.backends.xla.capture import capture
 from meshwright.ir.mesh import Mesh
 from meshwright.ir.microbatch import Refusal, TimeAxis, batch_dims, time_axis, time_groups
+from meshwright.models import build
 
 
 def axis_of(step, *args) -> TimeAxis | Refusal:
@@ -32,15 +34,43 @@ def test_a_mean_loss_has_a_time_axis():
     assert set(found.totals.values()) == {"sum"}
 
 
-def test_batch_statistics_inside_the_model_are_refused_by_name():
-    def loss(w, x):
-        y = x @ w
-        return jnp.mean((y - y.mean(0)) ** 2)
+def normalised(w, x):
+    y = x @ w
+    return jnp.mean((y - y.mean(0)) ** 2)
 
+
+def contrasted(w, x):
+    y = x @ w
+    return jnp.mean(jax.nn.log_softmax(y @ y.T))
+
+
+def balanced(w, x):
+    share = jax.nn.softmax(x @ w)
+    return jnp.sum(share.mean(0) * jax.nn.one_hot(share.argmax(-1), 4).mean(0))
+
+
+def looped(w, x):
+    return jax.lax.scan(lambda total, row: (total + jnp.sum((row @ w) ** 2), None), 0.0, x)[0]
+
+
+REFUSED = {
+    normalised: "takes a mean over the whole batch at test_microbatch.py",
+    balanced: "takes a mean over the whole batch at test_microbatch.py",
+    contrasted: "compares examples of the batch with each other",
+    looped: "a loop runs over the examples",
+    lambda w, x: jnp.mean((x @ w) / jnp.max(x @ w)): "takes a maximum over the whole batch",
+    lambda w, x: jnp.mean(jnp.sort(x @ w, 0)[:4]): "sort needs all examples of the batch together",
+    lambda w, x: jnp.mean((x @ w)[jnp.array([3, 1])]): "picks examples of the batch by index",
+}
+
+
+@pytest.mark.parametrize("loss", REFUSED)
+def test_what_needs_the_whole_batch_is_refused_in_the_users_words(loss):
     found = axis_of(descend(loss), f32(4, 4), f32(8, 4))
     assert isinstance(found, Refusal)
-    assert "whole batch" in found.reason
+    assert REFUSED[loss] in found.reason
     assert "test_microbatch.py" in found.where
+    assert found.fix.startswith("microbatches=1 without a pipeline")
 
 
 def test_a_step_without_a_batch_is_refused():
@@ -56,16 +86,6 @@ def test_a_loop_may_carry_the_batch_and_add_up_gradients():
     assert isinstance(found, TimeAxis)
 
 
-def test_a_loop_over_the_batch_is_refused():
-    def loss(w, x):
-        def one(total, row):
-            return total + jnp.sum((row @ w) ** 2), None
-
-        return jax.lax.scan(one, 0.0, x)[0]
-
-    assert isinstance(axis_of(descend(loss), f32(4, 4), f32(8, 4)), Refusal)
-
-
 def test_every_shard_holds_its_part_of_every_microbatch():
     """Groups times microbatches deal out the batch; each possible cut has whole groups."""
     assert time_groups(8, Mesh.of(x=2), 2) == 2
@@ -73,3 +93,10 @@ def test_every_shard_holds_its_part_of_every_microbatch():
     assert time_groups(16, Mesh.of(x=8), 4) == 1  # 8 ways of 4 microbatches do not divide 16
     assert time_groups(12, Mesh.of(x=3, y=2), 2) == 6
     assert time_groups(1536, Mesh.of(x=64, y=2, z=8), 12) == 128
+
+
+def test_experts_balanced_over_sequences_have_a_time_axis():
+    """Trainers' balance losses are sums over sequences; over the batch they would be no sum."""
+    for name in ("mixtral-tiny", "mixtral-tiny-scan", "deepseek-tiny"):
+        example = build(name)
+        assert isinstance(axis_of(example.step, example.state, example.batch), TimeAxis)

@@ -75,17 +75,17 @@ def test_recomputing_changes_no_gradient():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral-tiny", "wrn-tiny"])
-def test_statistics_of_the_whole_batch_allow_one_microbatch(name):
-    check_equal(name, one_f_one_b(2, 1))
-    plan, captured = stage_plan(name, 2, 1), case(name)[0]
+def test_statistics_of_the_whole_batch_allow_one_microbatch():
+    check_equal("wrn-tiny", one_f_one_b(2, 1))
+    plan, captured = stage_plan("wrn-tiny", 2, 1), case("wrn-tiny")[0]
     with pytest.raises(PlanError, match="pipeline of 2 microbatches is not possible"):
         lower(pipelined(plan, captured, one_f_one_b(2, 2)), captured)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "schedule, optimizer, near", [(one_f_one_b(2, 4), "sgd", 2e-5), (interleaved(2, 4, 2), "adamw", 3e-4)]
+    "schedule, optimizer, near",
+    [(one_f_one_b(2, 4), "sgd", 2e-5), (interleaved(2, 4, 2), "adamw", 3e-4)],
 )
 def test_state_is_passed_on_from_step_to_step(schedule, optimizer, near):
     """Counters of the optimizer are read by all stages, of which two may share their devices."""
@@ -144,5 +144,7 @@ def test_stages_may_have_different_meshes():
 def test_scalars_cross_together():
     """Clipping needs the norm of every gradient on every stage: one message from each stage to each."""
     running = lowered("gpt-tiny", one_f_one_b(2, 2), optimizer="adamw")
-    sent = [sorted(len(parcel.values) for parcel in program.parcels) for program in running.rounds[0]]
+    sent = [
+        sorted(len(parcel.values) for parcel in program.parcels) for program in running.rounds[0]
+    ]
     assert all(sum(sizes) > 10 and len(sizes) <= 2 for sizes in sent), sent
