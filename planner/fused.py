@@ -34,6 +34,8 @@ class Fused:
 
     def seconds(self, layouts: Layouts, microbatches: int) -> list[np.ndarray]:
         """Of one run of each of `alikes`, per choice."""
+        if not self.alikes:
+            return []
         each = np.where(self.timed, self.each / microbatches, self.each)
         return np.split(self.fixed + (each / layouts.ways(self.sides)).sum(axis=0), self.ends[:-1])
 

@@ -25,6 +25,7 @@ from ...ir.errors import CaptureError
 from ...ir.graph import Attr, Constant, Graph, Op, Region, TensorType
 from . import compat
 from .batching_dims import with_batching_dims
+from .calls import Ends
 from .carried import carried_state
 from .params import attrs_of, dtype_name
 from .trace import Traced, trace
@@ -37,7 +38,8 @@ class Binding:
     """What a backend needs to run the graph, kept out of it.
 
     `in_tree` is the tree of `(args, kwargs)` without static arguments; its leaves
-    are the graph's inputs in order. `out_tree` is the tree of the step's result.
+    are the graph's inputs in order. `out_tree` is the tree of what the step returns and
+    updates; `ends` say how that becomes the user's result.
     """
 
     ops: Mapping[tuple[str, tuple[tuple[str, Attr], ...]], Bound]
@@ -46,6 +48,7 @@ class Binding:
     out_tree: Any
     in_avals: tuple[Any, ...]
     out_avals: tuple[Any, ...]
+    ends: Ends = field(default_factory=Ends)
 
 
 @dataclass(frozen=True)
@@ -100,19 +103,21 @@ def convert(traced: Traced, *, hold_in_loops: bool = False) -> Captured:
         outputs=tuple(outputs),
         constants=tuple(work.constants),
         input_names=traced.input_names,
-        output_names=traced.output_names,
+        output_names=traced.ends.output_names,
         donated=traced.donated,
     )
     graph = with_batching_dims(drop_dead_ops(graph), work.bound, work.arrays)
-    graph = replace(graph, state=carried_state(graph, traced.in_tree, traced.out_tree))
+    state = carried_state(graph, traced.in_tree, traced.ends.result, traced.ends.pairs)
+    graph = replace(graph, state=state)
     used = {(visit.op.kind, visit.op.attrs) for visit in graph.visits}
     binding = Binding(
         ops={key: bound for key, bound in work.bound.items() if key in used},
         arrays={v: array for v, array in work.arrays.items() if v in graph.constant_ids},
         in_tree=traced.in_tree,
-        out_tree=traced.out_tree,
+        out_tree=traced.ends.tree,
         in_avals=traced.in_avals,
         out_avals=tuple(closed.out_avals),
+        ends=traced.ends,
     )
     return Captured(graph, binding)
 

@@ -11,6 +11,8 @@ the way keeps the element in its place. So a learning rate is not carried to a l
 same type, nor images to reconstructions made by matrix products. Random keys, which
 are split rather than updated, need only depend on their counterpart.
 
+Pairs that are known, of objects updated in place, are only asked for their types.
+
 Where several result subtrees fit, one whose key is the argument's name wins, else the
 first; likewise the first of several arguments takes it.
 """
@@ -46,19 +48,26 @@ class _Part:
         return jax.tree_util.treedef_is_leaf(self.tree)
 
 
-def carried_state(graph: Graph, in_tree: Any, out_tree: Any) -> tuple[tuple[int, int], ...]:
-    """Pairs of (input position, output position), by input."""
+def carried_state(
+    graph: Graph, in_tree: Any, out_tree: Any, known: Sequence[tuple[int, int]] = ()
+) -> tuple[tuple[int, int], ...]:
+    """Pairs of (input position, output position), by input.
+
+    `out_tree` is of the result alone, whose leaves are the first outputs.
+    """
     reach = _reached_by(graph)
     names = _keys(in_tree, 1, graph.input_names)
     args, kwargs = _children(_Part(in_tree, 0))
     whole = [*_children(args), *_children(kwargs)]
     whole = [_Part(p.tree, p.start, names.get(p.start, "")) for p in whole]
+    pairs = {i: o for i, o in known if graph.types[graph.inputs[i]] == graph.types[graph.outputs[o]]}
+    objects = {i for i, _ in known}
     taken: set[int] = set()
-    pairs: dict[int, int] = {}
     for part in whole:
-        found = _match(graph, part, out_tree, reach, taken, deep=not part.is_leaf)
+        mixed = not objects.isdisjoint(part.leaves)
+        found = None if mixed else _match(graph, part, out_tree, reach, taken, deep=not part.is_leaf)
         if found is None:
-            for child in _children(part):
+            for child in (c for c in _children(part) if objects.isdisjoint(c.leaves)):
                 pairs.update(_match(graph, child, out_tree, reach, taken, deep=False) or {})
         else:
             pairs.update(found)

@@ -17,12 +17,13 @@ from itertools import islice
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, Var
 
 __all__ = [
-    "CALLS", "IDENTITIES", "PLACEMENTS", "ClosedJaxpr", "Coordination", "Jaxpr", "Literal", "Primitive", "Var",
-    "barrier_primitive", "bind", "call_body", "coordination", "held_back", "is_jitted", "is_library", "is_vacant",
-    "line_in_code", "scan_counts", "user_line",
+    "CALLS", "IDENTITIES", "PLACEMENTS", "ClosedJaxpr", "Coordination", "Jaxpr", "Literal", "Primitive", "Tracer",
+    "Var", "barrier_primitive", "bind", "call_body", "coordination", "held_back", "is_jitted", "is_library",
+    "is_vacant", "line_in_code", "scan_counts", "under_trace", "user_line", "weakened",
 ]  # fmt: skip
 
 # Primitives that only call a body, and the parameter that holds it.
@@ -85,6 +86,23 @@ def is_jitted(function: Any) -> bool:
     return type(function) is type(_jitted())
 
 
+def under_trace() -> bool:
+    """Whether jax is tracing or transforming something at this moment."""
+    from jax._src import core
+
+    return not core.trace_state_clean()
+
+
+def weakened(results: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
+    """Results of weak type where these are, so that a Python number in the state keeps its type from step to step."""
+    return [
+        jax.lax.convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=True, sharding=None)  # type: ignore[attr-defined]
+        if aval.weak_type and not x.weak_type and (isinstance(x, Tracer) or x.is_fully_addressable)
+        else x
+        for x, aval in zip(results, avals, strict=True)
+    ]
+
+
 @lru_cache(maxsize=1)
 def _jitted() -> Callable[..., Any]:
     return jax.jit(lambda: 0)
@@ -123,13 +141,14 @@ def held_back(eqn: Any, always: bool = False) -> tuple[bool, ...]:
 # ---------------------------------------------------------------- lines of the user
 
 
+_HERE = __file__.replace("\\", "/").rpartition("/")[0] + "/"  # what calls the step is nobody's line either
 _LIBRARIES = ("jax", "jaxlib", "optax", "flax", "equinox", "chex", "einops", "haiku", "distrax")
 
 
 @lru_cache(maxsize=4096)
 def is_library(file: str) -> bool:
     parts = file.replace("\\", "/").split("/")
-    if file.startswith("<") or "contextlib.py" in parts or "functools.py" in parts:
+    if file.startswith(("<", _HERE)) or "contextlib.py" in parts or "functools.py" in parts:
         return True
     after = next((parts[i + 1] for i, p in enumerate(parts[:-1]) if p == "site-packages"), "")
     return after in _LIBRARIES

@@ -18,6 +18,7 @@ from ...ir.fingerprint import fingerprint
 from ...ir.plan import Plan
 from ...ir.program import prepare
 from .capture import Captured
+from .compat import weakened
 from .devices import (
     device_mesh,
     on_cpus,
@@ -169,6 +170,8 @@ def lower(
     sharded = jax.shard_map(
         local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
+    if any(aval.weak_type for aval in captured.binding.out_avals):
+        sharded = _weakly(sharded, captured.binding.out_avals)
     sharded.__name__ = re.sub(r"\W", "_", plan.name)  # type: ignore[attr-defined]  for profilers
     in_shardings = tuple(NamedSharding(mesh, spec) for spec in in_specs)
     out_shardings = tuple(NamedSharding(mesh, spec) for spec in out_specs)
@@ -180,6 +183,11 @@ def lower(
         compiler_options=options_for(mesh),
     )
     return Lowered(plan, captured, sharded, jitted, mesh, in_shardings, out_shardings)
+
+
+def _weakly(sharded: Callable[..., Sequence[Any]], avals: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+    """The same program; Python numbers in the state keep their weak types."""
+    return lambda *leaves: weakened(sharded(*leaves), avals)
 
 
 def _check_graph(plan: Plan, captured: Captured) -> None:

@@ -58,7 +58,8 @@ def reference(step: Callable[..., Any], captured: Captured, leaves: Sequence[Any
     """
     graph = captured.graph
     # On the host: the sharded step that follows may be given the arrays themselves.
-    before = {o: np.asarray(leaves[i]) for i, o in graph.state if jnp.issubdtype(leaves[i].dtype, jnp.floating)}
+    real = [jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating) for leaf in leaves]
+    before = {o: np.asarray(leaves[i]) for i, o in graph.state if real[i]}
     noise = measure(captured, leaves)
     return Reference(step(*leaves), noise, TOLERANCE[precision(graph)], before)
 

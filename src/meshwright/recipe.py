@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .api import Options
 from .backends.xla.capture import Captured
 from .ir.errors import UsageError
 from .ir.files import MIB, Kind, is_file, read_bytes
 from .models import Example, ModelError, build
+from .tracing import Options
 
 FILE = Kind("file", 16 * MIB, "FILE.py:FUNCTION")
 Recipe = Mapping[str, str | int | bool]  # as kept in `Plan.recipe`

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .api import Options
 from .ir.blocks import fold
 from .ir.cluster import Cluster
 from .ir.errors import MismatchError, UsageError
@@ -18,6 +17,7 @@ from .planner.cost.bands import band_of, told, weakest
 from .planner.cost.model import Roofline
 from .planner.instructions import Simulation, simulate_plan
 from .planner.pipeline.timeline import Timeline
+from .tracing import Options
 
 
 @dataclass(frozen=True)

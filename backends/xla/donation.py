@@ -1,0 +1,54 @@
+"""Arrays that are given up and given again in the same call: XLA would write over what it still reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ...ir.errors import UsageError
+from .calls import Call
+
+
+def check_given_twice(call: Call, donated: frozenset[int], thorough: bool = True) -> None:
+    """Raise where a donated leaf is the same array as another one.
+
+    With `thorough`, also where two arrays share one buffer, which takes some microseconds each to find out.
+    """
+    twice = given_twice(call.leaves, donated, thorough)
+    if twice is not None:
+        one, other = (call.names[p] for p in twice)
+        raise UsageError(
+            f"`{one}` and `{other}` are the same array, and it is donated: it would be written over while it is read.",
+            where=f"step `{call.step.name}`",
+            fix=f"give a copy for one of them, `{other}=jnp.copy(...)`, or do not donate it"
+            if other.isidentifier()
+            else "give a copy for one of them, jnp.copy(...), or do not donate it",
+        )
+
+
+def given_twice(
+    leaves: Sequence[Any], donated: frozenset[int], thorough: bool = False
+) -> tuple[int, int] | None:
+    """Positions of two leaves that are one array, of which one is donated."""
+    if not donated or (not thorough and len(set(map(id, leaves))) == len(leaves)):
+        return None
+    seen: dict[Any, int] = {}
+    for position, leaf in enumerate(leaves):
+        if not isinstance(leaf, jax.Array):
+            continue
+        for key in _buffers(leaf, thorough):
+            other = seen.setdefault(key, position)
+            if other != position and not donated.isdisjoint((other, position)):
+                return other, position
+    return None
+
+
+def _buffers(leaf: jax.Array, thorough: bool) -> list[Any]:
+    found: list[Any] = [("object", id(leaf))]
+    alone = thorough and leaf.size and len(leaf.sharding.device_set) == 1 and not leaf.is_deleted()
+    if alone and leaf.is_fully_addressable and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        found.append(("buffer", leaf.unsafe_buffer_pointer()))
+    return found

@@ -1,0 +1,134 @@
+"""Values of a trace that outlive it: what a step stores in a list, an attribute or a global is no result.
+
+jax notices only when such a value is used again. Here the trace itself is watched: it lives on where one of its
+values does, those of loops and derivatives inside it too. Who holds it is looked for among what is the user's: the
+step and what it closes over, its arguments, modules that are no library's.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...ir.errors import CaptureError
+from . import compat
+from .calls import Call
+
+MOST = 20_000  # objects that are looked at
+_DEEPEST = 8  # from the value to what has a name
+
+
+def watched(flat: Callable[..., Any], traces: list[Any]) -> Callable[..., Any]:
+    """The same function, which notes the trace that it runs in."""
+
+    def noted(*leaves: Any) -> Any:
+        traces.extend(
+            weakref.ref(leaf._trace) for leaf in leaves[:1] if isinstance(leaf, compat.Tracer)
+        )
+        return flat(*leaves)
+
+    noted.__name__ = noted.__qualname__ = flat.__name__
+    return noted
+
+
+def check_leaks(traces: Sequence[Any], call: Call) -> None:
+    """Raise where something of the user's still holds a value of a trace that is over."""
+    if not any(trace() is not None for trace in traces):
+        return
+    gc.collect()
+    leaked = [x for x in gc.get_objects() if isinstance(x, compat.Tracer) and _is_of(x, traces)]
+    place = _holder(leaked, call)
+    if place:
+        raise CaptureError(
+            f"the step stores a value that it computes in {place}: under jax that happens once, while the step is "
+            "traced, and never again.",
+            where=f"step `{call.step.name}`",
+            fix="return the value from the step, and store it where the step is called",
+        )
+
+
+def _is_of(tracer: Any, traces: Sequence[Any]) -> bool:
+    known = {id(trace()) for trace in traces if trace() is not None}
+    seen, trace = 0, tracer._trace
+    while trace is not None and seen < 50:
+        if id(trace) in known:
+            return True
+        trace, seen = getattr(trace, "parent_trace", None), seen + 1
+    return False
+
+
+def _holder(leaked: list[Any], call: Call) -> str:
+    """What of the user's holds one of these, breadth first; "" where nothing does."""
+    named = _named(call)
+    seen = {id(leaked), *map(id, leaked)}
+    level: list[tuple[Any, str]] = [(tracer, "") for tracer in leaked]
+    for _ in range(_DEEPEST):
+        above: list[tuple[Any, str]] = []
+        for held, path in level:
+            for holder in gc.get_referrers(held):
+                if id(holder) in seen or isinstance(holder, types.FrameType) or len(seen) > MOST:
+                    continue
+                seen.add(id(holder))
+                step = _step(holder, held)
+                if isinstance(holder, dict) and (module := _module(holder)):
+                    return f"the global `{step.removeprefix('.')}{path}` of {module}"
+                if id(holder) in named:
+                    return f"`{named[id(holder)]}{step}{path}`"
+                above.append((holder, step + path))
+        seen |= {id(level), id(above)}
+        level = above
+    return ""
+
+
+def _named(call: Call) -> dict[int, str]:
+    """The step's own objects: what it closes over, is bound to, or is given as a static argument."""
+    function = _unwrapped(call.step.function)
+    named: dict[int, str] = {}
+    code = getattr(function, "__code__", None)
+    for name, cell in zip(
+        getattr(code, "co_freevars", ()), getattr(function, "__closure__", None) or (), strict=True
+    ):
+        named[id(cell)] = name
+    named[id(getattr(function, "__dict__", None))] = call.step.name
+    named[id(getattr(function, "__defaults__", None))] = f"a default of {call.step.name}"
+    bound = getattr(call.step.function, "__self__", None)
+    if bound is not None:
+        named[id(bound)] = type(bound).__name__
+    for value in (*call.args, *call.kwargs.values()):
+        if not isinstance(value, str | int | float | bool | None):
+            named[id(value)] = f"a {type(value).__name__} that it is given"
+    return named
+
+
+def _unwrapped(function: Any) -> Any:
+    """The Python function of a method or partial."""
+    while hasattr(function, "__func__") or hasattr(function, "func"):
+        function = getattr(function, "__func__", None) or function.func
+    return function
+
+
+def _step(holder: Any, held: Any) -> str:
+    """How a holder says what it holds: `[2]`, `.name`, or nothing."""
+    if isinstance(holder, dict):
+        key = next((k for k, v in holder.items() if v is held), None)
+        return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+    if isinstance(holder, list | tuple):
+        return f"[{next(k for k, v in enumerate(holder) if v is held)}]"
+    return ""
+
+
+def _module(holder: dict) -> str:
+    """The name of the user's module whose globals these are."""
+    module = sys.modules.get(holder.get("__name__", ""))
+    if module is None or vars(module) is not holder:
+        return ""
+    file = getattr(module, "__file__", None) or ""
+    return (
+        ""
+        if compat.is_library(file or "<none>") and module.__name__ != "__main__"
+        else module.__name__
+    )

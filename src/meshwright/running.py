@@ -1,0 +1,154 @@
+"""A lowered step with the user's own signature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from .backends.xla.audit import Audit, audit, audit_single
+from .backends.xla.audit_pipeline import audit_pipeline
+from .backends.xla.calls import Call, calling
+from .backends.xla.capture import Binding
+from .backends.xla.compat import weakened
+from .backends.xla.donation import check_given_twice
+from .backends.xla.lower import AnyLowered
+from .backends.xla.lower_single import LoweredSingle
+from .backends.xla.pipeline import LoweredPipeline
+from .backends.xla.steps import Step
+from .ir.errors import LoweringError, MismatchError
+from .ir.plan import Plan
+from .together import same_start
+
+
+@dataclass(frozen=True)
+class RunningStep:
+    """A lowered step with the user's own signature (static arguments left out).
+
+    `step` is what was lowered; `inner` what is static inside its arguments, as graph definitions of nnx.
+    """
+
+    lowered: AnyLowered
+    step: Step | None = None
+    inner: Any = ((), (), None)
+
+    _started: list[bool] = field(default_factory=list)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        step = (
+            Step(lambda *args, **kwargs: None, self.plan.name)
+            if self.step is None
+            else self.step.without_static()
+        )
+        with calling(step, args, kwargs) as call:
+            self._check(call)
+            return call.finish(self.run(call.leaves), self.lowered.captured.binding.ends)
+
+    def _check(self, call: Call) -> None:
+        if call.inner != self.inner or not any(_takes(known, call) for known in self._bindings()):
+            raise MismatchError(
+                "the program was made for other arguments.",
+                where=f"plan `{self.plan.name}`",
+                origin=_first_other(call, self.lowered.captured.binding),
+                fix="call it as it was lowered, keywords included; or lower it again for these arguments",
+            )
+        check_given_twice(call, self.lowered.captured.graph.donated)
+
+    def _bindings(self) -> list[Binding]:
+        """As the step was written and, where its layers were taken apart, with a tuple for each stack."""
+        apart = self.lowered.apart
+        return [self.lowered.captured.binding, *([] if apart is None else [apart.stacked.binding])]
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Run on the leaves of all arguments, which are not checked; what comes out, as a tree."""
+        lowered, apart = self.lowered, self.lowered.apart
+        if apart is not None and len(leaves) != len(apart.inputs):
+            leaves = apart.apart(leaves)
+        if lowered.joint:
+            if not self._started:
+                same_start(lowered, leaves)
+                self._started.append(True)
+            return self._tree(lowered.run(leaves))
+        try:
+            results = lowered.jitted(*self.placed(leaves))
+        except ValueError as error:
+            if "device" not in str(error):
+                raise
+            results = lowered.jitted(*lowered.placed(leaves))
+        return self._tree(results)
+
+    def _tree(self, results: Sequence[Any]) -> Any:
+        binding = self.lowered.captured.binding
+        return jax.tree.unflatten(binding.out_tree, weakened(results, binding.out_avals))
+
+    def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
+        """Before the first run, put the state where later runs will find it.
+
+        jax compiles a program anew when its inputs come placed otherwise than before.
+        """
+        if self._started or self.lowered.joint:
+            return leaves
+        self._started.append(True)
+        found = list(leaves)
+        for position, _ in self.lowered.captured.graph.state:
+            found[position] = jax.device_put(
+                found[position], self.lowered.input_shardings[position]
+            )
+        return found
+
+    @property
+    def plan(self) -> Plan:
+        return self.lowered.plan
+
+    def audit(self) -> Audit:
+        """Predicted against compiled communication and memory."""
+        if isinstance(self.lowered, LoweredSingle):
+            return audit_single(self.lowered)
+        return (
+            audit_pipeline(self.lowered)
+            if isinstance(self.lowered, LoweredPipeline)
+            else audit(self.lowered)
+        )
+
+    def hlo(self) -> str:
+        """The compiled program as text.
+
+        Raises:
+            LoweringError: the plan has a pipeline of several programs.
+        """
+        if isinstance(self.lowered, LoweredPipeline):
+            raise LoweringError(
+                "the text is of one program; a pipeline is several.",
+                where=f"plan `{self.plan.name}`",
+                fix="a plan without a pipeline, or with program=single",
+            )
+        return self.lowered.hlo()
+
+
+def aval(leaf: Any) -> Any:
+    """Shape and type of a leaf as jax sees it; a number is an array without dims, of weak type."""
+    if not hasattr(leaf, "dtype") or isinstance(leaf, np.ndarray | np.generic):
+        try:
+            leaf = jax.typeof(leaf)
+        except (TypeError, OverflowError):  # refused when it is traced
+            return (type(leaf),)
+    return (leaf.shape, leaf.dtype, bool(getattr(leaf, "weak_type", False)))
+
+
+def _takes(binding: Binding, call: Call) -> bool:
+    wanted = [aval(found)[:2] for found in binding.in_avals]
+    return call.tree == binding.in_tree and [aval(leaf)[:2] for leaf in call.leaves] == wanted
+
+
+def _first_other(call: Call, binding: Binding) -> str:
+    if call.tree != binding.in_tree:
+        return f"it takes {binding.in_tree}, was given {call.tree}"
+    for leaf, wanted in zip(call.leaves, binding.in_avals, strict=True):
+        found = aval(leaf)
+        if found[:2] != (wanted.shape, wanted.dtype):
+            shape, dtype = (*found, found[0])[:2]
+            return f"it takes {wanted.dtype}{list(wanted.shape)}, was given {dtype}{list(shape)}"
+    return "what is static in its arguments differs"
