@@ -138,7 +138,10 @@ class Call:
 
     @property
     def donated(self) -> frozenset[int]:
-        step, names = self.step, parameter_names(self.step.function)
+        step = self.step
+        if not step.donated and not step.donated_names and step.donates_rest is None:
+            return frozenset()
+        names = parameter_names(step.function)
         opened, named = jax.tree.unflatten(self.tree, range(len(self.leaves)))
         found: list[int] = []
         for place, part in zip(self.places, opened, strict=True):

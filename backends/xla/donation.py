@@ -13,11 +13,11 @@ from .calls import Call
 
 
 def check_given_twice(call: Call, donated: frozenset[int], thorough: bool = True) -> None:
-    """Raise where a donated leaf is the same array as another one.
+    """Raise where a donated leaf is the same array as another one, or shares its buffer.
 
-    With `thorough`, also where two arrays share one buffer, which takes some microseconds each to find out.
+    Buffers of arrays that lie on several devices are asked for with `thorough`: that takes longer than other steps do.
     """
-    twice = given_twice(call.leaves, donated, thorough)
+    twice = given_twice(call.leaves, donated, None if thorough else 1)
     if twice is not None:
         one, other = (call.names[p] for p in twice)
         raise UsageError(
@@ -39,16 +39,19 @@ def given_twice(
     for position, leaf in enumerate(leaves):
         if not isinstance(leaf, jax.Array):
             continue
-        for key in _buffers(leaf, thorough):
+        for key in [("object", id(leaf)), *_buffers(leaf, most)]:
             other = seen.setdefault(key, position)
             if other != position and not donated.isdisjoint((other, position)):
                 return other, position
     return None
 
 
-def _buffers(leaf: jax.Array, thorough: bool) -> list[Any]:
-    found: list[Any] = [("object", id(leaf))]
-    alone = thorough and leaf.size and len(leaf.sharding.device_set) == 1 and not leaf.is_deleted()
-    if alone and leaf.is_fully_addressable and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-        found.append(("buffer", leaf.unsafe_buffer_pointer()))
-    return found
+def _buffers(leaf: jax.Array, most: int | None) -> list[tuple[str, int]]:
+    """Where its first shard lies, if it is here."""
+    many = len(leaf.sharding.device_set)
+    if (most is not None and many > most) or leaf.is_deleted() or not leaf.size:
+        return []
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or not leaf.is_fully_addressable:
+        return []
+    part = leaf if many == 1 else leaf.addressable_shards[0].data
+    return [("buffer", part.unsafe_buffer_pointer())]

@@ -118,7 +118,13 @@ def _step(holder: Any, held: Any) -> str:
         return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
     if isinstance(holder, list | tuple):
         return f"[{next(k for k, v in enumerate(holder) if v is held)}]"
-    return ""
+    attributes = getattr(holder, "__dict__", None)
+    name = (
+        next((k for k, v in attributes.items() if v is held), "")
+        if isinstance(attributes, dict)
+        else ""
+    )
+    return f".{name}" if name else ""
 
 
 def _module(holder: dict) -> str:

@@ -1,0 +1,563 @@
+"""Steps run as their library runs them: nnx in place, equinox's static leaves, jit's own arguments, numbers."""
+
+import copy
+import functools
+import pickle
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import meshwright as mw
+from meshwright.backends.xla.capture import capture
+from meshwright.ir.errors import CaptureError, MismatchError, UsageError
+
+QUICK = {"cluster": "8xcpu", "mesh": (8,), "microbatches": 1, "recompute": "none"}
+BATCH = {
+    "x": np.linspace(-1, 1, 32 * 16, dtype=np.float32).reshape(32, 16),
+    "y": np.ones((32, 8), np.float32),
+}
+
+
+def parallel(step, **options):
+    return mw.parallelize(step, **{**QUICK, "verify": True, **options})
+
+
+def same(a, b, tolerance=1e-5):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(getattr(x, "dtype", float), jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=tolerance, atol=tolerance)
+
+
+# ---------------------------------------------------------------- flax.nnx, in place
+
+
+class Net(nnx.Module):
+    """Everything that keeps state: parameters, running statistics, random streams."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(16, 16, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.drop = nnx.Dropout(0.25, rngs=rngs)
+        self.last = nnx.Linear(16, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.drop(nnx.relu(self.norm(self.first(x)))))
+
+
+def training(kind=nnx.Optimizer, tx=None):
+    model = Net(nnx.Rngs(0))
+    return model, kind(model, tx or optax.sgd(0.1, 0.9), wrt=nnx.Param)
+
+
+def net_step(model, optimizer, batch):
+    def loss_of(model):
+        return jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+
+    loss, grads = nnx.value_and_grad(loss_of)(model)
+    optimizer.update(model, grads)
+    return loss
+
+
+def held(*objects):
+    return jax.tree.leaves(nnx.state(objects))
+
+
+@pytest.mark.parametrize("decorate", [nnx.jit, lambda step: step, nnx.jit(donate_argnums=(0, 1))])
+def test_nnx_objects_are_updated_in_place_as_by_nnx_jit(decorate):
+    mine, theirs = training(), training()
+    train, plain = parallel(decorate(net_step)), nnx.jit(net_step)
+    ours, expected = [], []
+    for _ in range(3):
+        ours.append(float(train(*mine, BATCH)))
+        expected.append(float(plain(*theirs, BATCH)))
+    np.testing.assert_allclose(ours, expected, rtol=1e-4)
+    assert ours[2] < ours[0]
+    same(held(*mine), held(*theirs), 1e-4)
+
+
+def test_variables_of_nnx_objects_are_carried_state():
+    graph = capture(
+        nnx.jit(net_step, donate_argnums=1), *training(tx=optax.adam(1e-2)), BATCH
+    ).graph
+    carried = {graph.input_name(i): graph.output_names[o] for i, o in graph.state}
+    assert all(name == result for name, result in carried.items())
+    assert {"model.first.kernel", "model.norm.mean", "model.drop.rngs.count"} <= set(carried)
+    moments = [name for name in carried if "mu" in name and "kernel" in name]
+    assert len(moments) == 2 and all(name.startswith("optimizer.") for name in moments)
+    assert {graph.input_name(p).partition(".")[0] for p in graph.donated} == {"optimizer"}
+
+
+def test_a_step_that_returns_nothing_moves_the_weights():
+    def silent(model, optimizer, batch):
+        net_step(model, optimizer, batch)
+
+    mine, theirs = training(), training()
+    assert parallel(silent)(*mine, BATCH) is None
+    nnx.jit(silent)(*theirs, BATCH)
+    same(held(*mine), held(*theirs), 1e-4)
+
+
+def test_metrics_keywords_and_evaluation():
+    def evaluate(model, metrics, *, batch):
+        error = jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
+        metrics.update(loss=error, accuracy=error > 1)
+
+    def metrics():
+        return nnx.MultiMetric(
+            loss=nnx.metrics.Average("loss"), accuracy=nnx.metrics.Average("accuracy")
+        )
+
+    model, mine, theirs = Net(nnx.Rngs(0)), metrics(), metrics()
+    model.eval()
+    train, plain = parallel(evaluate), nnx.jit(evaluate)
+    for _ in range(2):
+        train(model, metrics=mine, batch=BATCH)
+        plain(model, metrics=theirs, batch=BATCH)
+    same(mine.compute(), theirs.compute())
+
+
+def test_shared_variables_stay_shared():
+    class Tied(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(16, 16, rngs=rngs)
+            self.b = nnx.Linear(16, 16, rngs=rngs)
+            self.b.kernel = self.a.kernel
+
+        def __call__(self, x):
+            return self.b(nnx.tanh(self.a(x)))[:, :8]
+
+    def two(one, other, batch):
+        def loss_of(one):
+            return jnp.mean((one(batch["x"]) - batch["y"]) ** 2)
+
+        grads = nnx.grad(loss_of)(one)
+        nnx.update(one, jax.tree.map(lambda p, g: p - 0.1 * g, nnx.state(one, nnx.Param), grads))
+        return other.a.kernel[...].sum()
+
+    mine, theirs = Tied(nnx.Rngs(0)), Tied(nnx.Rngs(0))
+    same(parallel(two)(mine, mine, BATCH), nnx.jit(two)(theirs, theirs, BATCH))
+    assert mine.a.kernel is mine.b.kernel
+    same(held(mine), held(theirs))
+
+
+def test_a_model_with_its_optimizer_inside_cached_and_partial():
+    def inside(optimizer, batch):
+        loss, grads = nnx.value_and_grad(lambda m: jnp.mean((m(batch["x"]) - batch["y"]) ** 2))(
+            optimizer.model
+        )
+        optimizer.update(grads)
+        return loss
+
+    expected = nnx.jit(inside)(training(nnx.ModelAndOptimizer)[1], BATCH)
+    found = [
+        parallel(inside)(training(nnx.ModelAndOptimizer)[1], BATCH),
+        parallel(nnx.cached_partial(nnx.jit(inside), training(nnx.ModelAndOptimizer)[1]))(BATCH),
+        parallel(functools.partial(inside, training(nnx.ModelAndOptimizer)[1]))(BATCH),
+    ]
+    for one in found:
+        same(one, expected)
+
+
+def test_a_returned_nnx_object_is_the_users_own_and_graph_changes_come_back():
+    def step(model, batch):
+        model.seen = nnx.BatchStat(batch["x"].mean(0))
+        return model, model(batch["x"]).sum()
+
+    model = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+    returned, _ = parallel(step)(model, BATCH)
+    assert returned is model
+    same(model.seen[...], BATCH["x"].mean(0))
+
+
+def test_nnx_modules_of_another_structure_are_another_program():
+    train = parallel(lambda model, x: model(x).sum(), verify=False)
+    for model in (
+        nnx.Linear(16, 8, rngs=nnx.Rngs(0)),
+        nnx.Linear(16, 8, use_bias=False, rngs=nnx.Rngs(0)),
+    ):
+        same(train(model, BATCH["x"]), model(BATCH["x"]).sum(), 1e-4)
+    running = train.lower(model, BATCH["x"])
+    same(running(model, BATCH["x"]), model(BATCH["x"]).sum(), 1e-4)
+    with pytest.raises(MismatchError):
+        running(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), BATCH["x"])
+
+
+def test_an_nnx_object_that_is_no_argument_is_refused():
+    model, optimizer = training()
+    with pytest.raises(CaptureError, match="not among its arguments"):
+        parallel(nnx.jit(lambda batch: net_step(model, optimizer, batch)))(BATCH)
+
+
+def test_nnx_modules_under_jax_jit_lose_their_updates_and_are_refused():
+    with pytest.raises(CaptureError, match="in place") as refusal:
+        parallel(jax.jit(net_step))(*training(), BATCH)
+    assert "nnx.jit in place of jax.jit" in str(refusal.value)
+
+
+# ---------------------------------------------------------------- equinox
+
+
+@eqx.filter_jit
+def filtered(model, x, y, state, tx):
+    loss, grads = eqx.filter_value_and_grad(lambda m: jnp.mean((jax.vmap(m)(x) - y) ** 2))(model)
+    updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_array))
+    return loss, eqx.apply_updates(model, updates), state, "done"
+
+
+@pytest.mark.parametrize("decorate", [lambda step: step, lambda step: step.__wrapped__])
+def test_equinox_modules_keep_what_is_no_array_fixed(decorate):
+    model = eqx.nn.Sequential(
+        [eqx.nn.MLP(16, 8, 16, 1, key=jax.random.key(0)), eqx.nn.Lambda(jnp.tanh)]
+    )
+    tx = optax.adam(1e-2)
+    state = tx.init(eqx.filter(model, eqx.is_array))
+    step = decorate(filtered)
+    if step is not filtered:
+        step = lambda model, x, y, state: filtered.__wrapped__(model, x, y, state, tx)  # noqa: E731
+        train, rest = parallel(step), ()
+    else:
+        train, rest = parallel(step), (tx,)
+    mine = theirs = (model, state)
+    for _ in range(2):
+        loss, *mine, word = train(mine[0], BATCH["x"], BATCH["y"], mine[1], *rest)
+        expected, *theirs, _ = filtered(theirs[0], BATCH["x"], BATCH["y"], theirs[1], tx)
+        same(loss, expected)
+    assert word == "done" and mine[0].layers[1].fn is jnp.tanh
+    same(eqx.filter(mine, eqx.is_array), eqx.filter(theirs, eqx.is_array), 1e-4)
+    assert len(train._known) == 1
+
+
+def test_equinox_state_is_carried():
+    model = eqx.nn.MLP(16, 8, 16, 1, key=jax.random.key(0))
+    tx = optax.adam(1e-2)
+    state = tx.init(eqx.filter(model, eqx.is_array))
+    graph = capture(filtered, model, BATCH["x"], BATCH["y"], state, tx).graph
+    assert len(graph.state) == len(jax.tree.leaves((eqx.filter(model, eqx.is_array), state)))
+
+
+def test_numbers_in_a_filter_jitted_step_are_static():
+    @eqx.filter_jit
+    def step(w, x, times):
+        for _ in range(times):
+            w = w * 2
+        return (w * x).sum(), times
+
+    train = parallel(step)
+    for times in (1, 3):
+        total, back = train(np.ones(16, np.float32), BATCH["x"], times)
+        assert back == times
+        same(total, BATCH["x"].sum() * 2**times, 1e-3)
+
+
+# ---------------------------------------------------------------- numbers, and what else is a leaf
+
+
+def test_a_number_in_the_state_keeps_its_weak_type_and_is_planned_once(monkeypatch):
+    from meshwright import api
+
+    calls, search = [], api.search
+    monkeypatch.setattr(api, "search", lambda *a, **k: calls.append(1) or search(*a, **k))
+
+    def step(state, batch):
+        loss = lambda p: jnp.mean((batch["x"] @ p["w"] - batch["y"]) ** 2)  # noqa: E731
+        return state.apply_gradients(grads=jax.grad(loss)(state.params))
+
+    state = TrainState.create(apply_fn=None, params={"w": jnp.ones((16, 8))}, tx=optax.sgd(0.1))
+    train, plain, other = parallel(step), jax.jit(step), state
+    for count in range(3):
+        state, other = train(state, BATCH), plain(other, BATCH)
+        assert int(state.step) == count + 1
+        assert [x.weak_type for x in jax.tree.leaves(state)] == [
+            x.weak_type for x in jax.tree.leaves(other)
+        ]
+    same(state.params, other.params)
+    assert len(calls) == 1
+
+
+def test_numbers_of_every_kind_keep_jax_types():
+    def step(w, scale, count, flag, pair, nothing):
+        assert nothing is None
+        low = w.astype(jnp.bfloat16) * scale
+        return {
+            "low": low,
+            "count": count + 1,
+            "flag": ~flag,
+            "pair": pair * 1j,
+            "fixed": 3,
+            "none": None,
+        }
+
+    given = (np.ones((8, 8), np.float32), 0.5, np.int32(3), True, np.float64(2.0), None)
+    found, expected = parallel(step)(*given), jax.jit(step)(*given)
+    same(found, expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.weak_type) == (b.dtype, b.weak_type)
+
+
+@pytest.mark.parametrize(
+    ("step", "arguments"),
+    [
+        (lambda w: w, (np.ones((16, 16), np.float32),)),
+        (lambda w: (w, w, {}), (np.ones((16, 16), np.float32),)),
+        (lambda w: None, (np.ones((16, 16), np.float32),)),
+        (lambda: jnp.arange(8.0), ()),
+        (lambda w: jnp.float32(3), (np.ones((16, 16), np.float32),)),
+        (
+            lambda w, x: jax.lax.cond(x.sum() > 0, lambda: w + x, lambda: w),
+            (np.ones((16, 16), np.float32),) * 2,
+        ),
+        (
+            lambda w: jax.lax.while_loop(
+                lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * 2), (0, w)
+            )[1],
+            (np.ones(8),),
+        ),
+        (lambda w, empty: (w * 2, empty), (np.ones((16, 16), np.float32), {})),
+    ],
+)
+def test_trivial_steps_run(step, arguments):
+    same(parallel(step)(*arguments), jax.jit(step)(*arguments))
+
+
+def test_what_is_no_array_is_refused_by_name_with_advice_that_works():
+    with pytest.raises(CaptureError, match="the step returns 'text', a str"):
+        parallel(lambda x: (x, "text"))(BATCH["x"])
+    with pytest.raises(CaptureError) as inside:
+        parallel(lambda batch: batch["x"].sum())({**BATCH, "name": "mnist"})
+    assert "batch['name']" in str(inside.value) and "static_argnames='batch'" not in str(
+        inside.value
+    )
+    with pytest.raises(CaptureError, match="static_argnames='mode'"):
+        parallel(lambda x, mode: x.sum())(BATCH["x"], "train")
+
+
+# ---------------------------------------------------------------- jit's own arguments
+
+
+def scaled(w, x, mode, bias=0.0):
+    scale = 2.0 if mode == "a" else 1.0
+    return w - 0.1 * jax.grad(lambda w: scale * jnp.mean((x @ w) ** 2))(w) + bias
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        jax.jit(scaled, static_argnums=2),
+        functools.partial(jax.jit, static_argnames=("mode",))(scaled),
+        functools.partial(jax.jit(scaled, static_argnums=(2,)), bias=0.0),
+        nnx.jit(scaled, static_argnums=2),
+        jax.jit(jax.jit(scaled, static_argnums=2), static_argnums=2),
+        jax.jit(functools.partial(scaled, bias=0.0), static_argnames="mode"),
+    ],
+)
+def test_static_arguments_of_a_jitted_step_are_kept(step):
+    w, x = np.ones((16, 8), np.float32), BATCH["x"]
+    train = parallel(step)
+    for mode in ("a", "b", "a"):
+        same(train(w, x, mode=mode), scaled(w, x, mode))
+        same(train(w, x, mode), scaled(w, x, mode))
+
+
+def test_arguments_given_by_partial_are_arguments_of_a_jitted_step():
+    w, x = np.ones((16, 8), np.float32), BATCH["x"]
+    train = parallel(
+        functools.partial(jax.jit(scaled, static_argnums=2, donate_argnums=0), x=x, bias=0.5)
+    )
+    given = jnp.asarray(w)
+    same(train(given, mode="a"), scaled(w, x, "a", 0.5))
+    assert given.is_deleted()
+
+
+def test_shardings_of_a_jitted_step_are_refused():
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(CaptureError, match="shardings of its own"):
+        parallel(jax.jit(lambda x: x, in_shardings=here))
+
+
+def test_an_unhashable_static_argument_is_named():
+    train = parallel(jax.jit(scaled, static_argnums=2))
+    with pytest.raises(CaptureError, match=r"\['a'\], a list, which cannot be hashed") as refusal:
+        train(np.ones((16, 8), np.float32), BATCH["x"], ["a"])
+    assert "`mode`" in str(refusal.value)
+
+
+# ---------------------------------------------------------------- what is refused, in one sentence
+
+
+def test_what_a_step_stores_outside_is_refused_by_name():
+    history, box = [], type("Box", (), {})()
+
+    def keeps(w, x):
+        history.append((x @ w).mean())
+        return w * 2
+
+    def stores(w, x):
+        box.loss = {"last": (x @ w).mean()}
+        return w * 2
+
+    def in_loop(w, x):
+        def body(c, row):
+            history.append(c)
+            return c + row.sum(), None
+
+        return w * jax.lax.scan(body, 0.0, x)[0]
+
+    w = np.ones((16, 8), np.float32)
+    for step, name in (
+        (keeps, r"`history\[0\]\[?0?\]?`|`history\[0\]`"),
+        (stores, "box"),
+        (in_loop, "history"),
+    ):
+        with pytest.raises(CaptureError, match=rf"stores a value that it computes in .*({name})"):
+            parallel(step)(w, BATCH["x"])
+        history.clear()
+
+
+def test_an_object_that_keeps_its_state_is_refused():
+    class Trainer:
+        def __init__(self):
+            self.w = jnp.ones((16, 8))
+
+        def step(self, x):
+            self.w = self.w - 0.1 * jax.grad(lambda w: jnp.mean((x @ w) ** 2))(self.w)
+            return (x @ self.w).mean()
+
+    with pytest.raises(CaptureError, match=r"`Trainer\.w`"):
+        parallel(Trainer().step)(BATCH["x"])
+
+
+def test_an_argument_changed_in_place_is_refused_where_the_change_is_lost():
+    def loses(state, batch):
+        state["w"] = state["w"] - 0.1 * jax.grad(lambda w: jnp.mean((batch["x"] @ w) ** 2))(
+            state["w"]
+        )
+        return (batch["x"] @ state["w"]).mean()
+
+    def counts(state, batch):
+        state["count"] = state["count"] + 1
+        return batch["x"].mean()
+
+    def prepares(state, batch):
+        batch["x"] = batch["x"] / 255
+        return (batch["x"] @ state["w"]).mean()
+
+    def returns(state, batch):
+        state["w"] = state["w"] * batch["x"].mean()
+        return state
+
+    state = {"w": np.ones((16, 8), np.float32), "count": 0}
+    for step, name in ((loses, r"state\['w'\]"), (counts, r"state\['count'\]")):
+        with pytest.raises(CaptureError, match=f"changes its argument `{name}` in place"):
+            parallel(step)(state, BATCH)
+    for step in (prepares, returns):
+        same(parallel(step)(state, BATCH), jax.jit(step)(state, BATCH))
+
+
+def test_pmapped_steps_and_their_means_are_refused_with_the_way_out():
+    with pytest.raises(UsageError, match="under `pmap`"):
+        parallel(jax.pmap(lambda x: x))
+    with pytest.raises(CaptureError, match="by the name of an axis") as refusal:
+        parallel(lambda x: jax.lax.pmean(x.mean(), "batch"))(BATCH["x"])
+    assert "remove pmean" in str(refusal.value) and "jax.jit" not in str(refusal.value)
+
+
+def test_generators_and_coroutines_are_refused_where_they_are_given():
+    def generator(x):
+        yield x
+
+    async def coroutine(x):
+        return x
+
+    for step, name in ((generator, "a generator"), (coroutine, "an asynchronous function")):
+        with pytest.raises(UsageError, match=name):
+            parallel(step)
+
+
+def test_a_parallelized_step_is_no_part_of_another_function():
+    train = parallel(lambda x: x.sum(), verify=False)
+    train(BATCH["x"])
+    train(BATCH["x"])
+    for use in (
+        lambda: jax.jit(train)(BATCH["x"]),
+        lambda: jax.jit(lambda: train(BATCH["x"]))(),
+        lambda: jax.grad(train)(BATCH["x"]),
+        lambda: jax.vmap(train)(BATCH["x"]),
+        lambda: jax.eval_shape(train, BATCH["x"]),
+        lambda: jax.lax.scan(lambda c, x: (c + train(x), None), 0.0, BATCH["x"]),
+    ):
+        with pytest.raises(UsageError, match="cannot be part of a function"):
+            use()
+    same(jax.jit(train.__wrapped__)(BATCH["x"]), train(BATCH["x"]), 1e-4)
+
+
+@mw.parallelize(**QUICK)
+def named_step(x):
+    return x.sum()
+
+
+def test_parallelized_steps_are_copied_and_pickled_as_functions_are():
+    assert (
+        copy.copy(named_step) is named_step and copy.deepcopy({"f": named_step})["f"] is named_step
+    )
+    with pytest.raises(UsageError, match="pickled by its name"):
+        pickle.dumps(parallel(lambda x: x))
+
+
+def test_methods_of_modules_take_the_module_as_an_argument():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones((16, 8)))
+
+        @mw.parallelize(**QUICK)
+        def train(self, x):
+            self.w[...] = self.w[...] * x.mean()
+            return self.w[...].sum()
+
+    model = Model()
+    total = model.train(BATCH["x"] + 2)
+    same(total, model.w[...].sum(), 1e-4)
+    assert float(model.w[0, 0]) == pytest.approx(float(BATCH["x"].mean()) + 2, rel=1e-5)
+    with pytest.raises(UsageError, match="`self` is no array"):
+        _ = type("Plain", (), {"train": parallel(lambda self, x: x)})().train
+
+
+def test_any_number_of_arguments_and_keywords():
+    def step(*parts, **named):
+        return sum(p.sum() for p in parts) + named["scale"] * named["x"].mean()
+
+    given = (BATCH["x"], BATCH["y"]), {"x": BATCH["x"], "scale": 2.0}
+    same(parallel(step)(*given[0], **given[1]), jax.jit(step)(*given[0], **given[1]), 1e-4)
+
+
+# ---------------------------------------------------------------- donation
+
+
+def test_an_array_given_twice_where_it_is_donated_is_refused_by_both_names():
+    def step(state, other):
+        return state["a"] + 1, state["b"] * 2 + other.sum()
+
+    array = jnp.ones((16, 16))
+    alias = jax.device_put(array, array.sharding)
+    train = parallel(step, donate_argnums=0, verify=False)
+    for state, other, names in (
+        ({"a": array, "b": array}, jnp.ones(4), r"`state\['a'\]` and `state\['b'\]`"),
+        ({"a": array, "b": alias}, jnp.ones(4), r"`state\['a'\]` and `state\['b'\]`"),
+        ({"a": array, "b": jnp.ones((16, 16))}, array, r"`state\['a'\]` and `other`"),
+    ):
+        with pytest.raises(UsageError, match=names):
+            train(state, other)
+    fresh = lambda: {"a": jnp.ones((16, 16)), "b": jnp.ones((16, 16))}  # noqa: E731
+    for _ in range(3):
+        train(fresh(), jnp.ones((16, 16)))
+    twice = jnp.ones((16, 16))
+    with pytest.raises(UsageError, match="same array"):
+        train({"a": twice, "b": twice}, jnp.ones((16, 16)))
+    parallel(step, verify=False)({"a": twice, "b": twice}, twice)
