@@ -371,8 +371,9 @@ def test_arguments_given_by_partial_are_arguments_of_a_jitted_step():
     train = parallel(
         functools.partial(jax.jit(scaled, static_argnums=2, donate_argnums=0), x=x, bias=0.5)
     )
-    given = jnp.asarray(w)
-    same(train(given, mode="a"), scaled(w, x, "a", 0.5))
+    given = train(jnp.asarray(w), mode="a")
+    same(given, scaled(w, x, "a", 0.5))
+    train(given, mode="a")
     assert given.is_deleted()
 
 

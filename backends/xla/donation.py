@@ -29,11 +29,12 @@ def check_given_twice(call: Call, donated: frozenset[int], thorough: bool = True
         )
 
 
-def given_twice(
-    leaves: Sequence[Any], donated: frozenset[int], thorough: bool = False
-) -> tuple[int, int] | None:
-    """Positions of two leaves that are one array, of which one is donated."""
-    if not donated or (not thorough and len(set(map(id, leaves))) == len(leaves)):
+def given_twice(leaves: Sequence[Any], donated: frozenset[int], most: int | None = 0) -> tuple[int, int] | None:
+    """Positions of two leaves that are one array, of which one is donated.
+
+    Buffers are compared of arrays on at most `most` devices; None: on any number.
+    """
+    if not donated or (most == 0 and len(set(map(id, leaves))) == len(leaves)):
         return None
     seen: dict[Any, int] = {}
     for position, leaf in enumerate(leaves):

@@ -160,6 +160,8 @@ def _explained(error: Exception, call: Call) -> CaptureError:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if isinstance(error, NameError) and "unbound axis name" in str(error):
         kinds.add("unbound axis name")
+    if isinstance(error, ValueError) and "from different trace level" in str(error):
+        kinds.add("TraceContextError")
     for kind, what, fix in _ADVICE:
         if kind in kinds:
             return CaptureError(what, where=where, origin=_first_line(error), fix=fix)

@@ -177,6 +177,9 @@ def _run(search: Search) -> None:
     search.refuted = _oversized_row(search.problem)
     if search.refuted:
         return None
+    if not search.problem.costs:  # nothing to decide
+        search.offer(())
+        return search.raise_bound(search.objective)
     model = drop_impossible(reduced_from(search.problem))
     if not all(model.sizes):
         return _exhaust(search, "some node has no choice that its neighbours and the rows allow")
