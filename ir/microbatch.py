@@ -17,7 +17,6 @@ inputs alone are taken early (`early.py`): a copy then shows the whole batch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from math import lcm
 
@@ -96,22 +95,42 @@ def time_axis(graph: Graph, batch: Mapping[int, int]) -> TimeAxis | Refusal:
     return TimeAxis(size, flow.split, {**flow.totals, **same}, frozenset(body))
 
 
-def totals_waited_for(graph: Graph, batch: Mapping[int, int]) -> frozenset[int]:
-    """Totals that ops of the body need, themselves or something made of them, as far as the graph can be followed."""
+@dataclass(frozen=True)
+class Followed:
+    """A graph followed as if nothing had to wait. `waits`: values known after the last microbatch that ops of the
+    body read; `late`: all that are made of totals; `whole`: to its end."""
+
+    split: Mapping[int, int]
+    totals: Mapping[int, str]
+    late: frozenset[int]
+    waits: frozenset[int]
+    whole: bool
+
+
+def follow(graph: Graph, batch: Mapping[int, int]) -> Followed:
+    """Follow the batch dims of the inputs as far as that goes."""
     split = {graph.inputs[p]: dim for p, dim in batch.items()}
-    flow = _Flow(graph, split, {}, set(), waits=set())
-    with suppress(_Stop):
+    waits, whole = set[int](), True
+    flow = _Flow(graph, split, {}, set(), waits=waits)
+    try:
         for op in graph.ops:
             flow.visit(op)
+    except _Stop:
+        whole = False
+    return Followed(flow.split, flow.totals, frozenset(flow.late), frozenset(waits), whole)
+
+
+def totals_waited_for(graph: Graph, batch: Mapping[int, int]) -> frozenset[int]:
+    """Totals that ops of the body need, themselves or something made of them, as far as the graph can be followed."""
+    flow = follow(graph, batch)
     writer = {v: op for op in graph.ops for v in op.outputs}
-    found, stack = set[int](), list(flow.waits or ())
+    found, stack = set[int](), list(flow.waits)
     while stack:
         value = stack.pop()
         if value not in found:
             found.add(value)
-            stack.extend(
-                () if value in flow.totals else writer[value].inputs if value in writer else ()
-            )
+            known = value in flow.totals or value not in writer
+            stack.extend(() if known else writer[value].inputs)
     return frozenset(found & flow.totals.keys())
 
 

@@ -13,6 +13,7 @@ from .copies import insert_copies
 from .early import with_early_totals
 from .graph import Graph, Op
 from .held import hold_microbatches
+from .late import with_late_factors
 from .microbatch import Refusal, TimeAxis, batch_dims, time_axis
 from .recompute import Policy, recompute
 from .roles import phases as find_phases
@@ -42,6 +43,9 @@ def prepare(graph: Graph, policy: Policy) -> Program:
     phase_of = {v: phase for op, phase in zip(graph.ops, top, strict=True) for v in op.outputs}
     graph, axis = with_early_totals(graph, batch)
     phase_of |= {v: "prepare" for op in graph.ops for v in op.outputs if v not in phase_of}
+    if isinstance(axis, Refusal):
+        graph, axis = with_late_factors(graph, batch)
+        phase_of |= {v: "update" for op in graph.ops for v in op.outputs if v not in phase_of}
     top = [phase_of[op.outputs[0]] for op in graph.ops]
     again = recompute(graph, top, policy, None if isinstance(axis, Refusal) else axis.split.keys())
     again = hold_microbatches(again, batch)

@@ -188,6 +188,8 @@ class LocalStep:
         operands = [self._operand(op, k, rule, strategy, now, scope) for k in range(len(op.inputs))]
         if op.kind == "copy":
             results = operands
+        elif op.kind == "scaled":
+            results = [_scaled(*operands, op.attr("by") == "div")]
         else:
             cuts = self._cuts(rule, strategy, now, scope)
             results = emit(op, self._primitive(op), operands, rule, cuts)
@@ -397,6 +399,13 @@ def _uncut(layout: Sharding, dim: int) -> Sharding:
     """The same layout with one dim whole."""
     dims = tuple(() if d == dim else axes for d, axes in enumerate(layout.dims))
     return Sharding(dims, layout.partial)
+
+
+def _scaled(total: jax.Array, number: jax.Array, divide: bool) -> jax.Array:
+    """A total times a number, or divided by it; of short floats in float32."""
+    wide = jnp.promote_types(total.dtype, jnp.float32)
+    total, number, dtype = total.astype(wide), number.astype(wide), total.dtype
+    return (total / number if divide else total * number).astype(dtype)
 
 
 def start(reduction: str, shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -16,7 +16,7 @@ _UNARY = (
 )  # fmt: skip
 _LINEAR_UNARY = (
     "conj", "convert_element_type", "copy", "imag", "name", "neg", "real", "reduce_precision",
-    "stop_gradient",
+    "scaled", "stop_gradient",
 )  # fmt: skip
 _BINARY = (
     "and", "atan2", "eq", "eq_to", "ge", "gt", "le", "le_to", "lt", "lt_to", "max", "min",
@@ -25,7 +25,9 @@ _BINARY = (
 )  # fmt: skip
 _LINEAR_BINARY = ("add", "add_any", "sub", "complex")
 # Kinds whose parameters know nothing of shapes: the same op does for any part of its operands.
-KINDS = frozenset((*_UNARY, *_LINEAR_UNARY, *_BINARY, *_LINEAR_BINARY, "clamp", "mul", "div", "select_n"))
+KINDS = frozenset(
+    (*_UNARY, *_LINEAR_UNARY, *_BINARY, *_LINEAR_BINARY, "clamp", "mul", "div", "select_n")
+)
 
 
 @rule_for(*_UNARY, *_BINARY, "clamp")
