@@ -28,7 +28,9 @@ class Refusal:
 def statistic(graph: Graph, op: Op, late: Collection[int], totals: Collection[int]) -> Refusal:
     """An op of single examples reads `late` values, which `totals` of the whole batch make."""
     writer = {v: visit.op for visit in graph.visits for v in visit.op.outputs}
-    source, before, stack = None, None, [(v, None) for v in late]
+    source: Op | None = None
+    before: Op | None = None
+    stack: list[tuple[int, Op | None]] = [(v, None) for v in late]
     while stack and source is None:
         value, reader = stack.pop()
         if value in totals:
