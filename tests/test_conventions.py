@@ -360,7 +360,7 @@ def scaled(w, x, mode, bias=0.0):
 )
 def test_static_arguments_of_a_jitted_step_are_kept(step):
     w, x = np.ones((16, 8), np.float32), BATCH["x"]
-    train = parallel(step)
+    train = parallel(step, verify=type(step) is type(jax.jit(scaled)))
     for mode in ("a", "b", "a"):
         same(train(w, x, mode=mode), scaled(w, x, mode))
         same(train(w, x, mode), scaled(w, x, mode))
