@@ -10,8 +10,6 @@ from jax import lax
 from ...ir.mesh import Mesh
 from ...ir.sharding import Step
 
-SETTLE = {"max": lax.pmax, "min": lax.pmin, "sum": lax.psum}
-
 
 def shard_index(axes: Sequence[str], mesh: Mesh) -> jax.Array | int:
     """Which part this device holds of a dim cut over `axes`, major to minor."""
@@ -61,11 +59,3 @@ def move(x: jax.Array, steps: Sequence[Step], mesh: Mesh) -> jax.Array:
                     x, step.axes, split_axis=step.to, concat_axis=step.dim, tiled=True
                 )
     return x
-
-
-def settle(x: jax.Array, reduction: str, axes: tuple[str, ...]) -> jax.Array:
-    """Combine what each shard found: max, min, and all/any of booleans."""
-    if reduction in ("and", "or"):
-        combined = {"and": lax.pmin, "or": lax.pmax}[reduction](x.astype("int32"), axes)
-        return combined.astype(x.dtype)
-    return SETTLE[reduction](x, axes)

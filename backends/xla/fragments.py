@@ -23,7 +23,8 @@ from ...ir.rules import rule_of
 from ...ir.sharding import Sharding, replicated
 from ...ir.stages import Fragment, Stages
 from .devices import options_for, partition_spec
-from .spmd import JOIN, Held, LocalStep, Scope, jax_dtype, start
+from .joins import JOIN, start
+from .spmd import Held, LocalStep, Scope, jax_dtype
 
 PER_MICROBATCH = ("forward", "backward", "weight")
 

@@ -27,10 +27,10 @@ from ...ir.layered import Layered
 from ...ir.mesh import STAGE
 from ...ir.microbatch import TimeAxis
 from ...ir.sharding import Sharding, replicated
-from .spmd import JOIN, Held, LocalStep, Scope, jax_dtype, stacked, start
+from .joins import JOIN, settle, start
+from .spmd import Held, LocalStep, Scope, jax_dtype, stacked
 
 Values = dict[int, Any]  # value -> its local array
-OVER_STAGES: dict[str, Callable[..., Any]] = {"sum": lax.psum, "max": lax.pmax, "min": lax.pmin}
 
 
 @dataclass
@@ -92,7 +92,7 @@ class SingleStep:
         begin, backward = self._backward(left, feed, grads)
         begin = {v: self._dealt(begin[v][: self.many], 0) for v in parts.to_front}
         _, starting = self._shares(parts.front.backward, {**front, **back, **begin}, set())
-        alike = {v: OVER_STAGES[self.time.totals[v]](a, STAGE) for v, a in {**sums, **ending, **starting}.items()}
+        alike = {v: settle(a, self.time.totals[v], STAGE) for v, a in {**sums, **ending, **starting}.items()}
         return {**alike, **forward, **backward}
 
     def _feed(self, parts: Layered, front: Values) -> Values:

@@ -8,7 +8,7 @@ under `lax.scan` and adds up the totals. Shardy sees one manual computation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,14 +27,9 @@ from ...ir.rule import NONE, Rule, Strategy, operand_sharding, result_sharding, 
 from ...ir.rules import rule_of
 from ...ir.sharding import Sharding, replicated, reshard
 from ...ir.values import block_instances
-from .collectives import join_microbatches, move, settle, shard_index, take_microbatch
+from .collectives import join_microbatches, move, shard_index, take_microbatch
 from .emit import Cut, emit
-
-JOIN: dict[str, Callable[[Any, Any], Any]] = {
-    "sum": jnp.add,
-    "max": jnp.maximum,
-    "min": jnp.minimum,
-}
+from .joins import JOIN, settle, start
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,19 +401,6 @@ def _scaled(total: jax.Array, number: jax.Array, divide: bool) -> jax.Array:
     wide = jnp.promote_types(total.dtype, jnp.float32)
     total, number, dtype = total.astype(wide), number.astype(wide), total.dtype
     return (total / number if divide else total * number).astype(dtype)
-
-
-def start(reduction: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
-    """The neutral element of a total. Sums of short floats are kept in float32."""
-    dtype = (
-        jnp.promote_types(shape.dtype, jnp.float32)
-        if jnp.issubdtype(shape.dtype, jnp.floating)
-        else shape.dtype
-    )
-    if reduction == "sum" or dtype == jnp.bool_:
-        return jnp.full(shape.shape, reduction == "min", dtype)
-    bounds = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype)
-    return jnp.full(shape.shape, bounds.min if reduction == "max" else bounds.max, dtype)
 
 
 def jax_dtype(name: str) -> Any:
