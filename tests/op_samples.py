@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
 from meshwright.backends.xla.emit import Cut, emit
-from meshwright.backends.xla.params import attrs_of, dtype_name
+from meshwright.backends.xla.params import attrs_of, dtype_name, marks_of
 from meshwright.ir.graph import Op, TensorType
 from meshwright.ir.rule import Rule
 from meshwright.ir.rules import rule_of
@@ -81,7 +81,7 @@ def _inlined(eqn: Any) -> Any:
 def sample(eqn: Any, operands: tuple[Any, ...]) -> Sample:
     atoms = [*eqn.invars, *eqn.outvars]
     ids = tuple(range(len(atoms)))
-    attrs = attrs_of(eqn.primitive.name, eqn.params)
+    attrs = tuple(sorted((*attrs_of(eqn.primitive.name, eqn.params), *marks_of(eqn))))
     op = Op(eqn.primitive.name, ids[: len(operands)], ids[len(operands) :], attrs)
     types = {i: type_of(atom.aval) for i, atom in enumerate(atoms)}
     return Sample(op, types, (eqn.primitive, eqn.params), operands)
@@ -320,7 +320,9 @@ def _rest() -> Iterator[tuple[Any, ...]]:
     key = jax.random.key(0)
     keys = jax.random.split(key, 4)
     yield lambda k: (jax.random.bits(k, (4, 8)), jax.random.split(k)), key
-    yield jax.vmap(lambda k: (jax.random.bits(k, (8,)), jax.random.split(k))), keys
+    yield jax.vmap(lambda k: (jax.random.bits(k, (8,)), jax.random.split(k, (4, 2)))), keys
+    yield from ((jax.random.bits, key, (4, 3, 8), f"uint{width}") for width in (8, 16))
+    yield lambda k: (jax.random.bits(k, (4, 8)), jax.random.split(k)), jax.random.key(0, impl="rbg")
     yield jax.vmap(jax.random.fold_in), keys, jnp.arange(4)
     yield lambda k: jax.random.wrap_key_data(jax.random.key_data(k)), keys
     yield jax.vmap(jax.random.key), jnp.arange(4)
@@ -362,8 +364,8 @@ def family(name: str) -> tuple[Sample, ...]:
     of other families, which have samples of their own; whole layers keep everything."""
     found: dict[Any, Sample] = {}
     for function, *args in FAMILIES[name]():
-        static = [a for a in args if isinstance(a, tuple)]
-        arrays = [a for a in args if not isinstance(a, tuple)]
+        static = [a for a in args if isinstance(a, (tuple, str))]
+        arrays = [a for a in args if not isinstance(a, (tuple, str))]
         for one in samples(lambda *a, f=function, s=static: f(*a, *s), *arrays):
             if name == "rest" or home(one.op.kind) == name:
                 found.setdefault((one.op.kind, one.op.attrs, tuple(one.types.items())), one)

@@ -27,7 +27,7 @@ from . import compat
 from .batching_dims import with_batching_dims
 from .calls import Ends
 from .carried import carried_state
-from .params import attrs_of, dtype_name
+from .params import attrs_of, dtype_name, marks_of
 from .trace import Traced, trace
 
 Bound = tuple[Any, dict[str, Any]]  # a jax primitive and its parameters
@@ -207,6 +207,8 @@ class _Conversion:
     def _plain(self, eqn: Any, operands: list[int]) -> list[int]:
         kind, params = eqn.primitive.name, eqn.params
         attrs = self.attrs(kind, params)
+        if marks := marks_of(eqn):
+            attrs = tuple(sorted((*attrs, *marks)))
         self.bound.setdefault((kind, attrs), (eqn.primitive, params))
         results = [self.value(var.aval) for var in eqn.outvars]
         self.ops.append(Op(kind, tuple(operands), tuple(results), attrs, where=self._line(eqn)))

@@ -43,7 +43,10 @@ def join_microbatches(pieces: jax.Array, dim: int, groups: int) -> jax.Array:
 
 
 def move(x: jax.Array, steps: Sequence[Step], mesh: Mesh) -> jax.Array:
-    """Carry out a resharding (see `ir.sharding.reshard`) on the local shard."""
+    """Carry out a resharding (see `ir.sharding.reshard`) on the local shard. Keys travel as their words."""
+    if steps and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+        words = move(jax.random.key_data(x), steps, mesh)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
     for step in steps:
         match step.kind:
             case "slice":

@@ -19,6 +19,7 @@ from ...ir.graph import Op
 from ...ir.rule import Rule
 from .compat import bind, is_vacant
 from .emit_indexing import gather, scatter
+from .emit_random import drawing, random_bits, random_split
 from .shard import Arrays, Cut, Emitter, Local, Params
 
 
@@ -38,7 +39,8 @@ def emit(
     assert all(rule.factors[f].divisible for f in cuts), (op.kind, cuts)
     assert all(rule.factors[f].size % cut.ways == 0 for f, cut in cuts.items()), (op.kind, cuts)
     emitter = _EMITTERS.get(op.kind, _same) if cuts else _same
-    return emitter(Local(rule, cuts), primitive, params, operands)
+    with drawing(op):
+        return emitter(Local(rule, cuts), primitive, params, operands)
 
 
 def _same(local: Local, primitive: Any, params: Params, operands: Arrays) -> list[jax.Array]:
@@ -107,6 +109,8 @@ _EMITTERS: dict[str, Emitter] = {
     "tile": _rescaled(_tile),
     "conv_general_dilated": _rescaled(_convolution),
     "iota": _iota,
+    "random_bits": random_bits,
+    "random_split": random_split,
     "gather": gather,
     "scatter": scatter,
     "scatter-add": scatter,

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...ir.graph import Attr
+from ...ir.rules.random import DRAWN
 from .compat import is_vacant
 
 _SHORT = {
@@ -53,6 +54,20 @@ def attrs_of(primitive_name: str, params: Mapping[str, Any]) -> tuple[tuple[str,
     """The parameters of one equation of `primitive_name`, sorted by name."""
     del primitive_name  # no primitive needs a special case today
     return tuple(sorted((name, _attr(value)) for name, value in params.items()))
+
+
+def marks_of(eqn: Any) -> tuple[tuple[str, Attr], ...]:
+    """What parameters leave out: on what the random numbers made here depend (`ir/rules/random.py`)."""
+    kind = eqn.primitive.name
+    if kind not in DRAWN:
+        return ()
+    spread, generator = eqn.ctx.threefry_partitionable, str(eqn.invars[0].aval.dtype)
+    if generator == "key<fry>":
+        drawn = "by_place" if spread else "by_key"
+    else:  # rbg splits and folds by threefry; all else that it and others do runs on over a batch of keys
+        by_threefry = generator == "key<rbg>" and kind in ("random_split", "random_fold_in")
+        drawn = "by_key" if by_threefry else "whole"
+    return (("drawn", drawn), ("partitionable", bool(spread)))
 
 
 def _attr(value: Any) -> Attr:

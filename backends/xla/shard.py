@@ -24,6 +24,18 @@ class Cut:
 
     index: Any
     ways: int
+    moment: Moment | None = None  # where the factor is cut over time too
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Which rows of the batch microbatch `number` of `count` has: its run of each of `groups` groups, and of
+    those this shard part `index`, when they are cut over devices."""
+
+    index: Any
+    number: Any
+    count: int
+    groups: int
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,21 @@ class Local:
     def offset(self, factor: int) -> Any:
         """Where this shard's part of a factor begins."""
         return self.cuts[factor].index * (self.rule.factors[factor].size // self.cuts[factor].ways)
+
+    def positions(self, dim: Dim) -> jax.Array:
+        """Where the elements of this shard's part of a dim lie in the whole, as u32[size]."""
+        here, factor = jnp.arange(self.size(dim), dtype=jnp.uint32), self.cut(dim)
+        if factor is None:
+            return here
+        moment = self.cuts[factor].moment
+        if moment is None:
+            return here + jnp.asarray(self.offset(factor)).astype(jnp.uint32)
+        rows = here + jnp.asarray(moment.index * len(here)).astype(jnp.uint32)
+        run = jnp.uint32(self.whole_size(dim) // (moment.groups * moment.count))
+        group = rows // run * jnp.uint32(moment.count) + jnp.asarray(moment.number).astype(
+            jnp.uint32
+        )
+        return group * run + rows % run
 
     def is_first(self, factors: Sequence[int]) -> Any:
         """Whether this shard is the one that counts what must be counted once."""

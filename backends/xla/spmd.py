@@ -30,6 +30,7 @@ from ...ir.values import block_instances
 from .collectives import join_microbatches, move, shard_index, take_microbatch
 from .emit import Cut, emit
 from .joins import JOIN, settle, start
+from .shard import Moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +268,8 @@ class LocalStep:
         }
         if now is not None:
             parts, before = self.plan.microbatches, cuts.get(now, Cut(0, 1))
-            cuts[now] = Cut(before.index * parts + scope.moment, before.ways * parts)
+            moment = Moment(before.index, scope.moment, parts, self.groups)
+            cuts[now] = Cut(before.index * parts + scope.moment, before.ways * parts, moment)
         return cuts
 
     def _barrier(self, op: Op, scope: Scope) -> None:

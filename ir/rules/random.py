@@ -1,7 +1,8 @@
-"""Random bits: the bits of one key are drawn whole on every device, then cut.
+"""Random bits. Where a number depends on its key and place alone, a shard draws its part.
 
-A generator's counter runs over the whole shape, so a shard can't draw its part
-alone without changing the user's numbers. Dims of a batch of keys are parallel.
+Threefry hashes (key, place), the place counted over the whole shape (jax's default since 0.5,
+`jax_threefry_partitionable`; Salmon et al., SC 2011). Other generators run on from a state, in ways that
+differ by platform, so what one key makes is whole there: drawn everywhere, then cut.
 """
 
 from __future__ import annotations
@@ -10,10 +11,33 @@ from ..rule import Rule
 from .elementwise import elementwise
 from .factors import Call, Factors, require, rule_for
 
+# Of these the backend says in `drawn` what a number depends on: "by_place" its key and place, "by_key" all that
+# its key makes, "whole" all keys of a batch (XLA's generators under vmap).
+DRAWN = frozenset({"random_bits", "random_split", "random_fold_in", "random_gamma"})
 
-@rule_for("random_bits", "random_split", "random_wrap", "random_unwrap")
+
+@rule_for("random_bits", "random_split")
+def drawn(call: Call) -> Rule:
+    """keys [k] -> [k, n]: n is parallel where each number depends on its place alone."""
+    keys, result = call.operands[0].shape, call.results[0].shape
+    require(keys == result[: len(keys)])
+    factors, how = Factors(), call.attrs.get("drawn", "whole")
+    shared = factors.wholes(keys) if how == "whole" else factors.like(keys)
+    tail = result[len(keys) :]
+    made = factors.like(tail) if how == "by_place" else factors.wholes(tail)
+    return factors.rule([shared], [shared + made])
+
+
+@rule_for("random_fold_in", "random_gamma")
+def one_per_key(call: Call) -> Rule:
+    if call.attrs.get("drawn", "whole") == "whole":
+        return whole(call)
+    return elementwise(call)
+
+
+@rule_for("random_wrap", "random_unwrap")
 def per_key(call: Call) -> Rule:
-    """Leading dims, one per key dim, are shared; what each key makes or is made of is whole."""
+    """Leading dims, one per key dim, are shared; the words that a key is made of are whole."""
     operand, result = call.operands[0].shape, call.results[0].shape
     keys = min(len(operand), len(result))
     require(operand[:keys] == result[:keys])
@@ -23,12 +47,12 @@ def per_key(call: Call) -> Rule:
     return factors.rule([shared + tails[0]], [shared + tails[1]])
 
 
-@rule_for("random_seed", "random_fold_in", "random_clone", "threefry2x32")
+@rule_for("random_seed", "random_clone", "threefry2x32")
 def per_element(call: Call) -> Rule:
     return elementwise(call)
 
 
-@rule_for("rng_bit_generator", "rng_uniform", "random_gamma")
+@rule_for("rng_bit_generator", "rng_uniform")
 def whole(call: Call) -> Rule:
     factors = Factors()
     operands = [factors.wholes(kind.shape) for kind in call.operands]
