@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import meshwright as mw
 from meshwright.backends.xla.collectives import move, shard_index
 from meshwright.backends.xla.emit import Cut
 from meshwright.backends.xla.joins import settle
@@ -242,3 +243,26 @@ def test_ids_find_their_places_however_an_op_is_cut(kind: str, mode: str):
 
 def test_slices_lie_where_they_should_however_an_op_is_cut():
     check(list(sliced()))
+
+
+@pytest.mark.parametrize("change", ["set", "add", "multiply", "max"])
+def test_a_feature_changed_before_a_product_that_is_cut_by_rows(change: str):
+    """The input lies whole on each device, which takes its features of it: under the planner's own plan."""
+
+    def step(w: Any, x: Any) -> Any:
+        def loss(w: Any) -> Any:
+            h = jnp.tanh(getattr(x.at[:, 0], change)(1.5) @ w["up"])
+            return jnp.mean((h @ w["down"]) ** 2)
+
+        return jax.tree.map(lambda p, g: p - g, w, jax.grad(loss)(w))
+
+    draw = np.random.default_rng(0)
+    w = {"up": draw.normal(size=(4096, 9)), "down": draw.normal(size=(9, 8))}
+    w = {name: (some / 8).astype(np.float32) for name, some in w.items()}
+    x = draw.normal(size=(3, 4096)).astype(np.float32)
+    run = mw.parallelize(step, cluster="8xcpu", mesh=(8,))
+    assert run.plan(w, x).slots["w['up']"].dims == (("x",), ())
+    for got, wanted in zip(
+        jax.tree.leaves(run(w, x)), jax.tree.leaves(jax.jit(step)(w, x)), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from typing import Any
 
 import jax
@@ -110,13 +111,10 @@ def test_places_above_a_word(sizes: tuple[int, ...]):
     rows = [
         np.arange(size - size // n, size, dtype=object) for size, n in zip(sizes, ways, strict=True)
     ]
-    places = sum(
-        row.reshape(-1, *(1,) * (len(sizes) - d - 1)) * int(np.prod(sizes[d + 1 :], dtype=object))
-        for d, row in enumerate(rows)
-    )
-    words = np.array(
-        [[p >> 32 for p in places.flat], [p & 0xFFFFFFFF for p in places.flat]], np.uint32
-    )
+    strides = [int(np.prod(sizes[d + 1 :], dtype=object)) for d in range(len(sizes))]
+    ends = [row * stride for row, stride in zip(rows, strides, strict=True)]
+    places = [sum(parts) for parts in product(*ends)]
+    words = np.array([[p >> 32 for p in places], [p & 0xFFFFFFFF for p in places]], np.uint32)
     wanted = threefry_2x32(jax.random.key_data(key), jnp.asarray(words))
     np.testing.assert_array_equal(bits.reshape(-1), wanted[0] ^ wanted[1])
 
