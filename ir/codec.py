@@ -21,6 +21,7 @@ from .files import PLAN, read_object, read_text
 from .fingerprint import fingerprint
 from .graph import Attr, Constant, Graph, Op, Region, TensorType
 from .plan import PLAN_VERSION, Plan
+from .plan_checks import check_plan
 from .verify import verify
 
 GRAPH_VERSION = 1
@@ -59,7 +60,12 @@ def parse_plan(text: str, origin: str) -> Plan:
             origin=origin,
             fix="plan again with this version",
         )
-    return unsealed(Plan, data, "plan", origin, "plan again; what is to be fixed is pinned in the request")
+    found = unsealed(Plan, data, "plan", origin, "plan again; what is to be fixed is pinned in the request")
+    try:
+        check_plan(found)
+    except PlanError as error:
+        raise PlanError.at(error, None, origin) from error
+    return found
 
 
 # ---------------------------------------------------------------- files that are not edited by hand

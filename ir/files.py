@@ -36,7 +36,7 @@ class Kind:
     error: type[MeshwrightError] = UsageError
 
 
-PLAN = Kind("plan", 256 * MIB, "a file from `meshwright plan -o`", PlanError)
+PLAN = Kind("plan", 64 * MIB, "a file from `meshwright plan -o`", PlanError)
 
 
 def is_file(path: str | Path) -> bool:
@@ -57,13 +57,14 @@ def read_bytes(path: str | Path, kind: Kind) -> bytes:
         _check(os.stat(path).st_mode, path, kind)
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would block
         with os.fdopen(number, "rb") as file:
-            _check(os.fstat(number).st_mode, path, kind)
-            data = file.read(kind.most + 1)
+            found = os.fstat(number)
+            _check(found.st_mode, path, kind)
+            data = file.read(kind.most + 1) if found.st_size <= kind.most else b""
     except (OSError, ValueError) as error:
         if isinstance(error, MeshwrightError):
             raise
         raise _refused(path, kind, str(getattr(error, "strerror", None) or error)) from error
-    if len(data) > kind.most:
+    if max(len(data), found.st_size) > kind.most:
         raise _refused(path, kind, f"it has more than {format_bytes(kind.most)}")
     return data
 

@@ -265,13 +265,17 @@ def expand(data: Mapping[str, Any]) -> dict[str, Any]:
         out["devices"] = {k: _expand_device(str(k), v, marks) for k, v in devices.items()}
     if isinstance(fabric, list | tuple):
         shared_by = max(
-            (_count(g) for g in data.get("groups") or () if isinstance(g, Mapping)), default=1
+            (_count(g) for g in _listed(data.get("groups")) if isinstance(g, Mapping)), default=1
         )
         out["fabric"] = [_expand_tier(tier, shared_by, marks) for tier in fabric]
     stated = data.get("provenance")
     if marks and (stated is None or isinstance(stated, Mapping)):
         out["provenance"] = marks | dict(stated or {})
     return out
+
+
+def _listed(data: Any) -> Any:
+    return data if isinstance(data, list | tuple) else ()
 
 
 def _expand_device(name: str, fields: Any, marks: dict[str, str]) -> Any:

@@ -32,6 +32,7 @@ from ..ir.recompute import Policy
 from ..ir.units import counted, format_bytes
 from ..ir.version import VERSION
 from .cost.model import Roofline
+from .frontier_checks import check_frontier
 from .meshes import mesh_of
 from .pipeline.choices import Choices, Shape
 from .pipeline.points import Point
@@ -46,7 +47,7 @@ POINTS = 24  # kept of one search, the fastest
 WIDE = 16  # that a search which keeps them tries to find
 KNOWN = "meshes, recompute and microbatches unlike those that an earlier search met"
 PINS = ("pp", "mesh", "recompute", "microbatches")  # of the first plan, kept
-FILE = Kind("frontier", 256 * MIB, "a file from `meshwright plan --frontier`, as it was written", PlanError)
+FILE = Kind("frontier", 64 * MIB, "a file from `meshwright plan --frontier`, as it was written", PlanError)
 NEAR = 4  # microbatches up to so many times more or fewer
 
 
@@ -105,7 +106,15 @@ class Frontier(BaseModel):
                 fix="`meshwright plan --program single`",
             )  # fmt: skip
         small = load_graph(self.graph)
-        return _Replanning(self, small, cluster, looks).run()
+        try:
+            return _Replanning(self, small, cluster, looks).run()
+        except MeshwrightError:
+            raise
+        except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+            raise PlanError(  # decisions and units that do not fit the graph show where they are used
+                f"the frontier cannot be used: {type(error).__name__}: {error}.", where=f"frontier of {self.name:.80}",
+                fix="`meshwright plan --frontier` again; if that helps not, please report it",
+            ) from error  # fmt: skip
 
 
 def _mark(device: Device) -> str:
@@ -126,7 +135,12 @@ def load_frontier(path: Path) -> Frontier:
     if isinstance(version, str) and version != VERSION:
         told = f"the frontier is of meshwright {version}, this is {VERSION}."
         raise MismatchError(told, origin=origin, fix="plan again")
-    return unsealed(Frontier, data, "frontier", origin, FILE.fix)
+    found = unsealed(Frontier, data, "frontier", origin, FILE.fix)
+    try:
+        check_frontier(found)
+    except PlanError as error:
+        raise PlanError.at(error, None, origin) from error
+    return found
 
 
 @dataclass(frozen=True)

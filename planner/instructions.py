@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..ir.errors import PlanError
 from ..ir.graph import Op
 from ..ir.plan import Collective, Plan
 from ..ir.program import Program
@@ -33,12 +34,16 @@ class Chosen:
     plan: Plan
 
     def strategy(self, op: Op, rule: Rule) -> Strategy:
+        if op.tag not in self.plan.strategies:
+            raise PlanError(f"the plan has no strategy for {op.kind} `{op.tag}`.", where="strategies", fix="plan again")
         return Strategy(self.plan.strategies[op.tag])
 
     def order(self, op: Op) -> tuple[str, ...]:
         return ()
 
     def layout(self, tag: str, value: int) -> Sharding:
+        if tag not in self.plan.slots:
+            raise PlanError(f"the plan has no layout for `{tag}`.", where="slots", fix="plan again")
         return self.plan.slots[tag].sharding
 
 

@@ -16,6 +16,7 @@ from ...ir.blocks import fold
 from ...ir.errors import MismatchError
 from ...ir.fingerprint import fingerprint
 from ...ir.plan import Plan
+from ...ir.plan_checks import check_decisions
 from ...ir.program import prepare
 from .capture import Captured
 from .compat import weakened
@@ -164,6 +165,7 @@ def lower(
         return lowered
     mesh = device_mesh(plan.mesh, used_devices(plan, devices, plan.mesh.size, f"mesh {plan.mesh}"))
     program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
+    check_decisions(plan, program.graph, program.value_tags)
     local = LocalStep(plan, program, captured.binding.ops, captured.binding.arrays, holds=on_cpus(mesh))
     in_specs = tuple(map(partition_spec, local.input_layouts()))
     out_specs = tuple(map(partition_spec, local.output_layouts()))

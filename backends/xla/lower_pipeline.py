@@ -14,6 +14,7 @@ from ...ir.blocks import fold
 from ...ir.errors import LoweringError
 from ...ir.microbatch import TimeAxis, time_groups
 from ...ir.plan import Pipeline, Plan, Stage
+from ...ir.plan_checks import check_decisions
 from ...ir.program import Program as Prepared
 from ...ir.program import prepare
 from ...ir.schedule import Schedule, check
@@ -37,6 +38,7 @@ def lower_pipeline(plan: Plan, captured: Captured, devices: Sequence[Any] | None
     schedule = pipeline.read(plan.microbatches)
     check(schedule)
     program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
+    check_decisions(plan, program.graph, program.value_tags)
     cuts = [stage.cut for stage in pipeline.stages]
     cut = cut_stages(program, captured.graph, cuts, plan.microbatches, schedule.splits)
     stages = _stages(plan, pipeline, schedule, program, captured, devices)

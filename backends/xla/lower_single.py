@@ -25,6 +25,7 @@ from ...ir.mesh import STAGE
 from ...ir.microbatch import TimeAxis
 from ...ir.part_cuts import part_cuts
 from ...ir.plan import Pipeline, Plan
+from ...ir.plan_checks import check_decisions
 from ...ir.program import prepare
 from ...ir.sharding import Sharding
 from ...ir.stages import cut_stages
@@ -188,6 +189,7 @@ def lower_single(plan: Plan, captured: Captured, devices: Sequence[Any] | None =
     _check(plan, pipeline)
     folded = fold(captured.graph)
     program = prepare(folded.whole, plan.recompute)  # type: ignore[arg-type]
+    check_decisions(plan, program.graph, program.value_tags)
     cuts = part_cuts(folded, [stage.cut for stage in pipeline.stages])
     cut = cut_stages(program, captured.graph, cuts, plan.microbatches)
     parts, time = layered(program, cut), program.time

@@ -11,6 +11,7 @@ from .ir.cluster import Cluster
 from .ir.errors import MismatchError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
+from .ir.plan_checks import check_decisions
 from .ir.program import prepare
 from .ir.units import counted
 from .planner.cost.bands import band_of, told, weakest
@@ -98,6 +99,7 @@ def simulate(
             where="graph fingerprint", fix="plan again",
         )  # fmt: skip
     program = prepare(fold(captured.graph).small, plan.recompute)  # type: ignore[arg-type]
+    check_decisions(plan, program.graph, program.value_tags)
     result = simulate_plan(plan, program, Roofline(where))
     hangs_on = weakest(where, plan.mesh, result.compute, result.collectives)
     return Simulated(plan, where, result, told(where), hangs_on)
