@@ -37,7 +37,7 @@ DEAR = PRODUCTS | {
 
 
 def with_early_totals(graph: Graph, batch: Mapping[int, int]) -> tuple[Graph, TimeAxis | Refusal]:
-    """The graph, changed where that gives it a time axis, and its time axis."""
+    """The graph, with those totals early that passes wait for, and its time axis."""
     axis = time_axis(graph, batch)
     if isinstance(axis, TimeAxis):
         return graph, axis
@@ -48,8 +48,7 @@ def with_early_totals(graph: Graph, batch: Mapping[int, int]) -> tuple[Graph, Ti
     if not totals:
         return graph, axis
     changed = drop_dead_ops(_Early(graph, inputs, totals).run())
-    found = time_axis(changed, batch)
-    return (changed, found) if isinstance(found, TimeAxis) else (graph, axis)
+    return changed, time_axis(changed, batch)
 
 
 @dataclass

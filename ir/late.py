@@ -178,8 +178,8 @@ class _Late:
 
     def _linear(self, op: Op, owed: set[int]) -> bool:
         """Whether results are multiples of the owed operands; what is added to these must be zero."""
-        if not all(self._keeps(v) for v in op.outputs):
-            return False
+        if op.kind == "reduce_precision" or not all(self._keeps(v) for v in op.outputs):
+            return False  # narrow floats overflow
         alternatives = rule_of(op, self.types).linear if not op.regions else ()
         if op.kind == "pad":  # whose rule leaves out what padding with zeros allows
             alternatives = ((0, 1),)

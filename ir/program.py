@@ -6,6 +6,7 @@ one; equal tags then mean equal decisions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -41,11 +42,7 @@ def prepare(graph: Graph, policy: Policy) -> Program:
     base = find_phases(graph, batch)
     top = [base[visit.index] for visit in graph.visits if not visit.parents]
     phase_of = {v: phase for op, phase in zip(graph.ops, top, strict=True) for v in op.outputs}
-    graph, axis = with_early_totals(graph, batch)
-    phase_of |= {v: "prepare" for op in graph.ops for v in op.outputs if v not in phase_of}
-    if isinstance(axis, Refusal):
-        graph, axis = with_late_factors(graph, batch)
-        phase_of |= {v: "update" for op in graph.ops for v in op.outputs if v not in phase_of}
+    graph, axis = _cut_in_time(graph, batch, phase_of)
     top = [phase_of[op.outputs[0]] for op in graph.ops]
     again = recompute(graph, top, policy, None if isinstance(axis, Refusal) else axis.split.keys())
     again = hold_microbatches(again, batch)
@@ -56,6 +53,18 @@ def prepare(graph: Graph, policy: Policy) -> Program:
     if isinstance(time, TimeAxis):
         verify_time(ready, time)
     return Program(ready, tuple(_phase(op, phase_of) for op in ready.ops), time)
+
+
+def _cut_in_time(
+    graph: Graph, batch: Mapping[int, int], phase_of: dict[int, str]
+) -> tuple[Graph, TimeAxis | Refusal]:
+    """The graph with what gives it a time axis, if anything does; `phase_of` learns new values."""
+    found, axis = with_early_totals(graph, batch)
+    phase_of |= {v: "prepare" for op in found.ops for v in op.outputs if v not in phase_of}
+    if isinstance(axis, Refusal):
+        found, axis = with_late_factors(found, batch)
+        phase_of |= {v: "update" for op in found.ops for v in op.outputs if v not in phase_of}
+    return (found, axis) if isinstance(axis, TimeAxis) else (graph, time_axis(graph, batch))
 
 
 def _phase(op: Op, known: dict[int, str]) -> str:

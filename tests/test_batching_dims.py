@@ -115,7 +115,10 @@ PICKS = {
 
 @pytest.mark.parametrize(
     "request_",
-    [{"microbatches": 4, "mesh": (4, 2)}, {"pp": 2, "microbatches": 2}],
+    [
+        pytest.param({"microbatches": 4, "mesh": (4, 2)}, marks=pytest.mark.slow),
+        {"pp": 2, "microbatches": 2},
+    ],
     ids=["microbatches", "stages"],
 )  # fmt: skip
 @pytest.mark.parametrize("name", PICKS)
