@@ -39,7 +39,8 @@ class MeshwrightError(ValueError):
 
     def __str__(self) -> str:
         rows = [("where", self.where), ("from", self.origin), ("try", self.fix)]
-        return "\n".join([_clipped(self.what), *(_row(label, _clipped(text)) for label, text in rows if text)])
+        what = _clipped(self.what).replace("\n", " ")  # of a value that has one
+        return "\n".join([what, *(_row(label, _clipped(text)) for label, text in rows if text)])
 
     def report(self) -> str:
         """The message with the error's name in front, as the CLI prints it."""

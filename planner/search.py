@@ -144,7 +144,7 @@ class Search:
             return
         self._stood = elapsed
         ends = min(left * elapsed / max(1, looked), (limit or self.request.time_limit) - elapsed)
-        found = f"best {format_seconds(best)}, gap {1 - bound / best:.1%}, " if best < inf else "nothing yet, "
+        found = f"best {format_seconds(best)}, gap {1 - bound / (best or 1.0):.1%}, " if best < inf else "nothing yet, "
         self.now(f"{found}no plan under {format_seconds(bound)}; {left} left, about {max(0.0, ends):.0f} s")
 
     _stood: float = 0.0
