@@ -177,6 +177,40 @@ def test_a_returned_nnx_object_is_the_users_own_and_graph_changes_come_back():
     same(model.seen[...], BATCH["x"].mean(0))
 
 
+def test_nnx_objects_may_lie_anywhere_in_the_arguments():
+    def step(parts, x):
+        parts["model"].kernel[...] = parts["model"].kernel[...] * 2
+        return {"count": parts["count"] + 1, "sum": x.sum()}
+
+    model = nnx.Linear(16, 8, rngs=nnx.Rngs(0))
+    before = np.asarray(model.kernel[...])
+    found = parallel(step)({"model": model, "count": 0}, BATCH["x"])
+    assert int(found["count"]) == 1
+    same(model.kernel[...], before * 2)
+
+
+def test_layers_of_an_nnx_model_become_stages():
+    class Deep(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([nnx.Linear(16, 16, rngs=rngs) for _ in range(4)])
+            self.last = nnx.Linear(16, 8, rngs=rngs)
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = nnx.tanh(layer(x))
+            return self.last(x)
+
+    def made():
+        model = Deep(nnx.Rngs(0))
+        return model, nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
+    options = {"mesh": None, "microbatches": 4, "recompute": None, "time_limit": 20}
+    mine, theirs, train = made(), made(), parallel(net_step, pp=2, **options)
+    same(train(*mine, BATCH), nnx.jit(net_step)(*theirs, BATCH))
+    same(held(*mine), held(*theirs))
+    assert train.plan(*mine, BATCH).pipeline is not None
+
+
 def test_nnx_modules_of_another_structure_are_another_program():
     train = parallel(lambda model, x: model(x).sum(), verify=False)
     for model in (
@@ -280,6 +314,11 @@ def test_a_number_in_the_state_keeps_its_weak_type_and_is_planned_once(monkeypat
         ]
     same(state.params, other.params)
     assert len(calls) == 1
+    assert (
+        int(train.lower(state, BATCH)(state, BATCH).step)
+        == int(train(state, batch=BATCH).step)
+        == 4
+    )
 
 
 def test_numbers_of_every_kind_keep_jax_types():
@@ -337,6 +376,19 @@ def test_what_is_no_array_is_refused_by_name_with_advice_that_works():
     )
     with pytest.raises(CaptureError, match="static_argnames='mode'"):
         parallel(lambda x, mode: x.sum())(BATCH["x"], "train")
+    with pytest.raises(CaptureError, match=r"1099511627776 does not fit into int32"):
+        parallel(lambda x, count: x * count)(BATCH["x"], 2**40)
+    with pytest.raises(CaptureError, match=r"run the step once with nnx\.jit"):
+        parallel(lambda model, x: model(x.missing))(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), BATCH["x"])
+
+
+def test_a_step_with_shard_map_is_refused():
+    def step(x):
+        mesh, cut = jax.make_mesh((8,), ("a",)), jax.P("a")
+        return jax.shard_map(lambda x: x * 2, mesh=mesh, in_specs=cut, out_specs=cut)(x)
+
+    with pytest.raises(CaptureError, match="places data itself, by `shard_map`"):
+        parallel(step)(BATCH["x"])
 
 
 # ---------------------------------------------------------------- jit's own arguments

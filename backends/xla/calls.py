@@ -108,6 +108,13 @@ class Call:
         )
 
     @property
+    def style(self) -> str:
+        """The library whose convention this call follows."""
+        if self.for_nnx:
+            return "nnx"
+        return "equinox" if self.fixed or self.step.convention == "equinox" else "jax"
+
+    @property
     def static(self) -> Hashable:
         step = self.step
         chosen = [(i, self.args[i]) for i in sorted(step.static) if i < len(self.args)]

@@ -189,7 +189,7 @@ def lower(
 
 def _weakly(sharded: Callable[..., Sequence[Any]], avals: Sequence[Any]) -> Callable[..., Sequence[Any]]:
     """The same program; Python numbers in the state keep their weak types."""
-    return lambda *leaves: weakened(sharded(*leaves), avals)
+    return lambda *leaves: tuple(weakened(sharded(*leaves), avals))
 
 
 def _check_graph(plan: Plan, captured: Captured) -> None:

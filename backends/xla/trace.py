@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ...ir.errors import CaptureError
 from . import compat
@@ -100,14 +101,25 @@ def check_static(call: Call) -> None:
 def _check_leaves(call: Call) -> None:
     for name, leaf in zip(call.names, call.leaves, strict=True):
         if not is_value(leaf):
-            whole = name.isidentifier()
             raise CaptureError(
                 f"{shortened(leaf)} is a {type(leaf).__name__}, not an array.",
                 where=f"step argument `{name}`",
-                fix=f"an array, or static_argnames={name!r} if it is fixed"
-                if whole
-                else "leave it out of the argument, or give it on its own, named by static_argnames, if it is fixed",
+                fix=_instead(name, leaf),
             )
+        if isinstance(leaf, int) and leaf.bit_length() >= jnp.iinfo(jnp.asarray(0).dtype).bits:
+            raise CaptureError(
+                f"{shortened(leaf)} does not fit into {jnp.asarray(0).dtype}, as which jax takes Python's integers.",
+                where=f"step argument `{name}`",
+                fix="a smaller number, an array of an unsigned or a floating type, or jax_enable_x64",
+            )
+
+
+def _instead(name: str, leaf: Any) -> str:
+    if not isinstance(leaf, Hashable):
+        return "an array, or leave it out"
+    if name.isidentifier():
+        return f"an array, or static_argnames={name!r} if it is fixed"
+    return "leave it out of the argument, or give it on its own, named by static_argnames, if it is fixed"
 
 
 _ADVICE: tuple[tuple[str, str, str], ...] = (
@@ -147,6 +159,11 @@ _ADVICE: tuple[tuple[str, str, str], ...] = (
         "remove pmean, psum and axis_index: the step sees the whole batch, and its mean is over all of it",
     ),
     (
+        "shard_map",
+        "the step places data itself, by `shard_map`; planning decides that here.",
+        "give the function without shard_map; it takes whole arrays",
+    ),
+    (
         "UnexpectedTracerError",
         "the step keeps a value of its trace in a place that outlives it.",
         "return it from the step instead of storing it in a global, an attribute or a list",
@@ -154,21 +171,28 @@ _ADVICE: tuple[tuple[str, str, str], ...] = (
 )
 
 
+_BY_TEXT = (  # errors whose class says too little
+    (NameError, "unbound axis name", "unbound axis name"),
+    (ValueError, "from different trace level", "TraceContextError"),
+    (ValueError, "to shard_map", "shard_map"),
+)
+_JITS = {"jax": "jax.jit", "nnx": "nnx.jit", "equinox": "eqx.filter_jit"}
+
+
 def _explained(error: Exception, call: Call) -> CaptureError:
     """jax's error in three lines; the whole of it stays attached as the cause."""
     where = next(_user_places(error), "") or f"step `{call.step.name}`"
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    if isinstance(error, NameError) and "unbound axis name" in str(error):
-        kinds.add("unbound axis name")
-    if isinstance(error, ValueError) and "from different trace level" in str(error):
-        kinds.add("TraceContextError")
+    kinds |= {
+        name for kind, text, name in _BY_TEXT if isinstance(error, kind) and text in str(error)
+    }
     for kind, what, fix in _ADVICE:
         if kind in kinds:
             return CaptureError(what, where=where, origin=_first_line(error), fix=fix)
     return CaptureError(
         f"the step cannot be traced: {type(error).__name__}: {_first_line(error)}",
         where=where,
-        fix="run the step once with jax.jit and mend what it reports",
+        fix=f"run the step once with {_JITS[call.style]} and mend what it reports",
     )
 
 

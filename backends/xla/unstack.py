@@ -231,6 +231,8 @@ def _depths(paths: Sequence[tuple], counts: Sequence[list[int]], first: int) -> 
 
 def _name(name: str, path: tuple, depths: Sequence[int], piece: Piece, first: int) -> str:
     spelt = jax.tree_util.keystr
+    if not name.endswith(spelt(path[first:])):  # a variable of an object, which has a path of its own
+        return name + "".join(f"[{row}]" for _, row in piece.rows)
     made, before = name.removesuffix(spelt(path[first:])), first
     for depth, (_, row) in zip(depths, piece.rows, strict=True):
         made += f"{spelt(path[before:depth])}[{row}]"
