@@ -128,7 +128,10 @@ class Call:
         """What is static in the arguments that are not."""
         return (
             tuple((k, type(value), value) for k, value in self.fixed.items()),
-            tuple(self.graphs.items()),
+            tuple(self.graphs),
+            jax.tree.structure(
+                tuple(self.graphs.values())
+            ),  # compared as jax does, where a module holds a list
             self._whole if self.fixed else None,
         )
 
@@ -303,7 +306,7 @@ class Call:
         """What the step put into its arguments in place, where jax loses it, and does not return."""
         kept = set(map(id, arrays))
         return {
-            name: leaf
+            name: getattr(leaf, "primal", leaf)  # where it was put there inside of jax.grad
             for name, leaf in self._mutable(tree).items()
             if before.get(name) is not leaf and isinstance(leaf, Tracer) and id(leaf) not in kept
         }

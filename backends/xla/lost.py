@@ -2,6 +2,7 @@
 
     state["w"] = state["w"] - gradient; return loss          trained nothing: refused
     batch["x"] = batch["x"] / 255; return loss_of(batch)     a value of this step's own: fine
+    state["rate"] = rate; return update(state)               a result too: fine
 
 Refused is a new value that nobody reads, or that holds more than its own argument: something was learnt and is lost.
 """
@@ -24,9 +25,11 @@ def check_lost(call: Call, leaves: Sequence[Any]) -> None:
     closed = jax.make_jaxpr(call.pure(ends, keep_lost=True))(*leaves)
     variables, results = closed.jaxpr.invars, closed.jaxpr.outvars
     count = len(results) - len(ends.lost)
-    read = _needed(closed.jaxpr, results[:count])
+    read, kept = _needed(closed.jaxpr, results[:count]), _kept(closed.jaxpr, results[:count])
     arguments = [name.partition(".")[0].partition("[")[0] for name in call.names]
     for name, value in zip(ends.lost, results[count:], strict=True):
+        if value in kept:
+            continue
         own = name.partition(".")[0].partition("[")[0]
         sources = _needed(closed.jaxpr, [value])
         foreign = any(v in sources for v, a in zip(variables, arguments, strict=True) if a != own)
@@ -48,6 +51,15 @@ def _advice(call: Call) -> str:
 
 def _has_nnx(call: Call) -> bool:
     return any(map(is_nnx, jax.tree.leaves((call.args, dict(call.kwargs)), is_leaf=is_nnx)))
+
+
+def _kept(jaxpr: Any, values: Sequence[Any]) -> set[Any]:
+    """These variables, and those that they are but for their type."""
+    found = {v for v in values if not hasattr(v, "val")}
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.primitive.name in ("convert_element_type", "copy") and eqn.outvars[0] in found:
+            found.update(v for v in eqn.invars if not hasattr(v, "val"))
+    return found
 
 
 def _needed(jaxpr: Any, values: Sequence[Any]) -> set[Any]:

@@ -86,7 +86,10 @@ class Lowered:
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Leaves laid out as the program takes them."""
         if self.joint:
-            return [place(leaf, layout) for leaf, layout in zip(leaves, self.input_shardings, strict=True)]
+            return [
+                place(leaf, layout)
+                for leaf, layout in zip(leaves, self.input_shardings, strict=True)
+            ]
         return jax.device_put(list(leaves), list(self.input_shardings))
 
     def run(self, leaves: Sequence[Any]) -> Sequence[Any]:
@@ -142,9 +145,7 @@ class Lowered:
 AnyLowered = Lowered | LoweredPipeline | LoweredSingle
 
 
-def lower(
-    plan: Plan, captured: Captured, devices: Sequence[Any] | None = None
-) -> AnyLowered:
+def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) -> AnyLowered:
     """Build the sharded program of a plan, or the programs of its pipeline.
 
     Args:
@@ -166,7 +167,9 @@ def lower(
     mesh = device_mesh(plan.mesh, used_devices(plan, devices, plan.mesh.size, f"mesh {plan.mesh}"))
     program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
     check_decisions(plan, program.graph, program.value_tags)
-    local = LocalStep(plan, program, captured.binding.ops, captured.binding.arrays, holds=on_cpus(mesh))
+    local = LocalStep(
+        plan, program, captured.binding.ops, captured.binding.arrays, holds=on_cpus(mesh)
+    )
     in_specs = tuple(map(partition_spec, local.input_layouts()))
     out_specs = tuple(map(partition_spec, local.output_layouts()))
     sharded = jax.shard_map(
@@ -187,7 +190,9 @@ def lower(
     return Lowered(plan, captured, sharded, jitted, mesh, in_shardings, out_shardings)
 
 
-def _weakly(sharded: Callable[..., Sequence[Any]], avals: Sequence[Any]) -> Callable[..., Sequence[Any]]:
+def _weakly(
+    sharded: Callable[..., Sequence[Any]], avals: Sequence[Any]
+) -> Callable[..., Sequence[Any]]:
     """The same program; Python numbers in the state keep their weak types."""
     return lambda *leaves: tuple(weakened(sharded(*leaves), avals))
 
