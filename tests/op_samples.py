@@ -312,9 +312,47 @@ def cross_entropy(logits: Any, labels: Any) -> Any:
     return -jnp.take_along_axis(likely, labels[..., None], -1).mean()
 
 
+def _linalg() -> Iterator[tuple[Any, ...]]:
+    many = normal(4, 6, 6)
+    whole = many @ many.swapaxes(-1, -2) + 6 * jnp.eye(6)
+    yield lambda a: jnp.linalg.cholesky(a), whole
+    yield (
+        lambda a: (jnp.linalg.eigh(a), jnp.linalg.qr(a), jnp.linalg.svd(a), jnp.linalg.eig(a)),
+        whole,
+    )
+    yield (
+        lambda a: (
+            lax.linalg.lu(a),
+            lax.linalg.schur(a),
+            lax.linalg.hessenberg(a),
+            lax.linalg.tridiagonal(a),
+        ),
+        whole,
+    )
+    yield lambda a: lax.linalg.qr(a, pivoting=True), whole
+    yield lambda a, c: lax.linalg.symmetric_product(a, c, symmetrize_output=False), many, whole
+    for left in (True, False):
+        solve = partial(lax.linalg.triangular_solve, left_side=left, lower=True)
+        yield solve, whole, normal(4, 6, 8) if left else normal(4, 8, 6)
+    yield lambda p: lax.linalg.lu_pivots_to_permutation(p, 6), integers(6, 4, 6)
+    yield bind("geqrf"), whole
+    yield lambda a: bind("geqp3", use_magma=None)(a, jnp.zeros((4, 6), jnp.int32)), whole
+    yield lax.linalg.householder_product, many, uniform(4, 6)
+    yield (
+        lax.linalg.tridiagonal_solve,
+        uniform(4, 6),
+        uniform(4, 6) + 4,
+        uniform(4, 6),
+        normal(4, 6, 2),
+    )
+    yield jnp.fft.fft, normal(4, 8)
+    yield lambda x: jnp.fft.irfft2(jnp.fft.rfft2(x)), normal(4, 6, 8)
+
+
 def _rest() -> Iterator[tuple[Any, ...]]:
     yield lambda x: (jnp.sort(x, 1), jnp.argsort(x, 0)), normal(4, 8)
     yield grad(lambda x: lax.top_k(x, 2)[0]), normal(4, 8)
+    yield lambda x: lax.approx_max_k(x, 2), normal(4, 8)
     yield grad(lambda x, y: lax.optimization_barrier((x, y))[0]), normal(4, 8), normal(2)
     yield bind("device_put", **device_put_params()), normal(4, 8)
     key = jax.random.key(0)
@@ -354,6 +392,7 @@ FAMILIES = {
     "contraction": _contraction,
     "reduction": _reduction,
     "indexing": _indexing,
+    "linalg": _linalg,
     "rest": _rest,
 }
 

@@ -200,18 +200,35 @@ class _Conversion:
             if _says_nothing(eqn):
                 return operands
             raise _placement(name, self._line(eqn))
+        if name == "custom_linear_solve":
+            solve, consts, given = compat.linear_solve(eqn)
+            return self.inline(solve.jaxpr, solve.consts, [*operands[consts], *operands[given]])
+        if compat.reduces_dims(eqn):
+            return self._over_dims(eqn, operands)
         if eqn.effects:
             raise _effect(eqn, self._line(eqn))
         return self._plain(eqn, operands)
 
-    def _plain(self, eqn: Any, operands: list[int]) -> list[int]:
+    def _plain(self, eqn: Any, operands: list[int], where: str = "") -> list[int]:
         kind, params = eqn.primitive.name, eqn.params
         attrs = self.attrs(kind, params)
         if marks := marks_of(eqn):
             attrs = tuple(sorted((*attrs, *marks)))
         self.bound.setdefault((kind, attrs), (eqn.primitive, params))
         results = [self.value(var.aval) for var in eqn.outvars]
-        self.ops.append(Op(kind, tuple(operands), tuple(results), attrs, where=self._line(eqn)))
+        self.ops.append(
+            Op(kind, tuple(operands), tuple(results), attrs, where=where or self._line(eqn))
+        )
+        return results
+
+    def _over_dims(self, eqn: Any, operands: list[int]) -> list[int]:
+        """`psum` and the like over the axis of a `vmap`: ordinary reductions by now."""
+        results: list[int] = []
+        for var, operand in zip(eqn.invars, operands, strict=True):
+            reduced = compat.reduction(eqn, var.aval)
+            results += (
+                [operand] if reduced is None else self._plain(reduced, [operand], self._line(eqn))
+            )
         return results
 
     def _call(self, eqn: Any, operands: list[int]) -> list[int]:

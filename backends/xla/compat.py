@@ -17,6 +17,7 @@ from itertools import islice
 from typing import Any
 
 import jax
+from jax import lax
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, Var
 
@@ -65,7 +66,11 @@ def coordination() -> Coordination | None:
     """The service, where this process has joined others."""
     from jax._src.distributed import global_state as state
 
-    return None if state.client is None else Coordination(state.client, state.process_id, state.num_processes)
+    return (
+        None
+        if state.client is None
+        else Coordination(state.client, state.process_id, state.num_processes)
+    )
 
 
 def bind(primitive: Any, operands: Sequence[Any], params: dict[str, Any]) -> list[jax.Array]:
@@ -120,6 +125,45 @@ def call_body(eqn: Any) -> tuple[Jaxpr, Sequence[Any]]:
     return getattr(body, "jaxpr", body), getattr(body, "consts", ())
 
 
+# Collectives over a dim that a `vmap` named, once it is known by its place: what reduces over that dim.
+OVER_DIMS: dict[str, Callable[..., Any]] = {
+    "psum": lax.reduce_sum,
+    "pmax": lax.reduce_max,
+    "pmin": lax.reduce_min,
+}
+
+
+def reduces_dims(eqn: Any) -> bool:
+    """Whether a collective is over dims of its operands alone, which the axes of a `vmap` have become."""
+    return (
+        eqn.primitive.name in OVER_DIMS
+        and not eqn.params.get("axis_index_groups")
+        and _are_dims(eqn)
+    )
+
+
+def _are_dims(eqn: Any) -> bool:
+    return all(isinstance(axis, int) for axis in eqn.params["axes"])
+
+
+def reduction(eqn: Any, aval: Any) -> Any:
+    """The equation that reduces one operand of such a collective; None where no dims are left."""
+    axes = tuple(eqn.params["axes"])
+    if not axes:
+        return None
+    shape = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    [reduced] = jax.make_jaxpr(lambda x: OVER_DIMS[eqn.primitive.name](x, axes))(shape).eqns
+    return reduced
+
+
+def linear_solve(eqn: Any) -> tuple[ClosedJaxpr, slice, slice]:
+    """The solver of a `custom_linear_solve`, and which operands are its constants and its right-hand side."""
+    counts = eqn.params["const_lengths"]
+    first = counts.matvec + counts.vecmat
+    last = first + counts.solve + counts.transpose_solve
+    return eqn.params["jaxprs"].solve, slice(first, first + counts.solve), slice(last, None)
+
+
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
     """(constants, carries) of a scan's operands."""
     if "num_carry" in params:
@@ -141,7 +185,9 @@ def held_back(eqn: Any, always: bool = False) -> tuple[bool, ...]:
 # ---------------------------------------------------------------- lines of the user
 
 
-_HERE = __file__.replace("\\", "/").rpartition("/")[0] + "/"  # what calls the step is nobody's line either
+_HERE = (
+    __file__.replace("\\", "/").rpartition("/")[0] + "/"
+)  # what calls the step is nobody's line either
 _LIBRARIES = ("jax", "jaxlib", "optax", "flax", "equinox", "chex", "einops", "haiku", "distrax")
 
 

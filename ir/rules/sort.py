@@ -17,10 +17,11 @@ def sort(call: Call) -> Rule:
     return factors.rule([dims] * len(call.operands), [dims] * len(call.results))
 
 
-@rule_for("top_k")
+@rule_for("top_k", "approx_top_k")
 def top_k(call: Call) -> Rule:
     rank = call.operands[0].rank
-    axis = call.integer("axis") % rank if "axis" in call.attrs else rank - 1
+    name = "axis" if call.kind == "top_k" else "reduction_dimension"
+    axis = call.integer(name) % rank if name in call.attrs else rank - 1
     factors = Factors()
     operand = tuple(
         factors.whole(size) if d == axis else factors.new(size)
