@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .graph import Graph, Op, Region, TensorType
+from .batch import with_batch
+from .graph import Batch, Graph, Op, Region, TensorType
 
 HEAVY = frozenset({"dot_general", "conv_general_dilated", "scan", "while", "cond"})
 FEWEST_SAVED = 4  # a repeat that saves fewer ops than this is left alone
@@ -72,7 +73,23 @@ def fold(graph: Graph) -> Folded:
     groups = _input_groups(replace(graph, ops=ops))
     tags = _input_tags(graph, groups)
     whole = replace(graph, ops=ops, input_tags=tags, input_counts=(1,) * len(graph.inputs))
-    return Folded(whole, _shrink(whole, places, groups), blocks)
+    return _with_batch(whole, _shrink(whole, places, groups), blocks)
+
+
+def _with_batch(whole: Graph, small: Graph, blocks: tuple[Block, ...]) -> Folded:
+    """Both graphs with the batch: as told of the whole one, else as inferred from the small one."""
+    if whole.batch is None:
+        small = with_batch(small)
+        assert small.batch is not None
+        dims = {small.input_tags[p]: d for p, d in small.batch.dims}
+        return Folded(replace(whole, batch=_by_tag(whole, small.batch, dims)), small, blocks)
+    dims = {whole.input_tags[p]: d for p, d in whole.batch.dims}
+    return Folded(whole, replace(small, batch=_by_tag(small, whole.batch, dims)), blocks)
+
+
+def _by_tag(graph: Graph, batch: Batch, dims: Mapping[str, int]) -> Batch:
+    found = ((p, dims[tag]) for p, tag in enumerate(graph.input_tags) if tag in dims)
+    return replace(batch, dims=tuple(found))
 
 
 # ---------------------------------------------------------------- finding repeats

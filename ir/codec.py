@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from .errors import GraphError, MeshwrightError, MismatchError, PlanError
 from .files import PLAN, read_object, read_text
 from .fingerprint import fingerprint
-from .graph import Attr, Constant, Graph, Op, Region, TensorType
+from .graph import Attr, Batch, Constant, Graph, Op, Region, TensorType
 from .plan import PLAN_VERSION, Plan
 from .plan_checks import check_plan
 from .verify import verify
@@ -93,9 +93,13 @@ def unsealed(kind: type[T], data: dict[str, Any], what: str, origin: str, fix: s
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"
-        raise PlanError(f"this is no {what}: {first['msg']}.", where=where, origin=origin, fix=fix) from error
+        raise PlanError(
+            f"this is no {what}: {first['msg']}.", where=where, origin=origin, fix=fix
+        ) from error
     if data.get(CHECKSUM) != _digest(fields):
-        raise PlanError(f"the {what} was changed or damaged after it was written.", origin=origin, fix=fix)
+        raise PlanError(
+            f"the {what} was changed or damaged after it was written.", origin=origin, fix=fix
+        )
     return found
 
 
@@ -184,6 +188,7 @@ def dump_graph(graph: Graph) -> str:
             "donated": sorted(graph.donated),
             "input_tags": graph.input_tags,
             "input_counts": graph.input_counts,
+            "batch": graph.batch and [graph.batch.dims, graph.batch.evidence, graph.batch.doubt],
         }
     )
 
@@ -224,6 +229,16 @@ def _graph_in(data: dict[str, Any]) -> Graph:
         donated=frozenset(data["donated"]),
         input_tags=tuple(data["input_tags"]),
         input_counts=tuple(data["input_counts"]),
+        batch=_batch_in(data.get("batch")),
+    )
+
+
+def _batch_in(data: Any) -> Batch | None:
+    if data is None:
+        return None
+    dims, evidence, doubt = data
+    return Batch(
+        tuple((int(position), int(dim)) for position, dim in dims), str(evidence), str(doubt)
     )
 
 

@@ -6,7 +6,8 @@ have a name and a lifetime, and a gradient is reduced once for clipping and for
 both moments. A copy that keeps the layout of its source costs nothing.
 
     prepared values (parameters, casts)   one copy for the step, then one per phase
-    sums (products, reductions)           one per phase with two or more readers
+    sums (products, reductions)           one per phase with two or more readers,
+    and what scales or reshapes one       as a mean does, which could owe the sum to each
     other values                          one per phase with two or more heavy readers
 """
 
@@ -22,6 +23,7 @@ from .values import Fresh
 SUMS = frozenset(
     {"dot_general", "conv_general_dilated", "reduce_sum", "scatter-add", "gather", "scan"}
 )
+SCALES = frozenset({"div", "mul", "neg", "convert_element_type", "reshape", "transpose"})
 LAYOUT_BOUND = frozenset(
     {"dot_general", "conv_general_dilated", "gather", "scatter-add", "scatter", "scan"}
 )
@@ -117,15 +119,20 @@ class _Placer:
         heavy = self._heavy(ops, positions)
         if value in self.prepared:
             return heavy if phase != "prepare" else []
-        if (
-            self.writer.get(value) is not None
-            and self.writer[value].kind in SUMS
-            and len(positions) > 1
-        ):
+        if len(positions) > 1 and self._is_sum(value):
             return positions
         if phase == "update" and len(positions) > 1:
             return positions
         return heavy if len(heavy) > 1 else []
+
+    def _is_sum(self, value: int) -> bool:
+        """Whether a value is a sum, or one that was scaled, as a mean is: it can owe the sum to its readers."""
+        while (op := self.writer.get(value)) is not None and op.kind in SCALES:
+            others = [v for v in op.inputs if v in self.writer and self.fresh.types[v].size > 1]
+            if len(others) != 1:
+                return False
+            value = others[0]
+        return op is not None and op.kind in SUMS
 
     def _heavy(self, ops, positions: list[int]) -> list[int]:
         return [p for p in positions if ops[p].kind in LAYOUT_BOUND]

@@ -46,6 +46,11 @@ class TensorType:
     def nbytes(self) -> int:
         return self.size * ITEM_BYTES[self.dtype]
 
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds real or complex numbers."""
+        return self.dtype.startswith(("f", "bf", "c"))
+
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
@@ -112,6 +117,18 @@ class Constant:
 
 
 @dataclass(frozen=True, slots=True)
+class Batch:
+    """The dims of the inputs that are the batch: (input position, dim), by position.
+
+    `evidence` says in words what speaks for it; `doubt` names dims for which as much does.
+    """
+
+    dims: tuple[tuple[int, int], ...]
+    evidence: str = "told"
+    doubt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Visit:
     """One op met on a walk: its index in walk order, how many times it runs per
     step (trip counts around it, times `count`), and the indices of the loops around it."""
@@ -128,6 +145,7 @@ class Graph:
 
     Invariants (`verify` checks them): every value is defined once, before its
     uses; types cover every value; `state` pairs inputs and outputs of equal type.
+    `batch` is None until it is told or `ir.batch` has inferred it.
     """
 
     types: Mapping[int, TensorType]
@@ -141,6 +159,7 @@ class Graph:
     donated: frozenset[int] = frozenset()  # input positions
     input_tags: tuple[str, ...] = ()  # given by `fold`, like `Op.tag`
     input_counts: tuple[int, ...] = ()
+    batch: Batch | None = None
 
     @cached_property
     def visits(self) -> tuple[Visit, ...]:

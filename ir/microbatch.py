@@ -44,25 +44,6 @@ class TimeAxis:
     body: frozenset[int]
 
 
-def batch_dims(graph: Graph) -> dict[int, int]:
-    """Input position -> batch dim, for the inputs that are not carried state.
-
-    The batch is dim 0 of the array inputs that share the most common dim-0 size;
-    other inputs (a learning rate, a random key) are the same for every microbatch.
-    One example alone (a long text) is told by its next dim.
-    """
-    return _shared(graph, 0) or _shared(graph, 1)
-
-
-def _shared(graph: Graph, dim: int) -> dict[int, int]:
-    """Inputs that have the most common size of one dim, where it is more than 1."""
-    carried = {i for i, _ in graph.state}
-    kinds = {p: graph.types[v] for p, v in enumerate(graph.inputs) if p not in carried}
-    sizes = {p: k.shape[dim] for p, k in kinds.items() if k.rank > dim and k.dtype != "key"}
-    common = max(sorted(set(sizes.values())), key=list(sizes.values()).count, default=0)
-    return {p: dim for p, size in sizes.items() if size == common > 1}
-
-
 def time_groups(batch: int, mesh: Mesh, count: int) -> int:
     """Into how many runs of neighbours the batch is dealt out to `count` microbatches.
 

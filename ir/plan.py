@@ -11,13 +11,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
+from .batch import known_batch
 from .cluster import Cluster
+from .graph import Batch, Graph
 from .mesh import Mesh
 from .schedule import Schedule, read_schedule
 from .sharding import Sharding
+from .units import counted
 
 PLAN_VERSION = 1
-EXACT = 1e-6  # a gap up to which a plan is optimal: rounding of sums of seconds, and where solvers stop
+EXACT = (
+    1e-6  # a gap up to which a plan is optimal: rounding of sums of seconds, and where solvers stop
+)
 
 
 class _Part(BaseModel):
@@ -27,7 +32,9 @@ class _Part(BaseModel):
 class Proof(_Part):
     """What the search can claim, in predicted seconds per step."""
 
-    status: Literal["optimal", "within_gap", "feasible"]  # "within_gap": proven to be within what is good enough
+    status: Literal[
+        "optimal", "within_gap", "feasible"
+    ]  # "within_gap": proven to be within what is good enough
     # "end": all was looked at, the bound is not tight; "estimate": only what an estimate ranks first was solved
     stopped_by: Literal["proof", "time", "interrupt", "end", "estimate"]
     objective: float
@@ -37,8 +44,12 @@ class Proof(_Part):
     band: str  # what is known about the error of the cost model
     left_out: tuple[str, ...]  # what the search did not look at
     searched: tuple[str, ...]  # one line per (mesh, microbatches, recompute) candidate
-    seconds: float | None = Field(None, exclude=True)  # the search took; left out of files: equal plans, equal files
-    good_enough: float | None = None  # the gap at which the search was to end; older files do not say it
+    seconds: float | None = Field(
+        None, exclude=True
+    )  # the search took; left out of files: equal plans, equal files
+    good_enough: float | None = (
+        None  # the gap at which the search was to end; older files do not say it
+    )
 
     @model_validator(mode="wrap")
     @classmethod
@@ -119,9 +130,7 @@ class AxisUse(_Part):
 
     @property
     def idle(self) -> float:
-        return max(
-            0.0, 1 - self.batch - self.sequence - self.experts - self.columns - self.sums
-        )
+        return max(0.0, 1 - self.batch - self.sequence - self.experts - self.columns - self.sums)
 
 
 class Layout(_Part):
@@ -137,6 +146,49 @@ class Layout(_Part):
     @property
     def sharding(self) -> Sharding:
         return Sharding(self.dims, frozenset(self.owed))
+
+
+class BatchInput(_Part):
+    """One input of the step that has a batch dim; `position` counts the leaves of its arguments."""
+
+    name: str
+    position: int
+    dim: int
+
+
+class PlannedBatch(_Part):
+    """What the plan takes for the batch, and why; `doubt` names dims for which as much speaks."""
+
+    inputs: tuple[BatchInput, ...]
+    examples: int
+    evidence: str
+    doubt: str = ""
+
+    @classmethod
+    def of(cls, graph: Graph) -> PlannedBatch:
+        batch = known_batch(graph)
+        inputs = tuple(
+            BatchInput(name=graph.input_name(p), position=p, dim=d) for p, d in batch.dims
+        )
+        sizes = [graph.types[graph.inputs[p]].shape[d] for p, d in batch.dims]
+        return cls(
+            inputs=inputs, examples=(sizes or [0])[0], evidence=batch.evidence, doubt=batch.doubt
+        )
+
+    @property
+    def known(self) -> Batch:
+        """As a graph holds it."""
+        return Batch(
+            tuple((each.position, each.dim) for each in self.inputs), self.evidence, self.doubt
+        )
+
+    def __str__(self) -> str:
+        """`x dim 0, y dim 0 (256 examples): the update sums over it, no state has it`."""
+        if not self.inputs:
+            return f"none: {self.evidence}"
+        names = ", ".join(f"{each.name} dim {each.dim}" for each in self.inputs)
+        doubt = f"; as likely: {self.doubt}, which batch_argnums can tell" if self.doubt else ""
+        return f"{names} ({counted(self.examples, 'example')}): {self.evidence}{doubt}"
 
 
 class Stage(_Part):
@@ -177,7 +229,9 @@ class Pipeline(_Part):
     first: tuple[int, ...]
     orders: tuple[str, ...]
     program: Literal["stages", "single"] = "stages"
-    programs: dict[str, float] = {}  # predicted seconds of a step either way; a way that cannot be is left out
+    programs: dict[
+        str, float
+    ] = {}  # predicted seconds of a step either way; a way that cannot be is left out
     unstacked: bool = False  # stacked parameters of a loop over layers are held layer by layer
 
     def read(self, microbatches: int) -> Schedule:
@@ -210,7 +264,12 @@ class Plan(_Part):
     collectives: tuple[Collective, ...]
     opaque: tuple[str, ...]  # ops kept whole because no dim rule describes them
     notes: tuple[str, ...] = ()
-    pipeline: Pipeline | None = None  # then `mesh`, `strategies` and `slots` are those of the first stage
+    pipeline: Pipeline | None = (
+        None  # then `mesh`, `strategies` and `slots` are those of the first stage
+    )
+    batch: PlannedBatch | None = (
+        None  # of the graph whose layers came apart, where they did; older files lack it
+    )
     recipe: dict[str, str | int | bool] = {}  # how the command line built the model, if it did
 
     @property
@@ -220,4 +279,6 @@ class Plan(_Part):
             return self.mesh.size
         held = self.pipeline.read(self.microbatches).held
         meshes = [[self.pipeline.stages[s].mesh.size for s in stages] for stages in held]
-        return max(first + max(sizes) for first, sizes in zip(self.pipeline.first, meshes, strict=True))
+        return max(
+            first + max(sizes) for first, sizes in zip(self.pipeline.first, meshes, strict=True)
+        )

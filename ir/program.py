@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from .batch import batch_dims
 from .copies import insert_copies
 from .early import with_early_totals
 from .graph import Graph, Op
 from .held import hold_microbatches
 from .late import with_late_factors
-from .microbatch import Refusal, TimeAxis, batch_dims, time_axis
+from .microbatch import Refusal, TimeAxis, time_axis
 from .recompute import Policy, recompute
 from .roles import phases as find_phases
 from .verify import verify_time

@@ -34,9 +34,9 @@ from functools import cached_property
 from math import inf
 from typing import Literal
 
+from .batch import batch_dims
 from .examples import Examples
 from .graph import Graph, Op
-from .microbatch import batch_dims
 from .rules import rule_of
 
 Role = Literal["parameter", "optimizer", "batch", "constant", "other state"]

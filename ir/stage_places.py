@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
 
+from .batch import batch_dims
 from .examples import Examples
 from .graph import Graph, Op
-from .microbatch import TimeAxis, batch_dims
+from .microbatch import TimeAxis
 from .program import Program
 from .recompute import PRODUCTS
 
@@ -42,7 +43,9 @@ class Classes:
     def __init__(self, program: Program):
         self.program, self.graph = program, program.graph
         ops = list(enumerate(self.graph.ops))
-        rest = [(i, op) for i, op in ops if i not in self._body and not set(op.outputs) <= self.free]
+        rest = [
+            (i, op) for i, op in ops if i not in self._body and not set(op.outputs) <= self.free
+        ]
         late, self.made = set[int](), set[int]()
         for i, op in ops:
             if i in self._body:
@@ -53,7 +56,9 @@ class Classes:
         for _, op in reversed(rest):
             if not leads.isdisjoint(op.outputs):
                 leads.update(op.inputs)
-        self.early = [op for _, op in rest if not leads.isdisjoint(op.outputs) and late.isdisjoint(op.outputs)]
+        self.early = [
+            op for _, op in rest if not leads.isdisjoint(op.outputs) and late.isdisjoint(op.outputs)
+        ]
         before = {op.outputs for op in self.early}
         self.late = [op for _, op in rest if op.outputs not in before]
         self.forward, self.backward = self._passes()
@@ -83,7 +88,8 @@ class Classes:
         return {
             i
             for i, (op, phase) in enumerate(passes)
-            if phase in ("forward", "backward") and not examples.depends.isdisjoint((*op.inputs, *op.outputs))
+            if phase in ("forward", "backward")
+            and not examples.depends.isdisjoint((*op.inputs, *op.outputs))
         }
 
     def _between(self, body: set[int]) -> frozenset[int]:
@@ -138,7 +144,9 @@ class Places:
         for op in reversed(self.classes.forward):
             stage = self._stage_at(op)
             if stage is None:
-                stage = min((first[v] for v in op.outputs if v in first), default=len(self.cuts) - 1)
+                stage = min(
+                    (first[v] for v in op.outputs if v in first), default=len(self.cuts) - 1
+                )
             stage_of[op.outputs[0]] = stage
             for v in op.inputs:
                 first[v] = min(stage, first.get(v, stage))
@@ -163,8 +171,16 @@ class Places:
             above = min((last[v] for v in op.inputs if v in last), default=inf)
             last |= {v: last.get(v, above) for v in op.outputs}
         time = self.classes.program.time
-        anywhere = set(time.split) & set(self.classes.graph.inputs) if isinstance(time, TimeAxis) else set()
-        return {v: stage for v, stage in last.items() if v not in self.classes.free and v not in anywhere}
+        anywhere = (
+            set(time.split) & set(self.classes.graph.inputs)
+            if isinstance(time, TimeAxis)
+            else set()
+        )
+        return {
+            v: stage
+            for v, stage in last.items()
+            if v not in self.classes.free and v not in anywhere
+        }
 
     # ------------------------------------------------------------ backward
 
@@ -198,7 +214,11 @@ class Places:
         sums: list[Op] = []
         for op in reversed(self.classes.backward):
             read = any(v in lowest for v in op.outputs)
-            if not read and op.kind not in PRODUCTS and all(self._from_above(v, level) for v in op.inputs):
+            if (
+                not read
+                and op.kind not in PRODUCTS
+                and all(self._from_above(v, level) for v in op.inputs)
+            ):
                 sums.append(op)
                 continue
             for source, least in self._reads(op, level, lowest):
@@ -221,17 +241,25 @@ class Places:
             read = [first[v] for v in op.outputs if v in first]
             for v in op.inputs if read else ():
                 first[v] = min(*read, first.get(v, read[0]))
-        goals = {graph.outputs[o]: first[graph.inputs[i]] for i, o in graph.state if graph.inputs[i] in first}
+        goals = {
+            graph.outputs[o]: first[graph.inputs[i]]
+            for i, o in graph.state
+            if graph.inputs[i] in first
+        }
         for op in reversed(self.classes.late):
             least = min((goals[v] for v in op.outputs if v in goals), default=None)
             if least is not None:
-                goals |= {v: min(least, goals.get(v, least)) for v in op.inputs if graph.types[v].rank}
+                goals |= {
+                    v: min(least, goals.get(v, least)) for v in op.inputs if graph.types[v].rank
+                }
         return goals
 
     def _from_above(self, value: int, level: Mapping[int, float]) -> bool:
         return value in self._gradients or value in self.classes.free or level.get(value) == inf
 
-    def _reads(self, op: Op, level: Mapping[int, float], lowest: Mapping[int, float]) -> list[tuple[int, float]]:
+    def _reads(
+        self, op: Op, level: Mapping[int, float], lowest: Mapping[int, float]
+    ) -> list[tuple[int, float]]:
         if op.kind == "copy":
             return [(op.inputs[0], lowest.get(op.outputs[0], inf))]
         return [(v, level[op.outputs[0]]) for v in op.inputs]
@@ -240,13 +268,17 @@ class Places:
     def _gradients(self) -> frozenset[int]:
         return frozenset(v for op in self.classes.backward for v in op.outputs)
 
-    def _parts(self, op: Op, level: Mapping[int, float], last: Mapping[int, int]) -> list[tuple[Op, int]]:
+    def _parts(
+        self, op: Op, level: Mapping[int, float], last: Mapping[int, int]
+    ) -> list[tuple[Op, int]]:
         """The op where it lies: at its level, or, where that is any stage, with its highest reader."""
         if op.kind != "optimization_barrier":
             stage = self._settle(level[op.outputs[0]], op, last)
             return [(op, stage)]
         stages = {v: self._settle(level[v], replace(op, outputs=(v,)), last) for v in op.outputs}
-        return [(_portion(op, stages, stage, level), stage) for stage in sorted(set(stages.values()))]
+        return [
+            (_portion(op, stages, stage, level), stage) for stage in sorted(set(stages.values()))
+        ]
 
     def _settle(self, level: float, op: Op, last: Mapping[int, int]) -> int:
         readers = [last[v] for v in op.outputs if v in last]

@@ -12,7 +12,7 @@
     out %6 'y'
 
 One line per input, constant, op and output; `updates %0` on an output pairs it
-with the input it carries on. Attributes are Python literals.
+with the input it carries on; `batch %1.0 'told' ''` names the batch dims, where known. Attributes are Python literals.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .errors import GraphError
-from .graph import ITEM_BYTES, Attr, Constant, Graph, Op, Region, TensorType
+from .graph import ITEM_BYTES, Attr, Batch, Constant, Graph, Op, Region, TensorType
 
 INDENT = "  "
 
@@ -34,15 +34,20 @@ def show(graph: Graph) -> str:
     """The graph as text, ending in a newline."""
     updates = {out: graph.inputs[position] for position, out in graph.state}
     lines = [_input(graph, position) for position in range(len(graph.inputs))]
-    lines += [
-        f"const %{c.value}: {graph.types[c.value]} = {c.data!r}" for c in graph.constants
-    ]
+    lines += [] if graph.batch is None else [_batch(graph, graph.batch)]
+    lines += [f"const %{c.value}: {graph.types[c.value]} = {c.data!r}" for c in graph.constants]
     lines += _ops(graph, graph.ops, "")
     for position, value in enumerate(graph.outputs):
         name = f" {graph.output_names[position]!r}" if graph.output_names else ""
         pair = f" updates %{updates[position]}" if position in updates else ""
         lines.append(f"out %{value}{name}{pair}")
     return "\n".join(lines) + "\n"
+
+
+def _batch(graph: Graph, batch: Batch) -> str:
+    """`batch %1.0 %2.0 'told' ''`: values and dims, evidence, doubt."""
+    dims = "".join(f"%{graph.inputs[position]}.{dim} " for position, dim in batch.dims)
+    return f"batch {dims}{batch.evidence!r} {batch.doubt!r}"
 
 
 def _input(graph: Graph, position: int) -> str:
@@ -94,6 +99,7 @@ _TEXT = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _TAIL = re.compile(
     rf"(?: (?P<name>{_TEXT}))?(?P<donated> donated)?(?: tag (?P<tag>{_TEXT}) x(?P<count>\d+))?"
 )
+_BATCH = re.compile(rf"batch (?P<dims>(?:%\d+\.\d+ )*)(?P<evidence>{_TEXT}) (?P<doubt>{_TEXT})")
 _OUT = re.compile(rf"out %(?P<id>\d+)(?: (?P<name>{_TEXT}))?(?: updates %(?P<input>\d+))?")
 _OP = re.compile(
     rf"(?P<results>(?:%\d+: [^=]*)?)\s?= (?P<kind>[\w.-]+)(?P<operands>(?: %\d+)*)"
@@ -127,6 +133,7 @@ class _Reader:
         constants: list[Constant] = []
         ops: list[Op] = []
         outputs: list[tuple[int, str | None, int | None]] = []
+        batch: re.Match[str] | None = None
         while (line := self._next()) is not None:
             if line.startswith("in "):
                 value, rest = self._value(line.removeprefix("in "))
@@ -139,6 +146,8 @@ class _Reader:
                     tags.append(ast.literal_eval(tail["tag"]))
                     counts.append(int(tail["count"]))
                 inputs.append(value)
+            elif line.startswith("batch "):
+                batch = self._match(_BATCH, line)
             elif line.startswith("const "):
                 value, rest = self._value(line.removeprefix("const "))
                 constants.append(Constant(value, self._number(rest.removeprefix(" = "))))
@@ -165,13 +174,25 @@ class _Reader:
             donated=frozenset(donated),
             input_tags=tuple(tags),
             input_counts=tuple(counts),
+            batch=None if batch is None else self._batch(batch, place),
         )
+
+    def _batch(self, found: re.Match[str], place: dict[int, int]) -> Batch:
+        pairs = [tuple(map(int, word[1:].split("."))) for word in found["dims"].split()]
+        if any(value not in place for value, _ in pairs):
+            raise GraphError(
+                "the batch is of values that are no inputs.", fix="`batch %1.0 'told' ''`"
+            )
+        dims = tuple((place[value], dim) for value, dim in pairs)
+        return Batch(dims, ast.literal_eval(found["evidence"]), ast.literal_eval(found["doubt"]))
 
     def _check_named(
         self, inputs: list[int], names: list[str], outputs: list, place: dict[int, int]
     ) -> None:
         if len(names) not in (0, len(inputs)):
-            raise GraphError(f"{len(names)} of {len(inputs)} inputs have a name.", fix="all or none")
+            raise GraphError(
+                f"{len(names)} of {len(inputs)} inputs have a name.", fix="all or none"
+            )
         named = sum(name is not None for _, name, _ in outputs)
         if named not in (0, len(outputs)):
             raise GraphError(f"{named} of {len(outputs)} outputs have a name.", fix="all or none")

@@ -5,7 +5,7 @@
     defined-before-use  an op reads only earlier values of its own region, and constants
     scan-arity          a scan's operands, region and results agree in number and type
     state-pairs         a state input and the output that carries it on have equal types
-    positions           donated inputs, names and tags belong to inputs and outputs that exist
+    positions           donated inputs, names, tags and batch dims belong to inputs and outputs that exist
     attributes          attributes are sorted by name, and plain data
 
 And of one that is cut over time (`verify_time`):
@@ -183,6 +183,14 @@ class _Check:
         ):
             if found and len(found) != len(wanted):
                 raise _broken("positions", f"{len(found)} {what} for {len(wanted)}", "the graph")
+        for position, dim in graph.batch.dims if graph.batch else ():
+            if not (
+                0 <= position < len(graph.inputs)
+                and 0 <= dim < graph.types[graph.inputs[position]].rank
+            ):
+                raise _broken(
+                    "positions", f"dim {dim} of input {position} is the batch", "the graph"
+                )
 
 
 def _results(graph: Graph) -> set[int]:

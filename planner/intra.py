@@ -8,7 +8,7 @@ from math import inf
 
 import numpy as np
 
-from ..ir.microbatch import batch_dims
+from ..ir.batch import batch_dims
 from ..ir.sharding import Sharding
 from .memory.aliases import aliases, extended
 from .memory.ledger import Ledger
@@ -40,7 +40,10 @@ class Model:
         """The solver's answer in the space's choices."""
         if solution.choices is None:
             return solution
-        found = (int(self.origins[n][p]) if n in self.origins else p for n, p in enumerate(solution.choices))
+        found = (
+            int(self.origins[n][p]) if n in self.origins else p
+            for n, p in enumerate(solution.choices)
+        )
         return replace(solution, choices=tuple(found))
 
 
@@ -59,7 +62,8 @@ def model_of(space: Space, ledger: Ledger, limit: float) -> Model:
     found = aliases(space, ledger.lives)
     origins = {node: alias.choices() for node, alias in found.items()}
     costs = tuple(
-        node.seconds[origins[n]] if n in origins else node.seconds for n, node in enumerate(space.nodes)
+        node.seconds[origins[n]] if n in origins else node.seconds
+        for n, node in enumerate(space.nodes)
     )
     edges = tuple(Edge(a, b, table) for a, b, table in extended(space, found))
     return Model(Live(costs, edges, tuple(ledger.demands(found)), limit - ledger.fixed()), origins)
@@ -80,7 +84,9 @@ def solve_space(
     ledger = Ledger(space, lives)
     model = model_of(space, ledger, limit)
     solution = model.lift(
-        solve_live(model.live, time_limit=time_limit, gap=gap, seed=seed, cutoff=cutoff, probe=probe)
+        solve_live(
+            model.live, time_limit=time_limit, gap=gap, seed=seed, cutoff=cutoff, probe=probe
+        )
     )
     if solution.choices is None:
         return Answer(solution)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from ..ir.cluster import Cluster
-from ..ir.plan import Estimate, Pipeline, Plan, Stage
+from ..ir.plan import Estimate, Pipeline, Plan, PlannedBatch, Stage
 from ..ir.schedule import Schedule
 from ..ir.units import format_seconds
 from ..ir.version import VERSION
@@ -44,7 +44,10 @@ class Rank:
     @property
     def strategies(self) -> dict[str, tuple[int, ...]]:
         space = self.space
-        return {tag: found[self.choices[space.op_node[tag]]].axes for tag, found in space.strategies.items()}
+        return {
+            tag: found[self.choices[space.op_node[tag]]].axes
+            for tag, found in space.strategies.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,9 @@ class Way:
 def passed_over(taken: Plan, ways: Iterable[Way]) -> Plan:
     """The plan, with a line for each pipeline that would take the devices less time but waits for the host."""
     slow = [each for each in ways if each.seconds < taken.estimate.step_seconds <= each.dispatched]
-    return taken.model_copy(update={"notes": (*taken.notes, *(f"not taken: {each}" for each in slow))})
+    return taken.model_copy(
+        update={"notes": (*taken.notes, *(f"not taken: {each}" for each in slow))}
+    )
 
 
 def by_stages(pricing: Pricing, priced: Priced, kind: str, why: str = "") -> Chosen:
@@ -101,7 +106,9 @@ def write_pipeline(
     alike = dict.fromkeys(once_alike(pricing), len(ranks)) if chosen.program == "single" else {}
     collectives = find_collectives(space, choices, alike)
     if chosen.program == "single":
-        collectives += [repeated(each, len(ranks)) for each in exchanges(pricing, space.microbatches)]
+        collectives += [
+            repeated(each, len(ranks)) for each in exchanges(pricing, space.microbatches)
+        ]
     moving = sum(c.seconds for c in collectives) / len(ranks)
     unlike = len({id(rank.space) for rank in ranks}) > 1
     as_laid = f", as rank {worst} lays them out" * unlike
@@ -130,22 +137,33 @@ def write_pipeline(
         collectives=tuple(sorted(collectives, key=lambda each: -each.seconds)),
         opaque=opaque_of(space),
         notes=(
-            *notes_of(search), *chosen.notes, *_chunks(search.request, priced.schedule),
+            *notes_of(search),
+            *chosen.notes,
+            *_chunks(search.request, priced.schedule),
             f"tables count all stages together{as_laid}",
         ),
+        batch=PlannedBatch.of(search.folded.whole),
         pipeline=_pipeline(ranks, pricing, priced, unlike, chosen),
     )
 
 
 def _chunks(request: Request, schedule: Schedule) -> tuple[str, ...]:
     """Where the schedule that was asked for takes any number of stages per rank, and none was."""
-    if request.schedule is None or request.chunks is not None or entry(request.schedule).chunks is not None:
+    if (
+        request.schedule is None
+        or request.chunks is not None
+        or entry(request.schedule).chunks is not None
+    ):
         return ()
     many = schedule.stages // schedule.ranks
-    return (f"{schedule.name} has {many} stages per rank, as chunks were not asked for; no other number was searched",)
+    return (
+        f"{schedule.name} has {many} stages per rank, as chunks were not asked for; no other number was searched",
+    )
 
 
-def _pipeline(ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: bool, chosen: Chosen) -> Pipeline:
+def _pipeline(
+    ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: bool, chosen: Chosen
+) -> Pipeline:
     units, schedule = pricing.units, priced.schedule
     ends = (*priced.firsts[1:], len(units))
     spaces = {id(rank.space): rank for rank in ranks} if unlike else {}

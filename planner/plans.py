@@ -20,6 +20,7 @@ from .report import BESIDES, write_plan
 from .request import Request, check
 from .scouts import Scouts
 from .search import Search
+from .ties import offer_naive
 from .unequal import Unequal
 
 
@@ -62,11 +63,17 @@ def search(
 def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -> Plan:
     """The best of all pipelines, of unequal stages too, and, where their number is open, of plans without one."""
     if flat.request.pp == 1:
+        check(flat.request, flat.cluster, flat.program("none").time)
+        offer_naive(flat)
         return flat.run()
     check(flat.request, flat.cluster, flat.program("none").time)
     pipelines = Pipelines(flat)
     unequal = Unequal(pipelines)
-    both = flat.request.pp == "auto" and flat.request.schedule is None and flat.request.program != "single"
+    both = (
+        flat.request.pp == "auto"
+        and flat.request.schedule is None
+        and flat.request.program != "single"
+    )
     ways: list[Way] = []
     if flat.scouts is not None:
         flat.scouts.brief(flat, pipelines.choices.units)
@@ -77,16 +84,23 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
         pipelines.reorder()
         pipelines.choose_program()
         if both:
-            flat.outside, flat.aim = pipelines.best.dispatched, max(pipelines.first, pipelines.best.dispatched)
+            flat.outside, flat.aim = (
+                pipelines.best.dispatched,
+                max(pipelines.first, pipelines.best.dispatched),
+            )
             flat.explore()
-        slow = pipelines.best.seconds < flat.best.seconds <= pipelines.best.dispatched  # of dispatch alone
+        slow = (
+            pipelines.best.seconds < flat.best.seconds <= pipelines.best.dispatched
+        )  # of dispatch alone
         if not slow and flat.request.program != "single":
             unequal.explore(min(pipelines.best.seconds, flat.best.seconds))
             ways += drop_dispatched(unequal, flat.best.seconds if both else inf)
     except KeyboardInterrupt:
         flat.stopped_by = "interrupt"
         if both and flat.best.answer is None and not flat.open_bounds:
-            flat.begin(known=True)  # plans without a pipeline were not looked at, so any may be as good as its floor
+            flat.begin(
+                known=True
+            )  # plans without a pipeline were not looked at, so any may be as good as its floor
     if keep is not None and pipelines.points:
         keep(Frontier.of(pipelines))
     if not both and pipelines.best.priced is None and unequal.found is None:

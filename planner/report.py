@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..ir.graph import Op, TensorType
 from ..ir.microbatch import Refusal
-from ..ir.plan import EXACT, Collective, Estimate, Layout, Plan, Proof, Tensor
+from ..ir.plan import EXACT, Collective, Estimate, Layout, Plan, PlannedBatch, Proof, Tensor
 from ..ir.roles import roles
 from ..ir.rules import rule_of
 from ..ir.sharding import Sharding
@@ -19,6 +19,7 @@ from .memory.ledger import Ledger
 from .moves import find_collectives, spoken
 from .solver.onehot import relative_gap
 from .space import Space
+from .ties import settled
 from .usage import axis_uses
 
 if TYPE_CHECKING:
@@ -34,9 +35,11 @@ BESIDES = (  # pipelines
 LEFT_OUT = ("pipeline stages", *BESIDES)
 
 
-def write_plan(search: Search, bound: float | None = None, left_out: tuple[str, ...] = LEFT_OUT) -> Plan:
+def write_plan(
+    search: Search, bound: float | None = None, left_out: tuple[str, ...] = LEFT_OUT
+) -> Plan:
     """The plan of the search's incumbent; `bound` and `left_out` may be of more than its own space."""
-    best = search.best
+    best = search.best = settled(search)
     assert (
         best.candidate
         and best.space
@@ -60,11 +63,14 @@ def write_plan(search: Search, bound: float | None = None, left_out: tuple[str, 
         slots=slots_of(space, choices),
         uses=axis_uses(space, choices),
         estimate=_estimate(search, collectives),
-        proof=proof_of(search, search.best.seconds, search.lower_bound() if bound is None else bound, left_out),
+        proof=proof_of(
+            search, search.best.seconds, search.lower_bound() if bound is None else bound, left_out
+        ),
         tensors=tuple(tensors_of(space, choices)),
         collectives=tuple(collectives),
         opaque=opaque_of(space),
         notes=notes_of(search),
+        batch=PlannedBatch.of(search.folded.whole),
     )
 
 
@@ -103,7 +109,9 @@ def flop_of(space: Space) -> float:
     )
 
 
-def proof_of(search: Search, objective: float, bound: float, left_out: tuple[str, ...] = LEFT_OUT) -> Proof:
+def proof_of(
+    search: Search, objective: float, bound: float, left_out: tuple[str, ...] = LEFT_OUT
+) -> Proof:
     """What the search can claim of a plan of so many seconds."""
     bound = min(bound, objective)
     gap, good_enough = relative_gap(objective, bound), search.request.good_enough

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
+from ..ir.batch import batch_dims
 from ..ir.examples import Examples
 from ..ir.graph import Graph, Op
-from ..ir.microbatch import batch_dims
 from ..ir.plan import AxisUse
 from ..ir.rule import NONE, Rule
 from ..ir.rules import rule_of
@@ -19,7 +20,7 @@ PRODUCTS = ("dot_general", "conv_general_dilated")
 def axis_uses(space: Space, choices: tuple[int, ...]) -> tuple[AxisUse, ...]:
     """One entry per axis of the mesh."""
     graph = space.program.graph
-    examples, positions = followed(graph, 0), followed(graph, sequence_dim(graph))
+    examples, positions = followed(graph, batch_dims(graph)), followed(graph, sequence_dims(graph))
     shares = [defaultdict[str, float](float) for _ in space.mesh.axes]
     total = 0.0
     for visit in graph.visits:
@@ -65,27 +66,27 @@ def _grows(op: Op, rule: Rule, code: int, examples: Examples) -> bool:
     return any(code in rule.results[0][d] for d in dims)
 
 
-def followed(graph: Graph, dim: int | None, tracker: type[Examples] = Examples) -> Examples:
-    """Where one dim of the batch inputs goes."""
-    found = tracker(graph.types)
-    if dim is None:
-        return found
-    for position in batch_dims(graph):
+def followed(graph: Graph, dims: Mapping[int, int]) -> Examples:
+    """Where these dims go, input position -> dim."""
+    found = Examples(graph.types)
+    for position, dim in dims.items():
         value = graph.inputs[position]
-        shape = graph.types[value].shape
-        if dim < len(shape):
-            found.dims[value] = {dim: shape[dim]}
-            found.depends.add(value)
+        found.dims[value] = {dim: graph.types[value].shape[dim]}
+        found.depends.add(value)
     found.run(graph.ops)
     return found
 
 
-def sequence_dim(graph: Graph) -> int | None:
-    """1 when the batch is two or more integer arrays of one shape [B, T]: tokens and targets."""
-    shapes = [
-        kind.shape
-        for position in batch_dims(graph)
-        if (kind := graph.types[graph.inputs[position]]).dtype.startswith(("s", "u"))
-        and kind.rank == 2
-    ]
-    return 1 if len(shapes) > 1 and len(set(shapes)) == 1 else None
+def sequence_dims(graph: Graph) -> dict[int, int]:
+    """The other dim where the batch is two or more integer arrays of one shape [B, T]: tokens and targets."""
+    batch = batch_dims(graph)
+    kinds = {position: graph.types[graph.inputs[position]] for position in batch}
+    texts = {
+        p: kind.shape
+        for p, kind in kinds.items()
+        if kind.dtype.startswith(("s", "u")) and kind.rank == 2
+    }
+    together = len(texts) > 1 and len(set(texts.values())) == 1
+    return (
+        {p: 1 - batch[p] for p in batch if kinds[p].rank > 1 and batch[p] < 2} if together else {}
+    )

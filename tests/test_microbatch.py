@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from meshwright.backends.xla.capture import capture
+from meshwright.ir.batch import batch_dims
 from meshwright.ir.mesh import Mesh
-from meshwright.ir.microbatch import Refusal, TimeAxis, batch_dims, time_axis, time_groups
+from meshwright.ir.microbatch import Refusal, TimeAxis, time_axis, time_groups
 from meshwright.models import build
 
 

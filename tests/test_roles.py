@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from meshwright.backends.xla.capture import capture
+from meshwright.ir.batch import batch_dims
 from meshwright.ir.blocks import fold
 from meshwright.ir.graph import Graph
-from meshwright.ir.microbatch import batch_dims
 from meshwright.ir.roles import phases, roles
 from meshwright.models import build
 

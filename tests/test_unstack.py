@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.replay import Walk
 from meshwright.backends.xla.unstack import Unstacked, capture_unstacked
+from meshwright.ir.batch import batch_dims
 from meshwright.ir.blocks import fold
-from meshwright.ir.microbatch import TimeAxis, batch_dims, time_axis
+from meshwright.ir.microbatch import TimeAxis, time_axis
 from meshwright.ir.verify import verify
 from meshwright.models import build
 
@@ -102,12 +103,16 @@ def test_recomputation_is_as_in_the_unrolled_model():
 
 def test_the_time_axis_donations_and_state_are_those_of_layers():
     example = build("gpt-tiny-scan", layers=4)
-    apart = capture_unstacked(example.step, example.state, example.batch, options={"donate_argnums": 0})
+    apart = capture_unstacked(
+        example.step, example.state, example.batch, options={"donate_argnums": 0}
+    )
     graph = apart.captured.graph
     assert isinstance(time_axis(graph, batch_dims(graph)), TimeAxis)
     leaves = len(jax.tree.leaves(example.state)) + 3 * 12 * (4 - 1)  # parameters and two moments
     assert len(graph.state) == len(graph.donated) == leaves
-    assert all(graph.types[graph.inputs[i]] == graph.types[graph.outputs[o]] for i, o in graph.state)
+    assert all(
+        graph.types[graph.inputs[i]] == graph.types[graph.outputs[o]] for i, o in graph.state
+    )
 
 
 # ---------------------------------------------------------------- kinds of loops
@@ -127,10 +132,14 @@ def descend(loss):
     return step
 
 
-@pytest.mark.parametrize("options", [{}, {"unroll": 2}, {"reverse": True}, {"reverse": True, "unroll": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"unroll": 2}, {"reverse": True}, {"reverse": True, "unroll": 4}]
+)
 def test_loops_in_both_directions_and_partly_unrolled(options):
     def loss(params, x):
-        return (jax.lax.scan(lambda x, w: (layer(x, w), None), x, params["w"], **options)[0] ** 2).mean()
+        return (
+            jax.lax.scan(lambda x, w: (layer(x, w), None), x, params["w"], **options)[0] ** 2
+        ).mean()
 
     apart = same(descend(loss), {"w": array(4, 8, 8)}, array(6, 8))
     assert loops(apart) == [] and shapes(apart, "w") == [(8, 8)] * 4
@@ -138,7 +147,9 @@ def test_loops_in_both_directions_and_partly_unrolled(options):
 
 def test_names_read_like_a_list_of_layers():
     def loss(params, x):
-        return jax.lax.scan(lambda x, p: (layer(x, p["w"]) + p["b"], None), x, params["layers"])[0].mean()
+        return jax.lax.scan(lambda x, p: (layer(x, p["w"]) + p["b"], None), x, params["layers"])[
+            0
+        ].mean()
 
     params = {"head": array(8), "layers": {"w": array(2, 8, 8), "b": array(2, 8)}}
     apart = same(descend(lambda p, x: loss(p, x) + (p["head"] ** 2).sum()), params, array(6, 8))
@@ -263,7 +274,10 @@ def test_layers_made_by_a_reshape_stay_a_loop_and_are_named():
         return jax.lax.scan(lambda x, w: (layer(layer(x, w[0]), w[1]), None), x, pairs)[0].mean()
 
     apart = same(descend(loss), array(4, 8, 8), array(6, 8))
-    assert set(loops(apart)) == {2} and "stays a loop: no dim of the state alone is its 2 rows" in apart.notes[0]
+    assert (
+        set(loops(apart)) == {2}
+        and "stays a loop: no dim of the state alone is its 2 rows" in apart.notes[0]
+    )
 
 
 def test_flags_tables_and_random_keys_go_with_their_layers():
@@ -308,7 +322,10 @@ def test_optimizers_update_layer_by_layer(name):
         params, moments = state
         value, grads = jax.value_and_grad(scanned_loss)(params, x)
         updates, moments = optimizer.update(grads, moments, params)
-        return (optax.apply_updates(params, updates), moments), {"loss": value, "norm": optax.global_norm(grads)}
+        return (optax.apply_updates(params, updates), moments), {
+            "loss": value,
+            "norm": optax.global_norm(grads),
+        }
 
     params = {"w": array(4, 8, 8), "b": array(4, 8)}
     apart = same(step, (params, optimizer.init(params)), array(6, 8), tolerance=2e-5)
@@ -317,9 +334,13 @@ def test_optimizers_update_layer_by_layer(name):
 
 def test_updates_that_need_a_sum_over_all_layers_wait_for_it():
     def step(params, x):
-        value, grads = jax.value_and_grad(lambda p, x: sum(scanned_loss(p[k], x) for k in p))(params, x)
+        value, grads = jax.value_and_grad(lambda p, x: sum(scanned_loss(p[k], x) for k in p))(
+            params, x
+        )
         total = {k: grads[k]["w"].sum() for k in grads}
-        scaled = {k: jax.tree.map(lambda g: g * total["long"] * total["short"], grads[k]) for k in grads}
+        scaled = {
+            k: jax.tree.map(lambda g: g * total["long"] * total["short"], grads[k]) for k in grads
+        }
         return jax.tree.map(jnp.subtract, params, scaled), value
 
     params = {k: {"w": array(n, 8, 8), "b": array(n, 8)} for k, n in (("long", 5), ("short", 2))}
@@ -328,7 +349,9 @@ def test_updates_that_need_a_sum_over_all_layers_wait_for_it():
 
 def test_an_op_on_all_layers_at_once_is_named():
     def step(w, x):
-        value, grad = jax.value_and_grad(lambda w, x: scanned_loss({"w": w, "b": jnp.zeros((4, 8))}, x))(w, x)
+        value, grad = jax.value_and_grad(
+            lambda w, x: scanned_loss({"w": w, "b": jnp.zeros((4, 8))}, x)
+        )(w, x)
         return w - jnp.cumsum(grad, axis=0), value
 
     apart = same(step, array(4, 8, 8), array(6, 8))
@@ -389,7 +412,13 @@ def test_arguments_in_pieces_have_their_own_tree():
     apart = same(descend(scanned_loss), {"w": array(2, 8, 8), "b": array(2, 8)}, array(6, 8))
     args = jax.tree.unflatten(apart.captured.binding.in_tree, range(len(apart.inputs)))
     assert args == (({"b": (0, 1), "w": (2, 3)}, 4), {})
-    assert [aval.shape for aval in apart.captured.binding.in_avals] == [(8,), (8,), (8, 8), (8, 8), (6, 8)]
+    assert [aval.shape for aval in apart.captured.binding.in_avals] == [
+        (8,),
+        (8,),
+        (8, 8),
+        (8, 8),
+        (6, 8),
+    ]
 
 
 def test_a_step_without_layers_is_left_alone():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -161,10 +161,13 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
     if plan.pipeline is not None:
         apart = unstack(captured) if plan.pipeline.unstacked else None
         lowerer = lower_single if plan.pipeline.program == "single" else lower_pipeline
-        lowered = lowerer(plan, captured if apart is None else apart.captured, devices)
+        lowered = lowerer(
+            plan, _batched(plan, captured if apart is None else apart.captured), devices
+        )
         lowered.apart = apart
         return lowered
     mesh = device_mesh(plan.mesh, used_devices(plan, devices, plan.mesh.size, f"mesh {plan.mesh}"))
+    captured = _batched(plan, captured)
     program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
     check_decisions(plan, program.graph, program.value_tags)
     local = LocalStep(
@@ -195,6 +198,13 @@ def _weakly(
 ) -> Callable[..., Sequence[Any]]:
     """The same program; Python numbers in the state keep their weak types."""
     return lambda *leaves: tuple(weakened(sharded(*leaves), avals))
+
+
+def _batched(plan: Plan, captured: Captured) -> Captured:
+    """The step with the batch that the plan was made for, which may have been told."""
+    if plan.batch is None:
+        return captured
+    return replace(captured, graph=replace(captured.graph, batch=plan.batch.known))
 
 
 def _check_graph(plan: Plan, captured: Captured) -> None:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from ...ir.dead import drop_dead_ops
-from ...ir.graph import Graph
+from ...ir.graph import Batch, Graph
 from .apart import Place, take_apart
 from .capture import Captured, convert
 from .layer_axes import layer_axes, scans_left
@@ -140,6 +140,7 @@ def _captured(
         graph,
         input_names=_names(binding.in_tree, old.graph.input_names, inputs, 2),
         output_names=_names(binding.out_tree, old.graph.output_names, outputs, 0),
+        batch=_batch(old.graph.batch, inputs),
     )
     used = {(visit.op.kind, visit.op.attrs) for visit in named.visits}
     return Captured(
@@ -154,6 +155,19 @@ def _captured(
             out_avals=tuple(_row_of(binding.out_avals[piece.leaf], piece) for piece in outputs),
         ),
     )
+
+
+def _batch(told: Batch | None, inputs: Sequence[Piece]) -> Batch | None:
+    """The told batch dims of the inputs that stayed whole."""
+    if told is None:
+        return None
+    dims = dict(told.dims)
+    whole = (
+        (p, dims[piece.leaf])
+        for p, piece in enumerate(inputs)
+        if piece.leaf in dims and not piece.rows
+    )
+    return replace(told, dims=tuple(whole))
 
 
 def _row_of(aval: Any, piece: Piece) -> Any:

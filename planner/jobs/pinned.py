@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from ...ir.batch import batch_dims
 from ...ir.errors import PlanError, did_you_mean
 from ...ir.examples import Examples
 from ...ir.graph import Op
@@ -42,7 +43,9 @@ from .positions import Attention, Positions
 CP_KINDS = ("all_gather", "p2p", "a2a")
 LETTERS = re.compile(r"_([A-Z0-9]+)\W*$")
 TENSOR, EXPERT = "NKFV", "E"
-LOOK_UPS = frozenset({"gather", "scatter", "scatter-add"})  # tokens are dispatched and combined on their own rank
+LOOK_UPS = frozenset(
+    {"gather", "scatter", "scatter-add"}
+)  # tokens are dispatched and combined on their own rank
 STATE_AXES = ("dp", "ep", "cp")  # ZeRO's shards of state are cut over these
 
 
@@ -72,28 +75,42 @@ class Parallelism:
     def __post_init__(self) -> None:
         if self.cp_kind not in CP_KINDS:
             raise PlanError(
-                f"cp kind cannot be `{self.cp_kind}`.", where="cp kind", fix=did_you_mean(self.cp_kind, CP_KINDS)
+                f"cp kind cannot be `{self.cp_kind}`.",
+                where="cp kind",
+                fix=did_you_mean(self.cp_kind, CP_KINDS),
             )
         for name in ("tp", "pp", "vpp", "dp", "cp", "ep"):
             if getattr(self, name) < 1:
-                raise PlanError(f"{name} cannot be {getattr(self, name)}.", where=name, fix="1 or more")
+                raise PlanError(
+                    f"{name} cannot be {getattr(self, name)}.", where=name, fix="1 or more"
+                )
         if self.zero not in (0, 1, 2, 3):
             raise PlanError(f"zero cannot be {self.zero}.", where="zero", fix="0, 1, 2 or 3")
         if self.dp % self.ep:
             raise PlanError(
-                f"{self.ep} expert ranks do not divide {self.dp} data ranks.", where="ep", fix="an ep that divides dp"
+                f"{self.ep} expert ranks do not divide {self.dp} data ranks.",
+                where="ep",
+                fix="an ep that divides dp",
             )
         if self.vpp > 1 and self.pp == 1:
-            raise PlanError(f"{self.vpp} virtual stages need a pipeline.", where="vpp", fix="pp above 1, or vpp=1")
+            raise PlanError(
+                f"{self.vpp} virtual stages need a pipeline.",
+                where="vpp",
+                fix="pp above 1, or vpp=1",
+            )
         if self.lean_ends and self.pp == 1:
-            raise PlanError("one stage has no ends.", where="lean_ends", fix="pp above 1, or no lean_ends")
+            raise PlanError(
+                "one stage has no ends.", where="lean_ends", fix="pp above 1, or no lean_ends"
+            )
         if self.shard_group is not None:
             self._check_group(self.shard_group)
 
     def _check_group(self, size: int) -> None:
         if not self.zero:
             raise PlanError(
-                f"groups of {size} ranks share nothing without ZeRO.", where="shard_group", fix="zero of 1, 2 or 3"
+                f"groups of {size} ranks share nothing without ZeRO.",
+                where="shard_group",
+                fix="zero of 1, 2 or 3",
             )
         if size < 1 or self.dp % size or size % self.ep:
             raise PlanError(
@@ -129,7 +146,7 @@ class Pinned:
         self.phase_of = {
             op.tag: phase for op, phase in zip(self.graph.ops, program.phases, strict=True)
         }
-        self.batch = followed(self.graph, 0)
+        self.batch = followed(self.graph, batch_dims(self.graph))
         self.positions = Positions(self.graph)
         self.attention = Attention(program)
         self.tensor = self._follow(lambda tag, shape: _named(tag, shape, TENSOR, parallelism.tp))
@@ -146,7 +163,11 @@ class Pinned:
         for axis in self.mesh.axes:
             wanted = [f for f in self._factors(axis.name, op, rule) if f in allowed]
             padded = axis.name in STATE_AXES and not self._on_activations(op, rule)
-            fits = wanted if padded else [f for f in wanted if self._divides(rule, f, axis.size, codes)]
+            fits = (
+                wanted
+                if padded
+                else [f for f in wanted if self._divides(rule, f, axis.size, codes)]
+            )
             codes.append(fits[0] if fits else NONE)
         return Strategy(tuple(codes))
 
@@ -170,11 +191,17 @@ class Pinned:
             found = self._shares(self.tensor, op, rule)
             whole = not self.asked.sequence_parallel or self._gathers(op)
             return found or ([] if whole else self.positions.factors(op, rule))
-        if axis == "ep" and op.kind not in LOOK_UPS and (found := self._shares(self.experts, op, rule)):
+        if (
+            axis == "ep"
+            and op.kind not in LOOK_UPS
+            and (found := self._shares(self.experts, op, rule))
+        ):
             return found
         if axis == "cp" and self.asked.cp_kind == "a2a" and op in self.attention:
             return self._shares(self.tensor, op, rule)
-        found = self.positions.factors(op, rule) if axis == "cp" else self._shares(self.batch, op, rule)
+        found = (
+            self.positions.factors(op, rule) if axis == "cp" else self._shares(self.batch, op, rule)
+        )
         if found or axis == "copy" or not self._keeps_shards(op):
             return found
         return self._shares(self.state, op, rule)
@@ -199,7 +226,8 @@ class Pinned:
             return True
         readers = self._readers.get(op.outputs[0], ()) if op.kind == "copy" else ()
         return any(
-            reader.kind == "dot_general" and self._shares(self.tensor, reader, rule_of(reader, self.types))
+            reader.kind == "dot_general"
+            and self._shares(self.tensor, reader, rule_of(reader, self.types))
             for reader in readers
         )
 
@@ -269,7 +297,11 @@ class Pinned:
         return found
 
     def _ops(self, phases: Collection[str]) -> list[Op]:
-        return [op for op, phase in zip(self.graph.ops, self.program.phases, strict=True) if phase in phases]
+        return [
+            op
+            for op, phase in zip(self.graph.ops, self.program.phases, strict=True)
+            if phase in phases
+        ]
 
     def _follow_back(self, found: Examples) -> None:
         for op, phase in zip(reversed(self.graph.ops), reversed(self.program.phases), strict=True):
@@ -280,7 +312,11 @@ class Pinned:
                 continue
             shares = set(self._shares(found, op, rule))
             for value, dims in zip(op.inputs, rule.operands, strict=True):
-                mine = {d: self.types[value].shape[d] for d, dim in enumerate(dims) if dim and dim[0] in shares}
+                mine = {
+                    d: self.types[value].shape[d]
+                    for d, dim in enumerate(dims)
+                    if dim and dim[0] in shares
+                }
                 if mine and value not in found.dims and value not in self.graph.inputs:
                     found.dims[value] = mine
 
@@ -292,7 +328,11 @@ class Pinned:
                 continue
             shares = set(self._shares(found, op, rule))
             for value, dims in zip(op.inputs, rule.operands, strict=True):
-                mine = {d: self.types[value].shape[d] for d, dim in enumerate(dims) if dim and dim[0] in shares}
+                mine = {
+                    d: self.types[value].shape[d]
+                    for d, dim in enumerate(dims)
+                    if dim and dim[0] in shares
+                }
                 if mine and value in self._spread and value not in found.dims:
                     found.dims[value] = mine
                     found.depends.add(value)
@@ -300,7 +340,9 @@ class Pinned:
     @cached_property
     def _spread(self) -> frozenset[int]:
         """Values of several elements that only scalars and constants go into."""
-        known = {v for v, kind in self.types.items() if kind.size == 1} | set(self.graph.constant_ids)
+        known = {v for v, kind in self.types.items() if kind.size == 1} | set(
+            self.graph.constant_ids
+        )
         known |= {v for op in self.graph.ops if not op.inputs for v in op.outputs}
         for op in self.graph.ops:
             if known.issuperset(op.inputs):
@@ -329,5 +371,9 @@ def _named(tag: str, shape: tuple[int, ...], letters: str, ways: int) -> dict[in
     """The dim of an input whose letter is one of these: dim -> size. Experts come first in their
     own weights; a router's are whole."""
     named = enumerate(_letters(tag, shape))
-    found = [d for d, letter in named if letter in letters and shape[d] % ways == 0 and (d == 0 or letter != EXPERT)]
+    found = [
+        d
+        for d, letter in named
+        if letter in letters and shape[d] % ways == 0 and (d == 0 or letter != EXPERT)
+    ]
     return {found[0]: shape[found[0]]} if found else {}

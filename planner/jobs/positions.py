@@ -19,7 +19,7 @@ from ...ir.program import Program
 from ...ir.rule import Rule
 from ...ir.rules import rule_of
 from ..cost.kernels import CONTRACTIONS, REDUCTIONS, attention_values
-from ..usage import followed, sequence_dim
+from ..usage import followed, sequence_dims
 
 
 class Positions(Examples):
@@ -30,7 +30,7 @@ class Positions(Examples):
 
     def __init__(self, graph: Graph):
         super().__init__(graph.types)
-        self.both = followed(graph, sequence_dim(graph))
+        self.both = followed(graph, sequence_dims(graph))
         self.queries = _query_dims(graph, self.both)
         self.summed: set[int] = set()
         for value in graph.inputs:
@@ -46,7 +46,11 @@ class Positions(Examples):
             if len(dims) > 1:
                 kept = self.queries.get(result, min(dims))
                 self.dims[result] = {kept: dims[kept]}
-            elif not dims and op.kind in CONTRACTIONS and not self.queries.keys().isdisjoint(op.inputs):
+            elif (
+                not dims
+                and op.kind in CONTRACTIONS
+                and not self.queries.keys().isdisjoint(op.inputs)
+            ):
                 self.dims[result] = self.both.dims.get(result, {})
                 self.summed.add(result)
 
@@ -69,7 +73,11 @@ def _query_dims(graph: Graph, both: Examples) -> dict[int, int]:
     ops = [op for op in graph.ops if not pairs.isdisjoint((*op.inputs, *op.outputs))]
     known: dict[int, int] = {}
     for op in ops:
-        kept = both.dims.get(op.outputs[0], {}) if op.kind in REDUCTIONS and op.inputs[0] in pairs else ()
+        kept = (
+            both.dims.get(op.outputs[0], {})
+            if op.kind in REDUCTIONS and op.inputs[0] in pairs
+            else ()
+        )
         if len(kept) == 1:
             rule = rule_of(op, graph.types)
             factor = rule.results[0][next(iter(kept))][0]
@@ -85,7 +93,9 @@ def _query_dims(graph: Graph, both: Examples) -> dict[int, int]:
 def _learn(op: Op, graph: Graph, pairs: Collection[int], known: dict[int, int]) -> None:
     """Hand the queries of one side of an op to its other sides that have both."""
     if op.kind == "optimization_barrier":
-        known.update({v: known[u] for u, v in zip(op.inputs, op.outputs, strict=True) if u in known})
+        known.update(
+            {v: known[u] for u, v in zip(op.inputs, op.outputs, strict=True) if u in known}
+        )
         return
     rule = rule_of(op, graph.types)
     if rule.opaque:
@@ -110,7 +120,9 @@ class Attention:
         self.graph, self.scores = program.graph, attention_values(program)
 
     def __contains__(self, op: Op) -> bool:
-        return not self.scores.isdisjoint((*op.inputs, *op.outputs)) or self._statistics.issuperset(op.outputs)
+        return not self.scores.isdisjoint((*op.inputs, *op.outputs)) or self._statistics.issuperset(
+            op.outputs
+        )
 
     @cached_property
     def _statistics(self) -> frozenset[int]:

@@ -23,7 +23,9 @@ def plan_text(plan: Plan, everything: bool = False) -> str:
         everything: all rows of every table instead of the largest.
     """
     most, staged = None if everything else TENSORS, plan.pipeline is not None
-    all_stages, fullest = (", of all stages added up", " of the fullest rank") if staged else ("", "")
+    all_stages, fullest = (
+        (", of all stages added up", " of the fullest rank") if staged else ("", "")
+    )
     mesh = fullest if unlike(plan) else ""
     blocks = [
         plan_head(plan),
@@ -53,6 +55,7 @@ def plan_head(plan: Plan) -> str:
             *_work_line(plan),
             *_programs(plan),
             f"  memory  {format_bytes(e.peak_bytes)} per device of {format_bytes(e.limit_bytes)} allowed",
+            *([] if plan.batch is None else [f"  batch   {plan.batch}"]),
             f"  proof   {proof_line(plan)}",
         ]
     )
@@ -64,8 +67,14 @@ def _programs(plan: Plan) -> list[str]:
         return []
     names = {"stages": "programs of each stage", "single": "a single program for all stages"}
     here, seconds = plan.pipeline.program, plan.pipeline.programs
-    other = [f"{names[kind]} would take {format_seconds(s)}" for kind, s in seconds.items() if kind != here]
-    return [f"  runs    {names[here]}, {format_seconds(seconds[here])} with the host's dispatch{_also(other)}"]
+    other = [
+        f"{names[kind]} would take {format_seconds(s)}"
+        for kind, s in seconds.items()
+        if kind != here
+    ]
+    return [
+        f"  runs    {names[here]}, {format_seconds(seconds[here])} with the host's dispatch{_also(other)}"
+    ]
 
 
 def _also(others: list[str]) -> str:
@@ -96,7 +105,10 @@ def _shape(plan: Plan) -> str:
     if plan.pipeline is None:
         return _mesh(plan.mesh)
     pipe = plan.pipeline
-    meshes = {rank: pipe.stages[stage].mesh for stage, rank in enumerate(pipe.read(plan.microbatches).homes)}
+    meshes = {
+        rank: pipe.stages[stage].mesh
+        for stage, rank in enumerate(pipe.read(plan.microbatches).homes)
+    }
     different = dict.fromkeys(_mesh(meshes[rank]) for rank in sorted(meshes))
     return f"{len(pipe.first)} ranks of {' and '.join(different)}"
 
@@ -114,12 +126,17 @@ def _stage_rows(plan: Plan) -> list[tuple[str, ...]]:
     head = ("stage", "devices", "blocks", "forward", "backward", "update", "memory", "in flight")
     rows: list[tuple[str, ...]] = [head]
     schedule = plan.pipeline.read(plan.microbatches)
-    homes, held = schedule.homes, [microbatches_held(schedule, rank) for rank in range(schedule.ranks)]
+    homes, held = (
+        schedule.homes,
+        [microbatches_held(schedule, rank) for rank in range(schedule.ranks)],
+    )
     for number, stage in enumerate(plan.pipeline.stages[:STAGES]):
         first = plan.pipeline.first[homes[number]]
         where = f"{first}-{first + stage.mesh.size - 1}" if stage.mesh.size > 1 else f"{first}"
         where += f" {plan.cluster.device_at(first).name}" if len(plan.cluster.devices) > 1 else ""
-        times = map(format_seconds, (stage.forward_seconds, stage.backward_seconds, stage.once_seconds))
+        times = map(
+            format_seconds, (stage.forward_seconds, stage.backward_seconds, stage.once_seconds)
+        )
         memory = format_bytes(stage.peak_bytes), f"{held[homes[number]]}"
         rows.append((f"{number}", where, stage.blocks, *times, *memory))
     more = len(plan.pipeline.stages) - STAGES
@@ -265,10 +282,14 @@ def audit_text(audit: Audit) -> str:
         f"{format_bytes(audit.compiled_peak)} compiled ({audit.memory_difference:+.1%}): "
         + ", ".join(f"{part} {format_bytes(nbytes)}" for part, nbytes in audit.parts.items())
     )
-    table = _table("audit: communication per step and device, plan against compiled program", head + rows)
+    table = _table(
+        "audit: communication per step and device, plan against compiled program", head + rows
+    )
     lines = [table, f"  {total}", f"  {peak}", *_ranks_of(audit)]
     if audit.compiled_peak > audit.limit:
-        lines.append(f"  over the limit: the plan was allowed {format_bytes(audit.limit)}, the program takes more")
+        lines.append(
+            f"  over the limit: the plan was allowed {format_bytes(audit.limit)}, the program takes more"
+        )
     return "\n".join(lines)
 
 
@@ -277,7 +298,11 @@ def _fullest(audit: Audit) -> str:
     if audit.fullest is None:
         return ""
     found, planned = audit.fullest
-    other = f" (planned: rank {planned.rank}, {format_bytes(planned.predicted_peak)})" if planned != found else ""
+    other = (
+        f" (planned: rank {planned.rank}, {format_bytes(planned.predicted_peak)})"
+        if planned != found
+        else ""
+    )
     return f" of the fullest rank, {found.rank}{other}"
 
 
@@ -294,7 +319,9 @@ def _ranks_of(audit: Audit) -> list[str]:
         )
         for part in audit.ranks
     ]
-    head = [("rank", "stages", "communication compiled", "memory predicted", "compiled", "difference")]
+    head = [
+        ("rank", "stages", "communication compiled", "memory predicted", "compiled", "difference")
+    ]
     return [_table("ranks: collectives above are of all of them", head + rows)] if rows else []
 
 
@@ -307,7 +334,10 @@ def _table(title: str, rows: Iterable[tuple[str, ...]]) -> str:
     if not rows:
         return ""
     full = [row for row in rows if len(row) > 1]
-    widths = [max((len(row[k]) for row in full if k < len(row)), default=0) for k in range(max(map(len, rows)))]
+    widths = [
+        max((len(row[k]) for row in full if k < len(row)), default=0)
+        for k in range(max(map(len, rows)))
+    ]
     lines = [
         "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=False) if w).rstrip()
         for row in rows
