@@ -27,6 +27,7 @@ from .solver.onehot import Choices, Solution, relative_gap
 from .space import Space
 
 if TYPE_CHECKING:
+    from .request import Request
     from .search import Best, Candidate, Search
 
 NEAR = 3  # how far from a batch input its readers are looked at
@@ -63,10 +64,8 @@ def offer_naive(search: Search) -> None:
 def naive(search: Search, root: Candidate) -> Best | None:
     """Data parallelism on the mesh of a candidate, with one microbatch and nothing recomputed, where the request
     allows it and it fits."""
-    request = search.request
-    allowed = request.recompute in (None, "none") and request.microbatches in (None, 1)
     candidate = replace(root, policy="none", microbatches=1)
-    if not allowed or request.search != "exact" or search.least(candidate) > search.limit:
+    if not _allowed(search.request) or search.least(candidate) > search.limit:
         return None
     space, lives = search.open(candidate)
     choices = data_parallel(space)
@@ -83,14 +82,19 @@ def naive(search: Search, root: Candidate) -> Best | None:
 def _plainer(search: Search) -> Best | None:
     """Data parallelism on the incumbent's mesh, where it is as good as was asked for."""
     best, bound = search.best, search.lower_bound()
-    if (
-        best.candidate is None
-        or search.floors("none")[1] * (1 - search.request.good_enough) > bound
-    ):
+    if best.candidate is None or not _allowed(search.request):
+        return None
+    if search.floors("none")[1] * (1 - search.request.good_enough) > bound:
         return None
     found = naive(search, best.candidate)
     good = found is not None and relative_gap(found.seconds, bound) <= search.request.good_enough
     return found if good else None
+
+
+def _allowed(request: Request) -> bool:
+    """Whether one microbatch with nothing recomputed is among what the user asked for."""
+    plain = request.recompute in (None, "none") and request.microbatches in (None, 1)
+    return plain and request.search == "exact"
 
 
 def fewer_bytes(space: Space, choices: Sequence[int]) -> Choices:
