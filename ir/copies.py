@@ -54,12 +54,9 @@ def _inside(op: Op, phase: str, fresh: Fresh) -> Op:
     region = op.regions[0]
     body = tuple(_inside(o, phase, fresh) for o in region.ops)
     consts, carry = op.loop_inputs
-    given = {
-        v: f"{op.tag}/in{i}"
-        for i, v in enumerate(region.inputs)
-        if i < consts or i >= consts + carry
-    }
-    placer = _Placer(fresh, {v: o for o in body for v in o.outputs}, set(given), given, {})
+    tags = {v: f"{op.tag}/in{i}" for i, v in enumerate(region.inputs)}
+    given = {*region.inputs[:consts], *region.inputs[consts + carry :]}
+    placer = _Placer(fresh, {v: o for o in body for v in o.outputs}, given, tags, {})
     ops = placer.place(body, [phase] * len(body))
     return replace(op, regions=(Region(region.inputs, ops, region.outputs),))
 

@@ -19,6 +19,7 @@ from .late import with_late_factors
 from .microbatch import Refusal, TimeAxis, time_axis
 from .recompute import Policy, recompute
 from .roles import phases as find_phases
+from .told_apart import tell_apart
 from .verify import verify_time
 
 
@@ -46,7 +47,7 @@ def prepare(graph: Graph, policy: Policy) -> Program:
     graph, axis = _cut_in_time(graph, batch, phase_of)
     top = [phase_of[op.outputs[0]] for op in graph.ops]
     again = recompute(graph, top, policy, None if isinstance(axis, Refusal) else axis.split.keys())
-    again = hold_microbatches(again, batch)
+    again = tell_apart(hold_microbatches(again, batch))
     middle = [_phase(op, phase_of) for op in again.ops]
     phase_of |= {op.outputs[0]: phase for op, phase in zip(again.ops, middle, strict=True)}
     ready = insert_copies(again, middle)

@@ -361,6 +361,53 @@ def convolved(choose: np.random.Generator) -> Kind:
     return init, apply
 
 
+def chosen(choose: np.random.Generator) -> Kind:
+    """Places that depend on values: sorted, looked up, written to, one way or the other by example."""
+    form = int(choose.integers(6))
+
+    def init(draw, width):
+        return {"w": matrix(draw, width, width)}
+
+    def apply(p, x, context):
+        h, rows = x @ p["w"], jnp.arange(x.shape[0])
+        at = jnp.argmax(lax.stop_gradient(h[..., 0]), 1)
+        if form == 0:
+            return x + jnp.take_along_axis(h, jnp.argsort(lax.stop_gradient(h), axis=1), 1)
+        if form == 1:
+            return x + h[rows, at][:, None]
+        if form == 2:
+            return h.at[rows, at].set(x[:, 0])
+        if form == 3:
+            return h.at[rows, at].add(x.mean(1))
+        if form == 4:
+            return x + jax.vmap(lambda u, k: lax.dynamic_slice_in_dim(u, k, 1))(h, at)
+        return jax.vmap(lambda u: lax.cond(u.sum() > 0, jnp.sin, lambda u: u * 0.5, u))(h) + x
+
+    return init, apply
+
+
+def decomposed(choose: np.random.Generator) -> Kind:
+    form = int(choose.integers(4))
+
+    def init(draw, width):
+        return {"w": matrix(draw, width, width)}
+
+    def apply(p, x, context):
+        h = (x @ p["w"]).astype(jnp.float32)
+        square = jnp.eye(x.shape[1]) + jnp.einsum("btd,bsd->bts", h, h) / x.shape[-1]
+        if form == 0:
+            y = jnp.linalg.cholesky(square) @ h
+        elif form == 1:
+            y = jnp.linalg.solve(square, h)
+        elif form == 2:
+            y = jnp.fft.fft(h, axis=1).real / x.shape[1]
+        else:
+            y = lax.cumlogsumexp(h, axis=1) + lax.cummax(h, axis=2)
+        return x + y.astype(x.dtype)
+
+    return init, apply
+
+
 # ---------------------------------------------------------------- images
 
 
@@ -394,7 +441,8 @@ def pooling(choose: np.random.Generator) -> Kind:
 TEXTS: Mapping[str, Callable[[np.random.Generator], Kind]] = {
     "dense": dense, "gated": gated, "attention": attention, "experts": experts, "einsum": einsum,
     "norm": layer_norm, "batch norm": batch_norm, "dropout": dropout, "loop": repeated, "rnn": recurrent,
-    "cond": conditional, "while": until, "moves": moves, "conv1d": convolved,
+    "cond": conditional, "while": until, "moves": moves, "conv1d": convolved, "chosen": chosen,
+    "decomposed": decomposed,
 }  # fmt: skip
 IMAGES: Mapping[str, Callable[[np.random.Generator], Kind]] = {
     "conv": convolution, "pool": pooling, "norm": layer_norm, "batch norm": batch_norm, "dropout": dropout,

@@ -41,7 +41,7 @@ CHECKPOINTS = (
     "nested",
     "unbarred",
 )
-LOSSES = ("mean", "masked", "labels", "labels", "one-hot", "sum")
+LOSSES = ("mean", "masked", "ignored", "labels", "labels", "one-hot", "sum")
 OPTIMIZERS = ("sgd", "sgd", "sgd", "momentum", "adam")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "looped-bfs", "zb-h1", "zb-h2", "zbv", "v-half")
 
@@ -160,11 +160,18 @@ def random_step(seed: int, pipelines: bool) -> Made:
         choose, pipelines, whole, batch, 1 if network.shared else network.layers
     )
     model = _Model(network, loss, optimizer, tied and tokens, tokens, images, short)
-    args = model.arguments(np.random.default_rng([seed, 2]), batch, width)
+    state, data = model.arguments(np.random.default_rng([seed, 2]), batch, width)
+    if beside := str(choose.choice(("", "", "", "rate", "raw key", "pair"))):
+        data[beside] = {
+            "rate": jnp.float32(0.05),
+            "raw key": jnp.array([3, 7], jnp.uint32),
+            "pair": jnp.ones(2) / 20,
+        }[beside]
+    args = state, data
     how = "scanned" if network.scanned else "unrolled"
     words = (
         f"{network.layers} {how}{' shared' * network.shared} x ({', '.join(drawn)}) checkpoint={network.checkpoint} "
-        f"{loss} {optimizer}{' tied' * model.tied}{' tokens' * tokens}{' bf16' * short} "
+        f"{loss} {optimizer}{' tied' * model.tied}{' tokens' * tokens}{' bf16' * short}{beside and f' {beside}'} "
         f"B={batch} D={width} {cluster} {' '.join(f'{k}={v}' for k, v in request.items())}"
     )
     return Made(model.step, args, cluster, request, words)
@@ -244,7 +251,10 @@ class _Model:
     # ------------------------------------------------------------ the step
 
     def step(self, state: Any, batch: Any) -> tuple[Any, Any]:
-        key = jax.random.fold_in(jax.random.key(7), state["count"])
+        key = (
+            jax.random.wrap_key_data(batch["raw key"]) if "raw key" in batch else jax.random.key(7)
+        )
+        key = jax.random.fold_in(key, state["count"])
 
         def loss_of(params):
             logits, extra = self._logits(params, batch, key, state["count"])
@@ -252,6 +262,11 @@ class _Model:
 
         (loss, logits), grads = jax.value_and_grad(loss_of, has_aux=True)(state["params"])
         right = jnp.mean((jnp.argmax(logits, -1) == batch["y"]).astype(jnp.float32))
+        if "rate" in batch or "pair" in batch:
+            grads = jax.tree.map(
+                lambda g: g * (batch["rate"] if "rate" in batch else batch["pair"].sum()) * 10,
+                grads,
+            )
         return {**self._updated(state, grads), "count": state["count"] + 1}, {
             "loss": loss,
             "right": right,
@@ -273,6 +288,9 @@ class _Model:
             rows, places = jnp.arange(labels.shape[0])[:, None], jnp.arange(labels.shape[1])
             return -jnp.mean(chances[rows, places, labels])
         picked = -jnp.take_along_axis(chances, labels[..., None], -1)[..., 0]
+        if self.loss == "ignored":
+            counted = labels > 2
+            return jnp.sum(jnp.where(counted, picked, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
         if self.loss == "masked":
             return jnp.sum(picked * batch["mask"]) / jnp.sum(batch["mask"])
         return 0.01 * jnp.sum(picked) if self.loss == "sum" else jnp.mean(picked)

@@ -5,7 +5,17 @@ The seeds are ranges: a new failure is met by mending its kind, not by another r
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax import lax
+
+import meshwright as mw
+from meshwright.backends.xla.capture import capture
+from meshwright.ir.blocks import fold
+from meshwright.ir.graph import Graph
+from meshwright.ir.microbatch import TimeAxis
+from meshwright.ir.program import prepare
 
 from .random_programs import Outcome, children, run_seed, summary
 from .random_steps import random_step
@@ -32,6 +42,49 @@ def test_five_hundred_equal_plain_jax(pipelines):
     assert not [line for line in lines if line.split()[1] in ("WRONG", "CRASH")], summary(lines)
 
 
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_small_graph_decides_all_that_the_whole_one_asks(seed, policy):
+    made = random_step(seed, pipelines=True)
+    graphs = fold(capture(made.step, *made.args).graph)
+    decided, asked = (forms(prepare(graph, policy).graph) for graph in (graphs.small, graphs.whole))
+    assert asked.items() <= decided.items()
+
+
+def test_loops_of_layers_stay_as_they_were_where_totals_are_taken_early():
+    """Who reads a gradient may be folded away: in the small graph nobody does, and it is made all the same."""
+
+    def step(state, batch):
+        def loss(weights):
+            x = batch["x"]
+            for w in weights:
+                x = lax.fori_loop(
+                    0, 2, lambda _, x, w=w: jnp.tanh(x @ w["a"] + x @ w["b"]), x
+                )
+            return jnp.sum(jnp.mean(x**2, -1) * batch["mask"]) / jnp.sum(batch["mask"])
+
+        slopes = jax.grad(loss)(state["w"])
+        moved = jax.tree.map(lambda m, g: 0.9 * m + g, state["m"], slopes)
+        return {"w": jax.tree.map(lambda w, m: w - m, state["w"], moved), "m": moved}
+
+    weights = [
+        {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))} for _ in range(4)
+    ]
+    batch = {"x": jnp.ones((8, 4)), "mask": jnp.ones(8)}
+    graphs = fold(capture(step, {"w": weights, "m": weights}, batch).graph)
+    decided, asked = (forms(prepare(graph, "none").graph) for graph in (graphs.small, graphs.whole))
+    assert isinstance(prepare(graphs.small, "none").time, TimeAxis)
+    assert asked.items() <= decided.items()
+
+
+def forms(graph: Graph) -> dict[str, tuple]:
+    """By tag, what decisions on an op depend on; nothing is decided of barriers and of copies of constants."""
+    types = lambda values: tuple(graph.types[v] for v in values)  # noqa: E731
+    ops = [visit.op for visit in graph.visits if visit.op.kind != "optimization_barrier"]
+    ops = [op for op in ops if op.kind != "copy" or op.inputs[0] not in graph.constant_ids]
+    return {op.tag: (op.kind, types(op.inputs), types(op.outputs)) for op in ops}
+
+
 def test_a_seed_is_one_program():
     first, again = random_step(11, True), random_step(11, True)
     assert first.words == again.words and first.request == again.request
@@ -40,9 +93,6 @@ def test_a_seed_is_one_program():
 
 def test_a_wrong_number_is_told(monkeypatch):
     """What moves a parameter by a hundredth of its step too little is wrong."""
-    import jax
-
-    import meshwright as mw
 
     def nearly(step, **asked):
         def run(state, batch):
