@@ -14,9 +14,13 @@ from dataclasses import replace
 from .graph import Graph, Op, Region
 
 
-def drop_dead_ops(graph: Graph) -> Graph:
-    """Keep what the outputs depend on; types and constants shrink with it."""
-    ops, _ = live_ops(graph.ops, set(graph.outputs))
+def drop_dead_ops(graph: Graph, before: Graph | None = None) -> Graph:
+    """Keep what the outputs depend on; types and constants shrink with it.
+
+    `before`: the graph that a pass was given, in which some results may have had no reader. Those are kept: in a
+    folded graph the layers that are folded away read them.
+    """
+    ops, _ = live_ops(graph.ops, {*graph.outputs, *(_unread(before) if before else ())})
     graph = replace(graph, ops=tuple(ops))
     known = {*graph.inputs, *graph.outputs}
     for visit in graph.visits:
@@ -28,6 +32,11 @@ def drop_dead_ops(graph: Graph) -> Graph:
         types={v: kind for v, kind in graph.types.items() if v in known},
         constants=tuple(c for c in graph.constants if c.value in known),
     )
+
+
+def _unread(graph: Graph) -> set[int]:
+    read = {v for op in graph.ops for v in op.inputs}
+    return {v for op in graph.ops for v in op.outputs} - read
 
 
 def live_ops(ops: Sequence[Op], live: set[int]) -> tuple[list[Op], set[int]]:

@@ -47,7 +47,7 @@ def with_early_totals(graph: Graph, batch: Mapping[int, int]) -> tuple[Graph, Ti
     totals = totals_waited_for(graph, batch) - dear.values
     if not totals:
         return graph, axis
-    changed = drop_dead_ops(_Early(graph, inputs, totals).run())
+    changed = drop_dead_ops(_Early(graph, inputs, totals).run(), graph)
     return changed, time_axis(changed, batch)
 
 

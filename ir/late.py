@@ -63,7 +63,8 @@ class _Late:
         ops = tuple(new for op in self.graph.ops for new in self._visit(op))
         outputs = tuple(self.names.get(v, v) for v in self.graph.outputs)
         self._check(not any(v in self.owed for v in self.graph.outputs))
-        return drop_dead_ops(replace(self.graph, types=self.types, ops=ops, outputs=outputs))
+        changed = replace(self.graph, types=self.types, ops=ops, outputs=outputs)
+        return drop_dead_ops(changed, self.graph)
 
     def _check(self, fits: bool) -> None:
         if not fits:

@@ -58,18 +58,14 @@ def test_loops_of_layers_stay_as_they_were_where_totals_are_taken_early():
         def loss(weights):
             x = batch["x"]
             for w in weights:
-                x = lax.fori_loop(
-                    0, 2, lambda _, x, w=w: jnp.tanh(x @ w["a"] + x @ w["b"]), x
-                )
+                x = lax.fori_loop(0, 2, lambda _, x, w=w: jnp.tanh(x @ w["a"] + x @ w["b"]), x)
             return jnp.sum(jnp.mean(x**2, -1) * batch["mask"]) / jnp.sum(batch["mask"])
 
         slopes = jax.grad(loss)(state["w"])
         moved = jax.tree.map(lambda m, g: 0.9 * m + g, state["m"], slopes)
         return {"w": jax.tree.map(lambda w, m: w - m, state["w"], moved), "m": moved}
 
-    weights = [
-        {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))} for _ in range(4)
-    ]
+    weights = [{"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))} for _ in range(4)]
     batch = {"x": jnp.ones((8, 4)), "mask": jnp.ones(8)}
     graphs = fold(capture(step, {"w": weights, "m": weights}, batch).graph)
     decided, asked = (forms(prepare(graph, "none").graph) for graph in (graphs.small, graphs.whole))
@@ -78,10 +74,11 @@ def test_loops_of_layers_stay_as_they_were_where_totals_are_taken_early():
 
 
 def forms(graph: Graph) -> dict[str, tuple]:
-    """By tag, what decisions on an op depend on; nothing is decided of barriers and of copies of constants."""
+    """By tag, what decisions on an op depend on. Copies and barriers show what others made."""
     types = lambda values: tuple(graph.types[v] for v in values)  # noqa: E731
-    ops = [visit.op for visit in graph.visits if visit.op.kind != "optimization_barrier"]
-    ops = [op for op in ops if op.kind != "copy" or op.inputs[0] not in graph.constant_ids]
+    ops = [
+        visit.op for visit in graph.visits if visit.op.kind not in ("copy", "optimization_barrier")
+    ]
     return {op.tag: (op.kind, types(op.inputs), types(op.outputs)) for op in ops}
 
 
