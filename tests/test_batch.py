@@ -4,14 +4,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import meshwright as mw
 from meshwright.backends.xla.capture import capture
 from meshwright.ir.batch import batch_dims, infer_batch
 from meshwright.ir.blocks import fold
-from meshwright.ir.errors import PlanError
+from meshwright.ir.errors import MeshwrightError, PlanError
 from meshwright.ir.graph import Graph
 from meshwright.ir.roles import roles
 from meshwright.ir.text import parse, show
 from meshwright.ir.told import tell_batch
+from meshwright.told import parse_batch_args
 
 B, T, F, H, O = 16, 12, 4, 8, 6  # batch, time, features, hidden, outputs
 
@@ -207,3 +209,60 @@ def test_what_is_told_holds_in_every_form_of_the_graph():
 def test_what_is_told_wrongly_is_refused_by_name(dims, what):
     with pytest.raises(PlanError, match=what):
         told(dims)
+
+
+# ---------------------------------------------------------------- told at the front door
+
+
+def train(w, batch, key):
+    def loss(w):
+        out = net(w, batch["x"])
+        keep = jax.random.bernoulli(key, 0.5, out.shape)
+        return jnp.mean((jnp.where(keep, out, 0) - batch["y"]) ** 2)
+
+    value, grads = jax.value_and_grad(loss)(w)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, w, grads), value
+
+
+def arguments():
+    key = jax.random.key(0)
+    w = {name: jax.random.normal(key, kind.shape) for name, kind in W.items()}
+    x = jax.random.normal(key, (B, F))
+    return w, {"x": x, "y": x + 1}, jax.random.PRNGKey(5)
+
+
+@pytest.mark.parametrize("told", [None, 1, "batch", {"batch": 0}, {-2: {"x": 0, "y": 0}}])
+def test_a_step_with_a_raw_key_runs_in_microbatches(told):
+    args = arguments()
+    step = mw.parallelize(train, cluster="8xcpu", microbatches=4, time_limit=4, batch_argnums=told)
+    for want, found in zip(
+        jax.tree.leaves(train(*args)), jax.tree.leaves(step(*args)), strict=True
+    ):
+        assert jnp.allclose(want, found, atol=1e-5)
+    batch = step.plan(*args).batch
+    assert [(each.name, each.dim) for each in batch.inputs] == [("batch['x']", 0), ("batch['y']", 0)]
+    assert (batch.examples, batch.evidence == "told") == (B, told is not None)
+
+
+@pytest.mark.parametrize(
+    ("told", "what"),
+    [
+        (3, "no argument 3: they are w, batch, key"),
+        ("bach", "no array argument `bach`"),
+        ({"batch": {"z": 0}}, r"no array `batch\['z'\]`"),
+        ({"batch": "x"}, "'x' is no dim"),
+        ((1, 2), "two sizes: dim 0 of batch"),
+        (1.5, "batch_argnums cannot be 1.5"),
+        ({"batch": {"x": 1, "y": None}}, "the step contracts it with a parameter"),
+    ],
+)
+def test_arguments_told_wrongly_are_refused_by_name(told, what):
+    with pytest.raises(MeshwrightError, match=what):
+        mw.plan(train, *arguments(), cluster="8xcpu", batch_argnums=told)
+
+
+def test_arguments_as_the_command_line_tells_them():
+    assert parse_batch_args("1, 2") == {1: 0, 2: 0}
+    assert parse_batch_args("x=1,mask=-1") == {"x": 1, "mask": -1}
+    with pytest.raises(MeshwrightError, match="names no arguments"):
+        parse_batch_args("x=")

@@ -27,6 +27,7 @@ from .planner.plans import search
 from .planner.request import Request
 from .planner.scouts import hired
 from .running import RunningStep
+from .told import BatchArgs, batch_told
 from .tracing import Options, capture_call
 
 REQUEST_KEYS = tuple(Request.__dataclass_fields__)
@@ -41,6 +42,7 @@ def plan(
     static_argnames: str | Sequence[str] = (),
     donate_argnums: int | Sequence[int] = (),
     donate_argnames: str | Sequence[str] = (),
+    batch_argnums: BatchArgs = None,
     request: Request | None = None,
     tell: Callable[[str], None] = lambda line: None,
     **kwargs: Any,
@@ -52,6 +54,8 @@ def plan(
         args, kwargs: its arguments, arrays or `jax.ShapeDtypeStruct`s.
         cluster: a `Cluster`, a shorthand (`"4xh100x8@ib400"`), a file; this process's devices when None.
         static_*, donate_*: as for `jax.jit`.
+        batch_argnums: which arguments are the batch, by number or name, as `(1, 2)` or with dims `{"x": 1}`;
+            inferred when None (see `told`).
         request: pins and limits of the search.
         tell: hears one line per event of the search.
 
@@ -71,6 +75,7 @@ def plan(
     request = request or Request()
     where = place(cluster, request)
     captured = Options.of(step, given).capture(step, args, kwargs, request.pp != 1)
+    captured = batch_told(captured, step, batch_argnums)
     return plan_captured(captured, where, request, step_name(step), tell)
 
 
@@ -140,6 +145,7 @@ def parallelize(
     static_argnames: str | Sequence[str] = (),
     donate_argnums: int | Sequence[int] = (),
     donate_argnames: str | Sequence[str] = (),
+    batch_argnums: BatchArgs = None,
     **request: Any,
 ) -> Any:
     """Plan, shard and run a training step: `@mw.parallelize` or `@mw.parallelize(cluster=..., verify=True)`.
@@ -151,17 +157,21 @@ def parallelize(
         verify: on the first call for each set of shapes, run the unsharded step too
             and compare every output; raises VerificationError beyond the stated tolerance.
         static_*, donate_*: as for `jax.jit`.
+        batch_argnums: as for `plan`.
         request: fields of `Request`: memory, mesh, microbatches, recompute, time_limit, gap, seed.
     """
     if step is None:
         return functools.partial(
             parallelize, cluster=cluster, plan=plan, verify=verify, static_argnums=static_argnums,
-            static_argnames=static_argnames, donate_argnums=donate_argnums, donate_argnames=donate_argnames, **request,
+            static_argnames=static_argnames, donate_argnums=donate_argnums, donate_argnames=donate_argnames,
+            batch_argnums=batch_argnums, **request,
         )  # fmt: skip
     if not callable(step):
         raise UsageError(
             f"parallelize takes a function, not {step!r}.", fix="@mw.parallelize above a def"
         )
+    if plan is not None and batch_argnums is not None:
+        raise UsageError("a plan says what its batch is.", where="batch_argnums", fix="the plan alone, or plan anew")
     if unknown := sorted(set(request) - set(REQUEST_KEYS)):
         raise UsageError(
             f"parallelize has no option {unknown[0]!r}.",
@@ -173,7 +183,7 @@ def parallelize(
         "donate_argnums": donate_argnums, "donate_argnames": donate_argnames,
     }  # fmt: skip
     wrapped = ParallelStep(
-        step, cluster, Options.of(step, given), Request(**request), verify, plan, plan_captured
+        step, cluster, Options.of(step, given), Request(**request), verify, plan, plan_captured, batch_argnums
     )
     functools.update_wrapper(wrapped, step, updated=())
     return wrapped

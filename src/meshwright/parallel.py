@@ -27,6 +27,7 @@ from .ir.plan import Plan
 from .planner.request import Request, check_early
 from .running import RunningStep, aval
 from .together import plan_once, same_call
+from .told import BatchArgs, batch_told
 from .tracing import Options, capture_call
 
 Planner = Callable[[Captured, Cluster | str | Path | None, Request, str], Plan]
@@ -43,6 +44,7 @@ class ParallelStep:
     verify: bool
     fixed: Plan | None
     find: Planner
+    batch: BatchArgs = None
     _known: dict[Any, RunningStep] = field(default_factory=dict)
     _found: dict[Any, tuple[Plan, Captured]] = field(default_factory=dict)
     _quick: tuple[Callable[..., Any] | None, frozenset[int]] = (
@@ -171,7 +173,7 @@ class ParallelStep:
             stages = self.request.pp != 1 if self.fixed is None else self.fixed.pipeline is not None
             look_for_devices()
             where = None if self.fixed else place(self.cluster, self.request)
-            captured = capture_call(call, stages)
+            captured = batch_told(capture_call(call, stages), self.step, self.batch)
             same_call(captured, where, self.request, self.verify)
             found = self.fixed or plan_once(lambda: self.find(captured, where, self.request, self._inner.name))
             self._found[key] = (found, captured)

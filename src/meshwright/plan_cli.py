@@ -28,6 +28,9 @@ def plan(
     layers: Annotated[int | None, typer.Option(help="Depth.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw or sgd.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the computation: bf16 or f32.")] = None,
+    batch_argnums: Annotated[
+        str | None, typer.Option(help="Which arguments of the step are the batch: 1,2 or x=0,mask=1 with dims.")
+    ] = None,
     profile: Annotated[
         Path | None, typer.Option(help="Measured figures of the cluster's devices, from `calibrate`.")
     ] = None,
@@ -76,6 +79,7 @@ def plan(
 
     options = {
         "batch": global_batch, "seq": seq, "layers": layers, "optimizer": optimizer, "dtype": dtype,
+        "batch_argnums": batch_argnums,
     }  # fmt: skip
     recipe = {"model": model, **{k: v for k, v in options.items() if v is not None}}
     trace_on_cpu()

@@ -20,6 +20,7 @@ from .backends.xla.capture import Captured
 from .ir.errors import UsageError
 from .ir.files import MIB, Kind, is_file, read_bytes
 from .models import Example, ModelError, build
+from .told import batch_told, parse_batch_args
 from .tracing import Options
 
 FILE = Kind("file", 16 * MIB, "FILE.py:FUNCTION")
@@ -38,6 +39,10 @@ class Made:
 
     def capture(self, stages: bool = False) -> Captured:
         """Trace it; the state (first argument) is donated, as training loops do. `stages` as for `Options.capture`."""
+        told = self.recipe.get("batch_argnums")
+        return batch_told(self._captured(stages), self.step, None if told is None else parse_batch_args(str(told)))
+
+    def _captured(self, stages: bool) -> Captured:
         options = Options(donate_argnums=(0,))
         if self.example is not None:
             return options.capture(self.step, self.args, {}, stages)
@@ -58,7 +63,7 @@ def make(recipe: Recipe) -> Made:
     Raises:
         UsageError: no such model, option, file or function.
     """
-    options = {name: value for name, value in recipe.items() if name != "model"}
+    options = {name: value for name, value in recipe.items() if name not in ("model", "batch_argnums")}
     if "model" not in recipe:
         raise UsageError(
             "the plan's recipe names no model.", fix="plan again; plans are not edited by hand"

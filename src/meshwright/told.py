@@ -22,7 +22,7 @@ from .ir.told import HOW, tell_batch
 BatchArgs = int | str | Sequence[int | str] | Mapping[Any, Any] | None
 
 
-def told(captured: Captured, step: Callable[..., Any], given: BatchArgs) -> Captured:
+def batch_told(captured: Captured, step: Callable[..., Any], given: BatchArgs) -> Captured:
     """The captured step with the batch as told; None: nothing is told, and the batch is inferred.
 
     Raises:
