@@ -84,7 +84,7 @@ def moves(
     prices, share, entries = space.layouts.collectives, 1.0 / source.ways(space.mesh), []
     for step in reshard(source, target) or ():
         larger, share = prices.shares(step, share)
-        if step.kind != "slice":
+        if step.kind != "slice" and item.nbytes:
             nbytes = item.nbytes * larger
             line = prices.line(step.kind, step.axes)
             if prices.joins(step.kind, item.phase, source):

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ...ir.dead import drop_dead_ops
 from ...ir.errors import CaptureError
@@ -210,6 +211,19 @@ class _Conversion:
         return self._plain(eqn, operands)
 
     def _plain(self, eqn: Any, operands: list[int], where: str = "") -> list[int]:
+        if _is_nothing(eqn):
+            where = self._line(eqn)
+            return [self._zeros(var.aval, where) for var in eqn.outvars]
+        return self._op(eqn, operands, where)
+
+    def _zeros(self, aval: Any, where: str) -> int:
+        """What is empty, or a sum of nothing, is made where it is read: nothing has to be brought for it."""
+        scalar = jax.ShapeDtypeStruct((), aval.dtype)
+        zero = self.constant(np.zeros((), aval.dtype), scalar)
+        [eqn] = jax.make_jaxpr(lambda x: lax.broadcast_in_dim(x, aval.shape, ()))(scalar).eqns
+        return self._op(eqn, [zero], where)[0]
+
+    def _op(self, eqn: Any, operands: list[int], where: str) -> list[int]:
         kind, params = eqn.primitive.name, eqn.params
         attrs = self.attrs(kind, params)
         if marks := marks_of(eqn):
@@ -284,6 +298,17 @@ class _Conversion:
 
     def _line(self, eqn: Any) -> str:
         return compat.user_line(eqn.source_info, self._lines) or self._caller
+
+
+def _is_nothing(eqn: Any) -> bool:
+    """Whether all results are empty, or a product sums over nothing."""
+    kinds = [var.aval for var in eqn.outvars]
+    if any(jnp.issubdtype(kind.dtype, jax.dtypes.extended) for kind in kinds):
+        return False
+    product = eqn.primitive.name in ("dot_general", "conv_general_dilated")
+    return all(kind.size == 0 for kind in kinds) or (
+        product and any(var.aval.size == 0 for var in eqn.invars)
+    )
 
 
 def _number(data: Any, kind: TensorType) -> bool | int | float | None:

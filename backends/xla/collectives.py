@@ -25,7 +25,9 @@ def take_part(x: jax.Array, dim: int, index: jax.Array | int, ways: int) -> jax.
     return lax.dynamic_slice_in_dim(x, index * size, size, dim)
 
 
-def take_microbatch(x: jax.Array, dim: int, moment: jax.Array, count: int, groups: int) -> jax.Array:
+def take_microbatch(
+    x: jax.Array, dim: int, moment: jax.Array, count: int, groups: int
+) -> jax.Array:
     """The rows of one microbatch, in order: its part of each of `groups` runs of neighbours."""
     dealt = (groups, count, x.shape[dim] // (groups * count))
     view = x.reshape(*x.shape[:dim], *dealt, *x.shape[dim + 1 :])
@@ -47,7 +49,7 @@ def move(x: jax.Array, steps: Sequence[Step], mesh: Mesh) -> jax.Array:
     if steps and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
         words = move(jax.random.key_data(x), steps, mesh)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
-    for step in steps:
+    for step in steps if x.size else ():
         match step.kind:
             case "slice":
                 x = take_part(x, step.dim, shard_index(step.axes, mesh), mesh.ways(step.axes))
@@ -61,4 +63,18 @@ def move(x: jax.Array, steps: Sequence[Step], mesh: Mesh) -> jax.Array:
                 x = lax.all_to_all(
                     x, step.axes, split_axis=step.to, concat_axis=step.dim, tiled=True
                 )
-    return x
+    return x if x.size else jax.numpy.zeros(_moved_shape(x.shape, steps, mesh), x.dtype)
+
+
+def _moved_shape(shape: tuple[int, ...], steps: Sequence[Step], mesh: Mesh) -> tuple[int, ...]:
+    """Of a local shard after a resharding."""
+    sizes = list(shape)
+    for step in steps:
+        ways = mesh.ways(step.axes)
+        if step.kind in ("slice", "reduce_scatter"):
+            sizes[step.dim] //= ways
+        elif step.kind in ("all_gather", "all_to_all"):
+            sizes[step.dim] *= ways
+        if step.kind == "all_to_all":
+            sizes[step.to] //= ways
+    return tuple(sizes)

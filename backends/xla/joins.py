@@ -32,7 +32,9 @@ def start(reduction: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def settle(x: jax.Array, reduction: str, axes: str | Sequence[str]) -> jax.Array:
-    """Combine what each device found in one collective of as many bytes as `x` has."""
+    """Combine what each device found in one collective of as many bytes as `x` has; in none where that is 0."""
+    if not x.size:
+        return x
     if reduction == "sum":
         return lax.psum(x, axes)
     if reduction in ("and", "or"):
