@@ -224,6 +224,23 @@ def test_nnx_modules_of_another_structure_are_another_program():
         running(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), BATCH["x"])
 
 
+def test_nnx_modules_may_hold_trees():
+    class Holder(nnx.Module):
+        def __init__(self, rngs):
+            self.parts = nnx.data({"linear": nnx.Linear(16, 8, rngs=rngs), "scale": (jnp.ones(8), {})})
+
+        def __call__(self, x):
+            return self.parts["linear"](x) * self.parts["scale"][0]
+
+    def step(model, x):
+        model.parts["linear"].kernel[...] -= 0.1
+        return model(x).sum()
+
+    mine, theirs = Holder(nnx.Rngs(0)), Holder(nnx.Rngs(0))
+    same(parallel(step)(mine, BATCH["x"]), nnx.jit(step)(theirs, BATCH["x"]), 1e-4)
+    same(held(mine), held(theirs))
+
+
 def test_an_nnx_object_that_is_no_argument_is_refused():
     model, optimizer = training()
     with pytest.raises(CaptureError, match="not among its arguments"):
