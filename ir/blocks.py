@@ -23,7 +23,7 @@ import numpy as np
 from .batch import with_batch
 from .graph import Batch, Graph, Op, Region, TensorType
 
-HEAVY = frozenset({"dot_general", "conv_general_dilated", "scan", "while", "cond"})
+HEAVY = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "while", "cond"})
 FEWEST_SAVED = 4  # a repeat that saves fewer ops than this is left alone
 MOST_PERIODS = 96  # candidate periods tried per round, the most promising first
 

@@ -21,11 +21,11 @@ from .graph import Graph, Op, Region
 from .values import Fresh
 
 SUMS = frozenset(
-    {"dot_general", "conv_general_dilated", "reduce_sum", "scatter-add", "gather", "scan"}
+    {"dot_general", "conv_general_dilated", "ragged_dot_general", "reduce_sum", "scatter-add", "gather", "scan"}
 )
 SCALES = frozenset({"div", "mul", "neg", "convert_element_type", "reshape", "transpose"})
 LAYOUT_BOUND = frozenset(
-    {"dot_general", "conv_general_dilated", "gather", "scatter-add", "scatter", "scan"}
+    {"dot_general", "conv_general_dilated", "ragged_dot_general", "gather", "scatter-add", "scatter", "scan"}
 )
 READING = (
     "forward",

@@ -14,7 +14,9 @@ from ..ir.roles import roles
 from ..ir.rules import rule_of
 from ..ir.sharding import Sharding
 from ..ir.version import VERSION
-from .cost.compute import flop
+from .assumptions import assumptions
+from .cost.flop import flop
+from .cost.kernels import CONTRACTIONS
 from .memory.ledger import Ledger
 from .moves import find_collectives, spoken
 from .solver.onehot import relative_gap
@@ -105,7 +107,7 @@ def flop_of(space: Space) -> float:
     return sum(
         v.times * flop(v.op, rule_of(v.op, graph.types), graph.types)
         for v in graph.visits
-        if v.op.kind in ("dot_general", "conv_general_dilated")
+        if v.op.kind in CONTRACTIONS
     )
 
 
@@ -140,13 +142,14 @@ def _stopped(search: Search) -> Literal["time", "interrupt", "end", "estimate"]:
 
 
 def notes_of(search: Search) -> tuple[str, ...]:
-    axis, devices = search.program("none").time, search.cluster.size
+    program, devices = search.program("none"), search.cluster.size
+    axis, told = program.time, assumptions(program.graph)
     if isinstance(axis, Refusal):
-        return (f"microbatches are not possible: {axis.reason} ({axis.where})",)
+        return (f"microbatches are not possible: {axis.reason} ({axis.where})", *told)
     if axis.batch % devices:
         what = f"a batch of {axis.batch} does not divide over {devices} devices"
-        return (f"{what}, so pure data parallelism was not possible",)
-    return ()
+        return (f"{what}, so pure data parallelism was not possible", *told)
+    return told
 
 
 def opaque_of(space: Space) -> tuple[str, ...]:
@@ -184,7 +187,7 @@ def tensors_of(space: Space, choices: tuple[int, ...]) -> list[Tensor]:
 def _products(op: Op, times: int) -> Iterator[tuple[Op, int]]:
     """The products in an op, and how often they run per microbatch."""
     runs = times * op.count
-    if op.kind in ("dot_general", "conv_general_dilated"):
+    if op.kind in CONTRACTIONS:
         yield op, runs
     for region in op.regions:
         for inner in region.ops:

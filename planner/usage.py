@@ -11,10 +11,9 @@ from ..ir.graph import Graph, Op
 from ..ir.plan import AxisUse
 from ..ir.rule import NONE, Rule
 from ..ir.rules import rule_of
-from .cost.compute import flop
+from .cost.flop import flop
+from .cost.kernels import CONTRACTIONS
 from .space import Space
-
-PRODUCTS = ("dot_general", "conv_general_dilated")
 
 
 def axis_uses(space: Space, choices: tuple[int, ...]) -> tuple[AxisUse, ...]:
@@ -25,7 +24,7 @@ def axis_uses(space: Space, choices: tuple[int, ...]) -> tuple[AxisUse, ...]:
     total = 0.0
     for visit in graph.visits:
         op = visit.op
-        if op.kind not in PRODUCTS:
+        if op.kind not in CONTRACTIONS:
             continue
         rule = rule_of(op, graph.types)
         work = visit.times * flop(op, rule, graph.types)

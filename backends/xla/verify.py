@@ -27,6 +27,7 @@ import numpy as np
 
 from ...ir.errors import VerificationError
 from ...ir.graph import Graph
+from ...ir.recompute import PRODUCTS
 from .capture import Captured
 from .meetings import Meetings
 from .rounding import Noise, distance, measure, wide
@@ -69,7 +70,7 @@ def precision(graph: Graph) -> str:
     dtypes = {
         graph.types[value].dtype
         for visit in graph.visits
-        if visit.op.kind in ("dot_general", "conv_general_dilated")
+        if visit.op.kind in PRODUCTS
         for value in visit.op.inputs
     }
     known = [_NAMES[d] for d in dtypes if d in _NAMES]

@@ -11,43 +11,19 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 
 from ...ir.cluster import Device
 from ...ir.graph import Op, TensorType
 from ...ir.rule import Rule
-from .kernels import CONTRACTIONS, FREE, KERNELS, Kernels, work
+from .flop import DECOMPOSITIONS, flop, told_cost
+from .kernels import CONTRACTIONS, FREE, Kernels, is_kernel, work
 from .products import product_share
 
 CAUSAL = 0.5  # of the products inside fused attention: keys after the query are skipped
 ENDLESS = 1e12  # products in a batch that keeps all multiprocessors busy
 ROWS = 128  # queries that one thread block of fused attention works on (Dao, arXiv 2307.08691, section 3.3)
-
-
-def flop(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> float:
-    """Floating-point operations of one op on whole tensors.
-
-    A contraction does one multiplication and one addition per combination of
-    its factors; a convolution per output element and kernel element. Others: one
-    per result element.
-    """
-    if op.kind == "dot_general" and not rule.opaque:
-        return 2.0 * prod(factor.size for factor in rule.factors)
-    if op.kind == "conv_general_dilated":
-        return 2.0 * _convolution_terms(op, types)
-    return float(sum(types[v].size for v in op.outputs))
-
-
-def _convolution_terms(op: Op, types: Mapping[int, TensorType]) -> float:
-    """Output elements times kernel elements per output feature, less what dilation skips."""
-    kernel, result = types[op.inputs[1]], types[op.outputs[0]]
-    numbers = dict(op.attrs)["dimension_numbers"]
-    out_feature = kernel.shape[numbers[1][0]]  # type: ignore[index]
-    dilation = dict(op.attrs).get("lhs_dilation") or ()
-    holes = prod(d for d in dilation if isinstance(d, int))  # type: ignore[union-attr]
-    return result.size * kernel.size / out_feature / holes
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +63,13 @@ def op_seconds(
             _product_seconds(op, rule, types, device, ways, kernels, narrow),
         )
         return seconds + (_cast_seconds(op, types, device, ways) if narrow else 0.0)
-    return device.launch + device.stream_seconds(_cut(_touched(op, types, kernels), ways))
+    arithmetic = _beside_products(op, rule, types) / device.vector_flops / ways.work
+    return device.launch + np.maximum(device.stream_seconds(_cut(_touched(op, types, kernels), ways)), arithmetic)
+
+
+def _beside_products(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> float:
+    """FLOP of a kernel that is no product and does more than move: a decomposition, one whose author says so."""
+    return flop(op, rule, types) if op.kind in DECOMPOSITIONS or told_cost(op) else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +86,7 @@ def fused_terms(op: Op, types: Mapping[int, TensorType], device: Device, kernels
     """Of an op that runs within a fused chain or costs nothing; None for kernels of their own."""
     if op.kind in FREE or (kernels.inside.issuperset(op.outputs) and op.kind not in CONTRACTIONS):
         return Terms(0.0, {})
-    if op.kind in KERNELS:
+    if is_kernel(op):
         return None
     first, many, sides = op.outputs[0], len(op.inputs), (*op.inputs, *op.outputs)
     chain, found = kernels.chains[first], defaultdict[int, float](float)
@@ -132,14 +114,16 @@ def least_terms(
     if fused is not None:
         return fused
     if op.kind not in CONTRACTIONS:
-        touched = _touched(op, types, kernels)
+        touched, arithmetic = _touched(op, types, kernels), _beside_products(op, rule, types) / device.vector_flops
+        if arithmetic > device.stream_seconds(sum(touched.values())):
+            return Terms(device.launch, {}, arithmetic)
         return Terms(device.launch, {k: device.stream_seconds(nbytes) for k, nbytes in touched.items()})
     if not kernels.inside.isdisjoint((*op.inputs, *op.outputs)):
         rate = _peak(device, multiplied_as(op, types, device)) * device.attention_efficiency
         return Terms(device.launch, {}, flop(op, rule, types) * CAUSAL / rate)
     share, total = device.efficiency, flop(op, rule, types)
-    if op.kind == "dot_general":
-        left, right, result = (types[v].size for v in (*op.inputs, *op.outputs))
+    if op.kind != "conv_general_dilated":
+        left, right, result = (types[v].size for v in (*op.inputs[:2], *op.outputs))
         terms = total / 2
         share = float(product_share(terms / right, terms / left, terms / result, ENDLESS, device))
     return Terms(device.launch, {}, total / (_peak(device, products or multiplied_as(op, types, device)) * share))
@@ -155,6 +139,8 @@ def _touched(op: Op, types: Mapping[int, TensorType], kernels: Kernels) -> dict[
     """Bytes of each side that a look-up or an update touches: not the whole table it reads or changes."""
     many = len(op.inputs)
     results = {many + k: float(types[v].nbytes) for k, v in enumerate(op.outputs)}
+    if told := told_cost(op):
+        return {many: told[1]}
     if op.kind == "gather":
         return {**{k: 2 * nbytes for k, nbytes in results.items()}, 1: float(types[op.inputs[1]].nbytes)}
     if op.kind == "dynamic_update_slice":
@@ -178,13 +164,13 @@ def _product_seconds(
     peak, total = _peak(device, narrow or multiplied_as(op, types, device)), flop(op, rule, types) / ways.work
     if not kernels.inside.isdisjoint((*op.inputs, *op.outputs)):
         return total * CAUSAL / (peak * device.attention_efficiency) * _tail(op, types, device, ways, kernels)
-    if op.kind != "dot_general":
+    if op.kind == "conv_general_dilated":
         return total / (peak * device.efficiency)
     left, right, result = (
         types[v].size / w
-        for v, w in zip((*op.inputs, *op.outputs), (*ways.operands, *ways.results), strict=True)
+        for v, w in zip((*op.inputs[:2], *op.outputs), (*ways.operands[:2], *ways.results), strict=True)
     )
-    terms = total / 2  # batch * m * n * k
+    terms = total / 2  # batch * m * n * k; groups of equal size are a batch
     batch = left * right * result / terms**2
     return total / (peak * product_share(terms / right, terms / left, terms / result, batch, device))
 
@@ -210,7 +196,7 @@ def _tail(
 
 def _cast_seconds(op: Op, types: Mapping[int, TensorType], device: Device, ways: Ways) -> np.ndarray | float:
     """Two passes over each operand: one for the largest value, one to read and write it narrower."""
-    sizes = sum((types[v].size / w for v, w in zip(op.inputs, ways.operands, strict=True)), 0.0)
+    sizes = sum((types[v].size / w for v, w in zip(op.inputs[:2], ways.operands, strict=False)), 0.0)
     wide = types[op.inputs[0]].nbytes / types[op.inputs[0]].size
     return device.stream_seconds(sizes * (2 * wide + 1))
 

@@ -28,20 +28,21 @@ from typing import Literal
 
 from ...ir.graph import Op, TensorType
 from ...ir.program import Program
-from ...ir.recompute import AGAIN
+from ...ir.recompute import AGAIN, PRODUCTS
+from .flop import DECOMPOSITIONS, KNOWN
 
 # Ops that start a kernel of their own and read and write memory.
 KERNELS = frozenset({
-    "dot_general", "conv_general_dilated", "gather", "scatter", "scatter-add", "sort", "top_k",
+    *PRODUCTS, "gather", "scatter", "scatter-add", "sort", "top_k",
     "cumsum", "reduce_window_max", "reduce_window_sum", "select_and_scatter_add", "random_bits",
-    "threefry2x32", "dynamic_update_slice", "while", "cond",
+    "threefry2x32", "dynamic_update_slice",
 })  # fmt: skip
-CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated"})
+CONTRACTIONS = PRODUCTS
 FREE = frozenset({"copy", "optimization_barrier", "reshape", "squeeze", "broadcast_in_dim"})  # no kernel
 # Ops that never follow another's layout: they do real work, or a layout of their own is the point.
 LEADERS = frozenset({
-    "dot_general", "conv_general_dilated", "copy", "gather", "scatter", "scatter-add", "sort",
-    "top_k", "cumsum", "while", "cond", "dynamic_slice", "dynamic_update_slice", "concatenate",
+    *PRODUCTS, "copy", "gather", "scatter", "scatter-add", "sort",
+    "top_k", "cumsum", "dynamic_slice", "dynamic_update_slice", "concatenate",
     "select_and_scatter_add", "reduce_window_max", "reduce_window_sum", "random_bits", "threefry2x32",
 })  # fmt: skip
 REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"})
@@ -61,6 +62,11 @@ WEIGHTS = {
     ),
     **dict.fromkeys(("div", "sqrt", "rsqrt", "cbrt", "rem"), 4.0),
 }
+
+
+def is_kernel(op: Op) -> bool:
+    """Whether an op runs by itself. What nobody describes (a kernel by hand, a custom call) does."""
+    return op.kind in KERNELS or op.kind in DECOMPOSITIONS or op.kind not in KNOWN
 
 
 @dataclass(slots=True)
@@ -173,7 +179,7 @@ class _Analysis:
         for i, op in enumerate(ops):
             when = f"{phase(i)} again" if AGAIN in op.tag and not self.joined else phase(i)
             self.waiting.update(v for v in op.inputs if self.phase_of.get(v, when) != when)
-            if op.kind in KERNELS or op.kind == "scan":
+            if is_kernel(op):
                 self.found.update(op.inputs)
                 self.found.update(op.outputs)
             elif _ends_chain(op, self.graph.types):
@@ -247,7 +253,7 @@ def work(op: Op, types: Mapping[int, TensorType]) -> float:
 
 
 def _is_fused(op: Op) -> bool:
-    return op.kind not in KERNELS and op.kind not in FREE and op.kind != "scan" and bool(op.outputs)
+    return not is_kernel(op) and op.kind not in FREE and bool(op.outputs)
 
 
 def _ends_chain(op: Op, types: Mapping[int, TensorType]) -> bool:
@@ -307,7 +313,7 @@ def free_values(program: Program) -> frozenset[int]:
     found: set[int] = set()
     for visit in graph.visits:
         op = visit.op
-        if op.kind in LEADERS or op.kind == "scan":
+        if op.kind in LEADERS or op.regions:
             continue
         if known.issuperset(op.inputs) or spreads_scalar(op, graph.types):
             known.update(op.outputs)

@@ -20,7 +20,7 @@ from ...ir.plan import Collective
 from ...ir.program import Program
 from ...ir.roles import roles
 from ...ir.rules import rule_of
-from ..cost.compute import flop
+from ..cost.flop import flop
 from ..cost.kernels import CONTRACTIONS, FREE, kernels_of
 from ..cost.model import CostModel
 from ..layouts import Layouts

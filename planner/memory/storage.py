@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from ...ir.graph import ITEM_BYTES, Graph, Op
 from ...ir.microbatch import TimeAxis
 from ...ir.program import Program
-from ..cost.kernels import CONTRACTIONS, KERNELS, REDUCTIONS, WEIGHTS, Kernels, kernels_of
+from ..cost.kernels import CONTRACTIONS, REDUCTIONS, WEIGHTS, Kernels, is_kernel, kernels_of
 
 ALIASES = frozenset({"reshape", "squeeze", "optimization_barrier"})
-DEAR = KERNELS | REDUCTIONS | WEIGHTS.keys() | {"scan", "copy"}
+DEAR = REDUCTIONS | WEIGHTS.keys() | {"copy"}
 
 # XLA's fusion on GPUs weighs an op against a pass through memory, and makes these again (priority_fusion.cc; seen in
 # the buffers of GPT-2 and Llama steps compiled for an H100: scores are stored, exponentials of them are not).
@@ -33,7 +33,7 @@ NARROW = frozenset({"bf16", "f16"})
 
 def is_fused(op: Op) -> bool:
     """Whether XLA makes it a part of its readers, and makes its own operands again for it."""
-    return op.kind not in DEAR and op.kind not in ALIASES
+    return not is_kernel(op) and op.kind not in DEAR and op.kind not in ALIASES
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class _Analysis:
     def _borders(self, graph: Graph) -> Iterator[int]:
         yield from (*graph.inputs, *graph.outputs)
         for op in self.ops:
-            if op.kind in KERNELS or op.kind == "scan":
+            if is_kernel(op):
                 yield from (*op.inputs, *op.outputs)
             if op.kind == "optimization_barrier":
                 yield from op.inputs

@@ -20,7 +20,7 @@ import numpy as np
 
 from ...ir.graph import Graph
 from ...ir.rules import rule_of
-from ..cost.compute import flop
+from ..cost.flop import flop
 from ..cost.kernels import KERNELS
 
 INTENSITY = 200.0  # FLOP that devices do while they move a byte: A100 153, H100 295 (datasheets, bf16 dense)

@@ -1,0 +1,22 @@
+"""What a plan's seconds assume where the step does not say: told in its notes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..ir.graph import Graph, Op
+from .cost.flop import is_counted, told_cost
+
+
+def assumptions(graph: Graph) -> tuple[str, ...]:
+    """One line per op whose cost nobody can count, or that says itself what it costs."""
+    found = [f"{visit.op.kind} at {visit.op.where or visit.op.tag}: {what}"
+             for visit in graph.visits for what in _assumed(visit.op)]  # fmt: skip
+    return tuple(dict.fromkeys(found))
+
+
+def _assumed(op: Op) -> Iterator[str]:
+    if told := told_cost(op):
+        yield f"counted as {told[0]:.3g} FLOP and {told[1]:.3g} bytes, which its cost_estimate says"
+    elif not is_counted(op):
+        yield "its FLOP are not known; counted as one pass over what it reads and writes"

@@ -1,0 +1,106 @@
+"""Floating-point operations of every op, and which ops nobody can count.
+
+product             2 per combination of its factors; of a grouped one (`ragged_dot`), 2 per row of
+                    the operand that is dealt out, contracted element and column
+convolution         2 per result element and kernel element
+decompositions      Golub & Van Loan, Matrix Computations, 4th ed., tables 3.2, 4.2, 5.5, 7.7, 8.3, 8.6
+fft                 5 n log2 n for n points (Cooley & Tukey; the count that FFTW's benchmarks use)
+a kernel by hand    what it says of itself: `pallas_call(cost_estimate=...)`
+others              one per result element
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import log2, prod
+
+from ...ir.graph import Op, TensorType
+from ...ir.rule import Rule
+from ...ir.rules import vocabulary
+
+KNOWN = vocabulary()
+SQUARE = {
+    "cholesky": 1 / 3,
+    "eigh": 9.0,
+    "eig": 25.0,
+    "schur": 25.0,
+    "hessenberg": 10 / 3,
+    "tridiagonal": 4 / 3,
+}
+TALL = frozenset({"lu", "qr", "geqrf", "geqp3", "householder_product", "svd"})
+DECOMPOSITIONS = TALL | SQUARE.keys() | {"triangular_solve", "fft"}
+
+
+def flop(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> float:
+    """Floating-point operations of one op on whole tensors; see the module's docstring."""
+    if op.kind == "dot_general" and not rule.opaque:
+        return 2.0 * prod(factor.size for factor in rule.factors)
+    if op.kind == "ragged_dot_general":
+        return 2.0 * types[op.inputs[0]].size * _columns(op, types)
+    if op.kind == "conv_general_dilated":
+        return 2.0 * _convolution_terms(op, types)
+    if op.kind in DECOMPOSITIONS:
+        return _decomposition(op, types)
+    told = told_cost(op)
+    return told[0] if told else float(sum(types[v].size for v in op.outputs))
+
+
+def told_cost(op: Op) -> tuple[float, float] | None:
+    """FLOP and bytes moved, where the kernel's author wrote them down (exponentials count as one each)."""
+    told = dict(op.attrs).get("cost_estimate")
+    if not isinstance(told, tuple) or len(told) < 4 or told[0] != "<CostEstimate>":
+        return None
+    flops, exponentials, nbytes = (
+        float(n) if isinstance(n, int | float) else 0.0 for n in told[1:4]
+    )
+    return flops + exponentials, nbytes
+
+
+def is_counted(op: Op) -> bool:
+    """Whether anything is known of what one run of an op takes."""
+    return (
+        op.kind in KNOWN
+        or op.kind in DECOMPOSITIONS
+        or bool(op.regions)
+        or told_cost(op) is not None
+    )
+
+
+def _columns(op: Op, types: Mapping[int, TensorType]) -> int:
+    """Columns of a grouped product: dims of its second operand that the first has no part in."""
+    numbers = op.attr("ragged_dot_dimension_numbers")
+    assert isinstance(numbers, tuple)
+    (_, summed), (_, batch) = numbers[1]  # type: ignore[misc]
+    shared = {*summed, *batch, *numbers[3]}  # type: ignore[misc]
+    return prod(size for d, size in enumerate(types[op.inputs[1]].shape) if d not in shared)
+
+
+def _convolution_terms(op: Op, types: Mapping[int, TensorType]) -> float:
+    """Output elements times kernel elements per output feature, less what dilation skips."""
+    kernel, result = types[op.inputs[1]], types[op.outputs[0]]
+    numbers = dict(op.attrs)["dimension_numbers"]
+    out_feature = kernel.shape[numbers[1][0]]  # type: ignore[index]
+    dilation = dict(op.attrs).get("lhs_dilation") or ()
+    holes = prod(d for d in dilation if isinstance(d, int))  # type: ignore[union-attr]
+    return result.size * kernel.size / out_feature / holes
+
+
+def _decomposition(op: Op, types: Mapping[int, TensorType]) -> float:
+    first = types[op.inputs[0]]
+    if op.kind == "fft":
+        lengths = dict(op.attrs).get("fft_lengths")
+        points = (
+            prod(n for n in lengths if isinstance(n, int))
+            if isinstance(lengths, tuple)
+            else first.size
+        )
+        return 5.0 * max(first.size, types[op.outputs[0]].size) * log2(max(points, 2))
+    rows, columns = first.shape[-2:] if first.rank > 1 else (first.size, 1)
+    many, short = prod(first.shape[:-2]), min(rows, columns)
+    if op.kind == "triangular_solve":
+        return float(types[op.inputs[1]].size * rows)
+    if op.kind in SQUARE:
+        return SQUARE[op.kind] * many * rows**3
+    if op.kind == "svd":
+        return many * (4.0 * rows * columns * max(rows, columns) + 22.0 * short**3)
+    return many * (1 if op.kind == "lu" else 2) * (rows * columns - short**2 / 3) * short
