@@ -190,8 +190,8 @@ def _tag(place: tuple[Block, int, int] | None, position: int) -> str:
 
 def _tagged(op: Op, tag: str) -> Op:
     regions = tuple(
-        replace(region, ops=tuple(_tagged(o, f"{tag}/{i}") for i, o in enumerate(region.ops)))
-        for region in op.regions
+        replace(region, ops=tuple(_tagged(o, f"{tag}/{f'{n}-' * (n > 0)}{i}") for i, o in enumerate(region.ops)))
+        for n, region in enumerate(op.regions)
     )
     return replace(op, tag=tag, regions=regions)
 

@@ -18,15 +18,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from .graph import Graph, Op, Region
+from .recompute import PRODUCTS
 from .values import Fresh
 
-SUMS = frozenset(
-    {"dot_general", "conv_general_dilated", "ragged_dot_general", "reduce_sum", "scatter-add", "gather", "scan"}
-)
+HEAVY = PRODUCTS | {"gather", "scatter-add", "scan", "while", "cond"}
+SUMS = HEAVY | {"reduce_sum"}
 SCALES = frozenset({"div", "mul", "neg", "convert_element_type", "reshape", "transpose"})
-LAYOUT_BOUND = frozenset(
-    {"dot_general", "conv_general_dilated", "ragged_dot_general", "gather", "scatter-add", "scatter", "scan"}
-)
+LAYOUT_BOUND = HEAVY | {"scatter"}
 READING = (
     "forward",
     "backward",
@@ -42,23 +40,34 @@ def insert_copies(graph: Graph, phases: Sequence[str]) -> Graph:
     tags = dict(zip(graph.inputs, graph.input_tags, strict=True)) if graph.input_tags else {}
     writer = {v: (op, phase) for op, phase in zip(ops, phases, strict=True) for v in op.outputs}
     prepared = {v for v, (_, phase) in writer.items() if phase == "prepare"} | set(graph.inputs)
+    prepared -= _made_anywhere(graph)
     counts = dict(zip(graph.inputs, graph.input_counts, strict=True)) if graph.input_counts else {}
     placer = _Placer(fresh, {v: op for v, (op, _) in writer.items()}, prepared, tags, counts)
     new_ops = placer.place(ops, phases)
     return replace(graph, types=fresh.types, ops=new_ops)
 
 
+def _made_anywhere(graph: Graph) -> set[int]:
+    """Constants spread out, as the zeros that a loop adds to: every device makes its part, in any layout."""
+    known = set(graph.constant_ids)
+    for op in graph.ops:
+        if op.kind in ("broadcast_in_dim", "convert_element_type") and known.issuperset(op.inputs):
+            known.update(op.outputs)
+    return known
+
+
 def _inside(op: Op, phase: str, fresh: Fresh) -> Op:
-    if op.kind != "scan":
-        return op
-    region = op.regions[0]
+    regions = tuple(_region(op, number, phase, fresh) for number in range(len(op.regions)))
+    return replace(op, regions=regions) if regions else op
+
+
+def _region(op: Op, number: int, phase: str, fresh: Fresh) -> Region:
+    region, (consts, carry) = op.regions[number], op.loop_inputs
     body = tuple(_inside(o, phase, fresh) for o in region.ops)
-    consts, carry = op.loop_inputs
-    tags = {v: f"{op.tag}/in{i}" for i, v in enumerate(region.inputs)}
+    tags = {v: f"{op.tag}/{f'{number}-' * (number > 0)}in{i}" for i, v in enumerate(region.inputs)}
     given = {*region.inputs[:consts], *region.inputs[consts + carry :]}
     placer = _Placer(fresh, {v: o for o in body for v in o.outputs}, given, tags, {})
-    ops = placer.place(body, [phase] * len(body))
-    return replace(op, regions=(Region(region.inputs, ops, region.outputs),))
+    return Region(region.inputs, placer.place(body, [phase] * len(body)), region.outputs)
 
 
 class _Placer:

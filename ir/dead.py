@@ -8,7 +8,7 @@ A loop loses the carries, stacked results and operands that nothing alive depend
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from .graph import Graph, Op, Region
@@ -45,7 +45,7 @@ def live_ops(ops: Sequence[Op], live: set[int]) -> tuple[list[Op], set[int]]:
     for op in reversed(ops):
         if live.isdisjoint(op.outputs):
             continue
-        trimmed = _trim_scan(op, live) if op.kind == "scan" else op
+        trimmed = _trim_regions(op, live) if op.regions else op
         trimmed = _trim_barrier(op, live) if op.kind == "optimization_barrier" else trimmed
         kept.append(trimmed)
         live.update(trimmed.inputs)
@@ -57,34 +57,42 @@ def _trim_barrier(op: Op, live: set[int]) -> Op:
     return replace(op, inputs=tuple(v for v, _ in pairs), outputs=tuple(r for _, r in pairs))
 
 
-def _trim_scan(op: Op, live: set[int]) -> Op:
-    """A scan with only the parts its live results need. Carries can need each other."""
-    region, attrs = op.regions[0], dict(op.attrs)
-    consts, carry = op.loop_inputs
+def _trim_regions(op: Op, live: set[int]) -> Op:
+    """A loop or branch with only the parts its live results need. Carries can need each other."""
+    attrs, (consts, carry) = dict(op.attrs), op.loop_inputs
     needed = {k for k, v in enumerate(op.outputs) if v in live}
     while True:
-        body, alive = live_ops(region.ops, {region.outputs[k] for k in needed})
-        more = {k for k in range(carry) if region.inputs[consts + k] in alive} - needed
+        bodies, used = [], {0} if op.kind == "cond" else set[int]()
+        for region in op.regions:
+            body, alive = live_ops(region.ops, set(_ends(op, region, needed)))
+            bodies.append(body)
+            used |= {i for i, v in enumerate(region.inputs) if v in alive}
+        more = {i - consts for i in used if consts <= i < consts + carry} - needed
         if not more:
             break
         needed |= more
     given = [
-        i for i, v in enumerate(region.inputs)
-        if (i - consts in needed if consts <= i < consts + carry else v in alive)
+        i for i in range(len(op.inputs))
+        if (i - consts in needed if consts <= i < consts + carry else i in used)
     ]  # fmt: skip
     made = sorted(needed)
-    attrs["num_consts"] = sum(i < consts for i in given)
-    attrs["num_carry"] = sum(k < carry for k in made)
+    if op.kind != "cond":
+        attrs["num_consts"] = sum(i < consts for i in given)
+        attrs["num_carry"] = sum(k < carry for k in made)
     return replace(
         op,
         inputs=tuple(op.inputs[i] for i in given),
         outputs=tuple(op.outputs[k] for k in made),
         attrs=tuple(sorted(attrs.items())),
-        regions=(
-            Region(
-                tuple(region.inputs[i] for i in given),
-                tuple(body),
-                tuple(region.outputs[k] for k in made),
-            ),
+        regions=tuple(
+            Region(tuple(r.inputs[i] for i in given), tuple(body), _ends(op, r, made))
+            for r, body in zip(op.regions, bodies, strict=True)
         ),
     )
+
+
+def _ends(op: Op, region: Region, made: Collection[int]) -> tuple[int, ...]:
+    """What a region gives for these results; the condition of a while gives nothing for them."""
+    if region not in op.returning:
+        return region.outputs
+    return tuple(region.outputs[k] for k in made)

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from .dead import drop_dead_ops, live_ops
-from .graph import Graph, Op
+from .graph import Graph, Op, deciding
 from .microbatch import WHOLE, Refusal, TimeAxis, time_axis, totals_waited_for
 from .recompute import PRODUCTS
 from .values import Fresh
@@ -62,8 +62,8 @@ class _Dear:
         for op in ops:
             if self.examples.isdisjoint(op.inputs):
                 continue
-            if op.kind == "scan":
-                self._loop(op)
+            if op.regions:
+                self._regions(op)
                 continue
             if op.kind == "optimization_barrier":
                 self._pass(zip(op.inputs, op.outputs, strict=True))
@@ -72,14 +72,21 @@ class _Dear:
             if op.kind in DEAR or op.regions or not self.values.isdisjoint(op.inputs):
                 self.values.update(op.outputs)
 
-    def _loop(self, op: Op) -> None:
-        region, (consts, carry) = op.regions[0], op.loop_inputs
-        self._pass(zip(op.inputs, region.inputs, strict=True))
+    def _regions(self, op: Op) -> None:
+        consts, carry = op.loop_inputs
+        for region in op.regions:
+            self._pass(zip(op.inputs, region.inputs, strict=True))
         before = -1
         while before != (before := len(self.examples) + len(self.values)):
-            self.run(region.ops)
-            self._pass(zip(region.outputs[:carry], region.inputs[consts:], strict=False))
-        self._pass(zip(region.outputs, op.outputs, strict=True))
+            for region in op.regions:
+                self.run(region.ops)
+            for end in op.returning if carry else ():
+                for start in op.regions:
+                    self._pass(zip(end.outputs[:carry], start.inputs[consts:], strict=False))
+        for region in op.returning:
+            self._pass(zip(region.outputs, op.outputs, strict=True))
+        if not self.examples.isdisjoint(deciding(op)):
+            self.examples.update(op.outputs)
 
     def _pass(self, pairs: Iterable[tuple[int, int]]) -> None:
         for source, result in pairs:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from .graph import Op, Region, TensorType
+from .graph import Op, Region, TensorType, deciding
 from .rule import Rule
 from .rules import rule_of
 
@@ -43,8 +43,8 @@ class Examples:
         for op in ops:
             if self.depends.isdisjoint(op.inputs):
                 continue
-            if op.kind == "scan":
-                self._loop(op)
+            if op.regions:
+                self._regions(op)
                 continue
             self.depends.update(op.outputs)
             if op.kind == "optimization_barrier":
@@ -107,22 +107,30 @@ class Examples:
             if found or other:
                 self.dims[result] = found or {other[0]: sizes[shape[other[0]]]}
 
-    # ------------------------------------------------------------ loops
+    # ------------------------------------------------------------ loops and branches
 
-    def _loop(self, op: Op) -> None:
-        region, first_xs = op.regions[0], sum(op.loop_inputs)
-        over_batch = False
+    def _regions(self, op: Op) -> None:
+        over_batch = max(self._enter(op, region) for region in op.regions)
+        while True:
+            for region in op.regions:
+                self.run(region.ops)
+            if not max(self._join(op, region) for region in op.returning):
+                break
+        for region in op.returning:
+            self._leave(op, region, over_batch)
+        if not self.depends.isdisjoint(deciding(op)):
+            self.depends.update(op.outputs)
+
+    def _enter(self, op: Op, region: Region) -> bool:
+        """What a region knows of its operands; whether it takes rows of the batch."""
+        first_xs, over_batch = sum(op.loop_inputs), False
         for i, (outside, inside) in enumerate(zip(op.inputs, region.inputs, strict=True)):
             if outside in self.depends:
                 self.depends.add(inside)
             if outside in self.dims:
                 over_batch |= i >= first_xs and 0 in self.dims[outside]
                 self.dims[inside] = _shifted(self.dims[outside], -1 if i >= first_xs else 0)
-        while True:
-            self.run(region.ops)
-            if not self._join(op, region):
-                break
-        self._leave(op, region, over_batch)
+        return over_batch
 
     def _join(self, op: Op, region: Region) -> bool:
         """Hand each carry's end to its start; True when that taught something."""
@@ -147,12 +155,12 @@ class Examples:
             if end in self.depends:
                 self.depends.add(result)
             inner = self.dims.get(end)
-            stacked = k >= carry
+            stacked = k >= carry and op.kind == "scan"
             found = _shifted(inner or {}, 1 if stacked else 0)
             if stacked and over_batch and end in self.depends:
                 found[0] = op.trips
             if found or (inner == {} and not over_batch):
-                self.dims[result] = found
+                self.dims[result] = {**self.dims.get(result, {}), **found}
 
 
 def _spread(rule: Rule, dims: tuple[tuple[int, ...], ...], shares: Mapping[int, int]) -> Dims:

@@ -76,8 +76,11 @@ class Op:
     enough to know the op's dim rule. `where` is the user's `file:line`.
     `fold` gives ops at the same place of repeated layers one `tag`; in a folded
     graph an op stands for `count` ops of the whole one.
-    Loops are ops too. `scan` has one region with inputs `consts + carry + xs`
-    and outputs `carry + ys`; attrs `length`, `num_consts`, `num_carry`, `reverse`.
+    Loops and branches are ops too. Their regions have an input for each operand, in order:
+
+        scan   consts + carry + xs -> carry + ys    attrs `length`, `num_consts`, `num_carry`, `reverse`
+        while  consts + carry -> carry              two regions: whether to go on, and one turn
+        cond   index + operands -> results          a region per branch; attr `dearest`: which does most work
     """
 
     kind: str
@@ -94,17 +97,33 @@ class Op:
 
     @property
     def loop_inputs(self) -> tuple[int, int]:
-        """Of a scan: how many inputs stay the same in every turn, and how many are carried on."""
+        """How many inputs stay the same in every turn, and how many are carried on; what follows is taken in rows."""
         attrs = dict(self.attrs)
+        if self.kind == "cond":
+            return len(self.inputs), 0
         consts, carry = attrs["num_consts"], attrs["num_carry"]
         assert isinstance(consts, int) and isinstance(carry, int)
         return consts, carry
 
     @property
+    def returning(self) -> tuple[Region, ...]:
+        """The regions that end in the op's results: all but the condition of a while."""
+        return self.regions[1:] if self.kind == "while" else self.regions
+
+    def runs(self, number: int) -> int:
+        """How often a region counts: as often as it runs; of branches one alone does, the dearest."""
+        return int(self.attr("dearest") == number) if self.kind == "cond" else self.trips
+
+    @property
     def trips(self) -> int:
-        """How often the regions run: the length of a scan, else once."""
+        """How often the regions run: the length of a scan, else once (of a while nobody knows)."""
         length = dict(self.attrs).get("length", 1) if self.kind == "scan" else 1
         return length if isinstance(length, int) else 1
+
+
+def deciding(op: Op) -> tuple[int, ...]:
+    """What says which branch is taken, or whether a loop goes on."""
+    return op.inputs[:1] if op.kind == "cond" else op.regions[0].outputs if op.kind == "while" else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +150,8 @@ class Batch:
 @dataclass(frozen=True, slots=True)
 class Visit:
     """One op met on a walk: its index in walk order, how many times it runs per
-    step (trip counts around it, times `count`), and the indices of the loops around it."""
+    step (trip counts around it, times `count`; none in a branch that is not the dearest),
+    and the indices of the loops around it."""
 
     index: int
     op: Op
@@ -185,6 +205,5 @@ def _walk(
         next_index[0] += 1
         runs = times * op.count
         yield Visit(index, op, runs, parents)
-        trips = op.trips
-        for region in op.regions:
-            yield from _walk(region.ops, runs * trips, (*parents, index), next_index)
+        for number, region in enumerate(op.regions):
+            yield from _walk(region.ops, runs * op.runs(number), (*parents, index), next_index)

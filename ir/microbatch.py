@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from math import lcm
 
 from . import refusals
-from .graph import Graph, Op, Region
+from .graph import Graph, Op, Region, deciding
 from .mesh import Mesh
 from .refusals import Refusal
 from .rule import Factor, Rule, cuttable
@@ -142,7 +142,7 @@ def _parts_read(
     graph: Graph, op: Op, timed: bool, split: Mapping[int, int]
 ) -> Iterator[tuple[int, int | None]]:
     """Operands, each with the dim of which the op takes one microbatch's part, if it does."""
-    if not timed or op.kind in ("scan", "optimization_barrier"):
+    if not timed or op.regions or op.kind == "optimization_barrier":
         yield from ((v, None) for v in op.inputs)
         return
     rule = rule_of(op, graph.types)
@@ -198,8 +198,8 @@ class _Flow:
             self._pass_through(op)
             return
         self._refuse_late(op)
-        if op.kind == "scan":
-            self._scan(op)
+        if op.regions:
+            self._regions(op)
         else:
             self._simple(op, rule_of(op, self.graph.types))
 
@@ -251,31 +251,51 @@ class _Flow:
             raise _Stop(refusals.together(op))
         return number
 
-    def _scan(self, op: Op) -> None:
-        """A loop in the body: what its carry is settles after at most two rounds."""
-        region, (consts, carry) = op.regions[0], op.loop_inputs
+    def _regions(self, op: Op) -> None:
+        """A loop or branch in the body: what a carry is settles after at most two rounds."""
         inner = _Flow(self.graph, {}, {}, set(), waits=self.waits)
+        for region in op.regions:
+            self._enter(op, region, inner)
+        inner.strict = False
+        for _ in range(op.loop_inputs[1] + 1):
+            for region in op.regions:
+                inner.run(region)
+            if op.kind == "cond" or not inner.join_carry(op, op.regions[-1]):
+                break
+            inner.join_condition(op)
+        inner.strict = True
+        for region in op.regions:
+            inner.run(region)
+        self.split.update(inner.split)
+        for i, result in enumerate(op.outputs):
+            self._leave(op, i, result, inner)
+        if any(v in inner.totals for v in deciding(op)):
+            raise _Stop(refusals.inside_loop(op))
+
+    def _enter(self, op: Op, region: Region, inner: _Flow) -> None:
+        first_row = sum(op.loop_inputs)
         for i, (outside, inside) in enumerate(zip(op.inputs, region.inputs, strict=True)):
             if outside in self.split:
-                dim = self.split[outside] - (1 if i >= consts + carry else 0)
+                dim = self.split[outside] - (1 if i >= first_row else 0)
                 if dim < 0:
                     raise _Stop(refusals.looped(op))
                 inner.split[inside] = dim
-        inner.strict = False
-        for _ in range(carry + 1):
-            inner.run(region)
-            if not inner.join_carry(op, region, consts, carry):
-                break
-        inner.strict = True
-        inner.run(region)
-        self.split.update(inner.split)
-        for i, (result, inside) in enumerate(zip(op.outputs, region.outputs, strict=True)):
-            if inside in inner.split:
-                self.split[result] = inner.split[inside] + (0 if i < carry else 1)
-            elif inside in inner.totals:
-                self.totals[result] = inner.totals[inside]
-            else:
-                self.same.add(result)
+
+    def _leave(self, op: Op, i: int, result: int, inner: _Flow) -> None:
+        """What a result is, as its regions end. A branch may leave zeros where another leaves a sum over the batch,
+        and anything that is the same for all examples where another leaves a part for each."""
+        ends = [region.outputs[i] for region in op.returning]
+        dims = {inner.split[v] for v in ends if v in inner.split}
+        sums = {inner.totals[v] for v in ends if v in inner.totals}
+        plain = [v for v in ends if v not in inner.split and v not in inner.totals]
+        if len(dims) + len(sums) > 1 or (sums and not all(map(self._starts_at_zero, plain))):
+            raise _Stop(refusals.unlike(op))
+        if dims:
+            self.split[result] = dims.pop() + (op.kind == "scan" and i >= op.loop_inputs[1])
+        elif sums:
+            self.totals[result] = sums.pop()
+        else:
+            self.same.add(result)
 
     def run(self, region: Region) -> None:
         for op in region.ops:
@@ -287,7 +307,7 @@ class _Flow:
 
     def _add_totals(self, op: Op, sums: list[int]) -> None:
         """Inside a loop a sum may only be carried on by linear ops."""
-        alternatives = rule_of(op, self.graph.types).linear if op.kind != "scan" else ()
+        alternatives = rule_of(op, self.graph.types).linear if not op.regions else ()
         owed = {i for i, v in enumerate(op.inputs) if v in self.totals}
         others = [v for i, v in enumerate(op.inputs) if i not in owed]
         fits = any(owed == set(a) if self.strict else owed <= set(a) for a in alternatives)
@@ -295,9 +315,9 @@ class _Flow:
             raise _Stop(refusals.inside_loop(op))
         self.totals.update(dict.fromkeys(op.outputs, "sum"))
 
-    def join_carry(self, op: Op, region: Region, consts: int, carry: int) -> bool:
+    def join_carry(self, op: Op, region: Region) -> bool:
         """Make each carry the same at both ends; True when something changed."""
-        changed = False
+        changed, (consts, carry) = False, op.loop_inputs
         for i in range(carry):
             start, end = region.inputs[consts + i], region.outputs[i]
             if end in self.split and start not in self.split:
@@ -312,9 +332,17 @@ class _Flow:
                 self.split[end] = self.split[start]
         return changed
 
+    def join_condition(self, op: Op) -> None:
+        """The condition of a while sees the carry as its turns do."""
+        first, last = (region.inputs for region in (op.regions[0], op.regions[-1]))
+        for whether, turn in zip(first, last, strict=True) if op.kind == "while" else ():
+            for facts in (self.split, self.totals):
+                if turn in facts:
+                    facts[whether] = facts[turn]  # type: ignore[literal-required]
+
     def _starts_at_zero(self, value: int) -> bool:
         zeros = {c.value for c in self.graph.constants if c.data == 0}
-        writers = {v: op for op in self.graph.ops for v in op.outputs}
+        writers = {v: visit.op for visit in self.graph.visits for v in visit.op.outputs}
         while value in writers and writers[value].kind in (
             "broadcast_in_dim",
             "convert_element_type",

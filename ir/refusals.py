@@ -107,3 +107,8 @@ def no_zero(op: Op) -> Refusal:
     return Refusal(
         "a loop adds sums over the batch to a value that does not start at zero", op.where
     )
+
+
+def unlike(op: Op) -> Refusal:
+    """Branches leave unlike things for one result: a part of the batch here, a sum over it there."""
+    return Refusal("one branch sums over the batch what another leaves as it is", op.where)

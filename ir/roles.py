@@ -36,7 +36,7 @@ from typing import Literal
 
 from .batch import batch_dims
 from .examples import Examples
-from .graph import Graph, Op
+from .graph import Graph, Op, Region
 from .rules import rule_of
 
 Role = Literal["parameter", "optimizer", "batch", "constant", "other state"]
@@ -82,7 +82,7 @@ def _spell(ops: Sequence[Op], look: _Look) -> list[Phase]:
         found.append(look.phases[position])
         for region in op.regions:
             if position in look.nested:
-                found += _spell(region.ops, look.inside(position))
+                found += _spell(region.ops, look.inside(position, region))
             else:
                 found.extend(look.phases[position] for _ in range(_size(region.ops)))
     return found
@@ -124,10 +124,14 @@ def leading_values(ops: Sequence[Op], examples: Examples, wanted: Iterable[int] 
             if examples.holds((*op.inputs, *op.outputs)) or not leads.isdisjoint(op.outputs):
                 leads.update(op.inputs)
             continue
+        lead = not leads.isdisjoint(op.outputs)
         for region in op.regions:
-            ends = (i for o, i in zip(op.outputs, region.outputs, strict=True) if o in leads)
-            inner = leading_values(region.ops, examples, ends)
+            ends = zip(op.outputs if region in op.returning else (), region.outputs, strict=False)
+            decide = region.outputs if lead and region not in op.returning else ()
+            inner = leading_values(region.ops, examples, (*(i for o, i in ends if o in leads), *decide))
             leads |= inner
+            if inner and op.kind == "cond":
+                leads.add(op.inputs[0])
             pairs = zip(op.inputs, region.inputs, strict=True)
             leads.update(o for o, i in pairs if i in inner or i in examples.dims)
     return leads
@@ -224,8 +228,8 @@ class _Look:
         return frozenset(
             p
             for p in self.gradients
-            if self.ops[p].kind == "scan"
-            and (p in losses or (not self._loss_before(p) and not self._carries_examples(p)))
+            if self.ops[p].regions
+            and (p in losses or not (self.ops[p].kind == "cond" or self._loss_before(p) or self._carries_examples(p)))
         )
 
     def _loss_before(self, position: int) -> bool:
@@ -238,12 +242,12 @@ class _Look:
         consts, carry = op.loop_inputs
         return op.inputs[consts : consts + carry]
 
-    def inside(self, position: int) -> _Look:
-        """A nested loop by itself: its results that are gradients out here are the goals there."""
+    def inside(self, position: int, region: Region) -> _Look:
+        """A nested loop or branch by itself: its results that are gradients out here are the goals there."""
         op = self.ops[position]
-        pairs = zip(op.outputs, op.regions[0].outputs, strict=True)
+        pairs = zip(op.outputs, region.outputs, strict=True) if region in op.returning else ()
         goals = {inner for outer, inner in pairs if self._is_gradient(outer)}
-        return _Look(self.graph, op.regions[0].ops, self.examples, frozenset(goals))
+        return _Look(self.graph, region.ops, self.examples, frozenset(goals))
 
     @cached_property
     def phases(self) -> list[Phase]:
@@ -297,7 +301,7 @@ class _Look:
         """Where the last made per-example operand of a gradient starts to be made: at the
         last number spread over the examples for it, which is the loss's own cotangent."""
         op = self.ops[position]
-        operands = self._carried(op) if op.kind == "scan" else op.inputs
+        operands = self._carried(op) if op.regions and op.kind != "cond" else op.inputs
         made = [self._made[v] for v in operands if v in self._per_example and v in self._made]
         last = max((p for p in made if p < position), default=position)
         return max((p for p in self._before(last) if self._spreads(p)), default=last)

@@ -3,7 +3,7 @@
     typed               every value of the graph has a type
     defined-once        no value is defined twice, not even in different regions
     defined-before-use  an op reads only earlier values of its own region, and constants
-    scan-arity          a scan's operands, region and results agree in number and type
+    region-arity        operands, regions and results of loops and branches agree in number and type
     state-pairs         a state input and the output that carries it on have equal types
     positions           donated inputs, names, tags and batch dims belong to inputs and outputs that exist
     attributes          attributes are sorted by name, and plain data
@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from .errors import GraphError
-from .graph import Graph, Op, Region, TensorType
+from .graph import Graph, Op, TensorType
 from .microbatch import TimeAxis
 from .rule import Rule
 
@@ -120,8 +120,8 @@ class _Check:
                 self._define(region.inputs, op)
                 inside = self._ops(region.ops, {*region.inputs, *constants}, constants)
                 self._known(region.outputs, inside, op)
-            if op.kind == "scan":
-                self._scan(op)
+            if op.regions:
+                self._regions(op)
             self._attributes(op)
             self._define(op.outputs, op)
             known.update(op.outputs)
@@ -132,26 +132,35 @@ class _Check:
             if value not in known:
                 raise _broken("defined-before-use", f"%{value} is not known here", where)
 
-    def _scan(self, op: Op) -> None:
-        attrs = dict(op.attrs)
-        region: Region = op.regions[0] if len(op.regions) == 1 else Region((), (), ())
-        consts, carry, length = attrs["num_consts"], attrs["num_carry"], attrs["length"]
-        assert isinstance(consts, int) and isinstance(carry, int)
-        stacked = consts + carry
-        if len(op.inputs) != len(region.inputs) or len(op.outputs) != len(region.outputs):
-            raise _broken("scan-arity", "operands or results differ in number from the region", op)
-        for sides, first_row in (
-            ((op.inputs, region.inputs), stacked),
-            ((op.outputs, region.outputs), carry),
-        ):
-            for k, (outer, inner) in enumerate(zip(*sides, strict=True)):
-                kind, body = self.types[outer], self.types[inner]
-                wanted = (length, *body.shape) if k >= first_row else body.shape
-                if (kind.dtype, kind.shape) != (body.dtype, wanted):
-                    raise _broken("scan-arity", f"%{outer} is {kind}, its body has {body}", op)
-        for start, end in zip(region.inputs[consts:stacked], region.outputs[:carry], strict=True):
-            if self.types[start] != self.types[end]:
-                raise _broken("scan-arity", f"the carry %{start} changes its type", op)
+    def _regions(self, op: Op) -> None:
+        wanted = {"scan": 1, "while": 2, "cond": len(op.regions)}.get(op.kind)
+        if len(op.regions) != wanted:
+            raise _broken("region-arity", f"{len(op.regions)} regions", op)
+        consts, carry = op.loop_inputs
+        for region in op.regions:
+            self._alike(op, op.inputs, region.inputs, consts + carry)
+        for region in op.returning:
+            self._alike(op, op.outputs, region.outputs, carry if op.kind == "scan" else len(op.outputs))
+            for start, end in zip(region.inputs[consts : consts + carry], region.outputs, strict=False):
+                if self.types[start] != self.types[end]:
+                    raise _broken("region-arity", f"the carry %{start} changes its type", op)
+        self._decides(op)
+
+    def _alike(self, op: Op, outer: tuple[int, ...], inner: tuple[int, ...], first_row: int) -> None:
+        """What goes in or comes out is what regions see of it; rows are slices of it."""
+        if len(outer) != len(inner):
+            raise _broken("region-arity", "operands or results differ in number from the region", op)
+        for k, (whole, part) in enumerate(zip(outer, inner, strict=True)):
+            kind, body = self.types[whole], self.types[part]
+            shape = (op.trips, *body.shape) if k >= first_row else body.shape
+            if (kind.dtype, kind.shape) != (body.dtype, shape):
+                raise _broken("region-arity", f"%{whole} is {kind}, its body has {body}", op)
+
+    def _decides(self, op: Op) -> None:
+        """One number says which branch is taken, or whether a loop goes on."""
+        deciding = {"while": op.regions[0].outputs, "cond": op.inputs[:1]}.get(op.kind)
+        if deciding is not None and [self.types[v].rank for v in deciding] != [0]:
+            raise _broken("region-arity", f"{len(deciding)} values decide", op)
 
     def _attributes(self, op: Op) -> None:
         names = [name for name, _ in op.attrs]

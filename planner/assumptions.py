@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from ..ir.graph import Graph, Op
 from .cost.flop import is_counted, told_cost
+from .outline import SELDOM
 
 
 def assumptions(graph: Graph) -> tuple[str, ...]:
@@ -18,5 +19,10 @@ def assumptions(graph: Graph) -> tuple[str, ...]:
 def _assumed(op: Op) -> Iterator[str]:
     if told := told_cost(op):
         yield f"counted as {told[0]:.3g} FLOP and {told[1]:.3g} bytes, which its cost_estimate says"
+    elif op.kind == "while":
+        yield "how many turns it takes is not known; counted as one"
+    elif op.kind == "cond":
+        dearest, many = int(op.attr("dearest")) + 1, len(op.regions)  # type: ignore[arg-type]
+        yield f"counted as its dearest branch, number {dearest} of {many}; others as {SELDOM:.0%} of theirs"
     elif not is_counted(op):
         yield "its FLOP are not known; counted as one pass over what it reads and writes"

@@ -95,7 +95,7 @@ def moves(
                     kind=step.kind,
                     axes=step.axes,
                     nbytes=nbytes,
-                    count=round(item.runs),
+                    count=max(1, round(item.runs)),  # a branch seldom taken is there once
                     seconds=seconds,
                     what=f"{_say(names, item.source)} -> {_say(names, item.reader)}",
                     phase=item.phase,
@@ -126,7 +126,7 @@ def settlements(space: Space, choices: tuple[int, ...]) -> list[tuple[Op, Collec
             nbytes = whole / result_sharding(rule, strategy, space.mesh, 0).ways(space.mesh)
             seconds = visit.times * space.layouts.collectives.line("all_reduce", axes)(nbytes)
             entry = Collective(
-                kind="all_reduce", axes=axes, nbytes=nbytes, count=visit.times, seconds=seconds,
+                kind="all_reduce", axes=axes, nbytes=nbytes, count=max(1, visit.times), seconds=seconds,
                 what=f"{op.kind} {op.where}".strip(), phase=phase,
             )  # fmt: skip
             entries.append((op, entry))

@@ -19,6 +19,7 @@ from ..ir.microbatch import WHOLE, TimeAxis, time_factor
 from ..ir.program import Program
 from ..ir.rule import Rule, cuttable
 from ..ir.rules import rule_of
+from ..ir.rules.factors import FLOATS
 from .cost.compute import Terms
 from .cost.kernels import LEADERS, Kernels, spreads_scalar
 
@@ -70,6 +71,14 @@ class Decides:
     results: tuple[str, ...]
     cuts: tuple[tuple[int, int], ...]
     follows: tuple[int, ...]
+
+
+SELDOM = 0.01  # how often branches count that are not the dearest: enough that they are laid out with care
+
+
+def often(op: Op, number: int) -> float:
+    """How often a region counts in each run of its op."""
+    return op.runs(number) or SELDOM
 
 
 Step = Slot | Free | Named | Decides
@@ -192,8 +201,8 @@ class _Walk:
         return self.outline
 
     def _op(self, op: Op, runs: float, phase: str) -> None:
-        if op.kind == "scan":
-            self._scan(op, runs, phase)
+        if op.regions:
+            self._regions(op, runs, phase)
         elif op.kind == "optimization_barrier":
             for source, result in zip(op.inputs, op.outputs, strict=True):
                 self._name(Named(self.tags[result], self.tags[source], "as it lies"))
@@ -287,22 +296,52 @@ class _Walk:
 
     # ------------------------------------------------------------ loops and outputs
 
-    def _scan(self, op: Op, runs: float, phase: str) -> None:
-        region = op.regions[0]
-        consts, carry = int(op.attr("num_consts")), int(op.attr("num_carry"))  # type: ignore[arg-type]
-        for i, (outside, inside) in enumerate(zip(op.inputs, region.inputs, strict=True)):
-            tag = f"{op.tag}/in{i}"
-            self._slot(tag, inside)
-            self.outline.wanted[tag, 0] = tag, "lifted" if i >= consts + carry else "as it lies"
+    def _regions(self, op: Op, runs: float, phase: str) -> None:
+        """A slot for each operand and each result, the same in all regions; what is carried on shares its two.
+
+        What decides about branches and turns is one number, whose slot is whole and owes nothing. So all devices
+        read the same bits and go the same way, and collectives in there meet.
+        """
+        consts, carry = op.loop_inputs
+        for i, outside in enumerate(op.inputs):
+            tag, owed = f"{op.tag}/in{i}", self._adds_up(op, i)
+            self._slot(tag, op.regions[0].inputs[i], owed)
+            how: How = "lifted" if i >= consts + carry else "settled" if owed else "as it lies"
+            self.outline.wanted[tag, 0] = tag, how
             self._read(outside, tag, 0, tag, runs, phase)
-        for inner in region.ops:
-            self._op(inner, runs * op.trips, phase)
-        for i, (result, inside) in enumerate(zip(op.outputs, region.outputs, strict=True)):
-            tag = f"{op.tag}/in{consts + i}" if i < carry else f"{op.tag}/out{i}"
-            self._slot(tag, inside, owed=phase == "backward")
-            self.outline.wanted[tag, 1] = tag, "as it lies"
-            self._read(inside, tag, 1, tag, runs * op.trips, phase)
-            self._name(Named(self.tags[result], tag, "as it lies" if i < carry else "lifted"))
+        for number, region in enumerate(op.regions):
+            for inner in region.ops:
+                self._op(inner, runs * often(op, number), phase)
+            self._ends(op, number, runs * often(op, number), phase)
+        for i, result in enumerate(op.outputs):
+            rows = op.kind == "scan" and i >= carry
+            self._name(Named(self.tags[result], self._end(op, i), "lifted" if rows else "as it lies"))
+
+    def _adds_up(self, op: Op, i: int) -> bool:
+        """Whether a carry starts as what any device can make (zeros) and is nothing but added to: a gradient of weights,
+        a loss. It may owe its sum through the loop: of what it starts as, the first device counts all."""
+        region, (consts, carry) = op.regions[-1], op.loop_inputs
+        if op.kind == "cond" or not consts <= i < consts + carry or not self.free[self.tags[op.inputs[i]]]:
+            return False
+        start, end = region.inputs[i], region.outputs[i - consts]
+        readers = [inner for inner in region.ops if start in inner.inputs]
+        others = [v for k, v in enumerate(region.outputs) if k != i - consts]
+        if len(readers) != 1 or readers[0].outputs != (end,) or start in others:
+            return False
+        return readers[0].kind in ("add", "add_any") and self.types[start].dtype in FLOATS
+
+    def _ends(self, op: Op, number: int, runs: float, phase: str) -> None:
+        region = op.regions[number]
+        for i, inside in enumerate(region.outputs):
+            tag = self._end(op, i) if region in op.returning else f"{op.tag}/on"
+            kind = op.outputs[i] if op.kind == "cond" else inside
+            self._slot(tag, kind, owed=phase == "backward" and region in op.returning)
+            self.outline.wanted[tag, 1 + number] = tag, "settled" if self.free[self.tags[inside]] else "as it lies"
+            self._read(inside, tag, 1 + number, tag, runs, phase)
+
+    def _end(self, op: Op, i: int) -> str:
+        consts, carry = op.loop_inputs
+        return f"{op.tag}/in{consts + i}" if i < carry else f"{op.tag}/out{i}"
 
     def _outputs(self) -> None:
         """Carried state returns to the layout it came in; everything else settles its sums."""

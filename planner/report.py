@@ -157,7 +157,7 @@ def opaque_of(space: Space) -> tuple[str, ...]:
     found = {
         f"{v.op.kind} at {v.op.where or v.op.tag}"
         for v in graph.visits
-        if v.op.kind != "scan" and rule_of(v.op, graph.types).opaque
+        if not v.op.regions and rule_of(v.op, graph.types).opaque
     }
     return tuple(sorted(found))
 

@@ -74,8 +74,8 @@ def test_text_that_is_wrong_is_named_with_its_line(line, complaint):
     [
         ("defined-before-use", "add %0 %0", "add %0 %8"),
         ("defined-before-use", "tanh %4", "tanh %0"),
-        ("scan-arity", "length=3, num_carry=1", "length=3, num_carry=0"),
-        ("scan-arity", "%5: f32[8, 4] = tanh", "%5: f32[8, 5] = tanh"),
+        ("region-arity", "length=3, num_carry=1", "length=3, num_carry=0"),
+        ("region-arity", "%5: f32[8, 4] = tanh", "%5: f32[8, 5] = tanh"),
         ("state-pairs", "%7: f32[16, 4]", "%7: bf16[16, 4]"),
         ("attributes", "num_carry=1, num_consts=0", "num_consts=0, num_carry=1"),
     ],

@@ -111,7 +111,9 @@ class _Walk:
             if op.trips == 1 or self._runs_over_pieces(op, operands):
                 return self._unrolled(op, operands, env)
             if any(isinstance(v, Stack) for v in operands):
-                return self._loop(op, operands, env)
+                return self._inner(op, operands)
+        elif op.regions and any(isinstance(v, Stack) for v in operands):
+            return self._inner(op, operands)
         elif op.kind == _BARRIER:
             return self._barrier(op, operands)
         elif any(isinstance(v, Stack) for v in operands):
@@ -222,20 +224,24 @@ class _Walk:
         self.run(region.ops, env)
         return [env.get(v, v) for v in region.outputs]
 
-    def _loop(self, op: Op, operands: Sequence[Value], env: Env) -> Sequence[Value]:
-        """The loop stays; what it is given in pieces, its body sees in pieces."""
+    def _inner(self, op: Op, operands: Sequence[Value]) -> Sequence[Value]:
+        """The loop or branch stays; what it is given in pieces, its regions see in pieces."""
         consts, carry = op.loop_inputs
         given = list(operands)
         while True:
-            inner = _Walk(self.graph, Scope(self.shared))
-            inputs = [
-                _inside(v, i >= consts + carry, inner.scope, self.graph.types[r])
-                for i, (v, r) in enumerate(zip(given, op.regions[0].inputs, strict=True))
-            ]
-            ends = inner._region(op.regions[0], inputs, env)
-            late = self._become_stacks(op, given, inputs, ends)
-            if not late:
-                return self._rebuilt(op, given, inputs, ends, inner.scope)
+            sides = [self._seen(region, given, consts + carry) for region in op.regions]
+            last = sides[-1]
+            if not carry or not self._become_stacks(op, given, last.inputs, last.ends):
+                return self._rebuilt(op, given, sides)
+
+    def _seen(self, region: Region, given: Sequence[Value], first_row: int) -> _Seen:
+        inner = _Walk(self.graph, Scope(self.shared))
+        inputs = [
+            _inside(v, i >= first_row, inner.scope, self.graph.types[r])
+            for i, (v, r) in enumerate(zip(given, region.inputs, strict=True))
+        ]
+        env: Env = {}
+        return _Seen(inputs, inner._region(region, inputs, env), inner.scope)
 
     def _become_stacks(
         self, op: Op, given: list[Value], inputs: Sequence[Value], ends: Sequence[Value]
@@ -250,24 +256,41 @@ class _Walk:
                 late = True
         return late
 
-    def _rebuilt(
-        self, op: Op, given: Sequence[Value], inputs: Sequence[Value], ends: list[Value], inner: Scope
-    ) -> Sequence[Value]:
+    def _rebuilt(self, op: Op, given: Sequence[Value], sides: Sequence[_Seen]) -> Sequence[Value]:
         consts, carry = op.loop_inputs
-        for i in range(carry):
-            start = inputs[consts + i]
-            if isinstance(start, Stack):
-                ends[i] = inner.apart(ends[i], start.dim, op.where)
-        inner.flush()
-        flat = [_flat(side) for side in (inputs, ends, given)]
-        region = Region(flat[0], tuple(inner.ops), flat[1])
-        results = [_outside(v, i >= carry, op.trips, self.scope) for i, v in enumerate(ends)]
+        returning = [side for side, region in zip(sides, op.regions, strict=True) if region in op.returning]
+        for i in range(len(op.outputs)):
+            like = returning[0].inputs[consts + i] if i < carry else self._in_pieces(returning, i)
+            for side in returning if isinstance(like, Stack) else ():
+                side.ends[i] = side.scope.apart(side.ends[i], like.dim, op.where)
+        first = returning[0]
+        rows = range(carry, len(op.outputs)) if op.kind == "scan" else ()
+        results = [_outside(v, i in rows, op.trips, self.scope) for i, v in enumerate(first.ends)]
         attrs = dict(op.attrs)
-        attrs["num_consts"] = len(_flat(inputs[:consts]))
-        attrs["num_carry"] = len(_flat(inputs[consts : consts + carry]))
-        outputs = _flat(results)
-        self.scope.emit(replace(op, inputs=flat[2], outputs=outputs, attrs=tuple(attrs.items()), regions=(region,)))
+        if op.kind != "cond":
+            attrs["num_consts"] = len(_flat(first.inputs[:consts]))
+            attrs["num_carry"] = len(_flat(first.inputs[consts : consts + carry]))
+        regions = tuple(side.region() for side in sides)
+        inputs, outputs = _flat(given), _flat(results)
+        self.scope.emit(replace(op, inputs=inputs, outputs=outputs, attrs=tuple(attrs.items()), regions=regions))
         return results
+
+    def _in_pieces(self, sides: Sequence[_Seen], i: int) -> Value | None:
+        """A result that some branch leaves in pieces, but others may not."""
+        return next((side.ends[i] for side in sides if isinstance(side.ends[i], Stack)), None)
+
+
+@dataclass
+class _Seen:
+    """A region walked with operands in pieces: its inputs and ends, and what it does."""
+
+    inputs: list[Value]
+    ends: list[Value]
+    scope: Scope
+
+    def region(self) -> Region:
+        self.scope.flush()
+        return Region(_flat(self.inputs), tuple(self.scope.ops), _flat(self.ends))
 
 
 def _inside(value: Value, row: bool, scope: Scope, kind: TensorType) -> Value:

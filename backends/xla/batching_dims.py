@@ -63,15 +63,17 @@ class _Rewrite:
             self._learn(op)
 
     def _inside(self, op: Op) -> Op:
-        if op.kind != "scan":
-            return op
-        region, (consts, _) = op.regions[0], op.loop_inputs
+        regions = tuple(self._region(op, region) for region in op.regions)
+        return replace(op, regions=regions) if regions else op
+
+    def _region(self, op: Op, region: Region) -> Region:
+        consts, _ = op.loop_inputs
         for outside, inside in zip(op.inputs[:consts], region.inputs, strict=False):
             self._same(outside, inside)
         known, self.joined = self.joined, {}
         ops = tuple(self.run(region.ops))
         self.joined = known
-        return replace(op, regions=(Region(region.inputs, ops, region.outputs),))
+        return Region(region.inputs, ops, region.outputs)
 
     # ------------------------------------------------------------ what counts
 

@@ -5,8 +5,8 @@
     captured.binding     how to do it again: primitives, arrays, pytrees
 
 jax traces the step abstractly; nothing is materialised. Calls (`jit`, `checkpoint`,
-custom derivatives) are inlined, loops become ops with a region, `while` and `cond`
-are kept whole, dead code goes. What cannot be kept is refused by a CaptureError.
+custom derivatives) are inlined, loops and branches become ops with regions, dead code goes. What
+cannot be kept is refused by a CaptureError.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ...ir.branches import dearest
 from ...ir.dead import drop_dead_ops
 from ...ir.errors import CaptureError
 from ...ir.graph import Attr, Constant, Graph, Op, Region, TensorType
@@ -28,6 +29,7 @@ from . import compat
 from .batching_dims import with_batching_dims
 from .calls import Ends
 from .carried import carried_state
+from .joined import Body, joined
 from .params import attrs_of, dtype_name, marks_of
 from .trace import Traced, trace
 
@@ -195,8 +197,8 @@ class _Conversion:
             return self._call(eqn, operands)
         if name in compat.IDENTITIES:
             return operands
-        if name == "scan":
-            return self._scan(eqn, operands)
+        if name in ("scan", "while", "cond") and not _by_platform(eqn):
+            return self._regions(eqn, operands)
         if name in compat.PLACEMENTS or name == "device_put":
             if _says_nothing(eqn):
                 return operands
@@ -266,24 +268,30 @@ class _Conversion:
         held_values = iter(results)
         return [next(held_values) if hold else v for v, hold in zip(operands, held, strict=True)]
 
-    def _scan(self, eqn: Any, operands: list[int]) -> list[int]:
-        params, closed = eqn.params, eqn.params["jaxpr"]
-        consts, carry = compat.scan_counts(params)
-        inputs = [self.value(var.aval) for var in closed.jaxpr.invars]
-        outside, self.ops = self.ops, []
-        self._loops += 1
-        ends = self.inline(closed.jaxpr, closed.consts, inputs)
-        self._loops -= 1
-        region = Region(tuple(inputs), tuple(self.ops), tuple(ends))
-        self.ops = outside
+    def _regions(self, eqn: Any, operands: list[int]) -> list[int]:
+        """A loop or a branch: an op whose regions have an input for each operand."""
+        found = joined(eqn)
+        self._loops += eqn.primitive.name != "cond"
+        regions = tuple(self._region(body, operands) for body in found.bodies)
+        self._loops -= eqn.primitive.name != "cond"
         results = [self.value(var.aval) for var in eqn.outvars]
-        attrs = (
-            ("length", int(params["length"])), ("num_carry", carry), ("num_consts", consts),
-            ("reverse", bool(params["reverse"])), ("unroll", int(params["unroll"])),
-        )  # fmt: skip
+        attrs = found.attrs
+        if eqn.primitive.name == "cond":
+            attrs = (("dearest", dearest(regions, self.types)),)
         where = self._line(eqn)
-        self.ops.append(Op("scan", tuple(operands), tuple(results), attrs, (region,), where))
+        self.ops.append(Op(eqn.primitive.name, tuple(operands), tuple(results), attrs, regions, where))
         return results
+
+    def _region(self, body: Body, operands: Sequence[int]) -> Region:
+        inputs = [len(self.types) + i for i in range(len(operands))]
+        kinds = [self.types[v] for v in operands]
+        self.types.update(zip(inputs, kinds, strict=True))
+        given = [inputs[i] for i in body.takes]
+        self.types.update(zip(given, [self.kind(v.aval) for v in body.jaxpr.jaxpr.invars], strict=True))
+        outside, self.ops = self.ops, []
+        ends = self.inline(body.jaxpr.jaxpr, body.jaxpr.consts, given)
+        region, self.ops = Region(tuple(inputs), tuple(self.ops), tuple(ends)), outside
+        return region
 
     def attrs(self, kind: str, params: dict[str, Any]) -> tuple[tuple[str, Attr], ...]:
         """`attrs_of`, once per distinct parameters where jax's can be hashed."""
@@ -336,6 +344,11 @@ def _sha(array: np.ndarray) -> str:
 
 
 # ---------------------------------------------------------------- what is refused
+
+
+def _by_platform(eqn: Any) -> bool:
+    """Branches of which each is for other devices; a program has only one of them."""
+    return eqn.params.get("branches_platforms") is not None
 
 
 def _says_nothing(eqn: Any) -> bool:

@@ -159,7 +159,7 @@ def _follow(graph: Graph, ops: Sequence[Op], reach: dict[int, frozenset[int]]) -
     for op in ops:
         if not any(v in reach for v in op.inputs):
             continue
-        if op.kind == "scan":
+        if op.regions:
             _follow_loop(graph, op, reach)
             continue
         for result, sources in zip(op.outputs, _in_place(graph, op, reach), strict=True):
@@ -190,11 +190,12 @@ def _in_place(graph: Graph, op: Op, reach: Mapping[int, frozenset[int]]) -> Iter
 
 
 def _follow_loop(graph: Graph, op: Op, reach: dict[int, frozenset[int]]) -> None:
-    region = op.regions[0]
-    for outside, inside in zip(op.inputs, region.inputs, strict=True):
-        if outside in reach:
-            reach[inside] = reach[outside]
-    _follow(graph, region.ops, reach)
-    for outside, inside in zip(op.outputs, region.outputs, strict=True):
-        if inside in reach:
-            reach[outside] = reach[inside]
+    for region in op.regions:
+        for outside, inside in zip(op.inputs, region.inputs, strict=True):
+            if outside in reach:
+                reach[inside] = reach[outside]
+        _follow(graph, region.ops, reach)
+    for region in op.returning:
+        for outside, inside in zip(op.outputs, region.outputs, strict=True):
+            if inside in reach:
+                reach[outside] = reach.get(outside, frozenset()) | reach[inside]

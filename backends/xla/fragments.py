@@ -350,7 +350,7 @@ def _first_readers(order: Iterable[Fragment]) -> dict[tuple[int, int], Op]:
     found: dict[tuple[int, int], Op] = {}
     for fragment in order:
         for op in fragment.ops:
-            if op.kind not in ("scan", "optimization_barrier"):
+            if not op.regions and op.kind != "optimization_barrier":
                 for value in op.inputs:
                     found.setdefault((fragment.stage, value), op)
     return found

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 
-from ...ir.graph import Graph, Op
+from ...ir.graph import Graph, Op, Region
 from ...ir.rules import rule_of
 
 
@@ -69,8 +69,9 @@ def _rows(op: Op) -> Hashable:
 
 def _same_dims(graph: Graph, op: Op) -> Iterator[Sequence[Hashable]]:
     """Groups of dims that are the same thing in this op."""
-    if op.kind == "scan":
-        yield from _dims_of_scan(graph, op)
+    if op.regions:
+        for region in op.regions:
+            yield from _dims_of_region(graph, op, region)
         return
     rule = rule_of(op, graph.types)
     groups: dict[int, list[Hashable]] = {}
@@ -82,9 +83,16 @@ def _same_dims(graph: Graph, op: Op) -> Iterator[Sequence[Hashable]]:
     yield from groups.values()
 
 
-def _dims_of_scan(graph: Graph, op: Op) -> Iterator[Sequence[Hashable]]:
-    region, (consts, carry) = op.regions[0], op.loop_inputs
+def _dims_of_region(graph: Graph, op: Op, region: Region) -> Iterator[Sequence[Hashable]]:
+    consts, carry = op.loop_inputs
     first_rows = consts + carry
+    if op.kind != "scan":
+        ends = zip(op.outputs, region.outputs, strict=True) if region in op.returning else ()
+        for outer, inner in (*zip(op.inputs, region.inputs, strict=True), *ends):
+            yield from _pairs(graph, outer, inner)
+        for start, end in zip(region.inputs[consts:first_rows], op.outputs, strict=False):
+            yield from _pairs(graph, start, end)
+        return
     stacked = [*op.inputs[first_rows:], *op.outputs[carry:]]
     yield [_rows(op), *((v, 0) for v in stacked)]
     for outer, inner in zip(op.inputs[:first_rows], region.inputs, strict=False):

@@ -67,12 +67,29 @@ class Walk:
     def run(self, ops: Sequence[Op], env: Env) -> None:
         for op in ops:
             operands = [env[value] for value in op.inputs]
-            results = self.scan(op, operands, env) if op.kind == "scan" else self.op(op, operands)
+            results = self.branch_or_loop(op, operands, env) if op.regions else self.op(op, operands)
             env.update(zip(op.outputs, results, strict=True))
 
     def op(self, op: Op, operands: Sequence[Any]) -> Sequence[Any]:
         rule = rule_of(op, self.graph.types)
         return emit(op, self.bound[op.kind, op.attrs], operands, rule, {})
+
+    def branch_or_loop(self, op: Op, operands: Sequence[Any], env: Env) -> Sequence[Any]:
+        run = {"scan": self.scan, "while": self.whilst, "cond": self.cond}[op.kind]
+        return run(op, operands, env)
+
+    def cond(self, op: Op, operands: Sequence[Any], env: Env) -> Sequence[Any]:
+        branches = [lambda *given, r=r: tuple(self.region(r, given, env)) for r in op.regions]
+        return lax.switch(operands[0], branches, *operands)
+
+    def whilst(self, op: Op, operands: Sequence[Any], env: Env) -> Sequence[Any]:
+        (whether, turn), (consts, _) = op.regions, op.loop_inputs
+        fixed = operands[:consts]
+        return lax.while_loop(
+            lambda state: self.region(whether, (*fixed, *state), env)[0],
+            lambda state: tuple(self.region(turn, (*fixed, *state), env)),
+            tuple(operands[consts:]),
+        )
 
     def scan(self, op: Op, operands: Sequence[Any], env: Env) -> Sequence[Any]:
         region, attrs = op.regions[0], dict(op.attrs)

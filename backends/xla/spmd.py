@@ -9,7 +9,6 @@ under `lax.scan` and adds up the totals. Shardy sees one manual computation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -30,23 +29,9 @@ from ...ir.values import block_instances
 from .collectives import join_microbatches, move, shard_index, take_microbatch
 from .emit import Cut, emit
 from .joins import JOIN, settle, start
+from .loops import end_tag, run_regions
+from .scope import Held, Scope, stacked
 from .shard import Moment
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A local shard and how the whole lies."""
-
-    array: Any
-    layout: Sharding
-
-
-@dataclass
-class Scope:
-    """Values known so far; `moment` is the microbatch being run, None outside the body."""
-
-    values: dict[int, Held] = field(default_factory=dict)
-    moment: Any = None
 
 
 class LocalStep:
@@ -102,12 +87,10 @@ class LocalStep:
     def leaves(self, op: Op, k: int, layouts: Mapping[int, Sharding]) -> Sharding:
         if op.kind == "optimization_barrier":
             return layouts[op.inputs[k]]
-        if op.kind != "scan":
+        if not op.regions:
             return result_sharding(rule_of(op, self.types), self.strategy(op), self.mesh, k)
-        consts, carry = op.loop_inputs
-        if k < carry:
-            return self.slot(f"{op.tag}/in{consts + k}")
-        return stacked(self.slot(f"{op.tag}/out{k}"))
+        end = self.slot(end_tag(op, k))
+        return stacked(end) if op.kind == "scan" and k >= op.loop_inputs[1] else end
 
     def slot(self, tag: str) -> Sharding:
         if tag not in self.plan.slots:
@@ -160,8 +143,8 @@ class LocalStep:
     def run(self, ops: Sequence[Op], scope: Scope) -> None:
         for op in ops:
             with jax.named_scope(self._names.get(op.tag, op.tag)):
-                if op.kind == "scan":
-                    self._scan(op, scope)
+                if op.regions:
+                    run_regions(self, op, scope)
                 elif op.kind == "optimization_barrier":
                     self._barrier(op, scope)
                 else:
@@ -225,7 +208,7 @@ class LocalStep:
         self, op: Op, k: int, rule: Rule, strategy: Strategy, now: int | None, scope: Scope
     ) -> Any:
         held, target = scope.values[op.inputs[k]], operand_sharding(rule, strategy, self.mesh, k)
-        if now is None or op.inputs[k] in self._split:
+        if now is None or op.inputs[k] in self.split:
             return self.bring(held, target)
         dim = next((d for d, factors in enumerate(rule.operands[k]) if now in factors), None)
         return self.now(held, target, dim, scope)
@@ -247,12 +230,13 @@ class LocalStep:
         return 0 if self.groups % ways else self.groups // ways
 
     @property
-    def _split(self) -> Mapping[int, int]:
+    def split(self) -> Mapping[int, int]:
+        """Values that exist once per microbatch, with the dim that is cut over time."""
         return self.time.split if self.time else {}
 
     def _time_factor(self, op: Op, rule: Rule) -> int | None:
         """The factor that is cut over time, for an op that reads or makes the current microbatch."""
-        return time_factor(op, rule, self._split)
+        return time_factor(op, rule, self.split)
 
     def _cuts(
         self, rule: Rule, strategy: Strategy, now: int | None, scope: Scope
@@ -277,50 +261,6 @@ class LocalStep:
         results = lax.optimization_barrier(tuple(h.array for h in held))
         for value, before, array in zip(op.outputs, held, results, strict=True):
             scope.values[value] = Held(array, before.layout)
-
-    # ------------------------------------------------------------ loops of the user
-
-    def _scan(self, op: Op, scope: Scope) -> None:
-        region, attrs = op.regions[0], dict(op.attrs)
-        consts, carry = op.loop_inputs
-        layouts = [self.slot(f"{op.tag}/in{i}") for i in range(len(op.inputs))]
-        given = [
-            self._loop_input(op, i, layouts[i], i >= consts + carry, scope)
-            for i in range(len(op.inputs))
-        ]
-        ends = layouts[consts : consts + carry]
-        ends += [self.slot(f"{op.tag}/out{i}") for i in range(carry, len(region.outputs))]
-
-        def body(state, xs):
-            inner = Scope(dict(self._constants(scope)), scope.moment)
-            arrays = (*given[:consts], *state, *xs)
-            for value, array, layout in zip(region.inputs, arrays, layouts, strict=True):
-                inner.values[value] = Held(array, layout)
-            self.run(region.ops, inner)
-            results = [
-                self.bring(inner.values[v], end)
-                for v, end in zip(region.outputs, ends, strict=True)
-            ]
-            return tuple(results[:carry]), tuple(results[carry:])
-
-        final, pieces = lax.scan(
-            body, tuple(given[consts : consts + carry]), tuple(given[consts + carry :]),
-            length=op.trips, reverse=bool(attrs.get("reverse", False)),
-        )  # fmt: skip
-        for i, (value, array) in enumerate(zip(op.outputs, (*final, *pieces), strict=True)):
-            layout = ends[i] if i < carry else stacked(ends[i])
-            scope.values[value] = Held(array, layout)
-
-    def _loop_input(self, op: Op, i: int, layout: Sharding, sliced: bool, scope: Scope) -> Any:
-        outside, inside = op.inputs[i], op.regions[0].inputs[i]
-        target = stacked(layout) if sliced else layout
-        if scope.moment is None or inside not in self._split or outside in self._split:
-            return self.bring(scope.values[outside], target)
-        dim = self._split[inside] + (1 if sliced else 0)
-        return self.now(scope.values[outside], target, dim, scope)
-
-    def _constants(self, scope: Scope) -> dict[int, Held]:
-        return {c.value: scope.values[c.value] for c in self.graph.constants}
 
     # ------------------------------------------------------------ the time axis
 
@@ -385,11 +325,6 @@ class LocalStep:
                 late.add(i)
                 made.update(op.outputs)
         return late
-
-
-def stacked(layout: Sharding) -> Sharding:
-    """Of several values side by side, a new dim in front."""
-    return Sharding(((), *layout.dims), layout.partial)
 
 
 def _uncut(layout: Sharding, dim: int) -> Sharding:

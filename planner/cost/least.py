@@ -69,5 +69,5 @@ def _priced(program: Program) -> Iterator[tuple[str, Op, int]]:
     outer: dict[int, str] = {}
     for visit in graph.visits:
         outer[visit.index] = tag = outer[visit.parents[0]] if visit.parents else visit.op.tag
-        if visit.op.kind not in ("scan", "optimization_barrier") and not free.issuperset(visit.op.outputs):
+        if not visit.op.regions and visit.op.kind != "optimization_barrier" and not free.issuperset(visit.op.outputs):
             yield tag, visit.op, visit.times

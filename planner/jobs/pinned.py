@@ -305,7 +305,7 @@ class Pinned:
 
     def _follow_back(self, found: Examples) -> None:
         for op, phase in zip(reversed(self.graph.ops), reversed(self.program.phases), strict=True):
-            if phase != "update" or op.kind in ("scan", "optimization_barrier"):
+            if phase != "update" or op.regions or op.kind == "optimization_barrier":
                 continue
             rule = rule_of(op, self.types)
             if rule.opaque:
@@ -324,7 +324,7 @@ class Pinned:
         """What scalars and constants make (the mask of a dropout) is made in the shards that its readers want."""
         for op in reversed(self.graph.ops):
             rule = rule_of(op, self.types)
-            if rule.opaque or op.kind == "scan":
+            if rule.opaque or op.regions:
                 continue
             shares = set(self._shares(found, op, rule))
             for value, dims in zip(op.inputs, rule.operands, strict=True):

@@ -186,7 +186,7 @@ class _Analysis:
 
     def _visit(self, op: Op, tick: int) -> int:
         end = tick + 1
-        for region in op.regions if op.kind == "scan" else ():
+        for region in op.regions:
             self.defined.update(dict.fromkeys(region.inputs, tick))
             for inner in region.ops:
                 end = self._visit(inner, end)
@@ -405,5 +405,4 @@ def _coming(
 
 def ticks_of(op: Op) -> int:
     """One, and those of the ops in its body."""
-    inner = sum(ticks_of(o) for region in op.regions for o in region.ops) if op.kind == "scan" else 0
-    return 1 + inner
+    return 1 + sum(ticks_of(o) for region in op.regions for o in region.ops)

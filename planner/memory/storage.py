@@ -92,12 +92,21 @@ class _Analysis:
         """A loop reads its constants where they are, and turns its carry over in one place."""
         if op.kind in ALIASES:
             self.aliases |= dict(zip(op.outputs, op.inputs, strict=False))
-        elif op.kind == "scan":
+        for region in op.regions:
             consts, carry = op.loop_inputs
-            inside, first = op.regions[0].inputs, consts + carry
+            inside, first = region.inputs, consts + carry
             self.aliases |= dict(zip(inside[:consts], op.inputs, strict=False))
             self.aliases |= dict(zip(inside[consts:first], op.outputs, strict=False))
             self.slices |= dict(zip(inside[first:], op.inputs[first:], strict=True))
+        if op.kind == "cond":
+            self._share(op)
+
+    def _share(self, op: Op) -> None:
+        """What branches make is made where the results lie."""
+        for region in op.regions:
+            made = {v for inner in region.ops if inner.kind not in ALIASES for v in inner.outputs}
+            ends = zip(region.outputs, op.outputs, strict=True)
+            self.aliases |= {v: result for v, result in ends if v in made and v not in self.aliases}
 
     def _borders(self, graph: Graph) -> Iterator[int]:
         yield from (*graph.inputs, *graph.outputs)
@@ -106,8 +115,8 @@ class _Analysis:
                 yield from (*op.inputs, *op.outputs)
             if op.kind == "optimization_barrier":
                 yield from op.inputs
-            if op.kind == "scan":
-                yield from op.regions[0].outputs[: op.loop_inputs[1]]
+            for region in op.returning:
+                yield from region.outputs if op.kind == "cond" else region.outputs[: op.loop_inputs[1]]
 
     def run(self) -> Storage:
         for op in self.ops:  # in order, so that no chain is followed twice
@@ -208,7 +217,7 @@ class _Analysis:
             gathered = op.kind == "copy" and self.maker.get(op.inputs[0], op).kind == "copy"
             if op.kind in CONTRACTIONS or (gathered and op.outputs[0] in products):
                 products.update(map(self.root, op.inputs))
-            elif op.kind == "scan":
+            elif op.regions:
                 first = sum(op.loop_inputs)
                 others.update(map(self.root, op.inputs[:first]))
                 products.update(map(self.root, op.inputs[first:]))

@@ -13,6 +13,7 @@ import numpy as np
 
 from ...ir.graph import Op
 from ...ir.microbatch import TimeAxis
+from ..outline import often
 from ..space import Space, Transfer
 from .units import Cut
 
@@ -78,10 +79,10 @@ class _Seconds:
 
     def _op(self, op: Op) -> float:
         """One run of an op, what it does to bring its operands included."""
-        if op.kind == "scan":
-            inside = sum(self._op(inner) for region in op.regions for inner in region.ops)
+        if op.regions:
+            inside = sum(often(op, n) * self._op(o) for n, region in enumerate(op.regions) for o in region.ops)
             edges = sum(s for (_, reader), s in self.moves.items() if reader.startswith(f"{op.tag}/in"))
-            return op.trips * inside + edges
+            return inside + edges
         if op.tag not in self.space.op_node:
             return sum(self.moves.get((self.tags[v], op.tag), 0.0) for v in set(op.inputs))
         own = self.space.own[op.tag]
