@@ -73,6 +73,7 @@ class Decides:
     follows: tuple[int, ...]
 
 
+ADDING = ("add", "add_any", "convert_element_type", "copy")  # what a sum that is owed goes through
 SELDOM = 0.01  # how often branches count that are not the dearest: enough that they are laid out with care
 
 
@@ -318,17 +319,18 @@ class _Walk:
             self._name(Named(self.tags[result], self._end(op, i), "lifted" if rows else "as it lies"))
 
     def _adds_up(self, op: Op, i: int) -> bool:
-        """Whether a carry starts as what any device can make (zeros) and is nothing but added to: a gradient of weights,
-        a loss. It may owe its sum through the loop: of what it starts as, the first device counts all."""
+        """Whether a carry starts as what any device can make (zeros) and is nothing but added to: a gradient of
+        weights, a loss. It may owe its sum through the loop: of what it starts as, the first device counts all."""
         region, (consts, carry) = op.regions[-1], op.loop_inputs
         if op.kind == "cond" or not consts <= i < consts + carry or not self.free[self.tags[op.inputs[i]]]:
             return False
-        start, end = region.inputs[i], region.outputs[i - consts]
-        readers = [inner for inner in region.ops if start in inner.inputs]
-        others = [v for k, v in enumerate(region.outputs) if k != i - consts]
-        if len(readers) != 1 or readers[0].outputs != (end,) or start in others:
-            return False
-        return readers[0].kind in ("add", "add_any") and self.types[start].dtype in FLOATS
+        value, end = region.inputs[i], region.outputs[i - consts]
+        while value != end and self.types[value].dtype in FLOATS:
+            readers = [inner for inner in region.ops if value in inner.inputs]
+            if len(readers) != 1 or value in region.outputs or readers[0].kind not in ADDING:
+                return False
+            value = readers[0].outputs[0]
+        return value != region.inputs[i] and self.types[value].dtype in FLOATS and region.outputs.count(end) == 1
 
     def _ends(self, op: Op, number: int, runs: float, phase: str) -> None:
         region = op.regions[number]
