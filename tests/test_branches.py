@@ -157,7 +157,7 @@ def test_layers_with_branches_are_folded_as_layers():
         return [normal(WIDE, WIDE, key=k) for k in range(depth)], jnp.bool_(on), normal(WIDE, WIDE, key=9)
 
     small = fold(capture(trained(deep), *args(16, True)).graph).small
-    assert {op.count for op in small.ops if op.kind == "cond"} == {1, 13}  # without the first: its input has no gradient
+    assert {op.count for op in small.ops if op.kind == "cond"} == {1, 13}  # the first input has no gradient
     check_everywhere(trained(deep), args(8, True), args(8, False), meshes=((2, 4),))
 
 

@@ -261,8 +261,9 @@ class _Walk:
         returning = [side for side, region in zip(sides, op.regions, strict=True) if region in op.returning]
         for i in range(len(op.outputs)):
             like = returning[0].inputs[consts + i] if i < carry else self._in_pieces(returning, i)
-            for side in returning if isinstance(like, Stack) else ():
-                side.ends[i] = side.scope.apart(side.ends[i], like.dim, op.where)
+            if isinstance(like, Stack):
+                for side in returning:
+                    side.ends[i] = side.scope.apart(side.ends[i], like.dim, op.where)
         first = returning[0]
         rows = range(carry, len(op.outputs)) if op.kind == "scan" else ()
         results = [_outside(v, i in rows, op.trips, self.scope) for i, v in enumerate(first.ends)]
