@@ -119,6 +119,24 @@ def test_scanned_layers_of_pipelines(body, how, microbatches):
     check(body, how, True, "2xcpu", pp=2, microbatches=microbatches)
 
 
+def test_a_loop_of_one_turn_in_a_pipeline():
+    """Nothing is stacked over it, so it stays a loop, planned and run."""
+
+    def step(weights, batch):
+        def loss(weights):
+            x = batch["x"]
+            for w in weights:
+                x = lax.fori_loop(0, 1, lambda _, u, w=w: jnp.sin(u @ w), x)
+            return jnp.mean((x - batch["y"]) ** 2)
+
+        return jax.tree.map(lambda w, g: w - g, weights, jax.grad(loss)(weights))
+
+    args = arguments(False)[0]["w"][:2], arguments(False)[1]
+    found = mw.parallelize(step, cluster="2xcpu", pp=2, microbatches=1, time_limit=5)(*args)
+    for have, want in zip(found, jax.jit(step)(*args), strict=True):
+        np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-6)
+
+
 def graph_of(body: str, how: str) -> Graph:
     return fold(capture(step_of(body, how, False), *arguments(False)).graph).whole
 

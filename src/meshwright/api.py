@@ -90,15 +90,12 @@ def plan_captured(
     where = place(cluster, request)
     with hired(where, request) as scouts:
         layers = unstack(captured) if request.pp != 1 else None
+        if layers is not None and len(layers.inputs) == len(captured.graph.inputs):
+            layers = None  # loops of one turn alone, which run as they are
         graph = captured.graph if layers is None else layers.captured.graph
         verify_graph(graph)
-        known = fingerprint(captured.graph)
-        apart = layers is not None and len(layers.inputs) != len(captured.graph.inputs)
-        told = (
-            ("stacked parameters are held layer by layer", *layers.notes)
-            if layers is not None and apart
-            else ()
-        )
+        known, apart = fingerprint(captured.graph), layers is not None
+        told = ("stacked parameters are held layer by layer", *layers.notes) if layers else ()
 
         def kept(frontier: Frontier) -> None:
             assert keep is not None
