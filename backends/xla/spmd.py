@@ -168,7 +168,7 @@ class LocalStep:
         if op.kind == "copy":
             results = operands
         elif op.kind == "scaled":
-            results = [_scaled(*operands, op.attr("by") == "div")]
+            results = [_scaled(operands[0], operands[1], op.attr("by") == "div")]
         else:
             cuts = self._cuts(rule, strategy, now, scope)
             results = emit(op, self._primitive(op), operands, rule, cuts)
