@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -190,6 +191,46 @@ def test_tied_embeddings_are_kept_on_both_ends_of_a_pipeline():
     assert gpt["embedding"].state == 12 * gpt["embedding"].weights
     llama = pricing._parts(replace(GPT22B, layers=4, family="llama", dropout=0.0), 2, Parallelism(), setting, known)
     assert llama.shared.weights == 0 and llama["head"].weights == 51200 * 6144 + 6144
+
+
+SMALL = Shape("gpt", 4, 256, 4, 4, 1024, 512, 4096)  # more places than anything else has rows
+FAMILIES = {
+    "gpt": SMALL,
+    "llama": replace(SMALL, family="llama", seq=256),
+    "mixtral": replace(SMALL, family="mixtral", seq=256, experts=pricing.Experts(4, 2, 512)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "par",
+    [
+        Parallelism(), Parallelism(pp=2), Parallelism(pp=4), Parallelism(dp=2, pp=2), Parallelism(dp=2, zero=1),
+        Parallelism(dp=2, pp=2, zero=3), Parallelism(tp=2), Parallelism(tp=2, pp=2, dp=2, zero=1), Parallelism(cp=2, zero=1),
+    ],
+    ids=lambda par: f"tp{par.tp}-pp{par.pp}-dp{par.dp}-cp{par.cp}-zero{par.zero}",
+)  # fmt: skip
+def test_all_stages_together_hold_the_models_own_state(family, par):
+    """12 bytes of each parameter, wherever it lies; a table that both ends read is there twice, one of places on
+    each rank of tp. Vectors, less than 1 %, may lie whole where the rest is cut."""
+    shape = FAMILIES[family]
+    ranks = par.tp * par.pp * par.dp * par.cp
+    found = price_job(
+        shape, par, Cluster.parse(f"a100x{ranks}"), global_batch=4 * par.dp, microbatch=1, setting=Setting("full")
+    )
+    state = pricing._example(shape, 1).state
+    leaves = jax.tree.leaves(state["model"] if isinstance(state, dict) else state.params)
+    size = sum(leaf.size for leaf in leaves) + (shape.vocab * shape.hidden if family == "gpt" and par.pp > 1 else 0)
+    places = shape.seq * shape.hidden * (par.tp - 1) if family == "gpt" else 0
+    held = sum(stage["state"] for stage in found.memory) * par.tp * (par.dp * par.cp if par.zero else 1)
+    assert held == pytest.approx(12 * (size + places), rel=0.01)
+
+
+def test_a_table_of_places_lies_with_its_moments_on_the_first_stage():
+    """One sequence per rank: its places look like a batch, and the moments' rows like examples."""
+    found = price_job(SMALL, Parallelism(pp=2), Cluster.parse("a100x2"), global_batch=4, microbatch=1, setting=Setting())
+    first, last = (stage["state"] for stage in found.memory)
+    assert first - last == pytest.approx(12 * (4096 * 256 - 2 * 256))
 
 
 def test_zero_cuts_state_then_gradients_then_parameters():

@@ -18,7 +18,7 @@ import numpy as np
 from ...ir.graph import Op
 from ...ir.plan import Collective
 from ...ir.program import Program
-from ...ir.roles import roles
+from ...ir.roles import Role, roles
 from ...ir.rules import rule_of
 from ..cost.flop import flop
 from ..cost.kernels import CONTRACTIONS, FREE, kernels_of
@@ -251,7 +251,7 @@ class _Sorting:
 
     def _hold(self) -> float:
         """Fill in bytes held by each part; returns bytes beside them at the worst moment."""
-        known = roles(self.graph)
+        known = self._roles()
         lives = lifetimes(self.program, 1, known, as_fused(self.kernels))
         local = Ledger(self.space, lives).local_bytes(self.choices)
         self._inputs(local, known)
@@ -262,6 +262,13 @@ class _Sorting:
             self.parts[place].saved += nbytes * count / (self.layers if place == "layer" else 1)
         peak = float(_passing(lives, self.gradients).profile(self._moving(local)).max())
         return max(0.0, peak - sum(nbytes * self._counts[v] for v, nbytes in saved.items()))
+
+    def _roles(self) -> dict[int, Role]:
+        """Roles of the inputs. What the forward pass does not read is no parameter, whatever its dims look like: moments
+        of a table of positions have a row for each place of the one sequence that a rank has."""
+        known = roles(self.graph)
+        unread = {p for p, role in known.items() if role == "parameter" and not self._read(self.graph.inputs[p])}
+        return known | dict.fromkeys(unread, "optimizer")
 
     def _swapped_results(self, local: Mapping[int, float]) -> dict[int, float]:
         """What attention makes under `a2a`, kept with its heads cut beside what the all-to-all makes of it:
@@ -332,7 +339,11 @@ class _Sorting:
         return self._readers(owner) if most else ["head"]
 
     def _readers(self, value: int) -> list[Place]:
-        """The parts whose forward pass reads a parameter, in order."""
+        """The parts that hold a parameter: those whose forward pass reads it, in order."""
+        return self._read(value) or ["head"]
+
+    def _read(self, value: int) -> list[Place]:
+        """The parts whose forward pass reads a value, in order."""
         shown, found = {value}, list[Place]()
         for op, phase in zip(self.graph.ops, self.program.phases, strict=True):
             if shown.isdisjoint(op.inputs):
@@ -342,7 +353,7 @@ class _Sorting:
                     found.append(self.place[op.tag])
             elif phase in ("prepare", "forward"):
                 shown.update(op.outputs)
-        return found or ["head"]
+        return found
 
     def _weights(self, part: Part, value: int, cast: Op | None, scale: float) -> None:
         kind, home = self.graph.types[value], self.space.homes[self.tags[value]]
