@@ -277,7 +277,8 @@ def _check_microbatches(count: int, time: TimeAxis | Refusal) -> None:
         raise PlanError(
             f"a batch of {time.batch} cannot be cut into {count} microbatches.",
             where="request: microbatches",
-            fix=f"a count dividing {time.batch}: {', '.join(map(str, near[:12]))}; or say which dims are the batch, by batch_argnums",
+            fix=f"a count dividing {time.batch}: {', '.join(map(str, near[:12]))}; "
+            "or, if that is not the batch, say what is by batch_argnums",
         )
 
 

@@ -219,7 +219,7 @@ def test_profiles_of_other_machines_are_refused(tmp_path):
     with pytest.raises(ClusterError, match="there is no profile"):
         load_profile(tmp_path / "none.json")
     (tmp_path / "text.json").write_text("{")
-    with pytest.raises(ClusterError, match="is no profile"):
+    with pytest.raises(ClusterError, match="this is no JSON"):
         load_profile(tmp_path / "text.json")
 
 

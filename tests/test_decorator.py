@@ -309,12 +309,12 @@ def test_side_effects_and_own_placements_are_refused_by_name():
 def test_an_op_without_a_rule_is_kept_whole_and_named():
     def own(params, batch):
         new, out = step(params, batch)
-        norm = jnp.linalg.norm(jnp.linalg.qr(params["up"])[0])
-        return new, {**out, "norm": norm}
+        largest = jax.lax.reduce(params["up"], jnp.float32(0), lambda a, b: jnp.maximum(a, jnp.abs(b)), (0, 1))
+        return new, {**out, "largest": largest}
 
     params, batch = arguments()
     found = mw.plan(own, params, batch, cluster="8xcpu", request=QUICK)
-    assert any(line.startswith(("qr", "geqrf", "householder")) for line in found.opaque), found.opaque
+    assert any(line.startswith("reduce") for line in found.opaque), found.opaque
     same(parallel(own)(params, batch), jax.jit(own)(params, batch), 1e-3)
 
 

@@ -206,7 +206,8 @@ FAMILIES = {
     "par",
     [
         Parallelism(), Parallelism(pp=2), Parallelism(pp=4), Parallelism(dp=2, pp=2), Parallelism(dp=2, zero=1),
-        Parallelism(dp=2, pp=2, zero=3), Parallelism(tp=2), Parallelism(tp=2, pp=2, dp=2, zero=1), Parallelism(cp=2, zero=1),
+        Parallelism(dp=2, pp=2, zero=3), Parallelism(tp=2), Parallelism(tp=2, pp=2, dp=2, zero=1),
+        Parallelism(cp=2, zero=1),
     ],
     ids=lambda par: f"tp{par.tp}-pp{par.pp}-dp{par.dp}-cp{par.cp}-zero{par.zero}",
 )  # fmt: skip
@@ -228,7 +229,8 @@ def test_all_stages_together_hold_the_models_own_state(family, par):
 
 def test_a_table_of_places_lies_with_its_moments_on_the_first_stage():
     """One sequence per rank: its places look like a batch, and the moments' rows like examples."""
-    found = price_job(SMALL, Parallelism(pp=2), Cluster.parse("a100x2"), global_batch=4, microbatch=1, setting=Setting())
+    ends, where = Parallelism(pp=2), Cluster.parse("a100x2")
+    found = price_job(SMALL, ends, where, global_batch=4, microbatch=1, setting=Setting())
     first, last = (stage["state"] for stage in found.memory)
     assert first - last == pytest.approx(12 * (4096 * 256 - 2 * 256))
 

@@ -264,8 +264,8 @@ class _Sorting:
         return max(0.0, peak - sum(nbytes * self._counts[v] for v, nbytes in saved.items()))
 
     def _roles(self) -> dict[int, Role]:
-        """Roles of the inputs. What the forward pass does not read is no parameter, whatever its dims look like: moments
-        of a table of positions have a row for each place of the one sequence that a rank has."""
+        """Roles of the inputs. What the forward pass does not read is no parameter, whatever its dims look like:
+        moments of a table of positions have a row for each place of the one sequence that a rank has."""
         known = roles(self.graph)
         unread = {p for p, role in known.items() if role == "parameter" and not self._read(self.graph.inputs[p])}
         return known | dict.fromkeys(unread, "optimizer")

@@ -23,7 +23,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ...ir.batch import batch_dims
 from ...ir.errors import PlanError, did_you_mean
 from ...ir.examples import Examples
 from ...ir.graph import Op
@@ -33,7 +32,7 @@ from ...ir.roles import roles
 from ...ir.rule import NONE, Rule, Strategy, cuttable
 from ...ir.rules import rule_of
 from ...ir.sharding import Sharding
-from ..usage import followed
+from ..usage import example_dims, followed
 from .positions import Attention, Positions
 
 # How attention under context parallelism meets the positions of other ranks: keys and values are
@@ -146,7 +145,7 @@ class Pinned:
         self.phase_of = {
             op.tag: phase for op, phase in zip(self.graph.ops, program.phases, strict=True)
         }
-        self.batch = followed(self.graph, batch_dims(self.graph))
+        self.batch = followed(self.graph, example_dims(self.graph))
         self.positions = Positions(self.graph)
         self.attention = Attention(program)
         self.tensor = self._follow(lambda tag, shape: _named(tag, shape, TENSOR, parallelism.tp))

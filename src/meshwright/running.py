@@ -33,7 +33,7 @@ class RunningStep:
 
     lowered: AnyLowered
     step: Step | None = None
-    inner: Any = ((), (), None)
+    inner: Any = None
 
     _started: list[bool] = field(default_factory=list)
 
@@ -48,7 +48,8 @@ class RunningStep:
             return call.finish(self.run(call.leaves), self.lowered.captured.binding.ends)
 
     def _check(self, call: Call) -> None:
-        if call.inner != self.inner or not any(_takes(known, call) for known in self._bindings()):
+        other = self.step is not None and call.inner != self.inner
+        if other or not any(_takes(known, call) for known in self._bindings()):
             raise MismatchError(
                 "the program was made for other arguments.",
                 where=f"plan `{self.plan.name}`",
