@@ -27,7 +27,7 @@ from ..ir.codec import dump_graph, load_graph, unsealed
 from ..ir.errors import InfeasibleError, MeshwrightError, MismatchError, PlanError
 from ..ir.files import MIB, Kind, read_object, read_text
 from ..ir.graph import Graph
-from ..ir.plan import Plan
+from ..ir.plan import Plan, PlannedBatch
 from ..ir.recompute import Policy
 from ..ir.units import counted, format_bytes
 from ..ir.version import VERSION
@@ -53,8 +53,8 @@ NEAR = 4  # microbatches up to so many times more or fewer
 
 class Frontier(BaseModel):
     """Everything that is needed to plan the same step again. `graph` is the small graph as text, `units` the fields
-    of `Units`, `recipe`, `unstacked` and `notes` as in plans; `work` the least work of each policy, on devices of this
-    mark: a pass, a kind of unit, and seconds as `cost.least.summed` gives them."""
+    of `Units`, `batch` that of the whole one, `recipe`, `unstacked` and `notes` as in plans; `work` the least work of
+    each policy, on devices of this mark: a pass, a kind of unit, and seconds as `cost.least.summed` gives them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -63,6 +63,7 @@ class Frontier(BaseModel):
     fingerprint: str
     request: dict[str, str | float | int | tuple[int, ...] | None]
     graph: str
+    batch: PlannedBatch | None
     units: dict[str, tuple[int | float | str, ...]]
     points: tuple[Point, ...] = Field(min_length=1)
     device: str
@@ -78,7 +79,8 @@ class Frontier(BaseModel):
         search = pipelines.search
         return cls(
             meshwright=VERSION, name=search.name, fingerprint=search.fingerprint, request=asdict(search.request),
-            graph=dump_graph(search.folded.small), units=asdict(pipelines.choices.units), points=tuple(points[:POINTS]),
+            graph=dump_graph(search.folded.small), batch=PlannedBatch.of(search.folded.whole),
+            units=asdict(pipelines.choices.units), points=tuple(points[:POINTS]),
             device=_mark(search.cluster.device), work={
                 policy: tuple((*key, *seconds.tolist()) for key, seconds in sums.items())
                 for policy, sums in pipelines.choices.sums.items()
@@ -215,6 +217,7 @@ class _Replanning:
             f" {counted(self.tried, 'candidate')} priced; {self._used(self.best)}"
         )
         update = {"notes": (*found.notes, *self.frontier.notes, told), "recipe": self.frontier.recipe or None}
+        update["batch"] = self.frontier.batch  # by inputs of the whole graph, of which the small one has fewer
         if self.frontier.unstacked and found.pipeline is not None:
             update["pipeline"] = found.pipeline.model_copy(update={"unstacked": True})
         return found.model_copy(update=update)
