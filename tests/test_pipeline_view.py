@@ -85,7 +85,8 @@ def test_one_trace_holds_both():
 def test_the_command_line_runs_a_pipeline_and_shows_its_timeline(monkeypatch, capsys, tmp_path):
     recipe = {"model": "gpt-tiny", "optimizer": "sgd", "dtype": "f32"}
     plan = pipelined(stage_plan("gpt-tiny", 2, 4), case("gpt-tiny")[0], one_f_one_b(2, 4))
-    save_plan(timed(plan, 0.001, 0.002, 0, 0).model_copy(update={"recipe": recipe, "cluster": Cluster.parse("4xcpu")}), tmp_path / "p.json")
+    update = {"recipe": recipe, "cluster": Cluster.parse("4xcpu")}
+    save_plan(timed(plan, 0.001, 0.002, 0, 0).model_copy(update=update), tmp_path / "p.json")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["meshwright", "run", "p.json", "--steps", "2", "--trace", "t.json"])
     with pytest.raises(SystemExit) as done:
