@@ -267,8 +267,10 @@ class _Sorting:
         """Roles of the inputs. What the forward pass does not read is no parameter, whatever its dims look like:
         moments of a table of positions have a row for each place of the one sequence that a rank has."""
         known = roles(self.graph)
-        unread = {p for p, role in known.items() if role == "parameter" and not self._read(self.graph.inputs[p])}
-        return known | dict.fromkeys(unread, "optimizer")
+        unread = [p for p, role in known.items() if role == "parameter" and not self._read(self.graph.inputs[p])]
+        for position in unread:
+            known[position] = "optimizer"
+        return known
 
     def _swapped_results(self, local: Mapping[int, float]) -> dict[int, float]:
         """What attention makes under `a2a`, kept with its heads cut beside what the all-to-all makes of it:
