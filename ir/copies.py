@@ -132,13 +132,17 @@ class _Placer:
         return heavy if len(heavy) > 1 else []
 
     def _is_sum(self, value: int) -> bool:
-        """Whether a value is a sum, or one that was scaled, as a mean is: it can owe the sum to its readers."""
+        """Whether a value is a sum, or one that was scaled, as a mean is: it can owe the sum to its readers.
+
+        What came before a layer does not count: the first layer would have copies that others have not.
+        """
+        layer = _layer(self.writer.get(value))
         while (op := self.writer.get(value)) is not None and op.kind in SCALES:
             others = [v for v in op.inputs if v in self.writer and self.fresh.types[v].size > 1]
             if len(others) != 1:
                 return False
             value = others[0]
-        return op is not None and op.kind in SUMS
+        return op is not None and op.kind in SUMS and _layer(op) == layer
 
     def _heavy(self, ops, positions: list[int]) -> list[int]:
         return [p for p in positions if ops[p].kind in LAYOUT_BOUND]
@@ -161,3 +165,8 @@ class _Placer:
 
     def _reading(self, op: Op, position: int, rename: dict[tuple[int, int], int]) -> Op:
         return replace(op, inputs=tuple(rename.get((position, v), v) for v in op.inputs))
+
+
+def _layer(op: Op | None) -> str:
+    """The block whose ops a tag counts, as `block1` in `block1.17`; empty outside of blocks."""
+    return op.tag.rpartition(".")[0] if op else ""
