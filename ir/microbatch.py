@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import lcm
 
 from . import refusals
@@ -160,8 +161,8 @@ class _Stop(Exception):
 class _Flow:
     """Facts gathered on the way; `late` holds values known only after the last microbatch, `same` those that a
     loop of the body makes of no example: every microbatch makes them anew, equal, so their maximum is what they are.
-    `whole`: those made of the whole batch before the first. `waits` collects late values that the body needs;
-    None: refused."""
+    `whole`: those made of the whole batch before the first. `zeros`: inputs of a loop that are zero.
+    `waits` collects late values that the body needs; None: refused."""
 
     graph: Graph
     split: dict[int, int]
@@ -171,6 +172,7 @@ class _Flow:
     same: set[int] = field(default_factory=set)
     waits: set[int] | None = None
     whole: set[int] = field(default_factory=set)
+    zeros: set[int] = field(default_factory=set)
 
     def visit(self, op: Op) -> bool:
         """Classify one top-level op; True when it belongs to the body."""
@@ -280,6 +282,8 @@ class _Flow:
                 if dim < 0:
                     raise _Stop(refusals.looped(op))
                 inner.split[inside] = dim
+            elif (i < op.loop_inputs[0] or op.kind == "cond") and self._starts_at_zero(outside):
+                inner.zeros.add(inside)
 
     def _leave(self, op: Op, i: int, result: int, inner: _Flow) -> None:
         """What a result is, as its regions end. A branch may leave zeros where another leaves a sum over the batch,
@@ -306,11 +310,12 @@ class _Flow:
                 self.cut(op)
 
     def _add_totals(self, op: Op, sums: list[int]) -> None:
-        """Inside a loop a sum may only be carried on by linear ops."""
+        """Inside a loop a sum may only be carried on by linear ops; zero is a sum of whatever there is."""
         alternatives = rule_of(op, self.graph.types).linear if not op.regions else ()
         owed = {i for i, v in enumerate(op.inputs) if v in self.totals}
         others = [v for i, v in enumerate(op.inputs) if i not in owed]
-        fits = any(owed == set(a) if self.strict else owed <= set(a) for a in alternatives)
+        known = owed | {i for i, v in enumerate(op.inputs) if self._starts_at_zero(v)}
+        fits = any(owed <= set(a) <= known if self.strict else owed <= set(a) for a in alternatives)
         if any(v in self.split for v in others) or not fits:
             raise _Stop(refusals.inside_loop(op))
         self.totals.update(dict.fromkeys(op.outputs, "sum"))
@@ -341,15 +346,19 @@ class _Flow:
                     facts[whether] = facts[turn]  # type: ignore[literal-required]
 
     def _starts_at_zero(self, value: int) -> bool:
-        zeros = {c.value for c in self.graph.constants if c.data == 0}
-        writers = {v: visit.op for visit in self.graph.visits for v in visit.op.outputs}
-        while value in writers and writers[value].kind in (
-            "broadcast_in_dim",
-            "convert_element_type",
-            "copy",
-        ):
-            value = writers[value].inputs[0]
-        return value in zeros
+        """Whether a value is zero, spread out, converted or added to zero."""
+        op = self._writers.get(value)
+        if op is None or op.kind not in ("broadcast_in_dim", "convert_element_type", "copy", "add"):
+            return value in self._zeros
+        return all(map(self._starts_at_zero, op.inputs))
+
+    @cached_property
+    def _writers(self) -> Mapping[int, Op]:
+        return {v: visit.op for visit in self.graph.visits for v in visit.op.outputs}
+
+    @cached_property
+    def _zeros(self) -> set[int]:
+        return self.zeros | {c.value for c in self.graph.constants if c.data == 0}
 
 
 def _is_looked_up(op: Op, rule: Rule, number: int) -> bool:

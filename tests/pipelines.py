@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+import pytest
 
 from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import Captured, capture
@@ -18,6 +19,14 @@ from meshwright.ir.schedule import Schedule, Step
 from meshwright.models import build
 from meshwright.planner.pipeline.schedules import one_f_one_b
 from meshwright.planner.request import Request
+
+
+def some(schedules: dict[str, Schedule], *usual: str) -> list:
+    """Parameters by name; only the usual ones run where slow tests do not."""
+    return [
+        pytest.param(schedule, id=name, marks=() if name in usual else pytest.mark.slow)
+        for name, schedule in schedules.items()
+    ]
 
 
 def pipelined(plan: Plan, captured: Captured, schedule: Schedule, cuts: list[int] | None = None) -> Plan:

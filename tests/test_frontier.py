@@ -37,7 +37,7 @@ def kept():
     return captured, plan, frontiers[0]
 
 
-@pytest.mark.parametrize("hosts", [4, 6, 7, 8, 12])
+@pytest.mark.parametrize("hosts", [4, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 8, 12))])
 def test_as_fast_as_a_search_of_the_same_hosts(kept, hosts):
     captured, _, frontier = kept
     cluster = f"{hosts}xh100x1@ib100"

@@ -223,9 +223,8 @@ def sliced() -> Iterator[Case]:
 
 USUAL = {
     ("gather", "fill"),
-    *(("scatter", mode) for mode in MODES),
+    ("scatter", "clip"),
     ("scatter-add", "fill"),
-    ("scatter-mul", "clip"),
     ("scatter-max", "promise_in_bounds"),
 }
 

@@ -101,3 +101,21 @@ def test_experts_balanced_over_sequences_have_a_time_axis():
     for name in ("mixtral-tiny", "mixtral-tiny-scan", "deepseek-tiny"):
         example = build(name)
         assert isinstance(axis_of(example.step, example.state, example.batch), TimeAxis)
+
+
+@pytest.mark.parametrize("none", [0.0, 1.0])
+def test_a_loop_adds_losses_of_its_layers_to_what_layers_without_one_leave(none):
+    """`sum(losses)` begins at zero, and so do layers without a loss of their own: from one on it is no sum."""
+
+    def loss(w, x):
+        def layer(carried, w):
+            h, total = carried
+            h = jnp.tanh(h @ w)
+            other = jnp.float32(none) + jnp.float32(0)
+            return (h, total + (other + sum([jnp.mean(jnp.sum(h**2, -1))]))), None
+
+        (h, total), _ = jax.lax.scan(layer, (x, 0.0), w)
+        return jnp.mean(h**2) + total
+
+    found = axis_of(descend(loss), f32(3, 4, 4), f32(8, 4))
+    assert isinstance(found, Refusal if none else TimeAxis), found

@@ -28,6 +28,7 @@ from .pipelines import (
     lowered,
     pipelined,
     shuffled,
+    some,
     stage_plan,
     zero_bubble,
 )
@@ -46,12 +47,12 @@ SCHEDULES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+@pytest.mark.parametrize("schedule", some(SCHEDULES, "interleaved", "zero bubble", "shuffled"))
 def test_every_schedule_makes_the_same_gradients(schedule):
     check_equal("gpt-tiny", schedule)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+@pytest.mark.parametrize("schedule", some(SCHEDULES, "1f1b", "half split", "searched"))
 def test_a_rank_holds_as_many_microbatches_as_its_schedule_says(schedule):
     running = lowered("gpt-tiny", schedule)
     jax.block_until_ready(running.jitted(*case("gpt-tiny")[1]))
