@@ -132,7 +132,7 @@ def trained(objective):
     return step
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_branches_with_gradients(microbatches):
     p, x = {**params(), "c": normal(WIDE, WIDE, key=3)}, normal(2 * WIDE, WIDE, key=2)
     every = [(p, jnp.int32(which), x) for which in range(3)]

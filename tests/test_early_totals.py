@@ -176,14 +176,14 @@ REQUESTS = {
 
 @pytest.mark.parametrize(
     "request_",
-    [pytest.param(r, marks=pytest.mark.slow if "schedule" in r else ()) for r in REQUESTS.values()],
+    [pytest.param(r, marks=pytest.mark.slow if "pp" in r else ()) for r in REQUESTS.values()],
     ids=REQUESTS,
 )
 def test_a_masked_mean_equals_plain_jax(request_):
     run(masked, **request_)
 
 
-@pytest.mark.parametrize("program", ["stages", "single"])
+@pytest.mark.parametrize("program", ["stages", pytest.param("single", marks=pytest.mark.slow)])
 def test_a_masked_mean_after_scanned_layers_equals_plain_jax(program):
     run(masked, scanned=True, pp=2, microbatches=4, program=program)
 

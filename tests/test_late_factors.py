@@ -129,12 +129,12 @@ def run(form, scanned=False, **request):
         np.testing.assert_allclose(params[name], truth[name], atol=1e-5 * max(moved, 0.1))
 
 
-@pytest.mark.parametrize("form", FORMS[:2], ids=lambda form: form.__name__)
+@pytest.mark.parametrize("form", FORMS[:1], ids=lambda form: form.__name__)
 def test_microbatches_equal_plain_jax(form):
     run(form, microbatches=4, mesh=(4, 2))
 
 
-@pytest.mark.parametrize("program", ["stages", "single"])
+@pytest.mark.parametrize("program", [pytest.param("stages", marks=pytest.mark.slow), "single"])
 def test_pipelines_equal_plain_jax(program):
     run(routed_tokens, scanned=True, pp=2, microbatches=4, program=program)
 
