@@ -87,6 +87,8 @@ class Classes:
                 continue
             if op.kind == "scan":
                 self._loop(op)
+            elif op.regions:
+                self._branches(op)
             elif op.kind == "optimization_barrier":
                 self.dims |= {
                     r: self.dims[v]
@@ -223,6 +225,23 @@ class Classes:
                     kept = frozenset(c for parts in self.dims[end] for c, _ in parts)
                     self.sums.setdefault(result, set()).add((over[0][0], kept))
 
+    def _branches(self, op: Op) -> None:
+        """A branch is handed what the op reads, and its ends are the results; so are the turns of a while."""
+        consts, carry = op.loop_inputs
+        for region in op.regions:
+            for outside, inside in zip(op.inputs, region.inputs, strict=True):
+                if outside in self.dims:
+                    self.dims[inside] = self.dims[outside]
+        for _ in range(2 if carry else 1):  # the second time the carries are known
+            for region in op.regions:
+                self.run(region.ops)
+            for region in op.regions if carry else ():
+                for start, end in zip(region.inputs[consts:], op.returning[0].outputs, strict=True):
+                    self._meet(start, end)
+        for region in op.returning:
+            for result, end in zip(op.outputs, region.outputs, strict=True):
+                self._meet(result, end)
+
     def _hands_on(self, region: Region, start: int, end: int) -> bool:
         """Whether a carry of floats is more than a sum that grows."""
         value = region.inputs[start]
@@ -235,7 +254,7 @@ class Classes:
         return bool(readers) or value != region.outputs[end]
 
     def _meet(self, start: int, end: int) -> None:
-        """A carry's two ends are the same."""
+        """A carry's two ends are the same; so are a result and the end of each branch."""
         if end in self.dims and start in self.dims:
             for one, other in zip(self.dims[start], self.dims[end], strict=True):
                 self.join(one, other)

@@ -134,8 +134,8 @@ class _Late:
         self._check(len(kinds) == 1)
         factors, owed = kinds.pop(), {k for k, v in enumerate(op.inputs) if v in self.owed}
         made = [True] * len(op.outputs)
-        if op.kind == "scan":
-            made = self._loop(op, [k in owed for k in range(len(op.inputs))])
+        if op.kind in ("scan", "cond"):
+            made = self._inside(op, [k in owed for k in range(len(op.inputs))])
         else:
             self._check(self._linear(op, owed))
         yield self._bare(op)
@@ -198,6 +198,23 @@ class _Late:
             value = self.writer[value].inputs[0]
         return value in self.zeros
 
+    def _inside(self, op: Op, owed: Sequence[bool]) -> list[bool]:
+        return self._loop(op, owed) if op.kind == "scan" else self._branches(op, owed)
+
+    def _branches(self, op: Op, owed: Sequence[bool]) -> list[bool]:
+        """Which results of a cond owe; a branch that does not owe one must leave zeros for it."""
+        self._check(not owed[0])  # the index
+        owing: list[list[bool]] = []
+        for region in op.regions:
+            known = {v for v, owes in zip(region.inputs, owed, strict=True) if owes}
+            self._follow(region.ops, known)
+            owing.append([v in known for v in region.outputs])
+        made = [any(ends) for ends in zip(*owing, strict=True)]
+        for region, ends in zip(op.regions, owing, strict=True):
+            zeros = map(self._is_zero, region.outputs)
+            self._check(all(not m or o or z for m, o, z in zip(made, ends, zeros, strict=True)))
+        return made
+
     def _loop(self, op: Op, owed: Sequence[bool]) -> list[bool]:
         """Which results of a scan owe what some of its operands owe."""
         region, (consts, carry) = op.regions[0], op.loop_inputs
@@ -223,8 +240,8 @@ class _Late:
             if not owed:
                 continue
             made = [True] * len(op.outputs)
-            if op.kind == "scan":
-                made = self._loop(op, [k in owed for k in range(len(op.inputs))])
+            if op.kind in ("scan", "cond"):
+                made = self._inside(op, [k in owed for k in range(len(op.inputs))])
             elif op.kind == "optimization_barrier":
                 made = [k in owed for k in range(len(op.outputs))]
             else:

@@ -81,16 +81,17 @@ class Summed:
     def _depend(self, ops: Sequence[Op]) -> None:
         for op in ops:
             mask = _union(self.masks, op.inputs)
-            if op.kind == "scan":
-                self._depend_in_loop(op, op.regions[0])
+            for region in op.returning:  # what decides between branches is a yes or no
+                self._depend_inside(op, region)
             for k, result in enumerate(op.outputs):
-                found = self.masks.get(op.regions[0].outputs[k], 0) if op.kind == "scan" else mask
+                ends = [region.outputs[k] for region in op.returning]
+                found = _union(self.masks, ends) if ends else mask
                 for summed, _ in self.classes.sums.get(result, ()):
                     found |= self.bits.get(summed, 0)
                 if found:
                     self.masks[result] = found
 
-    def _depend_in_loop(self, op: Op, region: Region) -> None:
+    def _depend_inside(self, op: Op, region: Region) -> None:
         consts, carry = op.loop_inputs
         masks, starts = self.masks, region.inputs[consts : consts + carry]
         for outside, inside in zip(op.inputs, region.inputs, strict=True):
@@ -109,19 +110,23 @@ def reaching(ops: Sequence[Op], graph: Graph, reach: set[int]) -> None:
     for op in reversed(ops):
         if reach.isdisjoint(op.outputs):
             continue
-        if op.kind != "scan":
+        if not op.regions:
             reach.update(v for v in op.inputs if graph.types[v].dtype != "bool")
-            continue
-        region, (consts, carry) = op.regions[0], op.loop_inputs
-        reach.update(i for o, i in zip(op.outputs, region.outputs, strict=True) if o in reach)
-        for _ in range(carry + 1):
-            reaching(region.ops, graph, reach)
-            pairs = zip(region.inputs[consts:], region.outputs[:carry], strict=False)
-            ends = {end for start, end in pairs if start in reach}
-            if ends <= reach:
-                break
-            reach |= ends
-        reach.update(o for o, i in zip(op.inputs, region.inputs, strict=True) if i in reach)
+        for region in op.returning:
+            _reaching_inside(op, region, graph, reach)
+
+
+def _reaching_inside(op: Op, region: Region, graph: Graph, reach: set[int]) -> None:
+    consts, carry = op.loop_inputs
+    reach.update(i for o, i in zip(op.outputs, region.outputs, strict=True) if o in reach)
+    for _ in range(carry + 1):
+        reaching(region.ops, graph, reach)
+        pairs = zip(region.inputs[consts:], region.outputs[:carry], strict=False)
+        ends = {end for start, end in pairs if start in reach}
+        if ends <= reach:
+            break
+        reach |= ends
+    reach.update(o for o, i in zip(op.inputs, region.inputs, strict=True) if i in reach)
 
 
 def _union(masks: Mapping[int, int], values: Iterable[int]) -> int:

@@ -11,6 +11,7 @@ import meshwright as mw
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.replay import replay
+from meshwright.ir.batch import infer_batch
 from meshwright.ir.blocks import fold
 from meshwright.ir.text import parse, show
 from meshwright.ir.verify import verify
@@ -113,6 +114,81 @@ def test_random_plans_of_a_conditional_optimizer():
     args = params(), optimizer.init(params()), normal(WIDE, WIDE, key=2)
     captured = check_everywhere(training(optimizer), args, meshes=((2, 2, 2),), count=2)
     assert len(captured.graph.state) >= 6  # parameters, momentum, accumulated gradients
+
+
+# ---------------------------------------------------------------- microbatches and pipelines
+
+
+def layered(p, on, x):
+    """Layers with a branch each, a branch before them and one around the loss."""
+    h = lax.cond(on, lambda h: 2 * h, jnp.sin, x)
+    for w in p:
+        h = h + lax.cond(on, lambda h, w=w: jnp.tanh(h @ w["a"]) @ w["b"], lambda h: 0.5 * h, h)
+    return lax.cond(on, lambda h: jnp.mean(h**2), lambda h: jnp.mean(jnp.abs(h)), h)
+
+
+def layered_training(optimizer):
+    def step(p, state, on, x):
+        value, gradient = jax.value_and_grad(layered)(p, on, x)
+        updates, state = optimizer.update(gradient, state, p)
+        return optax.apply_updates(p, updates), state, value
+
+    return step
+
+
+PLAIN = optax.sgd(0.5)
+
+
+@pytest.mark.parametrize("optimizer", [PLAIN, optax.MultiSteps(PLAIN, 2), optax.apply_if_finite(PLAIN, 3)])
+def test_branches_in_a_pipeline_and_in_its_optimizer(optimizer):
+    p, x = [{"a": normal(WIDE, WIDE, key=k), "b": normal(WIDE, WIDE, key=9 + k)} for k in range(2)], normal(8, WIDE)
+    step = layered_training(optimizer)
+    sharded = mw.parallelize(step, cluster="4xcpu", pp=2, microbatches=2, time_limit=20)
+    ours = wanted = (p, optimizer.init(p))
+    for on in (True, False):
+        *wanted, value = jax.jit(step)(*wanted, jnp.bool_(on), x)
+        *ours, found = sharded(*ours, jnp.bool_(on), x)
+        close((ours, found), (wanted, value))
+
+
+@pytest.mark.parametrize("optimizer", [PLAIN, optax.MultiSteps(PLAIN, 2), optax.apply_if_finite(PLAIN, 3)])
+def test_the_batch_is_the_same_whatever_wraps_the_optimizer(optimizer):
+    """Weights are as wide as they are long, so a dim of a branch's result is not told by its size."""
+    p = [{"a": normal(WIDE, WIDE), "b": normal(WIDE, WIDE)}]
+    args = p, optimizer.init(p), jnp.bool_(1), normal(8, WIDE)
+    graph = capture(layered_training(optimizer), *args).graph
+    assert dict(infer_batch(graph).dims) == {len(graph.inputs) - 1: 0}
+
+
+@pytest.mark.parametrize(
+    "other, multiple", [(jnp.zeros_like, True), (lambda g: 0.5 * g, True), (lambda g: g + 1.0, False)]
+)
+def test_a_total_that_scales_what_passes_a_branch_comes_late(other, multiple):
+    """The derivative of a layer with a branch reads what the whole batch makes first; `g + 1` is no multiple of it."""
+
+    @jax.custom_vjp
+    def gate(on, h):
+        return h
+
+    def back(on, g):
+        return None, lax.cond(on, lambda g: 2.0 * g, other, g)
+
+    gate.defvjp(lambda on, h: (h, on), back)
+
+    def objective(p, on, x):
+        h = gate(on, x @ p["a"])
+        weight = jax.nn.sigmoid(jnp.sum(x @ p["b"], -1))
+        return jnp.sum(jnp.sum(h**2, -1) * weight) / lax.stop_gradient(jnp.sum(weight))
+
+    p, x = {"a": normal(WIDE, WIDE), "b": normal(WIDE, WIDE, key=1)}, normal(8, WIDE, key=2)
+    step = trained(objective)
+    sharded = mw.parallelize(step, cluster="4xcpu", microbatches=2, time_limit=20)
+    if not multiple:
+        with pytest.raises(mw.MeshwrightError, match="microbatches are not possible"):
+            sharded(p, jnp.bool_(1), x)
+        return
+    for on in (True, False):
+        close(sharded(p, jnp.bool_(on), x), jax.jit(step)(p, jnp.bool_(on), x))
 
 
 # ---------------------------------------------------------------- branches in the forward pass
