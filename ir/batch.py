@@ -10,6 +10,7 @@ for and against one, the strongest first:
     stated      not: some other state has it (biases of the last layer; a carried hidden state)
     within      not: it is summed while another is kept, as attention sums over positions per example
     mapped      not: a loop runs over it, as over microbatches stacked in front
+    alone       not: no sum over it keeps anything else, as gradients of weights do
     handled     not: an op needs it whole or looks up places in it
     behind      the first dim of its inputs before the second
 
@@ -76,6 +77,7 @@ class _Candidate:
     stated: bool
     within: bool
     mapped: bool
+    alone: bool
     handled: bool
 
     @property
@@ -87,6 +89,7 @@ class _Candidate:
             self.stated,
             self.within,
             self.mapped,
+            self.alone,
             self.handled,
         )
         return (not self.summed, *against)
@@ -117,12 +120,12 @@ def _candidates(graph: Graph, classes: Classes) -> list[_Candidate]:
                 places.setdefault(classes.of(value, dim), []).append((position, dim))
     made = {c: found for c, found in places.items() if c not in classes.drawn}
     sums = Summed(graph, classes, made)
-    summed, features, stated = sums.for_state, sums.features, sums.stated
+    summed, features, stated, alone = sums.for_state, sums.features, sums.stated, sums.alone
     within = sums.within(made.keys() - features - classes.recurrent)
     return [
         _Candidate(
             tuple(found), _size(graph, found), c in summed, c in features, c in classes.recurrent, c in stated,
-            c in within, c in classes.mapped, c in classes.handled,
+            c in within, c in classes.mapped, c in alone, c in classes.handled,
         )
         for c, found in made.items()
     ]  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from .dims import Classes
 from .graph import Graph, Op, Region
@@ -62,9 +63,7 @@ class Summed:
 
     def within(self, among: Collection[int]) -> set[int]:
         """Those that are within one of these classes, which is not within them."""
-        reach = {new for _, new in self.pairs} or set(self.graph.outputs)
-        reaching(self.graph.ops, self.graph, reach)
-        others = set(among)
+        reach, others = self._reach, set(among)
         inside = {
             (c, d)
             for result, found in self.classes.sums.items()
@@ -75,6 +74,25 @@ class Summed:
             if c != d and not self.bits[d] & self.masks.get(result, 0)
         }
         return {c for c, d in inside if (d, c) not in inside}
+
+    @property
+    def alone(self) -> set[int]:
+        """Those whose sums keep nothing else. A gradient sums over the batch and keeps a width."""
+        kept = {
+            c
+            for result, found in self.classes.sums.items()
+            if result in self._reach
+            for c, others in found
+            if others
+        }
+        return self.bits.keys() - kept
+
+    @cached_property
+    def _reach(self) -> set[int]:
+        """Values whose numbers enter the new state; without state, a result."""
+        reach = {new for _, new in self.pairs} or set(self.graph.outputs)
+        reaching(self.graph.ops, self.graph, reach)
+        return reach
 
     # ------------------------------------------------------------ what depends on sums
 
