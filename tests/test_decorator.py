@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import meshwright as mw
 from meshwright import api
+from meshwright.backends.xla.lower import Lowered
 from meshwright.backends.xla.rounding import Noise
 from meshwright.backends.xla.verify import Reference, verify_outputs
 from meshwright.ir.errors import (
@@ -369,6 +371,24 @@ def test_the_quick_way_in_notices_other_shapes_trees_and_layouts():
     elsewhere = jax.device_put(params, jax.devices()[3])
     same(train(elsewhere, batch), plain(params, batch))
     same(train(params, batch=batch), plain(params, batch))
+    with pytest.raises(CaptureError, match="missing 1 required"):
+        train(params)
+
+
+def test_a_batch_that_lies_as_the_user_placed_it_is_refused_once_and_then_moved(monkeypatch):
+    """By an input pipeline of their own, on a mesh of their own; jax's refusal costs more than a small step."""
+    refused, real = [], Lowered.placed
+    monkeypatch.setattr(Lowered, "placed", lambda *args: refused.append(1) or real(*args))
+    params, batch = arguments()
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("mine",))
+    own = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None, "mine")))
+    train, plain = parallel(), jax.jit(step)
+    for taken in (batch, own, own, batch, own):
+        same(train(params, taken), plain(params, batch))
+        same(train(params, batch=taken), plain(params, batch))
+    assert train._quick[0] is not None
+    assert len(refused) == 2  # of each way to call it, once
+    same(train(*arguments(batch=16)), plain(*arguments(batch=16)))
     with pytest.raises(CaptureError, match="missing 1 required"):
         train(params)
 

@@ -109,9 +109,9 @@ class ParallelStep:
         placed, _ = jax.tree.unflatten(call.tree, running.placed(leaves))
         try:
             results = quick(*placed)
-        except (OtherShapes, ValueError, TypeError):  # on other devices than the mesh's
+        except (OtherShapes, ValueError, TypeError):  # placed otherwise than before
             return running.run(leaves)
-        self._quick = (quick, lowered.captured.graph.donated)
+        self._quick = (running.by_tree(), lowered.captured.graph.donated)
         return results
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:

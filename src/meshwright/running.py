@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from .backends.xla.calls import Call, calling
 from .backends.xla.capture import Binding
 from .backends.xla.compat import weakened
 from .backends.xla.donation import check_given_twice
-from .backends.xla.lower import AnyLowered
+from .backends.xla.lower import AnyLowered, OtherShapes
 from .backends.xla.lower_single import LoweredSingle
 from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.steps import Step
@@ -36,6 +36,7 @@ class RunningStep:
     inner: Any = None
 
     _started: list[bool] = field(default_factory=list)
+    _elsewhere: set[int] = field(default_factory=set)  # leaves that the user places otherwise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         step = (
@@ -78,6 +79,7 @@ class RunningStep:
         except ValueError as error:
             if "device" not in str(error):
                 raise
+            self.look_where(leaves)
             results = lowered.jitted(*lowered.placed(leaves))
         return self._tree(results)
 
@@ -86,19 +88,52 @@ class RunningStep:
         return jax.tree.unflatten(binding.out_tree, weakened(results, binding.out_avals))
 
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
-        """Before the first run, put the state where later runs will find it.
+        """Leaves as the program takes them: the state before the first run, where later runs will find it,
+        and always what the user places otherwise.
 
         jax compiles a program anew when its inputs come placed otherwise than before.
         """
-        if self._started or self.lowered.joint:
+        if self.lowered.joint:
             return leaves
-        self._started.append(True)
+        moved: set[int] = self._elsewhere
+        if not self._started:
+            self._started.append(True)
+            self.look_where(leaves)
+            moved = self._elsewhere | {
+                position for position, _ in self.lowered.captured.graph.state
+            }
         found = list(leaves)
-        for position, _ in self.lowered.captured.graph.state:
+        for position in moved:
             found[position] = jax.device_put(
                 found[position], self.lowered.input_shardings[position]
             )
         return found
+
+    def look_where(self, leaves: Sequence[Any]) -> None:
+        """Remember which leaves the user has placed otherwise than the program takes them.
+
+        jax refuses these at every step, and to try first and put all leaves in place after takes milliseconds.
+        """
+        for position, (leaf, layout) in enumerate(
+            zip(leaves, self.lowered.input_shardings, strict=True)
+        ):
+            chosen = getattr(leaf, "committed", False)
+            if chosen and not leaf.sharding.is_equivalent_to(layout, leaf.ndim):
+                self._elsewhere.add(position)
+
+    def by_tree(self) -> Callable[..., Any] | None:
+        """The program's `by_tree`, with what the user places otherwise put in place first."""
+        quick, tree = self.lowered.by_tree, self.lowered.captured.binding.in_tree
+        if quick is None or not self._elsewhere:
+            return quick
+
+        def moving(*args: Any) -> Any:
+            leaves, found = jax.tree.flatten((args, {}))
+            if found != tree:
+                raise OtherShapes
+            return quick(*jax.tree.unflatten(tree, self.placed(leaves))[0])
+
+        return moving
 
     @property
     def plan(self) -> Plan:
