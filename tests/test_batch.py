@@ -136,6 +136,16 @@ def test_hyperparameters_as_arrays_are_not_the_batch():
     assert by_argument(step, (W, f32(B, F), f32(2), f32(2), f32(2))) == {1: 0}
 
 
+def test_two_rates_that_are_added_up_are_not_the_batch():
+    """Nor where an op needs the whole batch: a sum over rates keeps nothing, one over examples a width."""
+
+    def step(w, rates, x):
+        grads = jax.grad(lambda w: jnp.mean(jnp.sort(net(w, x), 0) ** 2))(w)
+        return jax.tree.map(lambda p, g: p - rates.sum() * g, w, grads)
+
+    assert by_argument(step, (W, f32(2), f32(B, F))) == {2: 0}
+
+
 def test_a_hidden_state_that_is_carried_on_does_not_hide_the_batch():
     def step(state, x, y):
         w, start = state
