@@ -51,17 +51,17 @@ def planned(step, monkeypatch: pytest.MonkeyPatch, count: int):
 
 def test_a_search_with_scouts_makes_the_same_choices(step, monkeypatch):
     taken = []
-    take = scouts.Scouts.take
+    take, wish = scouts.Scouts.take, scouts.Scouts.wish
+    monkeypatch.setattr(scouts.Scouts, "take", lambda self, key: taken.append(take(self, key)) or taken[-1])
 
-    def waiting(self: scouts.Scouts, key: scouts.Key):
-        """Takes a bound; the first one that was wished for is waited for, however slow the scout's start."""
+    def waiting(self: scouts.Scouts, keys) -> None:
+        """What is wished for first is waited for, however slow the scout's start."""
+        wish(self, keys)
         with self.change:
-            if key in self.wishes and not any(found is not None for found in taken):
-                self.change.wait_for(lambda: key not in self.wishes and key not in self.doing, timeout=60)
-        taken.append(take(self, key))
-        return taken[-1]
+            if not any(found is not None for found in taken):
+                self.change.wait_for(lambda: not self.wishes and not self.doing, timeout=60)
 
-    monkeypatch.setattr(scouts.Scouts, "take", waiting)
+    monkeypatch.setattr(scouts.Scouts, "wish", waiting)
     alone, told_alone, _ = planned(step, monkeypatch, 0)
     assert not taken
     helped, told, kept = planned(step, monkeypatch, 1)
