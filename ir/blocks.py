@@ -17,6 +17,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -85,6 +86,15 @@ def _with_batch(whole: Graph, small: Graph, blocks: tuple[Block, ...]) -> Folded
         return Folded(replace(whole, batch=_by_tag(whole, small.batch, dims)), small, blocks)
     dims = {whole.input_tags[p]: d for p, d in whole.batch.dims}
     return Folded(whole, replace(small, batch=_by_tag(small, whole.batch, dims)), blocks)
+
+
+def told_statistics(folded: Folded, statistics: Literal["microbatch"] | None) -> Folded:
+    """Both graphs with what batch norm and the like are taken over, if that was told."""
+    if statistics is None:
+        return folded
+    graphs = (folded.whole, folded.small)
+    whole, small = (replace(g, batch=g.batch and replace(g.batch, statistics=statistics)) for g in graphs)
+    return Folded(whole, small, folded.blocks)
 
 
 def _by_tag(graph: Graph, batch: Batch, dims: Mapping[str, int]) -> Batch:

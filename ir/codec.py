@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -188,7 +189,7 @@ def dump_graph(graph: Graph) -> str:
             "donated": sorted(graph.donated),
             "input_tags": graph.input_tags,
             "input_counts": graph.input_counts,
-            "batch": graph.batch and [graph.batch.dims, graph.batch.evidence, graph.batch.doubt],
+            "batch": graph.batch and [*astuple(graph.batch)],
         }
     )
 
@@ -236,9 +237,9 @@ def _graph_in(data: dict[str, Any]) -> Graph:
 def _batch_in(data: Any) -> Batch | None:
     if data is None:
         return None
-    dims, evidence, doubt = data
+    dims, evidence, doubt, *statistics = data
     return Batch(
-        tuple((int(position), int(dim)) for position, dim in dims), str(evidence), str(doubt)
+        tuple((int(position), int(dim)) for position, dim in dims), str(evidence), str(doubt), *statistics
     )
 
 

@@ -41,14 +41,24 @@ def with_early_totals(graph: Graph, batch: Mapping[int, int]) -> tuple[Graph, Ti
     axis = time_axis(graph, batch)
     if isinstance(axis, TimeAxis):
         return graph, axis
-    inputs = {graph.inputs[p] for p in batch}
-    dear = _Dear(set(inputs))
-    dear.run(graph.ops)
-    totals = totals_waited_for(graph, batch) - dear.values
+    totals = totals_waited_for(graph, batch) - dear_values(graph, batch)
     if not totals:
         return graph, axis
-    changed = drop_dead_ops(_Early(graph, inputs, totals).run(), graph)
+    changed = with_totals_early(graph, batch, totals)
     return changed, time_axis(changed, batch)
+
+
+def with_totals_early(graph: Graph, batch: Mapping[int, int], totals: Collection[int]) -> Graph:
+    """The graph with these totals taken from the whole batch before the first microbatch."""
+    inputs = {graph.inputs[p] for p in batch}
+    return drop_dead_ops(_Early(graph, inputs, totals).run(), graph)
+
+
+def dear_values(graph: Graph, batch: Mapping[int, int]) -> set[int]:
+    """Values of the batch that a dear op is needed for."""
+    dear = _Dear({graph.inputs[p] for p in batch})
+    dear.run(graph.ops)
+    return dear.values
 
 
 @dataclass

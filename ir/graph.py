@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 Attr: TypeAlias = "bool | int | float | str | tuple[Attr, ...] | None"
 
@@ -139,12 +139,14 @@ class Constant:
 class Batch:
     """The dims of the inputs that are the batch: (input position, dim), by position.
 
-    `evidence` says in words what speaks for it; `doubt` names dims for which as much does.
+    `evidence` says in words what speaks for it; `doubt` names dims for which as much does. `statistics` says over
+    what batch norm and the like take theirs.
     """
 
     dims: tuple[tuple[int, int], ...]
     evidence: str = "told"
     doubt: str = ""
+    statistics: Literal["batch", "microbatch"] = "batch"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ inputs alone are taken early (`early.py`): a copy then shows the whole batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import lcm
@@ -30,6 +30,7 @@ from .rules import rule_of
 from .rules.elementwise import KINDS
 
 _MADE_ANYWHERE = KINDS - {"copy"} | {"broadcast_in_dim"}
+ESTIMATED, AVERAGED = "estimated", "averaged"  # see `batch_stats.py`
 WHOLE = "~whole~prepare"  # ends the tag of a copy that shows all microbatches of an input at once
 
 
@@ -71,8 +72,10 @@ def time_axis(graph: Graph, batch: Mapping[int, int]) -> TimeAxis | Refusal:
         body = {i for i, op in enumerate(graph.ops) if flow.visit(op)}
     except _Stop as stop:
         return stop.refusal
-    if flow.whole:
+    if flow.whole or flow.own:
         _spread_late(graph, flow, body)
+    if leaving := flow.own_left(body):
+        return refusals.left(leaving)
     same = {v: "max" for v in flow.same if graph.types[v].dtype != "key"}
     return TimeAxis(size, flow.split, {**flow.totals, **same}, frozenset(body))
 
@@ -123,18 +126,19 @@ def time_factor(op: Op, rule: Rule, split: Mapping[int, int]) -> int | None:
 
 
 def _spread_late(graph: Graph, flow: _Flow, body: set[int]) -> None:
-    """What is made of early totals for each example (their inverse, spread over the batch) is made for each
-    microbatch, where microbatches alone read it."""
+    """What is made of early totals, or of statistics per microbatch, for each example (their inverse, spread over the
+    batch) is made for each microbatch, where microbatches alone read it."""
+    known = flow.whole | flow.own
     wanted: dict[int, set[int | None]] = {v: {None} for v in graph.outputs}
     for i in range(len(graph.ops) - 1, -1, -1):
         op = graph.ops[i]
-        if op.kind in _MADE_ANYWHERE and flow.whole.issuperset(op.outputs):
+        if op.kind in _MADE_ANYWHERE and known.issuperset(op.outputs):
             dims, rule = wanted.get(op.outputs[0], {None}), rule_of(op, graph.types)
             dim = next(iter(dims)) if len(dims) == 1 else None
             if dim is not None and _leading(rule.factors, rule.results[0][dim]) in cuttable(rule):
                 flow.split[op.outputs[0]] = dim
                 body.add(i)
-        if not flow.whole.isdisjoint(op.inputs):
+        if not known.isdisjoint(op.inputs):
             for value, dim in _parts_read(graph, op, i in body, flow.split):
                 wanted.setdefault(value, set()).add(dim)
 
@@ -162,7 +166,8 @@ class _Flow:
     """Facts gathered on the way; `late` holds values known only after the last microbatch, `same` those that a
     loop of the body makes of no example: every microbatch makes them anew, equal, so their maximum is what they are.
     `whole`: those made of the whole batch before the first. `zeros`: inputs of a loop that are zero.
-    `waits` collects late values that the body needs; None: refused."""
+    `waits` collects late values that the body needs; None: refused. `own`: statistics that each microbatch
+    takes for itself, and what is made of them alone."""
 
     graph: Graph
     split: dict[int, int]
@@ -173,13 +178,20 @@ class _Flow:
     waits: set[int] | None = None
     whole: set[int] = field(default_factory=set)
     zeros: set[int] = field(default_factory=set)
+    own: set[int] = field(default_factory=set)
 
     def visit(self, op: Op) -> bool:
         """Classify one top-level op; True when it belongs to the body."""
         if op.kind == "copy" and op.tag.endswith(WHOLE):
             self.whole.update(op.outputs)
             return False
+        if op.kind == AVERAGED:
+            self.totals[op.outputs[0]] = "sum"
+            return True
         if not any(v in self.split for v in op.inputs):
+            if op.kind == ESTIMATED or not self.own.isdisjoint(op.inputs):
+                self.own.update(op.outputs)
+                return True
             if any(self._waits(v) for v in op.inputs):
                 self.late.update(op.outputs)
                 return False
@@ -190,6 +202,12 @@ class _Flow:
             return False
         self.cut(op)
         return True
+
+    def own_left(self, body: Collection[int]) -> Op | None:
+        """An op after the body that reads a microbatch's own statistic, not its mean."""
+        own = self.own - self.split.keys()
+        after = (op for i, op in enumerate(self.graph.ops) if i not in body)
+        return next((op for op in after if not own.isdisjoint(op.inputs)), None)
 
     def _waits(self, value: int) -> bool:
         """Whether a value is known after the last microbatch only."""
@@ -221,6 +239,8 @@ class _Flow:
                 self.totals[result] = self.totals[source]
             elif source in self.late:
                 self.late.add(result)
+            elif source in self.own:
+                self.own.add(result)
 
     def _simple(self, op: Op, rule: Rule) -> None:
         number = self._factor(op, rule)
@@ -299,7 +319,7 @@ class _Flow:
         elif sums:
             self.totals[result] = sums.pop()
         else:
-            self.same.add(result)
+            (self.same if self.own.isdisjoint(op.inputs) else self.own).add(result)
 
     def run(self, region: Region) -> None:
         for op in region.ops:

@@ -163,6 +163,7 @@ class PlannedBatch(_Part):
     examples: int
     evidence: str
     doubt: str = ""
+    statistics: Literal["batch", "microbatch"] = "batch"  # over what batch norm and the like take theirs
 
     @classmethod
     def of(cls, graph: Graph) -> PlannedBatch:
@@ -172,14 +173,15 @@ class PlannedBatch(_Part):
         )
         sizes = [graph.types[graph.inputs[p]].shape[d] for p, d in batch.dims]
         return cls(
-            inputs=inputs, examples=(sizes or [0])[0], evidence=batch.evidence, doubt=batch.doubt
-        )
+            inputs=inputs, examples=(sizes or [0])[0], evidence=batch.evidence, doubt=batch.doubt,
+            statistics=batch.statistics,
+        )  # fmt: skip
 
     @property
     def known(self) -> Batch:
         """As a graph holds it."""
         return Batch(
-            tuple((each.position, each.dim) for each in self.inputs), self.evidence, self.doubt
+            tuple((each.position, each.dim) for each in self.inputs), self.evidence, self.doubt, self.statistics
         )
 
     def __str__(self) -> str:
@@ -187,8 +189,9 @@ class PlannedBatch(_Part):
         if not self.inputs:
             return f"none: {self.evidence}"
         names = ", ".join(f"{each.name} dim {each.dim}" for each in self.inputs)
+        own = "; statistics of each microbatch" if self.statistics == "microbatch" else ""
         doubt = f"; as likely: {self.doubt}, which batch_argnums can tell" if self.doubt else ""
-        return f"{names} ({counted(self.examples, 'example')}): {self.evidence}{doubt}"
+        return f"{names} ({counted(self.examples, 'example')}): {self.evidence}{own}{doubt}"
 
 
 class Stage(_Part):

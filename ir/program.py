@@ -7,10 +7,11 @@ one; equal tags then mean equal decisions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .batch import batch_dims
+from .batch_stats import with_statistics_apart
 from .copies import insert_copies
 from .early import with_early_totals
 from .graph import Graph, Op
@@ -18,6 +19,7 @@ from .held import hold_microbatches
 from .late import with_late_factors
 from .microbatch import Refusal, TimeAxis, time_axis
 from .recompute import Policy, recompute
+from .refusals import BY_MICROBATCH
 from .roles import phases as find_phases
 from .told_apart import tell_apart
 from .verify import verify_time
@@ -45,13 +47,15 @@ def prepare(graph: Graph, policy: Policy) -> Program:
     top = [base[visit.index] for visit in graph.visits if not visit.parents]
     phase_of = {v: phase for op, phase in zip(graph.ops, top, strict=True) for v in op.outputs}
     graph, axis = _cut_in_time(graph, batch, phase_of)
+    if isinstance(axis, Refusal):
+        graph, axis = _statistics_apart(graph, batch, phase_of)
     top = [phase_of[op.outputs[0]] for op in graph.ops]
     again = recompute(graph, top, policy, None if isinstance(axis, Refusal) else axis.split.keys())
     again = tell_apart(hold_microbatches(again, batch))
     middle = [_phase(op, phase_of) for op in again.ops]
     phase_of |= {op.outputs[0]: phase for op, phase in zip(again.ops, middle, strict=True)}
     ready = insert_copies(again, middle)
-    time = time_axis(ready, batch)
+    time = time_axis(ready, batch) if isinstance(axis, TimeAxis) else axis
     if isinstance(time, TimeAxis):
         verify_time(ready, time)
     return Program(ready, tuple(_phase(op, phase_of) for op in ready.ops), time)
@@ -67,6 +71,23 @@ def _cut_in_time(
         found, axis = with_late_factors(found, batch)
         phase_of |= {v: "update" for op in found.ops for v in op.outputs if v not in phase_of}
     return (found, axis) if isinstance(axis, TimeAxis) else (graph, time_axis(graph, batch))
+
+
+def _statistics_apart(
+    graph: Graph, batch: Mapping[int, int], phase_of: dict[int, str]
+) -> tuple[Graph, TimeAxis | Refusal]:
+    """The graph with statistics per microbatch, where those were asked for; else the refusal names them if they do."""
+    apart, axis = with_statistics_apart(graph, batch)
+    if isinstance(axis, Refusal):
+        return graph, axis
+    if graph.batch is None or graph.batch.statistics != "microbatch":
+        refused = time_axis(graph, batch)
+        assert isinstance(refused, Refusal)
+        return graph, replace(refused, fix=f"{refused.fix}; {BY_MICROBATCH}")
+    for op in apart.ops:
+        phase = phase_of.get(op.inputs[0], "prepare") if op.inputs else "prepare"
+        phase_of |= {v: phase for v in op.outputs if v not in phase_of}
+    return apart, axis
 
 
 def _phase(op: Op, known: dict[int, str]) -> str:

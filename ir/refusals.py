@@ -13,6 +13,7 @@ STATISTICS = {
     "reduce_and": "a test", "reduce_or": "a test",
 }  # fmt: skip
 STAY = "microbatches=1 without a pipeline"
+BY_MICROBATCH = 'or batch_stats="microbatch", which takes it over each microbatch and changes numbers'
 OWN = f"{STAY}; or take it over each sequence or example, as balance losses and layer norms do"
 
 
@@ -112,3 +113,8 @@ def no_zero(op: Op) -> Refusal:
 def unlike(op: Op) -> Refusal:
     """Branches leave unlike things for one result: a part of the batch here, a sum over it there."""
     return Refusal("one branch sums over the batch what another leaves as it is", op.where)
+
+
+def left(op: Op) -> Refusal:
+    """An op after the last microbatch reads what each made for itself."""
+    return Refusal(f"{op.kind} needs a statistic of which each microbatch has its own", op.where)

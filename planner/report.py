@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
+from ..ir.batch_stats import statistics_of
 from ..ir.graph import Op, TensorType
 from ..ir.microbatch import Refusal
 from ..ir.plan import EXACT, Collective, Estimate, Layout, Plan, PlannedBatch, Proof, Tensor
@@ -25,7 +26,7 @@ from .ties import settled
 from .usage import axis_uses
 
 if TYPE_CHECKING:
-    from .search import Search
+    from .search import Candidate, Search
 
 BESIDES = (  # pipelines
     "offload to host memory",
@@ -144,12 +145,26 @@ def _stopped(search: Search) -> Literal["time", "interrupt", "end", "estimate"]:
 def notes_of(search: Search) -> tuple[str, ...]:
     program, devices = search.program("none"), search.cluster.size
     axis, told = program.time, assumptions(program.graph)
+    if where := statistics_of(program.graph):
+        told = (_own_statistics(where, search.best.candidate), *told)
     if isinstance(axis, Refusal):
         return (f"microbatches are not possible: {axis.reason} ({axis.where})", *told)
     if axis.batch % devices:
         what = f"a batch of {axis.batch} does not divide over {devices} devices"
         return (f"{what}, so pure data parallelism was not possible", *told)
     return told
+
+
+def _own_statistics(where: tuple[str, ...], candidate: Candidate | None) -> str:
+    """What `batch_stats="microbatch"` does to the numbers of a plan."""
+    places = ", ".join(where[:3]) + (f" and {len(where) - 3} more" if len(where) > 3 else "")
+    many = candidate.microbatches if candidate else 1
+    if many == 1:
+        return f"batch_stats=microbatch changes nothing with one microbatch; sums over the batch: {places}"
+    return (
+        f"batch_stats=microbatch: sums over the batch at {places} are taken over each of {many} microbatches; "
+        "gradients and running averages are the mean over these, so numbers differ from the step's own"
+    )
 
 
 def opaque_of(space: Space) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from .pipeline.schedules import entry, schedule_named
 
 Searcher = Literal["exact", "mcmc"]
 ProgramKind = Literal["stages", "single"]
+BatchStats = Literal["microbatch"]
 GAP, PIPELINE_GAP = (
     0.01,
     0.05,
@@ -39,6 +40,8 @@ class Request:
     time_limit    seconds of search
     gap           the search ends when no plan can be faster by more than this share; by default 0.01, and
                   0.05 where pipelines are searched
+    batch_stats   "microbatch": what a step takes over the batch and computes each example with (batch norm) is taken
+                  over each microbatch, which changes numbers; None: such a step has one microbatch
     search        "exact" proves its plans; "mcmc" is FlexFlow's, for comparison, and proves nothing
     """
 
@@ -51,6 +54,7 @@ class Request:
     schedule: str | None = None
     chunks: int | None = None
     program: ProgramKind | None = None
+    batch_stats: BatchStats | None = None
     time_limit: float = 60.0
     gap: float | None = None
     seed: int = 0
@@ -79,6 +83,8 @@ class Request:
                 _refuse(name, repr(value), "a whole number")
         if self.seed < 0:
             _refuse("seed", self.seed, "0 or more")
+        if self.batch_stats not in (None, *get_args(BatchStats)):
+            _refuse("batch_stats", repr(self.batch_stats), '"microbatch", or left out: over the whole batch')
         if self.search not in get_args(Searcher):
             _refuse("search", repr(self.search), did_you_mean(str(self.search), get_args(Searcher)))
         if self.mesh is not None:
@@ -179,6 +185,8 @@ def _check_stages(request: Request, cluster: Cluster) -> None:
 
 def _check_pipeline(request: Request) -> None:
     pp = request.pp
+    if pp != 1 and request.batch_stats is not None:
+        _refuse("batch_stats", f"{request.batch_stats} with a pipeline", "pp=1, or statistics over each example")
     if pp == "auto":
         if request.mesh is not None:
             _refuse(

@@ -15,7 +15,7 @@ Random rounding as a measure of error: Parker, Monte Carlo Arithmetic (UCLA CSD-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...ir.graph import Op
+from ...ir.graph import Graph, Op
 from ...ir.recompute import PRODUCTS
 from .capture import Captured
 from .replay import Walk
@@ -42,14 +42,19 @@ class Noise:
     far: np.ndarray
 
 
-def measure(captured: Captured, leaves: Sequence[Any]) -> dict[int, Noise]:
-    """Noise of each output of real numbers, by position; `NEAR_RUNS + FAR_RUNS` runs and the one they start from."""
+def measure(
+    captured: Captured, leaves: Sequence[Any], step: Callable[..., tuple[Any, ...]] | None = None
+) -> dict[int, Noise]:
+    """Noise of each output of real numbers, by position; `NEAR_RUNS + FAR_RUNS` runs and the one they start from.
+
+    `step(seed, units, *leaves)` is the one with its sums moved; None: the captured one, as it is.
+    """
     graph, binding = captured.graph, captured.binding
 
-    @jax.jit
-    def run(seed: jax.Array, units: jax.Array, *inputs: Any) -> tuple[Any, ...]:
+    def captured_step(seed: jax.Array, units: jax.Array, *inputs: Any) -> tuple[Any, ...]:
         return _Moved(graph, binding.ops, binding.arrays, seed, units)(*inputs)
 
+    run = jax.jit(step or captured_step)
     first = run(jnp.uint32(0), jnp.float32(0), *leaves)
     start = {o: wide(x) for o, x in enumerate(first) if jnp.issubdtype(x.dtype, jnp.inexact)}
     square, far = ({o: np.zeros(x.shape) for o, x in start.items()} for _ in range(2))
@@ -86,10 +91,14 @@ class _Moved(Walk):
     units: Any
 
     def op(self, op: Op, operands: Sequence[Any]) -> Sequence[Any]:
-        results = super().op(op, operands)
-        if op.kind not in SUMS or not set(op.outputs).isdisjoint(self.graph.outputs):
-            return results
-        return [_moved(result, self.seed, self.units) for result in results]
+        return moved_sums(op, self.graph, super().op(op, operands), self.seed, self.units)
+
+
+def moved_sums(op: Op, graph: Graph, results: Sequence[Any], seed: Any, units: Any) -> Sequence[Any]:
+    """An op's results, moved if they are sums that the step does not return as they are."""
+    if op.kind not in SUMS or not set(op.outputs).isdisjoint(graph.outputs):
+        return results
+    return [_moved(result, seed, units) for result in results]
 
 
 def _moved(array: Any, seed: Any, units: Any) -> Any:

@@ -19,7 +19,7 @@ from jax import lax
 from ...ir.errors import LoweringError
 from ...ir.graph import Graph, Op
 from ...ir.mesh import Mesh
-from ...ir.microbatch import TimeAxis, time_factor, time_groups
+from ...ir.microbatch import AVERAGED, ESTIMATED, TimeAxis, time_factor, time_groups
 from ...ir.plan import Plan
 from ...ir.program import Program
 from ...ir.rule import NONE, Rule, Strategy, operand_sharding, result_sharding, settled_axes
@@ -169,6 +169,9 @@ class LocalStep:
             results = operands
         elif op.kind == "scaled":
             results = [_scaled(operands[0], operands[1], op.attr("by") == "div")]
+        elif op.kind in (ESTIMATED, AVERAGED):
+            many = 1 if scope.moment is None else self.plan.microbatches
+            results = [operands[0] * many if op.kind == ESTIMATED else operands[0] / many]
         else:
             cuts = self._cuts(rule, strategy, now, scope)
             results = emit(op, self._primitive(op), operands, rule, cuts)

@@ -28,6 +28,7 @@ import numpy as np
 from ...ir.errors import VerificationError
 from ...ir.graph import Graph
 from ...ir.recompute import PRODUCTS
+from .by_microbatch import ByMicrobatch
 from .capture import Captured
 from .meetings import Meetings
 from .rounding import Noise, distance, measure, wide
@@ -53,7 +54,7 @@ def reference(step: Callable[..., Any], captured: Captured, leaves: Sequence[Any
     """Run the unsharded step, and measure what rounding makes of it.
 
     Args:
-        step: the compiled unsharded step on flat leaves.
+        step: the compiled unsharded step on flat leaves, or that one microbatch by microbatch.
         captured: the same step as a graph, which is run for the noise alone.
         leaves: its inputs; they are not given up.
     """
@@ -61,7 +62,7 @@ def reference(step: Callable[..., Any], captured: Captured, leaves: Sequence[Any
     # On the host: the sharded step that follows may be given the arrays themselves.
     real = [jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating) for leaf in leaves]
     before = {o: np.asarray(leaves[i]) for i, o in graph.state if real[i]}
-    noise = measure(captured, leaves)
+    noise = measure(captured, leaves, step.moved if isinstance(step, ByMicrobatch) else None)
     return Reference(step(*leaves), noise, TOLERANCE[precision(graph)], before)
 
 

@@ -15,7 +15,7 @@ _UNARY = (
     "sin", "sinh", "sqrt", "square", "tan", "tanh",
 )  # fmt: skip
 _LINEAR_UNARY = (
-    "conj", "convert_element_type", "copy", "imag", "name", "neg", "real", "reduce_precision",
+    "averaged", "conj", "convert_element_type", "copy", "estimated", "imag", "name", "neg", "real", "reduce_precision",
     "scaled", "stop_gradient",
 )  # fmt: skip
 _BINARY = (

@@ -15,7 +15,7 @@ from .backends.xla.steps import step_name
 from .backends.xla.unstack import unstack
 from .collector import paused
 from .interrupts import heard
-from .ir.blocks import fold
+from .ir.blocks import fold, told_statistics
 from .ir.cluster import Cluster
 from .ir.errors import PlanError, UsageError
 from .ir.fingerprint import fingerprint
@@ -102,9 +102,8 @@ def plan_captured(
             keep(frontier.model_copy(update={"unstacked": apart, "notes": told}))
 
         same = {"name": name, "fingerprint": known, "tell": tell, "now": now}
-        found = search(
-            fold(graph), where, request, **same, keep=kept if keep else None, scouts=scouts
-        )
+        folded = told_statistics(fold(graph), request.batch_stats)
+        found = search(folded, where, request, **same, keep=kept if keep else None, scouts=scouts)
     if not apart:
         return found
     if found.pipeline is None:
@@ -155,7 +154,7 @@ def parallelize(
             and compare every output; raises VerificationError beyond the stated tolerance.
         static_*, donate_*: as for `jax.jit`.
         batch_argnums: as for `plan`.
-        request: fields of `Request`: memory, mesh, microbatches, recompute, time_limit, gap, seed.
+        request: fields of `Request`: memory, mesh, microbatches, batch_stats, recompute, time_limit, gap, seed.
     """
     if step is None:
         return functools.partial(

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from .backends.xla.agreement import look_for_devices
+from .backends.xla.by_microbatch import by_microbatch
 from .backends.xla.calls import Call, Ends, calling
 from .backends.xla.capture import Captured
 from .backends.xla.compat import under_trace
@@ -191,6 +192,7 @@ class ParallelStep:
         """Run both, compare, and return what the sharded step gave."""
         unsharded: Callable[..., Any] = jax.jit(call.pure(Ends()))
         graph, leaves, apart = running.lowered.captured.graph, call.leaves, running.lowered.apart
+        unsharded = by_microbatch(running.lowered.plan, running.lowered.captured) or unsharded
         if apart is not None:
             unsharded, leaves = apart.in_pieces(unsharded), apart.apart(leaves)
         truth = reference(unsharded, running.lowered.captured, leaves)

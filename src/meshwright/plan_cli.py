@@ -42,6 +42,10 @@ def plan(
     recompute: Annotated[
         str | None, typer.Option(help="Pin recompute: none, elementwise, selective, full.")
     ] = None,
+    batch_stats: Annotated[
+        str | None,
+        typer.Option(help="microbatch: batch norm and the like are of each microbatch, which changes numbers."),
+    ] = None,
     pp: Annotated[
         str, typer.Option(help="Stages of a pipeline, or auto: planned. The mesh is then that of a stage.")
     ] = "1",
@@ -91,6 +95,7 @@ def plan(
         mesh=None if mesh is None else parse_mesh(mesh),
         microbatches=microbatches,
         recompute=cast(Any, recompute),
+        batch_stats=cast(Any, batch_stats),
         pp=parse_pp(pp),
         schedule=schedule,
         chunks=chunks,

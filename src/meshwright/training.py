@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .backends.xla.by_microbatch import by_microbatch
 from .backends.xla.capture import Captured
 from .backends.xla.lower import AnyLowered, lower
 from .backends.xla.pipeline import LoweredPipeline
@@ -58,7 +59,7 @@ def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, s
     captured, apart = lowered.captured, lowered.apart
     state, batches = start(made, data, seed)
     first = next(batches)
-    truth = _unsharded(made, captured, apart, state, *first) if verify else None
+    truth = _unsharded(plan, made, captured, apart, state, *first) if verify else None
     if apart is not None:
         leaves = apart.apart(jax.tree.leaves((state, *first)))
         state = jax.tree.unflatten(captured.binding.in_tree, leaves)[0][0]
@@ -140,8 +141,10 @@ def show(plan: Plan, trained: Trained, trace: Path | None, as_json: bool) -> Non
         passes = [{**asdict(each), "step": str(each.step)} for each in trained.passes]
         say(json.dumps(found | ({"passes": passes} if passes else {})))
         return
+    apart = plan.batch is not None and plan.batch.statistics == "microbatch" and plan.microbatches > 1
+    how = ", run microbatch by microbatch" if apart else ""
     for number, (loss, seconds) in enumerate(zip(trained.losses, trained.seconds, strict=True), start=1):
-        same = "  equals the unsharded step" if number == 1 and trained.verified else ""
+        same = f"  equals the unsharded step{how}" if number == 1 and trained.verified else ""
         say(f"step {number:4d}  loss {loss:.4f}  {seconds * 1e3:.1f} ms{same}")
     if trained.passes:
         say(f"\n{both_text(plan, trained.passes)}")
@@ -160,11 +163,11 @@ def _next_state(out: Any, state: Any, name: str) -> Any:
     )
 
 
-def _unsharded(made: Made, captured: Captured, apart: Unstacked | None, *args: Any) -> Reference:
+def _unsharded(plan: Plan, made: Made, captured: Captured, apart: Unstacked | None, *args: Any) -> Reference:
     leaves, tree = jax.tree.flatten(args)
     step = jax.jit(lambda *flat: made.step(*jax.tree.unflatten(tree, flat)))
     if apart is None:
-        return reference(step, captured, leaves)
+        return reference(by_microbatch(plan, captured) or step, captured, leaves)
     return reference(apart.in_pieces(step), captured, apart.apart(leaves))
 
 
