@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from .early import dear_values, with_totals_early
 from .graph import Graph, Op
@@ -138,7 +139,7 @@ class _Apart:
         """The changed graph; None where something in between can have no mean."""
         ops = tuple(new for op in self.graph.ops for new in self._visit(op))
         outputs = tuple(self.means.get(v, v) for v in self.graph.outputs)
-        if not all(self.graph.types[v].dtype in FLOATS for v in self._leaving()):
+        if not all(self.graph.types[v].dtype in FLOATS for v in self._leaving):
             return None
         if not all(_can_be(self.graph, self.flow, v) for v in self.totals):
             return None
@@ -152,12 +153,13 @@ class _Apart:
         for k, value in enumerate(op.outputs):
             if value in self.totals:
                 yield self._added(op, k, ESTIMATED, self.own)
-            elif value in self._leaving():
+            elif value in self._leaving:
                 yield self._added(op, k, AVERAGED, self.means)
 
     def _is_of_microbatch(self, op: Op) -> bool:
         return not self.between.isdisjoint(op.outputs) or any(v in self.flow.split for v in op.inputs)
 
+    @cached_property
     def _leaving(self) -> set[int]:
         """What is made of statistics in the body and read after it."""
         after = (op for op in self.graph.ops if not self._is_of_microbatch(op))
