@@ -69,17 +69,12 @@ def run_seed(seed: int, pipelines: bool, trace: bool = False) -> Outcome:
 
 def _difference(made: Any) -> str:
     import jax
-    import numpy as np
 
     import meshwright as mw
 
     wanted = jax.jit(made.step)(*made.args)
     found = mw.parallelize(made.step, cluster=made.cluster, **made.request)(*made.args)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(wanted)]
-    # Stacked parameters may be held layer by layer.
-    found = jax.tree.map(
-        lambda _, have: np.stack(have) if isinstance(have, tuple) else have, wanted, found
-    )
     before = [*jax.tree.leaves(made.args[0]), *[None] * len(names)]
     wanted, found = jax.tree.leaves(wanted), jax.tree.leaves(found)
     kind = "bfloat16" if "bf16" in made.words else "float32"

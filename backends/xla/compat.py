@@ -3,6 +3,7 @@
     scan's counts     num_consts, num_carry (0.10); a tree `ft_in` of consts, carry, xs (0.11)
     a call's body     an open or a closed jaxpr, under the names of `CALLS`
     coordination      the client of jax's service for several processes, and who this one is
+    array types       jax's functions know arrays by their type, in tables of its own
     user's line       off the raw traceback: the public `summarize` cannot skip other libraries
 
 Tried with 0.10.2, 0.11.2 (also on CUDA) and 0.12.0.1.
@@ -17,14 +18,15 @@ from itertools import islice
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, Var
 
 __all__ = [
     "CALLS", "IDENTITIES", "PLACEMENTS", "ClosedJaxpr", "Coordination", "Jaxpr", "Literal", "Primitive", "Tracer",
-    "Var", "barrier_primitive", "bind", "call_body", "coordination", "held_back", "is_jitted", "is_library",
-    "is_vacant", "line_in_code", "scan_counts", "under_trace", "user_line", "weakened",
+    "Var", "as_arrays", "barrier_primitive", "bind", "call_body", "coordination", "held_back", "is_jitted",
+    "is_library", "is_vacant", "line_in_code", "scan_counts", "under_trace", "user_line", "weakened",
 ]  # fmt: skip
 
 # Primitives that only call a body, and the parameter that holds it.
@@ -106,6 +108,22 @@ def weakened(results: Sequence[Any], avals: Sequence[Any]) -> list[Any]:
         else x
         for x, aval in zip(results, avals, strict=True)
     ]
+
+
+def as_arrays(kind: type, whole: Callable[[Any], jax.Array]) -> None:
+    """Let jax's functions take arrays of this type, as what `whole` makes of them when a program is called."""
+    from jax._src import core, dtypes
+    from jax._src.interpreters import mlir, pxla
+
+    def shard(arrays: Sequence[Any], shardings: Any, layouts: Any, semantics: Any) -> Any:
+        return pxla.shard_args(shardings, layouts, semantics, [whole(array) for array in arrays])
+
+    core.pytype_aval_mappings[kind] = lambda array: core.update_aval_with_sharding(
+        array.aval, array.sharding
+    )
+    dtypes.register_canonicalize_value_handler(kind, None)
+    pxla.shard_arg_handlers[kind] = shard
+    mlir.register_constant_handler(kind, lambda val, aval: mlir.ir_constant(np.asarray(val)))
 
 
 @lru_cache(maxsize=1)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ...ir.errors import UsageError
 from .calls import Call
+from .stacked import StackedArray
 
 
 def check_given_twice(call: Call, donated: frozenset[int], thorough: bool = True) -> None:
@@ -40,7 +41,8 @@ def given_twice(leaves: Sequence[Any], donated: frozenset[int], most: int | None
     for position, leaf in enumerate(leaves):
         if not isinstance(leaf, jax.Array):
             continue
-        for key in [("object", id(leaf)), *_buffers(leaf, most)]:
+        parts = leaf.pieces.values() if isinstance(leaf, StackedArray) else [leaf]
+        for key in [("object", id(leaf)), *(key for part in parts for key in _buffers(part, most))]:
             other = seen.setdefault(key, position)
             if other != position and not donated.isdisjoint((other, position)):
                 return other, position

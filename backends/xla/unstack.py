@@ -26,6 +26,7 @@ from ...ir.graph import Batch, Graph
 from .apart import Place, take_apart
 from .capture import Captured, convert
 from .layer_axes import layer_axes, scans_left
+from .stacked import Row, StackedArray, join, stacked
 from .trace import trace
 
 
@@ -38,10 +39,12 @@ class Piece:
     """
 
     leaf: int
-    rows: tuple[tuple[int, int], ...] = ()
+    rows: Row = ()
 
     def of(self, array: Any) -> Any:
         """This part of the whole leaf."""
+        if isinstance(array, StackedArray) and self.rows in array.pieces:
+            return array.pieces[self.rows]
         for dim, row in self.rows:
             array = array[(slice(None),) * dim + (row,)]
         return array
@@ -65,7 +68,7 @@ class Unstacked:
 
     def whole(self, pieces: Sequence[Any]) -> list[Any]:
         """The leaves of the user's arguments, from the graph's inputs."""
-        return [_join(group, jnp.stack) for group in _by_leaf(self.inputs, pieces)]
+        return [join(group, jnp.stack) for group in _by_leaf(self.inputs, pieces)]
 
     def split(self, results: Sequence[Any]) -> list[Any]:
         """The graph's outputs, from the leaves of the user's result."""
@@ -76,8 +79,12 @@ class Unstacked:
         return jax.jit(lambda *pieces: self.split(jax.tree.leaves(step(*self.whole(pieces)))))
 
     def together(self, results: Sequence[Any]) -> list[Any]:
-        """The leaves of the user's result, from the graph's outputs."""
-        return [_join(group, jnp.stack) for group in _by_leaf(self.outputs, results)]
+        """The leaves of the user's result, from the graph's outputs, which stay where they lie."""
+        avals = self.stacked.binding.out_avals
+        return [
+            stacked(aval.shape, group) if group[0][0] else group[0][1]
+            for aval, group in zip(avals, _by_leaf(self.outputs, results), strict=True)
+        ]
 
 
 def capture_unstacked(
@@ -179,28 +186,16 @@ def _row_of(aval: Any, piece: Piece) -> Any:
 
 # ---------------------------------------------------------------- trees of pieces
 
-_Rows = list[tuple[tuple[tuple[int, int], ...], Any]]  # what remains of a piece's rows, its value
-
-
-def _by_leaf(pieces: Sequence[Piece], values: Sequence[Any]) -> list[_Rows]:
+def _by_leaf(pieces: Sequence[Piece], values: Sequence[Any]) -> list[list[tuple[Row, Any]]]:
     """One list per leaf; pieces of a leaf are neighbours, in order of their rows."""
     pairs = groupby(zip(pieces, values, strict=True), key=lambda pair: pair[0].leaf)
     return [[(piece.rows, value) for piece, value in group] for _, group in pairs]
 
 
-def _join(rows: _Rows, stack: Callable[..., Any]) -> Any:
-    """Stack a leaf's pieces, inner rows first. `stack(values, axis=dim)` makes one of several."""
-    if not rows[0][0]:
-        return rows[0][1]
-    dim = rows[0][0][0][0]
-    groups = groupby(rows, key=lambda row: row[0][0])
-    return stack([_join([(at[1:], v) for at, v in group], stack) for _, group in groups], axis=dim)
-
-
 def _nested(tree: Any, pieces: tuple[Piece, ...]) -> Any:
     """The tree in which a leaf that came apart is a tuple of its pieces."""
     groups = _by_leaf(pieces, [0] * len(pieces))
-    leaves = [_join(group, lambda values, axis: tuple(values)) for group in groups]
+    leaves = [join(group, lambda values, axis: tuple(values)) for group in groups]
     return jax.tree.structure(jax.tree.unflatten(tree, leaves))
 
 

@@ -86,18 +86,13 @@ class ParallelStep:
             first = running is None
             if running is None:
                 running = self._known[key] = self._prepare(key, call)
-            binding, donated = (
-                running.lowered.captured.binding,
-                running.lowered.captured.graph.donated,
-            )
-            if running.lowered.apart is None:
-                check_given_twice(call, donated, thorough=first)
+            check_given_twice(call, running.captured.graph.donated, thorough=first)
             found = (
                 self._verified(running, call)
                 if first and self.verify
                 else self._run(running, call, call.leaves)
             )
-            return call.finish(found, binding.ends)
+            return call.finish(found, running.binding.ends)
 
     def _run(self, running: RunningStep, call: Call, leaves: Sequence[Any]) -> Any:
         """Run by jax's own dispatch where it takes these arguments; else on flat leaves."""
@@ -181,12 +176,7 @@ class ParallelStep:
         return self._found[key]
 
     def _prepare(self, key: Any, call: Call) -> RunningStep:
-        running = RunningStep(lower_plan(*self._plan(key, call)), self._inner, call.inner)
-        binding = (
-            running.lowered.captured.binding
-        )  # of what it returns, where layers were taken apart
-        self._known[binding.in_tree, key[1], tuple(map(aval, binding.in_avals))] = running
-        return running
+        return RunningStep(lower_plan(*self._plan(key, call)), self._inner, call.inner)
 
     def _verified(self, running: RunningStep, call: Call) -> Any:
         """Run both, compare, and return what the sharded step gave."""
@@ -196,11 +186,12 @@ class ParallelStep:
         if apart is not None:
             unsharded, leaves = apart.in_pieces(unsharded), apart.apart(leaves)
         truth = reference(unsharded, running.lowered.captured, leaves)
-        results = self._run(running, call, leaves)
+        results = self._run(running, call, call.leaves)
+        found = results if apart is None else apart.split(jax.tree.leaves(results))
         if running.lowered.joint:
-            verify_together(truth, results, graph.output_names, running.lowered.meetings)
+            verify_together(truth, found, graph.output_names, running.lowered.meetings)
         else:
-            verify_outputs(truth, results, graph.output_names)
+            verify_outputs(truth, found, graph.output_names)
         return results
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from .backends.xla.audit import Audit, audit, audit_single
 from .backends.xla.audit_pipeline import audit_pipeline
 from .backends.xla.calls import Call, calling
-from .backends.xla.capture import Binding
+from .backends.xla.capture import Binding, Captured
 from .backends.xla.compat import weakened
 from .backends.xla.donation import check_given_twice
 from .backends.xla.lower import AnyLowered, OtherShapes
@@ -46,28 +46,33 @@ class RunningStep:
         )
         with calling(step, args, kwargs) as call:
             self._check(call)
-            return call.finish(self.run(call.leaves), self.lowered.captured.binding.ends)
+            return call.finish(self.run(call.leaves), self.binding.ends)
 
     def _check(self, call: Call) -> None:
         other = self.step is not None and call.inner != self.inner
-        if other or not any(_takes(known, call) for known in self._bindings()):
+        if other or not _takes(self.binding, call):
             raise MismatchError(
                 "the program was made for other arguments.",
                 where=f"plan `{self.plan.name}`",
-                origin=_first_other(call, self.lowered.captured.binding),
+                origin=_first_other(call, self.binding),
                 fix="call it as it was lowered, keywords included; or lower it again for these arguments",
             )
-        check_given_twice(call, self.lowered.captured.graph.donated)
+        check_given_twice(call, self.captured.graph.donated)
 
-    def _bindings(self) -> list[Binding]:
-        """As the step was written and, where its layers were taken apart, with a tuple for each stack."""
+    @property
+    def captured(self) -> Captured:
+        """The step as it was written, also where its layers were taken apart."""
         apart = self.lowered.apart
-        return [self.lowered.captured.binding, *([] if apart is None else [apart.stacked.binding])]
+        return self.lowered.captured if apart is None else apart.stacked
+
+    @property
+    def binding(self) -> Binding:
+        return self.captured.binding
 
     def run(self, leaves: Sequence[Any]) -> Any:
         """Run on the leaves of all arguments, which are not checked; what comes out, as a tree."""
         lowered, apart = self.lowered, self.lowered.apart
-        if apart is not None and len(leaves) != len(apart.inputs):
+        if apart is not None:
             leaves = apart.apart(leaves)
         if lowered.joint:
             if not self._started:
@@ -84,8 +89,9 @@ class RunningStep:
         return self._tree(results)
 
     def _tree(self, results: Sequence[Any]) -> Any:
-        binding = self.lowered.captured.binding
-        return jax.tree.unflatten(binding.out_tree, weakened(results, binding.out_avals))
+        apart, avals = self.lowered.apart, self.lowered.captured.binding.out_avals
+        found = weakened(results, avals)
+        return jax.tree.unflatten(self.binding.out_tree, found if apart is None else apart.together(found))
 
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Leaves as the program takes them: the state before the first run, where later runs will find it,
