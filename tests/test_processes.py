@@ -117,6 +117,46 @@ def test_in_python_the_first_process_plans_and_all_run(folder):
         assert found == pytest.approx(losses(3), rel=1e-5)
 
 
+STACKED = """
+import jax, jax.numpy as jnp, numpy as np
+import meshwright as mw
+from jax.experimental.multihost_utils import process_allgather
+
+mw.emulate(2)
+mw.connect()
+
+def step(params, x):
+    layer = lambda x, w: (jnp.tanh(x @ w), None)
+    loss = lambda p: jnp.mean((jax.lax.scan(layer, x @ p["first"], p["w"])[0] @ p["last"]) ** 2)
+    value, grads = jax.value_and_grad(loss)(params)
+    return jax.tree.map(jnp.subtract, params, grads), value
+
+ones = lambda *shape: np.ones(shape, np.float32) / 8
+state = wanted = {"first": ones(8, 8), "w": ones(4, 8, 8), "last": ones(8, 8)}
+train = mw.parallelize(step, cluster="4xcpu", verify=True, pp=2, microbatches=2, program="single")
+for _ in range(2):
+    state, wanted = train(state, ones(4, 8))[0], jax.jit(step)(wanted, ones(4, 8))[0]
+w = state["w"]
+try:
+    np.asarray(w)
+except Exception as error:
+    print(type(error).__name__, error)
+whole = process_allgather(jnp.asarray(w), tiled=True)
+np.testing.assert_allclose(whole, wanted["w"], rtol=1e-5)
+print(w.shape, [len(layer.addressable_shards) for layer in w])
+"""
+
+
+def test_a_stack_of_layers_lies_on_the_processes_of_its_stages(folder):
+    (folder / "stacked.py").write_text(STACKED)
+    ends = finish(start(["stacked.py"], 2, folder), folder)
+    for process, (code, out, err) in enumerate(ends):
+        assert code == 0, err
+        assert "LoweringError an array of shape (4, 8, 8) has layers on devices of other processes" in out
+        assert "process_allgather(jnp.asarray(leaf), tiled=True)" in out
+        assert out.endswith(f"(4, 8, 8) {[[2, 2, 0, 0], [0, 0, 2, 2]][process]}\n")
+
+
 UNLIKE = """
 import jax, numpy as np
 import meshwright as mw
