@@ -2,9 +2,14 @@
 
 from functools import cache
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
+import meshwright as mw
 from meshwright.backends.xla.capture import capture
+from meshwright.backends.xla.lower import lower
 from meshwright.ir.blocks import fold
 from meshwright.ir.microbatch import TimeAxis
 from meshwright.ir.program import prepare
@@ -15,6 +20,8 @@ from meshwright.planner.memory.ledger import least_peak
 from meshwright.planner.memory.lifetimes import lifetimes
 from meshwright.planner.memory.storage import as_xla
 from meshwright.planner.meshes import mesh_of
+
+S = jax.ShapeDtypeStruct
 
 
 @cache
@@ -72,3 +79,22 @@ def test_a_70b_model_fits_on_128_gpus():
     program = prepare(found.small, "full")
     lives = lifetimes(program, 64, roles(program.graph), as_xla(program, "tpu"))
     assert least_peak(lives, mesh_of((128,))) < 16 * 2.0**30
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_new_state_beside_old_has_its_own_memory_as_in_the_compiled_program(accumulate):
+    """Widths for which the forward pass, the update and the compiler's packing of temporaries each count."""
+    inner = optax.adamw(1e-3)
+    optimizer = optax.MultiSteps(inner, 4) if accumulate else inner
+
+    def step(p, state, x):
+        gradient = jax.grad(lambda p: jnp.mean((jax.nn.relu(x @ p["a"]) @ p["b"] - x) ** 2))(p)
+        updates, state = optimizer.update(gradient, state, p)
+        return optax.apply_updates(p, updates), state
+
+    p = {"a": S((512, 2048), jnp.float32), "b": S((2048, 512), jnp.float32)}
+    args = p, jax.eval_shape(optimizer.init, p), S((512, 512), jnp.float32)
+    plan = mw.plan(step, *args, cluster="8xcpu", request=mw.Request(mesh=(8,)))
+    stats = lower(plan, capture(step, *args)).compiled.memory_analysis()
+    compiled = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
+    assert plan.estimate.peak_bytes == pytest.approx(compiled, rel=0.06)

@@ -151,6 +151,7 @@ class _Analysis:
         self._read_siblings()
         self._read_sources()
         self._read_copies()
+        self._lend_results()
         segments = [s for v in self.defined if v in self.storage.kept for s in self._life(v, ticks - 1)]
         causes = {s.value: self._cause(s.value) for s in segments}
         scale = {v: self._scale(v) for v in causes}
@@ -270,6 +271,9 @@ class _Analysis:
         if self._reuses_input(value):
             return
         span = self.spans[self.position[value]]
+        if value in self._own_results:
+            yield Segment(value, 0, last_tick, span.count, span.count)
+            return
         if value in self.storage.early and span.count == 1:
             start = 0
         first, last = self._across_time(value, start, end)
@@ -360,6 +364,27 @@ class _Analysis:
         return frozenset(
             self.graph.outputs[o] for i, o in self.graph.state if i in self.graph.donated
         )
+
+    @cached_property
+    def _own_results(self) -> frozenset[int]:
+        """New state that is written over nothing: XLA gives results memory of their own for the whole step."""
+        new = {self.graph.outputs[o] for _, o in self.graph.state} - self._donated_outputs
+        return frozenset(v for v in new if self._phase(v) == "update")
+
+    def _lend_results(self) -> None:
+        """A gradient may lie where the last new state that is made of it will be written."""
+        gradients = [v for v in self.position if self._phase(v) == "backward" and v in self.storage.kept]
+        for result in sorted(self._own_results, key=self.defined.__getitem__, reverse=True):
+            kind, written = self.graph.types[result], self.defined[result]
+            last = [v for v in gradients if self.graph.types[v] == kind and max(self.used[v]) <= written]
+            if last:
+                lent = max(last, key=lambda v: max(self.used[v]))
+                gradients.remove(lent)
+                self.copies[lent] = result
+
+    def _phase(self, value: int) -> str | None:
+        position = self.position.get(value)
+        return None if position is None else self.program.phases[position]
 
     # ------------------------------------------------------------ labels
 

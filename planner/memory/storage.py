@@ -76,6 +76,8 @@ class _Analysis:
         self.kernels, self.cpu, self.cheap, self.types = kernels, cpu, cheap, program.graph.types
         self.ops = [visit.op for visit in program.graph.visits]
         self.maker = {v: op for op in self.ops for v in op.outputs}
+        phases = zip(program.graph.ops, program.phases, strict=True)
+        self.updated = {v for op, phase in phases if phase == "update" for v in op.outputs}
         self.aliases: dict[int, int] = {}  # to the value whose memory they show
         self.slices: dict[int, int] = {}  # what a loop's body sees of one turn, to the whole
         for op in self.ops:
@@ -90,7 +92,7 @@ class _Analysis:
 
     def _join(self, op: Op) -> None:
         """A loop reads its constants where they are, and turns its carry over in one place."""
-        if op.kind in ALIASES:
+        if op.kind in ALIASES or self._transposes_product(op):
             self.aliases |= dict(zip(op.outputs, op.inputs, strict=False))
         for region in op.regions:
             consts, carry = op.loop_inputs
@@ -100,6 +102,11 @@ class _Analysis:
             self.slices |= dict(zip(inside[first:], op.inputs[first:], strict=True))
         if op.kind == "cond":
             self._share(op)
+
+    def _transposes_product(self, op: Op) -> bool:
+        """A weight's gradient is written in the order of dims that the update wants."""
+        product = self.maker.get(op.inputs[0]) if op.kind == "transpose" else None
+        return product is not None and product.kind == "dot_general" and op.outputs[0] in self.updated
 
     def _share(self, op: Op) -> None:
         """What branches make is made where the results lie."""

@@ -125,6 +125,11 @@ class Passes:
             made |= makes
         return found | {v: len(self._ops) - 1 for v in self.graph.outputs if v in made}
 
+    def _last_read(self, value: int) -> int:
+        """The last pass that reads a value, be it that other units make it anew there."""
+        reading = (number for number, reads in enumerate(self._reads) if value in reads)
+        return self._last[value] if value in self._last else max(reading)
+
     @cached_property
     def parts(self) -> list[_Pass]:
         found: list[_Pass] = []
@@ -175,7 +180,7 @@ class Passes:
         given = {v for v, _ in fragments[kind].sends} - self._last.keys()
         again = self.cut.received(kind) if name == "forward" else ()
         ends = {
-            v: self.parts[self._last[v]].end if v in again else here.end for v in (*taken, *given)
+            v: self.parts[self._last_read(v)].end if v in again else here.end for v in (*taken, *given)
         }
         wide = self.kind == "cpu"
         for v, end in ends.items():
