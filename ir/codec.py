@@ -21,6 +21,7 @@ from .errors import GraphError, MeshwrightError, MismatchError, PlanError
 from .files import PLAN, read_object, read_text
 from .fingerprint import fingerprint
 from .graph import Attr, Batch, Constant, Graph, Op, Region, TensorType
+from .mistakes import in_words
 from .plan import PLAN_VERSION, Plan
 from .plan_checks import check_plan
 from .verify import verify
@@ -61,7 +62,13 @@ def parse_plan(text: str, origin: str) -> Plan:
             origin=origin,
             fix="plan again with this version",
         )
-    found = unsealed(Plan, data, "plan", origin, "plan again; what is to be fixed is pinned in the request")
+    found = unsealed(
+        Plan,
+        data,
+        "plan",
+        origin,
+        f"{PLAN.fix}, as it was written; what is to be fixed is pinned in the request",
+    )
     try:
         check_plan(found)
     except PlanError as error:
@@ -92,10 +99,9 @@ def unsealed(kind: type[T], data: dict[str, Any], what: str, origin: str, fix: s
     except MeshwrightError as error:
         raise PlanError.at(error, None, origin) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole file"
+        wrong, where = in_words(error)
         raise PlanError(
-            f"this is no {what}: {first['msg']}.", where=where, origin=origin, fix=fix
+            f"this is no {what}: {wrong}.", where=where, origin=origin, fix=fix
         ) from error
     if data.get(CHECKSUM) != _digest(fields):
         raise PlanError(

@@ -25,6 +25,7 @@ class MeshwrightError(ValueError):
     """
 
     exit_code = 2
+    several: tuple[MeshwrightError, ...] = ()  # told together in this one
 
     def __init__(
         self,

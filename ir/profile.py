@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ClusterError
 from .files import MIB, Kind, is_file, read_object, read_text
+from .mistakes import in_words
 
 SCHEMA = "meshwright/profile/v1"
 FILE = Kind("profile", 64 * MIB, "meshwright calibrate -o FILE", ClusterError)
@@ -122,9 +123,10 @@ def load_profile(path: str | Path) -> Profile:
     try:
         return Profile.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ClusterError(f"`{path}` is no profile: {first['msg']}.", where=where, fix="calibrate again") from None
+        wrong, where = in_words(error)
+        raise ClusterError(
+            f"`{path}` is no profile: {wrong}.", where=where, fix="meshwright calibrate again"
+        ) from None
 
 
 def _digest(data: dict[str, Any]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite, prod
 from numbers import Integral
-from typing import Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from ..ir.cluster import Cluster
 from ..ir.errors import PlanError, UsageError, did_you_mean
 from ..ir.microbatch import Refusal, TimeAxis
+from ..ir.mistakes import Mistakes
 from ..ir.recompute import POLICIES, Policy
 from ..ir.units import counted, format_bytes, parse_bytes, parse_count
 from .pipeline.schedules import entry, schedule_named
@@ -22,6 +24,7 @@ GAP, PIPELINE_GAP = (
     0.01,
     0.05,
 )  # what ends a search; stages cut between layers leave more than that open anyway
+OPEN = ("memory", "gap", "microbatches")  # numbers that need not be given
 HEADROOM = 0.10  # of device memory kept free; runs above ~90 % lose speed to the allocator
 
 
@@ -73,27 +76,27 @@ class Request:
             object.__setattr__(self, "memory", parse_bytes(self.memory))
         if isinstance(self.mesh, str | int):
             object.__setattr__(self, "mesh", parse_mesh(str(self.mesh)))
+        wrong = Mistakes()
         for name in ("memory", "headroom", "time_limit", "gap"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, float | int | None):
-                _refuse(name, repr(value), "a number")
-        for name in ("microbatches", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral | None):
-                _refuse(name, repr(value), "a whole number")
-        if self.seed < 0:
-            _refuse("seed", self.seed, "0 or more")
-        if self.batch_stats not in (None, *get_args(BatchStats)):
-            _refuse("batch_stats", repr(self.batch_stats), '"microbatch", or left out: over the whole batch')
-        if self.search not in get_args(Searcher):
-            _refuse("search", repr(self.search), did_you_mean(str(self.search), get_args(Searcher)))
-        if self.mesh is not None:
-            if not all(isinstance(size, Integral) for size in self.mesh):
-                _refuse("mesh", repr(self.mesh), "sizes of axes, as in (4, 2)")
-            # An axis of one device cuts nothing.
+            wrong.of(partial(_check_number, name, getattr(self, name)))
+        for name, least in (("microbatches", 1), ("seed", 0)):
+            wrong.of(partial(_check_count, name, getattr(self, name), least))
+        for name, known, fix in (
+            (
+                "batch_stats",
+                (None, *get_args(BatchStats)),
+                '"microbatch", or left out: over the whole batch',
+            ),
+            ("search", get_args(Searcher), did_you_mean(str(self.search), get_args(Searcher))),
+            ("recompute", (None, *POLICIES), did_you_mean(str(self.recompute), POLICIES)),
+        ):
+            if getattr(self, name) not in known:
+                wrong.of(partial(_refuse, name, repr(getattr(self, name)), fix))
+        wrong.of(lambda: _check_axes(self.mesh))
+        wrong.tell()
+        if self.mesh is not None:  # an axis of one device cuts nothing
             cutting = tuple(int(size) for size in self.mesh if size != 1)
             object.__setattr__(self, "mesh", cutting or tuple(self.mesh[:1]))
-        _check_numbers(self)
 
 
 def parse_mesh(text: str) -> tuple[int, ...]:
@@ -121,8 +124,6 @@ def check_early(request: Request, cluster: Cluster) -> None:
     Raises:
         PlanError: the field, its value, and values that would do.
     """
-    if request.recompute is not None and request.recompute not in POLICIES:
-        _refuse("recompute", request.recompute, did_you_mean(str(request.recompute), POLICIES))
     _check_pipeline(request)
     if (
         len(cluster.groups) > 1
@@ -156,18 +157,42 @@ def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
         _check_microbatches(request.microbatches, time)
 
 
-def _check_numbers(request: Request) -> None:
-    positive = ("memory", "time_limit")
-    for name in positive:
-        value = getattr(request, name)
-        if value is not None and not (isfinite(value) and value > 0):
-            _refuse(name, value, "a positive number")
-    for name in ("headroom", "good_enough"):
-        value = getattr(request, name)
+def _check_number(name: str, value: Any) -> None:
+    if value is None and name in OPEN:
+        return
+    if isinstance(value, bool) or not isinstance(value, float | int):
+        _refuse(name, repr(value), "a number")
+    if name in ("headroom", "gap"):
         if not 0 <= value < 1:
-            _refuse(
-                name.replace("good_enough", "gap"), value, "a share from 0 up to, not including, 1"
-            )
+            _refuse(name, value, "a share from 0 up to, not including, 1")
+    elif not (isfinite(value) and value > 0):
+        _refuse(name, value, "a positive number")
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    if value is None and name in OPEN:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        _refuse(name, repr(value), "a whole number")
+    if value < least:
+        _refuse(name, value, f"{least} or more")
+
+
+def _check_axes(mesh: Any) -> None:
+    """Whether these are sizes of axes at all."""
+    if mesh is None:
+        return
+    if not isinstance(mesh, Sequence) or not all(
+        isinstance(size, Integral) and not isinstance(size, bool) for size in mesh
+    ):
+        _refuse("mesh", repr(mesh), "sizes of axes, as in (4, 2)")
+    if (
+        any(size < 1 for size in mesh)
+        or not 1 <= len([size for size in mesh if size > 1] or mesh) <= 3
+    ):
+        _refuse(
+            "mesh", "×".join(map(str, mesh)), "one to three axes of at least 1 device, as in 4x2"
+        )
 
 
 def _check_stages(request: Request, cluster: Cluster) -> None:
@@ -257,8 +282,6 @@ def _check_schedule(request: Request, name: str) -> None:
 
 def _check_mesh(shape: Sequence[int], cluster: Cluster, stages: int = 1) -> None:
     text = "×".join(map(str, shape))
-    if not 1 <= len(shape) <= 3 or any(size < 1 for size in shape):
-        _refuse("mesh", text, "one to three axes of at least 1 device, as in 4x2")
     if stages > 1 and len(shape) > 2:
         _refuse("mesh", text, "one or two axes for a stage of a pipeline")
     if prod(shape) * stages != cluster.size:
@@ -280,7 +303,7 @@ def _check_microbatches(count: int, time: TimeAxis | Refusal) -> None:
             where=time.where,
             fix=time.fix,
         )
-    if count < 1 or time.batch % count:
+    if time.batch % count:
         near = [m for m in range(1, time.batch + 1) if time.batch % m == 0]
         raise PlanError(
             f"a batch of {time.batch} cannot be cut into {count} microbatches.",

@@ -335,7 +335,7 @@ def test_a_vocabulary_is_cut_when_logits_do_not_fit():
         ({"mesh": (3,)}, "mesh 3 has 3 devices, the cluster has 4"),
         ({"mesh": (2, 2, 2, 2)}, "one to three axes"),
         ({"microbatches": 3}, "64 cannot be cut into 3 microbatches"),
-        ({"microbatches": 0}, "cannot be cut into 0"),
+        ({"microbatches": 0}, "microbatches cannot be 0"),
         ({"recompute": "some"}, "`selective`|`none`|one of"),
         ({"memory": -1.0}, "memory cannot be -1.0"),
         ({"gap": 2.0}, "gap cannot be 2.0"),
@@ -350,10 +350,34 @@ def test_requests_that_cannot_be_honoured_are_refused(pins, complaint):
         plan(mlp, *mlp_arguments(), cluster=CLUSTER, request=Request(**pins))
 
 
-@pytest.mark.parametrize("pins", [{"memory": -1.0}, {"memory": "0 B"}, {"gap": 2.0}, {"time_limit": 0.0}])
+@pytest.mark.parametrize(
+    "pins",
+    [
+        {"memory": -1.0},
+        {"memory": "0 B"},
+        {"gap": 2.0},
+        {"time_limit": 0.0},
+        {"microbatches": 0},
+        {"mesh": 2.5},
+    ],
+)
 def test_numbers_that_make_no_sense_are_refused_before_anything_is_traced(pins):
     with pytest.raises(PlanError, match="cannot be"):
         Request(**pins)
+
+
+def test_all_mistakes_of_a_request_are_told_at_once():
+    with pytest.raises(PlanError) as refusal:
+        Request(microbatches=0, gap=-1.0, mesh=(0, 8), recompute="most")  # type: ignore[arg-type]
+    told = str(refusal.value)
+    for name in (
+        "microbatches cannot be 0",
+        "gap cannot be -1.0",
+        "mesh cannot be 0×8",
+        "recompute cannot be 'most'",
+    ):
+        assert name in told, told
+    assert "request: gap: a share from 0" in told
 
 
 @pytest.mark.parametrize("request_", [{"search": "mcmc"}, "mcmc", 5, Request])

@@ -382,7 +382,7 @@ def test_price_by_name_and_by_numbers(tmp_path):
     ("arguments", "message"),
     [
         (["--model", "gpt9"], "`gpt9` is no decoder"),
-        (["--layers", "4"], "--hidden is missing"),
+        (["--layers", "4"], "--hidden and --heads are missing"),
         (["--model", "gpt2", "--hidden", "3"], "--hidden is for models given as numbers"),
         (["--model", "gpt2", "--set", "nothing"], "`nothing` changes nothing"),
         (["--model", "gpt2", "--set", "fabric.x.bandwidth=1GB/s"], "no field `fabric.x.bandwidth`"),
@@ -412,6 +412,14 @@ def test_price_refuses_by_name(arguments, message):
     found = cli("price", "--cluster", "a100x8", "--batch", "8", *arguments)
     assert isinstance(found.exception, MeshwrightError)
     assert message in found.exception.report()
+
+
+def test_price_names_all_mistakes_that_have_nothing_to_do_with_each_other():
+    arguments = ["--model", "gpt2", "--batch", "0", "--pp", "7", "--vpp", "-1", "--recompute", "most"]
+    told = str(cli("price", "--cluster", "a100x8", *arguments).exception)
+    for mistake in ("does not divide 8", "vpp cannot be -1", "recompute cannot be `most`", "global batch cannot be 0"):
+        assert mistake in told
+    assert "parallelism: degrees that divide 8; vpp: 1 or more; recompute: one of" in told
 
 
 def test_zero_saves_nothing_where_nobody_shares():

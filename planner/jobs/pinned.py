@@ -27,6 +27,7 @@ from ...ir.errors import PlanError, did_you_mean
 from ...ir.examples import Examples
 from ...ir.graph import Op
 from ...ir.mesh import Axis, Mesh
+from ...ir.mistakes import Mistakes
 from ...ir.program import Program
 from ...ir.roles import roles
 from ...ir.rule import NONE, Rule, Strategy, cuttable
@@ -45,7 +46,19 @@ TENSOR, EXPERT = "NKFV", "E"
 LOOK_UPS = frozenset(
     {"gather", "scatter", "scatter-add"}
 )  # tokens are dispatched and combined on their own rank
+DEGREES = ("tp", "pp", "vpp", "dp", "cp", "ep")
 STATE_AXES = ("dp", "ep", "cp")  # ZeRO's shards of state are cut over these
+
+
+def check_degrees(zero: int, degrees: Mapping[str, int]) -> None:
+    """Refuse what is no degree of parallelism, all of it at once."""
+    wrong = Mistakes()
+    for name, degree in degrees.items():
+        if degree < 1:
+            wrong.add(PlanError(f"{name} cannot be {degree}.", where=name, fix="1 or more"))
+    if zero not in (0, 1, 2, 3):
+        wrong.add(PlanError(f"zero cannot be {zero}.", where="zero", fix="0, 1, 2 or 3"))
+    wrong.tell()
 
 
 @dataclass(frozen=True)
@@ -78,13 +91,7 @@ class Parallelism:
                 where="cp kind",
                 fix=did_you_mean(self.cp_kind, CP_KINDS),
             )
-        for name in ("tp", "pp", "vpp", "dp", "cp", "ep"):
-            if getattr(self, name) < 1:
-                raise PlanError(
-                    f"{name} cannot be {getattr(self, name)}.", where=name, fix="1 or more"
-                )
-        if self.zero not in (0, 1, 2, 3):
-            raise PlanError(f"zero cannot be {self.zero}.", where="zero", fix="0, 1, 2 or 3")
+        check_degrees(self.zero, {name: getattr(self, name) for name in DEGREES})
         if self.dp % self.ep:
             raise PlanError(
                 f"{self.ep} expert ranks do not divide {self.dp} data ranks.",

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ...ir.errors import UsageError
 from ...ir.files import MIB, Kind, read_bytes, unpacked
+from ...ir.mistakes import in_words
 from .live import Demand, Live
 from .onehot import Edge
 
@@ -111,9 +112,8 @@ def read(path: Path) -> Live:
 def _first_problem(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else first["msg"]
+    wrong, where = in_words(error)
+    return f"{where}: {wrong}" if where else wrong
 
 
 def _live(problem: _Problem) -> Live:

@@ -12,12 +12,13 @@ from typing import Any
 
 from .ir.cluster import Cluster
 from .ir.errors import PlanError, UsageError, did_you_mean
+from .ir.mistakes import Mistakes
 from .ir.program import Program, prepare
 from .ir.recompute import Policy
 from .planner.cost.kernels import FUSIONS, Fusion
 from .planner.cost.model import Roofline
 from .planner.jobs.parts import Parts, parts_of
-from .planner.jobs.pinned import Parallelism
+from .planner.jobs.pinned import DEGREES, Parallelism, check_degrees
 from .planner.jobs.price import Job, Price, price
 
 MOST_RUNS = 1_000_000  # of stages over microbatches
@@ -213,13 +214,25 @@ def fusion_of(text: str) -> Fusion:
 
 def parallelism_on(cluster: Cluster, *, dp: int | None, **degrees: Any) -> Parallelism:
     """The degrees given; data parallelism takes the rest of the devices if it is not."""
-    others = degrees["tp"] * degrees["pp"] * degrees["cp"]
-    if dp is None and (others < 1 or cluster.size % others):
-        raise PlanError(
+    others, wrong = degrees["tp"] * degrees["pp"] * degrees["cp"], Mistakes()
+    if dp is None and others > 0 and cluster.size % others:
+        wrong.add(PlanError(
             f"tp x pp x cp is {others}, which does not divide {cluster.size} devices.",
             where="parallelism", fix=f"degrees that divide {cluster.size}",
-        )  # fmt: skip
+        ))  # fmt: skip
+    known = {name: degrees[name] for name in DEGREES if name in degrees}
+    wrong.of(lambda: check_degrees(degrees["zero"], known if dp is None else {**known, "dp": dp}))
+    wrong.tell()
     return Parallelism(dp=cluster.size // others if dp is None else dp, **degrees)
+
+
+def check_batch(global_batch: int, microbatch: int) -> None:
+    """Refuse numbers of sequences that cannot be, both at once."""
+    wrong = Mistakes()
+    for name, count in (("global batch", global_batch), ("microbatch", microbatch)):
+        if count < 1:
+            wrong.add(PlanError(f"{name} cannot be {count}.", where=name, fix="1 or more"))
+    wrong.tell()
 
 
 def price_job(
@@ -230,9 +243,7 @@ def price_job(
     Raises:
         PlanError: degrees that do not fit the cluster, the batch or the model.
     """
-    for name, count in (("global batch", global_batch), ("microbatch", microbatch)):
-        if count < 1:
-            raise PlanError(f"{name} cannot be {count}.", where=name, fix="1 or more")
+    check_batch(global_batch, microbatch)
     if parallelism.devices != cluster.size:
         raise PlanError(
             f"tp x pp x dp x cp is {parallelism.devices}, the cluster has {cluster.size} devices.",

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .ir.errors import UsageError
+from .ir.mistakes import Mistakes
 from .ir.units import format_bytes, format_seconds
 from .options import Format, FormatOption, PlanFile, app
 from .output import say
+
+if TYPE_CHECKING:
+    from .pricing import Shape
 
 Changes = Annotated[
     list[str] | None,
@@ -168,16 +173,7 @@ def price(
     from .ir.cluster import Cluster
     from .ir.codec import check_writable, write_whole
     from .planner.pipeline.timeline import Timeline
-    from .pricing import (
-        Experts,
-        Setting,
-        Shape,
-        fusion_of,
-        overlaps,
-        parallelism_on,
-        price_job,
-        shape_of,
-    )
+    from .pricing import Setting, check_batch, fusion_of, overlaps, parallelism_on, price_job
 
     if trace is not None:
         check_writable(trace)
@@ -185,49 +181,43 @@ def price(
     where = Cluster.parse(cluster)
     for path, value in _changes(changes).items():
         where = where.with_(path, value)
-    _no_idle_options(
+    wrong = Mistakes()
+    wrong.of(lambda: _no_idle_options(
         ("--sp", sequence_parallel, tp > 1, "--tp above 1"),
         ("--cp-kind", cp_kind != "all_gather", cp > 1, "--cp above 1"),
         ("--family", family is not None, model is None, "no --model, which has a family"),
         ("--gathers", gathers != "bf16", products != "bf16", "--products fp8, as products read what is gathered"),
-    )  # fmt: skip
-    family = family or "gpt"
-    if model is not None:
-        given = {
-            "--hidden": hidden, "--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim, "--ffn": ffn,
-            "--vocab": vocab, "--experts": experts, "--choices": choices,
-        }  # fmt: skip
-        for name, number in given.items():
-            if number is not None:
-                raise UsageError(
-                    f"{name} is for models given as numbers.", where=f"--model {model}", fix=f"leave {name} out"
-                )
-        shape = shape_of(model, seq, layers)
-    else:
-        for name, number in {"--layers": layers, "--hidden": hidden, "--heads": heads}.items():
-            if number is None:
-                raise UsageError(
-                    f"{name} is missing.", where="price", fix="--model NAME, or --layers, --hidden and --heads"
-                )
-        assert layers is not None and hidden is not None and heads is not None
-        if choices is not None and experts is None:
-            raise UsageError("--choices is for mixtures of experts.", where="--choices", fix="--experts N as well")
-        width = 4 * hidden if ffn is None else ffn
-        mixture = None if experts is None else Experts(experts, 2 if choices is None else choices, width)
-        shape = Shape(
-            family, layers, hidden, heads, heads if kv_heads is None else kv_heads, width,
-            51_200 if vocab is None else vocab, 2048 if seq is None else seq, head_dim, experts=mixture,
-        )  # fmt: skip
-    shape = replace(shape, dropout=dropout)
-    degrees = {"tp": tp, "pp": pp, "vpp": vpp, "dp": dp, "cp": cp, "ep": ep, "zero": zero, "shard_group": shard_group}
-    parallelism = parallelism_on(
-        where, **degrees, cp_kind=cp_kind, sequence_parallel=sequence_parallel, lean_ends=lean_ends
+    ))  # fmt: skip
+    numbers = {
+        "--hidden": hidden, "--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim, "--ffn": ffn,
+        "--vocab": vocab, "--experts": experts, "--choices": choices,
+    }  # fmt: skip
+    shape = wrong.of(
+        lambda: replace(
+            _shape(family or "gpt", layers, seq, numbers)
+            if model is None
+            else _named(model, layers, seq, numbers),
+            dropout=dropout,
+        )
     )
-    setting = Setting(
-        recompute, not plain_attention, products, overlaps(overlap), reduce_in_fp32=not narrow_gradients,
-        fused_accumulation=not separate_accumulation, gathers=gathers, fusion=fusion_of(fusion),
+    degrees = {"tp": tp, "pp": pp, "vpp": vpp, "dp": dp, "cp": cp, "ep": ep, "zero": zero, "shard_group": shard_group}
+    parallelism = wrong.of(
+        lambda: parallelism_on(
+            where, **degrees, cp_kind=cp_kind, sequence_parallel=sequence_parallel, lean_ends=lean_ends
+        )
+    )
+    setting = wrong.of(
+        lambda: Setting(
+            recompute, not plain_attention, products, overlaps(overlap), reduce_in_fp32=not narrow_gradients,
+            fused_accumulation=not separate_accumulation, gathers=gathers, fusion=fusion_of(fusion),
+        )
     )  # fmt: skip
-    found = price_job(shape, parallelism, where, global_batch=global_batch, microbatch=microbatch, setting=setting)
+    wrong.of(lambda: check_batch(global_batch, microbatch))
+    wrong.tell()
+    assert shape is not None and parallelism is not None and setting is not None
+    found = price_job(
+        shape, parallelism, where, global_batch=global_batch, microbatch=microbatch, setting=setting
+    )
     if trace is not None:
         write_whole(trace, json.dumps(Timeline.of(found.run).perfetto()))
     beyond = "context parallelism" if cp > 1 else "experts" if shape.experts else ""
@@ -265,11 +255,64 @@ def calibrate(
     say(found.dump() if format is Format.json else profile_text(found))
 
 
+def _named(
+    model: str, layers: int | None, seq: int | None, numbers: Mapping[str, int | None]
+) -> Shape:
+    """A model of the zoo."""
+    from .pricing import shape_of
+
+    for name, number in numbers.items():
+        if number is not None:
+            raise UsageError(
+                f"{name} is for models given as numbers.",
+                where=f"--model {model}",
+                fix=f"leave {name} out",
+            )
+    return shape_of(model, seq, layers)
+
+
+def _shape(
+    family: str, layers: int | None, seq: int | None, numbers: Mapping[str, int | None]
+) -> Shape:
+    """A model given as numbers."""
+    from .pricing import Experts, Shape
+
+    hidden, heads, kv_heads, head_dim, ffn, vocab, experts, choices = numbers.values()
+    if layers is None or hidden is None or heads is None:
+        lacking = [
+            n
+            for n, x in {"--layers": layers, "--hidden": hidden, "--heads": heads}.items()
+            if x is None
+        ]
+        raise UsageError(
+            f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} missing.",
+            where="price", fix="--model NAME, or --layers, --hidden and --heads",
+        )  # fmt: skip
+    if choices is not None and experts is None:
+        raise UsageError(
+            "--choices is for mixtures of experts.", where="--choices", fix="--experts N as well"
+        )
+    width = 4 * hidden if ffn is None else ffn
+    mixture = (
+        None if experts is None else Experts(experts, 2 if choices is None else choices, width)
+    )
+    return Shape(
+        family, layers, hidden, heads, heads if kv_heads is None else kv_heads, width,
+        51_200 if vocab is None else vocab, 2048 if seq is None else seq, head_dim, experts=mixture,
+    )  # fmt: skip
+
+
 def _no_idle_options(*options: tuple[str, bool, bool, str]) -> None:
     """Refuse what would change nothing. Each: name, whether it is asked for, whether it can act, what it needs."""
+    wrong = Mistakes()
     for name, asked, acts, needs in options:
         if asked and not acts:
-            raise UsageError(f"{name} changes nothing here.", where=name, fix=f"leave it out, or {needs}")
+            wrong.add(
+                UsageError(
+                    f"{name} changes nothing here.", where=name, fix=f"leave it out, or {needs}"
+                )
+            )
+    wrong.tell()
 
 
 def _print_price(found: Any, where: Any, beyond: str, job: dict[str, Any], format: Format) -> None:
