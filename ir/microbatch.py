@@ -67,11 +67,12 @@ def time_axis(graph: Graph, batch: Mapping[int, int]) -> TimeAxis | Refusal:
         return Refusal("no input of the step carries a batch dim", "step arguments")
     split = {graph.inputs[p]: dim for p, dim in batch.items()}
     size = graph.types[next(iter(split))].shape[next(iter(split.values()))]
-    flow = _Flow(graph, split, {}, set())
-    try:
-        body = {i for i, op in enumerate(graph.ops) if flow.visit(op)}
-    except _Stop as stop:
-        return stop.refusal
+    flow, body = _Flow(graph, split, {}, set()), set[int]()
+    for i, op in enumerate(graph.ops):
+        try:
+            body |= {i} if flow.visit(op) else set()
+        except _Stop as stop:
+            return refusals.for_results(graph, op, stop.refusal)
     if flow.whole or flow.own:
         _spread_late(graph, flow, body)
     if leaving := flow.own_left(body):

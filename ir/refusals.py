@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .graph import Graph, Op
 
@@ -12,6 +12,7 @@ STATISTICS = {
     "conv_general_dilated": "a sum of products", "scatter-add": "a sum by index", "scan": "the result of a loop",
     "reduce_and": "a test", "reduce_or": "a test",
 }  # fmt: skip
+BY_PLACE = frozenset({"slice", "dynamic_slice", "dynamic_update_slice", "pad", "rev"})
 STAY = "microbatches=1 without a pipeline"
 BY_MICROBATCH = 'or batch_stats="microbatch", which takes it over each microbatch and changes numbers'
 OWN = f"{STAY}; or take it over each sequence or example, as balance losses and layer norms do"
@@ -61,8 +62,27 @@ def _named(source: Op, reader: Op | None, graph: Graph) -> str:
     return STATISTICS.get(source.kind, "a statistic")
 
 
+def for_results(graph: Graph, op: Op, refusal: Refusal) -> Refusal:
+    """The same, with other advice where nothing of the state is made of what the op makes: only metrics are."""
+    made, state = set(op.outputs), {o for _, o in graph.state}
+    for other in graph.ops:
+        if not made.isdisjoint(other.inputs):
+            made.update(other.outputs)
+    needing = [o for o, v in enumerate(graph.outputs) if v in made]
+    if not state or not needing or not state.isdisjoint(needing):
+        return refusal
+    names = " and ".join(f"`{graph.output_name(o)}`" for o in needing)
+    return replace(
+        refusal,
+        fix=f"{STAY}; or return a row for each example instead of {names}, and compute the rest outside of the step: "
+        "no state needs it",
+    )
+
+
 def compares(op: Op) -> Refusal:
     """An op has the batch in two dims."""
+    if op.kind == "concatenate":
+        return Refusal("the step puts arrays of the batch one behind the other (concatenate)", op.where)
     return Refusal(
         f"the step compares examples of the batch with each other ({op.kind} has the batch in two dims)",
         op.where,
@@ -72,6 +92,12 @@ def compares(op: Op) -> Refusal:
 
 def together(op: Op) -> Refusal:
     """An op sees the batch dim as a whole: it sorts, shifts or joins examples, or is opaque."""
+    if op.kind in BY_PLACE:
+        return Refusal(
+            f"the step takes some examples of the batch by their places, as x[0] or x[1:] do ({op.kind})",
+            op.where,
+            f"{STAY}; or give the step those examples alone",
+        )
     return Refusal(f"{op.kind} needs all examples of the batch together", op.where)
 
 

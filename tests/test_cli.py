@@ -130,6 +130,35 @@ def test_a_step_of_ones_own_with_any_number_of_arguments(run, tmp_path):
     assert code == 0 and len(out.splitlines()) == 2, err
 
 
+NORMED = """
+import jax, jax.numpy as jnp, numpy as np
+
+def step(state, x):
+    def loss_of(weight):
+        y = x @ weight
+        mean, variance = y.mean(0), y.var(0)
+        return jnp.mean(jnp.tanh((y - mean) * jax.lax.rsqrt(variance + 1e-3) - x) ** 2), mean
+    (loss, mean), gradient = jax.value_and_grad(loss_of, has_aux=True)(state["weight"])
+    return {"weight": state["weight"] - 0.1 * gradient, "mean": 0.9 * state["mean"] + 0.1 * mean}, {"loss": loss}
+
+def make():
+    draw = np.random.default_rng(0)
+    return step, {"weight": draw.normal(size=(8, 8)) / 3, "mean": np.zeros(8)}, draw.normal(size=(32, 8)) + 1
+"""
+
+
+def test_statistics_of_each_microbatch_are_run_and_verified(run, tmp_path):
+    (tmp_path / "normed.py").write_text(NORMED)
+    pins = ("--mesh", "8", "--microbatches", "4", "-o", "p.json")
+    plan = ("plan", "--model", "normed.py:make", "--cluster", "8xcpu", *pins)
+    code, _, err = run(*plan)
+    assert code == 2 and 'or batch_stats="microbatch"' in err
+    code, out, err = run(*plan, "--batch-stats", "microbatch")
+    assert code == 0 and "taken over each of 4 microbatches" in out, err
+    code, out, err = run("run", "p.json", "--steps", "2", "--verify")
+    assert code == 0 and "equals the unsharded step, run microbatch by microbatch" in out, err
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"), [("fails", "ValueError: no data here"), ("asks", "missing 1 required")]
 )

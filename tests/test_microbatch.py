@@ -1,5 +1,7 @@
 """What the time axis finds, and what it refuses by name."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -62,6 +64,8 @@ REFUSED = {
     lambda w, x: jnp.mean((x @ w) / jnp.max(x @ w)): "takes a maximum over the whole batch",
     lambda w, x: jnp.mean(jnp.sort(x @ w, 0)[:4]): "sort needs all examples of the batch together",
     lambda w, x: jnp.mean((x @ w)[jnp.array([3, 1])]): "picks examples of the batch by index",
+    lambda w, x: jnp.mean((x @ w)[0] ** 2): "some examples of the batch by their places, as x[0] or x[1:] do (slice)",
+    lambda w, x: jnp.mean(jnp.tanh(jnp.concatenate([x, x]) @ w)): "puts arrays of the batch one behind the other",
 }
 
 
@@ -72,6 +76,27 @@ def test_what_needs_the_whole_batch_is_refused_in_the_users_words(loss):
     assert REFUSED[loss] in found.reason
     assert "test_microbatch.py" in found.where
     assert found.fix.startswith("microbatches=1 without a pipeline")
+
+
+METRICS = {
+    "deviation": lambda h: h.std(), "one example": lambda h: h[0], "largest": lambda h: jax.lax.top_k(h[:, 0], 2)[0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_that_needs_the_whole_batch_is_to_be_computed_outside(name):
+    """The advice is for the result that it is; of maxima and means microbatches have parts."""
+
+    def step(w, x, metric):
+        found, grads = jax.value_and_grad(lambda w: (jnp.mean((x @ w) ** 2), x @ w), has_aux=True)(w)
+        return w - grads, {"loss": found[0], "seen": metric(found[1])}
+
+    found = axis_of(partial(step, metric=METRICS[name]), f32(4, 4), f32(8, 4))
+    assert isinstance(found, Refusal)
+    assert "or return a row for each example instead of `result[1]['seen']`" in found.fix
+    assert "test_microbatch.py" in found.where
+    for whole in (jnp.max, jnp.mean, lambda h: (h**2).sum(1)):
+        assert isinstance(axis_of(partial(step, metric=whole), f32(4, 4), f32(8, 4)), TimeAxis)
 
 
 def test_a_step_without_a_batch_is_refused():
