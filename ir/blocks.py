@@ -23,9 +23,11 @@ import numpy as np
 
 from .batch import with_batch
 from .graph import Batch, Graph, Op, Region, TensorType
+from .keys_first import with_keys_first
 
 HEAVY = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "while", "cond"})
 FEWEST_SAVED = 4  # a repeat that saves fewer ops than this is left alone
+FEW = 64  # elements, as of keys and scalars
 MOST_PERIODS = 96  # candidate periods tried per round, the most promising first
 
 
@@ -65,7 +67,9 @@ class Folded:
 
 def fold(graph: Graph) -> Folded:
     """Tag the graph and shrink its repeated blocks; see the module's docstring."""
+    graph = with_keys_first(graph)
     blocks = find_blocks(_symbols(graph), [op.kind in HEAVY for op in graph.ops])
+    blocks = _reading_alike(graph, blocks)
     places = _places(blocks, len(graph.ops))
     ops = tuple(
         _tagged(op, _tag(place, i))
@@ -122,6 +126,26 @@ def find_blocks(symbols: np.ndarray, heavy: Sequence[bool]) -> tuple[Block, ...]
     )
     found.sort(key=lambda block: block.start)
     return tuple(replace(block, name=f"block{i}") for i, block in enumerate(found))
+
+
+def _reading_alike(graph: Graph, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+    """Those of which no repeat reads what an op outside all blocks makes for it alone. Where one repeat stands for
+    many, nobody would read the others' in the small graph, as if they need not be kept. Scalars and keys do not
+    matter, nor do inputs, which are kept anyway.
+    """
+    while True:
+        places = _places(blocks, len(graph.ops))
+        made = zip(graph.ops, places, strict=True)
+        maker = {v: i for i, (op, place) in enumerate(made) if place is None for v in op.outputs}
+        read: dict[tuple[Block, int, int], set[int | None]] = defaultdict(set)
+        for op, place in zip(graph.ops, places, strict=True):
+            if place and 0 < place[1] < place[0].repeats - 1 and place[0].repeats > 3:
+                for k, value in enumerate(op.inputs):
+                    read[place[0], place[2], k].add(maker.get(value) if graph.types[value].size > FEW else None)
+        unlike = {block for (block, _, _), makers in read.items() if len(makers) > 1}
+        if not unlike:
+            return blocks
+        blocks = tuple(block for block in blocks if block not in unlike)
 
 
 def _take_repeats(

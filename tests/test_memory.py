@@ -92,9 +92,54 @@ def test_new_state_beside_old_has_its_own_memory_as_in_the_compiled_program(accu
         updates, state = optimizer.update(gradient, state, p)
         return optax.apply_updates(p, updates), state
 
-    p = {"a": S((512, 2048), jnp.float32), "b": S((2048, 512), jnp.float32)}
-    args = p, jax.eval_shape(optimizer.init, p), S((512, 512), jnp.float32)
-    plan = mw.plan(step, *args, cluster="8xcpu", request=mw.Request(mesh=(8,)))
+    p = {"a": S((1024, 4096), jnp.float32), "b": S((4096, 1024), jnp.float32)}
+    args = p, jax.eval_shape(optimizer.init, p), S((1024, 1024), jnp.float32)
+    plan = mw.plan(step, *args, cluster="h100x8")
     stats = lower(plan, capture(step, *args)).compiled.memory_analysis()
     compiled = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes
     assert plan.estimate.peak_bytes == pytest.approx(compiled, rel=0.06)
+
+
+@pytest.mark.parametrize("keys", ["folded in", "split"])
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_layers_with_keys_of_their_own_are_one_block_and_all_counted(keys, policy):
+    """Their keys alone told layers apart: backward passes were folded, forward ones were not."""
+
+    def step(layers, key, x):
+        of = jax.random.split(key, len(layers)) if keys == "split" else None
+
+        def loss(layers):
+            h = x
+            for i, p in enumerate(layers):
+                y = jnp.tanh(h @ p["a"]) @ p["b"]
+                own = jax.random.fold_in(key, 77 * i) if of is None else of[i]
+                h = h + jnp.where(jax.random.bernoulli(own, 0.9, y.shape), y / 0.9, 0.0)
+            return jnp.mean(h**2)
+
+        return jax.tree.map(lambda p, g: p - 0.1 * g, layers, jax.grad(loss)(layers))
+
+    layers = [{"a": S((64, 256), jnp.float32), "b": S((256, 64), jnp.float32)} for _ in range(8)]
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    found = fold(capture(step, layers, key, S((256, 64), jnp.float32), donate_argnums=0).graph)
+    assert len(found.small.ops) < 0.55 * len(found.whole.ops)
+    small, whole = (peak(graph, policy, 1) for graph in (found.small, found.whole))
+    assert whole * 0.995 <= small <= whole * 1.1
+
+
+def test_a_block_whose_layers_read_unlike_activations_is_not_folded():
+    """Layers that differ in a number have no block; their backward passes are alike, but read what each layer left."""
+
+    def step(layers, x):
+        def loss(layers):
+            h = x
+            for i, w in enumerate(layers):
+                h = h + jnp.where(h > 0.1 * i, jnp.tanh(h @ w), 0.0)
+            return jnp.mean(h**2)
+
+        return jax.tree.map(lambda p, g: p - 0.1 * g, layers, jax.grad(loss)(layers))
+
+    layers = [S((64, 64), jnp.float32)] * 8
+    found = fold(capture(step, layers, S((4096, 64), jnp.float32), donate_argnums=0).graph)
+    for policy in ("none", "full"):
+        small, whole = (peak(graph, policy, 1) for graph in (found.small, found.whole))
+        assert whole * 0.995 <= small <= whole * 1.1
