@@ -26,6 +26,8 @@ ITEM_BYTES = {
     "c64": 8, "c128": 16, "key": 8, "token": 0,
 }  # fmt: skip
 
+TURNS = 10  # that a while counts as, as nobody knows: more than one, since what is inside repeats
+
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
@@ -112,11 +114,13 @@ class Op:
 
     def runs(self, number: int) -> int:
         """How often a region counts: as often as it runs; of branches one alone does, the dearest."""
+        if self.kind == "while":
+            return TURNS
         return int(self.attr("dearest") == number) if self.kind == "cond" else self.trips
 
     @property
     def trips(self) -> int:
-        """How often the regions run: the length of a scan, else once (of a while nobody knows)."""
+        """How often the regions run: the length of a scan, else once."""
         length = dict(self.attrs).get("length", 1) if self.kind == "scan" else 1
         return length if isinstance(length, int) else 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..ir.graph import Graph, Op
+from ..ir.graph import TURNS, Graph, Op
 from .cost.flop import is_counted, told_cost
 from .outline import SELDOM
 
@@ -20,7 +20,7 @@ def _assumed(op: Op) -> Iterator[str]:
     if told := told_cost(op):
         yield f"counted as {told[0]:.3g} FLOP and {told[1]:.3g} bytes, which its cost_estimate says"
     elif op.kind == "while":
-        yield "how many turns it takes is not known; counted as one"
+        yield f"how many turns it takes is not known; counted as {TURNS}"
     elif op.kind == "cond":
         dearest, many = int(op.attr("dearest")) + 1, len(op.regions)  # type: ignore[arg-type]
         yield f"counted as its dearest branch, number {dearest} of {many}; others as {SELDOM:.0%} of theirs"

@@ -258,12 +258,21 @@ class _Deciding:
             taken = self.layouts.only(rule, self.decided.strategy(op, rule), self.decided.order(op))
         else:
             splits = {factor: self.splits[d] for factor, d in step.cuts}
-            if any(self._try_follow(step, k, splits) for k in step.follows):
-                return
             taken = self.catalogue.taken(rule, splits)
+            if any(self._try_follow(step, k, splits) for k in step.follows if self._open(step, k, taken)):
+                return
             if op.kind == "copy":
                 taken = taken.at(np.array([min(s.axes) >= NONE for s in taken.strategies]))
         self._settle(step, self._node(Decision(op.tag, taken.strategies)), taken)
+
+    def _open(self, step: Decides, operand: int, taken: Taken) -> bool:
+        """Whether following this operand leaves something to choose, where the op has a choice.
+
+        Random bits that every device draws whole would keep whole whatever a mask of them meets.
+        """
+        node = self.frame.homes[step.operands[operand]].node
+        assert node is not None
+        return len(self.frame.nodes[node].choices) > 1 or len(taken.strategies) == 1
 
     def _try_follow(self, step: Decides, operand: int, splits: Splits) -> bool:
         home = self.frame.homes[step.operands[operand]]

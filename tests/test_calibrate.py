@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +29,8 @@ from meshwright.planner.cost.calibrate import (
     judge,
 )
 from meshwright.planner.cost.collectives import Collectives
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 @given(st.floats(1e-7, 1e-3), st.floats(1e-12, 1e-8), st.integers(0, 1000))
@@ -247,3 +250,14 @@ def test_a_small_calibration_end_to_end(monkeypatch, tmp_path):
     cluster = Cluster.parse("8xcpu").with_profile(tmp_path / "p.json")
     assert cluster.device.peak_flops["f32"] == found.peak_flops["f32"]
     assert "products f32" in profile_text(found)
+
+
+@pytest.mark.parametrize("name", ["cpu8", "cpu8_epyc"])
+def test_prices_of_emulated_devices_are_near_what_was_measured(name):
+    """Of each kind over 2, 4 and 8 devices, at 256 KiB; one machine is up to twice as fast as another."""
+    measured = Cluster.parse("8xcpu").with_profile(load_profile(RESULTS / f"{name}.json"))
+    for sizes in ((2, 4), (4, 2), (8,)):
+        mesh = Mesh.of(**dict(zip("xy", sizes, strict=False)))
+        for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all"):
+            preset, real = (Collectives(mesh, c).line(kind, ("x",)) for c in (Cluster.parse("8xcpu"), measured))
+            assert 0.5 < preset(2**18) / real(2**18) < 2, (kind, sizes)

@@ -166,7 +166,7 @@ def test_the_search_matches_solving_every_combination(memory):
     assert found.proof.status == "optimal"
 
 
-@pytest.mark.parametrize(("gap", "status", "told"), [(0.0, "optimal", "optimal"), (0.5, "within_gap", "within 4")])
+@pytest.mark.parametrize(("gap", "status", "told"), [(0.0, "optimal", "optimal"), (0.5, "within_gap", "within 3")])
 def test_only_a_plan_without_a_gap_is_called_optimal(gap, status, told):
     found = plan_captured(capture(mlp, *mlp_arguments()), CLUSTER, Request(gap=gap), "mlp")
     assert (found.proof.status, found.proof.stopped_by, found.proof.good_enough) == (status, "proof", gap)

@@ -134,3 +134,24 @@ def test_a_shard_draws_its_rows_of_a_microbatch(groups: int, width: int):
             moment = Moment(index, number, count, groups)
             [part] = one.run([key], {batch: Cut(index * count + number, ways * count, moment)})
             np.testing.assert_array_equal(part, rows[index])
+
+
+def test_bits_drawn_whole_leave_what_their_masks_meet_cut():
+    """An rbg key's bits cannot be cut; a mask of them takes its part of them, and no activation is gathered."""
+
+    def dropped(w: Any, key: Any, x: Any) -> Any:
+        def loss(w: Any) -> Any:
+            h = jnp.tanh(x @ w)
+            return jnp.mean(jnp.where(jax.random.bernoulli(key, 0.9, h.shape), h, 0) ** 2)
+
+        return w - 0.1 * jax.grad(loss)(w)
+
+    args = (
+        jnp.ones((COLUMNS, COLUMNS)),
+        jax.random.key(0, impl="rbg"),
+        jnp.ones((64 * ROWS, COLUMNS)),
+    )
+    found = mw.plan(dropped, *args, cluster="8xcpu")
+    assert {each.kind for each in found.collectives if each.nbytes > args[0].nbytes} == set()
+    sides = [mw.parallelize(dropped, cluster="8xcpu", verify=True)(*args), jax.jit(dropped)(*args)]
+    np.testing.assert_allclose(*map(np.asarray, sides), rtol=1e-5, atol=1e-7)

@@ -186,7 +186,7 @@ def _all_reduce(mesh: Mesh) -> tuple[float, float]:
     alone = _between_products(mesh, 0)
     small, large = (_between_products(mesh, size) - alone for size in (SMALL, LARGE))
     traffic = 2 * (n - 1) / n * 4 * (LARGE - SMALL)
-    rounds = 2 * int(np.ceil(np.log2(n)))
+    rounds = (1 if on_cpus(mesh) else 2) * int(np.ceil(np.log2(n)))
     return max(small, 1e-7) / rounds, traffic / max(large - small, 1e-9)
 
 
