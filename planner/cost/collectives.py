@@ -176,7 +176,7 @@ def _in_one_process(kind: str, levels: tuple[Level, ...]) -> Line:
     """Threads meet once and read each other's memory: twice a ring's bytes, but for an all-gather, which only copies:
     0.73 s for 1 GB on average, over how many devices it may be.
 
-    Measured on 2, 4 and 8 devices of 2 cores: 31 to 62, 56 to 94 and 106 to 172 us of any kind; slopes in
+    Measured on 2, 4 and 8 devices of 2 cores: 26 to 62, 56 to 94 and 106 to 172 us of any kind; slopes in
     `benchmarks/results/cpu8.json` and `cpu8_epyc.json`.
     """
     n, bandwidth = levels[-1].inside, min(level.bandwidth for level in levels)
