@@ -187,6 +187,7 @@ class _Walk:
         self.free: dict[str, bool] = {}  # by value tag, of all values met
         self.decided: set[str] = set()
         self.named: dict[str, Named] = {}
+        self.spread: dict[tuple[str, str], int] = {}  # tags of an op and of a scalar that it spreads -> a number
         self.outer = RESULTS
 
     def run(self) -> Outline:
@@ -232,10 +233,11 @@ class _Walk:
         return made or spreads_scalar(op, self.types)
 
     def _spread(self, op: Op, runs: float, phase: str) -> None:
-        """A scalar that is spread must be known everywhere: no sum owed."""
-        for k, value in enumerate(op.inputs):
+        """A scalar that is spread must be known everywhere: no sum owed. Each layer may spread that of another op."""
+        for value in op.inputs:
             tag = self.tags[value]
             if not self.free[tag]:
+                k = self.spread.setdefault((op.tag, tag), len(self.spread))
                 self.outline.wanted[op.tag, k] = tag, "whole"
                 self._read(value, op.tag, k, tag, runs, phase)
 

@@ -291,3 +291,24 @@ def test_a_loop_around_branches_around_a_loop():
         return lax.fori_loop(0, jnp.int32(x.shape[0] // 4), turn, x)
 
     check_everywhere(step, (normal(WIDE, WIDE), normal(WIDE, WIDE, key=1)), meshes=((2, 4),))
+
+
+def test_a_scalar_of_every_layer_is_spread():
+    """Layers spread a scalar each, the first of another op than the next: `apply_if_finite` over unlike leaves."""
+    optimizer = optax.apply_if_finite(optax.sgd(0.1), 3)
+    weights = {"layers": [{"w": jnp.eye(8), "b": jnp.zeros(8)} for _ in range(6)], "out": jnp.ones((8, 1))}
+
+    def step(p, state, x):
+        def loss(p):
+            h = x
+            for layer in p["layers"]:
+                h = h + jnp.tanh(h @ layer["w"] + layer["b"])
+            return jnp.mean((h @ p["out"]) ** 2)
+
+        updates, state = optimizer.update(jax.grad(loss)(p), state, p)
+        return optax.apply_updates(p, updates), state
+
+    args = weights, optimizer.init(weights), normal(32, 8)
+    ours = mw.parallelize(step, cluster="8xcpu", verify=True, mesh=(2, 4), time_limit=15)(*args)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(jax.jit(step)(*args)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
