@@ -75,13 +75,13 @@ class Stages:
 
 
 def cut_stages(
-    program: Program, captured: Graph, cuts: Sequence[int], microbatches: int, splits: bool = False
+    program: Program, whole: Graph, cuts: Sequence[int], microbatches: int, splits: bool = False
 ) -> Stages:
     """Cut a step into stages.
 
     Args:
-        program: the whole captured graph, prepared.
-        captured: the graph before; `cuts` are positions of its ops, where each stage begins.
+        program: the whole graph, prepared.
+        whole: the graph before, folded; `cuts` are positions of its ops, where each stage begins.
         microbatches: how many; 1 needs no time axis.
         splits: give gradients of weights a fragment of their own.
 
@@ -90,7 +90,7 @@ def cut_stages(
     """
     _check_time(program.time, microbatches)
     classes = Classes(program)
-    places = Places(classes, captured, cuts)
+    places = Places(classes, whole, cuts)
     _check_cuts(places, cuts)
     return _Cutter(classes, places, len(cuts), microbatches, splits).cut()
 

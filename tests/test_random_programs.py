@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax import lax
 
@@ -109,3 +110,25 @@ def test_refusals_are_counted_by_reason():
     lines = [f"{n} refused | batch of {n} ; where x | words" for n in (7, 9)] + ["1 ok | words"]
     counted = "3 programs: 1 ok, 2 refused, 0 WRONG, 0 CRASH"
     assert summary(lines).splitlines() == [counted, "    2  refused batch of #"]
+
+
+def test_stages_begin_where_they_were_planned_though_keys_are_made_first():
+    """Noise on gradients: keys are made after the layers, and moved before them."""
+    optimizer = optax.chain(optax.add_noise(0.01, 0.5, jax.random.key(3)), optax.sgd(0.1))
+
+    def step(weights, state, x):
+        def loss(weights):
+            h = x
+            for w in weights:
+                h = h + jnp.tanh(h @ w)
+            return jnp.mean(h**2)
+
+        updates, state = optimizer.update(jax.grad(loss)(weights), state, weights)
+        return optax.apply_updates(weights, updates), state
+
+    weights = [jnp.eye(16)] * 4
+    args = weights, optimizer.init(weights), jnp.ones((16, 16))
+    request = {"pp": 4, "microbatches": 4, "program": "stages", "time_limit": 15}
+    found = mw.parallelize(step, cluster="8xcpu", **request)(*args)
+    for ours, wanted in zip(found[0], jax.jit(step)(*args)[0], strict=True):
+        assert jnp.allclose(jax.device_get(ours), wanted, rtol=1e-5)

@@ -37,10 +37,11 @@ def lower_pipeline(plan: Plan, captured: Captured, devices: Sequence[Any] | None
     assert pipeline is not None
     schedule = pipeline.read(plan.microbatches)
     check(schedule)
-    program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
+    whole = fold(captured.graph).whole
+    program = prepare(whole, plan.recompute)  # type: ignore[arg-type]
     check_decisions(plan, program.graph, program.value_tags)
     cuts = [stage.cut for stage in pipeline.stages]
-    cut = cut_stages(program, captured.graph, cuts, plan.microbatches, schedule.splits)
+    cut = cut_stages(program, whole, cuts, plan.microbatches, schedule.splits)
     stages = _stages(plan, pipeline, schedule, program, captured, devices)
     for stage, programs in enumerate(stages):
         homes = zip(program.graph.inputs, cut.homes, strict=True)

@@ -191,7 +191,7 @@ def lower_single(plan: Plan, captured: Captured, devices: Sequence[Any] | None =
     program = prepare(folded.whole, plan.recompute)  # type: ignore[arg-type]
     check_decisions(plan, program.graph, program.value_tags)
     cuts = part_cuts(folded, [stage.cut for stage in pipeline.stages])
-    cut = cut_stages(program, captured.graph, cuts, plan.microbatches)
+    cut = cut_stages(program, folded.whole, cuts, plan.microbatches)
     parts, time = layered(program, cut), program.time
     assert isinstance(time, TimeAxis)
     mesh = _mesh(plan, pipeline, devices)
