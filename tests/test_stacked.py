@@ -101,6 +101,7 @@ def saved(state):
 USES = {
     "sum": lambda s: jnp.sum(s["layers"]["w"]),
     "method": lambda s: s["layers"]["w"].mean(axis=0),
+    "listed": lambda s: s["layers"]["w"].tolist(),
     "norm of all": optax.global_norm,
     "ema": lambda s: jax.tree.map(lambda p: 0.9 * p + 0.1 * jnp.ones_like(p), s),
     "added": lambda s: jax.tree.map(jnp.add, s, s)["layers"],

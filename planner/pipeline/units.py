@@ -24,6 +24,7 @@ from ...ir.graph import Graph, Op
 from ...ir.program import Program
 from ...ir.stage_places import Classes
 from ...ir.stages import Fragment, Stages, cut_stages
+from ...ir.units import counted
 from .dealing import deal
 from .narrow import Line
 
@@ -327,8 +328,8 @@ def check_enough(units: Units, stages: int, devices: int) -> None:
     if len(units) < stages:
         near = [n for n in range(1, len(units) + 1) if devices % n == 0][-3:]
         raise PlanError(
-            f"the forward pass has {len(units)} parts to cut between, fewer than {stages} stages.",
-            where="request: pp", fix=f"{' or '.join(map(str, near))} stages",
+            f"the forward pass has {counted(len(units), 'part')} to cut between, fewer than {stages} stages.",
+            where="request: pp", fix=f"{' or '.join(map(str, near))} {'stage' if near == [1] else 'stages'}",
         )  # fmt: skip
 
 
