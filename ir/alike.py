@@ -78,6 +78,8 @@ class _Pairing:
         for a, b in zip(ours, theirs, strict=True):
             if a in self._constants and self._constants[a] == self._constants.get(b):
                 continue
+            if a in self._constants or b in self._constants:
+                self._refuse(f"`{op.kind}` has another constant", op)
             if self.graph.types[a] != self.graph.types[b]:
                 self._refuse(f"{self.graph.types[a]} here is {self.graph.types[b]} there", op)
             if self.names.setdefault(a, b) != b or self.back.setdefault(b, a) != a:

@@ -267,6 +267,26 @@ def test_layers_that_share_weights_are_refused_at_their_line():
             assert refused.value.exit_code == 2, "a request that cannot be honoured"
 
 
+def test_layers_that_differ_in_a_constant_are_refused():
+    """Each has its key, folded in with a number of its own: as one program all would drop what the first does."""
+    weights = {"in": jnp.eye(8), "layers": [jnp.eye(8) / 2] * 4}
+
+    def step(weights, key, x):
+        def loss(weights):
+            y = x @ weights["in"]
+            for number, w in enumerate(weights["layers"]):
+                kept = jax.random.bernoulli(jax.random.fold_in(key, 7 * number), 0.9, y.shape)
+                y += jnp.where(kept, jnp.tanh(y @ w), 0.0)
+            return jnp.mean((y @ weights["in"].T) ** 2)
+
+        return jax.tree.map(lambda w, g: w - g, weights, jax.grad(loss)(weights))
+
+    captured = capture(step, weights, jax.random.key(0), jnp.ones((8, 8)), donate_argnums=0)
+    request = Request(pp=2, microbatches=4, program="single", time_limit=10)
+    with pytest.raises(PlanError, match=r"`random_fold_in` has another constant.*\n.*test_single\.py:\d+"):
+        plan_captured(captured, "2xcpu", request, "dropout")
+
+
 # ---------------------------------------------------------------- the planner's choice
 
 
