@@ -417,7 +417,7 @@ def test_a_kind_of_program_that_does_not_exist_is_refused():
 def test_layers_that_cannot_be_shared_equally_are_refused_when_asked_for():
     captured = case("gpt-tiny", "adamw")[0]
     request = Request(pp=3, microbatches=4, program="single", recompute="none")
-    with pytest.raises(PlanError, match="4 layers, which 3 stages cannot share equally"):
+    with pytest.raises(PlanError, match="4 layers alike in both passes, which 3 stages cannot share equally"):
         plan_captured(captured, "3xcpu", request, "gpt-tiny")
 
 
