@@ -91,7 +91,7 @@ class Request:
             ("recompute", (None, *POLICIES), did_you_mean(str(self.recompute), POLICIES)),
         ):
             if getattr(self, name) not in known:
-                wrong.of(partial(_refuse, name, getattr(self, name), fix))
+                wrong.of(partial(_refuse, name, repr(getattr(self, name)), fix))
         wrong.of(lambda: _check_axes(self.mesh))
         wrong.tell()
         if self.mesh is not None:  # an axis of one device cuts nothing

@@ -224,7 +224,7 @@ MISTAKES = [
         2, "interleaved has two stages per rank or more, not 1",
         ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--pp", "2", "--schedule", "interleaved", "--chunks=1"),
     ),
-    (2, "recompute cannot be all", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--recompute", "all")),
+    (2, "recompute cannot be 'all'", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--recompute", "all")),
     (2, "time_limit cannot be -1", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--time-limit", "-1")),
     (2, "has no unit", ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", "--memory", "7")),
     (2, "h101", ("plan", "--model", "gpt-tiny", "--cluster", "8xh101")),

@@ -108,7 +108,7 @@ def test_degrees_that_do_not_fit_are_refused():
         fixed("gpt-tiny", Parallelism(dp=4))
     with pytest.raises(PlanError, match="pp=1"):
         fixed("gpt-tiny", Parallelism(dp=4, pp=2))
-    with pytest.raises(PlanError, match="recompute cannot be fused"):
+    with pytest.raises(PlanError, match="recompute cannot be 'fused'"):
         fixed("gpt-tiny", Parallelism(dp=8), recompute="fused")
     with pytest.raises(PlanError, match="cannot be cut into 5"):
         fixed("gpt-tiny", Parallelism(dp=8), microbatches=5)
