@@ -218,7 +218,7 @@ def broken_data(data: Any, rng: Random) -> Any:
                     nested = [nested]
                 holder[key] = nested
             case _:
-                holder[key] = rng.choice(VALUES)
+                holder[key] = copy.deepcopy(rng.choice(VALUES))
     return data
 
 
