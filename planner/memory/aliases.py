@@ -1,4 +1,5 @@
-"""A copy that lies like its source is the same memory: a choice of its own for the solver.
+"""A copy that lies like its source, or a gradient like the new state that lends it its place, is the same memory: a
+choice of its own for the solver.
 
 The solver's bytes follow from one node's choice, but whether a copy takes any depends on
 two nodes. So the node of a copy has every choice twice: with bytes of its own, or

@@ -57,7 +57,7 @@ class Lifetimes:
     ticks: int
     causes: dict[int, str]
     scale: dict[int, float]  # value -> factor on its bytes (microbatches, wider accumulators)
-    copies: dict[int, int]  # copies of parameters -> what they show if their layout is the same
+    copies: dict[int, int]  # copies of parameters, and lent gradients -> whose memory they share if they lie alike
 
     def counted(self, microbatches: int) -> Lifetimes:
         """The same lives with another microbatch count; both counts are above 1."""
@@ -375,8 +375,9 @@ class _Analysis:
         """A gradient may lie where the last new state that is made of it will be written."""
         gradients = [v for v in self.position if self._phase(v) == "backward" and v in self.storage.kept]
         for result in sorted(self._own_results, key=self.defined.__getitem__, reverse=True):
-            kind, written = self.graph.types[result], self.defined[result]
-            last = [v for v in gradients if self.graph.types[v] == kind and max(self.used[v]) <= written]
+            kind, written, scale = self.graph.types[result], self.defined[result], self._scale(result)
+            alike = (v for v in gradients if self.graph.types[v] == kind and self._scale(v) == scale)
+            last = [v for v in alike if max(self.used[v]) <= written]
             if last:
                 lent = max(last, key=lambda v: max(self.used[v]))
                 gradients.remove(lent)
