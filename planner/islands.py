@@ -37,7 +37,7 @@ from .meshes import plane_meshes
 from .pipeline.choices import Shape
 from .pipeline.dealing import deal
 from .pipeline.priced import Place, Priced, Pricing
-from .pipeline.schedules import schedule_named
+from .pipeline.schedules import entry, schedule_named
 from .pipeline.units import Units, runs_of
 from .pipeline.watched import Watched
 from .pipeline_report import BESIDES, Rank, by_stages, write_pipeline
@@ -241,6 +241,8 @@ class Islands:
     # ------------------------------------------------------------ the search
 
     def _explore(self) -> None:
+        if self._several_on_a_rank():
+            return
         combinations = self._combinations()
         for looked, each in enumerate(combinations, 1):
             if each.estimate >= self.best * (1 - self.request.good_enough):
@@ -252,16 +254,27 @@ class Islands:
             left = sum(c.estimate < self.best for c in combinations[looked:])
             self._head.stand(self.best, self.lower_bound(), looked, left, self.request.time_limit)
 
+    def _several_on_a_rank(self) -> bool:
+        """Whether the schedule asked for is one that stages over several groups cannot have.
+
+        Raises:
+            PlanError: it is, and no group by itself has a plan with it either.
+        """
+        name = self.request.schedule
+        if name is None or entry(name).chunks == 1:
+            return False
+        if self.best < inf:
+            return True
+        raise PlanError(
+            f"{entry(name).name} puts several stages on a rank, which is not planned for unlike devices.",
+            where="request: schedule", fix="1f1b, zb-h1, gpipe",
+        )  # fmt: skip
+
     def _look(self, each: Combination) -> None:
         try:
             usual = schedule_named(self.request.schedule or "1f1b", sum(each.stages), each.microbatches)
         except PlanError:
             return
-        if usual.stages > usual.ranks:
-            raise PlanError(
-                f"{usual.name} puts several stages on a rank, which is not planned for unlike devices.",
-                where="request: schedule", fix="1f1b, zb-h1, gpipe",
-            )  # fmt: skip
         homes = [group for group, n in zip(each.order, each.stages, strict=True) for _ in range(n)]
         firsts = self._dealt(each, homes)
         if firsts is None:

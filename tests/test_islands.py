@@ -103,7 +103,11 @@ def test_requests_that_unlike_devices_cannot_meet(tmp_path):
     with pytest.raises(PlanError, match="recompute cannot be"):
         plan_captured(found, whole, Request(pp="auto", recompute="some"), "gpt")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="interleaved puts several stages on a rank"):
-        plan_captured(found, whole, replace(REQUEST, schedule="interleaved"), "gpt")
+        plan_captured(found, whole, replace(REQUEST, pp=8, schedule="interleaved"), "gpt")
+    plan = plan_captured(found, whole, replace(REQUEST, schedule="interleaved"), "gpt")
+    assert plan.cluster.size == 4 and plan.pipeline is not None and plan.pipeline.schedule == "interleaved"
+    assert any("4 devices are left idle" in note for note in plan.notes)
+    assert "several stages on one rank, where groups are unlike" in plan.proof.left_out
     with pytest.raises(InfeasibleError, match="neither on one group of devices nor on all"):
         plan_captured(found, whole, replace(REQUEST, memory=1e5), "gpt")
 

@@ -27,8 +27,10 @@ from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra import live_of
 from meshwright.planner.memory.ledger import Ledger
 from meshwright.planner.meshes import mesh_of
+from meshwright.planner.pipeline import priced
 from meshwright.planner.pipeline.choices import Shape
 from meshwright.planner.pipeline.dealing import deal
+from meshwright.planner.pipeline.limited import search_schedule
 from meshwright.planner.pipeline.priced import Place, Pricing
 from meshwright.planner.pipeline.schedules import schedule_named
 from meshwright.planner.pipeline.simulate import StageSeconds, pipeline_tasks, simulate
@@ -191,6 +193,36 @@ def test_reordered_passes_fit():
     request = Request(pp=4, program="stages", memory=1.4 * 2**20)
     plan = planned("gpt-tiny", "8xcpu", request)
     assert plan.estimate.peak_bytes <= plan.estimate.limit_bytes == request.memory
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_search_for_a_better_order_that_finds_no_room_ends_no_search_that_has_a_plan(monkeypatch, fails_at):
+    """The second has less room than the first, whose passes held too much."""
+    tried = 0
+
+    def without_room(stages, held, *rest, **options):
+        nonlocal tried
+        tried += 1
+        if tried >= fails_at:
+            raise InfeasibleError("rank 0 has no room for one microbatch.", where="rank 0", fix="more")
+        return search_schedule(stages, replace(held, limits=[1e12] * len(held.limits)), *rest, **options)
+
+    request = Request(pp=4, program="stages", memory=1.4 * 2**20)
+    monkeypatch.setattr(priced, "search_schedule", without_room)
+    plan = planned("gpt-tiny", "8xcpu", request)
+    assert tried >= fails_at and plan.pipeline is not None and plan.pipeline.schedule != "searched"
+
+
+def test_a_schedule_for_some_numbers_of_stages_alone_is_searched_on_those():
+    """Of DualPipe-V, 4 ranks need 8 microbatches; five make no equal groups of two."""
+    plan = planned("gpt-tiny", "8xcpu", Request(pp="auto", schedule="dualpipe-v", microbatches=4))
+    assert plan.pipeline is not None and plan.pipeline.schedule == "dualpipe-v" and len(plan.pipeline.first) == 2
+    plan = planned("gpt-tiny", "8xcpu", Request(pp="auto", schedule="interleaved", microbatches=5), batch=20)
+    assert plan.pipeline is not None and len(plan.pipeline.first) == 4
+    with pytest.raises(PlanError, match="interleaved cuts 2 ranks into 14 stages; the forward pass has 10 parts"):
+        planned("gpt-tiny", "8xcpu", Request(pp="auto", schedule="interleaved", chunks=7))
+    with pytest.raises(PlanError, match="dualpipe-v takes at least two microbatches per rank, got 2"):
+        planned("gpt-tiny", "8xcpu", Request(pp="auto", schedule="dualpipe-v", microbatches=2))
 
 
 def test_a_search_that_is_interrupted_leaves_no_bound_too_high(monkeypatch):

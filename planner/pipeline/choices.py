@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
@@ -78,11 +78,11 @@ class Choices:
             check_enough(self.units, wanted, cluster.size)
             if self.search.request.program == "single":
                 even_firsts(self.units, wanted)
-            return (wanted,) * (cluster.size % wanted == 0)
+            return self._with_schedule([wanted] if cluster.size % wanted == 0 else [])
         found = sorted(cluster.size // n for n in stage_sizes(cluster) if cluster.size // n <= len(self.units))
         if self.search.request.program == "single":
             found = [stages for stages in found if can_be_even(self.units, stages)]
-        return tuple(found)
+        return self._with_schedule(found)
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
@@ -112,19 +112,40 @@ class Choices:
 
     @cached_property
     def _pinned(self) -> Choice:
-        request = self.search.request
-        found = entry(str(request.schedule))
-        chunks = self._chunks
-        if isinstance(request.pp, int) and chunks * request.pp > len(self.units):
-            most = len(self.units) // request.pp
+        return entry(str(self.search.request.schedule)).name, self._chunks
+
+    def _with_schedule(self, stage_counts: Sequence[int]) -> tuple[int, ...]:
+        """Those for which there is a schedule as it is asked for.
+
+        Raises:
+            PlanError: there are none; why not for the least.
+        """
+        found = {stages: self._lacking(stages) for stages in stage_counts}
+        able = tuple(stages for stages, error in found.items() if error is None)
+        if not able and (errors := [error for error in found.values() if error is not None]):
+            raise errors[0]
+        return able
+
+    def _lacking(self, stages: int) -> PlanError | None:
+        """Why the schedule that is asked for cannot be for so many ranks; None where it can, or none is."""
+        request, chunks = self.search.request, self._chunks
+        if request.schedule is None:
+            return None
+        if chunks * stages > len(self.units):
+            most = len(self.units) // stages
             told = f"at most {most} stages per rank" if most > 1 else f"at most {len(self.units) // 2} ranks"
-            where = f"request: {'schedule' if request.chunks is None else 'chunks'}"
-            raise PlanError(
-                f"{found.name} cuts {request.pp} ranks into {chunks * request.pp} stages; the forward pass has"
+            return PlanError(
+                f"{self._pinned[0]} cuts {stages} ranks into {chunks * stages} stages; the forward pass has"
                 f" {len(self.units)} parts to cut between.",
-                where=where, fix=f"{told}, or another schedule",
+                where=f"request: {'schedule' if request.chunks is None else 'chunks'}",
+                fix=f"{told}, or another schedule",
             )  # fmt: skip
-        return found.name, chunks
+        try:
+            for many in () if request.microbatches is None else (request.microbatches,):
+                schedule_named(request.schedule, stages, many, None if chunks == 1 else chunks)
+        except PlanError as error:
+            return error
+        return None
 
     def schedules_for(self, shape: Shape) -> Iterator[Schedule]:
         for name, chunks in self.schedules(shape.stages, shape.microbatches):
@@ -133,8 +154,7 @@ class Choices:
             try:
                 yield schedule_named(name, shape.stages, shape.microbatches, None if chunks == 1 else chunks)
             except PlanError:
-                if self.search.request.schedule is not None and self.search.request.microbatches is not None:
-                    raise
+                continue
 
     def meshes(self, stages: int) -> tuple[Mesh, ...]:
         return plane_meshes(self.search.cluster, self.search.cluster.size // stages, self.search.request.mesh)

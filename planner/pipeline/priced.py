@@ -14,6 +14,7 @@ from math import inf
 import numpy as np
 
 from ...ir.cluster import Cluster
+from ...ir.errors import InfeasibleError
 from ...ir.schedule import Schedule, peak_held
 from .dealing import ANYWHERE, Fits, deal
 from .limited import search_schedule
@@ -105,7 +106,7 @@ class Pricing:
 
     def reordered(self, priced: Priced) -> Priced | None:
         """The same stages, their passes in the best order found for their seconds and bytes; None where there are
-        too many passes to search."""
+        too many passes to search, or no order is found that fits."""
         old = priced.schedule
         if 3 * old.stages * old.microbatches > LARGE:
             return None
@@ -114,20 +115,22 @@ class Pricing:
         _, left, late = zip(*parts, strict=True)
         always = [peak - peak_held(old, rank, left, late) for rank, peak in enumerate(priced.peaks)]
         limits = np.array([place.limit for place in self.places])
-        room = Held(left, late, limits.tolist(), always)
-        found = search_schedule(priced.stages, room, old.microbatches, work=REORDER, placement=old.held)
-        peaks, held = zip(*(self._peak(found.schedule, rank, runs) for rank in range(old.ranks)), strict=True)
-        excess = np.maximum(0.0, np.array(peaks) - limits)  # passes that are split hold more than those that are not
-        if excess.any():
-            room = replace(room, limits=(limits - excess).tolist())
-            found = search_schedule(priced.stages, room, old.microbatches, work=REORDER, placement=old.held)
-            peaks, held = zip(*(self._peak(found.schedule, rank, runs) for rank in range(old.ranks)), strict=True)
-            if (np.array(peaks) > limits).any():
+        room = limits
+        for _ in range(2):
+            try:
+                held = Held(left, late, room.tolist(), always)
+                found = search_schedule(priced.stages, held, old.microbatches, work=REORDER, placement=old.held)
+            except InfeasibleError:
                 return None
-        return replace(
-            priced, schedule=found.schedule, peaks=peaks, held=held, run=found.run,
-            seconds=priced.seconds - priced.run.makespan + found.seconds,
-        )  # fmt: skip
+            peaks, most = zip(*(self._peak(found.schedule, rank, runs) for rank in range(old.ranks)), strict=True)
+            excess = np.maximum(0.0, np.array(peaks) - limits)  # passes that are split hold more than others
+            if not excess.any():
+                seconds = priced.seconds - priced.run.makespan + found.seconds
+                return replace(
+                    priced, schedule=found.schedule, peaks=peaks, held=most, run=found.run, seconds=seconds
+                )
+            room = limits - excess
+        return None
 
     def _cuts(self, schedule: Schedule) -> Iterator[tuple[int, ...]]:
         """Even in what passes take; then, if updates are uneven by much, in what both take together."""
