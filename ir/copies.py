@@ -9,6 +9,10 @@ both moments. A copy that keeps the layout of its source costs nothing.
     sums (products, reductions)           one per phase with two or more readers,
     and what scales or reshapes one       as a mean does, which could owe the sum to each
     other values                          one per phase with two or more heavy readers
+    gradients of weights                  one where the backward pass makes them
+
+The last may settle its sum at once, as FSDP does, so that a shard lies there until the update, or go on owing it. A
+microbatch then adds up shards, or what it owes.
 """
 
 from __future__ import annotations
@@ -31,6 +35,13 @@ READING = (
     "update",
 )  # phases whose ops may read a copy; a loss may be made again after them
 SMALLEST = 2  # elements; scalars are not worth a decision of their own
+SETTLING = "~settled~backward"  # ends the tag of a copy that may settle a gradient's sum or go on owing it
+WEIGHING = PRODUCTS | {"scatter-add"}  # what makes gradients of weights and tables
+
+
+def settles(op: Op) -> bool:
+    """Whether it is the copy behind a gradient."""
+    return op.kind == "copy" and op.tag.endswith(SETTLING)
 
 
 def insert_copies(graph: Graph, phases: Sequence[str]) -> Graph:
@@ -43,8 +54,10 @@ def insert_copies(graph: Graph, phases: Sequence[str]) -> Graph:
     prepared -= _made_anywhere(graph)
     counts = dict(zip(graph.inputs, graph.input_counts, strict=True)) if graph.input_counts else {}
     placer = _Placer(fresh, {v: op for v, (op, _) in writer.items()}, prepared, tags, counts)
+    placer.settle(ops, phases)
     new_ops = placer.place(ops, phases)
-    return replace(graph, types=fresh.types, ops=new_ops)
+    outputs = tuple(placer.settled.get(v, v) for v in graph.outputs)
+    return replace(graph, types=fresh.types, ops=new_ops, outputs=outputs)
 
 
 def _made_anywhere(graph: Graph) -> set[int]:
@@ -83,6 +96,18 @@ class _Placer:
     ):
         self.fresh, self.writer, self.prepared = fresh, writer, prepared
         self.tags, self.counts = tags, counts
+        self.settled: dict[int, int] = {}  # gradient -> its copy that may settle it
+
+    def settle(self, ops: Sequence[Op], phases: Sequence[str]) -> None:
+        """Give a copy to each product of the backward pass that the update alone reads: a weight's gradient."""
+        read: dict[int, set[str]] = defaultdict(set)
+        for op, phase in zip(ops, phases, strict=True):
+            for value in op.inputs:
+                read[value].add(phase)
+        for op, phase in zip(ops, phases, strict=True):
+            (value, *_) = op.outputs
+            if op.kind in WEIGHING and phase == "backward" and read[value] == {"update"} and self._large(value):
+                self.settled[value] = self.fresh.like(value)
 
     def place(self, ops: Sequence[Op], phases: Sequence[str]) -> tuple[Op, ...]:
         readers: dict[tuple[int, str], list[int]] = defaultdict(list)
@@ -96,12 +121,14 @@ class _Placer:
             chosen = self._readers(ops, value, phase, positions)
             if not chosen:
                 continue
-            source = shared.get(value, value)
+            source = shared.get(value, self.settled.get(value, value))
             copy = self._copy(source, f"{self._tag(value)}~{phase}", self._count(value))
             before[chosen[0]].append(copy)
             rename.update({(position, value): copy.outputs[0] for position in chosen})
         return tuple(
-            new for i, op in enumerate(ops) for new in (*before[i], self._reading(op, i, rename))
+            new
+            for i, op in enumerate(ops)
+            for new in (*before[i], self._reading(op, i, rename), *self._settling(op))
         )
 
     def _shared_copies(self, ops, readers, before) -> dict[int, int]:
@@ -163,8 +190,13 @@ class _Placer:
     def _copy(self, source: int, tag: str, count: int) -> Op:
         return Op("copy", (source,), (self.fresh.like(source),), tag=tag, count=count)
 
+    def _settling(self, op: Op) -> list[Op]:
+        found = [v for v in op.outputs if v in self.settled]
+        return [Op("copy", (v,), (self.settled[v],), tag=self._tag(v) + SETTLING, count=op.count) for v in found]
+
     def _reading(self, op: Op, position: int, rename: dict[tuple[int, int], int]) -> Op:
-        return replace(op, inputs=tuple(rename.get((position, v), v) for v in op.inputs))
+        inputs = (rename.get((position, v), self.settled.get(v, v)) for v in op.inputs)
+        return replace(op, inputs=tuple(inputs))
 
 
 def _layer(op: Op | None) -> str:

@@ -22,6 +22,7 @@ from functools import cached_property
 from math import lcm
 
 from . import refusals
+from .copies import settles
 from .graph import Graph, Op, Region, deciding
 from .mesh import Mesh
 from .refusals import Refusal
@@ -188,6 +189,9 @@ class _Flow:
             return False
         if op.kind == AVERAGED:
             self.totals[op.outputs[0]] = "sum"
+            return True
+        if settles(op) and op.inputs[0] in self.totals:
+            self.totals[op.outputs[0]] = self.totals[op.inputs[0]]
             return True
         if not any(v in self.split for v in op.inputs):
             if op.kind == ESTIMATED or not self.own.isdisjoint(op.inputs):

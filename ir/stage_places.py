@@ -22,6 +22,7 @@ from functools import cached_property
 from math import inf
 
 from .batch import batch_dims
+from .copies import settles
 from .examples import Examples
 from .graph import Graph, Op
 from .microbatch import TimeAxis
@@ -212,7 +213,10 @@ class Places:
         or to the parameter that it is for."""
         lowest: dict[int, float] = {}  # value -> least level of its readers in the body
         sums: list[Op] = []
+        settling = [op for op in self.classes.backward if settles(op)]
         for op in reversed(self.classes.backward):
+            if settles(op):
+                continue
             read = any(v in lowest for v in op.outputs)
             if (
                 not read
@@ -227,7 +231,7 @@ class Places:
             least = min(lowest.get(v, level.get(v, inf)) for v in op.inputs)
             goal = min((self._goals[v] for v in op.outputs if v in self._goals), default=inf)
             level |= dict.fromkeys(op.outputs, min(least, goal, level[op.outputs[0]]))
-        return level
+        return level | {op.outputs[0]: level[op.inputs[0]] for op in settling}
 
     @cached_property
     def _goals(self) -> Mapping[int, int]:
@@ -252,7 +256,8 @@ class Places:
                 goals |= {
                     v: min(least, goals.get(v, least)) for v in op.inputs if graph.types[v].rank
                 }
-        return goals
+        copies = [op for op in self.classes.backward if settles(op)]
+        return goals | {op.inputs[0]: goals[op.outputs[0]] for op in copies if op.outputs[0] in goals}
 
     def _from_above(self, value: int, level: Mapping[int, float]) -> bool:
         return value in self._gradients or value in self.classes.free or level.get(value) == inf

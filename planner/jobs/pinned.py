@@ -23,6 +23,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from ...ir.copies import settles
 from ...ir.errors import PlanError, did_you_mean
 from ...ir.examples import Examples
 from ...ir.graph import Op
@@ -30,9 +31,10 @@ from ...ir.mesh import Axis, Mesh
 from ...ir.mistakes import Mistakes
 from ...ir.program import Program
 from ...ir.roles import roles
-from ...ir.rule import NONE, Rule, Strategy, cuttable
+from ...ir.rule import NONE, Rule, Strategy, cuttable, result_sharding
 from ...ir.rules import rule_of
 from ...ir.sharding import Sharding
+from ..strategies import follow
 from ..usage import example_dims, followed
 from .positions import Attention, Positions
 
@@ -164,6 +166,8 @@ class Pinned:
     # ------------------------------------------------------------ what `build` asks
 
     def strategy(self, op: Op, rule: Rule) -> Strategy:
+        if settles(op):
+            return self._as_left(op, rule)
         allowed = cuttable(rule)
         codes: list[int] = []
         for axis in self.mesh.axes:
@@ -176,6 +180,19 @@ class Pinned:
             )
             codes.append(fits[0] if fits else NONE)
         return Strategy(tuple(codes))
+
+    def _as_left(self, op: Op, rule: Rule) -> Strategy:
+        """A gradient owes its sum to the update."""
+        maker = self._makers[op.inputs[0]]
+        made = rule_of(maker, self.types)
+        layout = result_sharding(made, self.strategy(maker, made), self.mesh, 0)
+        found = follow(rule, 0, layout, self.mesh.names)
+        assert found is not None
+        return found
+
+    @cached_property
+    def _makers(self) -> dict[int, Op]:
+        return {v: op for op in self.graph.ops for v in op.outputs}
 
     def layout(self, tag: str, value: int) -> Sharding:
         """Of an input: cut as the trackers say."""

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from ...ir.copies import settles
 from ...ir.graph import TensorType
 from ...ir.mesh import Mesh
 from ...ir.microbatch import TimeAxis
@@ -87,7 +88,8 @@ class Ledger:
     def by_cause(self, choices: tuple[int, ...], at: tuple[int, int]) -> dict[str, float]:
         """What lies at a moment; a copy is what was gathered, or one that lies as its source does."""
         nbytes, causes = self.local_bytes(choices), self.lives.causes
-        copied = {op.outputs[0]: op.inputs[0] for op in self.space.program.graph.ops if op.kind == "copy"}
+        copies = [op for op in self.space.program.graph.ops if op.kind == "copy" and not settles(op)]
+        copied = {op.outputs[0]: op.inputs[0] for op in copies}
         found: dict[str, float] = defaultdict(float)
         for value, count in self.lives.alive(*at).items():
             same = value in copied and self._layout(value, choices) == self._layout(copied[value], choices)

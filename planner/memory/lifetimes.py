@@ -17,6 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ...ir.copies import settles
 from ...ir.graph import ITEM_BYTES, Graph, Op
 from ...ir.microbatch import TimeAxis
 from ...ir.program import Program
@@ -196,7 +197,7 @@ class _Analysis:
         for value in op.outputs:
             self.defined[value] = tick
             self.used[value].append(end - 1)
-        for value in op.inputs:
+        for value in () if settles(op) else op.inputs:
             self.used[value].append(end - 1)
             if is_fused(op):
                 self.fused[value].append(end - 1)
@@ -288,7 +289,7 @@ class _Analysis:
             return start, end
         inside = [self.spans[p] for p in self.time.body]
         first, last = min(s.start for s in inside), max(s.end for s in inside)
-        if value in self.time.totals and self.position[value] in self.time.body:
+        if value in self._added_up:
             return first, max(end, last)
         if self.position[value] not in self.time.body and start <= last and end >= first:
             return min(start, first), max(end, last)
@@ -373,7 +374,8 @@ class _Analysis:
 
     def _lend_results(self) -> None:
         """A gradient may lie where the last new state that is made of it will be written."""
-        gradients = [v for v in self.position if self._phase(v) == "backward" and v in self.storage.kept]
+        made = (v for v in self.position if self._phase(v) == "backward" and v in self.storage.kept)
+        gradients = [v for v in made if v not in self._fresh]
         for result in sorted(self._own_results, key=self.defined.__getitem__, reverse=True):
             kind, written, scale = self.graph.types[result], self.defined[result], self._scale(result)
             alike = (v for v in gradients if self.graph.types[v] == kind and self._scale(v) == scale)
@@ -382,6 +384,18 @@ class _Analysis:
                 lent = max(last, key=lambda v: max(self.used[v]))
                 gradients.remove(lent)
                 self.copies[lent] = result
+
+    @cached_property
+    def _fresh(self) -> frozenset[int]:
+        """Gradients before they may be settled: whatever is kept of them, until the update or over microbatches, is
+        their copy."""
+        return frozenset(v for op in self.graph.ops if settles(op) for v in op.inputs)
+
+    @cached_property
+    def _added_up(self) -> frozenset[int]:
+        """Sums of the microbatches."""
+        totals = self.time.totals.keys() if self.time else ()
+        return frozenset(v for v in totals if self.position.get(v) in self.time.body) - self._fresh  # type: ignore[union-attr]
 
     def _phase(self, value: int) -> str | None:
         position = self.position.get(value)
@@ -396,7 +410,7 @@ class _Analysis:
             return "loop bodies"
         op = self.graph.ops[self.position[value]]
         phase = self.program.phases[self.position[value]]
-        if op.kind == "copy" and phase != "update":
+        if op.kind == "copy" and phase != "update" and not settles(op):
             return "gathered"
         return {"forward": "activations", "backward": "gradients", "prepare": "casts"}.get(
             phase, "update"
@@ -410,7 +424,7 @@ class _Analysis:
             return width
         if value in self.time.split:
             return width / self.microbatches
-        if value in self.time.totals and self.position.get(value) in self.time.body:
+        if value in self._added_up:
             return max(width, 4 / max(1, ITEM_BYTES[self.graph.types[value].dtype]))
         return width
 

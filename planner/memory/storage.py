@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+from ...ir.copies import settles
 from ...ir.graph import ITEM_BYTES, Graph, Op
 from ...ir.microbatch import TimeAxis
 from ...ir.program import Program
@@ -106,6 +107,8 @@ class _Analysis:
     def _transposes_product(self, op: Op) -> bool:
         """A weight's gradient is written in the order of dims that the update wants."""
         product = self.maker.get(op.inputs[0]) if op.kind == "transpose" else None
+        if product is not None and settles(product):
+            product = self.maker[product.inputs[0]]
         return product is not None and product.kind == "dot_general" and op.outputs[0] in self.updated
 
     def _share(self, op: Op) -> None:

@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from ...ir.copies import settles
 from ...ir.graph import ITEM_BYTES, Graph
 from ...ir.microbatch import TimeAxis
 from ...ir.program import Program
@@ -245,8 +246,9 @@ class Passes:
 
     @cached_property
     def copied(self) -> dict[int, int]:
-        """All copies, and what they are of."""
-        return {op.outputs[0]: op.inputs[0] for op in self.graph.ops if op.kind == "copy"}
+        """All copies of what is not a gradient, and what they are of."""
+        copies = [op for op in self.graph.ops if op.kind == "copy" and not settles(op)]
+        return {op.outputs[0]: op.inputs[0] for op in copies}
 
     @property
     def constants(self) -> frozenset[int]:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from math import prod
 
-from ..ir.plan import EXACT, AxisUse, Plan, Proof, Tensor
+from ..ir.plan import EXACT, AxisUse, Plan, Proof
+from .states import MOSTLY, states
 
 SHOWN = 5e-4  # the least gap that one digit of a percentage shows
-MOSTLY = 0.5  # share of FLOP or bytes from which a word applies
 
 
 def words(plan: Plan) -> tuple[str, ...]:
     """One phrase per form of parallelism found, the largest part first."""
-    stages, states = _stages(plan), _states(plan)
-    told = f"fullest rank: {states}" if stages and states else states
+    stages, lie = _stages(plan), states(plan, {use.axis for use in plan.uses if duty(use) == "data"})
+    told = f"fullest rank: {lie}" if stages and lie else lie
     found = [_pipeline(plan), *(stages or _axes(plan, plan.uses)), told]
     if plan.microbatches > 1:
         found.append(f"{plan.microbatches} microbatches, gradients accumulated")
@@ -122,47 +122,5 @@ def _scatters_activations(plan: Plan, axes: set[str]) -> bool:
     sums = {"reduce_scatter": 0.0, "all_reduce": 0.0}
     for item in plan.collectives:
         if item.phase == "forward" and item.kind in sums and set(item.axes) <= axes:
-            sums[item.kind] += item.nbytes * item.count
-    return sums["reduce_scatter"] > sums["all_reduce"]
-
-
-def _states(plan: Plan) -> str:
-    """ZeRO's stages over the axes that cut the batch."""
-    data = {use.axis for use in plan.uses if duty(use) == "data"}
-    ways = prod(use.size for use in plan.uses if use.axis in data)
-    if ways == 1:
-        return ""
-    cut = {role: _cut_share(plan, role, data) for role in ("parameter", "optimizer")}
-    if cut["parameter"] >= MOSTLY:
-        full = _cut_share(plan, "parameter", data, every=True) >= MOSTLY
-        return "ZeRO-3 (FSDP)" if full else "hybrid-sharded states (HSDP)"
-    if cut["optimizer"] >= MOSTLY:
-        return "ZeRO-2" if _scatters_gradients(plan, data) else "ZeRO-1"
-    return "replicated states"
-
-
-def _cut_share(plan: Plan, role: str, axes: set[str], every: bool = False) -> float:
-    """Share of the bytes of a role whose resting layout is cut over one (or every) axis."""
-    tensors = [t for t in plan.tensors if t.role == role]
-    total = sum(map(_bytes, tensors))
-    test = axes.issubset if every else (lambda cut: bool(axes & cut))
-    return sum(_bytes(t) for t in tensors if test(set(cut_axes(t)))) / total if total else 0.0
-
-
-def cut_axes(tensor: Tensor) -> list[str]:
-    """Axes that cut a tensor: "[x·y, -] + owes z" -> x, y."""
-    inside = tensor.sharding.partition("[")[2].partition("]")[0]
-    return [axis for dim in inside.split(", ") for axis in dim.split("·") if axis not in ("", "-")]
-
-
-def _bytes(tensor: Tensor) -> float:
-    """Of all its copies on all devices that hold different parts."""
-    return tensor.local_bytes * prod(tensor.shape) / max(1, prod(tensor.local_shape))
-
-
-def _scatters_gradients(plan: Plan, axes: set[str]) -> bool:
-    sums = {"reduce_scatter": 0.0, "all_reduce": 0.0}
-    for item in plan.collectives:
-        if item.phase in ("backward", "update") and item.kind in sums and set(item.axes) & axes:
             sums[item.kind] += item.nbytes * item.count
     return sums["reduce_scatter"] > sums["all_reduce"]
