@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -50,10 +50,10 @@ def _nested(op: Op) -> Iterator[Op]:
             yield from _nested(inner)
 
 
-def _part(op: Op, phase: str, inside: frozenset[int]) -> str:
+def _part(op: Op, phase: str, inside: Collection[int]) -> str:
     if phase in ("update", "prepare"):
         return "optimizer" if phase == "update" else "casts"
-    scores = not inside.isdisjoint((*op.inputs, *op.outputs))
+    scores = any(v in inside for v in (*op.inputs, *op.outputs))
     if op.kind in CONTRACTIONS:
         return "attention products" if scores else "products"
     return "softmax" if scores else "look-ups" if op.kind in KERNELS else "elementwise"

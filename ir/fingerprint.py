@@ -1,8 +1,10 @@
-"""A name for a graph's content: equal for equal graphs, whatever ids their values carry."""
+"""Names for content: of a graph, equal for equal graphs whatever ids their values carry; of an array."""
 
 from __future__ import annotations
 
 import hashlib
+
+import numpy as np
 
 from .graph import Graph, Op
 
@@ -34,3 +36,9 @@ def fingerprint(graph: Graph) -> str:
         add(op)
     digest.update(f"{[number(v) for v in graph.outputs]}".encode())
     return digest.hexdigest()
+
+
+def digest_of(array: np.ndarray) -> str:
+    """The name that an array of constants has in a graph."""
+    data = np.ascontiguousarray(array).view(np.uint8).data if array.size else b""
+    return f"sha256:{hashlib.sha256(data).hexdigest()[:24]}"

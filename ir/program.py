@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from .attention import Attention, attentions
 from .batch import batch_dims
 from .batch_stats import with_statistics_apart
 from .copies import insert_copies
@@ -32,6 +33,10 @@ class Program:
     graph: Graph
     phases: tuple[str, ...]
     time: TimeAxis | Refusal
+
+    @cached_property
+    def attentions(self) -> tuple[Attention, ...]:
+        return attentions(self.graph)
 
     @cached_property
     def value_tags(self) -> dict[int, str]:

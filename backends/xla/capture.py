@@ -11,7 +11,6 @@ cannot be kept is refused by a CaptureError.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +23,7 @@ from jax import lax
 from ...ir.branches import dearest
 from ...ir.dead import drop_dead_ops
 from ...ir.errors import CaptureError
+from ...ir.fingerprint import digest_of
 from ...ir.graph import Attr, Constant, Graph, Op, Region, TensorType
 from . import compat
 from .batching_dims import with_batching_dims
@@ -336,14 +336,8 @@ def _number(data: Any, kind: TensorType) -> bool | int | float | None:
 
 def _digest(data: Any) -> str:
     if jnp.issubdtype(data.dtype, jax.dtypes.prng_key):
-        return f"sha256:{_sha(np.asarray(jax.random.key_data(data)))}:{jax.random.key_impl(data)}"
-    return f"sha256:{_sha(np.asarray(data))}"
-
-
-def _sha(array: np.ndarray) -> str:
-    return hashlib.sha256(
-        np.ascontiguousarray(array).view(np.uint8).data if array.size else b""
-    ).hexdigest()[:24]
+        return f"{digest_of(np.asarray(jax.random.key_data(data)))}:{jax.random.key_impl(data)}"
+    return digest_of(np.asarray(data))
 
 
 # ---------------------------------------------------------------- what is refused

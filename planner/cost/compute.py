@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...ir.attention import Attention
 from ...ir.cluster import Device
 from ...ir.graph import Op, TensorType
 from ...ir.rule import Rule
@@ -21,7 +22,6 @@ from .flop import DECOMPOSITIONS, flop, told_cost
 from .kernels import CONTRACTIONS, FREE, Kernels, is_kernel, work
 from .products import product_share
 
-CAUSAL = 0.5  # of the products inside fused attention: keys after the query are skipped
 ENDLESS = 1e12  # products in a batch that keeps all multiprocessors busy
 ROWS = 128  # queries that one thread block of fused attention works on (Dao, arXiv 2307.08691, section 3.3)
 
@@ -57,7 +57,7 @@ def op_seconds(
     if terms is not None:
         return terms.fixed + _cut(terms.sides, ways)
     if op.kind in CONTRACTIONS:
-        narrow = products if kernels.inside.isdisjoint((*op.inputs, *op.outputs)) else None
+        narrow = None if kernels.attention(op) else products
         seconds = device.launch + np.maximum(
             device.stream_seconds(_cut(_moved(op, types, kernels), ways)),
             _product_seconds(op, rule, types, device, ways, kernels, narrow),
@@ -84,7 +84,7 @@ class Terms:
 
 def fused_terms(op: Op, types: Mapping[int, TensorType], device: Device, kernels: Kernels) -> Terms | None:
     """Of an op that runs within a fused chain or costs nothing; None for kernels of their own."""
-    if op.kind in FREE or (kernels.inside.issuperset(op.outputs) and op.kind not in CONTRACTIONS):
+    if op.kind in FREE or (kernels.inside.keys() >= {*op.outputs} and op.kind not in CONTRACTIONS):
         return Terms(0.0, {})
     if is_kernel(op):
         return None
@@ -118,9 +118,9 @@ def least_terms(
         if arithmetic > device.stream_seconds(sum(touched.values())):
             return Terms(device.launch, {}, arithmetic)
         return Terms(device.launch, {k: device.stream_seconds(nbytes) for k, nbytes in touched.items()})
-    if not kernels.inside.isdisjoint((*op.inputs, *op.outputs)):
+    if (within := kernels.attention(op)) is not None:
         rate = _peak(device, multiplied_as(op, types, device)) * device.attention_efficiency
-        return Terms(device.launch, {}, flop(op, rule, types) * CAUSAL / rate)
+        return Terms(device.launch, {}, flop(op, rule, types) * within.share / rate)
     share, total = device.efficiency, flop(op, rule, types)
     if op.kind != "conv_general_dilated":
         left, right, result = (types[v].size for v in (*op.inputs[:2], *op.outputs))
@@ -162,8 +162,9 @@ def _product_seconds(
 ) -> np.ndarray | float:  # fmt: skip
     """Seconds of a contraction's arithmetic at the rate that its shape achieves."""
     peak, total = _peak(device, narrow or multiplied_as(op, types, device)), flop(op, rule, types) / ways.work
-    if not kernels.inside.isdisjoint((*op.inputs, *op.outputs)):
-        return total * CAUSAL / (peak * device.attention_efficiency) * _tail(op, types, device, ways, kernels)
+    if (within := kernels.attention(op)) is not None:
+        rate = peak * device.attention_efficiency
+        return total * within.share / rate * _tail(op, types, device, ways, kernels, within)
     if op.kind == "conv_general_dilated":
         return total / (peak * device.efficiency)
     left, right, result = (
@@ -176,22 +177,21 @@ def _product_seconds(
 
 
 def _tail(
-    op: Op, types: Mapping[int, TensorType], device: Device, ways: Ways, kernels: Kernels
+    op: Op, types: Mapping[int, TensorType], device: Device, ways: Ways, kernels: Kernels, within: Attention
 ) -> np.ndarray | float:
     """By what factor fused attention outlasts its work spread evenly over all multiprocessors:
 
-        1 + units / blocks        blocks = batch * heads * queries / ROWS
+        1 + units / blocks * longest / share / 2        blocks = batch * heads * queries / ROWS
 
-    Under a causal mask the last block has all keys, twice the average; a multiprocessor starts it
-    half done on average. Halves the error on fused attention measured at 4 to 128 heads: on an
+    Under a causal mask the last block has all keys (`longest`), twice the average (`share`); a multiprocessor
+    starts it half done on average. Halves the error on fused attention measured at 4 to 128 heads: on an
     A100 PCIe 24 measurements, 16 to 9 %; on a B200 38, 33 to 20 % (SimuMax @4dcaae513b, configs/system).
     """
     if device.units is None:
         return 1.0
     sides = zip((*op.inputs, *op.outputs), (*ways.operands, *ways.results), strict=True)
     scores, cut = next((types[v], w) for v, w in sides if v in kernels.inside)
-    keys = max(size for size in scores.shape if scores.shape.count(size) > 1 or scores.rank < 2)
-    return 1 + device.units * keys * ROWS * cut / scores.size
+    return 1 + device.units * within.many_keys * ROWS * cut / scores.size * within.longest / within.share / 2
 
 
 def _cast_seconds(op: Op, types: Mapping[int, TensorType], device: Device, ways: Ways) -> np.ndarray | float:

@@ -22,10 +22,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Literal
 
+from ...ir.attention import Attention
 from ...ir.graph import Op, TensorType
 from ...ir.program import Program
 from ...ir.recompute import AGAIN, PRODUCTS
@@ -86,7 +87,7 @@ class Kernels:
     copy, a reshape) is kept. `reads[v]` are the (operand, value) pairs that a chain
     first reads at the fused op whose first result is v; `chains[v]` is that op's chain in
     whole tensors: bytes read and written, and its arithmetic in simple operations.
-    `inside` never leave a fused attention kernel.
+    `inside` never leave a fused attention kernel; each is told with its attention.
     """
 
     kept: frozenset[int]
@@ -94,7 +95,11 @@ class Kernels:
     stores: frozenset[int]
     reads: Mapping[int, tuple[tuple[int, int], ...]]
     chains: Mapping[int, Chain]
-    inside: frozenset[int] = frozenset()
+    inside: Mapping[int, Attention] = field(default_factory=dict)
+
+    def attention(self, op: Op) -> Attention | None:
+        """The fused attention that an op is part of, if any."""
+        return next((self.inside[v] for v in (*op.inputs, *op.outputs) if v in self.inside), None)
 
     def form(self, op: Op, types: Mapping[int, TensorType]) -> tuple:
         """What of all this decides the seconds of an op: ops of equal form and rule, cut alike, take equally long."""
@@ -102,6 +107,7 @@ class Kernels:
         chain = self.chains.get(first)
         return (
             tuple(v in self.inside for v in sides),
+            (within := self.attention(op)) and (within.share, within.longest, within.many_keys),
             tuple(v in self.stores for v in op.outputs),
             tuple((k, types[v].nbytes) for k, v in self.reads.get(first, ())),
             chain and (chain.nbytes, chain.work),
@@ -117,7 +123,7 @@ def kernels_of(
 
     With `joined`, what is computed again is part of the kernels that read it.
     """
-    inside = attention_values(program) if fused_attention else frozenset()
+    inside = attention_values(program) if fused_attention else {}
     return _Analysis(program, inside, _written(program, fusion), joined).run()
 
 
@@ -142,7 +148,7 @@ def _in_block(op: Op) -> bool:
 
 
 class _Analysis:
-    def __init__(self, program: Program, inside: frozenset[int], written: frozenset[int], joined: bool):
+    def __init__(self, program: Program, inside: Mapping[int, Attention], written: frozenset[int], joined: bool):
         self.joined = joined
         self.program, self.graph, self.inside = program, program.graph, inside
         self.found = {*self.graph.inputs, *self.graph.outputs, *written}  # values at the border of a kernel
@@ -157,10 +163,10 @@ class _Analysis:
         self._join(self.graph.ops)
         free = free_values(self.program)
         self._read(self.graph.ops, free)
-        kept = (self.found | self.waiting) - self.inside
+        kept = (self.found | self.waiting) - self.inside.keys()
         stores = kept | {self.roots.get(v, v) for v in kept}
         return Kernels(
-            frozenset(kept), frozenset(self.found - self.inside), frozenset(stores), self.reads,
+            frozenset(kept), frozenset(self.found - self.inside.keys()), frozenset(stores), self.reads,
             self._measure(stores), self.inside,
         )  # fmt: skip
 
@@ -271,39 +277,9 @@ def _same(phase: str, _: int) -> str:
     return phase
 
 
-def attention_values(program: Program) -> frozenset[int]:
-    """Scores, weights and their gradients: as large as the product of queries and keys.
-
-    A product of two activations whose result is larger than both operands makes the
-    scores; whatever has the same dims in the same block of ops (in any order) lies
-    between the products of attention.
-    """
-    graph = program.graph
-    made = {v for visit in graph.visits for v in visit.op.outputs}
-    prepared = {*graph.inputs, *graph.constant_ids}
-    for op, phase in zip(graph.ops, program.phases, strict=True):
-        if phase == "prepare" or (op.kind == "copy" and prepared.issuperset(op.inputs)):
-            prepared.update(op.outputs)
-    activations = made - prepared
-    scores = {
-        _dims(graph.types[op.outputs[0]])
-        for visit in graph.visits
-        if (op := visit.op).kind == "dot_general"
-        and activations.issuperset(op.inputs)
-        and graph.types[op.outputs[0]].size > 2 * max(graph.types[v].size for v in op.inputs)
-        and _square(graph.types[op.outputs[0]])
-    }
-    return frozenset(v for v in made if _dims(graph.types[v]) in scores)
-
-
-def _dims(kind: TensorType) -> tuple[int, ...]:
-    return tuple(sorted(size for size in kind.shape if size > 1))
-
-
-def _square(kind: TensorType) -> bool:
-    """Whether some size appears twice: queries by keys."""
-    dims = _dims(kind)
-    return len(set(dims)) < len(dims)
+def attention_values(program: Program) -> Mapping[int, Attention]:
+    """What a fused kernel never writes: scores, weights and their gradients, each with its attention."""
+    return {value: one for one in program.attentions for value in one.inside}
 
 
 def free_values(program: Program) -> frozenset[int]:

@@ -117,7 +117,7 @@ class Attention:
     """Which ops belong to attention: those on scores, and those on maxima and sums of a softmax."""
 
     def __init__(self, program: Program):
-        self.graph, self.scores = program.graph, attention_values(program)
+        self.graph, self.scores = program.graph, attention_values(program).keys()
 
     def __contains__(self, op: Op) -> bool:
         return not self.scores.isdisjoint((*op.inputs, *op.outputs)) or self._statistics.issuperset(

@@ -140,7 +140,7 @@ class _Analysis:
             if sources != {value}:
                 made[value] = sources
         twice = {v: found for v in kept if (found := self._remakes(v))}
-        stored = frozenset(kept) - self.kernels.inside
+        stored = frozenset(kept) - self.kernels.inside.keys()
         if not self.cpu:
             return Storage(stored, made, twice, {})
         return Storage(stored, made, twice, self._transposed(self._widths()), self._early())

@@ -1,0 +1,432 @@
+"""Softmax attention, found by structure: which values lie between its products.
+
+    q · kᵀ ─▶ [ scale, mask, bias ─ exp ─ sum, divide ─ dropout ] ─▶ · v        forward
+    do · vᵀ ─▶ [ gradient of weights, of scores ] ─▶ · k, ᵀ · q, weightsᵀ · do   backward
+
+A search starts at an `exp` whose results are divided by a sum of them. Its operand comes from
+one product (the opening) through ops that keep all dims; everything that has all those dims, on either
+side, belongs to the attention, and leaves it only by products that sum over keys or queries (the
+closings) and by sums. Sizes play no part: dims are followed through dim rules.
+
+Where layers are computed again, the backward pass has an `exp` of its own and is found by that one.
+
+Not attention: a contrastive loss or a cross-entropy (no product takes the weights), weights that are
+not a softmax (relu), weights that someone else reads (returned, sorted, looked up).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from .dealt import OTHER, Parts, complete, followed, whole
+from .graph import Graph, Op, TensorType
+from .masks import Index, Kept, Masks, places
+
+_PURE = frozenset(
+    {"convert_element_type", "select_n", "transpose", "reshape", "squeeze", "broadcast_in_dim", "copy", "expand_dims",
+     "optimization_barrier", "reduce_precision", "mul", "div"}
+)  # fmt: skip
+EXPS = frozenset({"exp", "exp2"})
+_OF_SUMS = _PURE | {"log", "max", "add", "add_any"}  # what a sum may go through before it divides
+_SUMMED = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One attention, or one pass of it.
+
+    `openings` are results of products with all dims of the scores, `closings` of those that leave. `inside` are
+    the values that a fused kernel never writes. `scores` opens the softmax; `keys` are its dims summed over.
+    `share` of all pairs of queries and keys are kept by masks that the program counts out (causal, windows), and of
+    the keys of one query at most `longest`.
+    """
+
+    scores: int
+    keys: frozenset[int]
+    many_keys: int
+    share: float
+    longest: float
+    openings: tuple[int, ...]
+    closings: tuple[int, ...]
+    inside: frozenset[int]
+
+
+def attentions(graph: Graph) -> tuple[Attention, ...]:
+    """All attentions of a step, in the order of their first `exp`."""
+    links, taken, found = _Links(graph), set[int](), []
+    for visit in graph.visits:
+        op = visit.op
+        if op.kind in EXPS and op.outputs[0] not in taken and links.is_divided(op.outputs[0]):
+            one = _Search(links, op.outputs[0]).run()
+            if one is not None:
+                found.append(one)
+                taken |= one.inside
+    return tuple(found)
+
+
+class _Links:
+    """Who makes and who reads a value, scans' bodies included."""
+
+    def __init__(self, graph: Graph):
+        self.graph, self.types = graph, graph.types
+        self.writer: dict[int, Op] = {}
+        self.readers = defaultdict[int, list[Op]](list)
+        self.down = defaultdict[int, list[tuple[int, int]]](
+            list
+        )  # value -> (the same elsewhere, dims that gains)
+        self.up = defaultdict[int, list[tuple[int, int]]](list)
+        for visit in graph.visits:
+            op = visit.op
+            self.writer |= dict.fromkeys(op.outputs, op)
+            for value in op.inputs:
+                self.readers[value].append(op)
+            if op.kind == "scan":
+                self._enter(op)
+
+    def _enter(self, op: Op) -> None:
+        region, (consts, carry) = op.regions[0], op.loop_inputs
+        for i, (outside, inside) in enumerate(zip(op.inputs, region.inputs, strict=True)):
+            self._link(outside, inside, -1 if i >= consts + carry else 0)
+        for k, (end, result) in enumerate(zip(region.outputs, op.outputs, strict=True)):
+            self._link(end, result, 1 if k >= carry else 0)
+
+    def _link(self, source: int, result: int, gained: int) -> None:
+        self.down[source].append((result, gained))
+        self.up[result].append((source, -gained))
+
+    @cached_property
+    def handed(self) -> dict[int, int]:
+        """What every turn of a loop is handed: the same outside of it."""
+        return {
+            inside: found[0][0]
+            for inside, found in self.up.items()
+            if len(found) == 1 and not found[0][1]
+        }
+
+    @cached_property
+    def leaving(self) -> frozenset[int]:
+        return frozenset(self.graph.outputs)
+
+    @cached_property
+    def totals(self) -> dict[int, int | None]:
+        """Sums of weights, and what cheap ops make of those: each with what it is made of, a sum with None."""
+        exps = [v.op.outputs[0] for v in self.graph.visits if v.op.kind in EXPS]
+        weights = {value for exp in exps for value in self.steps(exp, _PURE)}
+        found: dict[int, int | None] = {
+            op.outputs[0]: None
+            for value in weights
+            for op in self.readers[value]
+            if op.kind == "reduce_sum"
+        }
+        for total in tuple(found):
+            found |= {v: u for v, u in self.steps(total, _OF_SUMS).items() if v not in found}
+        return found
+
+    def is_divided(self, exp: int) -> bool:
+        """Whether weights are divided by a sum of weights, or the log of one is taken off before."""
+        op = self.writer.get(self.writer[exp].inputs[0])
+        if op is not None and op.kind == "sub" and op.inputs[1] in self.totals:
+            return True
+        readers = [(value, op) for value in self.steps(exp, _PURE) for op in self.readers[value]]
+        if any(
+            op.kind == "div" and op.inputs[0] == v and op.inputs[1] in self.totals
+            for v, op in readers
+        ):
+            return True
+        sums = [op.outputs[0] for _, op in readers if op.kind == "reduce_sum"]
+        return any(self._divides(value) for total in sums for value in self.steps(total, _OF_SUMS))
+
+    def _divides(self, value: int) -> bool:
+        return any(
+            op.kind == "log" or (op.kind == "div" and op.inputs[1] == value)
+            for op in self.readers[value]
+        )
+
+    def steps(self, start: int, kinds: frozenset[str]) -> dict[int, int | None]:
+        """What ops of some kinds make of a value, scans passed, each with what it is made of."""
+        waiting, found = [start], dict[int, int | None]({start: None})
+        while waiting:
+            value = waiting.pop()
+            new = [other for other, _ in self.down[value]]
+            for op in self.readers[value]:
+                if op.kind == "optimization_barrier":
+                    new += [r for v, r in zip(op.inputs, op.outputs, strict=True) if v == value]
+                elif op.kind in kinds and not (op.kind == "div" and op.inputs[0] != value):
+                    new += op.outputs
+            fresh = [other for other in new if other not in found]
+            found |= dict.fromkeys(fresh, value)
+            waiting += fresh
+        return found
+
+
+class _Search:
+    """One attention, from one `exp` of it. `parts` tell dims of values as those of the `exp`."""
+
+    def __init__(self, links: _Links, exp: int):
+        self.links, self.exp, self.kind = links, exp, links.types[exp]
+        self.parts: dict[int, Parts] = {exp: whole(self.kind)}
+        self.every = frozenset(d for d, size in enumerate(self.kind.shape) if size > 1)
+        self.openings: dict[int, Op] = {}
+        self.made: set[int] = set()  # of an opening, by ops that keep all dims
+        self.given: set[int] = (
+            set()
+        )  # masks, biases, dropout: what else has all dims and is made for this alone
+
+    def run(self) -> Attention | None:
+        """The attention, if it is one."""
+        self._back(self.exp)
+        forward = tuple(self.openings)
+        if not forward:
+            return None
+        closings = self._onward()
+        keys = self._keys()
+        if closings is None or keys is None or not self._is_attention(forward, closings, keys):
+            return None
+        dims = frozenset(
+            d
+            for d, dim in enumerate(self.parts[forward[0]])
+            if dim and {part[0] for part in dim} <= keys
+        )
+        inside, many = frozenset(self.made | self.given), prod(self.kind.shape[d] for d in keys)
+        return Attention(
+            forward[0],
+            dims,
+            many,
+            *self._shares(keys),
+            tuple(self.openings),
+            tuple(closings),
+            inside,
+        )
+
+    # ------------------------------------------------------------ what belongs to it
+
+    def _full(self, parts: Parts) -> bool:
+        return complete(parts, self.kind) >= self.every
+
+    def _back(self, value: int) -> None:
+        """Where a value with all dims comes from: openings, masks, what is handed in."""
+        waiting = [value]
+        while waiting:
+            value = waiting.pop()
+            if value in self.made or value in self.given or value in self.links.leaving:
+                continue
+            for other, gained in self.links.up[value]:
+                self.parts.setdefault(other, _shifted(self.parts[value], gained))
+                waiting.append(other)
+            op = self.links.writer.get(value)
+            if op is None or op.regions:
+                self.given.update(() if op is None else (value,))
+                continue
+            known = followed(op, self.links.types, self.parts)
+            sources = [v for v in op.inputs if v in known and self._full(known[v])]
+            if op.kind == "dot_general" and not sources:
+                self.openings[value] = op
+                self.made.add(value)
+                continue
+            self.given.add(value)
+            for source in sources:
+                self.parts.setdefault(source, known[source])
+                waiting.append(source)
+
+    def _onward(self) -> list[int] | None:
+        """Follow what openings make; the products that leave, None where anything else reads it."""
+        closings: list[int] = []
+        waiting = list(self.openings)
+        while waiting:
+            value = waiting.pop()
+            self.given.discard(value)
+            if value in self.links.leaving:
+                return None
+            for other, gained in self.links.down[value]:
+                if other not in self.made:
+                    self.parts[other] = _shifted(self.parts[value], gained)
+                    self.made.add(other)
+                    waiting.append(other)
+            for op in self.links.readers[value]:
+                if op.kind == "scan":
+                    continue
+                known = followed(op, self.links.types, self.parts)
+                full = [v for v in op.outputs if v in known and self._full(known[v])]
+                if not full and not self._leaves(op, known):
+                    return None
+                if not full and op.kind == "dot_general":
+                    closings += [v for v in op.outputs if v not in closings]
+                for result in full:
+                    if result not in self.made:
+                        self.parts[result] = known[result]
+                        self.made.add(result)
+                        waiting.append(result)
+                waiting += self._beside(op, known)
+        return closings
+
+    def _beside(self, op: Op, known: dict[int, Parts]) -> list[int]:
+        """Other operands with all dims: masks, or the gradient of the weights, which opens the backward pass."""
+        before = set(self.openings)
+        for value in op.inputs:
+            if (
+                value not in self.made
+                and value not in self.given
+                and value in known
+                and self._full(known[value])
+            ):
+                self.parts.setdefault(value, known[value])
+                self._back(value)
+        return [value for value in self.openings if value not in before]
+
+    def _leaves(self, op: Op, known: dict[int, Parts]) -> bool:
+        """Whether an op may end what is inside: a sum or maximum, a product with something from outside."""
+        if op.kind in _SUMMED:
+            return True
+        inside = [v for v in op.inputs if v in self.made]
+        return op.kind == "dot_general" and len(inside) == 1 and op.inputs[0] != op.inputs[1]
+
+    def _shares(self, keys: frozenset[int]) -> tuple[float, float]:
+        """What masks between the opening and the `exp` leave: of all pairs, and of one query's keys at most."""
+        at = places(self.kind.shape, self._rows(keys), keys)
+        kept = Kept(Masks(self.links.graph, self.links.writer, self.links.handed), at)
+        for op in self._between():
+            known = followed(op, self.links.types, self.parts)
+            for k, value in enumerate(op.inputs):
+                if value in self.made:
+                    continue
+                if op.kind == "select_n" and k > 0 and len(op.inputs) == 3:
+                    which = op.inputs[0]
+                    kept.chosen(
+                        which,
+                        _there(known[which], at, self.kind),
+                        value,
+                        _there(known[value], at, self.kind),
+                        k == 1,
+                    )
+                elif op.kind in ("add", "add_any"):
+                    kept.added(value, _there(known[value], at, self.kind))
+        return kept.share, kept.longest(keys)
+
+    def _between(self) -> list[Op]:
+        """The ops that lead from openings to the `exp`."""
+        waiting, found = [self.exp], list[Op]()
+        while waiting:
+            op = self.links.writer.get(value := waiting.pop())
+            waiting += [other for other, _ in self.links.up[value]]
+            if op is not None and value not in self.openings and op not in found:
+                found.append(op)
+                waiting += [v for v in op.inputs if v in self.made]
+        return found
+
+    # ------------------------------------------------------------ whether it is attention
+
+    def _pure(self) -> set[int]:
+        """Weights: of an `exp`, by ops that scale, mask and convert, never by one that mixes in another product."""
+        found: set[int] = set()
+        for value in self.made:
+            op = self.links.writer.get(value)
+            if op is not None and op.kind in EXPS:
+                found.update(self._pure_from(value))
+        return found
+
+    def _pure_from(self, start: int) -> set[int]:
+        waiting, found = [start], {start}
+        while waiting:
+            value = waiting.pop()
+            steps = [other for other, _ in self.links.down[value]]
+            for op in self.links.readers[value]:
+                if op.kind == "optimization_barrier":
+                    steps += [r for v, r in zip(op.inputs, op.outputs, strict=True) if v == value]
+                elif op.kind in _PURE and not any(v in self.made and v != value for v in op.inputs):
+                    steps += op.outputs
+            new = [v for v in steps if v in self.made and v not in found]
+            found.update(new)
+            waiting += new
+        return found
+
+    def _keys(self) -> frozenset[int] | None:
+        """The dims that the softmax sums over, if all sums of weights agree."""
+        self._weights = self._pure()
+        found = set[frozenset[int]]()
+        for value in self._weights:
+            for op in self.links.readers[value]:
+                if op.kind == "reduce_sum":
+                    found.add(self._lost(op, op.outputs[0]))
+                elif (
+                    op.kind == "div" and op.inputs[0] == value and op.inputs[1] in self.links.totals
+                ):
+                    found.add(self._lost(op, op.inputs[1]))
+            op = self.links.writer.get(value)
+            before = (
+                self.links.writer.get(op.inputs[0]) if op is not None and op.kind in EXPS else None
+            )
+            if (
+                before is not None
+                and before.kind == "sub"
+                and before.inputs[1] in self.links.totals
+            ):
+                found.add(self._lost(before, before.inputs[1]))
+        return next(iter(found)) if len(found) == 1 else None
+
+    def _lost(self, op: Op, value: int) -> frozenset[int]:
+        """The dims that a sum of weights, which this value beside weights is made of, has no more."""
+        parts = followed(op, self.links.types, self.parts)[value]
+        while (source := self.links.totals.get(value)) is not None:
+            maker = self.links.writer.get(value)
+            passed = dict(self.links.up[value]).get(source)
+            if passed is not None:
+                parts = _shifted(parts, passed)
+            elif maker is not None:
+                parts = followed(maker, self.links.types, {value: parts})[source]
+            value = source
+        return self.every - complete(parts, self.kind)
+
+    def _is_attention(
+        self, forward: tuple[int, ...], closings: list[int], keys: frozenset[int]
+    ) -> bool:
+        """Keys come from one operand of the opening, and a product takes the weights themselves."""
+        if not all(self._is_product(self.openings[value], keys) for value in forward):
+            return False
+        makers = [self.links.writer[value] for value in closings]
+        return all(self._sums_positions(op, keys) for op in makers) and any(
+            not self._weights.isdisjoint(op.inputs) for op in makers
+        )
+
+    def _is_product(self, op: Op, keys: frozenset[int]) -> bool:
+        """Whether one operand has the keys and the other has none of them."""
+        known = followed(op, self.links.types, self.parts)
+        sides = [complete(known[v], self.kind) for v in op.inputs]
+        return sorted(bool(side & keys) for side in sides) == [False, True] and any(
+            side >= keys for side in sides
+        )
+
+    def _sums_positions(self, op: Op, keys: frozenset[int]) -> bool:
+        """Whether a closing sums over all keys, or over what queries alone have."""
+        left = complete(followed(op, self.links.types, self.parts)[op.outputs[0]], self.kind)
+        return not left & keys or bool(self._rows(keys) - left)
+
+    def _rows(self, keys: frozenset[int]) -> frozenset[int]:
+        """Dims of the scores that the operand without keys has alone."""
+        op = next(iter(self.openings.values()))
+        known = followed(op, self.links.types, self.parts)
+        one, other = sorted(
+            (complete(known[v], self.kind) for v in op.inputs), key=lambda side: bool(side & keys)
+        )
+        return one - other
+
+
+def _there(parts: Parts, at: Index, kind: TensorType) -> Index:
+    """Places of a value of this type as places of another one that has its dims."""
+    found: list[Any] = []
+    for dim in parts:
+        place: Any = 0
+        for d, before, size in dim:
+            place = place * size + (
+                0 if d == OTHER else at[d] // (kind.shape[d] // (before * size)) % size
+            )
+        found.append(place)
+    return tuple(found)
+
+
+def _shifted(parts: Parts, gained: int) -> Parts:
+    """Parts of the same value inside a loop, or stacked outside of it: with a leading dim less or more."""
+    return parts[1:] if gained < 0 else ((), *parts) if gained else parts
