@@ -17,6 +17,7 @@ not a softmax (relu), weights that someone else reads (returned, sorted, looked 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -35,29 +36,37 @@ _OF_SUMS = _PURE | {"log", "max", "add", "add_any"}  # what a sum may go through
 _SUMMED = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Attention:
     """One attention, or one pass of it.
 
-    `openings` are results of products with all dims of the scores, `closings` of those that leave. `inside` are
-    the values that a fused kernel never writes. `scores` opens the softmax; `keys` are its dims summed over.
-    `share` of all pairs of queries and keys are kept by masks that the program counts out (causal, windows), and of
-    the keys of one query at most `longest`.
+    Attributes:
+        softmax: the exponentials. `keys` are its dims that are summed over, `many_keys` their size.
+        share: of all pairs of queries and keys, what masks leave that the program counts out (causal, windows);
+            of the keys of one query they leave `longest` at most.
+        scores: results of the products that the softmax is taken of. `openings` are all products that make something
+            with all dims of the softmax, those of the backward pass too; `closings` those that leave it.
+        inside: what a fused kernel never writes. Of that `made` comes from openings, `weights` are what the softmax
+            is worth, up to scales and masks. `dims` tells dims of values inside as those of the softmax.
     """
 
-    scores: int
+    softmax: int
     keys: frozenset[int]
     many_keys: int
     share: float
     longest: float
+    scores: tuple[int, ...]
     openings: tuple[int, ...]
     closings: tuple[int, ...]
     inside: frozenset[int]
+    made: frozenset[int]
+    weights: frozenset[int]
+    dims: Mapping[int, Parts]
 
 
 def attentions(graph: Graph) -> tuple[Attention, ...]:
     """All attentions of a step, in the order of their first `exp`."""
-    links, taken, found = _Links(graph), set[int](), []
+    links, taken, found = Links(graph), set[int](), []
     for visit in graph.visits:
         op = visit.op
         if op.kind in EXPS and op.outputs[0] not in taken and links.is_divided(op.outputs[0]):
@@ -68,7 +77,7 @@ def attentions(graph: Graph) -> tuple[Attention, ...]:
     return tuple(found)
 
 
-class _Links:
+class Links:
     """Who makes and who reads a value, scans' bodies included."""
 
     def __init__(self, graph: Graph):
@@ -166,7 +175,7 @@ class _Links:
 class _Search:
     """One attention, from one `exp` of it. `parts` tell dims of values as those of the `exp`."""
 
-    def __init__(self, links: _Links, exp: int):
+    def __init__(self, links: Links, exp: int):
         self.links, self.exp, self.kind = links, exp, links.types[exp]
         self.parts: dict[int, Parts] = {exp: whole(self.kind)}
         self.every = frozenset(d for d, size in enumerate(self.kind.shape) if size > 1)
@@ -179,28 +188,18 @@ class _Search:
     def run(self) -> Attention | None:
         """The attention, if it is one."""
         self._back(self.exp)
-        forward = tuple(self.openings)
-        if not forward:
+        scores = tuple(self.openings)
+        if not scores:
             return None
         closings = self._onward()
         keys = self._keys()
-        if closings is None or keys is None or not self._is_attention(forward, closings, keys):
+        if closings is None or keys is None or not self._is_attention(scores, closings, keys):
             return None
-        dims = frozenset(
-            d
-            for d, dim in enumerate(self.parts[forward[0]])
-            if dim and {part[0] for part in dim} <= keys
-        )
         inside, many = frozenset(self.made | self.given), prod(self.kind.shape[d] for d in keys)
         return Attention(
-            forward[0],
-            dims,
-            many,
-            *self._shares(keys),
-            tuple(self.openings),
-            tuple(closings),
-            inside,
-        )
+            self.exp, keys, many, *self._shares(keys), scores, tuple(self.openings), tuple(closings), inside,
+            frozenset(self.made), frozenset(self._weights), {v: self.parts[v] for v in inside},
+        )  # fmt: skip
 
     # ------------------------------------------------------------ what belongs to it
 
@@ -381,10 +380,10 @@ class _Search:
         return self.every - complete(parts, self.kind)
 
     def _is_attention(
-        self, forward: tuple[int, ...], closings: list[int], keys: frozenset[int]
+        self, scores: tuple[int, ...], closings: list[int], keys: frozenset[int]
     ) -> bool:
         """Keys come from one operand of the opening, and a product takes the weights themselves."""
-        if not all(self._is_product(self.openings[value], keys) for value in forward):
+        if not all(self._is_product(self.openings[value], keys) for value in scores):
             return False
         makers = [self.links.writer[value] for value in closings]
         return all(self._sums_positions(op, keys) for op in makers) and any(

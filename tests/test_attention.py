@@ -146,7 +146,7 @@ def test_everything_as_large_as_the_scores_is_inside():
     made = {v for visit in graph.visits for v in visit.op.outputs}
     assert found.inside == {v for v in made if sorted(graph.types[v].shape) == sorted((B, N, T, S))}
     assert found.many_keys == S
-    assert {graph.types[found.scores].shape[d] for d in found.keys} == {S}
+    assert {graph.types[found.softmax].shape[d] for d in found.keys} == {S}
 
 
 def test_a_learned_bias_and_dropout_belong_to_it():
