@@ -97,11 +97,13 @@ class Links:
                 self._enter(op)
 
     def _enter(self, op: Op) -> None:
+        """What every turn is handed, the rows it takes and those it leaves; what is carried on is another each turn."""
         region, (consts, carry) = op.regions[0], op.loop_inputs
         for i, (outside, inside) in enumerate(zip(op.inputs, region.inputs, strict=True)):
-            self._link(outside, inside, -1 if i >= consts + carry else 0)
-        for k, (end, result) in enumerate(zip(region.outputs, op.outputs, strict=True)):
-            self._link(end, result, 1 if k >= carry else 0)
+            if i < consts or i >= consts + carry:
+                self._link(outside, inside, 0 if i < consts else -1)
+        for end, result in zip(region.outputs[carry:], op.outputs[carry:], strict=True):
+            self._link(end, result, 1)
 
     def _link(self, source: int, result: int, gained: int) -> None:
         self.down[source].append((result, gained))
@@ -118,7 +120,15 @@ class Links:
 
     @cached_property
     def leaving(self) -> frozenset[int]:
-        return frozenset(self.graph.outputs)
+        """Results of the step, and of loops and branches what is more than a row."""
+        found = set(self.graph.outputs)
+        for visit in self.graph.visits:
+            op = visit.op
+            for region in op.regions:
+                found.update(
+                    region.outputs[: op.loop_inputs[1]] if op.kind == "scan" else region.outputs
+                )
+        return frozenset(found)
 
     @cached_property
     def totals(self) -> dict[int, int | None]:
@@ -246,7 +256,9 @@ class _Search:
                     self.made.add(other)
                     waiting.append(other)
             for op in self.links.readers[value]:
-                if op.kind == "scan":
+                if op.regions:
+                    if not self._is_linked(op, value):
+                        return None
                     continue
                 known = followed(op, self.links.types, self.parts)
                 full = [v for v in op.outputs if v in known and self._full(known[v])]
@@ -261,6 +273,13 @@ class _Search:
                         waiting.append(result)
                 waiting += self._beside(op, known)
         return closings
+
+    def _is_linked(self, op: Op, value: int) -> bool:
+        """Whether a loop only hands a value on to its turns, whole or row by row."""
+        inside = {other for other, _ in self.links.down[value]}
+        return op.kind == "scan" and all(
+            r in inside for v, r in zip(op.inputs, op.regions[0].inputs, strict=True) if v == value
+        )
 
     def _beside(self, op: Op, known: dict[int, Parts]) -> list[int]:
         """Other operands with all dims: masks, or the gradient of the weights, which opens the backward pass."""
