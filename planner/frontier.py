@@ -210,7 +210,7 @@ class _Replanning:
         assert self.best is not None
         self.best.search.stopped_by = "estimate"
         self.best.choose_program()
-        left_out = (each.split(", but for the pipeline")[0] for each in LEFT_OUT)  # neither is tried here
+        left_out = (each.split(", but for th")[0] for each in LEFT_OUT)  # neither is tried here
         found = self.best.write(min(self._bound(whole), self.seconds), (*left_out, KNOWN))
         told = (
             f"planned anew from {counted(len(self.frontier.points), 'known solution')},"

@@ -1,9 +1,10 @@
 """A plan as the instructions of one device: computations and collectives, ready to simulate.
 
 Every op becomes a task on the compute stream and every layout change one on a stream of its
-mesh axes, in program order. A task stands for all runs of its op (layers and microbatches), so
-what can hide behind what is told per kind of op: gathers of weights wait for nothing,
-reductions of gradients hold up the optimizer alone, sums inside a layer hold up the next op.
+mesh axes. Computations run in program order, but for updates: each runs when its gradient is there and the device
+has nothing else to do. Of the collectives that are ready, a link carries the first of the program. A task stands for
+all runs of its op (layers and microbatches), so what can hide behind what is told per kind of op: gathers of weights
+wait for nothing, reductions of gradients hold up the optimizer alone, sums inside a layer hold up the next op.
 """
 
 from __future__ import annotations
@@ -158,7 +159,8 @@ class _Issuing:
         return self._task(f"{entry.kind} {entry.what}", "·".join(entry.axes), entry.seconds, after, "communication")
 
     def _task(self, name: str, stream: str, seconds: float, after: list[int], kind: str) -> int:
-        self.tasks.append(Task(name, 0, stream, seconds, tuple(sorted(set(after))), kind))
+        loose = stream != COMPUTE or kind == "update"
+        self.tasks.append(Task(name, 0, stream, seconds, tuple(sorted(set(after))), kind, loose))
         return len(self.tasks) - 1
 
     def _name(self, op: Op) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 from ..ir.cluster import Cluster
@@ -53,6 +54,17 @@ def plane_meshes(cluster: Cluster, size: int, pinned: tuple[int, ...] | None = N
     return tuple(mesh_of(shape) for shape in sorted(shapes, key=lambda s: (len(s), s)))
 
 
+def finer_stages(cluster: Cluster, mesh: Mesh) -> tuple[Mesh, ...]:
+    """Meshes of three axes that cut one axis of a mesh of two further: no axis within a host leaves it."""
+    if len(mesh.shape) != 2:
+        return ()
+    outer, inner = mesh.shape
+    shapes = {(outer // d, d, inner) for d in _divisors(outer) if 1 < d < outer}
+    shapes |= {(outer, inner // d, d) for d in _divisors(inner) if 1 < d < inner}
+    few = [shape for shape in sorted(shapes) if shape[1] <= cluster.per_host]
+    return tuple(map(mesh_of, few))
+
+
 def stage_sizes(cluster: Cluster) -> tuple[int, ...]:
     """Devices that each stage of a pipeline may have: whole hosts, or equal parts of a host."""
     hosts, per_host = cluster.hosts, cluster.per_host
@@ -62,6 +74,27 @@ def stage_sizes(cluster: Cluster) -> tuple[int, ...]:
 
 def mesh_of(shape: tuple[int, ...]) -> Mesh:
     return Mesh(tuple(Axis(name, size) for name, size in zip(NAMES, shape, strict=False)))
+
+
+def other_groups(cluster: Cluster, mesh: Mesh) -> tuple[Mesh, ...]:
+    """Of a mesh that groups hosts, those with the next smaller and larger groups that `meshes` leaves out."""
+    hosts, known, here = cluster.hosts, _outer(cluster.hosts), mesh.shape[1:2]
+    inside = (cluster.per_host,) * (cluster.per_host > 1)
+    if len(mesh.shape) != 2 + len(inside) or here[0] not in known or mesh.shape[2:] != inside:
+        return ()
+    left = [d for d in _divisors(hosts) if 1 < d < hosts and d not in known]
+    near = [*[d for d in left if d < here[0]][-1:], *[d for d in left if d > here[0]][:1]]
+    return tuple(mesh_of((hosts // d, d, *inside)) for d in near)
+
+
+def some_groups(cluster: Cluster) -> bool:
+    """Whether `meshes` leaves out sizes of groups of hosts."""
+    return len(_outer(cluster.hosts)) < len(_divisors(cluster.hosts)) - 2
+
+
+def finest(found: Sequence[Mesh]) -> list[Mesh]:
+    """Meshes that no other one refines."""
+    return [mesh for mesh in found if not any(other.refines(mesh) for other in found if other != mesh)]
 
 
 def _divisors(n: int) -> list[int]:

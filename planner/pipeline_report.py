@@ -8,22 +8,20 @@ from math import inf
 
 from ..ir.cluster import Cluster
 from ..ir.plan import Estimate, Pipeline, Plan, PlannedBatch, Stage
-from ..ir.schedule import Schedule
 from ..ir.units import format_seconds
 from ..ir.version import VERSION
 from .moves import find_collectives, repeated
 from .pipeline.priced import Priced, Pricing
-from .pipeline.schedules import entry
 from .pipeline.single import exchanges, memory_by_cause, once_alike, shards_left, with_dispatch
 from .report import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
-from .request import ProgramKind, Request
+from .request import ProgramKind
 from .search import Search
 from .space import Space, build
 from .usage import axis_uses
 
 BESIDES = (  # whatever the meshes of stages
     "other orders of passes than the schedules' own, but for the pipeline that was best with those",
-    "meshes of a stage with more than two axes",
+    "meshes of a stage with more than two axes, but for those that cut the best one further",
     "a single program for all stages, but for the pipeline that was best without",
     "offload to host memory",
     "overlap of communication with compute",
@@ -139,25 +137,10 @@ def write_pipeline(
         notes=(
             *notes_of(search),
             *chosen.notes,
-            *_chunks(search.request, priced.schedule),
             f"tables count all stages together{as_laid}",
         ),
         batch=PlannedBatch.of(search.folded.whole),
         pipeline=_pipeline(ranks, pricing, priced, unlike, chosen),
-    )
-
-
-def _chunks(request: Request, schedule: Schedule) -> tuple[str, ...]:
-    """Where the schedule that was asked for takes any number of stages per rank, and none was."""
-    if (
-        request.schedule is None
-        or request.chunks is not None
-        or entry(request.schedule).chunks is not None
-    ):
-        return ()
-    many = schedule.stages // schedule.ranks
-    return (
-        f"{schedule.name} has {many} stages per rank, as chunks were not asked for; no other number was searched",
     )
 
 

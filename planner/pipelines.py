@@ -31,6 +31,7 @@ from ..ir.program import prepare
 from ..ir.schedule import Schedule, in_flight
 from ..ir.stages import cut_stages
 from ..ir.units import format_bytes, format_seconds
+from .meshes import finer_stages
 from .pipeline.bounds import Bounds
 from .pipeline.carried import Carried
 from .pipeline.choices import Choices, Shape
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from .search import Candidate, Search
 
 TRIES = 3  # solves of a shape: the solver does not see all of the memory, so its limit is drawn in
+BETTER = 0.002  # of a step: what meshes of more axes may win at least, to be solved
+
 
 @dataclass
 class Found:
@@ -152,6 +155,8 @@ class Pipelines:
             self.carried.add(family, shape.microbatches, max(before, free))
             own = max(before, own)
             if own < self._enough(cutoff):
+                own = max(own, self.bounds.by_cases(shape, self._enough(cutoff)))
+            if own < self._enough(cutoff):
                 self.solve_shape(shape)
             self.bounds.spaces.pop(shape, None)
             self.closed, carried = min(self.closed, own), self._carried(family)
@@ -226,7 +231,8 @@ class Pipelines:
     def solve_shape(self, shape: Shape, beat: float | None = None) -> None:
         """Offer what fits of one shape; `beat`: seconds that it has to beat, by default those of the best."""
         space, beat = self.bounds.likely(shape), self.best.seconds if beat is None else beat
-        for schedule in sorted(self.choices.schedules_for(shape), key=lambda s: -s.stages):
+        most_to_least = list(self.choices.schedules_for(shape))  # stages per rank, of which few hold more
+        for schedule in dict.fromkeys((*most_to_least[:1], *most_to_least[-1:])):
             if self._solved(shape, space, self._even(shape, schedule), beat):
                 return
 
@@ -274,7 +280,7 @@ class Pipelines:
         seconds = [each[kind] for kind in self.choices.units.kinds]
         peak, left, _ = memory.parts(runs_of(self.choices.units, 0, len(self.choices.units)))
         self.points.append(Point.of(space, choices, shape.policy, seconds, peak, left))
-        for schedule in self.choices.schedules_for(shape):
+        for schedule in self._promising(shape, sum(each.passes for each in seconds)):
             best = min(self.best.seconds, self.outside)
             if self.search.request.program == "single":
                 priced = self._single(pricing, shape.microbatches)
@@ -286,6 +292,38 @@ class Pipelines:
                     f"{shape}, {schedule.name}: {format_seconds(priced.seconds)}, {format_bytes(max(priced.peaks))}"
                 )
         return memory
+
+    def _promising(self, shape: Shape, passes: float) -> Iterator[Schedule]:
+        """Schedules that would be better than the best if stages were equal; `passes`: seconds of one microbatch
+        through all of them."""
+        many, stages = shape.microbatches, shape.stages
+        for schedule in self.choices.schedules_for(shape):
+            waiting = (stages - 1) * stages / schedule.stages if schedule.stages > stages else 0.0
+            if (many + waiting) * passes / stages < min(self.best.seconds, self.outside):
+                yield schedule
+
+    def refine(self) -> None:
+        """Try meshes of three axes that cut those of the best further, with as many microbatches and then, of one that
+        is better, a few more or fewer."""
+        first, counts = self.best.shape, self.choices.counts
+        if first is None or self.search.request.mesh is not None or self.search.request.program == "single":
+            return
+        for mesh in finer_stages(self.search.cluster, first.mesh):
+            self._try(replace(first, mesh=mesh))
+        best = self.best.shape
+        if best is not None and best != first:
+            at = counts.index(best.microbatches)
+            for many in (*counts[max(0, at - 1) : at], *counts[at + 1 : at + 2]):
+                self._try(replace(best, microbatches=many))
+
+    def _try(self, shape: Shape) -> None:
+        before, enough = self.best, self.best.seconds * (1 - BETTER)
+        hopeless = self.search.late() or self.choices.floor(shape) >= enough or self.bounds.hopeless(shape)
+        if not hopeless and self.bounds.relaxed(shape, enough)[1] < enough:
+            self.solve_shape(shape)
+        if self.best.seconds > enough:
+            self.best = before
+        self.bounds.spaces.pop(shape, None)
 
     def broaden(self, points: int) -> None:
         """Solve the best bounded shapes that were not solved, one of each mesh first, until so many points are known:
@@ -312,7 +350,7 @@ class Pipelines:
 
     def _look_for_order(self) -> None:
         best, request = self.best, self.search.request
-        if best is self._looked_at or best.priced is None or best.pricing is None:
+        if best is self._looked_at or best.priced is None or best.pricing is None or self.search.late():
             return
         if request.schedule is not None or request.program == "single":
             return

@@ -79,6 +79,7 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
         flat.scouts.brief(flat, pipelines.choices.units)
     try:
         pipelines.explore(afterwards=flat.roots() if both else [])
+        pipelines.refine()
         if keep is not None:
             pipelines.broaden(WIDE)
         pipelines.reorder()

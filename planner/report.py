@@ -19,6 +19,7 @@ from .assumptions import assumptions
 from .cost.flop import flop
 from .cost.kernels import CONTRACTIONS
 from .memory.ledger import Ledger
+from .meshes import some_groups
 from .moves import find_collectives, spoken
 from .solver.onehot import relative_gap
 from .space import Space
@@ -36,6 +37,7 @@ BESIDES = (  # pipelines
     "different recompute for blocks of one step",
 )
 LEFT_OUT = ("pipeline stages", *BESIDES)
+GROUPS = "groups of hosts that each hold all state, but for three sizes and those next to the best"
 
 
 def write_plan(
@@ -121,6 +123,8 @@ def proof_of(
     proven = gap <= max(EXACT, good_enough)
     status: Literal["within_gap", "feasible"] = "within_gap" if proven else "feasible"
     stopped = "proof" if proven else _stopped(search)
+    if search.request.pp in (1, "auto") and search.request.mesh is None and some_groups(search.cluster):
+        left_out = (*left_out, GROUPS)
     return Proof(
         status="optimal" if gap <= EXACT else status,
         stopped_by=stopped,

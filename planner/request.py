@@ -38,7 +38,7 @@ class Request:
     recompute     "none", "elementwise", "selective" or "full"
     pp            stages of a pipeline; "auto": planned, 1 included; then `mesh` is that of one stage
     schedule      of the pipeline: "1f1b", "interleaved", "zb-h1", ...
-    chunks        stages per rank, where the schedule takes several; 2 if not given
+    chunks        stages per rank, where the schedule takes any number; planned if not given
     program       of the pipeline: "stages", programs of each stage, or a "single" one for all, which runs gpipe
     time_limit    seconds of search
     gap           the search ends when no plan can be faster by more than this share; by default 0.01, and
@@ -282,8 +282,6 @@ def _check_schedule(request: Request, name: str) -> None:
 
 def _check_mesh(shape: Sequence[int], cluster: Cluster, stages: int = 1) -> None:
     text = "×".join(map(str, shape))
-    if stages > 1 and len(shape) > 2:
-        _refuse("mesh", text, "one or two axes for a stage of a pipeline")
     if prod(shape) * stages != cluster.size:
         whole = "the cluster" if stages == 1 else f"each of {stages} stages"
         raise PlanError(

@@ -37,7 +37,7 @@ from .layouts import Layouts
 from .memory.ledger import Ledger, least_peak
 from .memory.lifetimes import Lifetimes, lifetimes
 from .memory.storage import as_xla
-from .meshes import mesh_of, meshes
+from .meshes import finest, mesh_of, meshes, other_groups
 from .report import write_plan
 from .request import Request, check
 from .scouts import Scouts
@@ -45,7 +45,6 @@ from .solver.anytime import solve_live
 from .solver.onehot import Stop
 from .space import Space, build
 
-MOST_MICROBATCHES = 64
 ONE_SOLVE = 0.8  # of the gap asked for: what one solve may leave open
 OFTEN = 0.2  # seconds between two words on where the search stands
 PROBE = 1.0  # seconds' worth of work that a candidate gets at first
@@ -165,9 +164,7 @@ class Search:
             return (self.request.microbatches,)
         if isinstance(axis, Refusal):
             return (1,)
-        return tuple(
-            m for m in range(1, MOST_MICROBATCHES + 1) if axis.batch % m == 0 and _few_primes(m)
-        )
+        return tuple(m for m in range(1, axis.batch + 1) if axis.batch % m == 0)
 
     def program(self, policy: Policy) -> Program:
         if policy not in self._programs:
@@ -219,18 +216,34 @@ class Search:
         known = self.outside < inf
         self.begin(known)
         plain = min(self._meshes(), key=lambda m: (abs(len(m.axes) - 2), m.shape))
-        if plain not in _finest(self._meshes()) and not known:
+        if plain not in finest(self._meshes()) and not known:
             self._seed(plain)
         while self.open_bounds:
             candidate = self._next()
             if self.open_bounds[candidate] >= self._enough():
-                return
+                break
             if self.late():
                 self.stopped_by = "time"
                 return
             self._advance(candidate)
             best = min(self.best.seconds, self.outside)
             self.stand(best, self.lower_bound(), len(self._relaxed_bounds), len(self.open_bounds))
+        self._regroup()
+
+    def _regroup(self) -> None:
+        """Try groups of hosts of other sizes than those searched, next to that of the best plan."""
+        best = self.best.candidate
+        if best is None or self.request.mesh is not None or self.best.seconds >= self.outside:
+            return
+        for mesh in other_groups(self.cluster, best.mesh):
+            if self.late():
+                return
+            candidate = Candidate(mesh, best.policy, best.microbatches)
+            if self.least(candidate) <= self.limit:
+                bound, fits = self.relaxed(candidate)
+                if not fits and bound < self.best.seconds:
+                    self._solve(candidate)
+            self._forget(keep=self.best.candidate)
 
     def begin(self, known: bool) -> None:
         """All candidates are open, from one microbatch on or, where nothing is known to beat, from what can fit."""
@@ -239,8 +252,8 @@ class Search:
 
     def roots(self) -> list[Candidate]:
         """The least microbatch count of every finest mesh and recompute policy."""
-        first, finest = self._counts()[0], _finest(self._meshes())
-        return [Candidate(mesh, policy, first) for policy in self.policies() for mesh in finest]
+        first, found = self._counts()[0], finest(self._meshes())
+        return [Candidate(mesh, policy, first) for policy in self.policies() for mesh in found]
 
     def _walk(self) -> None:
         """FlexFlow's search: every finest mesh and recompute policy, in equal shares of the time."""
@@ -410,9 +423,7 @@ class Search:
         return following
 
     def _next_count(self, candidate: Candidate) -> Candidate | None:
-        return self._fit(
-            candidate, [count for count in self._counts() if count > candidate.microbatches]
-        )
+        return self._fit(candidate, [count for count in self._counts() if count > candidate.microbatches])
 
     def _fit(self, family: Candidate, counts: Sequence[int]) -> Candidate | None:
         for count in counts:
@@ -485,15 +496,3 @@ class Search:
             for p in self.policies()
             for k in self._counts()
         ]
-
-
-def _finest(found: Sequence[Mesh]) -> list[Mesh]:
-    """Meshes that no other one refines."""
-    return [mesh for mesh in found if not any(other.refines(mesh) for other in found if other != mesh)]
-
-
-def _few_primes(m: int) -> bool:
-    """Counts of the form 2^a or 3 * 2^a: enough choice, few solves."""
-    while m % 2 == 0:
-        m //= 2
-    return m in (1, 3)

@@ -80,6 +80,8 @@ class Unequal:
         if not self._worth():
             self._refuse_rest()
             return
+        if self.search.late() and self.best < inf:
+            return
         self.left_out = UNEQUAL
         good = self.best * (1 - self.search.request.good_enough)
         splits = sorted(self._splits(), key=lambda split: split.seconds)
@@ -297,7 +299,7 @@ class Unequal:
 
     def _reorder(self) -> None:
         """A better order of passes, if none was asked for."""
-        if self.found is None or self.search.request.schedule is not None:
+        if self.found is None or self.search.request.schedule is not None or self.search.late():
             return
         ranks, pricing, priced = self.found
         better = pricing.reordered(priced)

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from math import inf, isfinite
 from pathlib import Path
+from threading import Event
 from time import perf_counter
 
 import numpy as np
@@ -25,6 +26,7 @@ from meshwright.planner.solver.live import Demand, Live, memory_rows, tighten
 from meshwright.planner.solver.mcmc import walk
 from meshwright.planner.solver.messages import Messages
 from meshwright.planner.solver.onehot import Edge, row_usage
+from meshwright.planner.solver.punctual import solve_until
 from meshwright.planner.solver.region import Region
 from meshwright.planner.solver.tree_moves import TreeMoves
 
@@ -348,6 +350,35 @@ def test_an_interrupt_ends_the_search_at_once(after, ctrl_c):
 def alpa(name: str) -> list:
     path = DATA / "planners" / "alpa_oracle" / name
     return json.loads(path.read_text()) if path.exists() else []
+
+
+@pytest.mark.parametrize("step", ["_reduce", "_improve", "_solve_core"])
+def test_an_answer_comes_on_time_whatever_the_search_is_at(monkeypatch, step):
+    """A step that looks at no clock: before anything is found, and with something in hand."""
+    usual, late = getattr(anytime.Anytime, step), Event()
+
+    def slow(self, *args, **options):
+        late.wait(20)
+        return usual(self, *args, **options)
+
+    monkeypatch.setattr(anytime, "SMALL", 0 if step == "_improve" else anytime.SMALL)
+    live = next(live for live in map(random_live, range(99)) if solve_live(live, gap=0.0).choices is not None)
+    monkeypatch.setattr(anytime.Anytime, step, slow)
+    began = perf_counter()
+    found = solve_until(live, until=began + 1.0, gap=0.0)
+    assert perf_counter() - began < 2.0
+    assert found.stopped_by == "time" and found.status == "feasible"
+    if found.choices is not None:
+        assert found.objective == live.cost(found.choices) >= found.lower_bound and live.fits(found.choices)
+    assert (found.choices is None) == (step != "_improve")
+    late.set()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_answer_on_time_is_the_usual_one(seed):
+    live = random_live(seed)
+    found, usual = solve_until(live, until=perf_counter() + 20, gap=0.0), solve_live(live, gap=0.0)
+    assert (found.status, found.objective) == (usual.status, usual.objective)
 
 
 @pytest.mark.parametrize("case", alpa("intra_ilp_cases.json"), ids=lambda c: f"{c['N']}nodes-{c['alpa_ilp']}")

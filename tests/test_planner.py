@@ -27,10 +27,10 @@ from meshwright.planner.layouts import Layouts
 from meshwright.planner.memory.ledger import Ledger
 from meshwright.planner.memory.lifetimes import lifetimes
 from meshwright.planner.memory.storage import as_xla
-from meshwright.planner.meshes import mesh_of, meshes
+from meshwright.planner.meshes import finest, mesh_of, meshes, other_groups
 from meshwright.planner.moves import find_collectives
 from meshwright.planner.request import Request
-from meshwright.planner.search import _finest
+from meshwright.planner.search import Candidate, Search
 from meshwright.planner.space import Space
 from meshwright.planner.space import build as build_space
 from meshwright.view.text import proof_line
@@ -225,8 +225,26 @@ def test_finer_meshes_are_never_worse():
         mesh.shape: plan_captured(captured, cluster, Request(mesh=mesh.shape, gap=0.0), "mlp").estimate.step_seconds
         for mesh in meshes(cluster)
     }
-    assert _finest(meshes(cluster)) == [mesh_of((2, 2, 2))]
+    assert finest(meshes(cluster)) == [mesh_of((2, 2, 2))]
     assert seconds[2, 2, 2] <= min(seconds.values()) * (1 + 1e-9)
+
+
+def test_groups_of_hosts_of_other_sizes_are_tried_next_to_the_best():
+    """Of 32 hosts, groups of 2, 8 and 16 are searched, so 4 is next to 2 and to 8."""
+    cluster, graph = Cluster.parse("32xh100x2@ib100"), fold(capture(mlp, *mlp_arguments()).graph)
+    assert [each.shape for each in other_groups(cluster, mesh_of((4, 8, 2)))] == [(8, 4, 2)]
+    assert [each.shape for each in other_groups(cluster, mesh_of((16, 2, 2)))] == [(8, 4, 2)]
+    assert other_groups(cluster, mesh_of((32, 2))) == ()
+
+    def searched(shape):
+        search = Search(graph, cluster, Request(), Roofline(cluster), "mlp", "x", lambda line: None)
+        search.relaxed(Candidate(mesh_of(shape), "none", 1))
+        return search
+
+    search, other = searched((4, 8, 2)), searched((8, 4, 2))
+    before = search.best.seconds
+    search._regroup()
+    assert search.best.seconds == min(before, other.best.seconds) < float("inf")
 
 
 def test_an_axis_of_one_device_is_no_axis():

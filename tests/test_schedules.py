@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,12 +136,13 @@ def test_blocking_sends_cost_compute():
 
 
 @st.composite
-def graphs(draw):
+def graphs(draw, loose=False):
     tasks = []
     for i in range(draw(st.integers(1, 12))):
         after = draw(st.sets(st.integers(0, i - 1), max_size=3)) if i else set()
         stream = draw(st.sampled_from([COMPUTE, "send"]))
-        tasks.append(Task(f"t{i}", draw(st.integers(0, 1)), stream, draw(st.integers(0, 6)) / 2, tuple(sorted(after))))
+        seconds, free = draw(st.integers(0, 6)) / 2, loose and draw(st.booleans())
+        tasks.append(Task(f"t{i}", draw(st.integers(0, 1)), stream, seconds, tuple(sorted(after)), loose=free))
     return tasks
 
 
@@ -151,17 +153,24 @@ def test_times_equal_those_of_small_steps(tasks, slowdown):
     assert done.makespan == pytest.approx(_stepped(tasks, slowdown), abs=len(tasks) / 128 + 1e-9)
 
 
+@given(graphs(loose=True))
+def test_times_of_loose_tasks_equal_those_of_small_steps(tasks):
+    assert simulate(tasks).makespan == pytest.approx(_stepped(tasks, 1.0), abs=1e-9)
+
+
 def _stepped(tasks, slowdown, dt=1 / 512):
     left, finished, now = [t.seconds for t in tasks], set(), 0.0
-    streams = {}
+    streams, current = {}, {}
     for i, t in enumerate(tasks):
         streams.setdefault((t.device, t.stream), []).append(i)
     while len(finished) < len(tasks):
-        running = []
-        for order in streams.values():
-            i = next((i for i in order if i not in finished), None)
-            if i is not None and finished.issuperset(tasks[i].after):
-                running.append(i)
+        for stream, order in streams.items():
+            if current.get(stream) in {None, *finished}:
+                open_ = [i for i in order if i not in finished]
+                first = next((i for i in open_ if not tasks[i].loose), None)
+                ready = (i for i in open_ if tasks[i].loose or i == first)
+                current[stream] = next((i for i in ready if finished.issuperset(tasks[i].after)), None)
+        running = [i for i in current.values() if i is not None]
         instant = [i for i in running if left[i] <= 1e-12]
         if instant:
             finished.update(instant)
@@ -187,6 +196,30 @@ def test_exposed_and_idle_seconds():
     assert (done.makespan, done.exposed(0), done.idle(0)) == (6.0, 3.0, 3.0)
     slow = simulate(tasks, slowdown=2.0)
     assert slow.end == [2.0, 8.0, 9.0]  # both at half speed until F0 ends at 8, then 1 s is left
+
+
+def test_updates_stall_no_updates_and_reductions_block_no_gathers():
+    """A step of two layers: the gradient of the first comes last, and its update stands first in the program.
+
+        second   0  1  2   3   4  5  6
+        compute     F1 F2  B2  B1 U2 U1    in order, U2 would wait for U1, and U1 for R1
+        link     G1 G2 G2' G1' R2 R1       in order, G1' would wait for R2, and so B1
+    """
+    names = ("G1", "F1", "G2", "F2", "G2'", "B2", "R2", "G1'", "B1", "R1", "U1", "U2")
+    after = {"F1": ("G1",), "F2": ("G2", "F1"), "B2": ("F2", "G2'"), "B1": ("B2", "G1'"), "R2": ("B2",), "R1": ("B1",),
+             "U1": ("R1",), "U2": ("R2",)}  # fmt: skip
+    tasks = []
+    for name in names:
+        computes = name[0] in "FBU"
+        needed = tuple(names.index(each) for each in after.get(name, ()))
+        loose = not computes or name[0] == "U"
+        tasks.append(Task(name, 0, COMPUTE if computes else "x", 1.0, needed, loose=loose))
+    done = simulate(tasks)
+    took = dict(zip(names, zip(done.start, done.end, strict=True), strict=True))
+    assert took["B2"] == (3.0, 4.0) and took["R2"] == (4.0, 5.0) and took["B1"] == (4.0, 5.0)
+    assert took["U2"] == (5.0, 6.0) and took["R1"] == (5.0, 6.0) and took["U1"] == (6.0, 7.0)
+    assert done.makespan == 7.0
+    assert simulate([replace(task, loose=False) for task in tasks]).makespan == 10.0
 
 
 def test_the_timeline_shows_bubbles_and_nests():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import inf
+from math import ceil, inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,7 @@ from .choices import Choices, Shape
 from .stage_memory import Holdings, Runs
 from .unit_costs import all_bytes
 from .units import runs_of
+from .watched import Watched, limited
 
 if TYPE_CHECKING:
     from ..search import Search
@@ -62,6 +64,63 @@ class Bounds:
             return free, free
         solution = self.solve(within, ENOUGH * beat - more)
         return free, inf if solution.status == "infeasible" else max(free, solution.lower_bound + more)
+
+    def by_cases(self, shape: Shape, enough: float) -> float:
+        """The least seconds where the first stages have room for as many microbatches as they hold, which is more than
+        the mean. Either no stage has more layers than the fullest has at least, so that the first ones have nearly
+        that; or one has, and takes longer."""
+        if self.search.request.program == "single" or not self._plain(shape):
+            return 0.0
+        space, more, least = self.space(shape), self.choices.more(shape), 0.0
+        for problem in (self._first_stages, self._first_stage):  # the second sees more, and takes longer
+            if least < enough and (live := problem(space, shape)) is not None:
+                even = self.solve(live, ENOUGH * enough - more)
+                least = max(least, inf if even.status == "infeasible" else even.lower_bound + more)
+        program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
+        crowded = build(program, shape.microbatches, self.search.cost, layouts, runs=self.choices.crowded(shape))
+        return min(least, self.solve(live_of(crowded), ENOUGH * enough).lower_bound)
+
+    def _first_stage(self, space: Space, shape: Shape) -> Live | None:
+        """All that the first stage holds at any moment, with as many layers as it has at least where no stage has more
+        than it must."""
+        units, stages = self.choices.units, shape.stages
+        most = ceil(units.repeats / stages)
+        layers = most - (most * stages - units.repeats)
+        ends = [k + 1 for k, kind in enumerate(units.kinds) if units.alike[kind] == units.alike[units.middle]]
+        if layers < 1:
+            return None
+        watched = Watched(runs_of(units, 0, ends[layers - 1]), float(min(stages, shape.microbatches)))
+        holdings = self.holdings(shape.policy, shape.microbatches)
+        return limited(space, holdings, [watched], self.search.limit).live
+
+    def _first_stages(self, space: Space, shape: Shape) -> Live:
+        """Layers of the first stages, as many as they have where no stage has more than it must, and what these hold:
+        rank r at least as many microbatches as ranks from r on."""
+        base, units, stages = live_of(space), self.choices.units, shape.stages
+        holdings = self.holdings(shape.policy, shape.microbatches)
+        most = ceil(units.repeats / stages)
+        lacking = most * stages - units.repeats  # layers, over all stages
+        some = min(stages, 1 + 4 * lacking)
+        flying = [min(stages - rank, shape.microbatches) for rank in range(some) for _ in range(most)][lacking:]
+        if not flying:
+            return base
+        runs = tuple(int(kind == units.middle) for kind in range(len(units.names)))
+        inputs = dict(zip(space.program.graph.inputs, space.program.graph.input_counts, strict=True))
+        weights = {v: many * float(sum(flying)) for v, many in holdings.left(runs).items() if v not in inputs}
+        weights |= {v: float(len(flying)) for v, many in inputs.items() if many >= units.repeats}
+        demands, fixed = self._demands(space, weights)
+        return Live(base.costs, base.edges, demands, np.array([some * self.search.limit - fixed]))
+
+    def _demands(self, space: Space, weights: Mapping[int, float]) -> tuple[tuple[Demand, ...], float]:
+        """Bytes of so many of each value, all at one moment; those that nothing decides."""
+        demands, fixed = [], 0.0
+        for value, weight in weights.items():
+            sizes, node = all_bytes(space, value)
+            if node is None:
+                fixed += weight * float(sizes[0])
+            else:
+                demands.append(Demand(node, 0, 1, weight * sizes))
+        return tuple(demands), fixed
 
     def space(self, shape: Shape) -> Space:
         if shape not in self.spaces:
@@ -136,17 +195,13 @@ class Bounds:
         """Parameters, sums and results in flight of all stages within the memory of all stages."""
         base, holdings = live_of(space), self.holdings(shape.policy, shape.microbatches)
         everything = runs_of(self.choices.units, 0, len(self.choices.units))
-        lasting = dict(zip(space.program.graph.inputs, space.program.graph.input_counts, strict=True))
-        demands, fixed = [], 0.0
-        for value, many in [*lasting.items(), *holdings.left(everything).items()]:
-            sizes, node = all_bytes(space, value)
-            weight = many * (1.0 if value in lasting else self._least_held(shape, beat))
-            if node is None:
-                fixed += weight * float(sizes[0])
-            else:
-                demands.append(Demand(node, 0, 1, weight * sizes))
+        inputs = dict(zip(space.program.graph.inputs, space.program.graph.input_counts, strict=True))
+        held = self._least_held(shape, beat)
+        weights = {v: many * held for v, many in holdings.left(everything).items() if v not in inputs}
+        weights |= {v: float(many) for v, many in inputs.items()}
+        demands, fixed = self._demands(space, weights)
         limit = np.array([shape.stages * self.search.limit - fixed])
-        return Live(base.costs, base.edges, tuple(demands), limit)
+        return Live(base.costs, base.edges, demands, limit)
 
     def _least_held(self, shape: Shape, beat: float) -> float:
         """Microbatches in flight of an average layer, at least, in any pipeline better than `beat`.
@@ -154,12 +209,15 @@ class Bounds:
         With 1F1B the stages hold p, p - 1, ... 1. A stage with more layers than its share takes so much
         longer; so layers can crowd into the last stages only as far as `beat` allows.
         """
-        known = ("1f1b", "gpipe", "interleaved", "looped-bfs", "zb-h1")
-        plain = all(name in known for name, _ in self.choices.schedules(shape.stages, shape.microbatches))
-        if not plain or beat == inf:
+        if not self._plain(shape) or beat == inf:
             return 1.0
         crowd = max(1.0, beat / max(self.choices.floor(shape), 1e-30))
         return (min(shape.stages, shape.microbatches) / crowd + 1) / 2
+
+    def _plain(self, shape: Shape) -> bool:
+        """Whether ranks hold as much as with 1F1B at least."""
+        known = ("1f1b", "gpipe", "interleaved", "looped-bfs", "zb-h1")
+        return all(name in known for name, _ in self.choices.schedules(shape.stages, shape.microbatches))
 
     def solve(self, live: Live, cutoff: float = inf) -> Solution:
         left = max(0.5, min(ONE_SOLVE, self.search.deadline - time.monotonic()))

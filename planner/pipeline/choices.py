@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Choice = tuple[str, int]  # a schedule and its stages per rank
 Work = tuple[str, int | None]  # a pass and a kind of unit
 FEW = 8  # stages that there should be layers for where their number is open
+ANY = 8  # stages per rank up to which layers need not be shared out evenly among them
+SAVED = 0.002  # of a step: what more stages per rank save at least, to be looked at
 ENDS = 0.1  # weight of what is not layers in a bound that counts the layers of the fullest stage
 
 
@@ -86,33 +88,44 @@ class Choices:
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
-        """Microbatches: divisors of the batch that are 2^a or 3 * 2^a."""
+        """Microbatches: divisors of the batch."""
         if self.search.request.microbatches is not None:
             return (self.search.request.microbatches,)
-        odd = lambda m: m // (m & -m)  # noqa: E731
         least = 2 if self.search.request.program == "single" and self.batch > 1 else 1
-        return tuple(m for m in range(least, self.batch + 1) if self.batch % m == 0 and odd(m) in (1, 3))
+        return tuple(m for m in range(least, self.batch + 1) if self.batch % m == 0)
 
     def schedules(self, stages: int, microbatches: int = 0) -> tuple[Choice, ...]:
         """What may be tried for so many stages: interleaving where there are layers enough, else zero bubble."""
         request = self.search.request
         if request.program == "single":
             return (("gpipe", 1),)
-        if request.schedule is not None:
-            return (self._pinned,)
-        grouped = microbatches % stages == 0
-        looped = tuple(("interleaved", c) for c in (2, 4) if c * stages <= len(self.units) and grouped)
-        return (("1f1b", 1), *(looped or (("zb-h1", 1),)))
+        if request.schedule is None:
+            looped = tuple(("interleaved", chunks) for chunks in self._loops(stages, microbatches))
+            return (("1f1b", 1), *(looped or (("zb-h1", 1),)))
+        found = entry(request.schedule)
+        if found.chunks is None and request.chunks is None:
+            return tuple((found.name, chunks) for chunks in self._loops(stages, microbatches))
+        return ((found.name, self._chunks),)
+
+    def _loops(self, stages: int, microbatches: int) -> Iterator[int]:
+        """Stages per rank that may be worth while: up to a few each, then those that share layers out evenly; of
+        those, the ones that save something of the bubble."""
+        uneven = microbatches < stages or microbatches % (microbatches // stages)
+        if microbatches and uneven and self.search.request.schedule is None:
+            return
+        before = 1
+        for chunks in range(2, len(self.units) // stages + 1):
+            even = 0 in (self.units.repeats % (chunks * stages), len(self.units) % (chunks * stages))
+            saved = (1 / before - 1 / chunks) * (stages - 1)
+            if (chunks <= ANY or even) and (before == 1 or saved >= SAVED * microbatches):
+                yield chunks
+                before = chunks
 
     @cached_property
     def _chunks(self) -> int:
-        """Stages per rank of the schedule that is asked for."""
+        """Stages per rank of the schedule that is asked for, at least."""
         request = self.search.request
         return 1 if request.schedule is None else entry(request.schedule).chunks or request.chunks or 2
-
-    @cached_property
-    def _pinned(self) -> Choice:
-        return entry(str(self.search.request.schedule)).name, self._chunks
 
     def _with_schedule(self, stage_counts: Sequence[int]) -> tuple[int, ...]:
         """Those for which there is a schedule as it is asked for.
@@ -131,30 +144,37 @@ class Choices:
         request, chunks = self.search.request, self._chunks
         if request.schedule is None:
             return None
+        name = entry(request.schedule).name
         if chunks * stages > len(self.units):
             most = len(self.units) // stages
             told = f"at most {most} stages per rank" if most > 1 else f"at most {len(self.units) // 2} ranks"
             return PlanError(
-                f"{self._pinned[0]} cuts {stages} ranks into {chunks * stages} stages; the forward pass has"
+                f"{name} cuts {stages} ranks into {chunks * stages} stages; the forward pass has"
                 f" {len(self.units)} parts to cut between.",
                 where=f"request: {'schedule' if request.chunks is None else 'chunks'}",
                 fix=f"{told}, or another schedule",
             )  # fmt: skip
         try:
             for many in () if request.microbatches is None else (request.microbatches,):
-                schedule_named(request.schedule, stages, many, None if chunks == 1 else chunks)
+                schedule_named(name, stages, many, None if chunks == 1 else chunks)
         except PlanError as error:
             return error
         return None
 
     def schedules_for(self, shape: Shape) -> Iterator[Schedule]:
-        for name, chunks in self.schedules(shape.stages, shape.microbatches):
-            if chunks * shape.stages > len(self.units):
-                continue
-            try:
-                yield schedule_named(name, shape.stages, shape.microbatches, None if chunks == 1 else chunks)
-            except PlanError:
-                continue
+        """Those with most stages per rank first."""
+        for name, chunks in sorted(self.schedules(shape.stages, shape.microbatches), key=lambda each: -each[1]):
+            if found := self.schedule(shape, name, chunks):
+                yield found
+
+    def schedule(self, shape: Shape, name: str, chunks: int) -> Schedule | None:
+        """None where there is none of so many microbatches, or there are too few layers."""
+        if chunks * shape.stages > len(self.units):
+            return None
+        try:
+            return schedule_named(name, shape.stages, shape.microbatches, None if chunks == 1 else chunks)
+        except PlanError:
+            return None
 
     def meshes(self, stages: int) -> tuple[Mesh, ...]:
         return plane_meshes(self.search.cluster, self.search.cluster.size // stages, self.search.request.mesh)
@@ -174,7 +194,7 @@ class Choices:
                 shares.append(-1.0 if name == "weight" else 1.0 if schedule == "zb-h1" else 0.0)
             else:
                 shares.append(1.0 if chunks == 1 or schedule == "gpipe" else 1 / chunks)
-        return (shape.stages - 1) * min(shares)
+        return (shape.stages - 1) * min(shares, default=0.0)
 
     def floor(self, shape: Shape) -> float:
         """No layouts of a shape take less: every op cut evenly over the devices of a stage, nothing sent."""
@@ -266,6 +286,15 @@ class Choices:
                 found[tag] *= self.crowd(shape.stages)
             elif self.units.repeats_of(cut.kind_of(tag)) < shape.stages:
                 found[tag] += on_top
+        return found
+
+    def crowded(self, shape: Shape) -> Mapping[str, float]:
+        """As `weights`, where some stage has a layer more than the fullest has at least, wherever the ends are."""
+        cut, more = self.cut(shape.policy, shape.microbatches), (shape.microbatches - 1) / self.units.repeats
+        found = {"": 1 / shape.stages}
+        for tag in cut.passes:
+            name, layer = cut.class_of(tag)
+            found[tag] = self._share(shape, name, layer, 0.0) + more * (layer and name != "once")
         return found
 
     def share(self, shape: Shape, name: str, layer: bool) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from math import inf
 
 import numpy as np
@@ -95,8 +96,7 @@ class Pricing:
         stages = tuple(self._stage(homes, stage, runs[stage], ends[stage]) for stage in range(schedule.stages))
         once = tuple(map(self._once, homes, runs))
         tail = max(sum(once[s] for s in held) for held in schedule.held)
-        slowest = max(sum(map(_passes, (stages[s] for s in held))) for held in schedule.held)
-        if slowest * schedule.microbatches + tail >= cutoff:
+        if _at_least(schedule, stages) + tail >= cutoff:
             return None
         peaks, held = zip(*(self._peak(schedule, rank, runs) for rank in range(schedule.ranks)), strict=True)
         if any(peak > place.limit for peak, place in zip(peaks, self.places, strict=True)):
@@ -199,6 +199,21 @@ class Pricing:
 
     def _handing(self, each: UnitSeconds) -> float:
         return self.sending(each.handed, 0, self.cluster.size)
+
+
+def _at_least(schedule: Schedule, stages: Sequence[StageSeconds]) -> float:
+    """Seconds that no order of these passes beats: a rank has all of its own to run, waits for the first microbatch to
+    come through the stages before, and ends with a pass whose gradients go back through them, unless that is split."""
+    there = back = 0.0
+    ways = [0.0]
+    for stage, following in pairwise(range(schedule.stages)):
+        away = schedule.homes[stage] != schedule.homes[following]
+        there += stages[stage].forward + away * stages[stage].send
+        back += stages[stage].backward + stages[stage].weight + away * stages[following].sending("backward")
+        ways.append(there + (0.0 if schedule.splits else back))
+    return max(
+        schedule.microbatches * sum(_passes(stages[s]) for s in held) + ways[min(held)] for held in schedule.held
+    )
 
 
 def _passes(stage: StageSeconds) -> float:

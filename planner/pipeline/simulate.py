@@ -1,22 +1,23 @@
 """A discrete-event simulator: tasks on the streams of devices, as a runtime would issue them.
 
 Each device has streams ("compute", "send", "gather", ...) that run their tasks in the order
-given, like the streams of a GPU. A task starts when its stream is free and what it waits for
-is done. While a device computes and communicates at once, both may slow down. Equal input
-gives equal times, to the last bit.
+given, like the streams of a GPU; a loose task may be overtaken while it waits, and overtake what waits. A task
+starts when its stream is free and what it waits for is done; of several, the first in order. While a device
+computes and communicates at once, both may slow down. Equal input gives equal times, to the last bit.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...ir.errors import PlanError
 from ...ir.schedule import Schedule, Step, needs
 
 COMPUTE = "compute"
+Stream = tuple[int, str]  # of a device
 # While a device computes and communicates at once, both take this much longer. Source: Galvatron,
 # hardware_configs, overlap_coe 1.1256 on A100 hosts.
 SLOWDOWN = 1.1256
@@ -24,7 +25,10 @@ SLOWDOWN = 1.1256
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`seconds` of work on one stream of one device, after the tasks at these positions."""
+    """`seconds` of work on one stream of one device, after the tasks at these positions.
+
+    `loose`: in no order with others on its stream.
+    """
 
     name: str
     device: int
@@ -32,6 +36,7 @@ class Task:
     seconds: float
     after: tuple[int, ...] = ()
     kind: str = "forward"
+    loose: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,8 @@ def simulate(tasks: Sequence[Task], slowdown: float = 1.0) -> Run:
     """
     if slowdown < 1:
         raise PlanError(f"slowdown cannot be {slowdown}.", where="slowdown", fix="1 (none) or more")
-    run = _longest_path(tasks) if slowdown == 1 else _Events(tasks, slowdown).run()
+    in_order = slowdown == 1 and not any(task.loose for task in tasks)
+    run = _longest_path(tasks) if in_order else _Events(tasks, slowdown).run()
     if len(run.end) < len(tasks) or any(e < 0 for e in run.end):
         stuck = next(task.name for task, e in zip(tasks, run.end, strict=True) if e < 0)
         raise PlanError(f"`{stuck}` waits for itself.", where="simulation", fix="an order without a cycle")
@@ -103,8 +109,9 @@ def _waits(tasks: Sequence[Task]) -> tuple[list[list[int]], list[int]]:
     waiting = [0] * len(tasks)
     last: dict[tuple[int, str], int] = {}
     for i, task in enumerate(tasks):
-        before = last.get((task.device, task.stream))
-        last[task.device, task.stream] = i
+        before = None if task.loose else last.get((task.device, task.stream))
+        if not task.loose:
+            last[task.device, task.stream] = i
         for j in task.after if before is None else (*task.after, before):
             followers[j].append(i)
             waiting[i] += 1
@@ -139,33 +146,59 @@ class _Events:
     rate: dict[int, float] = field(default_factory=dict)
     version: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     queue: list[tuple[float, int, int]] = field(default_factory=list)
+    ready: dict[Stream, list[int]] = field(default_factory=lambda: defaultdict(list))  # heaps
+    busy: set[Stream] = field(default_factory=set)
+    active: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))  # by device
 
     def run(self) -> Run:
         followers, waiting = _waits(self.tasks)
         start, end = [0.0] * len(self.tasks), [-1.0] * len(self.tasks)
-        active: dict[int, set[int]] = defaultdict(set)
-        for i, count in enumerate(waiting):
-            if count == 0:
-                self._begin(i, active)
-        while self.queue:
-            self.now, i, version = heapq.heappop(self.queue)
-            if version != self.version[i] or end[i] >= 0:
-                continue
-            end[i] = self.now
-            device = self.tasks[i].device
-            active[device].discard(i)
-            self._pace(active[device])
-            for j in followers[i]:
-                waiting[j] -= 1
-                if waiting[j] == 0:
-                    start[j] = self.now
-                    self._begin(j, active)
+        freed = self._ready([i for i, count in enumerate(waiting) if count == 0])
+        while freed or self.queue:
+            for stream in sorted(freed - self.busy):
+                if self.ready[stream]:
+                    i = heapq.heappop(self.ready[stream])
+                    start[i] = self.now
+                    self._begin(i, stream)
+            freed, arrived = set(), []
+            for i in self._ended(end):
+                freed.add(self._stream(i))
+                for j in followers[i]:
+                    waiting[j] -= 1
+                    if waiting[j] == 0:
+                        arrived.append(j)
+            self.busy -= freed
+            freed |= self._ready(arrived)
         return Run(self.tasks, start, end)
 
-    def _begin(self, i: int, active: dict[int, set[int]]) -> None:
+    def _stream(self, i: int) -> Stream:
+        return self.tasks[i].device, self.tasks[i].stream
+
+    def _ready(self, arrived: Iterable[int]) -> set[Stream]:
+        """Tasks that wait for their streams alone; which those are."""
+        for i in arrived:
+            heapq.heappush(self.ready[self._stream(i)], i)
+        return {self._stream(i) for i in arrived}
+
+    def _ended(self, end: list[float]) -> list[int]:
+        """What ends next, all that end at the same moment."""
+        found: list[int] = []
+        while self.queue and (not found or self.queue[0][0] == self.now):
+            at, i, version = heapq.heappop(self.queue)
+            if version == self.version[i] and end[i] < 0:
+                self.now = end[i] = at
+                here = self.active[self.tasks[i].device]
+                here.discard(i)
+                self._pace(here)
+                found.append(i)
+        return found
+
+    def _begin(self, i: int, stream: Stream) -> None:
+        here = self.active[stream[0]]
+        self.busy.add(stream)
         self.left[i], self.since[i], self.rate[i] = self.tasks[i].seconds, self.now, 0.0
-        active[self.tasks[i].device].add(i)
-        self._pace(active[self.tasks[i].device])
+        here.add(i)
+        self._pace(here)
 
     def _pace(self, here: set[int]) -> None:
         """Work done so far at the old rate; from now on at the new one."""

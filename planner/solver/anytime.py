@@ -71,7 +71,7 @@ def solve_live(
 
     Ctrl-C ends the search like the time limit does.
     """
-    search = _Search(live, gap, perf_counter() + time_limit, probe or time_limit, seed, cutoff, report)
+    search = Anytime(live, gap, perf_counter() + time_limit, probe or time_limit, seed, cutoff, report)
     search.rounds = 1 if probe else None
     try:
         search.run()
@@ -101,14 +101,16 @@ class _Core:
 
 
 @dataclass
-class _Search:
+class Anytime:
+    """One search; `answer` may be asked for at any moment, from another thread too."""
+
     live: Live
     gap: float
     deadline: float
     effort: float  # seconds that shares are taken of
     seed: int
-    cutoff: float
-    report: Report | None
+    cutoff: float = inf
+    report: Report | None = None
     choices: Choices | None = None
     objective: float = inf
     bound: float = -inf
@@ -163,15 +165,23 @@ class _Search:
         if self.report:
             self.report(self.objective, self.bound)
 
+    def stop(self) -> None:
+        """End soon: whatever looks at its clock finds it run out."""
+        self.deadline = 0.0
+        for walker in self.walkers:
+            walker.stopped = True
+
     def answer(self, stopped_by: Stop) -> Solution:
+        choices = self.choices
         if self.refuted:
             return Solution("infeasible", "proof", None, None, inf, self.refuted)
-        if self.choices is None:
+        if choices is None:
             beaten = self.cutoff < inf and self.closed
             reason = "nothing here beats the cutoff" if beaten else "no assignment found yet"
             return Solution("feasible", stopped_by, None, None, self.bound, reason)
-        status = "optimal" if relative_gap(self.objective, self.bound) <= self.gap else "feasible"
-        return Solution(status, stopped_by, self.choices, self.objective, self.bound)
+        objective, bound = self.live.cost(choices), self.bound
+        status = "optimal" if relative_gap(objective, bound) <= self.gap else "feasible"
+        return Solution(status, stopped_by, choices, objective, bound)
 
     # ------------------------------------------------------------ search
 

@@ -50,7 +50,7 @@ def plan(
         str, typer.Option(help="Stages of a pipeline, or auto: planned. The mesh is then that of a stage.")
     ] = "1",
     schedule: Annotated[str | None, typer.Option(help="Pin the schedule: 1f1b, interleaved, zb-h1, ...")] = None,
-    chunks: Annotated[int | None, typer.Option(help="Stages per rank, for interleaved; 2 if not given.")] = None,
+    chunks: Annotated[int | None, typer.Option(help="Stages per rank, for interleaved; planned if not given.")] = None,
     program: Annotated[
         str | None, typer.Option(help="stages: programs of each stage; single: one for all stages, as gpipe.")
     ] = None,
