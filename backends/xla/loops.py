@@ -39,7 +39,9 @@ class _Running:
         self.consts, self.carry = op.loop_inputs
         self.layouts = [step.slot(f"{op.tag}/in{i}") for i in range(len(op.inputs))]
         self.ends = [step.slot(end_tag(op, k)) for k in range(len(op.outputs))]
-        self.given = [self._given(i) for i in range(len(op.inputs))]
+        wanted = [stacked(layout) if self._is_row(i) else layout for i, layout in enumerate(self.layouts)]
+        self.tied = step.tied(op, dict(zip(op.inputs, wanted, strict=True)), scope)
+        self.given = [self._given(i, target) for i, target in enumerate(wanted)]
 
     def run(self) -> None:
         made = {"scan": self._scan, "while": self._while, "cond": self._cond}[self.op.kind]()
@@ -47,11 +49,14 @@ class _Running:
             rows = self.op.kind == "scan" and k >= self.carry
             self.scope.values[value] = Held(array, stacked(self.ends[k]) if rows else self.ends[k])
 
-    def _given(self, i: int) -> Any:
+    def _is_row(self, i: int) -> bool:
+        return i >= self.consts + self.carry
+
+    def _given(self, i: int, target: Sharding) -> Any:
         """An operand as regions want it; in a microbatch, its part."""
-        op, layout, split = self.op, self.layouts[i], self.step.split
-        outside, inside, row = op.inputs[i], op.regions[0].inputs[i], i >= self.consts + self.carry
-        held, target = self.scope.values[outside], stacked(layout) if row else layout
+        op, split = self.op, self.step.split
+        outside, inside, row = op.inputs[i], op.regions[0].inputs[i], self._is_row(i)
+        held = self.tied.get(outside, self.scope.values[outside])
         if self.scope.moment is None or inside not in split or outside in split:
             return self.step.bring(held, target)
         return self.step.now(held, target, split[inside] + row, self.scope)

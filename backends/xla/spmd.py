@@ -32,6 +32,7 @@ from .joins import JOIN, settle, start
 from .loops import end_tag, run_regions
 from .scope import Held, Scope, stacked
 from .shard import Moment
+from .ties import Tie, ties
 
 
 class LocalStep:
@@ -164,7 +165,9 @@ class LocalStep:
     def _simple(self, op: Op, scope: Scope) -> None:
         rule, strategy = rule_of(op, self.types), self.strategy(op)
         now = self._time_factor(op, rule) if scope.moment is not None else None
-        operands = [self._operand(op, k, rule, strategy, now, scope) for k in range(len(op.inputs))]
+        wanted = {v: operand_sharding(rule, strategy, self.mesh, k) for k, v in enumerate(op.inputs)}
+        tied = self.tied(op, wanted, scope)
+        operands = [self._operand(op, k, rule, strategy, now, scope, tied) for k in range(len(op.inputs))]
         if op.kind == "copy":
             results = operands
         elif op.kind == "scaled":
@@ -204,13 +207,37 @@ class LocalStep:
             if group and made.get(v, group) != group
         )
 
+    @cached_property
+    def _ties(self) -> Mapping[int, Tie]:
+        return ties(self.program) if self.holds else {}
+
+    def tied(self, op: Op, wanted: Mapping[int, Sharding], scope: Scope) -> dict[int, Held]:
+        """What the op gathers of what was there before its pass, once what it reads beside that is there. Who reads
+        that later reads it from the barrier, which is dropped if nobody does."""
+        tie = self._ties.get(op.outputs[0]) if op.outputs else None
+        if tie is None or tie.beside not in scope.values or self.types[tie.beside].dtype == "key":
+            return {}
+        waiting = [v for v in tie.given if self._gathers(v, wanted[v], scope)]
+        if not waiting:
+            return {}
+        held = [scope.values[v] for v in (*waiting, tie.beside)]
+        arrays = lax.optimization_barrier(tuple(each.array for each in held))
+        *found, beside = (Held(array, each.layout) for array, each in zip(arrays, held, strict=True))
+        scope.values[tie.beside] = beside
+        return dict(zip(waiting, found, strict=True))
+
+    def _gathers(self, value: int, layout: Sharding, scope: Scope) -> bool:
+        steps = reshard(scope.values[value].layout, layout) or ()
+        return self.types[value].dtype != "key" and any(step.kind == "all_gather" for step in steps)
+
     def _primitive(self, op: Op) -> Any:
         return self.bound.get((op.kind, op.attrs))
 
     def _operand(
-        self, op: Op, k: int, rule: Rule, strategy: Strategy, now: int | None, scope: Scope
+        self, op: Op, k: int, rule: Rule, strategy: Strategy, now: int | None, scope: Scope, tied: Mapping[int, Held]
     ) -> Any:
-        held, target = scope.values[op.inputs[k]], operand_sharding(rule, strategy, self.mesh, k)
+        value, target = op.inputs[k], operand_sharding(rule, strategy, self.mesh, k)
+        held = tied.get(value, scope.values[value])
         if now is None or op.inputs[k] in self.split:
             return self.bring(held, target)
         dim = next((d for d, factors in enumerate(rule.operands[k]) if now in factors), None)
