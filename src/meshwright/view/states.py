@@ -18,6 +18,20 @@ from ..ir.graph import ITEM_BYTES
 from ..ir.plan import Collective, Plan, Tensor
 
 MOSTLY = 0.5  # share of FLOP or bytes from which a word applies
+CAUSES = {  # of memory, in words that need no legend
+    "parameter": "weights as the step keeps them",
+    "optimizer": "optimizer state",
+    "activations": "kept from the forward pass for the backward pass",
+    "gradients": "of weights and of activations",
+    "gathered": "copies of weights and activations, as products read them",
+    "copies": "values under a second name, in the same layout",
+    "casts": "weights in the type of the computation",
+    "update": "what the optimizer makes on its way",
+    "loop bodies": "within one turn of a loop",
+    "moved": "operands brought to another layout",
+    "handed over": "between stages",
+    "microbatches in flight": "what further microbatches on their way keep",
+}
 SPOKEN = {"f32": "fp32", "f16": "fp16", "f64": "fp64"}
 
 

@@ -10,6 +10,7 @@ from ..ir.plan import Plan, Tensor
 from ..ir.schedule import microbatches_held
 from ..ir.units import counted, format_bytes, format_flops, format_seconds
 from ..pipeline_view import parts_of_step
+from .states import CAUSES
 from .words import claim, duty, ended, enough, lasted, share, unlike, words
 
 TENSORS, COLLECTIVES, CANDIDATES = 12, 6, 4  # rows shown unless all are asked for
@@ -180,7 +181,7 @@ def _memory_rows(plan: Plan) -> list[tuple[str, ...]]:
     causes = sorted(plan.estimate.memory.items(), key=lambda item: -item[1])
     total = sum(size for _, size in causes) or 1.0
     return [
-        (cause, format_bytes(size), f"{size / total:.0%}")
+        (cause, format_bytes(size), f"{size / total:.0%}", CAUSES.get(cause, ""))
         for cause, size in causes
         if size >= 0.001 * total
     ]
