@@ -109,6 +109,17 @@ class Links:
         self.down[source].append((result, gained))
         self.up[result].append((source, -gained))
 
+    def origins(self, value: int) -> dict[int, int]:
+        """A value of a loop and what it is a row of, or stacked from: each with the dims that it has more."""
+        found, waiting = {value: 0}, [value]
+        while waiting:
+            here = waiting.pop()
+            for source, gained in self.up[here]:
+                if source not in found:
+                    found[source] = found[here] + gained
+                    waiting.append(source)
+        return found
+
     @cached_property
     def handed(self) -> dict[int, int]:
         """What every turn of a loop is handed: the same outside of it."""

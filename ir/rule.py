@@ -90,14 +90,19 @@ def operand_sharding(rule: Rule, strategy: Strategy, mesh: Mesh, operand: int) -
 
 
 def result_sharding(rule: Rule, strategy: Strategy, mesh: Mesh, result: int) -> Sharding:
-    """How the op leaves this result. Sums are left owed; other reductions
-    (max, min, and, or) are settled inside the op by an all-reduce."""
+    """How the op leaves this result. Sums are left owed, by results that have not the factor; other
+    reductions (max, min, and, or) are settled inside the op by an all-reduce."""
     owed = frozenset(
         name
         for name, code in zip(mesh.names, strategy.axes, strict=True)
-        if code <= -2 or (code >= 0 and rule.factors[code].reduction == "sum")
+        if code <= -2 or (code >= 0 and _sums(rule, code, result))
     )
     return Sharding(_dims(rule.results[result], strategy.axes, mesh.names), owed)
+
+
+def _sums(rule: Rule, factor: int, result: int) -> bool:
+    """Whether a result is summed over a factor; other results of the op may have it as a dim."""
+    return rule.factors[factor].reduction == "sum" and all(factor not in dim for dim in rule.results[result])
 
 
 def settled_axes(rule: Rule, strategy: Strategy, mesh: Mesh) -> dict[str, tuple[str, ...]]:

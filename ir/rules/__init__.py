@@ -12,12 +12,23 @@ from math import prod
 
 from ..graph import Attr, Op, TensorType
 from ..rule import Rule
-from . import contraction, elementwise, indexing, linalg, misc, random, reduction, shape, sort
+from . import (
+    composite,
+    contraction,
+    elementwise,
+    indexing,
+    linalg,
+    misc,
+    random,
+    reduction,
+    shape,
+    sort,
+)
 from .factors import FLOATS, NUMBERS, WRITERS, Call, Dims, Unusual, opaque_rule
 
 __all__ = ["rule_of", "vocabulary"]
 
-_FAMILIES = (contraction, elementwise, indexing, linalg, misc, random, reduction, shape, sort)
+_FAMILIES = (composite, contraction, elementwise, indexing, linalg, misc, random, reduction, shape, sort)
 
 
 def rule_of(op: Op, types: Mapping[int, TensorType]) -> Rule:

@@ -1,0 +1,379 @@
+"""Attention as one op, and its gradients as another: what fused kernels run.
+
+    o = attention q k v                 scores, softmax and their product
+    dq dk dv = attention_grad q k v do  the same again, and what gradients take
+
+Of an attention that `ir/attention.py` finds, the ops between its boundary and its closings become the body of
+one op; nothing of the size of the scores is left outside. Gradients make the weights again from queries and keys:
+five products where the plain backward pass has four and memory for the weights.
+
+The body is a graph of its own, kept as text, so that equal layers have equal ops. Dims of the softmax are factors
+of the op's rule: queries, heads and batch are cut, keys are whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+
+from .attention import Attention, Links, attentions
+from .dead import drop_dead_ops
+from .dealt import OTHER, Parts, complete, followed
+from .graph import Attr, Constant, Graph, Op
+from .recompute import PRODUCTS
+from .rule import cuttable
+from .rules import rule_of
+from .text import parse, show
+
+FORWARD, BACKWARD = "attention", "attention_grad"
+KINDS = frozenset({FORWARD, BACKWARD})
+
+
+def with_attention(graph: Graph) -> Graph:
+    """The graph with each attention as one op; those that cannot be taken apart stay as they are."""
+    found = attentions(graph)
+    while found:
+        links = Links(graph)
+        rewrite = _Rewrite(graph, links)
+        done = [one for one in found if rewrite.add(one)]
+        fused = drop_dead_ops(rewrite.graph())
+        alive = {v for visit in fused.visits for v in visit.op.outputs}
+        stuck = [one for one in done if not alive.isdisjoint(one.made)]
+        if not stuck:
+            return fused if done else graph
+        found = tuple(one for one in done if one not in stuck)
+    return graph
+
+
+@lru_cache(maxsize=256)
+def body_of(text: str) -> Graph:
+    """The graph that a composite stands for."""
+    return parse(text)
+
+
+class Refused(Exception):
+    """This attention stays as it is."""
+
+
+class _Rewrite:
+    """Composites to be put in the place of closings."""
+
+    def __init__(self, graph: Graph, links: Links):
+        self.old, self.links = graph, links
+        self.types = dict(graph.types)
+        self.home: dict[
+            int, int
+        ] = {}  # value -> the loop that it lives in, by its first result; 0 outside
+        self.made: dict[int, Op] = {}  # closing -> the composite that makes it
+        self._derived: dict[int, frozenset[int]] = {}
+        self._leaving: dict[int, tuple[int, ...]] = {}
+        _note_homes(graph.ops, self.home)
+
+    def add(self, one: Attention) -> bool:
+        """Whether an attention could be made a composite; its closings are it from now on."""
+        groups = self._groups(one)
+        try:
+            ops = [self._composite(kind, one, closings) for kind, closings in groups if closings]
+        except Refused:
+            return False
+        for op, (_, closings) in zip(ops, [g for g in groups if g[1]], strict=True):
+            self.made |= dict.fromkeys(closings, op)
+        return True
+
+    def _groups(self, one: Attention) -> list[tuple[str, list[int]]]:
+        """Results of the softmax's weights times values; the rest are gradients, those of biases too."""
+        forward = [v for v in one.closings if self._is_result(one, v)]
+        return [(FORWARD, forward), (BACKWARD, [v for v in self.leaving(one) if v not in forward])]
+
+    def leaving(self, one: Attention) -> tuple[int, ...]:
+        """Closings, and sums that never come back to what is inside: gradients of biases."""
+        if one.softmax not in self._leaving:
+            sums = [
+                op.outputs[0]
+                for v in sorted(one.made)
+                for op in self.links.readers[v]
+                if op.kind.startswith("reduce_")
+            ]
+            found = [
+                v
+                for v in dict.fromkeys(sums)
+                if v not in one.made and self._reached([v]).isdisjoint(one.made)
+            ]
+            self._leaving[one.softmax] = (*one.closings, *found)
+        return self._leaving[one.softmax]
+
+    def _is_result(self, one: Attention, closing: int) -> bool:
+        op = self.links.writer[closing]
+        left = complete(
+            followed(op, self.old.types, one.dims)[closing], self.old.types[one.softmax]
+        )
+        return not left & one.keys and not one.weights.isdisjoint(op.inputs)
+
+    def _composite(self, kind: str, one: Attention, closings: Sequence[int]) -> Op:
+        (home,) = {self.home[v] for v in closings}
+        body = _Body(self, one, home)
+        for value in closings:
+            body.need(value)
+        attrs = {
+            "body": show(body.graph(closings)),
+            "share": one.share,
+            **_Cuts(body, closings).attrs(),
+        }
+        where = self.links.writer[closings[0]].where
+        return Op(
+            kind, tuple(body.inputs), tuple(closings), tuple(sorted(attrs.items())), where=where
+        )
+
+    def derived(self, one: Attention) -> frozenset[int]:
+        """What cheap ops make of what is inside: maxima and sums, and what becomes of them."""
+        if one.softmax not in self._derived:
+            self._derived[one.softmax] = self._spread(one)
+        return self._derived[one.softmax]
+
+    def _spread(self, one: Attention) -> frozenset[int]:
+        return self._reached(one.made, self.leaving(one))
+
+    def _reached(self, start: Iterable[int], ends: Collection[int] = ()) -> frozenset[int]:
+        """What cheap ops make of values, in the loops that these are handed to too."""
+        waiting, found = list(start), set(start)
+        while waiting:
+            value = waiting.pop()
+            new = [other for other, _ in self.links.down[value]]
+            new += [
+                v
+                for op in self.links.readers[value]
+                if not op.regions and op.kind not in PRODUCTS
+                for v in op.outputs
+            ]
+            new = [v for v in new if v not in found and v not in ends]
+            found.update(new)
+            waiting += new
+        return frozenset(found)
+
+    @cached_property
+    def free(self) -> frozenset[int]:
+        """What is made of numbers alone."""
+        found = {c.value for c in self.old.constants if not isinstance(c.data, str)}
+        for visit in self.old.visits:
+            if not visit.op.regions and found.issuperset(visit.op.inputs):
+                found.update(visit.op.outputs)
+        return frozenset(found)
+
+    def handed(self, home: int) -> tuple[int, ...]:
+        """What a loop's turns are handed."""
+        op = self.links.writer.get(home)
+        return () if op is None else op.regions[0].inputs
+
+    def graph(self) -> Graph:
+        return replace(self.old, ops=tuple(self._placed(self.old.ops)))
+
+    def _placed(self, ops: Sequence[Op]) -> list[Op]:
+        """Ops in their order, each as soon as all it reads is there; composites in the place of their first closing."""
+        wanted: list[Op] = []
+        for op in ops:
+            new = self.made.get(op.outputs[0], op) if op.outputs else op
+            if not any(new is other for other in wanted[-64:]) or new is op:
+                wanted.append(new)
+        return _in_order([self._inside(op) for op in wanted])
+
+    def _inside(self, op: Op) -> Op:
+        if not op.regions:
+            return op
+        return replace(
+            op, regions=tuple(replace(r, ops=tuple(self._placed(r.ops))) for r in op.regions)
+        )
+
+
+def _in_order(ops: Sequence[Op]) -> list[Op]:
+    missing = {v for op in ops for v in op.outputs}
+    placed, waiting = list[Op](), list[Op]()
+    for op in ops:
+        waiting.append(op)
+        while ready := [op for op in waiting if missing.isdisjoint(op.inputs)]:
+            waiting = [op for op in waiting if not missing.isdisjoint(op.inputs)]
+            placed += ready
+            missing.difference_update(v for op in ready for v in op.outputs)
+    assert not waiting
+    return placed
+
+
+def _note_homes(ops: Sequence[Op], home: dict[int, int], here: int = 0) -> None:
+    for op in ops:
+        home |= dict.fromkeys(op.outputs, here)
+        for region in op.regions:
+            home |= dict.fromkeys(region.inputs, op.outputs[0])
+            _note_homes(region.ops, home, op.outputs[0])
+
+
+class _Body:
+    """What is between the boundary of an attention and some of its closings, as seen from where these are.
+
+    In a backward loop, what the forward loop stacks for it is made again from what else was stacked.
+    """
+
+    def __init__(self, rewrite: _Rewrite, one: Attention, home: int):
+        self.rewrite, self.links, self.one, self.home = rewrite, rewrite.links, one, home
+        self.types = rewrite.types
+        self.inputs: list[int] = []
+        self.ops: list[Op] = []
+        self.numbers = {c.value: c for c in rewrite.old.constants if not isinstance(c.data, str)}
+        self.known: dict[int, int] = {}
+
+    def need(self, value: int) -> int:
+        """The value as the body knows it, after what makes it was added to the body."""
+        if value not in self.known:
+            self.known[value] = value if value in self.numbers else self._found(value)
+        return self.known[value]
+
+    def _found(self, value: int) -> int:
+        op = self.links.writer.get(value)
+        within = value in self.one.inside or value in self.rewrite.derived(self.one)
+        if within and (op is None or op.regions):
+            return self.need(self.links.up[value][0][0])  # a row of what another loop stacks
+        within = within or value in self.rewrite.leaving(self.one) or value in self.rewrite.free
+        if op is None or op.regions or not within:
+            return self._border(value)
+        inputs = tuple(map(self.need, op.inputs))
+        if op.kind == "optimization_barrier":
+            return inputs[op.outputs.index(value)]
+        self.ops.append(Op(op.kind, inputs, op.outputs, op.attrs))
+        self.known |= {v: v for v in op.outputs}
+        return value
+
+    def _border(self, value: int) -> int:
+        """Something from outside: as it is known here."""
+        near = self.rewrite.home.get(value, 0) == self.home or self._is_constant(value)
+        here = value if near else self._handed(value)
+        if here not in self.inputs:
+            self.inputs.append(here)
+        return here
+
+    def _is_constant(self, value: int) -> bool:
+        return value in self.rewrite.old.constant_ids
+
+    def _handed(self, value: int) -> int:
+        """Of a value of another loop: what this loop is handed of it."""
+        there = self.links.origins(value)
+        for mine in self.rewrite.handed(self.home):
+            if any(there.get(v) == gained for v, gained in self.links.origins(mine).items()):
+                return mine
+        raise Refused
+
+    # ------------------------------------------------------------ as a graph
+
+    def graph(self, closings: Sequence[int]) -> Graph:
+        """The body with values numbered in order: equal for equal attentions."""
+        used = [c for v, c in self.numbers.items() if any(v in op.inputs for op in self.ops)]
+        order = [
+            *self.inputs,
+            *(c.value for c in used),
+            *(v for op in self.ops for v in op.outputs),
+        ]
+        name = {value: number for number, value in enumerate(order)}
+        ops = tuple(
+            replace(
+                op,
+                inputs=tuple(name[v] for v in op.inputs),
+                outputs=tuple(name[v] for v in op.outputs),
+            )
+            for op in self.ops
+        )
+        return Graph(
+            types={name[v]: self.types[v] for v in order},
+            inputs=tuple(name[v] for v in self.inputs),
+            ops=ops,
+            outputs=tuple(name[v] for v in closings),
+            constants=tuple(Constant(name[c.value], c.data) for c in used),
+        )
+
+    def parts(self) -> dict[int, Parts]:
+        """Dims of all values of the body as those of the softmax."""
+        known = {v: self.one.dims[v] for op in self.ops for v in op.outputs if v in self.one.dims}
+        while True:
+            before = dict(known)
+            for op in (*self.ops, *reversed(self.ops)):
+                for value, parts in followed(op, self.types, known).items():
+                    if _told(parts) > _told(known.get(value, ())):
+                        known[value] = parts
+            if known == before:
+                return known
+
+
+def _told(parts: Parts) -> int:
+    return sum(part[0] != OTHER for dim in parts for part in dim)
+
+
+@dataclass(frozen=True)
+class _Cuts:
+    """Which dims of the softmax may be cut, on every value of a body."""
+
+    body: _Body
+    closings: Sequence[int]
+
+    def attrs(self) -> dict[str, Attr]:
+        """What the rule of the composite is made of; see `rules/composite.py`."""
+        body, parts = self.body, self.body.parts()
+        shape = body.types[body.one.softmax].shape
+        free = [
+            d
+            for d, size in enumerate(shape)
+            if size > 1 and d not in body.one.keys and self._is_free(d, parts)
+        ]
+        dims = [self._dims(value, parts, free) for value in (*body.inputs, *self.closings)]
+        return {
+            "sizes": tuple(shape[d] for d in free),
+            "operands": tuple(dims[: len(body.inputs)]),
+            "results": tuple(dims[len(body.inputs) :]),
+            "linear": tuple(
+                (k,) for k in range(len(body.inputs)) if self._is_linear(body.inputs[k])
+            ),
+        }
+
+    def _dims(self, value: int, parts: Mapping[int, Parts], free: Sequence[int]) -> Attr:
+        """By dim of a value, the free dims of the softmax that it is made of; () where it is cut by none."""
+        known = parts.get(value, ((),) * self.body.types[value].rank)
+        return tuple(
+            tuple(free.index(d) for d, _, _ in dim) if all(p[0] in free for p in dim) else ()
+            for dim in known
+        )
+
+    def _is_free(self, d: int, parts: Mapping[int, Parts]) -> bool:
+        """Whether every op can do with a part of this dim, and no op but closings sums over it."""
+        size = self.body.types[self.body.one.softmax].shape[d]
+        for op in self.body.ops:
+            rule = rule_of(op, self.body.types)
+            sides = zip((*op.inputs, *op.outputs), (*rule.operands, *rule.results), strict=True)
+            for value, dims in sides:
+                for dim, told in zip(dims, parts.get(value, ()), strict=False):
+                    if not any(part[0] == d for part in told):
+                        continue
+                    if told[0] != (d, 1, size) or not dim or dim[0] not in cuttable(rule):
+                        return False
+                    factor = rule.factors[dim[0]]
+                    if factor.size != size or (
+                        factor.kind == "reduced" and not self._may_sum(op, factor.reduction)
+                    ):
+                        return False
+        return True
+
+    def _may_sum(self, op: Op, reduction: str) -> bool:
+        return reduction == "sum" and op.outputs[0] in self.closings
+
+    def _is_linear(self, value: int) -> bool:
+        """Whether all closings are linear in a value, the others held fixed."""
+        zeros = {v for v, c in self.body.numbers.items() if c.data == 0}
+        linear = {value}
+        for op in self.body.ops:
+            rule = rule_of(op, self.body.types)
+            touched = [k for k, v in enumerate(op.inputs) if v in linear]
+            nothing = [k for k, v in enumerate(op.inputs) if v in zeros]
+            if touched and not {tuple(touched), tuple(sorted(touched + nothing))}.isdisjoint(
+                rule.linear
+            ):
+                linear.update(op.outputs)
+            elif touched:
+                return False
+            elif tuple(nothing) in rule.linear:
+                zeros.update(op.outputs)
+        return linear.issuperset(self.closings)

@@ -1,0 +1,40 @@
+"""Composites: ops that stand for a graph, and say themselves what may be cut (see `ir/composites.py`)."""
+
+from __future__ import annotations
+
+from ..rule import Dim, Rule
+from .factors import Call, Dims, Factors, attr_tuple, integers, rule_for
+
+
+@rule_for("attention", "attention_grad")
+def composite(call: Call) -> Rule:
+    """Attrs `operands` and `results` tell each dim as numbers of free dims, of these `sizes`; other dims are whole.
+
+    q [b, h, t, -] k [b, h, -, -] v [b, h, -, -] -> o [b, h, t, -]
+    q, k, v, do -> dq [b, h, t, -] dk [b, h, -, -] dv     t is summed over where a gradient has none of it
+    """
+    sizes = call.integers("sizes")
+    sides = (*attr_tuple(call.attrs["operands"]), *attr_tuple(call.attrs["results"]))
+    told = [tuple(map(integers, attr_tuple(dims))) for dims in sides]
+    results = told[len(call.operands) :]
+    summed = {
+        f for f in range(len(sizes)) if any(all(f not in dim for dim in dims) for dims in results)
+    }
+    factors = Factors()
+    free = [factors.new(size, "sum" if f in summed else "") for f, size in enumerate(sizes)]
+    kinds = (*call.operands, *call.results)
+    dims = [
+        _dims(factors, free, named, kind.shape) for named, kind in zip(told, kinds, strict=True)
+    ]
+    many = len(call.operands)
+    linear = tuple(map(integers, attr_tuple(call.attrs["linear"])))
+    return factors.rule(dims[:many], dims[many:], linear)
+
+
+def _dims(
+    factors: Factors, free: list[Dim], named: tuple[tuple[int, ...], ...], shape: tuple[int, ...]
+) -> Dims:
+    return tuple(
+        tuple(f for n in dim for f in free[n]) if dim else factors.whole(size)
+        for dim, size in zip(named, shape, strict=True)
+    )
