@@ -9,13 +9,14 @@ The sharded lowering is the same walk; it brings operands to a layout before eac
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 
+from ...ir.composites import KINDS, body_of
 from ...ir.errors import MismatchError
 from ...ir.graph import Constant, Graph, Op, Region, TensorType
 from ...ir.rules import rule_of
@@ -71,6 +72,8 @@ class Walk:
             env.update(zip(op.outputs, results, strict=True))
 
     def op(self, op: Op, operands: Sequence[Any]) -> Sequence[Any]:
+        if op.kind in KINDS:
+            return replace(self, graph=body_of(str(op.attr("body"))), arrays={})(*operands)
         rule = rule_of(op, self.graph.types)
         return emit(op, self.bound[op.kind, op.attrs], operands, rule, {})
 

@@ -23,12 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...ir.composites import KINDS
 from ...ir.graph import Graph, Op
 from ...ir.recompute import PRODUCTS
 from .capture import Captured
 from .replay import Walk
 
-SUMS = PRODUCTS | {"reduce_sum", "scatter-add", "cumsum"}
+SUMS = PRODUCTS | KINDS | {"reduce_sum", "scatter-add", "cumsum"}
 NEAR, FAR = 2.0, 16.0  # units in the last place
 NEAR_RUNS, FAR_RUNS = 4, 8  # one in 2^12 numbers that are rounding alone seems to stand still
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ...ir.composites import KINDS
 from ...ir.errors import LoweringError
 from ...ir.graph import Graph, Op
 from ...ir.mesh import Mesh
@@ -28,6 +29,7 @@ from ...ir.sharding import Sharding, replicated, reshard
 from ...ir.values import block_instances
 from .collectives import join_microbatches, move, shard_index, take_microbatch
 from .emit import Cut, emit
+from .emit_composite import run_composite
 from .joins import JOIN, settle, start
 from .loops import end_tag, run_regions
 from .scope import Held, Scope, stacked
@@ -175,6 +177,8 @@ class LocalStep:
         elif op.kind in (ESTIMATED, AVERAGED):
             many = 1 if scope.moment is None else self.plan.microbatches
             results = [operands[0] * many if op.kind == ESTIMATED else operands[0] / many]
+        elif op.kind in KINDS:
+            results = run_composite(op, self._primitive, operands, rule, self._cuts(rule, strategy, now, scope))
         else:
             cuts = self._cuts(rule, strategy, now, scope)
             results = emit(op, self._primitive(op), operands, rule, cuts)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ...ir.attention import Attention
 from ...ir.cluster import Device
+from ...ir.composites import KINDS as COMPOSITES
 from ...ir.graph import Op, TensorType
 from ...ir.rule import Rule
 from .flop import DECOMPOSITIONS, flop, told_cost
@@ -63,6 +64,9 @@ def op_seconds(
             _product_seconds(op, rule, types, device, ways, kernels, narrow),
         )
         return seconds + (_cast_seconds(op, types, device, ways) if narrow else 0.0)
+    if op.kind in COMPOSITES:
+        moved = device.stream_seconds(_cut(_moved(op, types, kernels), ways))
+        return device.launch + np.maximum(moved, _composite_seconds(op, rule, types, device) / ways.work)
     arithmetic = _beside_products(op, rule, types) / device.vector_flops / ways.work
     return device.launch + np.maximum(device.stream_seconds(_cut(_touched(op, types, kernels), ways)), arithmetic)
 
@@ -70,6 +74,11 @@ def op_seconds(
 def _beside_products(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> float:
     """FLOP of a kernel that is no product and does more than move: a decomposition, one whose author says so."""
     return flop(op, rule, types) if op.kind in DECOMPOSITIONS or told_cost(op) else 0.0
+
+
+def _composite_seconds(op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device) -> float:
+    """Arithmetic of attention's products on one device, uncut, at the rate that large fused attention reaches."""
+    return flop(op, rule, types) / (_peak(device, multiplied_as(op, types, device)) * device.attention_efficiency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +122,8 @@ def least_terms(
     fused = fused_terms(op, types, device, kernels)
     if fused is not None:
         return fused
+    if op.kind in COMPOSITES:
+        return Terms(device.launch, {}, _composite_seconds(op, rule, types, device))
     if op.kind not in CONTRACTIONS:
         touched, arithmetic = _touched(op, types, kernels), _beside_products(op, rule, types) / device.vector_flops
         if arithmetic > device.stream_seconds(sum(touched.values())):

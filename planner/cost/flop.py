@@ -6,17 +6,22 @@ convolution         2 per result element and kernel element
 decompositions      Golub & Van Loan, Matrix Computations, 4th ed., tables 3.2, 4.2, 5.5, 7.7, 8.3, 8.6
 fft                 5 n log2 n for n points (Cooley & Tukey; the count that FFTW's benchmarks use)
 a kernel by hand    what it says of itself: `pallas_call(cost_estimate=...)`
+a composite         its products
 others              one per result element
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from math import log2, prod
 
+from ...ir.composites import KINDS as COMPOSITES
+from ...ir.composites import body_of
 from ...ir.graph import Op, TensorType
+from ...ir.recompute import PRODUCTS
 from ...ir.rule import Rule
-from ...ir.rules import vocabulary
+from ...ir.rules import rule_of, vocabulary
 
 KNOWN = vocabulary()
 SQUARE = {
@@ -41,6 +46,8 @@ def flop(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> float:
         return 2.0 * _convolution_terms(op, types)
     if op.kind in DECOMPOSITIONS:
         return _decomposition(op, types)
+    if op.kind in COMPOSITES:
+        return _products_within(str(op.attr("body")))
     told = told_cost(op)
     return told[0] if told else float(sum(types[v].size for v in op.outputs))
 
@@ -64,6 +71,12 @@ def is_counted(op: Op) -> bool:
         or bool(op.regions)
         or told_cost(op) is not None
     )
+
+
+@lru_cache(maxsize=256)
+def _products_within(body: str) -> float:
+    graph = body_of(body)
+    return sum(flop(op, rule_of(op, graph.types), graph.types) for op in graph.ops if op.kind in PRODUCTS)
 
 
 def _columns(op: Op, types: Mapping[int, TensorType]) -> int:

@@ -27,6 +27,7 @@ from functools import lru_cache, partial
 from typing import Literal
 
 from ...ir.attention import Attention
+from ...ir.composites import KINDS as COMPOSITES
 from ...ir.graph import Op, TensorType
 from ...ir.program import Program
 from ...ir.recompute import AGAIN, PRODUCTS
@@ -34,7 +35,7 @@ from .flop import DECOMPOSITIONS, KNOWN
 
 # Ops that start a kernel of their own and read and write memory.
 KERNELS = frozenset({
-    *PRODUCTS, "gather", "scatter", "scatter-add", "sort", "top_k",
+    *PRODUCTS, *COMPOSITES, "gather", "scatter", "scatter-add", "sort", "top_k",
     "cumsum", "reduce_window_max", "reduce_window_sum", "select_and_scatter_add", "random_bits",
     "threefry2x32", "dynamic_update_slice",
 })  # fmt: skip
@@ -42,7 +43,7 @@ CONTRACTIONS = PRODUCTS
 FREE = frozenset({"copy", "optimization_barrier", "reshape", "squeeze", "broadcast_in_dim"})  # no kernel
 # Ops that never follow another's layout: they do real work, or a layout of their own is the point.
 LEADERS = frozenset({
-    *PRODUCTS, "copy", "gather", "scatter", "scatter-add", "sort",
+    *PRODUCTS, *COMPOSITES, "copy", "gather", "scatter", "scatter-add", "sort",
     "top_k", "cumsum", "dynamic_slice", "dynamic_update_slice", "concatenate",
     "select_and_scatter_add", "reduce_window_max", "reduce_window_sum", "random_bits", "threefry2x32",
 })  # fmt: skip
