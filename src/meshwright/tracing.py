@@ -10,7 +10,6 @@ from .backends.xla.calls import Call, calling
 from .backends.xla.capture import Captured, convert
 from .backends.xla.steps import Step, parameter_names, peel, step_name
 from .backends.xla.trace import trace_call
-from .ir.composites import with_attention
 from .ir.errors import UsageError
 
 
@@ -61,8 +60,7 @@ class Options:
 
 def capture_call(call: Call, stages: bool) -> Captured:
     """As `Options.capture`, of a call under way."""
-    found = convert(trace_call(call), hold_in_loops=stages)
-    return found if stages else replace(found, graph=with_attention(found.graph))
+    return convert(trace_call(call), hold_in_loops=stages)
 
 
 def _ints(value: int | Sequence[int]) -> tuple[int, ...]:
