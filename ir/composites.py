@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Literal
 
 from .attention import Attention, Links, attentions
 from .dead import drop_dead_ops
-from .dealt import OTHER, Parts, complete, followed
+from .dealt import Parts, complete, followed, spread
 from .graph import Attr, Constant, Graph, Op
 from .recompute import PRODUCTS
 from .rule import cuttable
@@ -28,6 +29,12 @@ from .text import parse, show
 
 FORWARD, BACKWARD = "attention", "attention_grad"
 KINDS = frozenset({FORWARD, BACKWARD})
+AttentionKind = Literal["plain", "fused"]
+
+
+def composed(graph: Graph, attention: AttentionKind) -> Graph:
+    """The graph with its attention as asked for."""
+    return with_attention(graph) if attention == "fused" else graph
 
 
 def with_attention(graph: Graph) -> Graph:
@@ -290,18 +297,7 @@ class _Body:
     def parts(self) -> dict[int, Parts]:
         """Dims of all values of the body as those of the softmax."""
         known = {v: self.one.dims[v] for op in self.ops for v in op.outputs if v in self.one.dims}
-        while True:
-            before = dict(known)
-            for op in (*self.ops, *reversed(self.ops)):
-                for value, parts in followed(op, self.types, known).items():
-                    if _told(parts) > _told(known.get(value, ())):
-                        known[value] = parts
-            if known == before:
-                return known
-
-
-def _told(parts: Parts) -> int:
-    return sum(part[0] != OTHER for dim in parts for part in dim)
+        return spread(self.ops, self.types, known)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,25 @@ def through(
     )  # fmt: skip
 
 
+def spread(
+    ops: Sequence[Op], types: Mapping[int, TensorType], known: Mapping[int, Parts]
+) -> dict[int, Parts]:
+    """Parts of all values that ops read and make, as far as some tell them, forwards and backwards."""
+    found = dict(known)
+    while True:
+        before = dict(found)
+        for op in (*ops, *reversed(ops)):
+            for value, parts in followed(op, types, found).items():
+                if _told(parts) > _told(found.get(value, ())):
+                    found[value] = parts
+        if found == before:
+            return found
+
+
+def _told(parts: Parts) -> int:
+    return sum(part[0] != OTHER for dim in parts for part in dim)
+
+
 def deal(parts: Sequence[Part], sizes: Sequence[int]) -> list[tuple[Part, ...]]:
     """Parts of a dim dealt out to factors of these sizes, split where they must be; [] where they do not fit."""
     left, dealt = list(parts), []

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, mo
 
 from .batch import known_batch
 from .cluster import Cluster
+from .composites import AttentionKind
 from .graph import Batch, Graph
 from .mesh import Mesh
 from .schedule import Schedule, read_schedule
@@ -258,6 +259,7 @@ class Plan(_Part):
     mesh: Mesh
     microbatches: int
     recompute: str
+    attention: AttentionKind = "plain"
     strategies: dict[str, tuple[int, ...]]
     slots: dict[str, Layout]
     uses: tuple[AxisUse, ...]  # one per mesh axis

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from ..ir.batch_stats import statistics_of
-from ..ir.graph import Op, TensorType
+from ..ir.composites import FORWARD
+from ..ir.graph import Graph, Op, TensorType
 from ..ir.microbatch import Refusal
 from ..ir.plan import EXACT, Collective, Estimate, Layout, Plan, PlannedBatch, Proof, Tensor
 from ..ir.roles import roles
 from ..ir.rules import rule_of
 from ..ir.sharding import Sharding
+from ..ir.units import counted
 from ..ir.version import VERSION
 from .assumptions import assumptions
 from .cost.flop import flop
@@ -62,6 +64,7 @@ def write_plan(
         mesh=space.mesh,
         microbatches=best.candidate.microbatches,
         recompute=best.candidate.policy,
+        attention=search.request.attention,
         strategies={
             tag: found[choices[space.op_node[tag]]].axes for tag, found in space.strategies.items()
         },
@@ -151,12 +154,25 @@ def notes_of(search: Search) -> tuple[str, ...]:
     axis, told = program.time, assumptions(program.graph)
     if where := statistics_of(program.graph):
         told = (_own_statistics(where, search.best.candidate), *told)
+    if search.request.attention == "fused":
+        told = (_fused(program.graph), *told)
     if isinstance(axis, Refusal):
         return (f"microbatches are not possible: {axis.reason} ({axis.where})", *told)
     if axis.batch % devices:
         what = f"a batch of {axis.batch} does not divide over {devices} devices"
         return (f"{what}, so pure data parallelism was not possible", *told)
     return told
+
+
+def _fused(graph: Graph) -> str:
+    """What `attention="fused"` found, and how it runs."""
+    many = sum(visit.times for visit in graph.visits if visit.op.kind == FORWARD)
+    if not many:
+        return "attention=fused changes nothing: no attention was found"
+    return (
+        f"{counted(many, 'attention')} of a step fused: scores are never whole; run block by block, "
+        "all pairs of queries and keys, masked ones too; gradients make the weights again"
+    )
 
 
 def _own_statistics(where: tuple[str, ...], candidate: Candidate | None) -> str:

@@ -10,6 +10,7 @@ from numbers import Integral
 from typing import Any, Literal, NoReturn, get_args
 
 from ..ir.cluster import Cluster
+from ..ir.composites import AttentionKind
 from ..ir.errors import PlanError, UsageError, did_you_mean
 from ..ir.microbatch import Refusal, TimeAxis
 from ..ir.mistakes import Mistakes
@@ -45,6 +46,7 @@ class Request:
                   0.05 where pipelines are searched
     batch_stats   "microbatch": what a step takes over the batch and computes each example with (batch norm) is taken
                   over each microbatch, which changes numbers; None: such a step has one microbatch
+    attention     "fused": each attention is one op that keeps no scores; "plain": products and softmax as written
     search        "exact" proves its plans; "mcmc" is FlexFlow's, for comparison, and proves nothing
     """
 
@@ -58,6 +60,7 @@ class Request:
     chunks: int | None = None
     program: ProgramKind | None = None
     batch_stats: BatchStats | None = None
+    attention: AttentionKind = "plain"
     time_limit: float = 60.0
     gap: float | None = None
     seed: int = 0
@@ -87,6 +90,7 @@ class Request:
                 (None, *get_args(BatchStats)),
                 '"microbatch", or left out: over the whole batch',
             ),
+            ("attention", get_args(AttentionKind), did_you_mean(str(self.attention), get_args(AttentionKind))),
             ("search", get_args(Searcher), did_you_mean(str(self.search), get_args(Searcher))),
             ("recompute", (None, *POLICIES), did_you_mean(str(self.recompute), POLICIES)),
         ):
@@ -212,6 +216,8 @@ def _check_pipeline(request: Request) -> None:
     pp = request.pp
     if pp != 1 and request.batch_stats is not None:
         _refuse("batch_stats", f"{request.batch_stats} with a pipeline", "pp=1, or statistics over each example")
+    if pp != 1 and request.attention == "fused":
+        _refuse("attention", "fused with a pipeline", "pp=1, or plain attention")
     if pp == "auto":
         if request.mesh is not None:
             _refuse(

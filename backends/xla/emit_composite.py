@@ -9,6 +9,7 @@ is run by the same emitters as any op; results that are summed over the dim are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -18,10 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...ir.composites import body_of
-from ...ir.dealt import OTHER, Parts, followed, through
+from ...ir.dealt import OTHER, Parts, spread, through
 from ...ir.graph import Attr, Graph, Op
 from ...ir.rule import Rule
 from ...ir.rules import rule_of
+from .dtypes import jax_dtype
 from .emit import emit
 from .shard import Arrays, Cut
 
@@ -41,8 +43,10 @@ def run_composite(
     """
     held = lax.optimization_barrier(tuple(operands))
     body = _Body.of(op.attr("body"), op.attr("sizes"), op.attr("operands"), op.attr("results"))
-    free = {d: cuts[f] for d, f in enumerate(_factors(rule, body.sizes)) if f is not None and f in cuts}
-    return _blocks(body, bound, free, body.to_cut(free), list(held))
+    free = {
+        d: cuts[f] for d, f in enumerate(_factors(rule, body.sizes)) if f is not None and f in cuts
+    }
+    return _Loop(body, bound, free, body.to_cut(free))(list(held))
 
 
 def _factors(rule: Rule, sizes: Sequence[int]) -> list[int | None]:
@@ -54,8 +58,19 @@ def _factors(rule: Rule, sizes: Sequence[int]) -> list[int | None]:
 class _Body:
     """A composite's graph, with the dims of its values as free dims."""
 
-    def __init__(self, text: str, sizes: tuple[int, ...], operands: tuple[Dims, ...], results: tuple[Dims, ...]):
-        self.graph, self.sizes, self.operands, self.results = body_of(text), sizes, operands, results
+    def __init__(
+        self,
+        text: str,
+        sizes: tuple[int, ...],
+        operands: tuple[Dims, ...],
+        results: tuple[Dims, ...],
+    ):
+        self.graph, self.sizes, self.operands, self.results = (
+            body_of(text),
+            sizes,
+            operands,
+            results,
+        )
         self.parts = _parts(self.graph, sizes, operands)
         self.most = max(
             (kind.size for kind in self.graph.types.values() if kind.is_float), default=0
@@ -69,7 +84,10 @@ class _Body:
         """Free dims and the number of blocks of each, so that scores are small; batch and heads come first, as
         they need no sums. The batch is left alone where microbatches cut it over time."""
         left = self.most // prod(cut.ways for cut in cuts.values())
-        lacking = {d: sum(all(d not in dim for dim in dims) for dims in self.operands) for d in range(len(self.sizes))}
+        lacking = {
+            d: sum(all(d not in dim for dim in dims) for dims in self.operands)
+            for d in range(len(self.sizes))
+        }
         found = []
         for d in sorted(lacking, key=lambda d: (lacking[d], d)):
             here = self.sizes[d] // (cuts[d].ways if d in cuts else 1)
@@ -84,7 +102,9 @@ class _Body:
 
 
 @lru_cache(maxsize=256)
-def _made(text: str, sizes: tuple[int, ...], operands: tuple[Dims, ...], results: tuple[Dims, ...]) -> _Body:
+def _made(
+    text: str, sizes: tuple[int, ...], operands: tuple[Dims, ...], results: tuple[Dims, ...]
+) -> _Body:
     return _Body(text, sizes, operands, results)
 
 
@@ -95,63 +115,94 @@ def _parts(graph: Graph, sizes: Sequence[int], operands: Sequence[Dims]) -> dict
                  for dim, size in zip(dims, graph.types[v].shape, strict=True))
         for v, dims in zip(graph.inputs, operands, strict=True)
     }  # fmt: skip
-    while True:
-        before = dict(known)
-        for op in (*graph.ops, *reversed(graph.ops)):
-            for value, parts in followed(op, graph.types, known).items():
-                if _told(parts) > _told(known.get(value, ())):
-                    known[value] = parts
-        if known == before:
-            return known
+    return spread(graph.ops, graph.types, known)
 
 
-def _told(parts: Parts) -> int:
-    return sum(part[0] != OTHER for dim in parts for part in dim)
+@dataclass(frozen=True)
+class _Loop:
+    """The body with the free dims that are left to cut taken block by block, one loop in another."""
 
+    body: _Body
+    bound: Callable[[Op], Any]
+    cuts: Mapping[int, Cut]
+    todo: Sequence[tuple[int, int]]  # free dim, blocks
 
-def _blocks(
-    body: _Body, bound: Callable[[Op], Any], cuts: Mapping[int, Cut], todo: Sequence[tuple[int, int]], operands: list[Any]
-) -> list[jax.Array]:
-    """The body with the dims left to cut taken block by block, one loop in another."""
-    if not todo:
-        return _run(body, bound, cuts, operands)
-    (dim, many), *rest = todo
-    before = cuts.get(dim, Cut(0, 1))
-
-    def one(sums: list[Any], number: Any) -> tuple[list[Any], list[Any]]:
-        parts = [_part(a, dims, dim, number, many) for a, dims in zip(operands, body.operands, strict=True)]
-        cut = Cut(before.index * many + number, before.ways * many)
-        results = _blocks(body, bound, {**cuts, dim: cut}, rest, parts)
-        added = [r for r, at in zip(results, places, strict=True) if at is None]
-        return [s + a.astype(s.dtype) for s, a in zip(sums, added, strict=True)], [
-            r for r, at in zip(results, places, strict=True) if at is not None
+    def __call__(self, operands: Sequence[Any]) -> list[jax.Array]:
+        if not self.todo:
+            return self._alone(operands)
+        (dim, many), *_ = self.todo
+        places = [_place(dims, dim) for dims in self.body.results]
+        shapes = jax.eval_shape(lambda given: self._block(given, 0), list(operands))
+        zeros = [
+            jnp.zeros(s.shape, _wide(s.dtype))
+            for s, at in zip(shapes, places, strict=True)
+            if at is None
         ]
 
-    places = [next((k for k, d in enumerate(dims) if dim in d), None) for dims in body.results]
-    shapes = jax.eval_shape(
-        lambda: _blocks(body, bound, {**cuts, dim: Cut(0, before.ways * many)}, rest,
-                        [_part(a, dims, dim, 0, many) for a, dims in zip(operands, body.operands, strict=True)])
-    )  # fmt: skip
-    zeros = [jnp.zeros(s.shape, _wide(s.dtype)) for s, at in zip(shapes, places, strict=True) if at is None]
-    sums, pieces = lax.scan(one, zeros, jnp.arange(many, dtype=jnp.int32))
-    sums, pieces = iter(sums), iter(pieces)
-    return [
-        next(sums).astype(s.dtype) if at is None else _joined(next(pieces), at)
-        for s, at in zip(shapes, places, strict=True)
-    ]
+        def one(sums: list[Any], number: Any) -> tuple[list[Any], list[Any]]:
+            results = self._block(operands, number)
+            added = [r for r, at in zip(results, places, strict=True) if at is None]
+            kept = [r for r, at in zip(results, places, strict=True) if at is not None]
+            return [s + a.astype(s.dtype) for s, a in zip(sums, added, strict=True)], kept
+
+        sums, pieces = map(iter, lax.scan(one, zeros, jnp.arange(many, dtype=jnp.int32)))
+        return [
+            next(sums).astype(s.dtype) if at is None else _joined(next(pieces), at)
+            for s, at in zip(shapes, places, strict=True)
+        ]
+
+    def _block(self, operands: Sequence[Any], number: Any) -> list[jax.Array]:
+        (dim, many), *rest = self.todo
+        before = self.cuts.get(dim, Cut(0, 1))
+        cut = Cut(before.index * many + number, before.ways * many)
+        parts = [
+            _part(a, _place(dims, dim), number, many)
+            for a, dims in zip(operands, self.body.operands, strict=True)
+        ]
+        return _Loop(self.body, self.bound, {**self.cuts, dim: cut}, rest)(parts)
+
+    def _alone(self, operands: Sequence[Any]) -> list[jax.Array]:
+        """The body on one block of this shard's part."""
+        graph = self.body.graph
+        values: dict[int, Any] = dict(zip(graph.inputs, operands, strict=True))
+        values |= {
+            c.value: jnp.asarray(c.data, jax_dtype(graph.types[c.value].dtype))
+            for c in graph.constants
+        }
+        for op in graph.ops:
+            rule = rule_of(op, graph.types)
+            results = emit(
+                op, self.bound(op), [values[v] for v in op.inputs], rule, self._cuts_of(op, rule)
+            )
+            values |= dict(zip(op.outputs, results, strict=True))
+        return [values[v] for v in graph.outputs]
+
+    def _cuts_of(self, op: Op, rule: Rule) -> dict[int, Cut]:
+        """Which part of the factors of an op is here."""
+        found: dict[int, Cut] = {}
+        known = through(op, rule, self.body.graph.types, self.body.parts)
+        for parts, dims in zip(known, (*rule.operands, *rule.results), strict=True):
+            for told, dim in zip(parts, dims, strict=True):
+                if told and dim and told[0][0] in self.cuts and told[0][1] == 1:
+                    found[dim[0]] = self.cuts[told[0][0]]
+        return found
 
 
-def _wide(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
+def _place(dims: Dims, dim: int) -> int | None:
+    """The dim of an array that a free dim is in."""
+    return next((k for k, d in enumerate(dims) if dim in d), None)
 
 
-def _part(array: Any, dims: Dims, dim: int, number: Any, many: int) -> Any:
+def _part(array: Any, at: int | None, number: Any, many: int) -> Any:
     """A block of an operand; all of it where it has not the dim."""
-    at = next((k for k, d in enumerate(dims) if dim in d), None)
     if at is None:
         return array
     size = array.shape[at] // many
     return lax.dynamic_slice_in_dim(array, number * size, size, at)
+
+
+def _wide(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 
 def _joined(pieces: jax.Array, at: int) -> jax.Array:
@@ -159,30 +210,3 @@ def _joined(pieces: jax.Array, at: int) -> jax.Array:
     moved = jnp.moveaxis(pieces, 0, at)
     shape = moved.shape
     return moved.reshape(*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
-
-
-def _run(
-    body: _Body, bound: Callable[[Op], Any], cuts: Mapping[int, Cut], operands: Sequence[Any]
-) -> list[jax.Array]:
-    """The body on one block of this shard's part."""
-    from .spmd import jax_dtype
-
-    graph = body.graph
-    values: dict[int, Any] = dict(zip(graph.inputs, operands, strict=True))
-    values |= {c.value: jnp.asarray(c.data, jax_dtype(graph.types[c.value].dtype)) for c in graph.constants}
-    for op in graph.ops:
-        rule = rule_of(op, graph.types)
-        results = emit(op, bound(op), [values[v] for v in op.inputs], rule, _of_op(body, op, rule, cuts))
-        values |= dict(zip(op.outputs, results, strict=True))
-    return [values[v] for v in graph.outputs]
-
-
-def _of_op(body: _Body, op: Op, rule: Rule, cuts: Mapping[int, Cut]) -> dict[int, Cut]:
-    """Which part of the op's factors is here."""
-    found: dict[int, Cut] = {}
-    known = through(op, rule, body.graph.types, body.parts)
-    for parts, dims in zip(known, (*rule.operands, *rule.results), strict=True):
-        for told, dim in zip(parts, dims, strict=True):
-            if told and dim and told[0][0] in cuts and told[0][1] == 1:
-                found[dim[0]] = cuts[told[0][0]]
-    return found

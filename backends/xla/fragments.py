@@ -23,8 +23,9 @@ from ...ir.rules import rule_of
 from ...ir.sharding import Sharding, replicated
 from ...ir.stages import Fragment, Stages
 from .devices import options_for, partition_spec
+from .dtypes import jax_dtype
 from .joins import JOIN, start
-from .spmd import Held, LocalStep, Scope, jax_dtype
+from .spmd import Held, LocalStep, Scope
 
 PER_MICROBATCH = ("forward", "backward", "weight")
 

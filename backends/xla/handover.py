@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ...ir.errors import LoweringError
 from .devices import is_mine, processes_of
-from .spmd import jax_dtype
+from .dtypes import jax_dtype
 
 ENDS = "ends"  # the only axis of both stages' devices side by side
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding
 
 from ...ir.blocks import fold
+from ...ir.composites import composed
 from ...ir.errors import MismatchError
 from ...ir.fingerprint import fingerprint
 from ...ir.plan import Plan
@@ -162,12 +163,12 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
         apart = unstack(captured) if plan.pipeline.unstacked else None
         lowerer = lower_single if plan.pipeline.program == "single" else lower_pipeline
         lowered = lowerer(
-            plan, _batched(plan, captured if apart is None else apart.captured), devices
+            plan, _as_planned(plan, captured if apart is None else apart.captured), devices
         )
         lowered.apart = apart
         return lowered
     mesh = device_mesh(plan.mesh, used_devices(plan, devices, plan.mesh.size, f"mesh {plan.mesh}"))
-    captured = _batched(plan, captured)
+    captured = _as_planned(plan, captured)
     program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
     check_decisions(plan, program.graph, program.value_tags)
     local = LocalStep(
@@ -200,11 +201,10 @@ def _weakly(
     return lambda *leaves: tuple(weakened(sharded(*leaves), avals))
 
 
-def _batched(plan: Plan, captured: Captured) -> Captured:
-    """The step with the batch that the plan was made for, which may have been told."""
-    if plan.batch is None:
-        return captured
-    return replace(captured, graph=replace(captured.graph, batch=plan.batch.known))
+def _as_planned(plan: Plan, captured: Captured) -> Captured:
+    """The step with the batch that the plan was made for, which may have been told, and attention as planned."""
+    graph = composed(captured.graph, plan.attention)
+    return replace(captured, graph=graph if plan.batch is None else replace(graph, batch=plan.batch.known))
 
 
 def _check_graph(plan: Plan, captured: Captured) -> None:

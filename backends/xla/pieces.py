@@ -22,8 +22,8 @@ from ...ir.graph import Attr, Constant, Op, TensorType
 from ...ir.rules.elementwise import KINDS as ELEMENTWISE
 from ...ir.values import Fresh
 from .capture import Bound
+from .dtypes import jax_dtype
 from .params import attrs_of
-from .spmd import jax_dtype
 
 _IDENTITY = {"add": 0, "max": -np.inf, "min": np.inf, "and": True, "or": False}
 

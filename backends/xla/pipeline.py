@@ -30,11 +30,11 @@ from ...ir.schedule import Kind, Schedule, Step
 from ...ir.stages import Stages
 from .capture import Captured
 from .devices import is_mine, nowhere, on_cpus, place, processes_of
+from .dtypes import jax_dtype
 from .everywhere import Everywhere
 from .fragments import Program, StagePrograms
 from .handover import Handover, Way
 from .meetings import Meetings, named
-from .spmd import jax_dtype
 from .unstack import Unstacked
 
 Watch = Callable[[int, Step, Sequence[Any], Any, float | None], None]

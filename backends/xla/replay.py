@@ -21,8 +21,8 @@ from ...ir.errors import MismatchError
 from ...ir.graph import Constant, Graph, Op, Region, TensorType
 from ...ir.rules import rule_of
 from .capture import Bound, Captured
+from .dtypes import jax_dtype
 from .emit import emit
-from .spmd import jax_dtype
 
 Env = dict[int, Any]
 

@@ -27,8 +27,9 @@ from ...ir.layered import Layered
 from ...ir.mesh import STAGE
 from ...ir.microbatch import TimeAxis
 from ...ir.sharding import Sharding, replicated
+from .dtypes import jax_dtype
 from .joins import JOIN, settle, start
-from .spmd import Held, LocalStep, Scope, jax_dtype, stacked
+from .spmd import Held, LocalStep, Scope, stacked
 
 Values = dict[int, Any]  # value -> its local array
 

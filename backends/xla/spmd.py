@@ -28,6 +28,7 @@ from ...ir.rules import rule_of
 from ...ir.sharding import Sharding, replicated, reshard
 from ...ir.values import block_instances
 from .collectives import join_microbatches, move, shard_index, take_microbatch
+from .dtypes import jax_dtype
 from .emit import Cut, emit
 from .emit_composite import run_composite
 from .joins import JOIN, settle, start
@@ -372,14 +373,3 @@ def _scaled(total: jax.Array, number: jax.Array, divide: bool) -> jax.Array:
     wide = jnp.promote_types(total.dtype, jnp.float32)
     total, number, dtype = total.astype(wide), number.astype(wide), total.dtype
     return (total / number if divide else total * number).astype(dtype)
-
-
-def jax_dtype(name: str) -> Any:
-    """The numpy dtype of one of our element type names."""
-    long = {"f": "float", "bf": "bfloat", "s": "int", "u": "uint", "c": "complex"}
-    if name == "bool":
-        return jnp.dtype("bool")
-    letters = name.rstrip("0123456789")
-    if letters not in long:
-        return jnp.dtype({"f8e4m3fn": "float8_e4m3fn", "f8e5m2": "float8_e5m2"}.get(name, name))
-    return jnp.dtype(long[letters] + name[len(letters) :])

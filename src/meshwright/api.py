@@ -17,6 +17,7 @@ from .collector import paused
 from .interrupts import heard
 from .ir.blocks import fold, told_statistics
 from .ir.cluster import Cluster
+from .ir.composites import composed
 from .ir.errors import PlanError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
@@ -93,6 +94,7 @@ def plan_captured(
         if layers is not None and len(layers.inputs) == len(captured.graph.inputs):
             layers = None  # loops of one turn alone, which run as they are
         graph = captured.graph if layers is None else layers.captured.graph
+        graph = composed(graph, request.attention)
         verify_graph(graph)
         known, apart = fingerprint(captured.graph), layers is not None
         told = ("stacked parameters are held layer by layer", *layers.notes) if layers else ()
@@ -154,7 +156,7 @@ def parallelize(
             and compare every output; raises VerificationError beyond the stated tolerance.
         static_*, donate_*: as for `jax.jit`.
         batch_argnums: as for `plan`.
-        request: fields of `Request`: memory, mesh, microbatches, batch_stats, recompute, time_limit, gap, seed.
+        request: fields of `Request`: memory, mesh, microbatches, recompute, attention, batch_stats, time_limit, gap.
     """
     if step is None:
         return functools.partial(

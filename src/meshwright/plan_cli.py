@@ -46,6 +46,9 @@ def plan(
         str | None,
         typer.Option(help="microbatch: batch norm and the like are of each microbatch, which changes numbers."),
     ] = None,
+    attention: Annotated[
+        str, typer.Option(help="fused: one op that keeps no scores; plain: as the step writes it.")
+    ] = "plain",
     pp: Annotated[
         str, typer.Option(help="Stages of a pipeline, or auto: planned. The mesh is then that of a stage.")
     ] = "1",
@@ -96,6 +99,7 @@ def plan(
         microbatches=microbatches,
         recompute=cast(Any, recompute),
         batch_stats=cast(Any, batch_stats),
+        attention=cast(Any, attention),
         pp=parse_pp(pp),
         schedule=schedule,
         chunks=chunks,

@@ -8,6 +8,7 @@ from typing import Any
 
 from .ir.blocks import fold
 from .ir.cluster import Cluster
+from .ir.composites import composed
 from .ir.errors import MismatchError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
@@ -98,7 +99,7 @@ def simulate(
             f"the plan was made for another step than `{plan.name}` is now.",
             where="graph fingerprint", fix="plan again",
         )  # fmt: skip
-    program = prepare(fold(captured.graph).small, plan.recompute)  # type: ignore[arg-type]
+    program = prepare(fold(composed(captured.graph, plan.attention)).small, plan.recompute)  # type: ignore[arg-type]
     check_decisions(plan, program.graph, program.value_tags)
     result = simulate_plan(plan, program, Roofline(where))
     hangs_on = weakest(where, plan.mesh, result.compute, result.collectives)
