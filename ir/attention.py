@@ -120,6 +120,12 @@ class Links:
                     waiting.append(source)
         return found
 
+    def first(self, value: int) -> int:
+        """What a loop is handed in every turn, as it is outside of all loops."""
+        while value in self.handed:
+            value = self.handed[value]
+        return value
+
     @cached_property
     def handed(self) -> dict[int, int]:
         """What every turn of a loop is handed: the same outside of it."""

@@ -229,6 +229,9 @@ class _Body:
 
     def need(self, value: int) -> int:
         """The value as the body knows it, after what makes it was added to the body."""
+        first = self.links.first(value)
+        if first in self.rewrite.free or self._is_constant(first):
+            value = first
         if value not in self.known:
             self.known[value] = value if value in self.numbers else self._found(value)
         return self.known[value]

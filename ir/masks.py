@@ -45,6 +45,8 @@ class Masks:
 
     def at(self, value: int, places: Index) -> Any:
         """The value at these places, of which a dim of size 1 has the first alone; raises Unknown."""
+        while value in self.same:
+            value = self.same[value]
         kind = self.types[value]
         places = (
             tuple(p if n > 1 else 0 for p, n in zip(places, kind.shape, strict=True))
@@ -53,7 +55,6 @@ class Masks:
         )
         if value in self.numbers:
             return self._number(value, places)
-        value = self.same.get(value, value)
         op = self.writer.get(value)
         if op is None or op.regions:
             raise Unknown
