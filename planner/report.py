@@ -171,7 +171,7 @@ def _fused(graph: Graph) -> str:
         return "attention=fused changes nothing: no attention was found"
     return (
         f"{counted(many, 'attention')} of a step fused: scores are never whole; run block by block, "
-        "all pairs of queries and keys, masked ones too; gradients make the weights again"
+        "all pairs of queries and keys, masked too, priced as a fused kernel of these; gradients make the weights again"
     )
 
 
