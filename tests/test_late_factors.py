@@ -139,6 +139,11 @@ def test_pipelines_equal_plain_jax(program):
     run(routed_tokens, scanned=True, pp=2, microbatches=4, program=program)
 
 
+def test_a_pipeline_that_counts_the_batch_early_reads_it_whole_in_its_updates():
+    """The count scales the loss late too, so the update reads the batch, which no pass hands it in pieces."""
+    run(both, pp=2, microbatches=4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
 def test_every_form_equals_plain_jax(form):

@@ -224,9 +224,10 @@ class StagePrograms:
         return [spec] * self.local.plan.microbatches if self.joins(fragment, value) else spec
 
     def joins(self, fragment: Fragment, value: int) -> bool:
-        """Whether a fragment takes what all microbatches made of a value."""
-        time = self.local.time
-        return fragment.kind == "update" and time is not None and value in time.split
+        """Whether a fragment takes what all microbatches made of a value; the step's inputs are whole as they are."""
+        time, graph = self.local.time, self.local.graph
+        made = time is not None and value in time.split and value not in graph.inputs
+        return fragment.kind == "update" and made
 
 
 @dataclass(frozen=True)
