@@ -218,11 +218,12 @@ class LocalStep:
 
     def tied(self, op: Op, wanted: Mapping[int, Sharding], scope: Scope) -> dict[int, Held]:
         """What the op gathers of what was there before its pass, once what it reads beside that is there. Who reads
-        that later reads it from the barrier, which is dropped if nobody does."""
+        that later reads it from the barrier, which is dropped if nobody does. An op that stands for its like in all
+        layers reads other values than the one the tie is of."""
         tie = self._ties.get(op.outputs[0]) if op.outputs else None
         if tie is None or tie.beside not in scope.values or self.types[tie.beside].dtype == "key":
             return {}
-        waiting = [v for v in tie.given if self._gathers(v, wanted[v], scope)]
+        waiting = [v for v in tie.given if v in wanted and self._gathers(v, wanted[v], scope)]
         if not waiting:
             return {}
         held = [scope.values[v] for v in (*waiting, tie.beside)]
