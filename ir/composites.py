@@ -122,11 +122,7 @@ class _Rewrite:
         body = _Body(self, one, home)
         for value in closings:
             body.need(value)
-        attrs = {
-            "body": show(body.graph(closings)),
-            "share": one.share,
-            **_Cuts(body, closings).attrs(),
-        }
+        attrs = {"body": show(body.graph(closings)), **_Cuts(body, closings).attrs()}
         where = self.links.writer[closings[0]].where
         return Op(
             kind, tuple(body.inputs), tuple(closings), tuple(sorted(attrs.items())), where=where
@@ -178,10 +174,14 @@ class _Rewrite:
     def _placed(self, ops: Sequence[Op]) -> list[Op]:
         """Ops in their order, each as soon as all it reads is there; composites in the place of their first closing."""
         wanted: list[Op] = []
+        placed: set[int] = set()  # first results of composites
         for op in ops:
-            new = self.made.get(op.outputs[0], op) if op.outputs else op
-            if not any(new is other for other in wanted[-64:]) or new is op:
-                wanted.append(new)
+            composite = self.made.get(op.outputs[0]) if op.outputs else None
+            if composite is None:
+                wanted.append(op)
+            elif composite.outputs[0] not in placed:
+                placed.add(composite.outputs[0])
+                wanted.append(composite)
         return _in_order([self._inside(op) for op in wanted])
 
     def _inside(self, op: Op) -> Op:

@@ -15,11 +15,13 @@ import meshwright as mw
 from meshwright.backends.xla import emit_composite
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.replay import replay
+from meshwright.ir.attention import attentions
 from meshwright.ir.composites import BACKWARD, FORWARD, KINDS, with_attention
 from meshwright.ir.errors import PlanError
-from meshwright.ir.graph import Graph
+from meshwright.ir.graph import Graph, Op
 from meshwright.ir.rules import rule_of
 from meshwright.ir.text import parse, show
+from meshwright.ir.verify import verify
 from meshwright.planner.request import Request
 
 B, T, S, D, N, K, H = (
@@ -141,6 +143,21 @@ def test_a_composite_is_what_it_stands_for(name: str):
     captured = capture(step, *args)
     again = replace(captured, graph=with_attention(captured.graph))
     close(replay(again)(*args), jax.jit(step)(*args))
+
+
+def test_closings_far_apart_are_results_of_one_op():
+    step, args = STEPS["crossed"]
+    graph = capture(step, *args).graph
+    first = next(iter(attentions(graph)[0].closings))
+    at = next(i for i, op in enumerate(graph.ops) if first in op.outputs) + 1
+    new, source = max(graph.types) + 1, graph.inputs[0]
+    between = tuple(Op("neg", (source,), (new + k,)) for k in range(100))
+    types = {**graph.types, **{op.outputs[0]: graph.types[source] for op in between}}
+    for split in range(at, len(graph.ops)):  # after every op that follows, between any two closings too
+        ops = (*graph.ops[:split], *between, *graph.ops[split:])
+        found = with_attention(replace(graph, types=types, ops=ops))
+        verify(found)
+        assert [op.kind for op in found.ops if op.kind in KINDS] == [FORWARD, BACKWARD]
 
 
 def test_queries_heads_and_batch_are_free_and_keys_are_whole():
