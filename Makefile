@@ -19,6 +19,7 @@ demo: env
 
 lint: env
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/pyright --warnings
 
 test: lint

@@ -37,7 +37,11 @@ TPU = (
 
 
 def audited(
-    name: str, options: dict[str, Any], cluster: str, mesh: tuple[int, ...] | None, squeeze: float | None = None
+    name: str,
+    options: dict[str, Any],
+    cluster: str,
+    mesh: tuple[int, ...] | None,
+    squeeze: float | None = None,
 ) -> dict[str, Any]:
     import meshwright as mw
     from meshwright.api import capture
@@ -50,7 +54,9 @@ def audited(
     request = mw.Request(mesh=mesh, time_limit=60, gap=0.02)
     plan = mw.plan(*arguments, cluster=cluster, donate_argnums=0, request=request)
     if squeeze:
-        request = mw.Request(mesh=mesh, time_limit=60, gap=0.02, memory=squeeze * plan.estimate.peak_bytes)
+        request = mw.Request(
+            mesh=mesh, time_limit=60, gap=0.02, memory=squeeze * plan.estimate.peak_bytes
+        )
         plan = mw.plan(*arguments, cluster=cluster, donate_argnums=0, request=request)
     topology = name_of(plan.cluster)
     devices = topology_devices(topology, plan.cluster) if topology else None
@@ -66,7 +72,9 @@ def audited(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--tpu", action="store_true")
     parser.add_argument("--models", nargs="*")
@@ -93,7 +101,10 @@ def main() -> None:
         moved = f"{row['predicted_bytes']:.3e} -> {row['compiled_bytes']:.3e} bytes {row['difference']:+.1%}"
         peak = f"{row['predicted_peak']:.3e} -> {row['compiled_peak']:.3e} bytes {row['memory_difference']:+.1%}"
         place = f"{row['cluster']:8} {row['mesh']:7} {row['recompute']:11} {row['microbatches']}"
-        print(f"{row['model']:16} {place} moved {moved}, memory {peak}, {row['compile_s']:.0f} s", flush=True)
+        print(
+            f"{row['model']:16} {place} moved {moved}, memory {peak}, {row['compile_s']:.0f} s",
+            flush=True,
+        )
     if options.output:
         options.output.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -52,8 +52,16 @@ class Result:
 SETS: dict[str, tuple[str, Callable[[Row], Case | None], float]] = {
     "korthikanti": ("Korthikanti 2205.05198 T5", megatron, 0.04),
     "sc21": ("Narayanan SC21", megatron, 0.06),
-    "ptd-p": ("Narayanan SC21 T2", lambda row: megatron(row) if int(row["zero"]) == 0 else None, 0.06),
-    "zero3": ("Narayanan SC21 T2", lambda row: megatron(row) if int(row["zero"]) == 3 else None, 1.0),
+    "ptd-p": (
+        "Narayanan SC21 T2",
+        lambda row: megatron(row) if int(row["zero"]) == 0 else None,
+        0.06,
+    ),
+    "zero3": (
+        "Narayanan SC21 T2",
+        lambda row: megatron(row) if int(row["zero"]) == 3 else None,
+        1.0,
+    ),
     "megatron-core": ("Megatron-Core r0.8 H100", megatron_core, 0.12),
     "simumax": ("SimuMax B200 real", simumax, 0.08),
     "torchtitan": ("torchtitan bench 2024-12", torchtitan, 0.15),
@@ -74,10 +82,17 @@ def best(case: Case) -> Result:
     cluster = case.cluster
     found: list[tuple[bool, float, float, Any]] = []
     problems = []
-    for parallelism, microbatch, setting in product(case.parallelisms, case.microbatches, case.settings):
+    for parallelism, microbatch, setting in product(
+        case.parallelisms, case.microbatches, case.settings
+    ):
         try:
             priced = pricing.price_job(
-                case.shape, parallelism, cluster, global_batch=case.batch, microbatch=microbatch, setting=setting
+                case.shape,
+                parallelism,
+                cluster,
+                global_batch=case.batch,
+                microbatch=microbatch,
+                setting=setting,
             )
         except MeshwrightError as error:
             problems.append(error.what)
@@ -107,7 +122,9 @@ def line(name: str, r: Result) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", type=Path)
     parser.add_argument("--set", dest="sets", nargs="*", default=list(SETS), choices=list(SETS))
     parser.add_argument("-o", "--output", type=Path)
@@ -126,7 +143,12 @@ def main() -> None:
         memory = statistics.mean(held) if held else None
         end = f", memory {memory:.1%}" if memory else ""
         print(f"{name}: {len(results)} rows, MAPE {mape:.1%} (bar {bar:.0%}){end}")
-        report[name] = {"bar": bar, "mape": mape, "memory_mape": memory, "rows": [asdict(r) for r in results]}
+        report[name] = {
+            "bar": bar,
+            "mape": mape,
+            "memory_mape": memory,
+            "rows": [asdict(r) for r in results],
+        }
     if options.output:
         options.output.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -44,9 +44,20 @@ def judged(path: Path, choices: list[int]) -> tuple[int, bool]:
 
 def solved(path: Path, time_limit: float, seed: int) -> dict[str, Any]:
     """One run of the command line, with its wall-clock and CPU seconds."""
-    words = ["solve", str(path), "--time-limit", str(time_limit), "--seed", str(seed), "--format", "json"]
+    words = [
+        "solve",
+        str(path),
+        "--time-limit",
+        str(time_limit),
+        "--seed",
+        str(seed),
+        "--format",
+        "json",
+    ]
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    run = subprocess.run([sys.executable, "-m", "meshwright", *words], stdout=subprocess.PIPE, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "meshwright", *words], stdout=subprocess.PIPE, text=True, check=True
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = json.loads(run.stdout)
     cost, fits = judged(path, found["assignment"])
@@ -57,13 +68,17 @@ def solved(path: Path, time_limit: float, seed: int) -> dict[str, Any]:
         "gap": found["gap"],
         "status": found["status"],
         "seconds": round(time.perf_counter() - begin, 1),
-        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "cpu_seconds": round(
+            after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1
+        ),
         "largest_gib": round(after.ru_maxrss / 2**20, 2),  # of all runs so far
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--time-limit", type=float, default=120.0)
     parser.add_argument("--names", default=",".join(BEST_TEAM))
@@ -71,7 +86,9 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     rows = []
-    print(f"{'':2}{'cost':>13}{'of best team':>14}{'bound':>15}{'gap':>8}{'seconds':>9}{'CPU-s':>8}{'GiB':>6}  status")
+    print(
+        f"{'':2}{'cost':>13}{'of best team':>14}{'bound':>15}{'gap':>8}{'seconds':>9}{'CPU-s':>8}{'GiB':>6}  status"
+    )
     for name in options.names.split(","):
         path = options.folder / f"asplos-2025-iopddl-{name}.json.gz"
         row = {"graph": name, **solved(path, options.time_limit, options.seed)}
@@ -83,7 +100,9 @@ def main() -> None:
             flush=True,
         )
     if options.output:
-        options.output.write_text(json.dumps({"time_limit": options.time_limit, "rows": rows}, indent=1) + "\n")
+        options.output.write_text(
+            json.dumps({"time_limit": options.time_limit, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,16 @@ from meshwright.planner.space import build
 
 ITEM_BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
               "s8": 1, "u8": 1, "pred": 1}  # fmt: skip
-PARTS = ("products", "attention products", "softmax", "elementwise", "look-ups", "optimizer", "casts", "other")
+PARTS = (
+    "products",
+    "attention products",
+    "softmax",
+    "elementwise",
+    "look-ups",
+    "optimizer",
+    "casts",
+    "other",
+)
 STEPS = 3  # in a trace
 PRODUCTS = ("custom-call", "gemm_fusion", "cudnn-conv", "cublas")  # names of XLA's kernels for them
 
@@ -59,7 +68,9 @@ def _part(op: Op, phase: str, inside: Collection[int]) -> str:
     return "softmax" if scores else "look-ups" if op.kind in KERNELS else "elementwise"
 
 
-def predicted_parts(program: Program, cost: Roofline, microbatches: int, mesh: Any) -> dict[str, float]:
+def predicted_parts(
+    program: Program, cost: Roofline, microbatches: int, mesh: Any
+) -> dict[str, float]:
     """Seconds of a step on one device by part; their sum is the plan's prediction."""
     space = build(program, microbatches, cost, Layouts(cost.collectives(mesh)))
     part_of, seconds = parts_by_tag(program), dict.fromkeys(PARTS, 0.0)
@@ -76,7 +87,9 @@ class Instruction:
     nbytes: float
 
 
-def measured_parts(run: Callable[[Any], None], program: Any, part_of: Mapping[str, str]) -> dict[str, Any]:
+def measured_parts(
+    run: Callable[[Any], None], program: Any, part_of: Mapping[str, str]
+) -> dict[str, Any]:
     """Of one step, by part: seconds of kernels, and for kernels that are no products the bytes that they move.
 
     `run` runs one step of the compiled program. `longest` are (kernel, origin, seconds, bytes).
@@ -92,7 +105,11 @@ def measured_parts(run: Callable[[Any], None], program: Any, part_of: Mapping[st
         nbytes[part] += found.nbytes / STEPS
         longest[name] += duration / STEPS
     top = sorted(longest.items(), key=lambda item: -item[1])[:30]
-    rows = [(name, known[name].origin, spent, known[name].nbytes) for name, spent in top if name in known]
+    rows = [
+        (name, known[name].origin, spent, known[name].nbytes)
+        for name, spent in top
+        if name in known
+    ]
     return {"seconds": seconds, "bytes": nbytes, "longest": rows}
 
 

@@ -62,7 +62,9 @@ class Case:
 
     model: str
     options: dict[str, Any]
-    request: dict[str, Any] = field(default_factory=lambda: {"recompute": "none", "microbatches": 1})
+    request: dict[str, Any] = field(
+        default_factory=lambda: {"recompute": "none", "microbatches": 1}
+    )
     pool: float = POOL
     beyond: bool = False
     plain: bool = False
@@ -88,7 +90,10 @@ CASES: dict[str, Case] = {
     # The planner chooses; the limit is below what the step takes if nothing is recomputed.
     "squeeze-gpt2-32": Case("gpt2", {"batch": 32}, {"memory": "24GiB"}),
     "squeeze-gpt2-medium-16": Case("gpt2-medium", {"batch": 16}, {"memory": "20GiB"}),
-    **{f"fit-gpt2-{batch}": Case("gpt2", {"batch": batch}, pool=0.25, beyond=True) for batch in (14, 15, 16)},
+    **{
+        f"fit-gpt2-{batch}": Case("gpt2", {"batch": batch}, pool=0.25, beyond=True)
+        for batch in (14, 15, 16)
+    },
 }
 
 
@@ -101,15 +106,21 @@ class Prepared:
     plan: Plan
 
     @classmethod
-    def of(cls, model: str, options: dict[str, Any], cluster: Cluster, request: dict[str, Any]) -> Prepared:
+    def of(
+        cls, model: str, options: dict[str, Any], cluster: Cluster, request: dict[str, Any]
+    ) -> Prepared:
         example = build(model, **options)
-        captured = Options(donate_argnums=(0,)).capture(example.step, (example.state, example.batch), {})
+        captured = Options(donate_argnums=(0,)).capture(
+            example.step, (example.state, example.batch), {}
+        )
         return cls(example, captured, plan_captured(captured, cluster, Request(**request), model))
 
     def predictions(self, preset: Cluster, profile: str | None) -> Row:
         """Seconds by the preset's rates and by those of a profile, in all and by part; bytes."""
         plan, small = self.plan, prepare(fold(self.captured.graph).small, self.plan.recompute)  # type: ignore[arg-type]
-        clusters = {"preset": preset} | ({"profile": preset.with_profile(profile)} if profile else {})
+        clusters = {"preset": preset} | (
+            {"profile": preset.with_profile(profile)} if profile else {}
+        )
         parts = {
             name: predicted_parts(small, Roofline(cluster), plan.microbatches, plan.mesh)
             for name, cluster in clusters.items()
@@ -160,7 +171,9 @@ def _run(case: Case, made: Prepared, row: Row, clock: Clock) -> None:
     row["loss"] = turn.loss
     if case.kernels:
         whole = prepare(fold(made.captured.graph).whole, made.plan.recompute)  # type: ignore[arg-type]
-        singly = lowered.compile({"xla_gpu_enable_command_buffer": ""})  # no CUDA graphs: they hide kernels' names
+        singly = lowered.compile(
+            {"xla_gpu_enable_command_buffer": ""}
+        )  # no CUDA graphs: they hide kernels' names
         row["measured_parts"] = measured_parts(turn.step, singly, parts_by_tag(whole))
     row["run_seconds"] = clock.lap()
 
@@ -182,7 +195,9 @@ def priced_again(row: Row, profile: str | None) -> Row:
         return row
     cluster = Cluster.parse(f"{row['preset']}x1")
     pinned = {"recompute": row["recompute"], "microbatches": row["microbatches"]}
-    made = Prepared.of(row["model"], row["options"], cluster.with_("device.memory", "1 TiB"), pinned)
+    made = Prepared.of(
+        row["model"], row["options"], cluster.with_("device.memory", "1 TiB"), pinned
+    )
     return {**row, **made.predictions(cluster, profile)}
 
 
@@ -248,9 +263,20 @@ def compiled_bytes(program: Any) -> dict[str, float]:
 
 def alone(name: str, case: Case, profile: str | None, seconds: float) -> Row:
     """A case in a process of its own, which has the GPU to itself."""
-    command = [sys.executable, __file__, "--case", name, *(["--profile", profile] if profile else [])]
+    command = [
+        sys.executable,
+        __file__,
+        "--case",
+        name,
+        *(["--profile", profile] if profile else []),
+    ]
     env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(case.pool)}
-    head: Row = {"case": name, "model": case.model, "options": case.options, "request": case.request}
+    head: Row = {
+        "case": name,
+        "model": case.model,
+        "options": case.options,
+        "request": case.request,
+    }
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -269,10 +295,16 @@ def _reason(log: str) -> str:
 def told(row: Row) -> str:
     if "error" in row:
         share = row["predicted_bytes"] / row["pool_bytes"] if "pool_bytes" in row else 0.0
-        return f"{row['case']:24} {row['error']}" + (f" ({share:.1%} of the pool predicted)" if share else "")
+        return f"{row['case']:24} {row['error']}" + (
+            f" ({share:.1%} of the pool predicted)" if share else ""
+        )
     found, compiled = row["seconds"]["planned"], sum(row["compiled_bytes"].values())
-    errors = " ".join(f"{name} {seconds / found - 1:+.1%}" for name, seconds in row["predicted"].items())
-    plain = f"; plain jit {found / row['seconds']['plain']:.3f}" if "plain" in row["seconds"] else ""
+    errors = " ".join(
+        f"{name} {seconds / found - 1:+.1%}" for name, seconds in row["predicted"].items()
+    )
+    plain = (
+        f"; plain jit {found / row['seconds']['plain']:.3f}" if "plain" in row["seconds"] else ""
+    )
     peak = f"{row['peak_bytes'] / row['predicted_bytes'] - 1:+.1%}"
     memory = f"{row['predicted_bytes'] / 2**30:.2f} GiB predicted, {peak}"
     return (
@@ -282,11 +314,17 @@ def told(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--profile", help="what `meshwright calibrate` wrote here")
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--minutes", type=float, default=30.0, help="no case starts, nor runs, after these")
-    parser.add_argument("--predict-only", type=Path, metavar="FILE", help="price the rows of this result anew")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="no case starts, nor runs, after these"
+    )
+    parser.add_argument(
+        "--predict-only", type=Path, metavar="FILE", help="price the rows of this result anew"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
@@ -303,7 +341,10 @@ def main() -> None:
 
 def _rows(options: argparse.Namespace) -> Iterator[Row]:
     if options.predict_only:
-        yield from (priced_again(row, options.profile) for row in json.loads(options.predict_only.read_text()))
+        yield from (
+            priced_again(row, options.profile)
+            for row in json.loads(options.predict_only.read_text())
+        )
         return
     end = time.monotonic() + 60 * options.minutes
     for name in options.cases:

@@ -25,11 +25,15 @@ def step(state: Any, batch: Any) -> Any:
     x = batch
     for weight in state["big"]:
         x = jnp.tanh(x @ weight)
-    return {"big": state["big"], "small": [leaf + 1.0 for leaf in state["small"]]}, {"loss": x.sum()}
+    return {"big": state["big"], "small": [leaf + 1.0 for leaf in state["small"]]}, {
+        "loss": x.sum()
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")

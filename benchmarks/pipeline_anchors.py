@@ -38,12 +38,20 @@ COLUMNS = {
 
 def line(row: Row) -> str:
     same = {True: "same", False: "OTHER", None: "-"}[row.faithful]
-    figures = [_figure(row.published, ".6g"), _figure(row.ours, ".6g"), _ratio(row.ours, row.published)]
+    figures = [
+        _figure(row.published, ".6g"),
+        _figure(row.ours, ".6g"),
+        _ratio(row.ours, row.published),
+    ]
     ours = (row.simulated_ours, row.simulated_fastest, row.simulated_both)
     runs = [_ratio(simulated, row.simulated_theirs) for simulated in ours]
     seconds = [f"{row.seconds:.2f}", f"{row.further:.2f}", _figure(row.theirs, ".2f")]
     cells = zip([same, *figures, *runs, *seconds], COLUMNS.values(), strict=True)
-    return f"{row.anchor:16} {row.case:38}" + "".join(f"{cell:>{wide}}" for cell, wide in cells) + f"  {row.note}"
+    return (
+        f"{row.anchor:16} {row.case:38}"
+        + "".join(f"{cell:>{wide}}" for cell, wide in cells)
+        + f"  {row.note}"
+    )
 
 
 def _figure(value: float | None, form: str) -> str:
@@ -63,8 +71,12 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         "never_worse": sum(row.never_worse for row in rows),
         "plans_reproduced": sum(row.faithful is True for row in rows),
         "plans_published": sum(row.faithful is not None for row in rows),
-        "simulated_never_worse": sum(_within(row.simulated_ours, row.simulated_theirs) for row in runs),
-        "fastest_never_worse": sum(_within(row.simulated_fastest, row.simulated_theirs) for row in runs),
+        "simulated_never_worse": sum(
+            _within(row.simulated_ours, row.simulated_theirs) for row in runs
+        ),
+        "fastest_never_worse": sum(
+            _within(row.simulated_fastest, row.simulated_theirs) for row in runs
+        ),
         "both_never_worse": sum(_within(row.simulated_both, row.simulated_theirs) for row in runs),
         "simulated": len(runs),
         "faster_to_find": sum(row.theirs is not None and row.seconds < row.theirs for row in rows),
@@ -76,7 +88,9 @@ def _within(ours: float | None, theirs: float | None) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--aceso", type=Path)
     parser.add_argument("--only", nargs="*", default=list(ANCHORS), choices=list(ANCHORS))
@@ -85,7 +99,9 @@ def main() -> None:
     for folder in (options.folder, options.aceso):
         if folder and not folder.is_dir():
             parser.error(f"{folder} is no folder")
-    print(f"{'anchor':16} {'case':38}" + "".join(f"{name:>{wide}}" for name, wide in COLUMNS.items()))
+    print(
+        f"{'anchor':16} {'case':38}" + "".join(f"{name:>{wide}}" for name, wide in COLUMNS.items())
+    )
     kept = options.output and options.output.exists()
     report: dict[str, Any] = json.loads(options.output.read_text()) if kept else {}
     for name in options.only:

@@ -68,7 +68,9 @@ def work(plan: Path, steps: int, side_by_side: bool) -> None:
     seconds = (time.perf_counter() - begin) / (steps - 1)
     for have, want in zip(mine, truth, strict=True):
         for shard in have.addressable_shards:
-            np.testing.assert_allclose(shard.data, np.asarray(want)[shard.index], rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(
+                shard.data, np.asarray(want)[shard.index], rtol=1e-4, atol=1e-6
+            )
     print(f"{seconds * 1e3:.2f}", flush=True)
 
 
@@ -76,7 +78,9 @@ def planned(path: Path, ranks: int, schedule: str) -> None:
     import meshwright as mw
 
     mw.emulate(1)
-    request = mw.Request(pp=ranks, schedule=schedule, microbatches=4, recompute="none", time_limit=20)
+    request = mw.Request(
+        pp=ranks, schedule=schedule, microbatches=4, recompute="none", time_limit=20
+    )
     mw.save_plan(mw.plan(*model(), cluster=f"{DEVICES}xcpu", request=request), path)
 
 
@@ -90,7 +94,11 @@ def run(plan: Path, processes: int, arguments: list[str], seconds: float) -> tup
     command = [sys.executable, __file__, "--work", str(plan), *arguments]
     started = [
         subprocess.Popen(
-            command, env={**env, "JAX_PROCESS_ID": str(k)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            env={**env, "JAX_PROCESS_ID": str(k)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for k in range(processes)
     ]
@@ -109,13 +117,17 @@ def run(plan: Path, processes: int, arguments: list[str], seconds: float) -> tup
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--schedule", default="1f1b")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--side-by-side", action="store_true", help="do not wait for one program before the next")
+    parser.add_argument(
+        "--side-by-side", action="store_true", help="do not wait for one program before the next"
+    )
     parser.add_argument("--seconds", type=float, default=60, help="of one run at most")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -125,13 +137,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder) / "plan.json"
         planned(plan, given.ranks, given.schedule)
-        arguments = ["--steps", str(given.steps), *(["--side-by-side"] if given.side_by_side else [])]
+        arguments = [
+            "--steps",
+            str(given.steps),
+            *(["--side-by-side"] if given.side_by_side else []),
+        ]
         ends: Counter[str] = Counter()
         for number in range(given.runs):
             end, said = run(plan, given.processes, arguments, given.seconds)
             ends[end] += 1
             print(f"run {number + 1:3d}  {end}  {said}", flush=True)
-    print(f"{dict(ends)} of {given.runs} runs, {given.processes} processes, {given.ranks} ranks, {given.schedule}")
+    print(
+        f"{dict(ends)} of {given.runs} runs, {given.processes} processes, {given.ranks} ranks, {given.schedule}"
+    )
     sys.exit(ends["right"] != given.runs)
 
 

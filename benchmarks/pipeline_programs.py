@@ -36,10 +36,17 @@ CASES = (  # model, batch, stages, microbatches
 KINDS = ("stages", "single")
 
 
-def compare(model: str, batch: int, pp: int, microbatches: int, cluster: Cluster, steps: int) -> dict[str, Any]:
+def compare(
+    model: str, batch: int, pp: int, microbatches: int, cluster: Cluster, steps: int
+) -> dict[str, Any]:
     made = make({"model": model, "batch": batch})
     captured = made.capture(True)
-    request = {"pp": pp, "microbatches": microbatches, "recompute": "none", "mesh": (DEVICES // pp,)}
+    request = {
+        "pp": pp,
+        "microbatches": microbatches,
+        "recompute": "none",
+        "mesh": (DEVICES // pp,),
+    }
     plan_of = lambda **pins: plan_captured(captured, cluster, Request(**request, **pins), model)  # noqa: E731
     chosen = plan_of()
     found: dict[str, Any] = {
@@ -68,7 +75,10 @@ class Running:
         host = time.thread_time() - host
         jax.block_until_ready(results)
         took = time.perf_counter() - clock, time.process_time() - busy, host
-        self.leaves = [results[self.after[k]] if k in self.after else leaf for k, leaf in enumerate(self.leaves)]
+        self.leaves = [
+            results[self.after[k]] if k in self.after else leaf
+            for k, leaf in enumerate(self.leaves)
+        ]
         self.times += [took] * keep
 
     @property
@@ -80,10 +90,15 @@ class Running:
 
 def line(found: dict[str, Any]) -> str:
     pair = lambda values: " ".join(f"{value * 1e3:8.1f}" for value in values)  # noqa: E731
-    measured = [pair(found["programs"][kind][what] for kind in KINDS) for what in ("seconds", "busy", "host")]
+    measured = [
+        pair(found["programs"][kind][what] for kind in KINDS)
+        for what in ("seconds", "busy", "host")
+    ]
     predicted = pair(found["predicted"].get(kind, np.nan) for kind in KINDS)
     name = f"{found['model']:10} {found['stages']} stages, {found['microbatches']:2} microbatches"
-    words = "  ".join(f"{what} {ms}" for what, ms in zip(("clock", "busy", "host"), measured, strict=True))
+    words = "  ".join(
+        f"{what} {ms}" for what, ms in zip(("clock", "busy", "host"), measured, strict=True)
+    )
     return f"{name}  predicted {predicted} ({found['chosen']})  {words}"
 
 
@@ -96,12 +111,16 @@ def per_instruction(rows: list[dict[str, Any]]) -> list[str]:
             if all(same) and few["microbatches"] < many["microbatches"]:
                 a, b = few["programs"]["stages"], many["programs"]["stages"]
                 each = (b["host"] - a["host"]) / (b["instructions"] - a["instructions"])
-                lines.append(f"{few['model']}, {few['stages']} stages: {each * 1e6:.0f} us per instruction")
+                lines.append(
+                    f"{few['model']}, {few['stages']} stages: {each * 1e6:.0f} us per instruction"
+                )
     return lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--case", type=int, nargs="*", default=range(len(CASES)))
     parser.add_argument("--steps", type=int, default=9)

@@ -43,7 +43,12 @@ MODELS = (
 GAP, SECONDS_PER_KIND = 0.01, 5.0
 DEEP, DEEP_BATCH, DEEP_MESH = "128xa100x8@hdr200", 1536, (64, 2, 8)
 # What AutoParallel took, on 2 cores: tracing and building, then solving; gigabytes; binaries.
-AUTOPARALLEL = {"trace_cpu_seconds": 174, "solve_cpu_seconds": 88, "gigabytes": 4.4, "binaries": 580_690}
+AUTOPARALLEL = {
+    "trace_cpu_seconds": 174,
+    "solve_cpu_seconds": 88,
+    "gigabytes": 4.4,
+    "binaries": 580_690,
+}
 COMPARED = (
     ("gpt3-1.3b", "h100x8", (4, 2)), ("gpt3-1.3b", "h100x8", (2, 2, 2)), ("llama3-8b", "32xh100x8@ib400", (32, 8)),
     ("mixtral-8x7b", "32xh100x8@ib400", (32, 8)), ("gpt3-175b", "32xh100x8@ib400", (32, 8)),
@@ -131,7 +136,9 @@ def _told(plan: Any) -> dict[str, Any]:
 
 
 def zoo(options: argparse.Namespace) -> list[dict[str, Any]]:
-    print("| model | cluster | mesh | kinds | nodes | choices | pairs | problems | slowest | search | CPU | gap | step |")  # noqa: E501
+    print(
+        "| model | cluster | mesh | kinds | nodes | choices | pairs | problems | slowest | search | CPU | gap | step |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     rows = []
     for name in options.models:
@@ -142,7 +149,10 @@ def zoo(options: argparse.Namespace) -> list[dict[str, Any]]:
                 print(_zoo_line(rows[-1]), flush=True)
     fitting = [row for row in rows if row["gap"] is not None]
     wide = sum(row["gap"] > GAP for row in fitting)
-    late = [sum(row[key] > SECONDS_PER_KIND * row["kinds"] for row in rows) for key in ("slowest", "seconds")]
+    late = [
+        sum(row[key] > SECONDS_PER_KIND * row["kinds"] for row in rows)
+        for key in ("slowest", "seconds")
+    ]
     print(f"\n{len(rows)} searches, {len(fitting)} with a plan; {wide} with a gap above {GAP:.0%}. More than "
           f"{SECONDS_PER_KIND:.0f} s per block kind: {late[0]} in their slowest problem, {late[1]} in all")  # fmt: skip
     return rows
@@ -152,7 +162,9 @@ def _zoo_line(row: dict[str, Any]) -> str:
     mesh = "x".join(map(str, row["mesh"]))
     gap = row["status"] if row["gap"] is None else f"{row['gap']:.2%}"
     step = "" if row["step_seconds"] is None else f"{row['step_seconds'] * 1e3:.1f} ms"
-    sizes = " | ".join(str(row[key] or "") for key in ("kinds", "nodes", "choices", "pairs", "problems"))
+    sizes = " | ".join(
+        str(row[key] or "") for key in ("kinds", "nodes", "choices", "pairs", "problems")
+    )
     times = f"{row['slowest']:.1f} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f}"
     return f"| {row['model']} | {row['cluster']} | {mesh} | {sizes} | {times} | {gap} | {step} |"
 
@@ -160,7 +172,12 @@ def _zoo_line(row: dict[str, Any]) -> str:
 def autoparallel(options: argparse.Namespace) -> dict[str, Any]:
     """Runs itself as a child, so that the figures are those of a whole process."""
     begin = time.perf_counter()
-    run = subprocess.run([sys.executable, __file__, "autoparallel-job"], stdout=subprocess.PIPE, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, __file__, "autoparallel-job"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     found = json.loads(run.stdout.splitlines()[-1])
     found |= {"wall_seconds": time.perf_counter() - begin, "autoparallel": AUTOPARALLEL}
     print(json.dumps(found, indent=1), flush=True)
@@ -221,7 +238,9 @@ def _by_depth(layers: int, repeats: int = 2) -> dict[str, Any]:
     step = captured("gpt3-175b", batch=DEEP_BATCH, layers=layers)
     capture_seconds = time.perf_counter() - start
     limit = 70.2 * GIB * layers / 96
-    pins = Request(memory=limit, mesh=DEEP_MESH, recompute="selective", microbatches=3, time_limit=600)
+    pins = Request(
+        memory=limit, mesh=DEEP_MESH, recompute="selective", microbatches=3, time_limit=600
+    )
     roomy = Cluster.parse(DEEP).with_("device.memory", 1e6 * GIB)
     free, bound = [], []
     for _ in range(repeats):
@@ -287,13 +306,20 @@ def _pipelines_of(
     from meshwright.planner.request import Request
     from meshwright.recipe import make
 
-    step, request, kept = make({"model": name, **sizes}).capture(True), Request(pp="auto", time_limit=600), []
-    plan_of = lambda keep=None: plan_captured(step, Cluster.parse(cluster), request, name, keep=keep)  # noqa: E731
+    step, request, kept = (
+        make({"model": name, **sizes}).capture(True),
+        Request(pp="auto", time_limit=600),
+        [],
+    )
+
+    def plan_of(keep=None):
+        return plan_captured(step, Cluster.parse(cluster), request, name, keep=keep)
+
     yield _timed({"model": name, "cluster": cluster, **sizes}, plan_of, repeats)
     if others:
         plan_of(kept.append)
     for hosts in others:
-        other = f"{hosts}{cluster[cluster.index('x'):]}"
+        other = f"{hosts}{cluster[cluster.index('x') :]}"
         with paused():
             anew = lambda other=other: kept[0].replanned(Cluster.parse(other))  # noqa: E731
             yield _timed({"model": name, "cluster": other, **sizes, "anew": True}, anew, repeats)
@@ -321,7 +347,9 @@ TABLES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tables", nargs="*", default=list(TABLES), metavar="TABLE")
     parser.add_argument("--clusters", nargs="+", default=list(CLUSTERS), choices=list(CLUSTERS))
     parser.add_argument("--models", nargs="+", default=list(MODELS))

@@ -62,7 +62,16 @@ def strategies() -> list[Row]:
         for recompute, count in (("none", 1), ("full", 1), ("none", 2)):
             if recompute == "full" and zero == 1:
                 continue
-            found.append({"dp": dp, "tp": tp, "zero": zero, "sp": sp, "recompute": recompute, "microbatches": count})
+            found.append(
+                {
+                    "dp": dp,
+                    "tp": tp,
+                    "zero": zero,
+                    "sp": sp,
+                    "recompute": recompute,
+                    "microbatches": count,
+                }
+            )
     return found
 
 
@@ -78,13 +87,20 @@ class Planner:
     @classmethod
     def of(cls, name: str, cluster: Cluster) -> Planner:
         example = build(name, **MODELS[name])
-        return cls(name, cluster, example, capture(example.step, example.state, example.batch, donate_argnums=0))
+        return cls(
+            name,
+            cluster,
+            example,
+            capture(example.step, example.state, example.batch, donate_argnums=0),
+        )
 
     def __post_init__(self) -> None:
         self.folded, self.mark = fold(self.captured.graph), fingerprint(self.captured.graph)
 
     def plan(self, row: Row) -> Plan:
-        parallelism = Parallelism(tp=row["tp"], dp=row["dp"], zero=row["zero"], sequence_parallel=row["sp"])
+        parallelism = Parallelism(
+            tp=row["tp"], dp=row["dp"], zero=row["zero"], sequence_parallel=row["sp"]
+        )
         return fixed_plan(
             self.folded, self.cluster, parallelism, microbatches=row["microbatches"], recompute=row["recompute"],
             name=self.name, fingerprint=self.mark,
@@ -98,7 +114,10 @@ def measured(planner: Planner, rounds: int) -> list[Row]:
     for row in rows:
         plan = planner.plan(row)
         row["predicted"] = plan.estimate.step_seconds
-        program, state = api.RunningStep(lower(plan, planner.captured)), planner.example.init(jax.random.key(0))
+        program, state = (
+            api.RunningStep(lower(plan, planner.captured)),
+            planner.example.init(jax.random.key(0)),
+        )
         for _ in range(WARM):
             state, _ = jax.block_until_ready(program(state, batch))
         states.append(state)
@@ -135,7 +154,9 @@ def compared(name: str, cluster: Cluster, rounds: int) -> dict[str, Any]:
 
 def priced_again(recorded: dict[str, Any], cluster: Cluster) -> dict[str, Any]:
     planner = Planner.of(recorded["model"], cluster)
-    rows = [{**row, "predicted": planner.plan(row).estimate.step_seconds} for row in recorded["rows"]]
+    rows = [
+        {**row, "predicted": planner.plan(row).estimate.step_seconds} for row in recorded["rows"]
+    ]
     return {**recorded, **summary(recorded["model"], rows)}
 
 
@@ -155,18 +176,32 @@ def _told_busy(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--predict-only", type=Path, metavar="FILE", help="price the rows of this result anew")
+    parser.add_argument(
+        "--predict-only", type=Path, metavar="FILE", help="price the rows of this result anew"
+    )
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     cluster = Cluster.parse("8xcpu").with_profile(options.profile or calibrate())
-    recorded = {r["model"]: r for r in json.loads(options.predict_only.read_text())} if options.predict_only else None
+    recorded = (
+        {r["model"]: r for r in json.loads(options.predict_only.read_text())}
+        if options.predict_only
+        else None
+    )
     report = []
-    for name in options.models if recorded is None else [m for m in options.models if m in recorded]:
-        found = compared(name, cluster, options.rounds) if recorded is None else priced_again(recorded[name], cluster)
+    for name in (
+        options.models if recorded is None else [m for m in options.models if m in recorded]
+    ):
+        found = (
+            compared(name, cluster, options.rounds)
+            if recorded is None
+            else priced_again(recorded[name], cluster)
+        )
         report.append(found)
         print(told(found), flush=True)
         if options.output:

@@ -1,6 +1,6 @@
 """Pipelines of stages with equal and with unequal numbers of devices: predicted seconds per step, and of searching.
 
-    python benchmarks/unequal_stages.py [-o FILE]
+python benchmarks/unequal_stages.py [-o FILE]
 """
 
 from __future__ import annotations
@@ -47,11 +47,15 @@ class Row:
     unequal_search: float
 
 
-def row(model: str, batch: int, cluster: str, stages: int | Literal["auto"], microbatches: int | None) -> Row:
+def row(
+    model: str, batch: int, cluster: str, stages: int | Literal["auto"], microbatches: int | None
+) -> Row:
     made, where = make({"model": model, "batch": batch}), Cluster.parse(cluster)
     request, graph = Request(pp=stages, microbatches=microbatches), fold(made.capture(True).graph)
     started = time.process_time()
-    pipelines = Pipelines(Search(graph, where, request, Roofline(where), model, "", lambda line: None))
+    pipelines = Pipelines(
+        Search(graph, where, request, Roofline(where), model, "", lambda line: None)
+    )
     pipelines.explore()
     pipelines.reorder()
     between = time.process_time()
@@ -67,7 +71,9 @@ def row(model: str, batch: int, cluster: str, stages: int | Literal["auto"], mic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     rows = []
@@ -75,7 +81,9 @@ def main() -> None:
         found = row(*case)
         rows.append(asdict(found))
         equal = f"{found.equal * 1e3:.1f} ms" if found.equal else "none"
-        unequal = f"{found.unequal * 1e3:.1f} ms on {found.sizes}" if found.unequal else "none faster"
+        unequal = (
+            f"{found.unequal * 1e3:.1f} ms on {found.sizes}" if found.unequal else "none faster"
+        )
         print(
             f"{found.model:9} batch {found.batch:5} {found.cluster:16} pp {found.stages}: equal {equal}, "
             f"unequal {unequal}; CPU {found.equal_search:.1f} + {found.unequal_search:.1f} s", flush=True,

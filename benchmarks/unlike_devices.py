@@ -66,7 +66,9 @@ def row(cluster: str, model: str, batch: int, limit: float) -> Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--time-limit", type=float, default=60.0)
     options = parser.parse_args()
@@ -74,7 +76,10 @@ def main() -> None:
     for case in CASES:
         found = row(*case, options.time_limit)
         rows.append(asdict(found))
-        alone = ", ".join(f"{name} {'does not fit' if s is None else f'{s:.3f} s'}" for name, s in found.alone.items())
+        alone = ", ".join(
+            f"{name} {'does not fit' if s is None else f'{s:.3f} s'}"
+            for name, s in found.alone.items()
+        )
         print(
             f"{found.cluster:12} {found.model:12} batch {found.batch:4}: {found.seconds:.3f} s on {found.devices}"
             f" devices, at least {found.lower_bound:.3f}; alone {alone}", flush=True,

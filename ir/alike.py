@@ -19,7 +19,9 @@ from .graph import Graph, Op, Region
 Names = Mapping[int, int]  # a value of the first part -> what takes its place in another
 
 
-def names_of(graph: Graph, first: Sequence[Sequence[Op]], other: Sequence[Sequence[Op]], number: int) -> Names:
+def names_of(
+    graph: Graph, first: Sequence[Sequence[Op]], other: Sequence[Sequence[Op]], number: int
+) -> Names:
     """The values of another part, by those of the first that they take the place of.
 
     Args:
@@ -60,7 +62,9 @@ class _Pairing:
 
     def _op(self, one: Op, other: Op) -> None:
         if (one.kind, one.attrs, len(one.inputs)) != (other.kind, other.attrs, len(other.inputs)):
-            self._refuse(f"`{one.kind}` here is `{other.kind}` there, or one with other attributes", other)
+            self._refuse(
+                f"`{one.kind}` here is `{other.kind}` there, or one with other attributes", other
+            )
         self._values(one.inputs, other.inputs, other)
         self._values(one.outputs, other.outputs, other)
         for mine, theirs in zip(one.regions, other.regions, strict=True):

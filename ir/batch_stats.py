@@ -42,7 +42,9 @@ from .rules.factors import FLOATS
 from .values import Fresh
 
 
-def with_statistics_apart(graph: Graph, batch: Mapping[int, int]) -> tuple[Graph, TimeAxis | Refusal]:
+def with_statistics_apart(
+    graph: Graph, batch: Mapping[int, int]
+) -> tuple[Graph, TimeAxis | Refusal]:
     """The graph with its statistics taken per microbatch, and its time axis; as it was, where that gives it none."""
     axis = time_axis(graph, batch)
     flow = follow(graph, batch) if isinstance(axis, Refusal) and batch else None
@@ -53,7 +55,9 @@ def with_statistics_apart(graph: Graph, batch: Mapping[int, int]) -> tuple[Graph
     flow = follow(found, batch)
     changed = _Apart(found, flow, totals_waited_for(found, batch)).run()
     apart = time_axis(changed, batch) if changed is not None else axis
-    return (changed, apart) if changed is not None and isinstance(apart, TimeAxis) else (graph, axis)
+    return (
+        (changed, apart) if changed is not None and isinstance(apart, TimeAxis) else (graph, axis)
+    )
 
 
 def statistics_of(graph: Graph) -> tuple[str, ...]:
@@ -76,7 +80,9 @@ def _statistics(graph: Graph, batch: Mapping[int, int], flow: Followed) -> set[i
     before: set[int] = set()
     while found != before:
         before = set(found)
-        found |= {v for group in _meeting(between, waited) if not found.isdisjoint(group) for v in group}
+        found |= {
+            v for group in _meeting(between, waited) if not found.isdisjoint(group) for v in group
+        }
     return found
 
 
@@ -113,7 +119,11 @@ def _products(graph: Graph, flow: Followed, between: Collection[int]) -> set[int
     last = max(i for i, op in enumerate(graph.ops) if any(v in flow.split for v in op.inputs))
     for i, op in enumerate(graph.ops):
         varying = {v for v in op.inputs if v in flow.late or v in flow.totals}
-        if len(varying) < 2 or varying.isdisjoint(between) or any(v in flow.split for v in op.inputs):
+        if (
+            len(varying) < 2
+            or varying.isdisjoint(between)
+            or any(v in flow.split for v in op.inputs)
+        ):
             continue
         owed = {k for k, v in enumerate(op.inputs) if v in varying}
         together = any(owed <= set(operands) for operands in rule_of(op, graph.types).linear)
@@ -130,7 +140,9 @@ class _Apart:
         between = _between(graph, flow, totals)
         products = _products(graph, flow, between)
         self.between = between | _made_of_totals(graph, flow, products)
-        sources = {v for op in graph.ops if not self.between.isdisjoint(op.outputs) for v in op.inputs}
+        sources = {
+            v for op in graph.ops if not self.between.isdisjoint(op.outputs) for v in op.inputs
+        }
         self.totals = {*totals, *(sources & flow.totals.keys())}
         self.own: dict[int, int] = {}
         self.means: dict[int, int] = {}
@@ -157,7 +169,9 @@ class _Apart:
                 yield self._added(op, k, AVERAGED, self.means)
 
     def _is_of_microbatch(self, op: Op) -> bool:
-        return not self.between.isdisjoint(op.outputs) or any(v in self.flow.split for v in op.inputs)
+        return not self.between.isdisjoint(op.outputs) or any(
+            v in self.flow.split for v in op.inputs
+        )
 
     @cached_property
     def _leaving(self) -> set[int]:
@@ -168,4 +182,11 @@ class _Apart:
     def _added(self, op: Op, k: int, kind: str, names: dict[int, int]) -> Op:
         value = op.outputs[k]
         names[value] = self.fresh.like(value)
-        return Op(kind, (value,), (names[value],), where=op.where, tag=f"{op.tag}:{k}~{kind}", count=op.count)
+        return Op(
+            kind,
+            (value,),
+            (names[value],),
+            where=op.where,
+            tag=f"{op.tag}:{k}~{kind}",
+            count=op.count,
+        )

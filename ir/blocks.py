@@ -25,7 +25,9 @@ from .batch import with_batch
 from .graph import Batch, Graph, Op, Region, TensorType
 from .keys_first import with_keys_first
 
-HEAVY = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "while", "cond"})
+HEAVY = frozenset(
+    {"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "while", "cond"}
+)
 FEWEST_SAVED = 4  # a repeat that saves fewer ops than this is left alone
 FEW = 64  # elements, as of keys and scalars
 MOST_PERIODS = 96  # candidate periods tried per round, the most promising first
@@ -97,7 +99,9 @@ def told_statistics(folded: Folded, statistics: Literal["microbatch"] | None) ->
     if statistics is None:
         return folded
     graphs = (folded.whole, folded.small)
-    whole, small = (replace(g, batch=g.batch and replace(g.batch, statistics=statistics)) for g in graphs)
+    whole, small = (
+        replace(g, batch=g.batch and replace(g.batch, statistics=statistics)) for g in graphs
+    )
     return Folded(whole, small, folded.blocks)
 
 
@@ -141,7 +145,9 @@ def _reading_alike(graph: Graph, blocks: tuple[Block, ...]) -> tuple[Block, ...]
         for op, place in zip(graph.ops, places, strict=True):
             if place and 0 < place[1] < place[0].repeats - 1 and place[0].repeats > 3:
                 for k, value in enumerate(op.inputs):
-                    read[place[0], place[2], k].add(maker.get(value) if graph.types[value].size > FEW else None)
+                    read[place[0], place[2], k].add(
+                        maker.get(value) if graph.types[value].size > FEW else None
+                    )
         unlike = {block for (block, _, _), makers in read.items() if len(makers) > 1}
         if not unlike:
             return blocks
@@ -224,7 +230,12 @@ def _tag(place: tuple[Block, int, int] | None, position: int) -> str:
 
 def _tagged(op: Op, tag: str) -> Op:
     regions = tuple(
-        replace(region, ops=tuple(_tagged(o, f"{tag}/{f'{n}-' * (n > 0)}{i}") for i, o in enumerate(region.ops)))
+        replace(
+            region,
+            ops=tuple(
+                _tagged(o, f"{tag}/{f'{n}-' * (n > 0)}{i}") for i, o in enumerate(region.ops)
+            ),
+        )
         for n, region in enumerate(op.regions)
     )
     return replace(op, tag=tag, regions=regions)

@@ -9,7 +9,9 @@ from .graph import Op, Region, TensorType
 from .recompute import PRODUCTS
 from .rules import rule_of
 
-INTENSITY = 100.0  # operations in the time that an element takes to memory: 1 TFLOP/s per 10 G elements/s
+INTENSITY = (
+    100.0  # operations in the time that an element takes to memory: 1 TFLOP/s per 10 G elements/s
+)
 
 
 def dearest(branches: Sequence[Region], types: Mapping[int, TensorType]) -> int:

@@ -183,7 +183,9 @@ class Cluster(Part):
     def _only(self, found: set[Any], needs: str) -> Any:
         if len(found) == 1:
             return next(iter(found))
-        has = " and ".join(f"{counted(g.hosts, 'host')} of {g.per_host} {g.device}" for g in self.groups)
+        has = " and ".join(
+            f"{counted(g.hosts, 'host')} of {g.per_host} {g.device}" for g in self.groups
+        )
         raise ClusterError(
             f"this needs {needs}; cluster `{self.name}` has {has}.",
             where="groups",
@@ -200,7 +202,9 @@ class Cluster(Part):
             if rank < group.hosts * group.per_host:
                 return group
             rank -= group.hosts * group.per_host
-        raise UsageError(f"cluster `{self.name}` has {self.size} devices, none of rank {rank + self.size}.")
+        raise UsageError(
+            f"cluster `{self.name}` has {self.size} devices, none of rank {rank + self.size}."
+        )
 
     def tier_for(self, span: int) -> Tier:
         """The closest tier that joins every block of `span` consecutive ranks.
@@ -222,12 +226,23 @@ class Cluster(Part):
             if tier.hosts >= group.hosts:
                 break
         data = self.model_dump(mode="json", by_alias=True, exclude={"provenance", "price"})
-        data |= {"groups": [data["groups"][index]], "devices": {group.device: data["devices"][group.device]}}
-        data |= {"name": f"{self.name}: {group.device}", "fabric": data.get("fabric", [])[: len(tiers)]}
+        data |= {
+            "groups": [data["groups"][index]],
+            "devices": {group.device: data["devices"][group.device]},
+        }
+        data |= {
+            "name": f"{self.name}: {group.device}",
+            "fabric": data.get("fabric", [])[: len(tiers)],
+        }
         if index:  # a profile is of the first group's devices
             data.pop("measured", None)
-        old = {path.replace(f"groups.{index}.", "groups.0."): origin for path, origin in self.provenance.items()}
-        return Cluster._checked(data | {"provenance": self._kept(data, old)}, {}, f"cluster {self.name}")
+        old = {
+            path.replace(f"groups.{index}.", "groups.0."): origin
+            for path, origin in self.provenance.items()
+        }
+        return Cluster._checked(
+            data | {"provenance": self._kept(data, old)}, {}, f"cluster {self.name}"
+        )
 
     def first(self, hosts: int) -> Cluster:
         """The first so many hosts of a cluster of one group, by themselves.
@@ -240,7 +255,9 @@ class Cluster(Part):
             has = f"{counted(self.hosts, 'host')} in {counted(len(self.groups), 'group')}"
             raise UsageError(f"{hosts} hosts are no part of cluster `{self.name}`: {has}.")
         data = self.model_dump(mode="json", by_alias=True, exclude={"provenance", "price"})
-        wide = sum(tier.hosts < hosts for tier in self.fabric) + 1  # tiers up to the one that joins them all
+        wide = (
+            sum(tier.hosts < hosts for tier in self.fabric) + 1
+        )  # tiers up to the one that joins them all
         data["fabric"] = data.get("fabric", [])[:wide]
         if hosts > 1 and data["fabric"] and data["fabric"][-1]["scope"] != "all":
             data["fabric"][-1]["scope"] = {"hosts": hosts}
@@ -249,18 +266,26 @@ class Cluster(Part):
         data["name"] = f"{self.name}, {counted(hosts, 'host')}"
         return Cluster._checked(data | {"provenance": self._kept(data)}, {}, f"cluster {self.name}")
 
-    def _kept(self, data: Mapping[str, Any], old: Mapping[str, Any] | None = None) -> dict[str, Origin]:
+    def _kept(
+        self, data: Mapping[str, Any], old: Mapping[str, Any] | None = None
+    ) -> dict[str, Origin]:
         """Where the fields of a part of this cluster come from."""
-        known = {path for path, _ in _fields(Cluster._checked(dict(data), {}, f"cluster {self.name}"))}
+        known = {
+            path for path, _ in _fields(Cluster._checked(dict(data), {}, f"cluster {self.name}"))
+        }
         return {path: origin for path, origin in (old or self.provenance).items() if path in known}
 
     def tier_joining(self, first: int, end: int) -> Tier:
         """The closest tier that joins ranks `first` up to, not including, `end`."""
         if not 0 <= first < end <= self.size:
-            raise UsageError(f"ranks {first} to {end - 1} are not part of a cluster of {self.size}.")
+            raise UsageError(
+                f"ranks {first} to {end - 1} are not part of a cluster of {self.size}."
+            )
         if not self.fabric:
             return _loopback(self.device)
-        return next(tier for tier, edges in self._edges if not any(first < edge < end for edge in edges))
+        return next(
+            tier for tier, edges in self._edges if not any(first < edge < end for edge in edges)
+        )
 
     @cached_property
     def _edges(self) -> list[tuple[Tier, list[int]]]:
@@ -301,7 +326,9 @@ class Cluster(Part):
         data["provenance"] = self.provenance | dict.fromkeys(changed, source)
         if leaf == "hosts":  # the old names do not fit
             data["provenance"].pop(full.removesuffix(leaf) + "names", None)
-        if leaf == "per_host" or (self.fabric and full.startswith(f"fabric.{self.fabric[0].name}.")):
+        if leaf == "per_host" or (
+            self.fabric and full.startswith(f"fabric.{self.fabric[0].name}.")
+        ):
             data.pop("measured", None)  # they are of the old one, and would hide the change
         return Cluster._checked(data, {}, f"override `{path}={value}`")
 
@@ -346,18 +373,27 @@ class Cluster(Part):
                 changed = changed.with_(path, figure, self.provenance.get(path, "preset"))
         data = changed.model_dump(mode="json", by_alias=True)
         inside = min(group.per_host for group in self.groups)
-        data["measured"] = [line.model_dump() for line in found.lines if line.size * line.stride <= inside]
+        data["measured"] = [
+            line.model_dump() for line in found.lines if line.size * line.stride <= inside
+        ]
         return Cluster._checked(data, {}, f"profile of {found.described}")
 
     def _declared(self, at: str, field: str) -> bool:
         """Whether a file states a figure of a device; one peak of several is enough."""
         own = f"{at}.{field.partition('.')[0]}."
-        return any(f"{path}.".startswith(own) and origin == "declared" for path, origin in self.provenance.items())
+        return any(
+            f"{path}.".startswith(own) and origin == "declared"
+            for path, origin in self.provenance.items()
+        )
 
     def _described_by(self, profile: Profile) -> bool:
         """Whether a profile is of this type of device, whatever a file calls it."""
         name = self.groups[0].device
-        return profile.device in (name, presets.family(name), "cpu" if self.device.kind == "cpu" else None)
+        return profile.device in (
+            name,
+            presets.family(name),
+            "cpu" if self.device.kind == "cpu" else None,
+        )
 
     def describe(self) -> str:
         """A few lines for people; marks after a figure tell its origin unless it is preset."""

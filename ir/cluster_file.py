@@ -36,7 +36,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases (`*name`) are not read", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="aliases (`*name`) are not read", problem_mark=event.start_mark
+            )
         if self.depth >= DEEPEST:
             what = f"more than {DEEPEST} levels of lists and mappings"
             raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)
@@ -76,7 +78,9 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except ClusterError:
         raise
     except ValueError as error:  # a date that is none, a number of thousands of digits
-        raise ClusterError(f"`{path}` holds what is no value: {error}.", fix="docs/cluster.md shows a file") from None
+        raise ClusterError(
+            f"`{path}` holds what is no value: {error}.", fix="docs/cluster.md shows a file"
+        ) from None
     if not isinstance(data, dict):
         what = f"`{path}` holds no cluster: a mapping with `devices`, `groups` and `fabric`."
         raise ClusterError(what, fix="docs/cluster.md shows a file")

@@ -40,7 +40,10 @@ from .units import (
 )
 
 DTYPES = presets.DTYPES
-MOST_HOSTS, MOST_PER_HOST = 1_000_000, 10_000  # more are a slip of the pen, and would be listed one by one
+MOST_HOSTS, MOST_PER_HOST = (
+    1_000_000,
+    10_000,
+)  # more are a slip of the pen, and would be listed one by one
 
 
 def _read_as(parse: Callable[[str], float], example: str, zero: bool = False) -> BeforeValidator:
@@ -111,8 +114,12 @@ class Device(Part):
     memory_bandwidth: Rate
     launch: Time = 5e-6  # seconds per kernel, whatever its size
     efficiency: float = Field(default=0.8, gt=0, le=1)  # share of the peak that large products get
-    memory_efficiency: float = Field(default=1.0, gt=0, le=1)  # share of it that streaming kernels get
-    attention_efficiency: float = Field(default=0.4, gt=0, le=1)  # share of the peak in large fused attention
+    memory_efficiency: float = Field(
+        default=1.0, gt=0, le=1
+    )  # share of it that streaming kernels get
+    attention_efficiency: float = Field(
+        default=0.4, gt=0, le=1
+    )  # share of the peak in large fused attention
     units: int | None = Field(default=None, gt=0)  # multiprocessors that share a product's tiles
     elementwise_flops: Peak | None = None  # simple f32 operations/s outside the matrix units
     source: str | None = None
@@ -132,7 +139,9 @@ class Device(Part):
         """Figures that say the same of what was not measured, beside peaks that are reached in full."""
         dtype = next(d for d in ("bf16", "f16", *measured) if d in measured)
         attention = self.peak_flops.get(dtype, measured[dtype]) * self.attention_efficiency
-        peaks = {d: peak * self.efficiency for d, peak in self.peak_flops.items() if d not in measured}
+        peaks = {
+            d: peak * self.efficiency for d, peak in self.peak_flops.items() if d not in measured
+        }
         return {
             **{f"peak_flops.{d}": peak for d, peak in peaks.items()},
             "attention_efficiency": min(1.0, attention / measured[dtype]),
@@ -185,7 +194,9 @@ class Group(Part):
     @classmethod
     def _named_hosts(cls, data: Any) -> Any:
         hosts = data.get("hosts") if isinstance(data, Mapping) else None
-        if (isinstance(hosts, str) and not re.fullmatch("[0-9]+", hosts)) or isinstance(hosts, list):
+        if (isinstance(hosts, str) and not re.fullmatch("[0-9]+", hosts)) or isinstance(
+            hosts, list
+        ):
             names = host_names(hosts)
             return {**data, "hosts": len(names), "names": names}
         return data
@@ -220,7 +231,9 @@ def _scope(value: object) -> object:
 def _shape(value: object) -> object:
     if isinstance(value, str):
         if not re.fullmatch(r"0*[1-9][0-9]{0,6}(x0*[1-9][0-9]{0,6}){0,7}", value.lower()):
-            raise UsageError(f"`{value:.60}` is not a shape.", fix="sizes joined by x, like `4x4x8`")
+            raise UsageError(
+                f"`{value:.60}` is not a shape.", fix="sizes joined by x, like `4x4x8`"
+            )
         return tuple(map(int, value.lower().split("x")))
     return value
 
@@ -239,7 +252,9 @@ class Tier(Part):
     kind: Literal["switch", "ring", "torus", "mesh", "full"] = "switch"
     bandwidth: Rate
     latency: Time = 5e-6  # seconds per message
-    efficiency: float = Field(default=1.0, gt=0, le=1)  # share of the bandwidth that collectives get
+    efficiency: float = Field(
+        default=1.0, gt=0, le=1
+    )  # share of the bandwidth that collectives get
     nvls: float | None = Field(default=None, gt=0, le=1)  # the switch reduces, at this share of it
     oversubscription: float = Field(default=1.0, ge=1)  # 2: half the bandwidth when all send
     rails: int = Field(default=1, gt=0)  # separate networks, one per device position in the host

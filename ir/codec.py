@@ -124,7 +124,12 @@ def write_whole(path: Path, text: str) -> None:
     beside = ""
     try:
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", errors="backslashreplace", dir=place.parent, prefix=_hidden(place), delete=False
+            "w",
+            encoding="utf-8",
+            errors="backslashreplace",
+            dir=place.parent,
+            prefix=_hidden(place),
+            delete=False,
         ) as file:
             beside = file.name
             file.write(text)
@@ -145,7 +150,9 @@ def check_writable(path: Path) -> Path:
     try:
         place = path.resolve()
         if place.exists() and not place.is_file():
-            raise _unwritable(path, "it is a folder" if place.is_dir() else "it is no ordinary file")
+            raise _unwritable(
+                path, "it is a folder" if place.is_dir() else "it is no ordinary file"
+            )
         if not place.parent.is_dir():
             raise _unwritable(path, "its folder is missing or not writable")
         with tempfile.NamedTemporaryFile(dir=place.parent, prefix=_hidden(place)):
@@ -245,7 +252,10 @@ def _batch_in(data: Any) -> Batch | None:
         return None
     dims, evidence, doubt, *statistics = data
     return Batch(
-        tuple((int(position), int(dim)) for position, dim in dims), str(evidence), str(doubt), *statistics
+        tuple((int(position), int(dim)) for position, dim in dims),
+        str(evidence),
+        str(doubt),
+        *statistics,
     )
 
 

@@ -35,7 +35,9 @@ READING = (
     "update",
 )  # phases whose ops may read a copy; a loss may be made again after them
 SMALLEST = 2  # elements; scalars are not worth a decision of their own
-SETTLING = "~settled~backward"  # ends the tag of a copy that may settle a gradient's sum or go on owing it
+SETTLING = (
+    "~settled~backward"  # ends the tag of a copy that may settle a gradient's sum or go on owing it
+)
 WEIGHING = PRODUCTS | {"scatter-add"}  # what makes gradients of weights and tables
 
 
@@ -106,7 +108,12 @@ class _Placer:
                 read[value].add(phase)
         for op, phase in zip(ops, phases, strict=True):
             (value, *_) = op.outputs
-            if op.kind in WEIGHING and phase == "backward" and read[value] == {"update"} and self._large(value):
+            if (
+                op.kind in WEIGHING
+                and phase == "backward"
+                and read[value] == {"update"}
+                and self._large(value)
+            ):
                 self.settled[value] = self.fresh.like(value)
 
     def place(self, ops: Sequence[Op], phases: Sequence[str]) -> tuple[Op, ...]:
@@ -192,7 +199,10 @@ class _Placer:
 
     def _settling(self, op: Op) -> list[Op]:
         found = [v for v in op.outputs if v in self.settled]
-        return [Op("copy", (v,), (self.settled[v],), tag=self._tag(v) + SETTLING, count=op.count) for v in found]
+        return [
+            Op("copy", (v,), (self.settled[v],), tag=self._tag(v) + SETTLING, count=op.count)
+            for v in found
+        ]
 
     def _reading(self, op: Op, position: int, rename: dict[tuple[int, int], int]) -> Op:
         inputs = (rename.get((position, v), self.settled.get(v, v)) for v in op.inputs)

@@ -1,8 +1,8 @@
 """Files of users, read in bounded time and memory: ordinary files alone, of a size that such a file has.
 
-    read_bytes(path, PLAN)   the content, at most so many bytes; a folder, a pipe or a device is refused unopened
-    read_text(path, PLAN)    as UTF-8
-    read_object(text, ...)   a JSON object: no name twice, no NaN, no number that no float or count holds
+read_bytes(path, PLAN)   the content, at most so many bytes; a folder, a pipe or a device is refused unopened
+read_text(path, PLAN)    as UTF-8
+read_object(text, ...)   a JSON object: no name twice, no NaN, no number that no float or count holds
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def read_bytes(path: str | Path, kind: Kind) -> bytes:
     """
     try:
         _check(os.stat(path).st_mode, path, kind)
-        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would block
+        number = os.open(
+            path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        )  # a pipe without a writer would block
         with os.fdopen(number, "rb") as file:
             found = os.fstat(number)
             _check(found.st_mode, path, kind)
@@ -114,7 +116,11 @@ def read_object(text: str, kind: Kind, origin: str) -> dict[str, Any]:
     """
     try:
         data = json.loads(
-            text, object_pairs_hook=_once, parse_constant=_no_constant, parse_int=_whole, parse_float=_real
+            text,
+            object_pairs_hook=_once,
+            parse_constant=_no_constant,
+            parse_int=_whole,
+            parse_float=_real,
         )
     except (ValueError, RecursionError) as wrong:
         raise kind.error(f"this is no JSON: {wrong}.", origin=origin, fix=kind.fix) from wrong

@@ -127,7 +127,9 @@ class Op:
 
 def deciding(op: Op) -> tuple[int, ...]:
     """What says which branch is taken, or whether a loop goes on."""
-    return op.inputs[:1] if op.kind == "cond" else op.regions[0].outputs if op.kind == "while" else ()
+    return (
+        op.inputs[:1] if op.kind == "cond" else op.regions[0].outputs if op.kind == "while" else ()
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Lists of hosts as people and slurm write them.
 
-    gpu[00-02,7]            gpu00 gpu01 gpu02 gpu7
-    n[1-2]-ib,login1        n1-ib n2-ib login1
-    rack[1-2]node[03,05]    rack1node03 rack1node05 rack2node03 rack2node05
+gpu[00-02,7]            gpu00 gpu01 gpu02 gpu7
+n[1-2]-ib,login1        n1-ib n2-ib login1
+rack[1-2]node[03,05]    rack1node03 rack1node05 rack2node03 rack2node05
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def hosts_in(text: str) -> Iterator[str]:
     for part in parts:
         pieces = [_numbers(piece, text) for piece in PIECE.findall(part)]
         if prod(map(len, pieces)) > MOST:
-            raise UsageError(f"`{text:.60}` names more than {MOST} hosts.", fix="the hosts of one cluster")
+            raise UsageError(
+                f"`{text:.60}` names more than {MOST} hosts.", fix="the hosts of one cluster"
+            )
         yield from map("".join, product(*pieces))
 
 
@@ -50,11 +52,17 @@ def host_names(hosts: str | list[Any]) -> tuple[str, ...]:
         for name in hosts_in(str(text)):
             if re.fullmatch(r"[-+]?[\d.]+", name):
                 raise UsageError(
-                    f"`{name}` is neither a number of hosts nor a name.", where="hosts", fix="1 or more, or gpu[00-31]"
+                    f"`{name}` is neither a number of hosts nor a name.",
+                    where="hosts",
+                    fix="1 or more, or gpu[00-31]",
                 )
             names.append(name)
             if len(names) > MOST:
-                raise UsageError(f"`hosts` names more than {MOST} hosts.", where="hosts", fix="those of one cluster")
+                raise UsageError(
+                    f"`hosts` names more than {MOST} hosts.",
+                    where="hosts",
+                    fix="those of one cluster",
+                )
     if not names:
         raise _pattern(str(hosts))
     name, times = Counter(names).most_common(1)[0]

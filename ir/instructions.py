@@ -64,7 +64,9 @@ Event = tuple[tuple[int, Instruction], ...]  # (rank, what it does), for each ra
 Routes = Mapping[tuple[Kind, int], Collection[int]]
 
 
-def instructions(schedule: Schedule, seconds: dict[Kind, float] | None = None) -> tuple[tuple[Instruction, ...], ...]:
+def instructions(
+    schedule: Schedule, seconds: dict[Kind, float] | None = None
+) -> tuple[tuple[Instruction, ...], ...]:
     """The lists of all ranks: each its part of `events`, and an update at the end."""
     lists: list[list[Instruction]] = [[] for _ in schedule.orders]
     for event in events(schedule, seconds):
@@ -88,7 +90,11 @@ def events(
     """
     seconds = seconds or {"forward": 1.0, "backward": 1.0, "weight": 1.0}
     if min(seconds.values()) <= 0:
-        raise PlanError(f"a pass cannot take {min(seconds.values())} s.", where="instructions", fix="more than 0")
+        raise PlanError(
+            f"a pass cannot take {min(seconds.values())} s.",
+            where="instructions",
+            fix="more than 0",
+        )
     ends = _ends(schedule, seconds)
     found: list[tuple[tuple[float, int, int, int], Event]] = []
     for rank, order in enumerate(schedule.orders):
@@ -96,11 +102,16 @@ def events(
             start, end = ends[step]
             found.append(((start, _PASS, rank, at), ((rank, _pass(schedule, step)),)))
             for to in _takers(schedule, step, routes):
-                found.append(((end, _MOVE, _number(schedule, step), to.stage), _move(schedule, step, to)))
+                found.append(
+                    ((end, _MOVE, _number(schedule, step), to.stage), _move(schedule, step, to))
+                )
     for stage in range(schedule.stages):
         ranks = [rank for rank, held in enumerate(schedule.held) if stage in held]
         done = max(end for step, (_, end) in ends.items() if step.stage == stage)
-        each = tuple((r, Instruction("reduce", stage, peers=tuple(o for o in ranks if o != r))) for r in ranks)
+        each = tuple(
+            (r, Instruction("reduce", stage, peers=tuple(o for o in ranks if o != r)))
+            for r in ranks
+        )
         found.append(((done, _REDUCE, stage, 0), each))
     return [event for _, event in sorted(found, key=lambda pair: pair[0])]
 
@@ -137,16 +148,23 @@ def _takers(schedule: Schedule, step: Step, routes: Routes | None = None) -> lis
     """Steps on other ranks, one per stage, that take this one's result."""
     if routes is None:
         along = {"forward": step.stage + 1, "backward": step.stage - 1}
-        stages: Collection[int] = {along[step.kind]} & set(range(schedule.stages)) if step.kind in along else ()
+        stages: Collection[int] = (
+            {along[step.kind]} & set(range(schedule.stages)) if step.kind in along else ()
+        )
     else:
         stages = routes.get((step.kind, step.stage), ())
-    found = [Step("forward" if step.kind == "forward" else "backward", stage, step.microbatch) for stage in stages]
+    found = [
+        Step("forward" if step.kind == "forward" else "backward", stage, step.microbatch)
+        for stage in stages
+    ]
     return [to for to in found if schedule.rank_of[to] != schedule.rank_of[step]]
 
 
 def _number(schedule: Schedule, step: Step) -> int:
     """One number per transfer, the same on both ranks."""
-    return ((step.kind == "backward") * schedule.stages + step.stage) * schedule.microbatches + step.microbatch
+    return (
+        (step.kind == "backward") * schedule.stages + step.stage
+    ) * schedule.microbatches + step.microbatch
 
 
 def _pass(schedule: Schedule, step: Step) -> Instruction:
@@ -160,7 +178,9 @@ def _move(schedule: Schedule, step: Step, to: Step) -> Event:
     """A send and its receive."""
     here, there = schedule.rank_of[step], schedule.rank_of[to]
     what: tuple[What, What] = (
-        ("send-activation", "receive-activation") if step.kind == "forward" else ("send-gradient", "receive-gradient")
+        ("send-activation", "receive-activation")
+        if step.kind == "forward"
+        else ("send-gradient", "receive-gradient")
     )
     sent = Instruction(what[0], step.stage, step.microbatch, (there,), to.stage)
     return (here, sent), (there, Instruction(what[1], to.stage, to.microbatch, (here,), step.stage))
@@ -187,7 +207,11 @@ def check_instructions(lists: Sequence[Sequence[Instruction]]) -> None:
                     _carry_out(lists[one][place[one]], has[one], last)
                     place[one] += 1
                 moved = True
-    stuck = [f"rank {r} at {one[at]}" for r, (one, at) in enumerate(zip(lists, place, strict=True)) if at < len(one)]
+    stuck = [
+        f"rank {r} at {one[at]}"
+        for r, (one, at) in enumerate(zip(lists, place, strict=True))
+        if at < len(one)
+    ]
     if stuck:
         raise PlanError(
             f"ranks wait for ever: {', '.join(stuck)}.", where="instructions",
@@ -195,7 +219,9 @@ def check_instructions(lists: Sequence[Sequence[Instruction]]) -> None:
         )  # fmt: skip
 
 
-def _meeting(lists: Sequence[Sequence[Instruction]], place: list[int], rank: int) -> list[int] | None:
+def _meeting(
+    lists: Sequence[Sequence[Instruction]], place: list[int], rank: int
+) -> list[int] | None:
     """The ranks that take part in a rank's next instruction, if all of them have come to it."""
     if place[rank] == len(lists[rank]):
         return None
@@ -220,7 +246,11 @@ def _carry_out(each: Instruction, has: set[tuple[str, int, int]], last: int) -> 
     m, stage = each.microbatch, each.stage
     for wanted in _takes(each, last):
         if wanted not in has:
-            raise PlanError(f"{each} runs before its {wanted[0]} is there.", where="instructions", fix="receive first")
+            raise PlanError(
+                f"{each} runs before its {wanted[0]} is there.",
+                where="instructions",
+                fix="receive first",
+            )
     match each.what:
         case "forward":
             has |= {("activation", stage + 1, m), ("result", stage, m)}

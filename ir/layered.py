@@ -136,7 +136,10 @@ class _Layering:
         found = [f.ops for f in self.cut.forward], [f.ops for f in self.cut.backward]
         gates = self._gates(*found)
         for ops in found:
-            ops[:] = [tuple(_renamed(op, gates) for op in each if op.outputs[0] not in gates) for each in ops]
+            ops[:] = [
+                tuple(_renamed(op, gates) for op in each if op.outputs[0] not in gates)
+                for each in ops
+            ]
         for part in self.parts:
             mine = {v for ops in found for op in ops[part] for v in op.outputs}
             copies = {
@@ -146,10 +149,14 @@ class _Layering:
                 if op.kind == "copy" and op.inputs[0] in self.maker and op.inputs[0] not in mine
             }
             for ops in found:
-                ops[part] = tuple(_renamed(op, copies) for op in ops[part] if op.outputs[0] not in copies)
+                ops[part] = tuple(
+                    _renamed(op, copies) for op in ops[part] if op.outputs[0] not in copies
+                )
         return found
 
-    def _gates(self, forward: list[tuple[Op, ...]], backward: list[tuple[Op, ...]]) -> dict[int, int]:
+    def _gates(
+        self, forward: list[tuple[Op, ...]], backward: list[tuple[Op, ...]]
+    ) -> dict[int, int]:
         """Results of barriers that hold nothing in their part, and what they are of: what another part begins to
         compute again with. It has that in its hands only then, so nothing needs to be held back."""
         found = {}
@@ -172,7 +179,9 @@ class _Layering:
 
     def _reads(self, part: int) -> list[int]:
         """What the passes of a part read of other parts."""
-        read = dict.fromkeys(v for op in (*self.forward[part], *self.backward[part]) for v in op.inputs)
+        read = dict.fromkeys(
+            v for op in (*self.forward[part], *self.backward[part]) for v in op.inputs
+        )
         return [v for v in read if self.maker.get(v, part) != part]
 
     @cached_property
@@ -189,7 +198,11 @@ class _Layering:
         made = tuple(self.names[1][v] for v in taken)
         for v, source in zip(taken, made, strict=True):
             for stage in range(1, len(self.names)):
-                self._check(self.names[stage][v] == self.names[stage - 1].get(source), self.names[stage][v], stage)
+                self._check(
+                    self.names[stage][v] == self.names[stage - 1].get(source),
+                    self.names[stage][v],
+                    stage,
+                )
         return made
 
     def _wanted(self) -> tuple[int, ...]:
@@ -202,7 +215,11 @@ class _Layering:
         returned = tuple(self.back[1][v] for v in wanted)
         for v, source in zip(wanted, returned, strict=True):
             for stage in range(len(self.names) - 1):
-                self._check(self.names[stage][v] == self.names[stage + 1].get(source), self.names[stage][v], stage)
+                self._check(
+                    self.names[stage][v] == self.names[stage + 1].get(source),
+                    self.names[stage][v],
+                    stage,
+                )
         return returned
 
     def _check_borders(self, fed: Sequence[int]) -> None:
@@ -242,7 +259,9 @@ class _Layering:
         """Of the passes only what is summed over the microbatches is read afterwards."""
         time = self.program.time
         totals = time.totals if isinstance(time, TimeAxis) else {}
-        read = {v: op.where for op in late for v in op.inputs} | dict.fromkeys(self.graph.outputs, "")
+        read = {v: op.where for op in late for v in op.inputs} | dict.fromkeys(
+            self.graph.outputs, ""
+        )
         if found := [v for v in read if v in self.maker and v not in totals]:
             raise LoweringError(
                 f"the step keeps {self.graph.types[found[0]]} of each microbatch.", where=read[found[0]],
@@ -272,7 +291,9 @@ class _Layering:
         """Of an op on scalars: a running sum of norms is one stage's own in its first terms only."""
         after = [reader for v in op.outputs for reader in readers.get(v, ())]
         scalars = all(self.graph.types[v].rank == 0 for v in (*op.inputs, *op.outputs))
-        return scalars and bool(after) and all(reader.outputs[0] not in self.owner for reader in after)
+        return (
+            scalars and bool(after) and all(reader.outputs[0] not in self.owner for reader in after)
+        )
 
     def _rounds(self, alike: Sequence[Op], own: Sequence[Op]) -> tuple[Round, ...]:
         level: dict[int, int] = {}
@@ -290,7 +311,9 @@ class _Layering:
                 gathered.setdefault(level[op.outputs[0]], {})[self._name(v)] = None
         at = lambda ops, k: tuple(op for op in ops if level[op.outputs[0]] == k)  # noqa: E731
         most = max(level.values(), default=0)
-        return tuple(Round(tuple(gathered.get(k, ())), at(alike, k), at(own, k)) for k in range(most + 1))
+        return tuple(
+            Round(tuple(gathered.get(k, ())), at(alike, k), at(own, k)) for k in range(most + 1)
+        )
 
     def _name(self, value: int) -> int:
         """Stage 0's name of a value that is a stage's own."""
@@ -307,10 +330,18 @@ class _Layering:
 
     def _inputs(self, alike: Sequence[Op]) -> tuple[tuple[int, ...], ...]:
         position = {v: k for k, v in enumerate(self.graph.inputs)}
-        groups = [tuple(names[v] for names in self.names) for v in self.graph.inputs if v in self.names[0]]
+        groups = [
+            tuple(names[v] for names in self.names) for v in self.graph.inputs if v in self.names[0]
+        ]
         groups = [each for each in groups if each[0] != each[1]]
         last = self.cut.count - 1
-        shared = (*self.forward[0], *self.backward[0], *self.forward[last], *self.backward[last], *alike)
+        shared = (
+            *self.forward[0],
+            *self.backward[0],
+            *self.forward[last],
+            *self.backward[last],
+            *alike,
+        )
         read = {v for op in (*shared, *self._prepared(0), *self._prepared(last)) for v in op.inputs}
         for each in groups:
             apart = len(set(each)) == len(each) and read.isdisjoint(each)
@@ -323,7 +354,11 @@ class _Layering:
         found: list[list[int]] = []
         for part in self.parts:
             state = [after[each[part - 1]] for each in inputs if each[part - 1] in after]
-            rest = [o for o, v in enumerate(self.graph.outputs) if self.owner.get(v) == part and o not in state]
+            rest = [
+                o
+                for o, v in enumerate(self.graph.outputs)
+                if self.owner.get(v) == part and o not in state
+            ]
             found.append([*state, *rest])
         values = [[self.graph.outputs[o] for o in each] for each in found]
         for mine, names in zip(values, self.names, strict=True):

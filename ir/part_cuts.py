@@ -21,12 +21,18 @@ def part_cuts(folded: Folded, cuts: Sequence[int]) -> list[int]:
     """
     block = next((b for b in folded.blocks if all(b.place(cut) for cut in cuts[1:])), None)
     if block is None:
-        raise LoweringError("the stages hold layers of several kinds.", where="pipeline", fix=STAGES)
+        raise LoweringError(
+            "the stages hold layers of several kinds.", where="pipeline", fix=STAGES
+        )
     if not block.start:
-        raise LoweringError("nothing comes before the layers of the first stage.", where="pipeline", fix=STAGES)
+        raise LoweringError(
+            "nothing comes before the layers of the first stage.", where="pipeline", fix=STAGES
+        )
     ends = [block.start, *cuts[1:], block.start + block.period * block.repeats]
     layers = [(end - first) / block.period for first, end in pairwise(ends)]
     if len(set(layers)) > 1:
         counts = ", ".join(f"{count:g}" for count in layers)
-        raise LoweringError(f"the stages hold {counts} layers, not equally many.", where="pipeline", fix=STAGES)
+        raise LoweringError(
+            f"the stages hold {counts} layers, not equally many.", where="pipeline", fix=STAGES
+        )
     return [0, *ends]

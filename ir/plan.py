@@ -164,7 +164,9 @@ class PlannedBatch(_Part):
     examples: int
     evidence: str
     doubt: str = ""
-    statistics: Literal["batch", "microbatch"] = "batch"  # over what batch norm and the like take theirs
+    statistics: Literal["batch", "microbatch"] = (
+        "batch"  # over what batch norm and the like take theirs
+    )
 
     @classmethod
     def of(cls, graph: Graph) -> PlannedBatch:
@@ -182,7 +184,10 @@ class PlannedBatch(_Part):
     def known(self) -> Batch:
         """As a graph holds it."""
         return Batch(
-            tuple((each.position, each.dim) for each in self.inputs), self.evidence, self.doubt, self.statistics
+            tuple((each.position, each.dim) for each in self.inputs),
+            self.evidence,
+            self.doubt,
+            self.statistics,
         )
 
     def __str__(self) -> str:

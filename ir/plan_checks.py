@@ -39,16 +39,27 @@ def check_plan(plan: Plan) -> None:
     if not 0 < plan.microbatches <= MOST_MICROBATCHES:
         _refuse("microbatches", f"a step of {plan.microbatches} microbatches cannot be")
     if plan.recompute not in POLICIES:
-        _refuse("recompute", f"`{plan.recompute:.80}` is no policy", did_you_mean(plan.recompute[:80], POLICIES))
+        _refuse(
+            "recompute",
+            f"`{plan.recompute:.80}` is no policy",
+            did_you_mean(plan.recompute[:80], POLICIES),
+        )
     _check_mesh("mesh", plan.mesh)
     _check_layouts("", plan.mesh, plan.strategies, plan.slots)
     _check_uses("uses", plan.mesh, plan.uses)
     _check_figures(plan)
     if plan.pipeline is None:
-        several = len(plan.cluster.groups) > 1  # a plan for one kind of device alone is one for the cluster
-        if plan.mesh.size > plan.cluster.size or (plan.mesh.size < plan.cluster.size and not several):
+        several = (
+            len(plan.cluster.groups) > 1
+        )  # a plan for one kind of device alone is one for the cluster
+        if plan.mesh.size > plan.cluster.size or (
+            plan.mesh.size < plan.cluster.size and not several
+        ):
             there = counted(plan.cluster.size, "device")
-            _refuse("mesh", f"mesh {plan.mesh} has {counted(plan.mesh.size, 'device')}, the cluster has {there}")
+            _refuse(
+                "mesh",
+                f"mesh {plan.mesh} has {counted(plan.mesh.size, 'device')}, the cluster has {there}",
+            )
     else:
         _check_pipeline(plan, plan.pipeline)
 
@@ -70,24 +81,38 @@ def _check_layouts(
 ) -> None:
     for tag, codes in strategies.items():
         if len(codes) != len(mesh.axes):
-            _refuse(f"{where}strategies.{tag}", f"{counted(len(codes), 'code')} for the axes of mesh {mesh}")
+            _refuse(
+                f"{where}strategies.{tag}",
+                f"{counted(len(codes), 'code')} for the axes of mesh {mesh}",
+            )
     for tag, layout in slots.items():
-        _check_axes(f"{where}slots.{tag}", mesh, [a for dim in layout.dims for a in dim], layout.owed)
+        _check_axes(
+            f"{where}slots.{tag}", mesh, [a for dim in layout.dims for a in dim], layout.owed
+        )
 
 
 def _check_axes(where: str, mesh: Mesh, cut: Iterable[str], owed: Iterable[str] = ()) -> None:
     named = [*cut, *owed]
     for axis in named:
         if axis not in mesh.sizes:
-            _refuse(where, f"axis `{axis:.60}` is none of mesh {mesh}", did_you_mean(axis[:60], mesh.names))
+            _refuse(
+                where,
+                f"axis `{axis:.60}` is none of mesh {mesh}",
+                did_you_mean(axis[:60], mesh.names),
+            )
     if len({*named}) < len(named):
         twice = next(axis for axis in named if named.count(axis) > 1)
         _refuse(where, f"axis `{twice}` is used twice in one layout")
 
 
 def _check_uses(where: str, mesh: Mesh, uses: tuple[Any, ...]) -> None:
-    if uses and [(use.axis, use.size) for use in uses] != [(axis.name, axis.size) for axis in mesh.axes]:
-        _refuse(where, f"{', '.join(f'{use.axis:.20}={use.size}' for use in uses)} are not the axes of mesh {mesh}")
+    if uses and [(use.axis, use.size) for use in uses] != [
+        (axis.name, axis.size) for axis in mesh.axes
+    ]:
+        _refuse(
+            where,
+            f"{', '.join(f'{use.axis:.20}={use.size}' for use in uses)} are not the axes of mesh {mesh}",
+        )
     for use in uses:
         for name in ("batch", "sequence", "experts", "columns", "sums"):
             if not -ROUNDING <= getattr(use, name) <= 1 + ROUNDING:
@@ -97,16 +122,32 @@ def _check_uses(where: str, mesh: Mesh, uses: tuple[Any, ...]) -> None:
 def _check_figures(plan: Plan) -> None:
     """Seconds, bytes and FLOP are finite and not negative; tables speak of the plan's axes."""
     estimate, proof = plan.estimate, plan.proof
-    _amounts("estimate", estimate, "step_seconds", "compute_seconds", "communication_seconds", "peak_bytes", "flop")
+    _amounts(
+        "estimate",
+        estimate,
+        "step_seconds",
+        "compute_seconds",
+        "communication_seconds",
+        "peak_bytes",
+        "flop",
+    )
     _amounts("estimate", estimate, "limit_bytes")
     _all_amounts("estimate.memory", estimate.memory)
     _amounts("proof", proof, "objective", "lower_bound")
     if proof.lower_bound > proof.objective * (1 + ROUNDING) + ROUNDING:
-        _refuse("proof", f"a bound of {proof.lower_bound} s is above the plan's own {proof.objective} s")
+        _refuse(
+            "proof", f"a bound of {proof.lower_bound} s is above the plan's own {proof.objective} s"
+        )
     axes = {*plan.mesh.names, STAGE}
     for each in plan.tensors:
-        if len(each.shape) != len(each.local_shape) or min((*each.shape, *each.local_shape), default=0) < 0:
-            _refuse(f"tensors.{each.name}", f"shape {each.shape} with {each.local_shape} on a device cannot be")
+        if (
+            len(each.shape) != len(each.local_shape)
+            or min((*each.shape, *each.local_shape), default=0) < 0
+        ):
+            _refuse(
+                f"tensors.{each.name}",
+                f"shape {each.shape} with {each.local_shape} on a device cannot be",
+            )
         if each.count < 1:
             _refuse(f"tensors.{each.name}", f"a count of {each.count} is none")
         _amounts(f"tensors.{each.name}", each, "local_bytes")
@@ -135,7 +176,9 @@ def _check_pipeline(plan: Plan, pipeline: Pipeline) -> None:
         _refuse("pipeline.stages", "a pipeline of no stages cannot be")
     cuts = [stage.cut for stage in stages]
     if cuts[0] < 0 or any(cut >= after for cut, after in pairwise(cuts)):
-        _refuse("pipeline.stages", f"stages that begin at ops {', '.join(map(str, cuts[:40]))} overlap")
+        _refuse(
+            "pipeline.stages", f"stages that begin at ops {', '.join(map(str, cuts[:40]))} overlap"
+        )
     for number, stage in enumerate(stages):
         where = f"pipeline.stages.{number}."
         _check_mesh(f"{where}mesh", stage.mesh)
@@ -143,7 +186,13 @@ def _check_pipeline(plan: Plan, pipeline: Pipeline) -> None:
             own = (stage.strategies or plan.strategies, stage.slots or plan.slots)
             _check_layouts(where, stage.mesh, *own)
         _check_uses(f"{where}uses", stage.mesh, stage.uses)
-        seconds = ("forward_seconds", "backward_seconds", "weight_seconds", "send_seconds", "once_seconds")
+        seconds = (
+            "forward_seconds",
+            "backward_seconds",
+            "weight_seconds",
+            "send_seconds",
+            "once_seconds",
+        )
         _amounts(where.rstrip("."), stage, *seconds, "peak_bytes", "held")
         _all_amounts(f"{where}memory", stage.memory)
     _all_amounts("pipeline.programs", pipeline.programs)
@@ -187,7 +236,9 @@ def check_decisions(plan: Plan, graph: Graph, tags: Mapping[int, str]) -> None:
         PlanError: the op or input, and what its decision is.
     """
     parts = plan.pipeline.stages if plan.pipeline is not None else ()
-    own = [(part.mesh, part.strategies or plan.strategies, part.slots or plan.slots) for part in parts]
+    own = [
+        (part.mesh, part.strategies or plan.strategies, part.slots or plan.slots) for part in parts
+    ]
     different = {id(each[1]): each for each in [(plan.mesh, plan.strategies, plan.slots), *own]}
     ops = [*_needed(graph)]
     for mesh, strategies, slots in different.values():

@@ -180,7 +180,8 @@ def _slices(name: str, slices: int, device: str, size: int, fabric: str | None) 
         tiers.append(_dcn(name, device, facts, fabric))
     elif fabric is not None:
         raise ClusterError(
-            f"`{name}` is one slice, which `@{fabric}` joins to nothing.", fix=f"`{device}-{size}`, or two slices or more"
+            f"`{name}` is one slice, which `@{fabric}` joins to nothing.",
+            fix=f"`{device}-{size}`, or two slices or more",
         )
     return _file(name, device, group, tiers)
 

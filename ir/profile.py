@@ -113,12 +113,14 @@ def load_profile(path: str | Path) -> Profile:
     if data.get("schema") != SCHEMA:
         found = str(data.get("schema"))
         raise ClusterError(
-            f"`{path}` is no profile of version {SCHEMA}: `{found:.60}`.", fix="meshwright calibrate again"
+            f"`{path}` is no profile of version {SCHEMA}: `{found:.60}`.",
+            fix="meshwright calibrate again",
         )
     stated = data.pop("checksum", None)
     if stated != _digest(data):
         raise ClusterError(
-            f"`{path}` was changed since it was measured: its checksum does not fit.", fix="meshwright calibrate again"
+            f"`{path}` was changed since it was measured: its checksum does not fit.",
+            fix="meshwright calibrate again",
         )
     try:
         return Profile.model_validate(data)

@@ -14,7 +14,9 @@ STATISTICS = {
 }  # fmt: skip
 BY_PLACE = frozenset({"slice", "dynamic_slice", "dynamic_update_slice", "pad", "rev"})
 STAY = "microbatches=1 without a pipeline"
-BY_MICROBATCH = 'or batch_stats="microbatch", which takes it over each microbatch and changes numbers'
+BY_MICROBATCH = (
+    'or batch_stats="microbatch", which takes it over each microbatch and changes numbers'
+)
 OWN = f"{STAY}; or take it over each sequence or example, as balance losses and layer norms do"
 
 
@@ -82,7 +84,9 @@ def for_results(graph: Graph, op: Op, refusal: Refusal) -> Refusal:
 def compares(op: Op) -> Refusal:
     """An op has the batch in two dims."""
     if op.kind == "concatenate":
-        return Refusal("the step puts arrays of the batch one behind the other (concatenate)", op.where)
+        return Refusal(
+            "the step puts arrays of the batch one behind the other (concatenate)", op.where
+        )
     return Refusal(
         f"the step compares examples of the batch with each other ({op.kind} has the batch in two dims)",
         op.where,

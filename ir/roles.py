@@ -128,7 +128,9 @@ def leading_values(ops: Sequence[Op], examples: Examples, wanted: Iterable[int] 
         for region in op.regions:
             ends = zip(op.outputs if region in op.returning else (), region.outputs, strict=False)
             decide = region.outputs if lead and region not in op.returning else ()
-            inner = leading_values(region.ops, examples, (*(i for o, i in ends if o in leads), *decide))
+            inner = leading_values(
+                region.ops, examples, (*(i for o, i in ends if o in leads), *decide)
+            )
             leads |= inner
             if inner and op.kind == "cond":
                 leads.add(op.inputs[0])
@@ -229,7 +231,12 @@ class _Look:
             p
             for p in self.gradients
             if self.ops[p].regions
-            and (p in losses or not (self.ops[p].kind == "cond" or self._loss_before(p) or self._carries_examples(p)))
+            and (
+                p in losses
+                or not (
+                    self.ops[p].kind == "cond" or self._loss_before(p) or self._carries_examples(p)
+                )
+            )
         )
 
     def _loss_before(self, position: int) -> bool:

@@ -102,7 +102,9 @@ def result_sharding(rule: Rule, strategy: Strategy, mesh: Mesh, result: int) -> 
 
 def _sums(rule: Rule, factor: int, result: int) -> bool:
     """Whether a result is summed over a factor; other results of the op may have it as a dim."""
-    return rule.factors[factor].reduction == "sum" and all(factor not in dim for dim in rule.results[result])
+    return rule.factors[factor].reduction == "sum" and all(
+        factor not in dim for dim in rule.results[result]
+    )
 
 
 def settled_axes(rule: Rule, strategy: Strategy, mesh: Mesh) -> dict[str, tuple[str, ...]]:

@@ -72,7 +72,10 @@ class Schedule:
     @cached_property
     def homes(self) -> tuple[int, ...]:
         """The (first) rank of each stage."""
-        return tuple(next(r for r, held in enumerate(self.held) if stage in held) for stage in range(self.stages))
+        return tuple(
+            next(r for r, held in enumerate(self.held) if stage in held)
+            for stage in range(self.stages)
+        )
 
     @cached_property
     def splits(self) -> bool:
@@ -87,14 +90,20 @@ class Schedule:
     def flying(self) -> tuple[tuple[tuple[int, ...], np.ndarray, np.ndarray], ...]:
         """Of each rank: its stages and, after each of its steps (rows), how many results of each stage's forward
         passes it holds, and how many that wait for weight passes."""
-        return tuple(self._flying(order, held) for order, held in zip(self.orders, self.held, strict=True))
+        return tuple(
+            self._flying(order, held) for order, held in zip(self.orders, self.held, strict=True)
+        )
 
-    def _flying(self, order: tuple[Step, ...], held: tuple[int, ...]) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+    def _flying(
+        self, order: tuple[Step, ...], held: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
         results, waiting = np.zeros((2, len(order), len(held)))
         for row, step in enumerate(order):
             column = held.index(step.stage)
             results[row, column] = {"forward": 1, "backward": -1, "weight": 0}[step.kind]
-            waiting[row, column] = -1 if step.kind == "weight" else step.kind == "backward" and not self.whole(step)
+            waiting[row, column] = (
+                -1 if step.kind == "weight" else step.kind == "backward" and not self.whole(step)
+            )
         return held, np.cumsum(results, axis=0), np.cumsum(waiting, axis=0)
 
     @cached_property
@@ -129,7 +138,9 @@ def read_schedule(name: str, stages: int, microbatches: int, lines: Iterable[str
 def _step(word: str) -> Step:
     found = re.fullmatch(r"([0-9]{1,9})([FBW])([0-9]{1,9})", word)
     if found is None:
-        raise PlanError(f"`{word}` is no step.", where="schedule", fix="stage, F, B or W, microbatch, as in 3B5")
+        raise PlanError(
+            f"`{word}` is no step.", where="schedule", fix="stage, F, B or W, microbatch, as in 3B5"
+        )
     return Step(MARKS[found[2]], int(found[1]), int(found[3]))
 
 
@@ -142,10 +153,14 @@ def needs(schedule: Schedule, step: Step) -> list[Step]:
             return [step._replace(kind="backward")]
         case _:
             after = step.stage + 1 < schedule.stages
-            return [step._replace(kind="forward")] + ([step._replace(stage=step.stage + 1)] if after else [])
+            return [step._replace(kind="forward")] + (
+                [step._replace(stage=step.stage + 1)] if after else []
+            )
 
 
-def peak_held(schedule: Schedule, rank: int, forward: Sequence[float], kept: Sequence[float]) -> float:
+def peak_held(
+    schedule: Schedule, rank: int, forward: Sequence[float], kept: Sequence[float]
+) -> float:
     """The most that a rank holds at once of what forward passes leave behind.
 
     Args:
@@ -153,7 +168,9 @@ def peak_held(schedule: Schedule, rank: int, forward: Sequence[float], kept: Seq
         kept: per stage, the part of it that waits for the weight pass after the backward pass.
     """
     stages, results, waiting = schedule.flying[rank]
-    held = results @ np.array([forward[s] for s in stages]) + waiting @ np.array([kept[s] for s in stages])
+    held = results @ np.array([forward[s] for s in stages]) + waiting @ np.array(
+        [kept[s] for s in stages]
+    )
     return max(0.0, float(held.max(initial=0.0)))
 
 
@@ -164,7 +181,9 @@ def in_flight(schedule: Schedule, rank: int, freed_by: Kind = "backward") -> int
         freed_by: "backward" or "weight": the pass after which a result is no longer needed.
     """
     one = [1.0] * schedule.stages
-    return int(peak_held(schedule, rank, one, one if freed_by == "weight" else [0.0] * schedule.stages))
+    return int(
+        peak_held(schedule, rank, one, one if freed_by == "weight" else [0.0] * schedule.stages)
+    )
 
 
 def microbatches_held(schedule: Schedule, rank: int) -> int:
@@ -198,7 +217,12 @@ def check(schedule: Schedule) -> None:
 
 
 def _paired(schedule: Schedule) -> None:
-    pairs = {slot[0] for order in schedule.slots for slot in order if [s.kind for s in slot] == ["forward", "backward"]}
+    pairs = {
+        slot[0]
+        for order in schedule.slots
+        for slot in order
+        if [s.kind for s in slot] == ["forward", "backward"]
+    }
     if odd := schedule.together - pairs:
         _refuse(schedule, f"has {min(odd)} together with no backward step")
 
@@ -221,4 +245,8 @@ def _complete(schedule: Schedule) -> None:
 
 
 def _refuse(schedule: Schedule, what: str) -> None:
-    raise PlanError(f"schedule {schedule.name} {what}.", where="schedule", fix="an order in which each pass runs once")
+    raise PlanError(
+        f"schedule {schedule.name} {what}.",
+        where="schedule",
+        fix="an order in which each pass runs once",
+    )

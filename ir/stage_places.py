@@ -257,7 +257,9 @@ class Places:
                     v: min(least, goals.get(v, least)) for v in op.inputs if graph.types[v].rank
                 }
         copies = [op for op in self.classes.backward if settles(op)]
-        return goals | {op.inputs[0]: goals[op.outputs[0]] for op in copies if op.outputs[0] in goals}
+        return goals | {
+            op.inputs[0]: goals[op.outputs[0]] for op in copies if op.outputs[0] in goals
+        }
 
     def _from_above(self, value: int, level: Mapping[int, float]) -> bool:
         return value in self._gradients or value in self.classes.free or level.get(value) == inf

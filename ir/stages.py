@@ -71,7 +71,9 @@ class Stages:
 
     def of(self, kind: Pass, stage: int) -> Fragment:
         """The fragment of a pass that runs once per microbatch."""
-        return {"forward": self.forward, "backward": self.backward, "weight": self.weight}[kind][stage]
+        return {"forward": self.forward, "backward": self.backward, "weight": self.weight}[kind][
+            stage
+        ]
 
 
 def cut_stages(
@@ -157,18 +159,24 @@ class _Cutter:
         updates = self._updates(ends)
         prepare = self._prepare([*body, *updates])
         drafts = [*prepare, *body, *updates]
-        done = {id(draft): fragment for draft, fragment in zip(drafts, self._close(drafts), strict=True)}
+        done = {
+            id(draft): fragment for draft, fragment in zip(drafts, self._close(drafts), strict=True)
+        }
         pick = lambda kind: tuple(done[id(d)] for d in drafts if d.kind == kind)  # noqa: E731
         flat = pick("update")
         rounds = tuple(flat[i : i + self.count] for i in range(0, len(flat), self.count))
         homes = self._places_of_inputs(drafts, first)
-        return Stages(pick("prepare"), pick("forward"), pick("backward"), pick("weight"), rounds, homes, ends)
+        return Stages(
+            pick("prepare"), pick("forward"), pick("backward"), pick("weight"), rounds, homes, ends
+        )
 
     # ------------------------------------------------------------ the body
 
     def _body(self) -> list[_Draft]:
         late_backward = self._weight_ops() if self.splits else set()
-        kinds: tuple[Pass, ...] = ("forward", "backward", "weight") if self.splits else ("forward", "backward")
+        kinds: tuple[Pass, ...] = (
+            ("forward", "backward", "weight") if self.splits else ("forward", "backward")
+        )
         drafts = {(kind, s): _Draft(kind, s) for kind in kinds for s in range(self.count)}
         for placed in self.places.forward:
             drafts["forward", placed.stage].ops.append(placed.op)
@@ -191,7 +199,11 @@ class _Cutter:
         found = set[int]()
         for placed in reversed(self.places.backward):
             here = {(placed.stage, v) for v in placed.op.outputs}
-            product = placed.op.kind in PRODUCTS and bool(totals) and totals.keys().isdisjoint(placed.op.outputs)
+            product = (
+                placed.op.kind in PRODUCTS
+                and bool(totals)
+                and totals.keys().isdisjoint(placed.op.outputs)
+            )
             if product or not wanted.isdisjoint(here):
                 wanted |= {(placed.stage, v) for v in placed.op.inputs}
             else:
@@ -252,7 +264,8 @@ class _Cutter:
         source = {o: self.graph.inputs[i] for i, o in self.graph.state}
         seats = self._seats()
         ends = tuple(
-            self.late_at[source[o]] if o in source else seats.get(v, 0) for o, v in enumerate(self.graph.outputs)
+            self.late_at[source[o]] if o in source else seats.get(v, 0)
+            for o, v in enumerate(self.graph.outputs)
         )
         self.needs |= {(stage, v) for stage, v in zip(ends, self.graph.outputs, strict=True)}
         for op in reversed(self.classes.late):
@@ -269,7 +282,9 @@ class _Cutter:
         seats = {**self.late_at, **self.places.stage_of}
         for op in self.graph.ops:
             last = max((seats.get(v, 0) for v in op.inputs), default=0)
-            seats |= {v: 0 if v in self.classes.free else last for v in op.outputs if v not in seats}
+            seats |= {
+                v: 0 if v in self.classes.free else last for v in op.outputs if v not in seats
+            }
         return seats
 
     def _updates(self, ends: Sequence[int]) -> list[_Draft]:
@@ -319,7 +334,9 @@ class _Cutter:
         for number, (draft, taken) in enumerate(zip(drafts, takes, strict=True)):
             for value in taken:
                 readers[draft.stage, value].append(number)
-        return [self._closed(number, drafts, takes[number], readers) for number in range(len(drafts))]
+        return [
+            self._closed(number, drafts, takes[number], readers) for number in range(len(drafts))
+        ]
 
     def _takes(self, draft: _Draft) -> tuple[int, ...]:
         made = {v for op in draft.ops for v in op.outputs}
@@ -337,7 +354,9 @@ class _Cutter:
         totals: tuple[int, ...] = ()
         if draft.kind in ("forward", "backward", "weight"):
             update = lambda v: any(drafts[k].kind == "update" for k in readers[draft.stage, v])  # noqa: E731
-            totals = tuple(v for v in gives if self.microbatches > 1 and v in self._sums and update(v))
+            totals = tuple(
+                v for v in gives if self.microbatches > 1 and v in self._sums and update(v)
+            )
             gives = tuple(v for v in gives if v not in totals)
         elsewhere = made if draft.kind != "update" else dict.fromkeys([*made, *draft.extra])
         sends = tuple(
@@ -348,7 +367,9 @@ class _Cutter:
         )
         ops = (*self._free_ops(draft), *draft.ops)
         drops = tuple(v for v in takes if readers[draft.stage, v][-1] == number)
-        return Fragment(draft.kind, draft.stage, ops, takes, gives, sends, totals, drops, tuple(draft.results))
+        return Fragment(
+            draft.kind, draft.stage, ops, takes, gives, sends, totals, drops, tuple(draft.results)
+        )
 
     @cached_property
     def _sums(self) -> Mapping[int, str]:
@@ -365,7 +386,9 @@ class _Cutter:
 
     def _free_ops(self, draft: _Draft) -> list[Op]:
         """Ops on constants whose results this fragment reads."""
-        wanted = {v for op in draft.ops for v in op.inputs} | {self.graph.outputs[o] for o in draft.results}
+        wanted = {v for op in draft.ops for v in op.inputs} | {
+            self.graph.outputs[o] for o in draft.results
+        }
         found = []
         for op in reversed(self._constant_ops):
             if not wanted.isdisjoint(op.outputs):
@@ -377,10 +400,15 @@ class _Cutter:
     def _constant_ops(self) -> list[Op]:
         return [op for op in self.graph.ops if self.classes.free.issuperset(op.outputs)]
 
-    def _places_of_inputs(self, drafts: Iterable[_Draft], home: Mapping[int, int]) -> tuple[tuple[int, ...], ...]:
+    def _places_of_inputs(
+        self, drafts: Iterable[_Draft], home: Mapping[int, int]
+    ) -> tuple[tuple[int, ...], ...]:
         read: dict[int, set[int]] = defaultdict(set)
         for draft in drafts:
             for value in self._takes(draft):
                 read[value].add(draft.stage)
         first = {v: self.late_at[v] for v in self.inputs}
-        return tuple(tuple(sorted(read[v] | {first[v]}, key=lambda s: (s != first[v], s))) for v in self.graph.inputs)
+        return tuple(
+            tuple(sorted(read[v] | {first[v]}, key=lambda s: (s != first[v], s)))
+            for v in self.graph.inputs
+        )

@@ -51,7 +51,10 @@ def from_torch_csv(text: str, name: str = "torch-csv") -> Schedule:
     except csv.Error as error:
         what = f"this is no CSV: {error}."
         raise PlanError(what, where="torch CSV", fix="a row per rank, a cell per action") from None
-    cells = [[_slot(cell.strip(), r, c) for c, cell in enumerate(row, 1)] for r, row in enumerate(rows, 1)]
+    cells = [
+        [_slot(cell.strip(), r, c) for c, cell in enumerate(row, 1)]
+        for r, row in enumerate(rows, 1)
+    ]
     read = [[slot for slot in row if slot] for row in cells]
     words = [word for row in read for slot in row for word in slot]
     if not words:

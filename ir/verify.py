@@ -140,16 +140,24 @@ class _Check:
         for region in op.regions:
             self._alike(op, op.inputs, region.inputs, consts + carry)
         for region in op.returning:
-            self._alike(op, op.outputs, region.outputs, carry if op.kind == "scan" else len(op.outputs))
-            for start, end in zip(region.inputs[consts : consts + carry], region.outputs, strict=False):
+            self._alike(
+                op, op.outputs, region.outputs, carry if op.kind == "scan" else len(op.outputs)
+            )
+            for start, end in zip(
+                region.inputs[consts : consts + carry], region.outputs, strict=False
+            ):
                 if self.types[start] != self.types[end]:
                     raise _broken("region-arity", f"the carry %{start} changes its type", op)
         self._decides(op)
 
-    def _alike(self, op: Op, outer: tuple[int, ...], inner: tuple[int, ...], first_row: int) -> None:
+    def _alike(
+        self, op: Op, outer: tuple[int, ...], inner: tuple[int, ...], first_row: int
+    ) -> None:
         """What goes in or comes out is what regions see of it; rows are slices of it."""
         if len(outer) != len(inner):
-            raise _broken("region-arity", "operands or results differ in number from the region", op)
+            raise _broken(
+                "region-arity", "operands or results differ in number from the region", op
+            )
         for k, (whole, part) in enumerate(zip(outer, inner, strict=True)):
             kind, body = self.types[whole], self.types[part]
             shape = (op.trips, *body.shape) if k >= first_row else body.shape

@@ -143,7 +143,9 @@ def _check(name: str, config: Any, given: dict[str, Any]) -> None:
         if option in _SIZES and value < 1:
             raise ModelError(f"{option!r} cannot be {value}.", where=where, hint="1 or more")
         if option == "dropout" and not 0 <= value < 1:
-            raise ModelError(f"{option!r} cannot be {value}.", where=where, hint="from 0 to below 1")
+            raise ModelError(
+                f"{option!r} cannot be {value}.", where=where, hint="from 0 to below 1"
+            )
     if name.endswith("-scan") and given.get("scan") is False:
         raise ModelError(
             f"{name!r} is scanned by name, and scan=False contradicts it.",

@@ -53,7 +53,9 @@ class DeepSeekConfig:
     latent: int = 512
     head: int = 128
     rotary: int = 64
-    scores: str = "softmax"  # of the router; "sigmoid" weights are normalised over a token's choices
+    scores: str = (
+        "softmax"  # of the router; "sigmoid" weights are normalised over a token's choices
+    )
     scale: float = 1.0  # of the weights of routed experts
     theta: float = 10_000.0
     capacity_factor: float = 1.0
@@ -163,17 +165,23 @@ def attention(config: DeepSeekConfig, layer: Params, x_BSD: jax.Array) -> jax.Ar
 
 
 def feed_forward(weights: Params, x_BSD: jax.Array) -> jax.Array:
-    return (jax.nn.silu(x_BSD @ weights["gate_DF"]) * (x_BSD @ weights["up_DF"])) @ weights["down_FD"]
+    return (jax.nn.silu(x_BSD @ weights["gate_DF"]) * (x_BSD @ weights["up_DF"])) @ weights[
+        "down_FD"
+    ]
 
 
 def mixture(config: DeepSeekConfig, layer: Params, x_BSD: jax.Array) -> jax.Array:
     """Shared experts, and the top experts of each token (arXiv 2412.19437, section 2.1.2)."""
     logits_BSE = (x_BSD @ layer["router_DE"]).astype(jnp.float32)
-    scores_BSE = jax.nn.sigmoid(logits_BSE) if config.scores == "sigmoid" else jax.nn.softmax(logits_BSE)
+    scores_BSE = (
+        jax.nn.sigmoid(logits_BSE) if config.scores == "sigmoid" else jax.nn.softmax(logits_BSE)
+    )
     weight_BSJ, expert_BSJ = jax.lax.top_k(scores_BSE, config.choices)
     if config.scores == "sigmoid":
         weight_BSJ = weight_BSJ / weight_BSJ.sum(axis=-1, keepdims=True)
-    routed_BSD = routed_experts(x_BSD, expert_BSJ, config.scale * weight_BSJ, layer, config.capacity)
+    routed_BSD = routed_experts(
+        x_BSD, expert_BSJ, config.scale * weight_BSJ, layer, config.capacity
+    )
     return feed_forward(layer["shared"], x_BSD) + routed_BSD
 
 
@@ -197,7 +205,10 @@ def loss_fn(params: Params, batch: Batch, config: DeepSeekConfig) -> jax.Array:
 
 
 def train_step(
-    config: DeepSeekConfig, optimizer: optax.GradientTransformation, state: DeepSeekState, batch: Batch
+    config: DeepSeekConfig,
+    optimizer: optax.GradientTransformation,
+    state: DeepSeekState,
+    batch: Batch,
 ) -> tuple[DeepSeekState, dict[str, jax.Array]]:
     loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, config)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -15,7 +15,11 @@ import jax.numpy as jnp
 
 
 def routed_experts(
-    x_BSD: jax.Array, expert_BSJ: jax.Array, weight_BSJ: jax.Array, weights: dict[str, jax.Array], capacity: int
+    x_BSD: jax.Array,
+    expert_BSJ: jax.Array,
+    weight_BSJ: jax.Array,
+    weights: dict[str, jax.Array],
+    capacity: int,
 ) -> jax.Array:
     """Sum over the choices of weight · expert(x); experts are SwiGLUs of `gate_EDF`, `up_EDF`, `down_EFD`.
 
@@ -26,13 +30,17 @@ def routed_experts(
     experts = weights["gate_EDF"].shape[0]
     choice_BY, place_BX = assign(expert_BSJ.reshape(batch, -1), experts, capacity)
     x_BECD = look_up(x_BSD, choice_BY // choices).reshape(batch, experts, capacity, -1)
-    scale_BEC1 = look_up(weight_BSJ.reshape(batch, -1, 1), choice_BY).reshape(batch, experts, capacity, 1)
+    scale_BEC1 = look_up(weight_BSJ.reshape(batch, -1, 1), choice_BY).reshape(
+        batch, experts, capacity, 1
+    )
     y_BECD = feed_forward(x_BECD, scale_BEC1.astype(x_BSD.dtype), weights)
     y_BXD = look_up(y_BECD.reshape(batch, experts * capacity, -1), place_BX)
     return y_BXD.reshape(batch, seq, choices, -1).sum(axis=2)
 
 
-def feed_forward(x_BECD: jax.Array, scale_BEC1: jax.Array, weights: dict[str, jax.Array]) -> jax.Array:
+def feed_forward(
+    x_BECD: jax.Array, scale_BEC1: jax.Array, weights: dict[str, jax.Array]
+) -> jax.Array:
     gate_BECF = jax.nn.silu(jnp.einsum("becd,edf->becf", x_BECD, weights["gate_EDF"]))
     up_BECF = jnp.einsum("becd,edf->becf", x_BECD, weights["up_EDF"])
     return jnp.einsum("becf,efd->becd", gate_BECF * up_BECF * scale_BEC1, weights["down_EFD"])
@@ -51,9 +59,13 @@ def assign(expert_BX: jax.Array, experts: int, capacity: int) -> tuple[jax.Array
     slot_BX = rank_BX - jnp.take_along_axis(start_BE, expert_BX, axis=1)
     place_BX = jnp.where(slot_BX < capacity, expert_BX * capacity + slot_BX, experts * capacity)
     slot_C = jnp.arange(capacity)
-    source_BEC = jnp.where(slot_C < count_BE[:, :, None], start_BE[:, :, None] + slot_C, order_BX.shape[1])
+    source_BEC = jnp.where(
+        slot_C < count_BE[:, :, None], start_BE[:, :, None] + slot_C, order_BX.shape[1]
+    )
     source_BY = source_BEC.reshape(len(order_BX), -1)
-    choice_BY = jnp.take_along_axis(order_BX, source_BY, axis=1, mode="fill", fill_value=order_BX.shape[1])
+    choice_BY = jnp.take_along_axis(
+        order_BX, source_BY, axis=1, mode="fill", fill_value=order_BX.shape[1]
+    )
     return choice_BY, place_BX
 
 

@@ -133,7 +133,9 @@ def feed_forward(layer: Params, x_BTD: jax.Array) -> jax.Array:
     return hidden_BTF @ layer["down_FD"] + layer["down_bias_D"]
 
 
-def block(carry: tuple[jax.Array, jax.Array], layer: Params, rate: float) -> tuple[jax.Array, jax.Array]:
+def block(
+    carry: tuple[jax.Array, jax.Array], layer: Params, rate: float
+) -> tuple[jax.Array, jax.Array]:
     """One layer; the seed of dropout is handed on with the stream."""
     x_BTD, seed = carry[0], next_seed(carry[1]) if rate else carry[1]
     mixed_BTD = attention(layer, layer_norm(x_BTD, **layer["norm1"]), rate, seed)
@@ -169,7 +171,9 @@ def loss_fn(params: Params, batch: Batch, seed: jax.Array, config: GPTConfig) ->
 def train_step(
     config: GPTConfig, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    loss, grads = jax.value_and_grad(loss_fn)(state.params, batch, state.step.astype(jnp.uint32), config)
+    loss, grads = jax.value_and_grad(loss_fn)(
+        state.params, batch, state.step.astype(jnp.uint32), config
+    )
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}

@@ -94,7 +94,11 @@ def causal_mask(seq: int) -> jax.Array:
 
 
 def causal_attention(
-    q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, rate: float = 0.0, seed: jax.Array | None = None
+    q_BTNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    rate: float = 0.0,
+    seed: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention of Vaswani et al. 2017 (arXiv 1706.03762), fp32 softmax; `rate` of weights dropped."""
     _, seq, _, head = q_BTNH.shape

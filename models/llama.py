@@ -65,7 +65,9 @@ CONFIGS = {
     "llama3-405b": LlamaConfig(126, 16_384, 53_248, 128, 8, 0.8e-4, 2048),
     # Ours, for tests.
     "llama-tiny": LlamaConfig(2, 64, 128, 8, 4, 1e-2, 16, seq=32, vocab=128, warmup_steps=2),
-    "llama-tied-tiny": LlamaConfig(4, 64, 128, 8, 4, 1e-2, 16, seq=32, vocab=128, warmup_steps=2, tied=True),
+    "llama-tied-tiny": LlamaConfig(
+        4, 64, 128, 8, 4, 1e-2, 16, seq=32, vocab=128, warmup_steps=2, tied=True
+    ),
 }
 
 

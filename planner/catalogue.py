@@ -117,18 +117,26 @@ class Catalogue:
     def around(self, rule: Rule, chosen: list[Strategy], order: tuple[str, ...] = ()) -> Taken:
         """Given strategies of an op; `order` names the axes of one dim, major to minor, if not the mesh's."""
         form, names = self._form(rule), order or self.mesh.names
-        mesh = self.mesh if names == self.mesh.names else Mesh(tuple(Axis(n, self.mesh.sizes[n]) for n in names))
+        mesh = (
+            self.mesh
+            if names == self.mesh.names
+            else Mesh(tuple(Axis(n, self.mesh.sizes[n]) for n in names))
+        )
         rows = []
         for strategy in chosen:
             key = form, strategy.axes, names
             if key not in self._rows:
                 codes = dict(zip(self.mesh.names, strategy.axes, strict=True))
                 turned = Strategy(tuple(codes[name] for name in names))
-                wanted = [operand_sharding(rule, turned, mesh, k) for k in range(len(rule.operands))]
+                wanted = [
+                    operand_sharding(rule, turned, mesh, k) for k in range(len(rule.operands))
+                ]
                 left = [result_sharding(rule, turned, mesh, k) for k in range(len(rule.results))]
                 self._rows[key] = [self.number(layout) for layout in (*wanted, *left)]
             rows.append(self._rows[key])
-        numbers = np.array(rows, np.int64).reshape(len(rows), len(rule.operands) + len(rule.results))
+        numbers = np.array(rows, np.int64).reshape(
+            len(rows), len(rule.operands) + len(rule.results)
+        )
         codes = np.array([s.axes for s in chosen], np.int64).reshape(len(rows), len(self.mesh.axes))
         return Taken(chosen, np.ascontiguousarray(numbers.T), codes >= 0)
 

@@ -106,15 +106,27 @@ class Changes:
             found[number] = flat[start : start + rows * columns].reshape(rows, columns)
         return found
 
-    def _laid_out(self, layouts: Layouts) -> tuple[np.ndarray, list[tuple[int, int]], list[int], np.ndarray, int]:
+    def _laid_out(
+        self, layouts: Layouts
+    ) -> tuple[np.ndarray, list[tuple[int, int]], list[int], np.ndarray, int]:
         """Of the changes in order: shapes, where each begins, all moves, and where those among the updates begin."""
         if "moves" not in self.__dict__:
             order = np.argsort([change.late for change in self.changes], kind="stable")
-            tables = [layouts.moves(self.changes[k].have, self.changes[k].wanted) for k in order.tolist()]
+            tables = [
+                layouts.moves(self.changes[k].have, self.changes[k].wanted) for k in order.tolist()
+            ]
             sizes = [table.size for table in tables]
             starts = [0, *accumulate(sizes)][: len(sizes)]
-            late = sum(size for k, size in zip(order.tolist(), sizes, strict=True) if not self.changes[k].late)
-            moves = np.concatenate([table.ravel() for table in tables]) if tables else np.zeros(0, np.int32)
+            late = sum(
+                size
+                for k, size in zip(order.tolist(), sizes, strict=True)
+                if not self.changes[k].late
+            )
+            moves = (
+                np.concatenate([table.ravel() for table in tables])
+                if tables
+                else np.zeros(0, np.int32)
+            )
             self.__dict__["moves"] = order, [table.shape for table in tables], starts, moves, late
         return self.__dict__["moves"]
 
@@ -149,15 +161,28 @@ class Frame:
             forms, found = self.outline.forms(kernels), defaultdict[tuple, list[Decides]](list)
             for step in self.outline.decides:
                 taken = self.taken[step.op.tag]
-                found[forms[step.op.tag], taken.numbers.tobytes(), taken.cuts.tobytes()].append(step)
-            self._alike[kernels] = [self._one_of(form, group) for (form, *_), group in found.items()]
+                found[forms[step.op.tag], taken.numbers.tobytes(), taken.cuts.tobytes()].append(
+                    step
+                )
+            self._alike[kernels] = [
+                self._one_of(form, group) for (form, *_), group in found.items()
+            ]
         return self._alike[kernels]
 
     def _one_of(self, form: int, group: list[Decides]) -> Alike:
         op, rule, taken = group[0].op, group[0].rule, self.taken[group[0].op.tag]
         timed = np.array([self.outline.parts(v, 2) > 1 for v in (*op.inputs, *op.outputs)])
         settles = any(factor.reduction not in ("", "sum") for factor in rule.factors)
-        return Alike([s.op.tag for s in group], form, op, rule, taken.numbers, timed[:, None], taken.cuts, settles)
+        return Alike(
+            [s.op.tag for s in group],
+            form,
+            op,
+            rule,
+            taken.numbers,
+            timed[:, None],
+            taken.cuts,
+            settles,
+        )
 
     @cached_property
     def changes(self) -> Changes:
@@ -165,9 +190,15 @@ class Frame:
         changes, types = dict[tuple, tuple[int, Change]](), self.outline.program.graph.types
         sums, sum_of = dict[tuple[Place, int], int](), []
         for (source, reader, k), reading in self.outline.readings.items():
-            home, wanted, late = self.homes[source], self.wants[reader, k], reading.phase == "update"
+            home, wanted, late = (
+                self.homes[source],
+                self.wants[reader, k],
+                reading.phase == "update",
+            )
             place = home.node, self.reader(reading)
-            if place == (None, None) or (place[0] == place[1] and np.array_equal(home.layouts, wanted)):
+            if place == (None, None) or (
+                place[0] == place[1] and np.array_equal(home.layouts, wanted)
+            ):
                 sum_of.append(-1)
                 continue
             timed = self.outline.parts(reading.value, 2)
@@ -175,7 +206,9 @@ class Frame:
             if key not in changes:
                 changes[key] = len(changes), Change(home.layouts, wanted, reading.value, late)
             sum_of.append(sums.setdefault((place, changes[key][0]), len(sums)))
-        return Changes([change for _, change in changes.values()], list(sums), np.array(sum_of, np.int64))
+        return Changes(
+            [change for _, change in changes.values()], list(sums), np.array(sum_of, np.int64)
+        )
 
 
 class Decided(Protocol):
@@ -189,11 +222,15 @@ class Decided(Protocol):
     def layout(self, tag: str, value: int) -> Sharding: ...
 
 
-def frame_of(program: Program, microbatches: int, layouts: Layouts, decided: Decided | None = None) -> Frame:
+def frame_of(
+    program: Program, microbatches: int, layouts: Layouts, decided: Decided | None = None
+) -> Frame:
     """Lay out the decisions of a prepared graph on the mesh of `layouts`; kept for meshes and counts that
     leave the same choices."""
     outline = outline_of(program, microbatches > 1)
-    splits = tuple(layouts.split(size, microbatches if timed else 1) for size, timed in outline.divides)
+    splits = tuple(
+        layouts.split(size, microbatches if timed else 1) for size, timed in outline.divides
+    )
     if decided is not None:
         return _Deciding(outline, splits, layouts, decided).run()
     known = layouts.catalogue.frames.setdefault(outline, {})
@@ -205,7 +242,9 @@ def frame_of(program: Program, microbatches: int, layouts: Layouts, decided: Dec
 class _Deciding:
     """Goes through the steps of an outline."""
 
-    def __init__(self, outline: Outline, splits: tuple[int, ...], layouts: Layouts, decided: Decided | None):
+    def __init__(
+        self, outline: Outline, splits: tuple[int, ...], layouts: Layouts, decided: Decided | None
+    ):
         self.frame, self.outline, self.splits = Frame(outline, splits), outline, splits
         self.layouts, self.catalogue, self.decided = layouts, layouts.catalogue, decided
 
@@ -260,7 +299,11 @@ class _Deciding:
         else:
             splits = {factor: self.splits[d] for factor, d in step.cuts}
             taken = self.catalogue.taken(rule, splits)
-            if any(self._try_follow(step, k, splits) for k in step.follows if self._open(step, k, taken)):
+            if any(
+                self._try_follow(step, k, splits)
+                for k in step.follows
+                if self._open(step, k, taken)
+            ):
                 return
             if op.kind == "copy" and not settles(op):
                 taken = taken.at(np.array([min(s.axes) >= NONE for s in taken.strategies]))

@@ -42,12 +42,16 @@ from .pipelines import Pipelines
 from .request import Request
 from .search import Search
 
-LOOKS = 2  # candidates priced as they are, and half as many solved anew; more only while nothing fits
+LOOKS = (
+    2  # candidates priced as they are, and half as many solved anew; more only while nothing fits
+)
 POINTS = 24  # kept of one search, the fastest
 WIDE = 16  # that a search which keeps them tries to find
 KNOWN = "meshes, recompute and microbatches unlike those that an earlier search met"
 PINS = ("pp", "mesh", "recompute", "microbatches")  # of the first plan, kept
-FILE = Kind("frontier", 64 * MIB, "a file from `meshwright plan --frontier`, as it was written", PlanError)
+FILE = Kind(
+    "frontier", 64 * MIB, "a file from `meshwright plan --frontier`, as it was written", PlanError
+)
 NEAR = 4  # microbatches up to so many times more or fewer
 
 
@@ -75,7 +79,9 @@ class Frontier(BaseModel):
     @classmethod
     def of(cls, pipelines: Pipelines) -> Frontier:
         """What a search that met some pipeline found."""
-        points = sorted(pipelines.points, key=lambda point: point.passes * point.microbatches * prod(point.mesh))
+        points = sorted(
+            pipelines.points, key=lambda point: point.passes * point.microbatches * prod(point.mesh)
+        )
         search = pipelines.search
         return cls(
             meshwright=VERSION, name=search.name, fingerprint=search.fingerprint, request=asdict(search.request),
@@ -162,7 +168,10 @@ class Candidate:
 
     @property
     def same(self) -> bool:
-        return (self.shape.mesh.shape, self.shape.microbatches) == (self.point.mesh, self.point.microbatches)
+        return (self.shape.mesh.shape, self.shape.microbatches) == (
+            self.point.mesh,
+            self.point.microbatches,
+        )
 
 
 @dataclass
@@ -178,7 +187,9 @@ class _Replanning:
     def run(self) -> Plan:
         whole = self._on(self.cluster.hosts)
         limit = whole.search.limit
-        candidates = sorted(self._candidates(whole), key=lambda each: (each.held > limit, each.estimate))
+        candidates = sorted(
+            self._candidates(whole), key=lambda each: (each.held > limit, each.estimate)
+        )
         self._look([each for each in candidates if each.same], self.looks, solve=False)
         self._look(candidates, ceil(self.looks / 2), solve=True)
         self._look_at_more_devices(candidates)
@@ -196,7 +207,9 @@ class _Replanning:
             told.append(f"{format_bytes(whole.search.limit)} per device may be used")
         else:
             what = f"can be dealt out to {counted(self.cluster.size, 'device')}"
-            told.append("a pipeline has two stages at least, each of whole hosts or an equal part of one")
+            told.append(
+                "a pipeline has two stages at least, each of whole hosts or an equal part of one"
+            )
         return InfeasibleError(
             f"none of {counted(len(self.frontier.points), 'known solution')} {what}.", where="; ".join(told),
             origin=f"cluster {self.cluster.name}", fix="`meshwright plan`, which searches anew",
@@ -216,8 +229,13 @@ class _Replanning:
             f"planned anew from {counted(len(self.frontier.points), 'known solution')},"
             f" {counted(self.tried, 'candidate')} priced; {self._used(self.best)}"
         )
-        update = {"notes": (*found.notes, *self.frontier.notes, told), "recipe": self.frontier.recipe or None}
-        update["batch"] = self.frontier.batch  # by inputs of the whole graph, of which the small one has fewer
+        update = {
+            "notes": (*found.notes, *self.frontier.notes, told),
+            "recipe": self.frontier.recipe or None,
+        }
+        update["batch"] = (
+            self.frontier.batch
+        )  # by inputs of the whole graph, of which the small one has fewer
         if self.frontier.unstacked and found.pipeline is not None:
             update["pipeline"] = found.pipeline.model_copy(update={"unstacked": True})
         return found.model_copy(update=update)
@@ -230,7 +248,11 @@ class _Replanning:
         choices.stage_counts = (pinned,) if isinstance(pinned, int) else tuple(range(2, most + 1))
         one = mesh_of((1,))
         policies = whole.search.policies()
-        return min(choices.floor(Shape(stages, one, policy)) for stages in choices.stage_counts for policy in policies)
+        return min(
+            choices.floor(Shape(stages, one, policy))
+            for stages in choices.stage_counts
+            for policy in policies
+        )
 
     def _used(self, best: Pipelines) -> str:
         """Which hosts, or which devices of one host, take part."""
@@ -238,7 +260,9 @@ class _Replanning:
         assert shape is not None
         size, all_hosts = shape.stages * shape.mesh.size, self.cluster.hosts
         if size < hosts * self.cluster.per_host:
-            return f"{size} of {self.cluster.size} devices are used, {self.cluster.size - size} spare"
+            return (
+                f"{size} of {self.cluster.size} devices are used, {self.cluster.size - size} spare"
+            )
         if hosts < all_hosts:
             used = f"{hosts} of {counted(all_hosts, 'host')} {'is' if hosts == 1 else 'are'} used"
             return f"{used}, {all_hosts - hosts} spare"
@@ -253,7 +277,9 @@ class _Replanning:
             if known is None:
                 folded = Folded(self.small, self.small, ())
                 name, mark = self.frontier.name, self.frontier.fingerprint
-                search = Search(folded, where, request, Roofline(where), name, mark, lambda line: None)
+                search = Search(
+                    folded, where, request, Roofline(where), name, mark, lambda line: None
+                )
             else:
                 search = known.search.over(where, request)
             found = Pipelines(search)
@@ -261,14 +287,20 @@ class _Replanning:
                 found.choices.units = Units(**self.frontier.units)  # type: ignore[arg-type]
                 if self.frontier.device == _mark(where.device):
                     for policy, sums in self.frontier.work.items():
-                        found.choices.sums[policy] = {(name, kind): np.array(each) for name, kind, *each in sums}
+                        found.choices.sums[policy] = {
+                            (name, kind): np.array(each) for name, kind, *each in sums
+                        }
             else:
                 found.choices.take_cuts_of(known.choices)
             self.searches[hosts] = found
         return self.searches[hosts]
 
     def _candidates(self, whole: Pipelines) -> Iterator[Candidate]:
-        units, batch, per_host = len(whole.choices.units), whole.choices.batch, self.cluster.per_host
+        units, batch, per_host = (
+            len(whole.choices.units),
+            whole.choices.batch,
+            self.cluster.per_host,
+        )
         pinned, pinned_mesh = whole.search.request.pp, whole.search.request.mesh
         for point in self.frontier.points:
             size = prod(point.mesh[1:])
@@ -291,7 +323,9 @@ class _Replanning:
                             continue
                         shape = Shape(stages, mesh, point.policy, many)
                         hosts = ceil(stages * devices / per_host)
-                        yield Candidate(point, shape, hosts, _estimate(point, shape, units), _held(point, shape))
+                        yield Candidate(
+                            point, shape, hosts, _estimate(point, shape, units), _held(point, shape)
+                        )
 
     def _look_at_more_devices(self, candidates: list[Candidate]) -> None:
         """Where the best leaves devices spare, the most promising of those that leave fewest: estimates take units
@@ -311,13 +345,17 @@ class _Replanning:
         near = range(ceil(point.microbatches / NEAR), point.microbatches * NEAR + 1)
         return [many for many in whole.choices.counts if many in near]
 
-    def _look(self, candidates: list[Candidate], looks: int, solve: bool, hopeful: bool = False) -> None:
+    def _look(
+        self, candidates: list[Candidate], looks: int, solve: bool, hopeful: bool = False
+    ) -> None:
         """Price so many candidates as they are, or solve anew on their meshes, the most promising first; with
         `hopeful` whatever the estimate."""
         seen: set[Shape] = set()
         before = self.tried
         for candidate in candidates:
-            if (self.tried - before >= looks and self.best) or (candidate.estimate >= self.seconds and not hopeful):
+            if (self.tried - before >= looks and self.best) or (
+                candidate.estimate >= self.seconds and not hopeful
+            ):
                 return
             if candidate.shape in seen:
                 continue
@@ -342,8 +380,12 @@ class _Replanning:
 def _estimate(point: Point, shape: Shape, units: int) -> float:
     """Work shared out evenly, half the bubble of 1F1B (others have less), and that units are not cut."""
     devices = prod(point.mesh) / shape.mesh.size
-    passes = point.passes * point.microbatches / shape.microbatches * ceil(units / shape.stages) / units
-    return devices * ((shape.microbatches + (shape.stages - 1) / 2) * passes + point.once / shape.stages)
+    passes = (
+        point.passes * point.microbatches / shape.microbatches * ceil(units / shape.stages) / units
+    )
+    return devices * (
+        (shape.microbatches + (shape.stages - 1) / 2) * passes + point.once / shape.stages
+    )
 
 
 def _held(point: Point, shape: Shape) -> float:

@@ -40,10 +40,16 @@ def check_frontier(frontier: Frontier) -> None:
 
 def _check_units(units: Mapping[str, Sequence[Any]]) -> None:
     if {*units} != {*PER_UNIT, *PER_KIND}:
-        _refuse("units", f"their fields are {', '.join(units)[:200]}, not {', '.join((*PER_UNIT, *PER_KIND))}")
+        _refuse(
+            "units",
+            f"their fields are {', '.join(units)[:200]}, not {', '.join((*PER_UNIT, *PER_KIND))}",
+        )
     for names in (PER_UNIT, PER_KIND):
         if len({len(units[name]) for name in names}) > 1 or not units[names[0]]:
-            _refuse("units", f"{' and '.join(f'{len(units[name])} {name}' for name in names)} do not go together")
+            _refuse(
+                "units",
+                f"{' and '.join(f'{len(units[name])} {name}' for name in names)} do not go together",
+            )
     for name in (*PER_UNIT, "small_cuts", "alike"):
         if not all(isinstance(each, int) for each in units[name]):
             _refuse(f"units.{name}", "there is one that is no whole number")
@@ -52,7 +58,10 @@ def _check_units(units: Mapping[str, Sequence[Any]]) -> None:
         _refuse("units.kinds", f"a unit of a kind that is none of {many}")
     for name in ("cuts", "small_cuts"):
         if units[name][0] < 0 or any(cut >= after for cut, after in pairwise(units[name])):
-            _refuse(f"units.{name}", f"units that begin at ops {', '.join(map(str, units[name][:40]))} overlap")
+            _refuse(
+                f"units.{name}",
+                f"units that begin at ops {', '.join(map(str, units[name][:40]))} overlap",
+            )
     if not all(isinstance(name, str) for name in units["names"]):
         _refuse("units.names", "there is one that is no text")
     _amounts("units.work", units["work"])
@@ -68,7 +77,10 @@ def _check_point(where: str, point: Any) -> None:
         _refuse(where, f"{point.passes} s for the passes of a microbatch cannot be")
     for tag, codes in point.strategies.items():
         if len(codes) != len(point.mesh):
-            _refuse(f"{where}.strategies.{tag}", f"{len(codes)} codes for a mesh of {len(point.mesh)} axes")
+            _refuse(
+                f"{where}.strategies.{tag}",
+                f"{len(codes)} codes for a mesh of {len(point.mesh)} axes",
+            )
 
 
 def _amounts(where: str, amounts: Sequence[Any]) -> None:

@@ -49,7 +49,10 @@ def fused_of(frame: Frame, kernels: Kernels, cost: CostModel) -> Fused:
 
 
 def _laid_out(frame: Frame, kernels: Kernels, cost: CostModel) -> Fused:
-    types, known = frame.outline.program.graph.types, frame.outline.terms.setdefault((kernels, id(cost)), {})
+    types, known = (
+        frame.outline.program.graph.types,
+        frame.outline.terms.setdefault((kernels, id(cost)), {}),
+    )
     for alike in frame.alike(kernels):
         if alike.form not in known:
             known[alike.form] = cost.fused_terms(alike.op, types, kernels)
@@ -59,7 +62,11 @@ def _laid_out(frame: Frame, kernels: Kernels, cost: CostModel) -> Fused:
     counts = [alike.sides.shape[1] for alike, _ in found]
     ends = np.cumsum(counts)
     rows, width = max((len(terms.sides) for _, terms in found), default=0), int(sum(counts))
-    sides, timed, each = np.zeros((rows, width), np.int64), np.zeros((rows, width), bool), np.zeros((rows, width))
+    sides, timed, each = (
+        np.zeros((rows, width), np.int64),
+        np.zeros((rows, width), bool),
+        np.zeros((rows, width)),
+    )
     for (alike, terms), end, count in zip(found, ends.tolist(), counts, strict=True):
         _fill(alike, terms, slice(end - count, end), sides, timed, each)
     fixed = np.repeat([terms.fixed for _, terms in found], counts)
@@ -70,4 +77,8 @@ def _fill(
     alike: Alike, terms: Terms, where: slice, sides: np.ndarray, timed: np.ndarray, each: np.ndarray
 ) -> None:
     for row, (side, seconds) in enumerate(terms.sides.items()):
-        sides[row, where], timed[row, where], each[row, where] = alike.sides[side], alike.timed[side], seconds
+        sides[row, where], timed[row, where], each[row, where] = (
+            alike.sides[side],
+            alike.timed[side],
+            seconds,
+        )

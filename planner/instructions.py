@@ -36,7 +36,11 @@ class Chosen:
 
     def strategy(self, op: Op, rule: Rule) -> Strategy:
         if op.tag not in self.plan.strategies:
-            raise PlanError(f"the plan has no strategy for {op.kind} `{op.tag}`.", where="strategies", fix="plan again")
+            raise PlanError(
+                f"the plan has no strategy for {op.kind} `{op.tag}`.",
+                where="strategies",
+                fix="plan again",
+            )
         return Strategy(self.plan.strategies[op.tag])
 
     def order(self, op: Op) -> tuple[str, ...]:
@@ -82,7 +86,9 @@ def simulate_plan(plan: Plan, program: Program, cost: CostModel) -> Simulation:
     Args:
         program: the graph of the plan, folded, prepared with the plan's recompute policy.
     """
-    space = build(program, plan.microbatches, cost, Layouts(cost.collectives(plan.mesh)), Chosen(plan))
+    space = build(
+        program, plan.microbatches, cost, Layouts(cost.collectives(plan.mesh)), Chosen(plan)
+    )
     tasks, collectives = _Issuing(space).run()
     run = simulate(tasks, SLOWDOWN)
     compute = sum(task.seconds for task in tasks if task.stream == COMPUTE)
@@ -91,7 +97,9 @@ def simulate_plan(plan: Plan, program: Program, cost: CostModel) -> Simulation:
     storage = as_xla(program, plan.cluster.device.kind)
     ledger = Ledger(space, lifetimes(program, plan.microbatches, roles(program.graph), storage))
     _, moment = ledger.peak(ledger.local_bytes(choices))
-    return Simulation(run, compute + moving, compute, moving, ledger.by_cause(choices, moment), tuple(collectives))
+    return Simulation(
+        run, compute + moving, compute, moving, ledger.by_cause(choices, moment), tuple(collectives)
+    )
 
 
 class _Issuing:
@@ -133,7 +141,11 @@ class _Issuing:
     def _op(self, op: Op) -> None:
         after = [self.made[self.tags[v]] for v in op.inputs if self.tags[v] in self.made]
         after += self._receive(op.tag)
-        seconds = float(self.space.own[op.tag][0]) * self.space.runs[op.tag] if op.tag in self.space.own else 0.0
+        seconds = (
+            float(self.space.own[op.tag][0]) * self.space.runs[op.tag]
+            if op.tag in self.space.own
+            else 0.0
+        )
         extra = self.inside.get(op.tag, [])
         settled = sum(entry.seconds for entry in extra)
         if seconds - settled > 0:
@@ -156,7 +168,13 @@ class _Issuing:
 
     def _collective(self, entry: Collective, after: list[int]) -> int:
         self.collectives.append(entry)
-        return self._task(f"{entry.kind} {entry.what}", "·".join(entry.axes), entry.seconds, after, "communication")
+        return self._task(
+            f"{entry.kind} {entry.what}",
+            "·".join(entry.axes),
+            entry.seconds,
+            after,
+            "communication",
+        )
 
     def _task(self, name: str, stream: str, seconds: float, after: list[int], kind: str) -> int:
         loose = stream != COMPUTE or kind == "update"

@@ -83,7 +83,11 @@ class Islands:
     def run(self, alone: Callable[[Search], Plan]) -> Plan:
         """The best of all: never worse than any group by itself."""
         roomy = max(self.searches, key=lambda search: search.cluster.device.memory)
-        open_ = self.request if self.request.pp == "auto" else replace(self.request, pp="auto", mesh=None)
+        open_ = (
+            self.request
+            if self.request.pp == "auto"
+            else replace(self.request, pp="auto", mesh=None)
+        )
         check(open_, roomy.cluster, roomy.program("none").time)
         plans = list(self._alone(alone))
         single = min(plans, key=lambda plan: plan.estimate.step_seconds, default=None)
@@ -106,14 +110,21 @@ class Islands:
         left = self.cluster.size - single.cluster.size
         note = f"{counted(left, 'device')} {'is' if left == 1 else 'are'} left idle: no pipeline over all is faster"
         bound = min(single.proof.lower_bound, self.lower_bound())
-        proof = {"lower_bound": bound, "left_out": UNLIKE, "status": "feasible", "searched": tuple(self._head.log)}
+        proof = {
+            "lower_bound": bound,
+            "left_out": UNLIKE,
+            "status": "feasible",
+            "searched": tuple(self._head.log),
+        }
         return single.model_copy(
             update={"notes": (*single.notes, note), "proof": single.proof.model_copy(update=proof)}
         )
 
     @property
     def words(self) -> str:
-        return " and ".join(f"{counted(g.hosts, 'host')} of {g.per_host} {g.device}" for g in self.cluster.groups)
+        return " and ".join(
+            f"{counted(g.hosts, 'host')} of {g.per_host} {g.device}" for g in self.cluster.groups
+        )
 
     @cached_property
     def searches(self) -> list[Search]:
@@ -122,7 +133,9 @@ class Islands:
         for index in range(len(self.cluster.groups)):
             part = self.cluster.only(index)
             most = part.device.memory
-            share = (index + 1) / (len(self.cluster.groups) + 1)  # of the time, until this group is done
+            share = (index + 1) / (
+                len(self.cluster.groups) + 1
+            )  # of the time, until this group is done
             request = replace(
                 self.request, memory=self.request.memory and min(self.request.memory, most),
                 time_limit=share * self.request.time_limit,
@@ -131,7 +144,18 @@ class Islands:
                 found.append(found[0].over(part, request))
                 continue
             cost = Roofline(part)
-            found.append(Search(self.folded, part, request, cost, self.name, self.fingerprint, self.tell, self.now))
+            found.append(
+                Search(
+                    self.folded,
+                    part,
+                    request,
+                    cost,
+                    self.name,
+                    self.fingerprint,
+                    self.tell,
+                    self.now,
+                )
+            )
         return found
 
     @cached_property
@@ -192,25 +216,38 @@ class Islands:
         """Least seconds of one run, by (stages - option, microbatch count), of each class of ops."""
         found = {}
         for group, pipelines in enumerate(self.pipelines):
-            search, devices = pipelines.search, [pipelines.search.cluster.size // n for n in self._options(group)]
+            search, devices = (
+                pipelines.search,
+                [pipelines.search.cluster.size // n for n in self._options(group)],
+            )
             for policy in search.policies():
                 of = pipelines.choices.cut(policy, 2).class_of
-                found[group, policy] = least_work(search.program(policy), search.cost, devices, self.counts, of)
+                found[group, policy] = least_work(
+                    search.program(policy), search.cost, devices, self.counts, of
+                )
         return found
 
     def _combinations(self) -> list[Combination]:
         """Cheapest estimate first."""
         found = []
         passes = {key: _passes(work) for key, work in self._work.items()}
-        chosen = [(some, stages) for some in self._subsets() for stages in product(*map(self._options, some))]
+        chosen = [
+            (some, stages)
+            for some in self._subsets()
+            for stages in product(*map(self._options, some))
+        ]
         for order, stages in chosen:
             total = sum(stages)
             if not 1 < total <= len(self.units) or self.request.pp not in ("auto", total):
                 continue
             rows = [self._options(group).index(n) for group, n in zip(order, stages, strict=True)]
             for policy in self._head.policies():
-                one = [passes[group, policy][row] for group, row in zip(order, rows, strict=True)]  # by count
-                slowest = 1 / np.array([n / seconds for n, seconds in zip(stages, one, strict=True)]).sum(axis=0)
+                one = [
+                    passes[group, policy][row] for group, row in zip(order, rows, strict=True)
+                ]  # by count
+                slowest = 1 / np.array(
+                    [n / seconds for n, seconds in zip(stages, one, strict=True)]
+                ).sum(axis=0)
                 for i, many in enumerate(self.counts):
                     seconds = float((many + total - 1) * slowest[i])
                     found.append(Combination(order, stages, policy, many, seconds))
@@ -232,7 +269,12 @@ class Islands:
                     row = self._options(group).index(1) if 1 in self._options(group) else 0
                     scale = self._options(group)[row]
                     work = self._work[group, policy]
-                    each.append([float(work[c][row, i]) / scale * (1 if c[0] == "once" else many) for c in work])
+                    each.append(
+                        [
+                            float(work[c][row, i]) / scale * (1 if c[0] == "once" else many)
+                            for c in work
+                        ]
+                    )
                 totals = np.array(each).sum(axis=1)
                 least = (np.array(each) / totals[:, None]).min(axis=0).sum()
                 found.append(float(least / (1 / totals).sum()))
@@ -272,7 +314,9 @@ class Islands:
 
     def _look(self, each: Combination) -> None:
         try:
-            usual = schedule_named(self.request.schedule or "1f1b", sum(each.stages), each.microbatches)
+            usual = schedule_named(
+                self.request.schedule or "1f1b", sum(each.stages), each.microbatches
+            )
         except PlanError:
             return
         homes = [group for group, n in zip(each.order, each.stages, strict=True) for _ in range(n)]
@@ -283,7 +327,10 @@ class Islands:
         ranks: list[Rank] = []
         for group, n in zip(each.order, each.stages, strict=True):
             mine = range(len(ranks), len(ranks) + n)
-            watched = {s: Watched(runs_of(self.units, firsts[s], ends[s]), in_flight(usual, s)) for s in mine}
+            watched = {
+                s: Watched(runs_of(self.units, firsts[s], ends[s]), in_flight(usual, s))
+                for s in mine
+            }
             rank = self._layouts(group, n, each, (watched[mine[0]], watched[mine[-1]]))
             if rank is None:
                 return
@@ -295,10 +342,14 @@ class Islands:
             if priced is not None and priced.seconds < self.best:
                 self._offer(each, ranks, pricing, priced)
 
-    def _offer(self, each: Combination, ranks: list[Rank], pricing: Pricing, priced: Priced) -> None:
+    def _offer(
+        self, each: Combination, ranks: list[Rank], pricing: Pricing, priced: Priced
+    ) -> None:
         self.best, self.found = priced.seconds, (ranks, pricing, priced)
         devices = [self.searches[group].cluster.device.name for group in each.order]
-        where = " then ".join(f"{n} on {device}" for n, device in zip(each.stages, devices, strict=True))
+        where = " then ".join(
+            f"{n} on {device}" for n, device in zip(each.stages, devices, strict=True)
+        )
         self._head.note(
             f"stages {where}, recompute {each.policy}, microbatches {each.microbatches}, {priced.schedule.name}: "
             f"{format_seconds(priced.seconds)}, {format_bytes(max(priced.peaks))}"
@@ -312,7 +363,9 @@ class Islands:
         better = pricing.reordered(priced)
         if better is not None and better.seconds < priced.seconds:
             self.best, self.found = better.seconds, (ranks, pricing, better)
-            self._head.note(f"passes reordered: {format_seconds(better.seconds)}, {format_bytes(max(better.peaks))}")
+            self._head.note(
+                f"passes reordered: {format_seconds(better.seconds)}, {format_bytes(max(better.peaks))}"
+            )
 
     def _dealt(self, each: Combination, homes: Sequence[int]) -> tuple[int, ...] | None:
         """Units by speed, before anything is known of memory."""
@@ -321,7 +374,10 @@ class Islands:
             work, row = self._work[group, each.policy], self._options(group).index(n)
             speeds[group] = float(_passes(work)[row, at])
         shares = [self.units.work[kind] for kind in self.units.kinds]
-        by_group = {group: [seconds * share / sum(shares) for share in shares] for group, seconds in speeds.items()}
+        by_group = {
+            group: [seconds * share / sum(shares) for share in shares]
+            for group, seconds in speeds.items()
+        }
         return deal([by_group[group] for group in homes])
 
     def _places(self, ranks: Sequence[Rank], homes: Sequence[int]) -> Iterator[Place]:
@@ -332,7 +388,9 @@ class Islands:
             yield self.layouts[group].place(rank, free[group])
             free[group] += rank.space.mesh.size
 
-    def _layouts(self, group: int, stages: int, each: Combination, watched: tuple[Watched, ...]) -> Rank | None:
+    def _layouts(
+        self, group: int, stages: int, each: Combination, watched: tuple[Watched, ...]
+    ) -> Rank | None:
         """The fastest layouts of a group's stages that fit, over its meshes."""
         cluster = self.searches[group].cluster
         meshes = plane_meshes(cluster, cluster.size // stages, self.request.mesh)

@@ -36,7 +36,9 @@ def meshes(cluster: Cluster) -> tuple[Mesh, ...]:
     return tuple(mesh_of(shape) for shape in sorted(kept, key=lambda s: (len(s), s)))
 
 
-def plane_meshes(cluster: Cluster, size: int, pinned: tuple[int, ...] | None = None) -> tuple[Mesh, ...]:
+def plane_meshes(
+    cluster: Cluster, size: int, pinned: tuple[int, ...] | None = None
+) -> tuple[Mesh, ...]:
     """Meshes of one or two axes for `size` devices next to each other, the inner axis within a host.
 
     Raises:
@@ -94,7 +96,9 @@ def some_groups(cluster: Cluster) -> bool:
 
 def finest(found: Sequence[Mesh]) -> list[Mesh]:
     """Meshes that no other one refines."""
-    return [mesh for mesh in found if not any(other.refines(mesh) for other in found if other != mesh)]
+    return [
+        mesh for mesh in found if not any(other.refines(mesh) for other in found if other != mesh)
+    ]
 
 
 def _divisors(n: int) -> list[int]:

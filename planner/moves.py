@@ -15,7 +15,10 @@ from ..ir.rules import rule_of
 from ..ir.sharding import Sharding, reshard
 from .space import Space, Transfer
 
-SILENT = frozenset({"copy", "convert_element_type", "transpose", "reshape"})  # named by what they read
+SILENT = frozenset(
+    {"copy", "convert_element_type", "transpose", "reshape"}
+)  # named by what they read
+
 
 def spoken(space: Space) -> dict[str, str]:
     """Op tag -> what a reader knows its result by: "dot_general model.py:31", or the input

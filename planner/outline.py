@@ -187,7 +187,9 @@ class _Walk:
         self.free: dict[str, bool] = {}  # by value tag, of all values met
         self.decided: set[str] = set()
         self.named: dict[str, Named] = {}
-        self.spread: dict[tuple[str, str], int] = {}  # tags of an op and of a scalar that it spreads -> a number
+        self.spread: dict[
+            tuple[str, str], int
+        ] = {}  # tags of an op and of a scalar that it spreads -> a number
         self.outer = RESULTS
 
     def run(self) -> Outline:
@@ -318,13 +320,19 @@ class _Walk:
             self._ends(op, number, runs * often(op, number), phase)
         for i, result in enumerate(op.outputs):
             rows = op.kind == "scan" and i >= carry
-            self._name(Named(self.tags[result], self._end(op, i), "lifted" if rows else "as it lies"))
+            self._name(
+                Named(self.tags[result], self._end(op, i), "lifted" if rows else "as it lies")
+            )
 
     def _adds_up(self, op: Op, i: int) -> bool:
         """Whether a carry starts as what any device can make (zeros) and is nothing but added to: a gradient of
         weights, a loss. It may owe its sum through the loop: of what it starts as, the first device counts all."""
         region, (consts, carry) = op.regions[-1], op.loop_inputs
-        if op.kind == "cond" or not consts <= i < consts + carry or not self.free[self.tags[op.inputs[i]]]:
+        if (
+            op.kind == "cond"
+            or not consts <= i < consts + carry
+            or not self.free[self.tags[op.inputs[i]]]
+        ):
             return False
         value, end = region.inputs[i], region.outputs[i - consts]
         while value != end and self.types[value].dtype in FLOATS:
@@ -332,7 +340,11 @@ class _Walk:
             if len(readers) != 1 or value in region.outputs or readers[0].kind not in ADDING:
                 return False
             value = readers[0].outputs[0]
-        return value != region.inputs[i] and self.types[value].dtype in FLOATS and region.outputs.count(end) == 1
+        return (
+            value != region.inputs[i]
+            and self.types[value].dtype in FLOATS
+            and region.outputs.count(end) == 1
+        )
 
     def _ends(self, op: Op, number: int, runs: float, phase: str) -> None:
         region = op.regions[number]
@@ -340,7 +352,10 @@ class _Walk:
             tag = self._end(op, i) if region in op.returning else f"{op.tag}/on"
             kind = op.outputs[i] if op.kind == "cond" else inside
             self._slot(tag, kind, owed=phase == "backward" and region in op.returning)
-            self.outline.wanted[tag, 1 + number] = tag, "settled" if self.free[self.tags[inside]] else "as it lies"
+            self.outline.wanted[tag, 1 + number] = (
+                tag,
+                "settled" if self.free[self.tags[inside]] else "as it lies",
+            )
             self._read(inside, tag, 1 + number, tag, runs, phase)
 
     def _end(self, op: Op, i: int) -> str:

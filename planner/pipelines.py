@@ -61,7 +61,9 @@ class Found:
     choices: tuple[int, ...] = ()
     pricing: Pricing | None = None
     priced: Priced | None = None
-    programs: dict[str, float] = field(default_factory=dict)  # seconds of a step by each kind of program, once chosen
+    programs: dict[str, float] = field(
+        default_factory=dict
+    )  # seconds of a step by each kind of program, once chosen
     why: str = ""  # why there is no single program
     apart: Priced | None = None  # as programs of each stage, where a single one was chosen
 
@@ -80,7 +82,9 @@ class Found:
         priced = self.apart or self.priced
         if priced is None or "stages" not in self.programs:
             return []
-        return [Way(f"{self.shape}, {priced.schedule.name}", priced.seconds, self.programs["stages"])]
+        return [
+            Way(f"{self.shape}, {priced.schedule.name}", priced.seconds, self.programs["stages"])
+        ]
 
 
 @dataclass
@@ -90,16 +94,24 @@ class Pipelines:
     search: Search
     choices: Choices = field(init=False)
     bounds: Bounds = field(init=False)
-    best: Found = field(default_factory=Found)  # with passes in the order of a schedule, until `reorder`
-    reordered: Found = field(default_factory=Found)  # the best of some time, with passes in a better order
-    open: list[tuple[float, int, int, Shape]] = field(default_factory=list)  # bound, axes (finer first), number
+    best: Found = field(
+        default_factory=Found
+    )  # with passes in the order of a schedule, until `reorder`
+    reordered: Found = field(
+        default_factory=Found
+    )  # the best of some time, with passes in a better order
+    open: list[tuple[float, int, int, Shape]] = field(
+        default_factory=list
+    )  # bound, axes (finer first), number
     closed: float = inf  # least bound of the shapes looked at to their end
     looked: int = 0
     outside: float = inf  # seconds of a plan found elsewhere
     first: float = inf  # of the best when the usual choices were looked at
     afterwards: Sequence[Candidate] = ()
     points: list[Point] = field(default_factory=list)
-    counts_left: dict[Shape, list[int]] = field(default_factory=dict)  # of families that were looked at
+    counts_left: dict[Shape, list[int]] = field(
+        default_factory=dict
+    )  # of families that were looked at
     carried: Carried = field(init=False)
 
     def __post_init__(self) -> None:
@@ -150,7 +162,10 @@ class Pipelines:
             self._push(now, family)
         elif left:
             shape = replace(family, microbatches=left.pop(0))
-            before, (free, own) = carried[shape.microbatches], self._bound(shape, self._soon(cutoff))
+            before, (free, own) = (
+                carried[shape.microbatches],
+                self._bound(shape, self._soon(cutoff)),
+            )
             self.looked += 1
             self.carried.add(family, shape.microbatches, max(before, free))
             own = max(before, own)
@@ -171,7 +186,12 @@ class Pipelines:
         scouts = self.search.scouts
         beat, found = self.beat, None
         if scouts is not None:
-            scouts.wish(chain(((each, beat) for each in soon), ((each, self.first) for each in self.afterwards)))
+            scouts.wish(
+                chain(
+                    ((each, beat) for each in soon),
+                    ((each, self.first) for each in self.afterwards),
+                )
+            )
             found = scouts.take((shape, beat))
         return self.bounds.relaxed(shape, beat) if found is None else found
 
@@ -187,7 +207,11 @@ class Pipelines:
     def _left(self, cutoff: float) -> int:
         """Shapes that can still be better, those of families not looked at yet taken as one each."""
         enough = self._enough(cutoff)
-        return sum(len(self.counts_left.get(family, "?")) for bound, _, _, family in self.open if bound < enough)
+        return sum(
+            len(self.counts_left.get(family, "?"))
+            for bound, _, _, family in self.open
+            if bound < enough
+        )
 
     def _counts_of(self, family: Shape) -> list[int]:
         """Those not looked at yet, of counts with room."""
@@ -217,12 +241,16 @@ class Pipelines:
         """For each number of stages a usual choice, to have something to beat."""
         policy = self.search.request.recompute or "selective"
         pairs = [(n, mesh) for n in self.choices.stage_counts for mesh in self.choices.meshes(n)]
-        usual = [(n, mesh) for n, mesh in pairs if mesh.shape[-1] > 2 or len(self.choices.meshes(n)) == 1]
+        usual = [
+            (n, mesh) for n, mesh in pairs if mesh.shape[-1] > 2 or len(self.choices.meshes(n)) == 1
+        ]
         usual = [(n, mesh) for n, mesh in usual if not self.carried.finer(Shape(n, mesh, policy))]
         found = []
         for stages, mesh in sorted(usual, key=lambda pair: abs(pair[0] - 8)):
             wanted = max(1, self.choices.batch // mesh.shape[0])
-            many = max((c for c in self.choices.counts if c <= wanted), default=self.choices.counts[0])
+            many = max(
+                (c for c in self.choices.counts if c <= wanted), default=self.choices.counts[0]
+            )
             found.append(Shape(stages, mesh, policy, many))
         return found
 
@@ -231,7 +259,9 @@ class Pipelines:
     def solve_shape(self, shape: Shape, beat: float | None = None) -> None:
         """Offer what fits of one shape; `beat`: seconds that it has to beat, by default those of the best."""
         space, beat = self.bounds.likely(shape), self.best.seconds if beat is None else beat
-        most_to_least = list(self.choices.schedules_for(shape))  # stages per rank, of which few hold more
+        most_to_least = list(
+            self.choices.schedules_for(shape)
+        )  # stages per rank, of which few hold more
         for schedule in dict.fromkeys((*most_to_least[:1], *most_to_least[-1:])):
             if self._solved(shape, space, self._even(shape, schedule), beat):
                 return
@@ -247,12 +277,19 @@ class Pipelines:
             if solution.choices is None:
                 break
             memory, found = self.offer(shape, space, problem.read(solution.choices)), True
-            excess = np.array([memory.held(each.runs, each.held) for each in watched]) - self.search.limit
+            excess = (
+                np.array([memory.held(each.runs, each.held) for each in watched])
+                - self.search.limit
+            )
             if excess.max() <= 0 or self.best is not before:
                 break
-            unused = (live.limits - live.used(solution.choices)).reshape(len(watched), -1).min(axis=1)
+            unused = (
+                (live.limits - live.used(solution.choices)).reshape(len(watched), -1).min(axis=1)
+            )
             drawn = np.where(excess > 0, excess + unused, 0.0)
-            live = replace(live, limits=live.limits - drawn.repeat(live.limits.size // len(watched)))
+            live = replace(
+                live, limits=live.limits - drawn.repeat(live.limits.size // len(watched))
+            )
         return found
 
     def _even(self, shape: Shape, schedule: Schedule) -> list[Watched]:
@@ -261,21 +298,29 @@ class Pipelines:
         if self.search.request.program == "single":
             layers, both = layer_runs(self.choices.units, shape.stages)
             ticks = shape.microbatches + shape.stages - 1
-            return [Watched(with_ends(runs, both), float(ticks)) for runs in (layers[0], layers[-1])]
+            return [
+                Watched(with_ends(runs, both), float(ticks)) for runs in (layers[0], layers[-1])
+            ]
         firsts = self.choices.units.evenly(shape.stages)
         ends = [*firsts[1:], len(self.choices.units)]
         watched = sorted({0, min(1, shape.stages - 1), shape.stages - 1})
         each = schedule.stages // schedule.ranks
         return [
-            Watched(runs_of(self.choices.units, firsts[s], ends[s]), in_flight(schedule, s) / each) for s in watched
+            Watched(runs_of(self.choices.units, firsts[s], ends[s]), in_flight(schedule, s) / each)
+            for s in watched
         ]
 
     def offer(self, shape: Shape, space: Space, choices: tuple[int, ...]) -> StageMemory:
         """Price layouts with every schedule, to be the best if they are; gives back what they hold."""
         holdings = self.bounds.holdings(shape.policy, shape.microbatches)
-        each, memory = unit_seconds(holdings.cut, space, choices), StageMemory(holdings, space, choices)
+        each, memory = (
+            unit_seconds(holdings.cut, space, choices),
+            StageMemory(holdings, space, choices),
+        )
         size, limit = shape.mesh.size, self.search.limit
-        places = tuple(Place(each, memory, limit, rank * size, size) for rank in range(shape.stages))
+        places = tuple(
+            Place(each, memory, limit, rank * size, size) for rank in range(shape.stages)
+        )
         pricing = Pricing(self.choices.units, places, self.search.cluster)
         seconds = [each[kind] for kind in self.choices.units.kinds]
         peak, left, _ = memory.parts(runs_of(self.choices.units, 0, len(self.choices.units)))
@@ -306,7 +351,11 @@ class Pipelines:
         """Try meshes of three axes that cut those of the best further, with as many microbatches and then, of one that
         is better, a few more or fewer."""
         first, counts = self.best.shape, self.choices.counts
-        if first is None or self.search.request.mesh is not None or self.search.request.program == "single":
+        if (
+            first is None
+            or self.search.request.mesh is not None
+            or self.search.request.program == "single"
+        ):
             return
         for mesh in finer_stages(self.search.cluster, first.mesh):
             self._try(replace(first, mesh=mesh))
@@ -318,7 +367,9 @@ class Pipelines:
 
     def _try(self, shape: Shape) -> None:
         before, enough = self.best, self.best.seconds * (1 - BETTER)
-        hopeless = self.search.late() or self.choices.floor(shape) >= enough or self.bounds.hopeless(shape)
+        hopeless = (
+            self.search.late() or self.choices.floor(shape) >= enough or self.bounds.hopeless(shape)
+        )
         if not hopeless and self.bounds.relaxed(shape, enough)[1] < enough:
             self.solve_shape(shape)
         if self.best.seconds > enough:
@@ -337,7 +388,9 @@ class Pipelines:
         for shape in sorted(bounds, key=bounds.__getitem__):
             if (shape.mesh.shape, shape.policy, shape.microbatches) not in solved:
                 ranked.setdefault(shape.mesh.shape, []).append(shape)
-        for shape in (each for turn in zip_longest(*ranked.values()) for each in turn if each is not None):
+        for shape in (
+            each for turn in zip_longest(*ranked.values()) for each in turn if each is not None
+        ):
             if len(self.points) >= points or self.search.late():
                 return
             self.solve_shape(shape, beat=inf)
@@ -350,7 +403,12 @@ class Pipelines:
 
     def _look_for_order(self) -> None:
         best, request = self.best, self.search.request
-        if best is self._looked_at or best.priced is None or best.pricing is None or self.search.late():
+        if (
+            best is self._looked_at
+            or best.priced is None
+            or best.pricing is None
+            or self.search.late()
+        ):
             return
         if request.schedule is not None or request.program == "single":
             return
@@ -383,7 +441,9 @@ class Pipelines:
         programs = {}
         if wanted != "single":
             shards = shards_left(best.pricing, best.priced)
-            programs["stages"] = with_dispatch(best.priced.seconds, best.priced.schedule, shards, cluster.device.kind)
+            programs["stages"] = with_dispatch(
+                best.priced.seconds, best.priced.schedule, shards, cluster.device.kind
+            )
         single, why = None, ""
         try:
             if wanted != "stages" and request.schedule in (None, "gpipe"):
@@ -414,7 +474,9 @@ class Pipelines:
         name, tags = folded.whole.input_name, [program.value_tags[v] for v in program.graph.inputs]
         for first, *others in found.inputs:
             lies = best.space.layout(tags[first], best.choices)
-            if unlike := [each for each in others if best.space.layout(tags[each], best.choices) != lies]:
+            if unlike := [
+                each for each in others if best.space.layout(tags[each], best.choices) != lies
+            ]:
                 raise LoweringError(
                     f"{name(first)} and {name(unlike[0])} are laid out in different ways.", where="pipeline",
                     fix="program=stages, which runs any stages",
@@ -426,4 +488,6 @@ class Pipelines:
         assert best.space and best.pricing and best.priced
         ranks = [Rank(self.search, best.space, best.choices)] * best.priced.schedule.ranks
         chosen = Chosen(best.programs, best.why)
-        return write_pipeline(ranks, best.pricing, best.priced, self.search.cluster, bound, left_out, chosen)
+        return write_pipeline(
+            ranks, best.pricing, best.priced, self.search.cluster, bound, left_out, chosen
+        )

@@ -126,7 +126,11 @@ def proof_of(
     proven = gap <= max(EXACT, good_enough)
     status: Literal["within_gap", "feasible"] = "within_gap" if proven else "feasible"
     stopped = "proof" if proven else _stopped(search)
-    if search.request.pp in (1, "auto") and search.request.mesh is None and some_groups(search.cluster):
+    if (
+        search.request.pp in (1, "auto")
+        and search.request.mesh is None
+        and some_groups(search.cluster)
+    ):
         left_out = (*left_out, GROUPS)
     return Proof(
         status="optimal" if gap <= EXACT else status,

@@ -90,7 +90,11 @@ class Request:
                 (None, *get_args(BatchStats)),
                 '"microbatch", or left out: over the whole batch',
             ),
-            ("attention", get_args(AttentionKind), did_you_mean(str(self.attention), get_args(AttentionKind))),
+            (
+                "attention",
+                get_args(AttentionKind),
+                did_you_mean(str(self.attention), get_args(AttentionKind)),
+            ),
             ("search", get_args(Searcher), did_you_mean(str(self.search), get_args(Searcher))),
             ("recompute", (None, *POLICIES), did_you_mean(str(self.recompute), POLICIES)),
         ):
@@ -215,7 +219,11 @@ def _check_stages(request: Request, cluster: Cluster) -> None:
 def _check_pipeline(request: Request) -> None:
     pp = request.pp
     if pp != 1 and request.batch_stats is not None:
-        _refuse("batch_stats", f"{request.batch_stats} with a pipeline", "pp=1, or statistics over each example")
+        _refuse(
+            "batch_stats",
+            f"{request.batch_stats} with a pipeline",
+            "pp=1, or statistics over each example",
+        )
     if pp != 1 and request.attention == "fused":
         _refuse("attention", "fused with a pipeline", "pp=1, or plain attention")
     if pp == "auto":

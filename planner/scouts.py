@@ -51,7 +51,12 @@ START = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve()
 def hired(cluster: Cluster, request: Request) -> Iterator[Scouts | None]:
     """As many as there are cores to spare, for a search large enough; they are gone afterwards."""
     spare = min(MOST, _cores() - 1)
-    if not spare or len(cluster.groups) > 1 or request.pp == 1 or _families(cluster, request) < WORTH:
+    if (
+        not spare
+        or len(cluster.groups) > 1
+        or request.pp == 1
+        or _families(cluster, request) < WORTH
+    ):
         yield None
         return
     scouts = Scouts(spare)
@@ -68,7 +73,9 @@ def _families(cluster: Cluster, request: Request) -> int:
     if isinstance(pp, int):
         sizes = tuple(n for n in sizes if n * pp == cluster.size)
     pinned = request.mesh and prod(request.mesh)
-    return policies * sum(len(plane_meshes(cluster, n, request.mesh)) for n in sizes if pinned in (None, n))
+    return policies * sum(
+        len(plane_meshes(cluster, n, request.mesh)) for n in sizes if pinned in (None, n)
+    )
 
 
 class Scouts:
@@ -147,7 +154,11 @@ def _cores() -> int:
 def _start() -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", START.format(path=sys.path, module=__name__)]
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
 
 
@@ -176,7 +187,10 @@ def _warm_up() -> None:
     from .solver.onehot import Edge
 
     free = np.zeros(2)
-    rows = (bounds.Demand(0, 0, 1, np.array([2.0, 1.0])), bounds.Demand(1, 0, 1, np.array([1.0, 2.0])))
+    rows = (
+        bounds.Demand(0, 0, 1, np.array([2.0, 1.0])),
+        bounds.Demand(1, 0, 1, np.array([1.0, 2.0])),
+    )
     table = Edge(0, 1, np.array([[0.0, 1.0], [2.0, 0.0]]))
     bounds.solve_live(bounds.Live((free, free), (table,), rows, np.array([3.0])), time_limit=1.0)
 
@@ -188,11 +202,15 @@ def _worker(
     from .pipeline.choices import Choices
     from .search import Best, Candidate, Search
 
-    flat = Search(folded, cluster, replace(request, time_limit=FOREVER), cost, "", "", lambda line: None)
+    flat = Search(
+        folded, cluster, replace(request, time_limit=FOREVER), cost, "", "", lambda line: None
+    )
     choices = Choices(flat)
     choices.units = units
     bounds = Bounds(flat, choices)
-    for family in {each.policy: each for each in choices.families()}.values():  # what all bounds begin with
+    for family in {
+        each.policy: each for each in choices.families()
+    }.values():  # what all bounds begin with
         choices.floor(family)
         bounds.hopeless(replace(family, microbatches=choices.counts[-1]))
 

@@ -98,7 +98,9 @@ class Search:
     log: list[str] = field(default_factory=list)
     stopped_by: Stop | Literal["estimate"] = "proof"
     outside: float = inf  # seconds of a plan found elsewhere, to be beaten
-    aim: float = inf  # what bounds need not exceed: such seconds as known when others began to work them out
+    aim: float = (
+        inf  # what bounds need not exceed: such seconds as known when others began to work them out
+    )
     scouts: Scouts | None = None
 
     # ------------------------------------------------------------ frame
@@ -133,7 +135,9 @@ class Search:
         self.log.append(line)
         self.tell(line)
 
-    def stand(self, best: float, bound: float, looked: int, left: int, limit: float | None = None) -> None:
+    def stand(
+        self, best: float, bound: float, looked: int, left: int, limit: float | None = None
+    ) -> None:
         """Say where the search stands; `left` of what is looked at can still hold something better.
 
         `limit`: seconds that all may take, where this search is a part of another.
@@ -143,8 +147,14 @@ class Search:
             return
         self._stood = elapsed
         ends = min(left * elapsed / max(1, looked), (limit or self.request.time_limit) - elapsed)
-        found = f"best {format_seconds(best)}, gap {1 - bound / (best or 1.0):.1%}, " if best < inf else "nothing yet, "
-        self.now(f"{found}no plan under {format_seconds(bound)}; {left} left, about {max(0.0, ends):.0f} s")
+        found = (
+            f"best {format_seconds(best)}, gap {1 - bound / (best or 1.0):.1%}, "
+            if best < inf
+            else "nothing yet, "
+        )
+        self.now(
+            f"{found}no plan under {format_seconds(bound)}; {left} left, about {max(0.0, ends):.0f} s"
+        )
 
     _stood: float = 0.0
 
@@ -174,7 +184,14 @@ class Search:
     def over(self, cluster: Cluster, request: Request) -> Search:
         """A search for the same step on another cluster; programs and what their decisions may be are shared."""
         found = Search(
-            self.folded, cluster, request, Roofline(cluster), self.name, self.fingerprint, self.tell, self.now
+            self.folded,
+            cluster,
+            request,
+            Roofline(cluster),
+            self.name,
+            self.fingerprint,
+            self.tell,
+            self.now,
         )
         found._programs, found._catalogues = self._programs, self._catalogues
         return found
@@ -333,7 +350,9 @@ class Search:
         if self.scouts is None:
             return None
         beat = min(self.best.seconds, self.aim)
-        soon = sorted(self.open_bounds.keys() - self._probed - {candidate}, key=self.open_bounds.__getitem__)
+        soon = sorted(
+            self.open_bounds.keys() - self._probed - {candidate}, key=self.open_bounds.__getitem__
+        )
         self.scouts.wish((each, beat) for each in soon)
         return self.scouts.take((candidate, beat))
 
@@ -348,7 +367,9 @@ class Search:
         return min(max([floors[c], *self._divisor_bounds(candidate, c)]) for c in counts)
 
     def _divisor_bounds(self, family: Candidate, count: int) -> list[float]:
-        smaller = (Candidate(family.mesh, family.policy, c) for c in self._counts() if count % c == 0)
+        smaller = (
+            Candidate(family.mesh, family.policy, c) for c in self._counts() if count % c == 0
+        )
         return [self._relaxed_bounds[c] for c in smaller if c in self._relaxed_bounds]
 
     def _close(self, candidate: Candidate, bound: float) -> None:
@@ -423,7 +444,9 @@ class Search:
         return following
 
     def _next_count(self, candidate: Candidate) -> Candidate | None:
-        return self._fit(candidate, [count for count in self._counts() if count > candidate.microbatches])
+        return self._fit(
+            candidate, [count for count in self._counts() if count > candidate.microbatches]
+        )
 
     def _fit(self, family: Candidate, counts: Sequence[int]) -> Candidate | None:
         for count in counts:
@@ -444,7 +467,9 @@ class Search:
                 found = self._lives[policy, known].counted(count)
             else:
                 program = self.program(policy)
-                found = lifetimes(program, count, roles(program.graph), as_xla(program, self.cluster.device.kind))
+                found = lifetimes(
+                    program, count, roles(program.graph), as_xla(program, self.cluster.device.kind)
+                )
             self._lives[policy, count] = found
         return self._lives[policy, count]
 

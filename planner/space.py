@@ -47,9 +47,13 @@ class Space:
     nodes: list[Node]
     frame: Frame
     edges: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-    own: dict[str, np.ndarray] = field(default_factory=dict)  # op tag -> seconds of one run, per choice
+    own: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # op tag -> seconds of one run, per choice
     runs: dict[str, float] = field(default_factory=dict)  # op tag -> runs per step
-    read: np.ndarray = field(default_factory=lambda: np.zeros(0))  # how often each reading happens per step
+    read: np.ndarray = field(
+        default_factory=lambda: np.zeros(0)
+    )  # how often each reading happens per step
 
     @property
     def homes(self) -> Mapping[str, Home]:
@@ -79,10 +83,14 @@ class Space:
     def transfers(self) -> list[Transfer]:
         """Every place where a value may change layout."""
         found, readings = [], self.frame.outline.readings
-        for ((source, reader, k), reading), runs in zip(readings.items(), self.read.tolist(), strict=True):
+        for ((source, reader, k), reading), runs in zip(
+            readings.items(), self.read.tolist(), strict=True
+        ):
             home, wanted = self.homes[source], self.frame.wants[reader, k]
             sides = home.node, self.frame.reader(reading), home.layouts, wanted
-            found.append(Transfer(source, reader, *sides, self.bytes_of(reading.value), runs, reading.phase))
+            found.append(
+                Transfer(source, reader, *sides, self.bytes_of(reading.value), runs, reading.phase)
+            )
         return found
 
 
@@ -117,7 +125,9 @@ def build(
             runs in a step. Under "" for the step's results.
     """
     frame = frame_of(program, microbatches, layouts, decided)
-    nodes = [Node(n.tag, n.choices, n.members, seconds=np.zeros(len(n.choices))) for n in frame.nodes]
+    nodes = [
+        Node(n.tag, n.choices, n.members, seconds=np.zeros(len(n.choices))) for n in frame.nodes
+    ]
     space = Space(program, layouts.mesh, microbatches, layouts, nodes, frame)
     _Prices(space, frame, cost, runs).fill()
     return space
@@ -126,10 +136,14 @@ def build(
 class _Prices:
     """Prices the nodes of a frame and the edges between them."""
 
-    def __init__(self, space: Space, frame: Frame, cost: CostModel, weights: Mapping[str, float] | None):
+    def __init__(
+        self, space: Space, frame: Frame, cost: CostModel, weights: Mapping[str, float] | None
+    ):
         self.space, self.frame, self.cost, self.weights = space, frame, cost, weights
         self.layouts, self.types = space.layouts, space.program.graph.types
-        self.kernels = kernels_of(space.program, cost.fused_attention, cost.fusion, cost.redone_inside)
+        self.kernels = kernels_of(
+            space.program, cost.fused_attention, cost.fusion, cost.redone_inside
+        )
 
     def fill(self) -> None:
         space, frame, outline = self.space, self.frame, self.frame.outline
@@ -140,8 +154,12 @@ class _Prices:
                 space.own[tag] = own
                 space.nodes[space.op_node[tag]].seconds += space.runs[tag] * own
         space.read = outline.reading_runs(often)
-        priced = frame.changes.seconds(self.layouts, [space.bytes_of(each.value) for each in frame.changes.changes])
-        for (place, number), runs in zip(frame.changes.sums, frame.changes.runs(space.read).tolist(), strict=True):
+        priced = frame.changes.seconds(
+            self.layouts, [space.bytes_of(each.value) for each in frame.changes.changes]
+        )
+        for (place, number), runs in zip(
+            frame.changes.sums, frame.changes.runs(space.read).tolist(), strict=True
+        ):
             self._add(place, runs * priced[number])
 
     def _often(self, outer: Outer) -> float:
@@ -154,7 +172,9 @@ class _Prices:
     def _owns(self) -> Iterator[tuple[Alike, np.ndarray]]:
         """Seconds of one run of each op, per choice: compute, and reductions settled inside."""
         fused = fused_of(self.frame, self.kernels, self.cost)
-        found = [*zip(fused.alikes, fused.seconds(self.layouts, self.space.microbatches), strict=True)]
+        found = [
+            *zip(fused.alikes, fused.seconds(self.layouts, self.space.microbatches), strict=True)
+        ]
         found += [(alike, self._kernel_seconds(alike)) for alike in fused.others]
         for alike, seconds in found:
             yield alike, seconds + self._settled(alike) if alike.settles else seconds
@@ -175,7 +195,11 @@ class _Prices:
 
     def _settled(self, alike: Alike) -> np.ndarray:
         """Seconds of the reductions that an op settles, per choice."""
-        op, prices, results = alike.op, self.layouts.collectives, self._ways(alike)[len(alike.op.inputs) :]
+        op, prices, results = (
+            alike.op,
+            self.layouts.collectives,
+            self._ways(alike)[len(alike.op.inputs) :],
+        )
         chosen = self.space.strategies[op.tag]
         seconds = np.zeros(len(chosen))
         for i, strategy in enumerate(chosen):

@@ -31,7 +31,9 @@ class StageLayouts:
             if rank is None:
                 continue
             passes = [each.passes for each in self.costs(rank)[0]]
-            busy = max(sum(n * s for n, s in zip(stage.runs, passes, strict=True)) for stage in watched)
+            busy = max(
+                sum(n * s for n, s in zip(stage.runs, passes, strict=True)) for stage in watched
+            )
             if busy < least:
                 best, least = rank, busy
         return best
@@ -40,10 +42,23 @@ class StageLayouts:
         if (shape, watched) not in self.solved:
             pipelines, search = self.pipelines, self.pipelines.search
             program, layouts = search.program(shape.policy), search.layouts_on(shape.mesh)
-            space = build(program, shape.microbatches, search.cost, layouts, runs=pipelines.choices.likely(shape))
-            problem = limited(space, pipelines.bounds.holdings(shape.policy, shape.microbatches), watched, search.limit)
+            space = build(
+                program,
+                shape.microbatches,
+                search.cost,
+                layouts,
+                runs=pipelines.choices.likely(shape),
+            )
+            problem = limited(
+                space,
+                pipelines.bounds.holdings(shape.policy, shape.microbatches),
+                watched,
+                search.limit,
+            )
             found = pipelines.bounds.solve(problem.live).choices
-            self.solved[shape, watched] = None if found is None else Rank(search, space, problem.read(found))
+            self.solved[shape, watched] = (
+                None if found is None else Rank(search, space, problem.read(found))
+            )
         return self.solved[shape, watched]
 
     def costs(self, rank: Rank) -> tuple[tuple[UnitSeconds, ...], StageMemory]:

@@ -75,7 +75,9 @@ def follow(rule: Rule, operand: int, layout: Sharding, names: tuple[str, ...]) -
     return Strategy(tuple(codes[name] for name in names))
 
 
-def layouts_by(splits: tuple[int, ...], names: tuple[str, ...], owed: bool = False) -> list[Sharding]:
+def layouts_by(
+    splits: tuple[int, ...], names: tuple[str, ...], owed: bool = False
+) -> list[Sharding]:
     """Every way to lay a tensor on the mesh, in a fixed order; `splits[d]` are those of dim d.
 
     Each axis cuts one dim (if the dim divides), or none, or, when `owed`, is owed a sum.
@@ -83,9 +85,14 @@ def layouts_by(splits: tuple[int, ...], names: tuple[str, ...], owed: bool = Fal
     places = [*range(len(splits)), -1, *([-2] if owed else [])]
     found = []
     for choice in product(places, repeat=len(names)):
-        cut = [sum(1 << i for i, place in enumerate(choice) if place == dim) for dim in range(len(splits))]
+        cut = [
+            sum(1 << i for i, place in enumerate(choice) if place == dim)
+            for dim in range(len(splits))
+        ]
         if all(split >> axes & 1 for split, axes in zip(splits, cut, strict=True)):
-            partial = frozenset(name for name, place in zip(names, choice, strict=True) if place == -2)
+            partial = frozenset(
+                name for name, place in zip(names, choice, strict=True) if place == -2
+            )
             found.append(Sharding(tuple(members(axes, names) for axes in cut), partial))
     return found
 

@@ -39,7 +39,10 @@ from .stage_layouts import StageLayouts
 SMALL = 64  # devices up to which unequal stages are always looked for
 UNEVEN = 0.05  # what the slowest stage of the best equal pipeline takes above the mean, else
 GRAINS = 32  # parts of the cluster that stages are made of, at most
-PAIRS, LOOKS = 6, 3  # recompute policies with microbatch counts that are estimated; estimates that are solved
+PAIRS, LOOKS = (
+    6,
+    3,
+)  # recompute policies with microbatch counts that are estimated; estimates that are solved
 UNEQUAL = ("stages of unequal meshes, but for the most promising by an estimate", *BESIDES)
 
 
@@ -54,7 +57,9 @@ class Split:
 
     def __str__(self) -> str:
         sizes = " ".join(str(piece.devices) for piece in self.pieces)
-        return f"stages on {sizes} devices, recompute {self.policy}, microbatches {self.microbatches}"
+        return (
+            f"stages on {sizes} devices, recompute {self.policy}, microbatches {self.microbatches}"
+        )
 
 
 @dataclass
@@ -87,7 +92,12 @@ class Unequal:
         splits = sorted(self._splits(), key=lambda split: split.seconds)
         fitted = set[tuple[Piece, ...]]()  # and more recomputation only makes room
         for split in splits[:LOOKS]:
-            if split.seconds < good and split.pieces not in fitted and not self.search.late() and self._look(split):
+            if (
+                split.seconds < good
+                and split.pieces not in fitted
+                and not self.search.late()
+                and self._look(split)
+            ):
                 fitted.add(split.pieces)
         self._reorder()
 
@@ -95,7 +105,9 @@ class Unequal:
         """No pipeline of unequal stages is faster; looked at where there can be no others."""
         if not self._alone:
             return inf
-        return min(self._floor(policy, i) for policy in self._policies for i in range(len(self._counts)))
+        return min(
+            self._floor(policy, i) for policy in self._policies for i in range(len(self._counts))
+        )
 
     def write(self, bound: float) -> Plan:
         assert self.found is not None
@@ -113,18 +125,27 @@ class Unequal:
         assert self.found is not None
         _, pricing, priced = self.found
         sizes = " ".join(str(place.devices) for place in pricing.places)
-        return Way(f"stages on {sizes} devices, {priced.schedule.name}", priced.seconds, self.dispatched)
+        return Way(
+            f"stages on {sizes} devices, {priced.schedule.name}", priced.seconds, self.dispatched
+        )
 
     @property
     def _chosen(self) -> Chosen:
         assert self.found is not None
-        why = "stages have unequal numbers of devices." if self.search.request.program is None else ""
+        why = (
+            "stages have unequal numbers of devices." if self.search.request.program is None else ""
+        )
         return by_stages(*self.found[1:], self.search.cluster.device.kind, why)
 
     # ------------------------------------------------------------ whether, and which
 
     def _worth(self) -> bool:
-        if self.search.request.mesh is not None or len(self.units) < 2 or not self._names or not self.sizes:
+        if (
+            self.search.request.mesh is not None
+            or len(self.units) < 2
+            or not self._names
+            or not self.sizes
+        ):
             return False
         return self.search.cluster.size <= SMALL or self._alone or self._uneven > UNEVEN
 
@@ -151,7 +172,10 @@ class Unequal:
             return 0.0
         schedule = priced.schedule
         passes = [stage.forward + stage.backward + stage.weight for stage in priced.stages]
-        each = [many + once / schedule.microbatches for many, once in zip(passes, priced.once, strict=True)]
+        each = [
+            many + once / schedule.microbatches
+            for many, once in zip(passes, priced.once, strict=True)
+        ]
         ranks = [sum(each[stage] for stage in held) for held in schedule.held]
         return max(ranks) * len(ranks) / sum(ranks) - 1
 
@@ -171,7 +195,9 @@ class Unequal:
     def sizes(self) -> tuple[int, ...]:
         """Numbers of devices that a stage may have."""
         cluster = self.search.cluster
-        inside = [2**k for k in range(cluster.per_host.bit_length()) if cluster.per_host % 2**k == 0]
+        inside = [
+            2**k for k in range(cluster.per_host.bit_length()) if cluster.per_host % 2**k == 0
+        ]
         hosts = [cluster.per_host * 2**k for k in range(cluster.hosts.bit_length())]
         found = sorted({*inside, *hosts})
         grain = next(size for size in found if cluster.size <= GRAINS * size)
@@ -180,12 +206,16 @@ class Unequal:
     def _splits(self) -> Iterator[Split]:
         """The best by estimate of each pair of recompute and microbatch count."""
         grain, wanted = self.sizes[0], self.search.request.pp
-        pairs: list[tuple[Policy, int]] = [(policy, i) for policy in self._policies for i in range(len(self._counts))]
+        pairs: list[tuple[Policy, int]] = [
+            (policy, i) for policy in self._policies for i in range(len(self._counts))
+        ]
         for policy, i in sorted(pairs, key=lambda pair: self._floor(*pair))[:PAIRS]:
             if self._floor(policy, i) * self._off >= self.best:
                 return
             stages = wanted if isinstance(wanted, int) else None
-            found = near_least_step(self._paces(policy, i), self.search.cluster.size // grain, stages)
+            found = near_least_step(
+                self._paces(policy, i), self.search.cluster.size // grain, stages
+            )
             if found is not None and len({piece.devices for piece in found[1]}) > 1:
                 pieces = tuple(piece._replace(devices=piece.devices * grain) for piece in found[1])
                 yield Split(pieces, policy, self._counts[i], self._off * found[0])
@@ -193,13 +223,19 @@ class Unequal:
     @cached_property
     def _policies(self) -> tuple[Policy, ...]:
         best = self.pipelines.best.shape
-        return self.search.policies() if best is None or self.search.cluster.size <= SMALL else (best.policy,)
+        return (
+            self.search.policies()
+            if best is None or self.search.cluster.size <= SMALL
+            else (best.policy,)
+        )
 
     @cached_property
     def _counts(self) -> tuple[int, ...]:
         """Around what the best equal pipeline has."""
         best, counts = self.pipelines.best.shape, self.choices.counts
-        return tuple(m for m in counts if best is None or best.microbatches / 4 <= m <= best.microbatches * 4)
+        return tuple(
+            m for m in counts if best is None or best.microbatches / 4 <= m <= best.microbatches * 4
+        )
 
     @cached_property
     def _work(self) -> Mapping[Policy, Mapping[tuple[int, bool], np.ndarray]]:
@@ -210,7 +246,9 @@ class Unequal:
             of: dict[str, tuple[int, bool]] = {}
             for kind, alike in enumerate(self.units.alike):
                 for fragment in cut.fragments(kind):
-                    of |= {op.tag: (alike, cut.class_of(op.tag)[0] != "once") for op in fragment.ops}
+                    of |= {
+                        op.tag: (alike, cut.class_of(op.tag)[0] != "once") for op in fragment.ops
+                    }
             rest = self.units.alike[0], False
             class_of = lambda tag, of=of, rest=rest: of.get(tag, rest)  # noqa: E731
             program, sizes = self.search.program(policy), self.sizes
@@ -222,11 +260,17 @@ class Unequal:
         alike = [self.units.alike[kind] for kind in self.units.kinds]
         work = self._work[policy]
         nothing = np.zeros((len(self.sizes), len(self._counts)))
-        return np.array([work.get((one, passes), nothing)[:, count] / alike.count(one) for one in alike]).T
+        return np.array(
+            [work.get((one, passes), nothing)[:, count] / alike.count(one) for one in alike]
+        ).T
 
     def _paces(self, policy: Policy, count: int) -> dict[int, Pace]:
         """By size, in grains; inf where what lasts does not fit even if it is cut evenly."""
-        passes, once, many = self._each(policy, count, True), self._each(policy, count, False), self._counts[count]
+        passes, once, many = (
+            self._each(policy, count, True),
+            self._each(policy, count, False),
+            self._counts[count],
+        )
         lasting = _runs(self._lasting(policy, many))
         found = {}
         for size, way, update in zip(self.sizes, passes, once, strict=True):
@@ -255,10 +299,16 @@ class Unequal:
         best, priced = self.pipelines.best.shape, self.pipelines.best.priced
         if best is None or priced is None or best.mesh.size not in self.sizes:
             return 1.0
-        pace = self._paces(best.policy, self._counts.index(best.microbatches))[best.mesh.size // self.sizes[0]]
-        firsts = priced.firsts if len(priced.firsts) == best.stages else self.units.evenly(best.stages)
+        pace = self._paces(best.policy, self._counts.index(best.microbatches))[
+            best.mesh.size // self.sizes[0]
+        ]
+        firsts = (
+            priced.firsts if len(priced.firsts) == best.stages else self.units.evenly(best.stages)
+        )
         stretches = list(zip(firsts, (*firsts[1:], len(self.units)), strict=True))
-        estimate = sum(pace.once[each] for each in stretches) + max(pace.again[each] for each in stretches)
+        estimate = sum(pace.once[each] for each in stretches) + max(
+            pace.again[each] for each in stretches
+        )
         return max(1.0, priced.seconds / float(estimate))
 
     # ------------------------------------------------------------ solving
@@ -280,14 +330,24 @@ class Unequal:
             if rank is None:
                 return False
             ranks[size] = rank
-        pricing = Pricing(self.units, self._places([ranks[size] for size in sizes]), self.search.cluster)
+        pricing = Pricing(
+            self.units, self._places([ranks[size] for size in sizes]), self.search.cluster
+        )
         for name in self._names:
             schedule = schedule_named(name, len(sizes), split.microbatches)
             firsts = tuple(piece.first for piece in split.pieces)
-            for priced in (pricing.price(schedule, self.best), pricing.with_cut(schedule, firsts, self.best)):
+            for priced in (
+                pricing.price(schedule, self.best),
+                pricing.with_cut(schedule, firsts, self.best),
+            ):
                 if priced is not None and priced.seconds < self.best:
-                    self.best, self.found = priced.seconds, ([ranks[size] for size in sizes], pricing, priced)
-                    self.search.note(f"{split}, {name}: {format_seconds(self.best)}, {format_bytes(max(priced.peaks))}")
+                    self.best, self.found = (
+                        priced.seconds,
+                        ([ranks[size] for size in sizes], pricing, priced),
+                    )
+                    self.search.note(
+                        f"{split}, {name}: {format_seconds(self.best)}, {format_bytes(max(priced.peaks))}"
+                    )
         return True
 
     def _places(self, ranks: Sequence[Rank]) -> tuple[Place, ...]:
@@ -295,7 +355,9 @@ class Unequal:
         firsts, free = [0] * len(ranks), 0
         for stage in sorted(range(len(ranks)), key=lambda stage: -ranks[stage].space.mesh.size):
             firsts[stage], free = free, free + ranks[stage].space.mesh.size
-        return tuple(self.layouts.place(rank, first) for rank, first in zip(ranks, firsts, strict=True))
+        return tuple(
+            self.layouts.place(rank, first) for rank, first in zip(ranks, firsts, strict=True)
+        )
 
     def _reorder(self) -> None:
         """A better order of passes, if none was asked for."""
@@ -305,7 +367,9 @@ class Unequal:
         better = pricing.reordered(priced)
         if better is not None and better.seconds < self.best:
             self.best, self.found = better.seconds, (ranks, pricing, better)
-            self.search.note(f"passes reordered: {format_seconds(self.best)}, {format_bytes(max(better.peaks))}")
+            self.search.note(
+                f"passes reordered: {format_seconds(self.best)}, {format_bytes(max(better.peaks))}"
+            )
 
 
 def _runs(each: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -19,7 +19,10 @@ from .space import Space
 def axis_uses(space: Space, choices: tuple[int, ...]) -> tuple[AxisUse, ...]:
     """One entry per axis of the mesh."""
     graph = space.program.graph
-    examples, positions = followed(graph, example_dims(graph)), followed(graph, sequence_dims(graph))
+    examples, positions = (
+        followed(graph, example_dims(graph)),
+        followed(graph, sequence_dims(graph)),
+    )
     shares = [defaultdict[str, float](float) for _ in space.mesh.axes]
     total = 0.0
     for visit in graph.visits:
@@ -78,7 +81,11 @@ def followed(graph: Graph, dims: Mapping[int, int]) -> Examples:
 
 def example_dims(graph: Graph) -> dict[int, int]:
     """Input position -> dim of the examples: the batch, but dim 0 where one example alone is cut along the next."""
-    alone = {p for p, dim in batch_dims(graph).items() if dim == 1 and graph.types[graph.inputs[p]].shape[0] == 1}
+    alone = {
+        p
+        for p, dim in batch_dims(graph).items()
+        if dim == 1 and graph.types[graph.inputs[p]].shape[0] == 1
+    }
     return {p: 0 if p in alone else dim for p, dim in batch_dims(graph).items()}
 
 

@@ -24,7 +24,10 @@ from typing import Any
 from .fuzz_cases import Case, cases, lay_out, make_valid
 
 CODES = {0, 2, 3, 4, 5, 6, 7, 130, 141}
-SECONDS, HANGS = 10.0, 90.0  # of the processor; of the clock, on a machine that does other things too
+SECONDS, HANGS = (
+    10.0,
+    90.0,
+)  # of the processor; of the clock, on a machine that does other things too
 MOST = 2**30  # bytes at the peak
 ALONE = 40  # one case in so many is run as a process of its own too
 FORM = re.compile(r"^\w+Error: .+(\n  (where|from |try  )  .+(\n {9}.*)*)+", re.M)
@@ -65,7 +68,13 @@ class Worker:
         self.process.kill()
         code = self.process.wait()
         code = -9 if alive else code
-        return Ended(code, _read(folder.parent / "out"), _read(folder.parent / "err"), HANGS if alive else 0.0, 0)
+        return Ended(
+            code,
+            _read(folder.parent / "out"),
+            _read(folder.parent / "err"),
+            HANGS if alive else 0.0,
+            0,
+        )
 
     def _ends(self) -> bool:
         assert self.process is not None
@@ -95,7 +104,9 @@ def work() -> None:
         os.chdir(given["folder"])
         sys.argv = ["meshwright", *given["words"]]
         begin, code = _processor(), _run_main(Path(given["folder"]).parent, cli.main)
-        ended = Ended(code, _read(Path("../out")), _read(Path("../err")), _processor() - begin, _peak())
+        ended = Ended(
+            code, _read(Path("../out")), _read(Path("../err")), _processor() - begin, _peak()
+        )
         print(json.dumps(ended.__dict__), file=answers, flush=True)
 
 
@@ -171,12 +182,18 @@ def alone(case: Case, folder: Path) -> Ended:
     words = [word.encode("utf-8", "surrogateescape").replace(b"\0", b"") for word in case.words]
     begin = os.times()
     done = subprocess.run(
-        [sys.executable, "-m", "meshwright", *words], capture_output=True, cwd=folder, env=ENV, timeout=2 * HANGS
+        [sys.executable, "-m", "meshwright", *words],
+        capture_output=True,
+        cwd=folder,
+        env=ENV,
+        timeout=2 * HANGS,
     )
     end = os.times()
     seconds = end.children_user + end.children_system - begin.children_user - begin.children_system
     out, err = (text.decode("utf-8", "replace") for text in (done.stdout, done.stderr))
-    return Ended(done.returncode, out, err, max(0.0, seconds - 5.0), 0)  # importing everything aside
+    return Ended(
+        done.returncode, out, err, max(0.0, seconds - 5.0), 0
+    )  # importing everything aside
 
 
 def fuzz(
@@ -201,7 +218,9 @@ def fuzz(
                 ends[case.kind, ended.code] += 1
                 for complaint in complaints(case, ended):
                     last = ended.err.strip().splitlines()
-                    wrong.append(f"{number} {case.kind}: {complaint}: {case.words!r:.300}: {(last or [''])[0]:.300}")
+                    wrong.append(
+                        f"{number} {case.kind}: {complaint}: {case.words!r:.300}: {(last or [''])[0]:.300}"
+                    )
                     print(wrong[-1], flush=True)
                 if only is not None:
                     print(f"{case.words}\ncode {ended.code}, {ended.seconds:.2f} s")
@@ -212,19 +231,30 @@ def fuzz(
 
 def report(wrong: list[str], ends: Counter[Any], seconds: float) -> str:
     codes = sorted({code for _, code in ends})
-    rows = ["| kind | " + " | ".join(f"code {code}" for code in codes) + " |", "|---" * (len(codes) + 1) + "|"]
+    rows = [
+        "| kind | " + " | ".join(f"code {code}" for code in codes) + " |",
+        "|---" * (len(codes) + 1) + "|",
+    ]
     for kind in sorted({kind for kind, _ in ends}):
-        rows.append(f"| {kind} | " + " | ".join(str(ends[kind, code] or "") for code in codes) + " |")
-    return "\n".join([*rows, "", f"{ends.total()} runs in {seconds:.0f} s, {len(wrong)} complaints"])
+        rows.append(
+            f"| {kind} | " + " | ".join(str(ends[kind, code] or "") for code in codes) + " |"
+        )
+    return "\n".join(
+        [*rows, "", f"{ends.total()} runs in {seconds:.0f} s, {len(wrong)} complaints"]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one case")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--valid", type=Path, help="where the valid files are kept; made if it is not there")
+    parser.add_argument(
+        "--valid", type=Path, help="where the valid files are kept; made if it is not there"
+    )
     given = parser.parse_args()
     if given.worker:
         work()

@@ -48,7 +48,20 @@ BYTES = [
     b"0F0", b"%", b"\r", b"\t",
 ]  # fmt: skip
 
-CELLS = ["", "0F0", "9F9", "0B99999999", "²F1", "(0F0;1B0)OVERLAP_F_B", "x", "-1F0", "0W0", "0I0", "9" * 300, '"']
+CELLS = [
+    "",
+    "0F0",
+    "9F9",
+    "0B99999999",
+    "²F1",
+    "(0F0;1B0)OVERLAP_F_B",
+    "x",
+    "-1F0",
+    "0W0",
+    "0I0",
+    "9" * 300,
+    '"',
+]
 
 TRAIN = '''"""A step, as users write it."""
 import jax
@@ -135,14 +148,28 @@ def make_valid(folder: Path) -> None:
     made, where = make(recipe), Cluster.parse("4xcpu")
     kept: list[Any] = []
     flat = Request(mesh=(4,), microbatches=1, recompute="none", time_limit=30)
-    pipe = Request(pp=2, microbatches=4, recompute="none", schedule="1f1b", program="stages", time_limit=30)
+    pipe = Request(
+        pp=2, microbatches=4, recompute="none", schedule="1f1b", program="stages", time_limit=30
+    )
     for name, request in (("flat.json", flat), ("pipe.json", pipe)):
-        found = plan_captured(made.capture(request.pp != 1), where, request, made.name, keep=kept.append)
+        found = plan_captured(
+            made.capture(request.pp != 1), where, request, made.name, keep=kept.append
+        )
         save_plan(found.model_copy(update={"recipe": recipe}), folder / name)
     (folder / "frontier.json").write_text(sealed(kept[-1].model_copy(update={"recipe": recipe})))
     profile = Profile(
-        device="h100", described="NVIDIA H100", count=8, made_with="a test", peak_flops={"bf16": 7e14, "f32": 4e13},
-        memory_bandwidth=3e12, elementwise_flops=2e13, launch=3e-6, fits=(), products=(), copies=(), collectives=(),
+        device="h100",
+        described="NVIDIA H100",
+        count=8,
+        made_with="a test",
+        peak_flops={"bf16": 7e14, "f32": 4e13},
+        memory_bandwidth=3e12,
+        elementwise_flops=2e13,
+        launch=3e-6,
+        fits=(),
+        products=(),
+        copies=(),
+        collectives=(),
         lines=({"kind": "all_reduce", "size": 8, "stride": 1, "fixed": 1e-5, "slope": 1e-11},),
     )  # type: ignore[arg-type]
     (folder / "profile.json").write_text(profile.dump())
@@ -166,7 +193,11 @@ def broken_bytes(data: bytes, rng: Random) -> bytes:
             case 2:
                 data = data[:at]
             case 3:
-                data = data[:at] + bytes(rng.randrange(256) for _ in range(rng.randint(1, 9))) + data[at + 1 :]
+                data = (
+                    data[:at]
+                    + bytes(rng.randrange(256) for _ in range(rng.randint(1, 9)))
+                    + data[at + 1 :]
+                )
             case 4:
                 data = data[:end] + data[at:end][:2000] + data[end:]
             case _:
@@ -176,7 +207,13 @@ def broken_bytes(data: bytes, rng: Random) -> bytes:
 
 def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     yield path
-    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    items = (
+        data.items()
+        if isinstance(data, dict)
+        else enumerate(data)
+        if isinstance(data, list)
+        else ()
+    )
     for key, value in items:
         yield from places(value, (*path, key))
 
@@ -196,7 +233,9 @@ def broken_data(data: Any, rng: Random) -> Any:
             return data
         by_name: dict[Any, list[tuple[Any, ...]]] = {}
         for path in paths:  # a table of a thousand rows is one name among others
-            by_name.setdefault(tuple(k if isinstance(k, str) else 0 for k in path)[:3], []).append(path)
+            by_name.setdefault(tuple(k if isinstance(k, str) else 0 for k in path)[:3], []).append(
+                path
+            )
         path = rng.choice(rng.choice([*by_name.values()]))
         holder, key = _at(data, path[:-1]), path[-1]
         match rng.randrange(8):
@@ -211,7 +250,9 @@ def broken_data(data: Any, rng: Random) -> Any:
             case 4:
                 holder[key] = copy.deepcopy(_at(data, rng.choice(paths)))
             case 5 if isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
-                holder[key] = rng.choice((-1, 2, 0, 10**6, 1e30)) * holder[key] + rng.choice((0, 1, -1))
+                holder[key] = rng.choice((-1, 2, 0, 10**6, 1e30)) * holder[key] + rng.choice(
+                    (0, 1, -1)
+                )
             case 6:
                 nested: Any = 0
                 for _ in range(rng.choice((3, 30, 300))):
@@ -320,7 +361,14 @@ SAFE: dict[str, tuple[str, ...]] = {
     "--heads", "4"),
     "schedule": ("1f1b", "--stages", "3", "--microbatches", "4"), "launch": ("flat.json", "--with", "slurm"),
 }  # fmt: skip
-LASTING = {"--devices", "--steps", "--measure", "--layers", "--time-limit", "--large"}  # may well take long, rightly so
+LASTING = {
+    "--devices",
+    "--steps",
+    "--measure",
+    "--layers",
+    "--time-limit",
+    "--large",
+}  # may well take long, rightly so
 
 
 def command_case(valid: Path, rng: Random) -> Case:
@@ -356,7 +404,12 @@ def options_of(name: str) -> list[tuple[str, bool]]:
     from meshwright.cli import app
 
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    found = [(o, bool(getattr(p, "is_flag", False))) for p in command.params for o in p.opts if o.startswith("--")]
+    found = [
+        (o, bool(getattr(p, "is_flag", False)))
+        for p in command.params
+        for o in p.opts
+        if o.startswith("--")
+    ]
     return [*found, ("--nothing", False)]
 
 
@@ -364,7 +417,12 @@ def cases(valid: Path, count: int, seed: int) -> Iterator[tuple[int, Case]]:
     kinds = [*KINDS]
     for number in range(count):
         rng = Random(f"{seed}/{number}")
-        yield number, command_case(valid, rng) if number % 3 == 2 else file_case(valid, rng.choice(kinds), rng)
+        yield (
+            number,
+            command_case(valid, rng)
+            if number % 3 == 2
+            else file_case(valid, rng.choice(kinds), rng),
+        )
 
 
 def lay_out(case: Case, folder: Path) -> None:

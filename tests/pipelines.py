@@ -29,7 +29,9 @@ def some(schedules: dict[str, Schedule], *usual: str) -> list:
     ]
 
 
-def pipelined(plan: Plan, captured: Captured, schedule: Schedule, cuts: list[int] | None = None) -> Plan:
+def pipelined(
+    plan: Plan, captured: Captured, schedule: Schedule, cuts: list[int] | None = None
+) -> Plan:
     """Every stage takes the mesh and the decisions of `plan`; layers are dealt out evenly."""
     cuts = cuts or even_cuts(captured, schedule.stages)
     stages = tuple(
@@ -50,7 +52,9 @@ def even_cuts(captured: Captured, stages: int) -> list[int]:
     if not blocks:
         return [len(captured.graph.ops) * k // (4 * stages) for k in range(stages)]
     block = blocks[0]
-    return [0] + [block.start + block.period * round(block.repeats * k / stages) for k in range(1, stages)]
+    return [0] + [
+        block.start + block.period * round(block.repeats * k / stages) for k in range(1, stages)
+    ]
 
 
 @functools.cache
@@ -73,7 +77,9 @@ def _later(leaf):
 @functools.cache
 def stage_plan(name: str, devices: int, microbatches: int, optimizer: str = "sgd", **pins):
     """What the planner decides for one stage's devices."""
-    request = Request(microbatches=microbatches, time_limit=20, gap=0.05, **{"recompute": "none", **pins})
+    request = Request(
+        microbatches=microbatches, time_limit=20, gap=0.05, **{"recompute": "none", **pins}
+    )
     return plan_captured(case(name, optimizer)[0], f"{devices}xcpu", request, name)
 
 
@@ -82,7 +88,9 @@ def lowered(name: str, schedule: Schedule, devices: int = 2, optimizer: str = "s
     return lower(pipelined(plan, case(name, optimizer)[0], schedule), case(name, optimizer)[0])
 
 
-def check_equal(name: str, schedule: Schedule, devices: int = 2, optimizer: str = "sgd", **pins) -> None:
+def check_equal(
+    name: str, schedule: Schedule, devices: int = 2, optimizer: str = "sgd", **pins
+) -> None:
     captured, leaves, _, truth = case(name, optimizer)
     results = lowered(name, schedule, devices, optimizer, **pins).jitted(*leaves)
     verify_outputs(truth, results, captured.graph.output_names)
@@ -92,7 +100,9 @@ def zero_bubble(ranks: int, microbatches: int) -> Schedule:
     """1F1B with gradients of weights apart, each as late as the next backward pass allows."""
     orders = []
     for order in one_f_one_b(ranks, microbatches).orders:
-        late = [Step("weight", step.stage, step.microbatch) for step in order if step.kind == "backward"]
+        late = [
+            Step("weight", step.stage, step.microbatch) for step in order if step.kind == "backward"
+        ]
         split: list[Step] = []
         for step in order:
             split.append(step)
@@ -105,14 +115,21 @@ def zero_bubble(ranks: int, microbatches: int) -> Schedule:
 def half_split(ranks: int, microbatches: int) -> Schedule:
     """As `zero_bubble`, but every other microbatch makes its gradients of weights in its backward pass."""
     full = zero_bubble(ranks, microbatches)
-    orders = (tuple(s for s in order if s.kind != "weight" or s.microbatch % 2) for order in full.orders)
+    orders = (
+        tuple(s for s in order if s.kind != "weight" or s.microbatch % 2) for order in full.orders
+    )
     return Schedule("half-split", ranks, microbatches, tuple(orders))
 
 
 def shuffled(stages: int, microbatches: int, seed: int) -> Schedule:
     """A random order in which no rank waits for ever: a random walk over what may run next."""
     rng, orders, done = np.random.default_rng(seed), [[] for _ in range(stages)], set()
-    left = [Step(kind, s, m) for kind in ("forward", "backward") for s in range(stages) for m in range(microbatches)]
+    left = [
+        Step(kind, s, m)
+        for kind in ("forward", "backward")
+        for s in range(stages)
+        for m in range(microbatches)
+    ]
     while left:
         ready = [step for step in left if _needs(step, stages) <= done]
         step = ready[rng.integers(len(ready))]
@@ -125,7 +142,10 @@ def shuffled(stages: int, microbatches: int, seed: int) -> Schedule:
 def _needs(step: Step, stages: int) -> set[Step]:
     if step.kind == "forward":
         return {step._replace(stage=step.stage - 1)} if step.stage else set()
-    return {step._replace(kind="forward"), *([step._replace(stage=step.stage + 1)] if step.stage < stages - 1 else [])}
+    return {
+        step._replace(kind="forward"),
+        *([step._replace(stage=step.stage + 1)] if step.stage < stages - 1 else []),
+    }
 
 
 def timed(plan: Plan, forward: float, backward: float, weight: float, once: float) -> Plan:

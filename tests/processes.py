@@ -21,7 +21,10 @@ def free_address() -> str:
 
 
 def start(
-    arguments: Sequence[str], processes: int, folder: Path, own: Mapping[int, Mapping[str, str]] | None = None
+    arguments: Sequence[str],
+    processes: int,
+    folder: Path,
+    own: Mapping[int, Mapping[str, str]] | None = None,
 ) -> list[subprocess.Popen]:
     """Python with these arguments in each process, which share jax's variables; some have `own` ones as well."""
     address = free_address()

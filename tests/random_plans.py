@@ -22,9 +22,13 @@ from meshwright.planner.space import Space, build
 CLUSTER = "8xcpu"
 
 
-def random_plans(captured: Captured, shape: tuple[int, ...], count: int, microbatches: int = 1) -> Iterator[Plan]:
+def random_plans(
+    captured: Captured, shape: tuple[int, ...], count: int, microbatches: int = 1
+) -> Iterator[Plan]:
     """`count` plans on a mesh, each choice drawn from those that can be reached from what is drawn before."""
-    request = Request(mesh=shape, microbatches=microbatches, recompute="none", time_limit=20, gap=0.5)
+    request = Request(
+        mesh=shape, microbatches=microbatches, recompute="none", time_limit=20, gap=0.5
+    )
     found = plan_captured(captured, CLUSTER, request, "random")
     mesh = Mesh(tuple(Axis(name, size) for name, size in zip(found.mesh.names, shape, strict=True)))
     cost = Roofline(Cluster.parse(CLUSTER))
@@ -33,7 +37,9 @@ def random_plans(captured: Captured, shape: tuple[int, ...], count: int, microba
     rng = np.random.default_rng(0)
     for _ in range(count):
         choices = _drawn(space, rng)
-        strategies = {tag: each[choices[space.op_node[tag]]].axes for tag, each in space.strategies.items()}
+        strategies = {
+            tag: each[choices[space.op_node[tag]]].axes for tag, each in space.strategies.items()
+        }
         yield found.model_copy(update={"strategies": strategies, "slots": slots_of(space, choices)})
 
 
@@ -47,7 +53,9 @@ def _drawn(space: Space, rng: np.random.Generator) -> tuple[int, ...]:
             choices[node] = int(rng.choice(np.flatnonzero(able[node])))
             for (a, b), table in space.edges.items():
                 if node in (a, b):
-                    other, row = (b, table[choices[node]]) if node == a else (a, table[:, choices[node]])
+                    other, row = (
+                        (b, table[choices[node]]) if node == a else (a, table[:, choices[node]])
+                    )
                     able[other] = able[other] & np.isfinite(row)
         else:
             return tuple(choices)

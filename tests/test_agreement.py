@@ -25,12 +25,25 @@ print("joined")
 """
 
 
-def joining(folder, count: int, numbers: list[int], address: str | None = None, deadline: float = 4, own=None):
+def joining(
+    folder,
+    count: int,
+    numbers: list[int],
+    address: str | None = None,
+    deadline: float = 4,
+    own=None,
+):
     """How processes of these numbers end that join a run of so many, and how long it took."""
     folder.mkdir(exist_ok=True)
-    (folder / "join.py").write_text(JOIN.format(address=repr(address or free_address()), count=count))
+    (folder / "join.py").write_text(
+        JOIN.format(address=repr(address or free_address()), count=count)
+    )
     wanted = {
-        k: {"JAX_PROCESS_ID": str(number), "MESHWRIGHT_DEADLINE": str(deadline), **(own or {}).get(k, {})}
+        k: {
+            "JAX_PROCESS_ID": str(number),
+            "MESHWRIGHT_DEADLINE": str(deadline),
+            **(own or {}).get(k, {}),
+        }
         for k, number in enumerate(numbers)
     }
     begin = time.monotonic()
@@ -105,23 +118,34 @@ def commands(folder, *options: list[str]):
 
 
 def test_unlike_options_are_refused_with_their_values(folder):
-    ends = commands(folder, ["p.json", "--seed", "1"], ["p.json", "--seed", "2", "--steps", "3", "--verify"])
+    ends = commands(
+        folder, ["p.json", "--seed", "1"], ["p.json", "--seed", "2", "--steps", "3", "--verify"]
+    )
     for code, out, err in ends:
         assert code == 5 and not out, err
         assert "MismatchError: --steps is 10 in process 0, 3 in process 1." in err
-        assert "--seed is 1 in process 0, 2 in process 1" in err and "--verify is false in process 0, true" in err
+        assert (
+            "--seed is 1 in process 0, 2 in process 1" in err
+            and "--verify is false in process 0, true" in err
+        )
 
 
 @pytest.mark.slow
 def test_unlike_data_and_plans_are_refused_with_their_values(folder):
     (folder / "a.txt").write_text("so much depends upon " * 50)
     (folder / "b.txt").write_text("so much depends upon " * 60)
-    for code, _, err in commands(folder, ["p.json", "--data", "a.txt"], ["p.json", "--data", "b.txt"]):
-        assert code == 5 and "--data is 1050 bytes (digest" in err and "1260 bytes (digest" in err, err
+    for code, _, err in commands(
+        folder, ["p.json", "--data", "a.txt"], ["p.json", "--data", "b.txt"]
+    ):
+        assert (
+            code == 5 and "--data is 1050 bytes (digest" in err and "1260 bytes (digest" in err
+        ), err
     found = load_plan(folder / "p.json")
     save_plan(found.model_copy(update={"recompute": "full"}), folder / "q.json")
     for code, _, err in commands(folder, ["p.json"], ["q.json"]):
-        assert code == 5 and "the plan's recompute is none in process 0, full in process 1." in err, err
+        assert (
+            code == 5 and "the plan's recompute is none in process 0, full in process 1." in err
+        ), err
 
 
 # ---------------------------------------------------------------- Python
@@ -156,7 +180,11 @@ SAID = {
 
 
 @pytest.mark.parametrize(
-    "case", ["batches", *(pytest.param(case, marks=pytest.mark.slow) for case in ("steps", "verify", "none"))]
+    "case",
+    [
+        "batches",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("steps", "verify", "none")),
+    ],
 )
 def test_in_python_unlike_processes_are_refused(tmp_path, case):
     (tmp_path / "work.py").write_text(WORK)
@@ -184,7 +212,9 @@ def test_facts_are_equal_for_equal_bytes_only():
     other[1, 2] = np.nextafter(other[1, 2], 9)
     assert described(one) == described(jax.numpy.asarray(one)) != described(other)
     assert described(one).startswith("float32[2, 3] from 0.0 (digest ")
-    assert described(one) != described(one.reshape(3, 2)) and described(one) != described(one.view(np.int32))
+    assert described(one) != described(one.reshape(3, 2)) and described(one) != described(
+        one.view(np.int32)
+    )
     assert described(jax.random.key(0)) != described(jax.random.key(1))
     assert described(np.float32(2)) == "2.0 (float32[], 00000040)" and described(np.zeros((0, 2)))
     assert arguments([one, 3], ["x", "n"].__getitem__)["n"].startswith("3 (int")

@@ -40,8 +40,19 @@ def test_replicas_share_microbatches_and_agree_at_the_end():
     assert neutral.step_seconds([shared], 8) == pytest.approx(2 * 12 + 3)
 
 
-@given(st.lists(st.builds(neutral.Stage, *[st.sampled_from([0.0, 0.1, 0.7, 3.0])] * 3, st.integers(1, 5),
-                          st.sampled_from([0.0, 0.3])), min_size=1, max_size=5), st.integers(1, 12))
+@given(
+    st.lists(
+        st.builds(
+            neutral.Stage,
+            *[st.sampled_from([0.0, 0.1, 0.7, 3.0])] * 3,
+            st.integers(1, 5),
+            st.sampled_from([0.0, 0.3]),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(1, 12),
+)
 def test_the_compiled_evaluator_gives_what_the_simulator_gives(stages, microbatches):
     assert neutral.quick_seconds(stages, microbatches) == neutral.step_seconds(stages, microbatches)
 
@@ -53,17 +64,36 @@ def test_sends_take_the_seconds_of_their_cut_each_way():
 
 def test_among_plans_equal_by_the_objective_the_fastest_simulated_is_chosen():
     objective = {"a": 2, "b": 1, "c": 1, "d": 3}.__getitem__
-    chosen = choose("abcd", objective, {"a": 9, "b": 8, "c": 7, "d": 5}.__getitem__, lambda plan: ())
-    assert (chosen.plan, chosen.objective, chosen.fastest, chosen.front) == ("c", 1, "d", ((1, 7), (3, 5)))
+    chosen = choose(
+        "abcd", objective, {"a": 9, "b": 8, "c": 7, "d": 5}.__getitem__, lambda plan: ()
+    )
+    assert (chosen.plan, chosen.objective, chosen.fastest, chosen.front) == (
+        "c",
+        1,
+        "d",
+        ((1, 7), (3, 5)),
+    )
 
 
 def test_plans_near_known_ones_are_chosen_where_they_are_faster():
-    chosen = choose([5], lambda plan: 1.0 + (plan < 3), lambda plan: abs(plan - 2), lambda plan: (plan - 1, plan + 1))
+    chosen = choose(
+        [5],
+        lambda plan: 1.0 + (plan < 3),
+        lambda plan: abs(plan - 2),
+        lambda plan: (plan - 1, plan + 1),
+    )
     assert (chosen.plan, chosen.fastest, chosen.front) == (3, 2, ((1.0, 1), (2.0, 0)))
 
 
 def test_of_plans_no_worse_by_the_objective_the_fastest_simulated_counts_for_both():
-    row = Row("a", "b", published=2.0, reproduced=2.0, ours=1.0, front=((1.0, 9.0), (2.0, 7.0), (3.0, 5.0)))
+    row = Row(
+        "a",
+        "b",
+        published=2.0,
+        reproduced=2.0,
+        ours=1.0,
+        front=((1.0, 9.0), (2.0, 7.0), (3.0, 5.0)),
+    )
     assert row.simulated_both == 7.0
 
 
@@ -85,7 +115,9 @@ def test_pipedream_plans_give_their_seconds_and_ours_the_same(model):
     file = load(f"pipedream_{model}.json")
     graph = pipedream.Graph(file)
     for result in file["results"]:
-        objective = pipedream.Throughput(graph, result["machines"], result["bandwidths_Bps"], result["straight"])
+        objective = pipedream.Throughput(
+            graph, result["machines"], result["bandwidths_Bps"], result["straight"]
+        )
         theirs = pipedream.read_plan(result["stages"], len(result["machines"]))
         assert objective.of(theirs) == pytest.approx(result["pipeline_s"], rel=1e-12)
         assert objective.of(objective.best()) == pytest.approx(result["pipeline_s"], rel=1e-12)
@@ -111,9 +143,9 @@ def test_aceso_predicts_less_for_our_plan_of_gpt_and_it_fits():
     assert problem.fullest(plan) <= 12000.0
     assert [s.first for s in plan.stages[1:]] == [s.last for s in plan.stages[:-1]]
     assert sum(stage.devices for stage in plan.stages) == 4
-    assert {name for s in plan.stages for name in (recorded.names[i] for i in s.recomputed)}.isdisjoint(
-        {"encoder-embedding", "gpt-post-process"}
-    )
+    assert {
+        name for s in plan.stages for name in (recorded.names[i] for i in s.recomputed)
+    }.isdisjoint({"encoder-embedding", "gpt-post-process"})
 
 
 @needs_data
@@ -121,7 +153,9 @@ def test_aceso_predicts_less_for_our_plan_of_gpt_and_it_fits():
 def test_piper_is_matched_and_what_fits_nowhere_is_found_to(memory, devices):
     file = load("piper.json")
     case = next(c for c in file["cases"] if (c["memGB"], c["k"]) == (memory, devices))
-    objective = piper.Throughput(piper.Graph(file["input_bert32"]), devices, memory * piper.GIB, int(case["bs"]))
+    objective = piper.Throughput(
+        piper.Graph(file["input_bert32"]), devices, memory * piper.GIB, int(case["bs"])
+    )
     ours = objective.best()
     if case["TPS"] is None:
         assert ours is None
@@ -141,7 +175,9 @@ def test_dapple_plans_give_their_speedups():
         profile = load(f"dapple_{result['model']}.json")
         objective = dapple.Latency(profile, result["gbs"], result["mbs"], machines, network)
         plan = dapple.read_plan(result, objective.units)
-        assert objective.work[-1] / objective.of(plan) == pytest.approx(result["speedup"], rel=1e-12)
+        assert objective.work[-1] / objective.of(plan) == pytest.approx(
+            result["speedup"], rel=1e-12
+        )
 
 
 @needs_data
@@ -156,9 +192,24 @@ def test_loads_on_one_accelerator_and_in_line_are_as_published(case, alone, line
 
 
 def test_operators_without_a_colour_are_tied_to_nothing():
-    node = {"supportedOnFpga": True, "cpuLatency": 9.0, "fpgaLatency": 2.0, "isBackwardNode": False, "size": 1.0}
-    nodes = [{"id": i, **node, **colour} for i, colour in enumerate([{"colorClass": None}] * 2 + [{}] * 2)]
-    file = {"nodes": nodes, "edges": [(0, 1, 0.0)], "maxFPGAs": 4, "maxCPUs": 1, "maxSizePerFPGA": 9.0}
+    node = {
+        "supportedOnFpga": True,
+        "cpuLatency": 9.0,
+        "fpgaLatency": 2.0,
+        "isBackwardNode": False,
+        "size": 1.0,
+    }
+    nodes = [
+        {"id": i, **node, **colour}
+        for i, colour in enumerate([{"colorClass": None}] * 2 + [{}] * 2)
+    ]
+    file = {
+        "nodes": nodes,
+        "edges": [(0, 1, 0.0)],
+        "maxFPGAs": 4,
+        "maxCPUs": 1,
+        "maxSizePerFPGA": 9.0,
+    }
     graph = max_load.Graph(file)
     assert graph.of(np.arange(1, 5)[graph.group]) == 2.0
 
@@ -182,8 +233,12 @@ def piper_files(draw):
             "syncTimeBw": {str(b): 0.0 for a, b in edges if a == v},
         }  # fmt: skip
 
-    nodes = [{"id": v, "name": "unit", "TMPCs": {str(t): [way(v)] for t in (1, 2)}} for v in range(count)]
-    costs = [{"sourceId": a, "destId": b, "communicationCost": 1e10 * draw(number)} for a, b in edges]
+    nodes = [
+        {"id": v, "name": "unit", "TMPCs": {str(t): [way(v)] for t in (1, 2)}} for v in range(count)
+    ]
+    costs = [
+        {"sourceId": a, "destId": b, "communicationCost": 1e10 * draw(number)} for a, b in edges
+    ]
     return {"nodes": nodes, "edges": costs}
 
 
@@ -195,7 +250,9 @@ WORK = st.lists(st.sampled_from([0.0, 1.0, 1.5, 2.0, 3.0, 7.0]), min_size=2, max
 def test_the_fastest_near_one_cut_of_a_chain_is_the_fastest_of_all(work, devices, straight, data):
     """With patience for all of them."""
     devices = min(devices, len(work)) if straight else devices
-    sends = data.draw(st.lists(st.sampled_from([0.0, 1.0, 5.0]), min_size=len(work), max_size=len(work)))
+    sends = data.draw(
+        st.lists(st.sampled_from([0.0, 1.0, 5.0]), min_size=len(work), max_size=len(work))
+    )
 
     def seconds(stages):
         found = [
@@ -229,9 +286,13 @@ def chains(units: int, devices: int, straight: bool, first: int = 0):
 @given(piper_files(), st.integers(1, 4), st.sampled_from([1.0, 2.0, 100.0]))
 def test_the_fastest_near_pipers_best_plan_is_the_fastest_of_those_that_fit(file, devices, memory):
     objective = piper.Throughput(piper.Graph(file), devices, memory, 4)
-    every = [plan for plan in plans(objective.graph.left, devices, 4) if np.isfinite(objective.of(plan))]
+    every = [
+        plan for plan in plans(objective.graph.left, devices, 4) if np.isfinite(objective.of(plan))
+    ]
     if every:
-        found = nearby.fastest_near([objective.best()], objective.around, objective.simulated, 10_000)
+        found = nearby.fastest_near(
+            [objective.best()], objective.around, objective.simulated, 10_000
+        )
         assert objective.of(found) < np.inf
         assert objective.simulated(found) == pytest.approx(min(map(objective.simulated, every)))
 
@@ -240,7 +301,9 @@ def test_the_fastest_near_pipers_best_plan_is_the_fastest_of_those_that_fit(file
 @given(piper_files(), st.integers(1, 4), st.sampled_from([1.0, 2.0, 4.0, 100.0]))
 def test_piper_search_equals_trying_every_plan_of_a_graph(file, devices, memory):
     objective = piper.Throughput(piper.Graph(file), devices, memory, 4)
-    every = [plan for plan in plans(objective.graph.left, devices, 4) if np.isfinite(objective.of(plan))]
+    every = [
+        plan for plan in plans(objective.graph.left, devices, 4) if np.isfinite(objective.of(plan))
+    ]
     found = objective.best()
     if not every:
         assert found is None
@@ -258,7 +321,10 @@ def plans(left: list[int], devices: int, batch: int):
         for after, tensor, data in product(left, (1, 2), (1, 2, 4)):
             if after & some == after != some and tensor * data <= devices and data <= batch:
                 stage = piper.Stage(some ^ after, tensor, data, 0)
-                yield from ((stage, *others) for others in rest(after, devices - tensor * data, batch - data))
+                yield from (
+                    (stage, *others)
+                    for others in rest(after, devices - tensor * data, batch - data)
+                )
 
     return rest(left[-1], devices, batch)
 

@@ -129,7 +129,9 @@ def test_a_chain_of_followers_becomes_one_node():
     )
     small = contract(live)
     assert small is not None and len(small.live.costs) == 1 and not small.live.edges
-    assert solve_live(live).choices == (1,) * 9  # choice 3 is the cheapest and holds 6 bytes at moment 1
+    assert (
+        solve_live(live).choices == (1,) * 9
+    )  # choice 3 is the cheapest and holds 6 bytes at moment 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -311,14 +313,20 @@ def test_small_contest_graphs_are_proven(name):
 def test_only_the_order_of_times_matters(tmp_path):
     """Moments far apart cost no memory, and are named as the file names them."""
     far = 10**30
-    nodes = {"intervals": [[5, far], [7, far + 1]], "costs": [[1, 9], [1, 9]], "usages": [[8, 2], [8, 2]]}
+    nodes = {
+        "intervals": [[5, far], [7, far + 1]],
+        "costs": [[1, 9], [1, 9]],
+        "usages": [[8, 2], [8, 2]],
+    }
     text = {"problem": {"nodes": nodes, "edges": {"nodes": [], "costs": []}, "usage_limit": 10}}
     (tmp_path / "far.json").write_text(json.dumps(text))
     found = solve_live(read(tmp_path / "far.json"))
     assert found.objective == 10 and found.status == "optimal"
     text["problem"]["usage_limit"] = 3
     (tmp_path / "far.json").write_text(json.dumps(text))
-    assert solve_live(read(tmp_path / "far.json")).reason.startswith("moment 7 needs at least 4 bytes")
+    assert solve_live(read(tmp_path / "far.json")).reason.startswith(
+        "moment 7 needs at least 4 bytes"
+    )
 
 
 @pytest.mark.slow
@@ -344,7 +352,10 @@ def test_an_interrupt_ends_the_search_at_once(after, ctrl_c):
     found = solve_live(live, time_limit=20, gap=0.0)
     assert found.stopped_by == "interrupt" and perf_counter() - begin < after + 3
     if found.choices is not None:
-        assert live.fits(found.choices) and found.objective == live.cost(found.choices) >= found.lower_bound
+        assert (
+            live.fits(found.choices)
+            and found.objective == live.cost(found.choices) >= found.lower_bound
+        )
 
 
 def alpa(name: str) -> list:
@@ -362,14 +373,20 @@ def test_an_answer_comes_on_time_whatever_the_search_is_at(monkeypatch, step):
         return usual(self, *args, **options)
 
     monkeypatch.setattr(anytime, "SMALL", 0 if step == "_improve" else anytime.SMALL)
-    live = next(live for live in map(random_live, range(99)) if solve_live(live, gap=0.0).choices is not None)
+    live = next(
+        live
+        for live in map(random_live, range(99))
+        if solve_live(live, gap=0.0).choices is not None
+    )
     monkeypatch.setattr(anytime.Anytime, step, slow)
     began = perf_counter()
     found = solve_until(live, until=began + 1.0, gap=0.0)
     assert perf_counter() - began < 2.0
     assert found.stopped_by == "time" and found.status == "feasible"
     if found.choices is not None:
-        assert found.objective == live.cost(found.choices) >= found.lower_bound and live.fits(found.choices)
+        assert found.objective == live.cost(found.choices) >= found.lower_bound and live.fits(
+            found.choices
+        )
     assert (found.choices is None) == (step != "_improve")
     late.set()
 
@@ -381,7 +398,9 @@ def test_an_answer_on_time_is_the_usual_one(seed):
     assert (found.status, found.objective) == (usual.status, usual.objective)
 
 
-@pytest.mark.parametrize("case", alpa("intra_ilp_cases.json"), ids=lambda c: f"{c['N']}nodes-{c['alpa_ilp']}")
+@pytest.mark.parametrize(
+    "case", alpa("intra_ilp_cases.json"), ids=lambda c: f"{c['N']}nodes-{c['alpa_ilp']}"
+)
 def test_alpas_intra_operator_optima(case):
     widths = case["s_len"]
     starts = np.cumsum([0, *widths])
@@ -417,7 +436,10 @@ def test_alpas_intra_operator_optima(case):
         (lambda p: p["nodes"]["costs"][1].pop(), "node 1 has 1 costs and 2 usages"),
         (lambda p: p["edges"]["costs"][2].pop(), "edge 2 has 3 costs; 2 x 2 are needed"),
         (lambda p: p["edges"]["nodes"].__setitem__(0, [0, 9]), "edge 0 joins nodes 0 and 9"),
-        (lambda p: p["nodes"]["intervals"].__setitem__(0, [9, 2]), "node 0: [9, 2) is not an interval"),
+        (
+            lambda p: p["nodes"]["intervals"].__setitem__(0, [9, 2]),
+            "node 0: [9, 2) is not an interval",
+        ),
         (lambda p: p.__setitem__("limit", 3), "Extra inputs"),
         (lambda p: p["nodes"]["costs"][0].__setitem__(0, -1), "greater than or equal to 0"),
     ],

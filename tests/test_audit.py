@@ -29,7 +29,10 @@ def compiled(body, *shapes, spec=None) -> str:
 
 
 def found_in(body, *shapes, spec=None) -> dict:
-    return {(f.kind, f.axes): (f.nbytes, f.count) for f in collectives(compiled(body, *shapes, spec=spec), MESH)}
+    return {
+        (f.kind, f.axes): (f.nbytes, f.count)
+        for f in collectives(compiled(body, *shapes, spec=spec), MESH)
+    }
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,9 @@ def test_kind_axes_and_bytes_of_each_collective(body, kind, axes, nbytes):
     ids=["lists", "iota", "named"],
 )
 def test_every_notation_of_groups_is_read(groups):
-    line = f"%psum = f32[4]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add"
+    line = (
+        f"%psum = f32[4]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add"
+    )
     text = f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  {line}\n}}"
     assert collectives(text, MESH) == [Found("all_reduce", ("x",), 16.0, 1)]
 
@@ -110,7 +115,10 @@ def test_a_pipeline_moves_what_was_planned_and_holds_about_as_much():
 
 
 def test_an_audit_names_the_fullest_rank_and_the_one_that_was_to_be():
-    ranks = Part(0, (0,), 0.0, 4096.0, {"held": 1024.0}), Part(1, (1,), 0.0, 3072.0, {"held": 5120.0})
+    ranks = (
+        Part(0, (0,), 0.0, 4096.0, {"held": 1024.0}),
+        Part(1, (1,), 0.0, 3072.0, {"held": 5120.0}),
+    )
     report = Audit((), 3072.0, ranks[1].parts, 8192.0, ranks)
     told = "memory of the fullest rank, 1 (planned: rank 0, 4 KiB): 3 KiB predicted, 5 KiB compiled (+66.7%)"
     assert told in audit_text(report)

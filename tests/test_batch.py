@@ -250,7 +250,10 @@ def test_a_step_with_a_raw_key_runs_in_microbatches(told):
     ):
         assert jnp.allclose(want, found, atol=1e-5)
     batch = step.plan(*args).batch
-    assert [(each.name, each.dim) for each in batch.inputs] == [("batch['x']", 0), ("batch['y']", 0)]
+    assert [(each.name, each.dim) for each in batch.inputs] == [
+        ("batch['x']", 0),
+        ("batch['y']", 0),
+    ]
     assert (batch.examples, batch.evidence == "told") == (B, told is not None)
 
 

@@ -31,7 +31,10 @@ def fast(x, layer, mask):
     """As flax does: the second moment less the square of the first."""
     mean = mean_of(x, mask)
     variance = jnp.maximum(0.0, mean_of(x * x, mask) - mean**2)
-    return (x - mean) * (layer["scale"] * jax.lax.rsqrt(variance + 1e-3)) + layer["bias"], (mean, variance)
+    return (x - mean) * (layer["scale"] * jax.lax.rsqrt(variance + 1e-3)) + layer["bias"], (
+        mean,
+        variance,
+    )
 
 
 def training(norm, masked=False):
@@ -59,7 +62,8 @@ def inputs():
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
     params = [
-        {"w": 0.3 * normal(WIDTH, WIDTH), "scale": jnp.ones(WIDTH), "bias": jnp.zeros(WIDTH)} for _ in range(LAYERS)
+        {"w": 0.3 * normal(WIDTH, WIDTH), "scale": jnp.ones(WIDTH), "bias": jnp.zeros(WIDTH)}
+        for _ in range(LAYERS)
     ]
     averages = [(jnp.zeros(WIDTH), jnp.ones(WIDTH)) for _ in range(LAYERS)]
     return (params, averages), normal(ROWS, WIDTH) + 1, normal(ROWS, WIDTH)
@@ -71,7 +75,11 @@ def by_hand(step, plan, state, x, y):
     groups = time_groups(ROWS, plan.mesh, count)
 
     def parts(rows):
-        return rows.reshape(groups, count, -1, rows.shape[-1]).swapaxes(0, 1).reshape(count, -1, rows.shape[-1])
+        return (
+            rows.reshape(groups, count, -1, rows.shape[-1])
+            .swapaxes(0, 1)
+            .reshape(count, -1, rows.shape[-1])
+        )
 
     found = [step(state, *part) for part in zip(parts(x), parts(y), strict=True)]
     return jax.tree.map(lambda *each: sum(each) / count, *found)
@@ -113,10 +121,15 @@ def test_with_one_microbatch_nothing_changes():
 def test_verify_compares_with_the_step_microbatch_by_microbatch(monkeypatch):
     """Statistics of the whole batch are not what was asked for."""
     monkeypatch.setattr("meshwright.parallel.by_microbatch", lambda plan, captured: None)
-    made = mw.parallelize(training(normed), verify=True, batch_stats="microbatch", mesh=(8,), microbatches=4)
+    made = mw.parallelize(
+        training(normed), verify=True, batch_stats="microbatch", mesh=(8,), microbatches=4
+    )
     with pytest.raises(VerificationError):
         made(*inputs())
-    assert by_microbatch.by_microbatch(made.plan(*inputs()), made.lower(*inputs()).lowered.captured) is not None
+    assert (
+        by_microbatch.by_microbatch(made.plan(*inputs()), made.lower(*inputs()).lowered.captured)
+        is not None
+    )
 
 
 def test_statistics_are_of_the_whole_batch_unless_told():

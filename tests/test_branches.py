@@ -85,13 +85,20 @@ def test_a_conditional_optimizer_is_laid_out_as_the_one_it_wraps(name):
     def planned(step, tx):
         return mw.plan(step, p, jax.eval_shape(tx.init, p), x, cluster="h100x8")
 
-    plain, found = planned(training(ADAM), ADAM), planned(training(optimizer, needs_loss), optimizer)
+    plain, found = (
+        planned(training(ADAM), ADAM),
+        planned(training(optimizer, needs_loss), optimizer),
+    )
     assert not found.opaque
     moments = [t for t in found.tensors if t.role == "optimizer" and len(t.shape) > 1]
     cut = {t.name: t.local_bytes / np.prod(t.shape) for t in moments}
-    assert len(cut) >= 4 and max(cut.values()) <= 4 / 8  # moments (and accumulators): an eighth on each device
+    assert (
+        len(cut) >= 4 and max(cut.values()) <= 4 / 8
+    )  # moments (and accumulators): an eighth on each device
     each = 2 * 4096 * 16384 * 4 / 8  # of all parameters, on one device
-    own = {"MultiSteps": 2, "apply_if_finite": 0, "reduce_on_plateau": 0}[name]  # accumulators in and out
+    own = {"MultiSteps": 2, "apply_if_finite": 0, "reduce_on_plateau": 0}[
+        name
+    ]  # accumulators in and out
     assert found.estimate.peak_bytes <= plain.estimate.peak_bytes + own * each + 2**20
     assert found.estimate.step_seconds < 1.2 * plain.estimate.step_seconds
 
@@ -100,7 +107,10 @@ def test_a_conditional_optimizer_is_laid_out_as_the_one_it_wraps(name):
 def test_a_conditional_optimizer_trains_as_on_one_device(name):
     optimizer, needs_loss = WRAPPED[name]
     step, x = training(optimizer, needs_loss), normal(WIDE, WIDE, key=2)
-    plain, sharded = jax.jit(step), mw.parallelize(step, cluster="8xcpu", mesh=(2, 4), time_limit=20)
+    plain, sharded = (
+        jax.jit(step),
+        mw.parallelize(step, cluster="8xcpu", mesh=(2, 4), time_limit=20),
+    )
     ours = wanted = (params(), optimizer.init(params()))
     for turn in range(4):
         batch = x * jnp.where(turn == 2, jnp.nan, 1.0) if name == "apply_if_finite" else x
@@ -139,9 +149,14 @@ def layered_training(optimizer):
 PLAIN = optax.sgd(0.5)
 
 
-@pytest.mark.parametrize("optimizer", [PLAIN, optax.MultiSteps(PLAIN, 2), optax.apply_if_finite(PLAIN, 3)])
+@pytest.mark.parametrize(
+    "optimizer", [PLAIN, optax.MultiSteps(PLAIN, 2), optax.apply_if_finite(PLAIN, 3)]
+)
 def test_branches_in_a_pipeline_and_in_its_optimizer(optimizer):
-    p, x = [{"a": normal(WIDE, WIDE, key=k), "b": normal(WIDE, WIDE, key=9 + k)} for k in range(2)], normal(8, WIDE)
+    p, x = (
+        [{"a": normal(WIDE, WIDE, key=k), "b": normal(WIDE, WIDE, key=9 + k)} for k in range(2)],
+        normal(8, WIDE),
+    )
     step = layered_training(optimizer)
     sharded = mw.parallelize(step, cluster="4xcpu", pp=2, microbatches=2, time_limit=20)
     ours = wanted = (p, optimizer.init(p))
@@ -151,7 +166,9 @@ def test_branches_in_a_pipeline_and_in_its_optimizer(optimizer):
         close((ours, found), (wanted, value))
 
 
-@pytest.mark.parametrize("optimizer", [PLAIN, optax.MultiSteps(PLAIN, 2), optax.apply_if_finite(PLAIN, 3)])
+@pytest.mark.parametrize(
+    "optimizer", [PLAIN, optax.MultiSteps(PLAIN, 2), optax.apply_if_finite(PLAIN, 3)]
+)
 def test_the_batch_is_the_same_whatever_wraps_the_optimizer(optimizer):
     """Weights are as wide as they are long, so a dim of a branch's result is not told by its size."""
     p = [{"a": normal(WIDE, WIDE), "b": normal(WIDE, WIDE)}]
@@ -161,7 +178,8 @@ def test_the_batch_is_the_same_whatever_wraps_the_optimizer(optimizer):
 
 
 @pytest.mark.parametrize(
-    "other, multiple", [(jnp.zeros_like, True), (lambda g: 0.5 * g, True), (lambda g: g + 1.0, False)]
+    "other, multiple",
+    [(jnp.zeros_like, True), (lambda g: 0.5 * g, True), (lambda g: g + 1.0, False)],
 )
 def test_a_total_that_scales_what_passes_a_branch_comes_late(other, multiple):
     """The derivative of a layer with a branch reads what the whole batch makes first; `g + 1` is no multiple of it."""
@@ -196,7 +214,9 @@ def test_a_total_that_scales_what_passes_a_branch_comes_late(other, multiple):
 
 def branching(p, which, x):
     """Three branches of unlike work; one leaves what it is given, one zeros."""
-    hidden = lax.switch(which, [lambda h: jax.nn.relu(h @ p["a"]) @ p["b"], lambda h: h, jnp.zeros_like], x)
+    hidden = lax.switch(
+        which, [lambda h: jax.nn.relu(h @ p["a"]) @ p["b"], lambda h: h, jnp.zeros_like], x
+    )
     return jnp.mean((hidden + x @ p["c"]) ** 2)
 
 
@@ -212,7 +232,9 @@ def trained(objective):
 def test_branches_with_gradients(microbatches):
     p, x = {**params(), "c": normal(WIDE, WIDE, key=3)}, normal(2 * WIDE, WIDE, key=2)
     every = [(p, jnp.int32(which), x) for which in range(3)]
-    check_everywhere(trained(branching), *every, meshes=((2, 2, 2),), count=2, microbatches=microbatches)
+    check_everywhere(
+        trained(branching), *every, meshes=((2, 2, 2),), count=2, microbatches=microbatches
+    )
 
 
 def test_the_dearest_branch_is_counted_and_named():
@@ -230,10 +252,17 @@ def test_layers_with_branches_are_folded_as_layers():
         return jnp.mean(x**2)
 
     def args(depth, on):
-        return [normal(WIDE, WIDE, key=k) for k in range(depth)], jnp.bool_(on), normal(WIDE, WIDE, key=9)
+        return (
+            [normal(WIDE, WIDE, key=k) for k in range(depth)],
+            jnp.bool_(on),
+            normal(WIDE, WIDE, key=9),
+        )
 
     small = fold(capture(trained(deep), *args(16, True)).graph).small
-    assert {op.count for op in small.ops if op.kind == "cond"} == {1, 13}  # the first input has no gradient
+    assert {op.count for op in small.ops if op.kind == "cond"} == {
+        1,
+        13,
+    }  # the first input has no gradient
     check_everywhere(trained(deep), args(8, True), args(8, False), meshes=((2, 4),))
 
 
@@ -241,7 +270,9 @@ def test_a_predicate_that_owes_a_sum_is_settled_first():
     def step(p, x):
         value, gradient = jax.value_and_grad(loss)(p, x)
         keep = jnp.all(jnp.isfinite(value)) & (value < 10)
-        return lax.cond(keep, lambda: jax.tree.map(lambda w, g: w - g, p, gradient), lambda: p), value
+        return lax.cond(
+            keep, lambda: jax.tree.map(lambda w, g: w - g, p, gradient), lambda: p
+        ), value
 
     x = normal(WIDE, WIDE, key=2)
     check_everywhere(step, (params(), x), (params(), x * jnp.nan))
@@ -258,7 +289,9 @@ def converge(w, x):
         gradient = x.T @ (x @ w - x)
         return k + 1, w - 0.02 * gradient, jnp.vdot(gradient, gradient)
 
-    steps, w, left = lax.while_loop(lambda s: (s[0] < 60) & (s[2] > 3.0), turn, (0, w, jnp.float32(1e9)))
+    steps, w, left = lax.while_loop(
+        lambda s: (s[0] < 60) & (s[2] > 3.0), turn, (0, w, jnp.float32(1e9))
+    )
     return steps, w, left
 
 
@@ -276,10 +309,14 @@ def test_a_step_that_is_one_loop_is_planned_and_says_what_it_assumes():
 
 def test_loops_with_traced_bounds_and_loops_of_many_examples():
     def step(w, x, turns):
-        many = jax.vmap(lambda row: lax.while_loop(lambda r: jnp.sum(r**2) > 1.0, lambda r: 0.7 * r, 9.0 * row))(x)
+        many = jax.vmap(
+            lambda row: lax.while_loop(lambda r: jnp.sum(r**2) > 1.0, lambda r: 0.7 * r, 9.0 * row)
+        )(x)
         return lax.fori_loop(0, turns, lambda k, y: jnp.tanh(y @ w + k), many)
 
-    check_everywhere(step, *((normal(WIDE, WIDE), normal(WIDE, WIDE, key=1), jnp.int32(n)) for n in (0, 3)))
+    check_everywhere(
+        step, *((normal(WIDE, WIDE), normal(WIDE, WIDE, key=1), jnp.int32(n)) for n in (0, 3))
+    )
 
 
 def test_a_loop_around_branches_around_a_loop():
@@ -296,7 +333,10 @@ def test_a_loop_around_branches_around_a_loop():
 def test_a_scalar_of_every_layer_is_spread():
     """Layers spread a scalar each, the first of another op than the next: `apply_if_finite` over unlike leaves."""
     optimizer = optax.apply_if_finite(optax.sgd(0.1), 3)
-    weights = {"layers": [{"w": jnp.eye(8), "b": jnp.zeros(8)} for _ in range(6)], "out": jnp.ones((8, 1))}
+    weights = {
+        "layers": [{"w": jnp.eye(8), "b": jnp.zeros(8)} for _ in range(6)],
+        "out": jnp.ones((8, 1)),
+    }
 
     def step(p, state, x):
         def loss(p):

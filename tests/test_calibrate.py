@@ -69,7 +69,8 @@ def test_the_ends_are_never_held_out():
 
 def test_products_and_collectives_by_family():
     points = [
-        ProductPoint(dtype="f32", m=n, n=n, k=n, seconds=2e-6 + 2.0 * n**3 / 5e10) for n in (64, 128, 256, 384, 512)
+        ProductPoint(dtype="f32", m=n, n=n, k=n, seconds=2e-6 + 2.0 * n**3 / 5e10)
+        for n in (64, 128, 256, 384, 512)
     ]
     peaks, fits = fit_products(points, lambda p: 1.0, 2e-6)
     assert peaks["f32"] == pytest.approx(5e10, rel=1e-3)
@@ -154,13 +155,21 @@ def test_a_rate_and_its_share_of_the_peak_stay_together(tmp_path):
 
 def test_what_was_not_measured_keeps_its_rate():
     plain = Cluster.parse("h100x8").device
-    found = Cluster.parse("h100x8").with_profile(profile(device="h100", peak_flops={"bf16": 7e14, "tf32": 4e14}))
+    found = Cluster.parse("h100x8").with_profile(
+        profile(device="h100", peak_flops={"bf16": 7e14, "tf32": 4e14})
+    )
     device = found.device
-    assert device.efficiency == 1.0 and device.peak_flops["bf16"] == 7e14 and device.peak_flops["tf32"] == 4e14
+    assert (
+        device.efficiency == 1.0
+        and device.peak_flops["bf16"] == 7e14
+        and device.peak_flops["tf32"] == 4e14
+    )
     for dtype in ("f16", "f32", "f8e4m3fn"):
         assert device.peak_flops[dtype] == pytest.approx(plain.peak_flops[dtype] * plain.efficiency)
         assert found.provenance[f"devices.h100.peak_flops.{dtype}"] == "preset"
-    assert device.attention_efficiency * 7e14 == pytest.approx(plain.attention_efficiency * plain.peak_flops["bf16"])
+    assert device.attention_efficiency * 7e14 == pytest.approx(
+        plain.attention_efficiency * plain.peak_flops["bf16"]
+    )
 
 
 def test_a_device_may_have_a_name_of_its_own(tmp_path):
@@ -178,7 +187,9 @@ def test_a_what_if_on_the_fabric_is_not_hidden_by_what_was_measured():
 
     slow, plain = ("fabric.shared.bandwidth", "1 kB/s"), Cluster.parse("8xcpu")
     assert seconds(cluster.with_(*slow)) == seconds(plain.with_(*slow)) > 100
-    assert seconds(cluster.with_("device.launch", "1 ms")) == seconds(cluster) == pytest.approx(1.1e-2)
+    assert (
+        seconds(cluster.with_("device.launch", "1 ms")) == seconds(cluster) == pytest.approx(1.1e-2)
+    )
 
 
 def test_measured_lines_do_not_price_groups_that_cross_hosts():
@@ -240,7 +251,9 @@ def test_a_small_calibration_end_to_end(monkeypatch, tmp_path):
     from meshwright.calibration import calibrate, profile_text
 
     shapes = ((64, 64, 64), (128, 128, 128), (256, 256, 256))
-    monkeypatch.setattr(microbench, "CPU", microbench.Sizes(shapes, (1 << 12, 1 << 14, 1 << 16), apart=1 << 18))
+    monkeypatch.setattr(
+        microbench, "CPU", microbench.Sizes(shapes, (1 << 12, 1 << 14, 1 << 16), apart=1 << 18)
+    )
     monkeypatch.setattr(microbench, "SENT", (1 << 8, 1 << 11, 1 << 14))
     monkeypatch.setattr(microbench, "layouts", lambda count: iter([(8, 1), (2, 4)]))
     found = calibrate()
@@ -259,5 +272,7 @@ def test_prices_of_emulated_devices_are_near_what_was_measured(name):
     for sizes in ((2, 4), (4, 2), (8,)):
         mesh = Mesh.of(**dict(zip("xy", sizes, strict=False)))
         for kind in ("all_gather", "reduce_scatter", "all_reduce", "all_to_all"):
-            preset, real = (Collectives(mesh, c).line(kind, ("x",)) for c in (Cluster.parse("8xcpu"), measured))
+            preset, real = (
+                Collectives(mesh, c).line(kind, ("x",)) for c in (Cluster.parse("8xcpu"), measured)
+            )
             assert 0.5 < preset(2**18) / real(2**18) < 2, (kind, sizes)

@@ -24,7 +24,9 @@ FILES = sorted(PUBLISHED.glob("torch_csv/*.csv"))
 SIZES = ((2, 4), (4, 8), (6, 24), (8, 32))
 
 
-def run(schedule: Schedule, forward: float, backward: float, weight: float, send: float = 0.0) -> Run:
+def run(
+    schedule: Schedule, forward: float, backward: float, weight: float, send: float = 0.0
+) -> Run:
     chunks = max(1, schedule.stages // schedule.ranks)
     each = StageSeconds(forward / chunks, backward / chunks, weight / chunks, send)
     return simulate(pipeline_tasks(schedule, [each] * schedule.stages))
@@ -33,7 +35,9 @@ def run(schedule: Schedule, forward: float, backward: float, weight: float, send
 def peaks(schedule: Schedule, kept: float) -> list[float]:
     """In units of one rank's forward results; `kept` is the share that waits for the weight pass."""
     chunks, n = max(1, schedule.stages // schedule.ranks), schedule.stages
-    return [peak_held(schedule, i, [1 / chunks] * n, [kept / chunks] * n) for i in range(schedule.ranks)]
+    return [
+        peak_held(schedule, i, [1 / chunks] * n, [kept / chunks] * n) for i in range(schedule.ranks)
+    ]
 
 
 def data(name: str):
@@ -50,12 +54,16 @@ def test_all_zero_bubble_orders_replay():
     assert len(entries) >= 70
     for e in entries:
         kinds = {**MARKS, "BW": MARKS["B"]}
-        orders = tuple(tuple(Step(kinds[kind], stage, m) for kind, m, stage in order) for order in e["order"])
+        orders = tuple(
+            tuple(Step(kinds[kind], stage, m) for kind, m, stage in order) for order in e["order"]
+        )
         schedule = Schedule(e["schedule"], e["p"] * e["chunks"], e["m"], orders)
         check(schedule)
         done = run(schedule, e["F"], e["B"], e["W"], e["comm"])
         assert done.makespan == pytest.approx(e["makespan"], rel=1e-9)
-        assert max(done.span(r) for r in range(e["p"])) == pytest.approx(e["max_stage_span"], rel=1e-9)
+        assert max(done.span(r) for r in range(e["p"])) == pytest.approx(
+            e["max_stage_span"], rel=1e-9
+        )
         for name, kept in (("freedB", 0.0), ("half", 0.5), ("actfreedW", 1.0)):
             assert peaks(schedule, kept) == e[f"peak_F_units_{name}"]
 
@@ -63,7 +71,9 @@ def test_all_zero_bubble_orders_replay():
 @needs_data
 def test_v_half_and_v_min_are_as_fast_as_published():
     """With F = B = W and the same limits; V-Half takes the published time, V-Min that or less."""
-    for e in (e for e in data("schedules_zb.json")["schedules"] if e["schedule"] in ("VHALF", "VMIN")):
+    for e in (
+        e for e in data("schedules_zb.json")["schedules"] if e["schedule"] in ("VHALF", "VMIN")
+    ):
         ours = schedule_named(e["schedule"], e["p"], e["m"])
         assert max(peaks(ours, 1.0)) <= max(e["peak_F_units_actfreedW"])
         if e["F"] == e["B"] == e["W"]:
@@ -90,7 +100,10 @@ def test_dualpipe_is_the_published_order():
         half, last = e["N"] // 2, e["P"] - 1
         slots = tuple(
             tuple(
-                tuple(Step(MARKS[k[0]], last - rank if up else rank, i + up * half) for k, up, i in slot)
+                tuple(
+                    Step(MARKS[k[0]], last - rank if up else rank, i + up * half)
+                    for k, up, i in slot
+                )
                 for slot in order
             )
             for rank, order in enumerate(e["orders"])
@@ -99,13 +112,17 @@ def test_dualpipe_is_the_published_order():
 
 
 @needs_data
-@pytest.mark.parametrize("file", [f for f in FILES if not f.name.startswith("sail")], ids=lambda f: f.stem)
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if not f.name.startswith("sail")], ids=lambda f: f.stem
+)
 def test_torch_files(file):
     """Read, replayed, written again, and made by our own generator of that name."""
     name, p, m = re.fullmatch(r"(\w+)_p(\d+)_m(\d+)", file.stem).groups()  # type: ignore[union-attr]
     if name == "1F1B":
         with pytest.raises(PlanError, match="0 times"):
-            from_torch_csv(file.read_text())  # its last row runs no forward pass of the first microbatch
+            from_torch_csv(
+                file.read_text()
+            )  # its last row runs no forward pass of the first microbatch
         return
     schedule = from_torch_csv(file.read_text())
     check(schedule)
@@ -180,7 +197,9 @@ def test_idle_of_dualpipe(p, more, both, weight):
     check(schedule)
     done = run(schedule, both, both, weight)
     pair = 2 * both + weight
-    assert max(done.idle(r) for r in range(p)) == pytest.approx((p / 2 - 1) * (pair + both - 2 * weight), abs=1e-9)
+    assert max(done.idle(r) for r in range(p)) == pytest.approx(
+        (p / 2 - 1) * (pair + both - 2 * weight), abs=1e-9
+    )
 
 
 def test_names_and_needs():
@@ -236,7 +255,9 @@ def test_sends_in_another_order_than_their_receives_are_found():
     lists = [list(one) for one in instructions(schedule_named("gpipe", 2, 2))]
     moves = [i for i, one in enumerate(lists[1]) if one.what == "receive-activation"]
     lists[1][moves[0]], lists[1][moves[1]] = lists[1][moves[1]], lists[1][moves[0]]
-    with pytest.raises(PlanError, match="ranks wait for ever: rank 0 at 0SEND_F0>1, rank 1 at 1RECV_F1<0"):
+    with pytest.raises(
+        PlanError, match="ranks wait for ever: rank 0 at 0SEND_F0>1, rank 1 at 1RECV_F1<0"
+    ):
         check_instructions(lists)
     early = [list(one) for one in instructions(schedule_named("gpipe", 2, 1))]
     early[1].insert(0, early[1].pop(1))

@@ -70,7 +70,9 @@ def test_plan_honours_every_pin(run, tmp_path):
 def test_equal_seeds_give_equal_plans(run, tmp_path):
     for name in ("a.json", "b.json"):
         run("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", *QUICK, "-o", name)
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes(), "no clock in it"
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes(), (
+        "no clock in it"
+    )
 
 
 def test_show_prints_what_plan_printed_and_writes_html(run, plan_file, tmp_path):
@@ -124,7 +126,9 @@ def stateless(): return (lambda w, x: jnp.sum(w @ x)), shape, shape
 
 def test_a_step_of_ones_own_with_any_number_of_arguments(run, tmp_path):
     (tmp_path / "own.py").write_text(STEPS)
-    code, out, err = run("plan", "--model", "own.py:four", "--cluster", "8xcpu", *QUICK, "-o", "p.json")
+    code, out, err = run(
+        "plan", "--model", "own.py:four", "--cluster", "8xcpu", *QUICK, "-o", "p.json"
+    )
     assert code == 0, err
     code, out, err = run("run", "p.json", "--steps", "2", "--verify")
     assert code == 0 and len(out.splitlines()) == 2, err
@@ -170,7 +174,10 @@ def test_what_goes_wrong_in_a_users_file_is_said_with_its_line(run, tmp_path, na
 
 def test_a_step_without_state_cannot_be_trained(run, tmp_path):
     (tmp_path / "own.py").write_text(STEPS)
-    assert run("plan", "--model", "own.py:stateless", "--cluster", "8xcpu", *QUICK, "-o", "p.json")[0] == 0
+    assert (
+        run("plan", "--model", "own.py:stateless", "--cluster", "8xcpu", *QUICK, "-o", "p.json")[0]
+        == 0
+    )
     code, _, err = run("run", "p.json")
     assert code == 2 and "does not return its state first" in err
 
@@ -195,7 +202,9 @@ def test_a_plan_that_was_changed_is_refused(run, plan_file, tmp_path, damage):
 def test_a_link_stays_a_link_and_nothing_half_written_stays(run, tmp_path, monkeypatch):
     (tmp_path / "real.json").write_text("old")
     (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
-    assert run("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", *QUICK, "-o", "link.json")[0] == 0
+    assert (
+        run("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", *QUICK, "-o", "link.json")[0] == 0
+    )
     assert (tmp_path / "link.json").is_symlink() and load_plan(tmp_path / "real.json")
     before = sorted(p.name for p in tmp_path.iterdir())
 
@@ -203,7 +212,9 @@ def test_a_link_stays_a_link_and_nothing_half_written_stays(run, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    code, _, err = run("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", *QUICK, "-o", "other.json")
+    code, _, err = run(
+        "plan", "--model", "gpt-tiny", "--cluster", "8xcpu", *QUICK, "-o", "other.json"
+    )
     assert code == 2 and "No space left" in err
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
@@ -259,7 +270,16 @@ def test_a_plan_that_cannot_run_here_or_belongs_elsewhere_is_refused(run, plan_f
     assert run("show", "old.json")[0] == 5
     (tmp_path / "unmade.json").write_text(json.dumps({**data, "recipe": {}}))
     assert run("run", "unmade.json")[0] == 2
-    run("plan", "--model", "gpt-tiny", "--cluster", "16xcpu", *("--mesh", "16", "--time-limit", "20"), "-o", "big.json")
+    run(
+        "plan",
+        "--model",
+        "gpt-tiny",
+        "--cluster",
+        "16xcpu",
+        *("--mesh", "16", "--time-limit", "20"),
+        "-o",
+        "big.json",
+    )
     code, _, err = run("run", "big.json")
     assert code == 5 and "16 devices are asked for, and jax already runs with 8" in err
     code, _, err = run("run", plan_file, "--data", plan_file)
@@ -298,7 +318,17 @@ def test_a_step_of_the_users_own_file_is_planned_run_and_audited(run, tmp_path):
 
 def test_an_interrupt_returns_the_best_plan_so_far(tmp_path):
     """Ctrl-C while gpt3-13b is searched: a plan with its gap, saved, and exit code 0."""
-    words = ("plan", "--model", "gpt3-13b", "--cluster", "16xa100x8@hdr200", "--time-limit", "300", "--gap", "0")
+    words = (
+        "plan",
+        "--model",
+        "gpt3-13b",
+        "--cluster",
+        "16xa100x8@hdr200",
+        "--time-limit",
+        "300",
+        "--gap",
+        "0",
+    )
     command = [sys.executable, "-m", "meshwright", *words, "-o", str(tmp_path / "p.json")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, **pipes)
@@ -314,7 +344,15 @@ def test_an_interrupt_returns_the_best_plan_so_far(tmp_path):
 
 
 def test_an_interrupt_before_any_plan_exits_130(tmp_path):
-    words = ("plan", "--model", "gpt3-175b", "--cluster", "128xa100x8@hdr200", "-o", str(tmp_path / "p.json"))
+    words = (
+        "plan",
+        "--model",
+        "gpt3-175b",
+        "--cluster",
+        "128xa100x8@hdr200",
+        "-o",
+        str(tmp_path / "p.json"),
+    )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-m", "meshwright", *words], **pipes)
     for line in process.stderr:
@@ -331,7 +369,13 @@ def test_the_demo_shows_plan_losses_and_audit(run, tmp_path):
     (tmp_path / "text.txt").write_text("so much depends upon a red wheel barrow " * 500)
     code, out, err = run("demo", "--steps", "3", "--no-large", "--data", "text.txt")
     assert code == 0, err
-    for part in ("20,000 bytes of text.txt", "proof", "losses", "largest relative difference of 3 steps", "audit"):
+    for part in (
+        "20,000 bytes of text.txt",
+        "proof",
+        "losses",
+        "largest relative difference of 3 steps",
+        "audit",
+    ):
         assert part in out
     worst = float(out.partition("of 3 steps: ")[2].partition(",")[0])
     assert worst < 1e-3

@@ -153,7 +153,9 @@ def test_closings_far_apart_are_results_of_one_op():
     new, source = max(graph.types) + 1, graph.inputs[0]
     between = tuple(Op("neg", (source,), (new + k,)) for k in range(100))
     types = {**graph.types, **{op.outputs[0]: graph.types[source] for op in between}}
-    for split in range(at, len(graph.ops)):  # after every op that follows, between any two closings too
+    for split in range(
+        at, len(graph.ops)
+    ):  # after every op that follows, between any two closings too
         ops = (*graph.ops[:split], *between, *graph.ops[split:])
         found = with_attention(replace(graph, types=types, ops=ops))
         verify(found)

@@ -227,7 +227,9 @@ def test_nnx_modules_of_another_structure_are_another_program():
 def test_nnx_modules_may_hold_trees():
     class Holder(nnx.Module):
         def __init__(self, rngs):
-            self.parts = nnx.data({"linear": nnx.Linear(16, 8, rngs=rngs), "scale": (jnp.ones(8), {})})
+            self.parts = nnx.data(
+                {"linear": nnx.Linear(16, 8, rngs=rngs), "scale": (jnp.ones(8), {})}
+            )
 
         def __call__(self, x):
             return self.parts["linear"](x) * self.parts["scale"][0]

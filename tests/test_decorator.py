@@ -79,7 +79,9 @@ def test_results_feed_the_next_call_and_are_laid_out_as_planned():
 
 
 def test_keyword_arguments_and_any_pytree():
-    @functools.partial(jax.tree_util.register_dataclass, data_fields=["p", "n"], meta_fields=["tag"])
+    @functools.partial(
+        jax.tree_util.register_dataclass, data_fields=["p", "n"], meta_fields=["tag"]
+    )
     @dataclass
     class State:
         p: dict
@@ -212,7 +214,9 @@ def test_tolerances_are_those_of_the_precision_and_of_rounding():
 
 def test_a_lowered_program_refuses_other_arguments():
     params, batch = arguments()
-    running = mw.lower(mw.plan(step, params, batch, cluster="8xcpu", request=QUICK), step, params, batch)
+    running = mw.lower(
+        mw.plan(step, params, batch, cluster="8xcpu", request=QUICK), step, params, batch
+    )
     with pytest.raises(MismatchError, match=r"it takes float32\[\d+, \d+\], was given float32"):
         running(params, jax.tree.map(lambda x: x[: len(x) // 2], batch))
     with pytest.raises(MismatchError, match="made for other arguments"):
@@ -224,7 +228,11 @@ def test_a_step_is_compiled_once(caplog):
     with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
         for _ in range(4):
             params, _ = train(params, batch)
-    found = [r.getMessage() for r in caplog.records if "Finished XLA compilation of jit(step)" in r.getMessage()]
+    found = [
+        r.getMessage()
+        for r in caplog.records
+        if "Finished XLA compilation of jit(step)" in r.getMessage()
+    ]
     assert len(found) == 1, found
 
 
@@ -311,7 +319,9 @@ def test_side_effects_and_own_placements_are_refused_by_name():
 def test_an_op_without_a_rule_is_kept_whole_and_named():
     def own(params, batch):
         new, out = step(params, batch)
-        largest = jax.lax.reduce(params["up"], jnp.float32(0), lambda a, b: jnp.maximum(a, jnp.abs(b)), (0, 1))
+        largest = jax.lax.reduce(
+            params["up"], jnp.float32(0), lambda a, b: jnp.maximum(a, jnp.abs(b)), (0, 1)
+        )
         return new, {**out, "largest": largest}
 
     params, batch = arguments()

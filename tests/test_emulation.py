@@ -26,7 +26,11 @@ print(faults())
 def test_memory_that_is_kept_is_not_asked_for_again():
     """64 MiB, twice: the second time the pages are there."""
     kept, returned = (
-        int(subprocess.run([sys.executable, "-c", PAGES.format(keep=keep)], capture_output=True, check=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", PAGES.format(keep=keep)], capture_output=True, check=True
+            ).stdout
+        )
         for keep in ("keep_memory()", "")
     )
     assert returned < 1000 or kept < returned / 4  # huge pages: few faults either way
@@ -37,7 +41,9 @@ def test_a_plan_that_needs_more_than_this_machine_has_free_is_not_emulated(small
     monkeypatch.setattr(emulation, "free_bytes", lambda: 8 * each)
     check_room(small_plan, 8)
     monkeypatch.setattr(emulation, "free_bytes", lambda: 7 * each)
-    with pytest.raises(LoweringError, match=r"needs .* for 8 emulated devices, this machine has .* free"):
+    with pytest.raises(
+        LoweringError, match=r"needs .* for 8 emulated devices, this machine has .* free"
+    ):
         check_room(small_plan, 8)
     check_room(small_plan, 4)  # in one of two processes
 

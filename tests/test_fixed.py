@@ -28,7 +28,12 @@ def captured(name: str, **options):
 def fixed(name: str, parallelism: Parallelism, dropout: float | None = None, **options):
     example, found, folded = captured(name, dropout=dropout)
     plan = fixed_plan(
-        folded, Cluster.parse("8xcpu"), parallelism, name=name, fingerprint=fingerprint(found.graph), **options
+        folded,
+        Cluster.parse("8xcpu"),
+        parallelism,
+        name=name,
+        fingerprint=fingerprint(found.graph),
+        **options,
     )
     return example, found, plan
 
@@ -38,12 +43,20 @@ CASES = [
     ("gpt-tiny", Parallelism(dp=2, tp=4, sequence_parallel=True), {"recompute": "full"}),
     ("gpt-tiny", Parallelism(dp=4, tp=2, zero=3), {"microbatches": 2}),
     ("gpt-tiny", Parallelism(dp=4, tp=2), {"recompute": "selective"}),
-    ("gpt-tiny", Parallelism(dp=2, tp=4, sequence_parallel=True), {"recompute": "selective", "dropout": 0.2}),
+    (
+        "gpt-tiny",
+        Parallelism(dp=2, tp=4, sequence_parallel=True),
+        {"recompute": "selective", "dropout": 0.2},
+    ),
     ("gpt-tiny", Parallelism(dp=8, zero=3, shard_group=4), {}),
     ("llama-tiny", Parallelism(dp=4, tp=2, zero=1, shard_group=2), {}),
     ("llama-tiny", Parallelism(tp=4, dp=2, zero=1), {"recompute": "full"}),
     ("llama-tiny", Parallelism(dp=2, cp=4), {}),
-    ("llama-tiny", Parallelism(dp=4, tp=2, zero=3, sequence_parallel=True), {"recompute": "elementwise"}),
+    (
+        "llama-tiny",
+        Parallelism(dp=4, tp=2, zero=3, sequence_parallel=True),
+        {"recompute": "elementwise"},
+    ),
 ]
 
 

@@ -32,12 +32,18 @@ def kept():
     captured = make({"model": "gpt-tiny", "batch": 16, "layers": 8}).capture(True)
     frontiers: list[Frontier] = []
     plan = plan_captured(
-        captured, "8xh100x1@ib100", Request(pp="auto", schedule="1f1b"), "gpt-tiny", keep=frontiers.append
+        captured,
+        "8xh100x1@ib100",
+        Request(pp="auto", schedule="1f1b"),
+        "gpt-tiny",
+        keep=frontiers.append,
     )
     return captured, plan, frontiers[0]
 
 
-@pytest.mark.parametrize("hosts", [4, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 8, 12))])
+@pytest.mark.parametrize(
+    "hosts", [4, 7, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 8, 12))]
+)
 def test_as_fast_as_a_search_of_the_same_hosts(kept, hosts):
     captured, _, frontier = kept
     cluster = f"{hosts}xh100x1@ib100"
@@ -46,14 +52,19 @@ def test_as_fast_as_a_search_of_the_same_hosts(kept, hosts):
     assert anew.pipeline is not None and anew.cluster.size <= hosts
     assert anew.estimate.peak_bytes <= anew.estimate.limit_bytes
     assert anew.estimate.step_seconds <= 1.05 * searched.estimate.step_seconds
-    assert 0 < anew.proof.lower_bound <= searched.proof.lower_bound, "more is proven than by a search"
+    assert 0 < anew.proof.lower_bound <= searched.proof.lower_bound, (
+        "more is proven than by a search"
+    )
     spare = hosts - anew.cluster.hosts
     assert (f"{spare} spare" in anew.notes[-1]) == bool(spare)
 
 
 def test_devices_are_not_left_spare_where_all_are_faster():
     """18 units are three on six stages and on eight, but ends weigh less than layers, and eight are faster."""
-    captured, frontiers = make({"model": "gpt-tiny", "batch": 16, "layers": 8}).capture(True), list[Frontier]()
+    captured, frontiers = (
+        make({"model": "gpt-tiny", "batch": 16, "layers": 8}).capture(True),
+        list[Frontier](),
+    )
     cluster = Cluster.parse("8xa100x1@ib100")
     plan = plan_captured(
         captured, cluster, Request(pp="auto", schedule="1f1b"), "gpt-tiny", keep=frontiers.append
@@ -116,7 +127,9 @@ def test_pins_hold_and_devices_of_a_host_that_are_spare_are_told():
 
 def test_what_cannot_be_planned_anew(kept, tmp_path):
     _, _, frontier = kept
-    with pytest.raises(InfeasibleError, match=r"can be dealt out to 1 device\.\n.*has two stages at least") as one:
+    with pytest.raises(
+        InfeasibleError, match=r"can be dealt out to 1 device\.\n.*has two stages at least"
+    ) as one:
         frontier.replanned(Cluster.parse("1xh100x1"))
     assert "may be used" not in str(one.value), "memory is not the reason"
     full = frontier.model_copy(update={"request": {**frontier.request, "memory": 1e5}})
@@ -137,18 +150,34 @@ def test_what_cannot_be_planned_anew(kept, tmp_path):
 
 def damaged(data: Any, deep: int = 4) -> Iterator[tuple[str, Any]]:
     """Copies of JSON with one place missing, of another type or of another value, and the place's name."""
-    keys = list(data) if isinstance(data, dict) else sorted({0, len(data) - 1} & set(range(len(data))))
+    keys = (
+        list(data) if isinstance(data, dict) else sorted({0, len(data) - 1} & set(range(len(data))))
+    )
     for key in keys if len(keys) < 20 else keys[:2]:
-        rest = {k: v for k, v in data.items() if k != key} if isinstance(data, dict) else data[:key] + data[key + 1 :]
+        rest = (
+            {k: v for k, v in data.items() if k != key}
+            if isinstance(data, dict)
+            else data[:key] + data[key + 1 :]
+        )
         was = data[key]
-        other = was + was[-1:] if isinstance(was, list | str) and was else not was if isinstance(was, bool) else 7
+        other = (
+            was + was[-1:]
+            if isinstance(was, list | str) and was
+            else not was
+            if isinstance(was, bool)
+            else 7
+        )
         if other == was:
             other = 8
         inner = list(damaged(was, deep - 1)) if deep and isinstance(was, list | dict) else []
         found = [("", [was]), ("", other), *inner]
         yield f"{key}", rest
         for name, value in found:
-            changed = {**data, key: value} if isinstance(data, dict) else [*data[:key], value, *data[key + 1 :]]
+            changed = (
+                {**data, key: value}
+                if isinstance(data, dict)
+                else [*data[:key], value, *data[key + 1 :]]
+            )
             yield f"{key}.{name}", changed
 
 
@@ -173,22 +202,35 @@ def test_the_command_refuses_a_damaged_frontier(kept, tmp_path, monkeypatch, cap
     text = sealed(kept[2])
     place.write_text(text.replace(was, becomes, 1))
     assert place.read_text() != text
-    monkeypatch.setattr(sys, "argv", ["meshwright", "replan", str(place), "--cluster", "4xh100x1@ib100"])
+    monkeypatch.setattr(
+        sys, "argv", ["meshwright", "replan", str(place), "--cluster", "4xh100x1@ib100"]
+    )
     with pytest.raises(SystemExit) as ended:
         main()
     said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.startswith("PlanError") and str(place) in said and "  try  " in said
+    assert (
+        ended.value.code == 2
+        and said.startswith("PlanError")
+        and str(place) in said
+        and "  try  " in said
+    )
 
 
 def test_the_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     step = ["plan", "--model", "gpt-tiny", "--layers", "8", "--batch", "16"]
-    made = CliRunner().invoke(app, [*step, "--cluster", "8xh100x1@ib100", "--pp", "4", "--frontier", "kept.json"])
+    made = CliRunner().invoke(
+        app, [*step, "--cluster", "8xh100x1@ib100", "--pp", "4", "--frontier", "kept.json"]
+    )
     assert made.exit_code == 0, made.output
-    anew = CliRunner().invoke(app, ["replan", "kept.json", "--cluster", "7xh100x1@ib100", "-o", "anew.json"])
+    anew = CliRunner().invoke(
+        app, ["replan", "kept.json", "--cluster", "7xh100x1@ib100", "-o", "anew.json"]
+    )
     assert anew.exit_code == 0 and "4 of 7 hosts are used, 3 spare" in anew.output
     shown = CliRunner().invoke(app, ["show", "anew.json"])
     assert shown.exit_code == 0 and "pipeline parallel 4" in shown.output
-    flat = CliRunner().invoke(app, [*step, "--cluster", "8xh100x1@ib100", "--frontier", "flat.json"])
+    flat = CliRunner().invoke(
+        app, [*step, "--cluster", "8xh100x1@ib100", "--frontier", "flat.json"]
+    )
     assert flat.exit_code != 0 and not (tmp_path / "flat.json").exists()
     assert "searching" not in flat.output, "refused before the search"

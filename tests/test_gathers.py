@@ -19,14 +19,21 @@ from meshwright.planner.request import Request
 def planned(name: str, memory: float, microbatches: int):
     example = build(name, optimizer="sgd", dtype="f32")
     captured = capture(example.step, example.state, example.batch, donate_argnums=0)
-    request = Request(mesh=(8,), microbatches=microbatches, recompute="none", memory=memory, gap=0.05)
+    request = Request(
+        mesh=(8,), microbatches=microbatches, recompute="none", memory=memory, gap=0.05
+    )
     return plan_captured(captured, "8xcpu", request, name), captured
 
 
 @pytest.mark.parametrize(
     ("name", "memory", "microbatches", "share"),
     [
-        ("gpt-tiny", 2.76e6, 1, 0.15),  # 13 of 25 gathers and 26 % more memory where they are not tied
+        (
+            "gpt-tiny",
+            2.76e6,
+            1,
+            0.15,
+        ),  # 13 of 25 gathers and 26 % more memory where they are not tied
         pytest.param("gpt-tiny", 1.83e6, 2, 0.15, marks=pytest.mark.slow),  # 33 of 41, 20 %
         pytest.param("llama-tiny-scan", 1.85e6, 1, 0.3, marks=pytest.mark.slow),  # 9 of 14
     ],
@@ -44,7 +51,9 @@ def test_a_weight_waits_for_other_values_in_the_two_passes():
     """For an activation in the forward pass, for the gradient of one in the backward pass."""
     example = build("gpt-tiny")
     program = prepare(fold(capture(example.step, example.state, example.batch).graph).whole, "none")
-    phase_of = {v: p for op, p in zip(program.graph.ops, program.phases, strict=True) for v in op.outputs}
+    phase_of = {
+        v: p for op, p in zip(program.graph.ops, program.phases, strict=True) for v in op.outputs
+    }
     found = ties(program)
     copies = [op for op in program.graph.ops if op.kind == "copy" and op.outputs[0] in found]
     assert len(copies) > 30

@@ -90,7 +90,10 @@ def test_json_leaves_nothing_open():
     ):  # fmt: skip
         with pytest.raises(PlanError, match=complaint):
             read_object(text, kind, "here")
-    assert read_object('{"a": -9223372036854775807, "b": -0.5}', kind, "here") == {"a": 1 - 2**63, "b": -0.5}
+    assert read_object('{"a": -9223372036854775807, "b": -0.5}', kind, "here") == {
+        "a": 1 - 2**63,
+        "b": -0.5,
+    }
 
 
 def test_sizes_are_bounded(tmp_path):
@@ -116,7 +119,9 @@ def test_what_unpacks_without_end_is_refused():
     assert unpacked(gzip.compress(b"{}"), "right", kind) == unpacked(b"{}", "plain", kind) == b"{}"
 
 
-BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
 GOOD = """
 devices: {h100: {preset: h100}}
 groups: [{device: h100, hosts: 2, per_host: 8}]
@@ -136,7 +141,10 @@ fabric: [{preset: nvlink4}, {preset: ib400}]
         ("devices: 2001-99-99", "holds what is no value"),
         ("devices: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         (GOOD.replace("hosts: 2", "hosts: .inf"), "`hosts` is `inf`; it should be a finite number"),
-        (GOOD.replace("per_host: 8", "per_host: .nan"), "`per_host` is `nan`; it should be a finite number"),
+        (
+            GOOD.replace("per_host: 8", "per_host: .nan"),
+            "`per_host` is `nan`; it should be a finite number",
+        ),
         (GOOD.replace("hosts: 2", "hosts: '²'"), "`²` is not a pattern of hosts"),
         (GOOD.replace("hosts: 2", "hosts: 9000000000000000000"), "less than or equal to 1000000"),
         (GOOD.replace("hosts: 2", "hosts: 'a[1-9999]b[1-9999]'"), "names more than 100000 hosts"),
@@ -190,7 +198,9 @@ def test_how_a_users_file_ends_is_told_as_its_own(tmp_path, text):
 
 
 def test_a_step_that_ends_python_is_refused(tmp_path):
-    (tmp_path / "own_step.py").write_text("def step(x):\n    raise SystemExit(0)\ndef make():\n    return step, 1.0")
+    (tmp_path / "own_step.py").write_text(
+        "def step(x):\n    raise SystemExit(0)\ndef make():\n    return step, 1.0"
+    )
     with pytest.raises(UsageError, match="the step ended Python: SystemExit: 0"):
         make({"model": f"{tmp_path / 'own_step.py'}:make"}).capture()
 

@@ -59,7 +59,9 @@ def test_one_group_of_a_cluster_by_itself(tmp_path):
 def test_a_pipeline_over_both_kinds_beats_either_alone(tmp_path):
     whole, found = cluster(tmp_path), captured()
     plan = plan_captured(found, whole, REQUEST, "gpt")
-    alone = [plan_captured(found, whole.only(i), REQUEST, "gpt").estimate.step_seconds for i in range(2)]
+    alone = [
+        plan_captured(found, whole.only(i), REQUEST, "gpt").estimate.step_seconds for i in range(2)
+    ]
     assert plan.cluster == whole and plan.pipeline is not None
     assert set(plan.pipeline.programs) == {"stages"}
     assert plan.proof.lower_bound <= plan.estimate.step_seconds < min(alone)
@@ -105,7 +107,11 @@ def test_requests_that_unlike_devices_cannot_meet(tmp_path):
     with pytest.raises(PlanError, match="interleaved puts several stages on a rank"):
         plan_captured(found, whole, replace(REQUEST, pp=8, schedule="interleaved"), "gpt")
     plan = plan_captured(found, whole, replace(REQUEST, schedule="interleaved"), "gpt")
-    assert plan.cluster.size == 4 and plan.pipeline is not None and plan.pipeline.schedule == "interleaved"
+    assert (
+        plan.cluster.size == 4
+        and plan.pipeline is not None
+        and plan.pipeline.schedule == "interleaved"
+    )
     assert any("4 devices are left idle" in note for note in plan.notes)
     assert "several stages on one rank, where groups are unlike" in plan.proof.left_out
     with pytest.raises(InfeasibleError, match="neither on one group of devices nor on all"):
@@ -120,7 +126,10 @@ def test_it_trains_as_one_device_does(tmp_path):
         donate_argnums=0,
     )  # fmt: skip
     plain, state = jax.jit(example.step), example.init(jax.random.key(0))
-    other, batch = jax.tree.map(lambda x: x.copy(), state), example.make_batch(np.random.default_rng(0))
+    other, batch = (
+        jax.tree.map(lambda x: x.copy(), state),
+        example.make_batch(np.random.default_rng(0)),
+    )
     for _ in range(3):
         state, loss = step(state, batch)
         other, expected = plain(other, batch)

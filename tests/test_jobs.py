@@ -19,7 +19,18 @@ from meshwright.pricing import Experts, Latent, Setting, Shape, price_job
 HOST = Cluster.parse("b200x8")
 LLAMA = Shape("llama", 8, 4096, 32, 8, 14336, 32768, 8192)
 MIXTRAL = Shape("mixtral", 8, 4096, 32, 8, 14336, 32768, 4096, experts=Experts(8, 2, 14336))
-DEEPSEEK = Shape("deepseek", 8, 2048, 16, 16, 8192, 32768, 2048, experts=Experts(32, 4, 1024, 1024, 1), latent=Latent())
+DEEPSEEK = Shape(
+    "deepseek",
+    8,
+    2048,
+    16,
+    16,
+    8192,
+    32768,
+    2048,
+    experts=Experts(32, 4, 1024, 1024, 1),
+    latent=Latent(),
+)
 
 
 def parts(shape: Shape, parallelism: Parallelism, setting: Setting | None = None) -> Parts:
@@ -28,17 +39,24 @@ def parts(shape: Shape, parallelism: Parallelism, setting: Setting | None = None
 
 
 def price(shape: Shape, parallelism: Parallelism, setting: Setting | None = None, batch: int = 8):
-    return price_job(shape, parallelism, HOST, global_batch=batch, microbatch=1, setting=setting or Setting())
+    return price_job(
+        shape, parallelism, HOST, global_batch=batch, microbatch=1, setting=setting or Setting()
+    )
 
 
 def moved(work: Work, kind: str, axis: str) -> float:
     """Bytes of one layer that one device has of these collectives, small ones left out."""
-    return sum(c.nbytes for c in work.collectives if (c.kind, c.axes) == (kind, (axis,)) and c.nbytes > 1e6)
+    return sum(
+        c.nbytes for c in work.collectives if (c.kind, c.axes) == (kind, (axis,)) and c.nbytes > 1e6
+    )
 
 
 # ---------------------------------------------------------------- context parallelism
 
-QUERY, KEY = 8192 * 4096 * 2 / 8, 8192 * 1024 * 2 / 8  # bytes of q (or the result) and of k (or v) on one of 8 devices
+QUERY, KEY = (
+    8192 * 4096 * 2 / 8,
+    8192 * 1024 * 2 / 8,
+)  # bytes of q (or the result) and of k (or v) on one of 8 devices
 
 
 def test_heads_are_cut_by_all_to_all_before_and_after_attention():
@@ -59,22 +77,30 @@ def test_keys_and_values_are_gathered_and_their_gradients_scattered():
     assert moved(layer.forward, "all_gather", "cp") == 2 * 8 * KEY
     assert moved(layer.backward, "all_gather", "cp") == 2 * 8 * KEY
     assert moved(layer.backward, "reduce_scatter", "cp") == 2 * 8 * KEY
-    assert moved(layer.forward, "all_to_all", "cp") == moved(layer.backward, "all_to_all", "cp") == 0
+    assert (
+        moved(layer.forward, "all_to_all", "cp") == moved(layer.backward, "all_to_all", "cp") == 0
+    )
 
 
 def test_all_kinds_of_context_parallelism_compute_the_same():
     """A rank's work is an eighth of the whole; exchange is what a kind adds, and a ring hides it."""
-    seconds = {k: price(LLAMA, Parallelism(cp=8, cp_kind=k)).seconds for k in ("all_gather", "p2p", "a2a")}
+    seconds = {
+        k: price(LLAMA, Parallelism(cp=8, cp_kind=k)).seconds for k in ("all_gather", "p2p", "a2a")
+    }
     assert seconds["all_gather"]["compute"] == pytest.approx(seconds["a2a"]["compute"], rel=0.02)
     assert seconds["p2p"]["exchange"] < 0.5 * seconds["all_gather"]["exchange"]
     whole = parts(LLAMA, Parallelism())["layer"].forward
     share = parts(LLAMA, Parallelism(cp=8))["layer"].forward
     assert share.flop == whole.flop
-    assert whole.compute / 8 < share.compute < whole.compute / 5  # small products reach less of the peak
+    assert (
+        whole.compute / 8 < share.compute < whole.compute / 5
+    )  # small products reach less of the peak
 
 
 def test_zero_cuts_state_over_data_and_context_ranks():
-    across = [price(LLAMA, Parallelism(dp=8 // cp, cp=cp, zero=1)).memory[0]["state"] for cp in (1, 2, 8)]
+    across = [
+        price(LLAMA, Parallelism(dp=8 // cp, cp=cp, zero=1)).memory[0]["state"] for cp in (1, 2, 8)
+    ]
     assert across == pytest.approx([across[0]] * 3, rel=1e-6)
 
 
@@ -156,21 +182,29 @@ def test_experts_that_are_not_there_are_refused():
 
 
 def test_less_fusion_is_slower_and_holds_more():
-    found = {f: price(LLAMA, Parallelism(dp=8, zero=3), Setting("full", fusion=f)) for f in ("all", "layers", "none")}
+    found = {
+        f: price(LLAMA, Parallelism(dp=8, zero=3), Setting("full", fusion=f))
+        for f in ("all", "layers", "none")
+    }
     assert found["all"].step < found["layers"].step < found["none"].step
     assert found["all"].peak < found["layers"].peak
 
 
 def test_a_loss_that_is_not_fused_holds_three_wide_copies_of_the_logits():
     logits = 8192 * 32768 * 4
-    fused, eager = (parts(LLAMA, Parallelism(dp=8), Setting("full", fusion=f)) for f in ("all", "layers"))
+    fused, eager = (
+        parts(LLAMA, Parallelism(dp=8), Setting("full", fusion=f)) for f in ("all", "layers")
+    )
     held = [p.transient + p["head"].saved for p in (fused, eager)]
     assert held[0] < 2 * logits
     assert 3 * logits < held[1] < 4 * logits
 
 
 def test_compiled_layers_cost_the_same_whatever_becomes_of_the_loss():
-    fused, eager = (parts(LLAMA, Parallelism(dp=8), Setting("full", fusion=f))["layer"] for f in ("all", "layers"))
+    fused, eager = (
+        parts(LLAMA, Parallelism(dp=8), Setting("full", fusion=f))["layer"]
+        for f in ("all", "layers")
+    )
     assert (fused.forward.compute, fused.backward.compute) == pytest.approx(
         (eager.forward.compute, eager.backward.compute), rel=0.01
     )
@@ -178,7 +212,11 @@ def test_compiled_layers_cost_the_same_whatever_becomes_of_the_loss():
 
 def test_gathers_in_fp8_carry_half_the_bytes():
     wide, narrow = (
-        price(LLAMA, Parallelism(tp=8, sequence_parallel=True), Setting("full", products="fp8", gathers=g)).seconds
+        price(
+            LLAMA,
+            Parallelism(tp=8, sequence_parallel=True),
+            Setting("full", products="fp8", gathers=g),
+        ).seconds
         for g in ("bf16", "fp8")
     )
     assert 0.5 * wide["exchange"] < narrow["exchange"] < 0.9 * wide["exchange"]
@@ -189,7 +227,9 @@ def test_gathers_in_fp8_carry_half_the_bytes():
 def test_attention_with_few_heads_leaves_multiprocessors_idle():
     """An eighth of the heads takes more than an eighth of the seconds."""
     wide, narrow = (
-        parts(replace(LLAMA, seq=2048), Parallelism(tp=tp, sequence_parallel=tp > 1))["layer"].forward.attention
+        parts(replace(LLAMA, seq=2048), Parallelism(tp=tp, sequence_parallel=tp > 1))[
+            "layer"
+        ].forward.attention
         for tp in (1, 8)
     )
     assert narrow > 1.3 * wide / 8
@@ -199,7 +239,9 @@ def test_gradients_of_experts_with_few_tokens_take_as_long_as_their_bytes():
     """Two tokens per expert: the backward pass reads and writes every gradient in fp32."""
     few = replace(MIXTRAL, seq=128, experts=Experts(64, 1, 14336))
     gradients = 64 * 3 * 4096 * 14336 / 8
-    assert parts(few, Parallelism(dp=8, ep=8))["layer"].backward.compute > HOST.device.stream_seconds(8 * gradients)
+    assert parts(few, Parallelism(dp=8, ep=8))[
+        "layer"
+    ].backward.compute > HOST.device.stream_seconds(8 * gradients)
 
 
 def test_what_the_embedding_owes_is_paid_once_whatever_the_depth():
@@ -207,6 +249,9 @@ def test_what_the_embedding_owes_is_paid_once_whatever_the_depth():
     gpt = Shape("gpt", 8, 4096, 32, 32, 16384, 51200, 2048)
     for shape in (gpt, replace(gpt, dropout=0.1)):
         found = parts(shape, Parallelism(tp=8))
-        sums = {place: moved(found[place].forward, "all_reduce", "tp") for place in ("embedding", "layer")}
+        sums = {
+            place: moved(found[place].forward, "all_reduce", "tp")
+            for place in ("embedding", "layer")
+        }
         assert sums["embedding"] == pytest.approx(2 * 2048 * 4096, rel=0.01)
         assert sums["layer"] == pytest.approx(2 * 2 * 2048 * 4096, rel=0.01)

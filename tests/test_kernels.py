@@ -28,7 +28,9 @@ from meshwright.planner.space import build as build_space
 )
 def test_f32_products_are_multiplied_as_xla_does(precision, cluster, dtype):
     square = jax.ShapeDtypeStruct((8, 8), jnp.float32)
-    graph = capture(lambda a, b: jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision), square, square).graph
+    graph = capture(
+        lambda a, b: jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision), square, square
+    ).graph
     (product,) = (op for op in graph.ops if op.kind == "dot_general")
     assert multiplied_as(product, graph.types, Cluster.parse(cluster).device) == dtype
 
@@ -38,7 +40,9 @@ def test_the_more_is_recomputed_the_longer_a_step_takes():
     small = fold(capture(example.step, example.state, example.batch, donate_argnums=0).graph).small
     cost, seconds = Roofline(Cluster.parse("h100x1")), []
     for policy in ("none", "elementwise", "full"):
-        space = build_space(prepare(small, policy), 1, cost, Layouts(cost.collectives(Mesh.of(x=1))))
+        space = build_space(
+            prepare(small, policy), 1, cost, Layouts(cost.collectives(Mesh.of(x=1)))
+        )
         seconds.append(sum(float(own[0]) * space.runs[tag] for tag, own in space.own.items()))
     assert seconds == sorted(seconds) and seconds[-1] > 1.1 * seconds[0]
 

@@ -28,13 +28,19 @@ def wide(small_plan):
 
 
 def test_slurm_starts_a_process_on_each_host(wide):
-    assert shown(wide, "slurm") == "srun --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 meshwright run p.json"
+    assert (
+        shown(wide, "slurm")
+        == "srun --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 meshwright run p.json"
+    )
     assert "--ntasks-per-node=8 --gpus-per-node=8" in shown(wide, "slurm", 8)
 
 
 def test_part_of_a_host_is_one_process(small_plan):
     plan = on(small_plan, "4xh100x8@ib400", 4)
-    assert shown(plan, "slurm") == "srun --nodes=1 --ntasks-per-node=1 --gpus-per-node=4 meshwright run p.json"
+    assert (
+        shown(plan, "slurm")
+        == "srun --nodes=1 --ntasks-per-node=1 --gpus-per-node=4 meshwright run p.json"
+    )
     assert shown(plan, "jax") == "meshwright run p.json"
 
 
@@ -50,7 +56,10 @@ def test_torchrun_meets_on_the_first_host(wide):
 def test_jax_has_a_line_for_each_process(wide):
     rows = shown(wide, "jax").splitlines()
     assert len(rows) == 5
-    assert rows[4] == "meshwright run p.json --coordinator $HOST0:8476 --processes 4 --process 3  # on host 3"
+    assert (
+        rows[4]
+        == "meshwright run p.json --coordinator $HOST0:8476 --processes 4 --process 3  # on host 3"
+    )
 
 
 def test_on_one_host_the_lines_run_as_they_stand(small_plan):
@@ -67,7 +76,9 @@ def test_hosts_are_called_by_their_names(small_plan):
     plan = plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"groups": (named,)})})
     assert "--nodelist=gpu04,gpu05" in shown(plan, "slurm")
     assert "--rdzv-endpoint=gpu04:8476" in shown(plan, "torchrun")
-    assert shown(plan, "jax").endswith("--coordinator gpu04:8476 --processes 2 --process 1  # on gpu05")
+    assert shown(plan, "jax").endswith(
+        "--coordinator gpu04:8476 --processes 2 --process 1  # on gpu05"
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +97,10 @@ def test_what_does_not_fit_is_refused(small_plan, devices, per_host, launcher, m
 
 def test_for_unlike_hosts_the_line_of_a_process_is_shown(small_plan):
     cluster = Path(__file__).parent.parent / "benchmarks/clusters/a100_v100.yaml"
-    with pytest.raises(UsageError, match=r"not alike(.|\n)*meshwright run PLAN --coordinator \S+:8476 --processes N"):
+    with pytest.raises(
+        UsageError,
+        match=r"not alike(.|\n)*meshwright run PLAN --coordinator \S+:8476 --processes N",
+    ):
         shown(on(small_plan, str(cluster), 24), "slurm", 1)
 
 
@@ -94,9 +108,22 @@ def test_the_command_prints_lines_to_copy(small_plan, tmp_path, monkeypatch, cap
     save_plan(small_plan, tmp_path / "my plan.json")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        sys, "argv", ["meshwright", "launch", "my plan.json", "--with", "slurm", "--run", "--steps 100 --verify"]
+        sys,
+        "argv",
+        [
+            "meshwright",
+            "launch",
+            "my plan.json",
+            "--with",
+            "slurm",
+            "--run",
+            "--steps 100 --verify",
+        ],
     )
     with pytest.raises(SystemExit):
         main()
     out = capsys.readouterr().out
-    assert out == "srun --nodes=1 --ntasks-per-node=1 meshwright run 'my plan.json' --steps 100 --verify\n"
+    assert (
+        out
+        == "srun --nodes=1 --ntasks-per-node=1 meshwright run 'my plan.json' --steps 100 --verify\n"
+    )

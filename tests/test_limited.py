@@ -26,11 +26,16 @@ from .exact_schedules import optimum
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "pipeline" / "schedules_zb.json"
 
 
-def case(seed: int, ranks: int, microbatches: int, chunks: int = 1) -> tuple[list[StageSeconds], Held]:
+def case(
+    seed: int, ranks: int, microbatches: int, chunks: int = 1
+) -> tuple[list[StageSeconds], Held]:
     """Whole seconds and sizes at random; limits with room for one microbatch up to all."""
     rng = random.Random(seed)
     send, n = rng.choice((0, 1, 2)), ranks * chunks
-    stages = [StageSeconds(rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 9), send) for _ in range(n)]
+    stages = [
+        StageSeconds(rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 9), send)
+        for _ in range(n)
+    ]
     forward, kept = ([rng.randint(low, 5) for _ in range(n)] for low in (2, 1))
     folds = placements(ranks, chunks)
     least = [max(sum(forward[s] for s in fold[rank]) for fold in folds) for rank in range(ranks)]
@@ -90,7 +95,9 @@ def test_what_is_found_runs_fits_and_beats_the_catalogue(seed, ranks, microbatch
             except PlanError:
                 continue
             if held.fits(known):
-                assert found.seconds <= simulate(pipeline_tasks(known, stages)).makespan * (1 + 1e-9)
+                assert found.seconds <= simulate(pipeline_tasks(known, stages)).makespan * (
+                    1 + 1e-9
+                )
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 6))
@@ -119,7 +126,9 @@ def test_as_fast_as_published_zero_bubble_schedules(chunks):
         found = search_schedule([seconds] * len(part), held, e["m"])
         assert found.seconds <= e["makespan"] * (1 + 1e-9 if chunks == 1 else 1.01)
         if chunks == 1:
-            assert max(found.run.span(rank) for rank in range(e["p"])) <= e["max_stage_span"] * (1 + 1e-9)
+            assert max(found.run.span(rank) for rank in range(e["p"])) <= e["max_stage_span"] * (
+                1 + 1e-9
+            )
 
 
 # ---------------------------------------------------------------- limits
@@ -127,10 +136,15 @@ def test_as_fast_as_published_zero_bubble_schedules(chunks):
 
 def test_more_memory_is_never_slower_and_the_least_is_one_microbatch():
     stages = [StageSeconds(5, 6, 4, 0.1)] * 4
-    seconds = [search_schedule(stages, Held([1] * 4, [0.5] * 4, [limit] * 4), 8).seconds for limit in range(1, 9)]
+    seconds = [
+        search_schedule(stages, Held([1] * 4, [0.5] * 4, [limit] * 4), 8).seconds
+        for limit in range(1, 9)
+    ]
     assert seconds == sorted(seconds, reverse=True)
     assert seconds[-1] < seconds[3] < 0.7 * seconds[0]
-    with pytest.raises(InfeasibleError, match="rank 0 has no room for one microbatch: it takes 1 B") as error:
+    with pytest.raises(
+        InfeasibleError, match="rank 0 has no room for one microbatch: it takes 1 B"
+    ) as error:
         search_schedule(stages, Held([1] * 4, [0.5] * 4, [0.9] * 4), 8)
     assert (error.value.needed_bytes, error.value.limit_bytes) == (1, 0.9)
 
@@ -139,7 +153,9 @@ def test_a_refusal_counts_what_a_rank_always_holds():
     stages = [StageSeconds(1, 1, 1)] * 2
     gib = 2.0**30
     held = Held([gib] * 2, [gib] * 2, [8 * gib] * 2, static=[2 * gib, 7.5 * gib])
-    with pytest.raises(InfeasibleError, match=r"rank 1 .* takes 8.5 GiB, the limit is 8 GiB") as error:
+    with pytest.raises(
+        InfeasibleError, match=r"rank 1 .* takes 8.5 GiB, the limit is 8 GiB"
+    ) as error:
         search_schedule(stages, held, 4)
     assert "7.5 GiB are always taken" in str(error.value)
     assert "a limit of 8.5 GiB" in str(error.value)

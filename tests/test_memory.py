@@ -62,14 +62,27 @@ def test_recompute_needs_less_the_more_it_recomputes(name):
 def test_the_backward_pass_goes_on_from_what_holds_a_copy_back(name, policy):
     """XLA drops what a barrier holds and nobody reads; the copies would then be free to start early."""
     example = build(name)
-    program = prepare(fold(capture(example.step, example.state, example.batch, donate_argnums=0).graph).whole, policy)
+    program = prepare(
+        fold(capture(example.step, example.state, example.batch, donate_argnums=0).graph).whole,
+        policy,
+    )
     visits = program.graph.visits
     read = {v for visit in visits for v in visit.op.inputs}
     read |= {v for visit in visits for region in visit.op.regions for v in region.outputs}
-    holds = [visit.op for visit in visits if visit.op.kind == "optimization_barrier" and "hold" in visit.op.tag]
-    phase_of = {v: phase for op, phase in zip(program.graph.ops, program.phases, strict=True) for v in op.outputs}
+    holds = [
+        visit.op
+        for visit in visits
+        if visit.op.kind == "optimization_barrier" and "hold" in visit.op.tag
+    ]
+    phase_of = {
+        v: phase
+        for op, phase in zip(program.graph.ops, program.phases, strict=True)
+        for v in op.outputs
+    }
     assert holds and all(read.issuperset(op.outputs) for op in holds)
-    gated = [op for op in holds if any(phase_of.get(v, "backward") == "backward" for v in op.inputs)]
+    gated = [
+        op for op in holds if any(phase_of.get(v, "backward") == "backward" for v in op.inputs)
+    ]
     assert len(gated) >= len(holds) - 1  # the first may wait for nothing
 
 

@@ -64,8 +64,12 @@ REFUSED = {
     lambda w, x: jnp.mean((x @ w) / jnp.max(x @ w)): "takes a maximum over the whole batch",
     lambda w, x: jnp.mean(jnp.sort(x @ w, 0)[:4]): "sort needs all examples of the batch together",
     lambda w, x: jnp.mean((x @ w)[jnp.array([3, 1])]): "picks examples of the batch by index",
-    lambda w, x: jnp.mean((x @ w)[0] ** 2): "some examples of the batch by their places, as x[0] or x[1:] do (slice)",
-    lambda w, x: jnp.mean(jnp.tanh(jnp.concatenate([x, x]) @ w)): "puts arrays of the batch one behind the other",
+    lambda w, x: jnp.mean(
+        (x @ w)[0] ** 2
+    ): "some examples of the batch by their places, as x[0] or x[1:] do (slice)",
+    lambda w, x: jnp.mean(
+        jnp.tanh(jnp.concatenate([x, x]) @ w)
+    ): "puts arrays of the batch one behind the other",
 }
 
 
@@ -88,7 +92,9 @@ def test_a_metric_that_needs_the_whole_batch_is_to_be_computed_outside(name):
     """The advice is for the result that it is; of maxima and means microbatches have parts."""
 
     def step(w, x, metric):
-        found, grads = jax.value_and_grad(lambda w: (jnp.mean((x @ w) ** 2), x @ w), has_aux=True)(w)
+        found, grads = jax.value_and_grad(lambda w: (jnp.mean((x @ w) ** 2), x @ w), has_aux=True)(
+            w
+        )
         return w - grads, {"loss": found[0], "seen": metric(found[1])}
 
     found = axis_of(partial(step, metric=METRICS[name]), f32(4, 4), f32(8, 4))

@@ -207,7 +207,10 @@ def test_dropout_zeroes_its_part_and_scales_up_the_rest():
     ones = jnp.ones((64, 32, 64))
     first, second = (np.asarray(dropout(ones, 0.2, jnp.uint32(seed))) for seed in (3, 4))
     assert np.mean(first == 0) == pytest.approx(0.2, abs=0.005)
-    assert first.mean() == pytest.approx(1, abs=0.01) and set(np.unique(first)) == {0, np.float32(1.25)}
+    assert first.mean() == pytest.approx(1, abs=0.01) and set(np.unique(first)) == {
+        0,
+        np.float32(1.25),
+    }
     both = np.mean((first == 0) & (second == 0))
     shifted = np.mean((first == 0)[..., 1:] & (second == 0)[..., :-1])
     assert both == pytest.approx(0.04, abs=0.005) and shifted == pytest.approx(0.04, abs=0.005)
@@ -229,13 +232,19 @@ def test_every_name_is_listed_once():
 
 def test_experts_looked_up_agree_with_one_hot_products():
     """Nobody is beyond a capacity: the two dispatches of the same mixture train alike."""
-    config = replace(mixtral.CONFIGS["mixtral-tiny"], dtype="f32", capacity_factor=8.0, optimizer="sgd")
+    config = replace(
+        mixtral.CONFIGS["mixtral-tiny"], dtype="f32", capacity_factor=8.0, optimizer="sgd"
+    )
     dense = train(mixtral.make("einsum", config), 2)
-    assert train(mixtral.make("sorted", replace(config, dispatch="sorted")), 2) == pytest.approx(dense, rel=1e-5)
+    assert train(mixtral.make("sorted", replace(config, dispatch="sorted")), 2) == pytest.approx(
+        dense, rel=1e-5
+    )
 
 
 def test_experts_take_no_more_than_their_capacity():
     """Three of four choices want expert 1, which has two slots: the last one is dropped."""
     choice, place = assign(jnp.array([[1, 1, 0, 1]]), experts=2, capacity=2)
-    assert choice.tolist() == [[2, 4, 0, 1]]  # expert 0: choice 2 and an empty slot; expert 1: choices 0, 1
+    assert choice.tolist() == [
+        [2, 4, 0, 1]
+    ]  # expert 0: choice 2 and an empty slot; expert 1: choices 0, 1
     assert place.tolist() == [[2, 3, 0, 4]]

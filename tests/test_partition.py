@@ -49,7 +49,9 @@ def test_best_cuts_equal_trying_every_pipeline(drawn, join):
     cuts = best_cuts(0, first, later, devices, join)
 
     def seconds(pieces):
-        return join.reduce([(later if i else first)[p.devices, p.first, p.last] for i, p in enumerate(pieces)])
+        return join.reduce(
+            [(later if i else first)[p.devices, p.first, p.last] for i, p in enumerate(pieces)]
+        )
 
     best = min(map(seconds, pipelines(units, devices)), default=np.inf)
     assert cuts.seconds[devices, units] == pytest.approx(best)
@@ -63,7 +65,9 @@ def test_least_step_equals_trying_every_pipeline(drawn, microbatches):
 
     def seconds(pieces):
         behind = range(len(pieces))[::-1]
-        each = [of_behind[k][p.devices, p.first, p.last] for k, p in zip(behind, pieces, strict=True)]
+        each = [
+            of_behind[k][p.devices, p.first, p.last] for k, p in zip(behind, pieces, strict=True)
+        ]
         return sum(each) + (microbatches - 1) * max(each) if np.isfinite(each).all() else np.inf
 
     best = min((seconds(p) for p in pipelines(units, devices) if len(p) <= 3), default=np.inf)
@@ -92,7 +96,9 @@ def test_alpas_stage_optima(number):
         best = np.where(most_after >= behind, seconds, np.inf).min(axis=3)
         for submesh, size in enumerate(sizes):
             if size <= case["num_devices"]:
-                np.minimum(table[size, :layers, 1:], best[:, :, submesh], out=table[size, :layers, 1:])
+                np.minimum(
+                    table[size, :layers, 1:], best[:, :, submesh], out=table[size, :layers, 1:]
+                )
         by_behind.append(table)
     found = least_step(by_behind, case["num_devices"], case["num_microbatches"])
     if case["brute_force"] is None or not np.isfinite(case["brute_force"]):
@@ -111,7 +117,11 @@ def graphs(draw):
 @given(graphs())
 def test_closed_sets_are_all_sets_that_hold_what_their_units_need(graph):
     units, edges = graph
-    every = [some for some in range(1 << units) if all(some >> a & 1 or not some >> b & 1 for a, b in edges)]
+    every = [
+        some
+        for some in range(1 << units)
+        if all(some >> a & 1 or not some >> b & 1 for a, b in edges)
+    ]
     found = closed_sets(units, edges, 1 << units)
     assert sorted(found) == every
     assert [some.bit_count() for some in found] == sorted(some.bit_count() for some in found)
@@ -131,13 +141,17 @@ def test_members_of_a_set():
 @given(st.lists(st.floats(1, 100), min_size=1, max_size=8), st.floats(0, 120))
 def test_halving_finds_the_least_slowest(values, smallest):
     possible = [v for v in values if v >= smallest]
-    found = halved(lambda limit: max((v for v in possible if v <= limit), default=None), float, 0.5, 200.0)
+    found = halved(
+        lambda limit: max((v for v in possible if v <= limit), default=None), float, 0.5, 200.0
+    )
     assert found == (pytest.approx(min(possible)) if possible else None)
 
 
 @settings(max_examples=60)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(1, 30))
-def test_replicas_by_turns_never_wait_for_ever_and_hold_what_keeps_them_busy(replicas, microbatches):
+def test_replicas_by_turns_never_wait_for_ever_and_hold_what_keeps_them_busy(
+    replicas, microbatches
+):
     schedule = round_robin(replicas, microbatches)
     check(schedule)
     rank = 0

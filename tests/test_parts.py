@@ -42,10 +42,15 @@ def unlike_chain(params, batch):
     return [p - 0.1 * g for p, g in zip(params, gradients, strict=True)], {"loss": value}
 
 
-def chain_search(cluster: str, request: Request, batch: int = 1024, widths: Sequence[int] = WIDTHS) -> Search:
+def chain_search(
+    cluster: str, request: Request, batch: int = 1024, widths: Sequence[int] = WIDTHS
+) -> Search:
     shape = jax.ShapeDtypeStruct
     params = [shape(pair, jnp.float32) for pair in pairwise(widths)]
-    data = {"x": shape((batch, widths[0]), jnp.float32), "y": shape((batch, widths[-1]), jnp.float32)}
+    data = {
+        "x": shape((batch, widths[0]), jnp.float32),
+        "y": shape((batch, widths[-1]), jnp.float32),
+    }
     graph = fold(capture(unlike_chain, params, data, donate_argnums=0).graph)
     where = Cluster.parse(cluster)
     return Search(graph, where, request, Roofline(where), "chain", "x", lambda line: None)
@@ -60,7 +65,10 @@ def units_of(name: str, stages: int = 0):
 # ---------------------------------------------------------------- places
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=9), st.integers(4, 20))
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=9),
+    st.integers(4, 20),
+)
 def test_cuts_at_narrow_places_equal_trying_all(pairs, most):
     """Parts have at most so much work; one atom may be more than that, with a quarter of it besides."""
     atoms, across = [float(a) for a, _ in pairs], [float(c) for _, c in pairs[1:]]

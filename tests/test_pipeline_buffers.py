@@ -26,14 +26,20 @@ class Ledger:
     """The arrays that forward passes leave for later ones, as long as anything refers to them."""
 
     running: LoweredPipeline
-    saved: list[tuple[int, int, weakref.ref]] = field(default_factory=list)  # stage, forward call, array
+    saved: list[tuple[int, int, weakref.ref]] = field(
+        default_factory=list
+    )  # stage, forward call, array
     peaks: dict[int, int] = field(default_factory=dict)  # rank -> most forward results alive
     peak_bytes: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.rank_of = {s: rank for rank, held in enumerate(self.running.schedule.held) for s in held}
+        self.rank_of = {
+            s: rank for rank, held in enumerate(self.running.schedule.held) for s in held
+        }
         for (kind, stage), program in self.running.passes.items():
-            self.running.passes[kind, stage] = replace(program, call=self._watched(kind, stage, program.call))
+            self.running.passes[kind, stage] = replace(
+                program, call=self._watched(kind, stage, program.call)
+            )
 
     def _watched(self, kind, stage, call):
         numbers = iter(range(10**6))
@@ -50,7 +56,11 @@ class Ledger:
 
     def _look(self, rank: int) -> None:
         """Before a pass of a rank: what earlier passes of it left and no one has let go of."""
-        alive = [(s, n, array) for s, n, ref in self.saved if self.rank_of[s] == rank and (array := ref()) is not None]
+        alive = [
+            (s, n, array)
+            for s, n, ref in self.saved
+            if self.rank_of[s] == rank and (array := ref()) is not None
+        ]
         self.peaks[rank] = max(self.peaks.get(rank, 0), len({(s, n) for s, n, _ in alive}))
         nbytes = sum(array.nbytes for _, _, array in alive)
         self.peak_bytes[rank] = max(self.peak_bytes.get(rank, 0), nbytes)
@@ -96,7 +106,9 @@ def weighted(hidden, scale):
     return hidden
 
 
-weighted.defvjp(lambda hidden, scale: (hidden, scale), lambda scale, gradient: (gradient * scale, None))
+weighted.defvjp(
+    lambda hidden, scale: (hidden, scale), lambda scale, gradient: (gradient * scale, None)
+)
 
 
 def squares(state, batch):
@@ -115,12 +127,16 @@ def test_a_backward_pass_that_reads_the_batch_reads_its_own_microbatch():
     state = [rng.normal(size=(8, 8)).astype(np.float32) for _ in range(3)]
     batch = {k: rng.normal(size=(16, 8)).astype(np.float32) for k in ("scale", "x", "y")}
     captured = capture(squares, state, batch)
-    plan = plan_captured(captured, "2xcpu", Request(microbatches=4, recompute="none", gap=0.05), "squares")
+    plan = plan_captured(
+        captured, "2xcpu", Request(microbatches=4, recompute="none", gap=0.05), "squares"
+    )
     running = lower(pipelined(plan, captured, one_f_one_b(2, 4), [0, 2]), captured)
     scale = captured.graph.inputs[3]
     assert any(scale in running.passes["backward", stage].keeps for stage in range(2))
     assert not any(scale in running.passes["forward", stage].keeps for stage in range(2))
-    found, _ = jax.tree.unflatten(captured.binding.out_tree, running.jitted(*state, *batch.values()))
+    found, _ = jax.tree.unflatten(
+        captured.binding.out_tree, running.jitted(*state, *batch.values())
+    )
     wanted, _ = squares(state, batch)
     for have, want in zip(found, wanted, strict=True):
         np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-6)

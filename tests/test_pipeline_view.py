@@ -21,7 +21,9 @@ from meshwright.view.text import plan_head
 from .pipelines import case, lowered, pipelined, stage_plan, timed, zero_bubble
 
 
-@pytest.mark.parametrize("schedule", [one_f_one_b(2, 4), interleaved(2, 4, 2)], ids=["1f1b", "interleaved"])
+@pytest.mark.parametrize(
+    "schedule", [one_f_one_b(2, 4), interleaved(2, 4, 2)], ids=["1f1b", "interleaved"]
+)
 def test_recorded_passes_keep_the_order_of_ranks_and_of_data(schedule):
     running = lowered("gpt-tiny", schedule)
     jax.block_until_ready(running.jitted(*case("gpt-tiny")[1]))
@@ -30,7 +32,9 @@ def test_recorded_passes_keep_the_order_of_ranks_and_of_data(schedule):
     ends = {each.step: each.start + each.seconds for each in recorder.passes}
     starts = {each.step: each.start for each in recorder.passes}
     for rank, order in enumerate(schedule.orders):
-        mine = sorted((each for each in recorder.passes if each.rank == rank), key=lambda each: each.start)
+        mine = sorted(
+            (each for each in recorder.passes if each.rank == rank), key=lambda each: each.start
+        )
         assert [each.step for each in mine] == list(order)
         assert all(a.start + a.seconds <= b.start for a, b in itertools.pairwise(mine))
     for step, start in starts.items():
@@ -56,14 +60,18 @@ def test_simulated_and_measured_stand_side_by_side(golden):
 
 def test_a_step_is_work_of_the_busiest_rank_and_bubble():
     plan = small()
-    plan = plan.model_copy(update={"estimate": plan.estimate.model_copy(update={"step_seconds": 0.011})})
+    plan = plan.model_copy(
+        update={"estimate": plan.estimate.model_copy(update={"step_seconds": 0.011})}
+    )
     parts = parts_of_step(plan)
     assert (parts.passes, parts.update, parts.bubble) == pytest.approx((0.005, 0.001, 0.005))
     assert parts.sent == parts.exposed == 0
     slow = [each.model_copy(update={"send_seconds": 0.003}) for each in plan.pipeline.stages]
     pipeline = plan.pipeline.model_copy(update={"stages": tuple(slow)})
     parts = parts_of_step(plan.model_copy(update={"pipeline": pipeline}))
-    assert (parts.sent, parts.exposed) == pytest.approx((0.006, 0.006))  # one microbatch: there and back, none beside
+    assert (parts.sent, parts.exposed) == pytest.approx(
+        (0.006, 0.006)
+    )  # one microbatch: there and back, none beside
     assert "rank 0 works longest, 6 ms, bubble 5 ms" in plan_head(plan)
 
 
@@ -76,7 +84,9 @@ def test_no_rank_holds_more_microbatches_than_there_are():
 def test_one_trace_holds_both():
     trace = both_trace(small(), PASSES)
     check_nested(trace)
-    names = [event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"]
+    names = [
+        event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"
+    ]
     assert names == ["simulated rank 0", "simulated rank 1", "measured rank 0", "measured rank 1"]
     assert simulated(small()).seconds == pytest.approx(0.011)
     assert measured(PASSES).seconds == pytest.approx(0.010)
@@ -88,7 +98,9 @@ def test_the_command_line_runs_a_pipeline_and_shows_its_timeline(monkeypatch, ca
     update = {"recipe": recipe, "cluster": Cluster.parse("4xcpu")}
     save_plan(timed(plan, 0.001, 0.002, 0, 0).model_copy(update=update), tmp_path / "p.json")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["meshwright", "run", "p.json", "--steps", "2", "--trace", "t.json"])
+    monkeypatch.setattr(
+        "sys.argv", ["meshwright", "run", "p.json", "--steps", "2", "--trace", "t.json"]
+    )
     with pytest.raises(SystemExit) as done:
         cli.main()
     found = capsys.readouterr()

@@ -54,20 +54,28 @@ def test_dealing_equals_trying_every_cut(units, slowness, room):
     """Stages are unlike: stage i takes `slowness[i]` times as long, and has room for `room - i` units' worth."""
     seconds, stages = [[s * slow for s in units] for slow in slowness], len(slowness)
     fits = lambda stage, first, last: sum(units[first:last]) <= room - stage  # noqa: E731
-    took = lambda cut: max(  # noqa: E731
-        sum(seconds[s][a:b]) for s, (a, b) in enumerate(zip((0, *cut), (*cut, len(units)), strict=True))
-    )
+
+    def took(cut):
+        ranges = zip((0, *cut), (*cut, len(units)), strict=True)
+        return max(sum(seconds[s][a:b]) for s, (a, b) in enumerate(ranges))
+
     every = [
         took(cut)
         for cut in combinations(range(1, len(units)), stages - 1)
-        if all(fits(s, a, b) for s, (a, b) in enumerate(zip((0, *cut), (*cut, len(units)), strict=True)))
+        if all(
+            fits(s, a, b)
+            for s, (a, b) in enumerate(zip((0, *cut), (*cut, len(units)), strict=True))
+        )
     ]
     firsts = deal(seconds, fits)
     if not every:
         assert firsts is None
         return
     assert firsts is not None
-    assert all(fits(s, a, b) for s, (a, b) in enumerate(zip(firsts, (*firsts[1:], len(units)), strict=True)))
+    assert all(
+        fits(s, a, b)
+        for s, (a, b) in enumerate(zip(firsts, (*firsts[1:], len(units)), strict=True))
+    )
     assert took(firsts[1:]) == min(every)
 
 
@@ -78,7 +86,15 @@ def searched(name: str, cluster: str, **options) -> Search:
     example = build(name, **options)
     captured = capture(example.step, example.state, example.batch, donate_argnums=0)
     where = Cluster.parse(cluster)
-    return Search(fold(captured.graph), where, Request(pp="auto"), Roofline(where), name, "x", lambda line: None)
+    return Search(
+        fold(captured.graph),
+        where,
+        Request(pp="auto"),
+        Roofline(where),
+        name,
+        "x",
+        lambda line: None,
+    )
 
 
 @pytest.mark.parametrize("policy", ["none", "elementwise", "full"])
@@ -94,7 +110,9 @@ def test_all_units_together_cost_what_the_step_costs(name, policy):
     units = find_units(search.folded, search.program("none"))
     cut = Cut.of(units, space.program, search.folded.small, 8)
     each = unit_seconds(cut, space, solution.choices)
-    whole = sum(8 * (u.forward + u.backward + u.weight) + u.once for u in (each[k] for k in units.kinds))
+    whole = sum(
+        8 * (u.forward + u.backward + u.weight) + u.once for u in (each[k] for k in units.kinds)
+    )
     assert whole == pytest.approx(solution.objective, rel=3e-3)
     memory = StageMemory(Holdings.of(cut, 8, search.cluster), space, solution.choices)
     ledger = Ledger(space, lives)
@@ -108,7 +126,11 @@ def test_all_units_together_cost_what_the_step_costs(name, policy):
             layout, size = memory.layout(value), many * nbytes[value]
             key = memory.origin(value), layout
             once[key], every = max(once.get(key, 0.0), size), every + size
-    assert peak - (every - sum(once.values())) <= most <= peak + left + memory.by_cause(runs, 1).get("moved", 0.0)
+    assert (
+        peak - (every - sum(once.values()))
+        <= most
+        <= peak + left + memory.by_cause(runs, 1).get("moved", 0.0)
+    )
 
 
 def test_units_of_folded_layers():
@@ -164,9 +186,17 @@ def test_no_cut_of_any_layouts_is_faster_than_the_bounds(layers, stages):
     least = float("inf")
     for choices in tried:
         holdings = pipelines.bounds.holdings("none", many)
-        each, memory = unit_seconds(holdings.cut, space, choices), StageMemory(holdings, space, choices)
-        places = tuple(Place(each, memory, 1e15, r * shape.mesh.size, shape.mesh.size) for r in range(stages))
-        pricing, one = Pricing(units, places, search.cluster), schedule_named("1f1b", stages, many, None)
+        each, memory = (
+            unit_seconds(holdings.cut, space, choices),
+            StageMemory(holdings, space, choices),
+        )
+        places = tuple(
+            Place(each, memory, 1e15, r * shape.mesh.size, shape.mesh.size) for r in range(stages)
+        )
+        pricing, one = (
+            Pricing(units, places, search.cluster),
+            schedule_named("1f1b", stages, many, None),
+        )
         for cut in combinations(range(1, len(units)), stages - 1):
             priced = pricing.with_cut(one, (0, *cut))
             assert priced is not None and priced.seconds >= bound * (1 - 1e-9)
@@ -189,7 +219,9 @@ def test_no_cut_that_fits_is_faster_than_the_bound_by_cases(layers, stages):
     found = solve_live(free, time_limit=5).choices
     assert found is not None
     each, memory = unit_seconds(holdings.cut, space, found), StageMemory(holdings, space, found)
-    places = tuple(Place(each, memory, 1e15, r * shape.mesh.size, shape.mesh.size) for r in range(stages))
+    places = tuple(
+        Place(each, memory, 1e15, r * shape.mesh.size, shape.mesh.size) for r in range(stages)
+    )
     pricing = Pricing(units, places, search.cluster)
     every = [priced for cut in cuts if (priced := pricing.with_cut(one, cut)) is not None]
     peaks = sorted(max(priced.peaks) for priced in every)
@@ -223,7 +255,9 @@ def test_reordered_passes_fit():
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])
-def test_a_search_for_a_better_order_that_finds_no_room_ends_no_search_that_has_a_plan(monkeypatch, fails_at):
+def test_a_search_for_a_better_order_that_finds_no_room_ends_no_search_that_has_a_plan(
+    monkeypatch, fails_at
+):
     """The second has less room than the first, whose passes held too much."""
     tried = 0
 
@@ -231,8 +265,12 @@ def test_a_search_for_a_better_order_that_finds_no_room_ends_no_search_that_has_
         nonlocal tried
         tried += 1
         if tried >= fails_at:
-            raise InfeasibleError("rank 0 has no room for one microbatch.", where="rank 0", fix="more")
-        return search_schedule(stages, replace(held, limits=[1e12] * len(held.limits)), *rest, **options)
+            raise InfeasibleError(
+                "rank 0 has no room for one microbatch.", where="rank 0", fix="more"
+            )
+        return search_schedule(
+            stages, replace(held, limits=[1e12] * len(held.limits)), *rest, **options
+        )
 
     request = Request(pp=4, program="stages", memory=1.4 * 2**20)
     monkeypatch.setattr(priced, "search_schedule", without_room)
@@ -243,18 +281,30 @@ def test_a_search_for_a_better_order_that_finds_no_room_ends_no_search_that_has_
 def test_a_schedule_for_some_numbers_of_stages_alone_is_searched_on_those():
     """Of DualPipe-V, 4 ranks need 8 microbatches; five make no equal groups of two."""
     plan = planned("gpt-tiny", "8xcpu", Request(pp="auto", schedule="dualpipe-v", microbatches=4))
-    assert plan.pipeline is not None and plan.pipeline.schedule == "dualpipe-v" and len(plan.pipeline.first) == 2
-    plan = planned("gpt-tiny", "8xcpu", Request(pp="auto", schedule="interleaved", microbatches=5), batch=20)
+    assert (
+        plan.pipeline is not None
+        and plan.pipeline.schedule == "dualpipe-v"
+        and len(plan.pipeline.first) == 2
+    )
+    plan = planned(
+        "gpt-tiny", "8xcpu", Request(pp="auto", schedule="interleaved", microbatches=5), batch=20
+    )
     assert plan.pipeline is not None and len(plan.pipeline.first) == 4
-    with pytest.raises(PlanError, match="interleaved cuts 2 ranks into 14 stages; the forward pass has 10 parts"):
+    with pytest.raises(
+        PlanError, match="interleaved cuts 2 ranks into 14 stages; the forward pass has 10 parts"
+    ):
         planned("gpt-tiny", "8xcpu", Request(pp="auto", schedule="interleaved", chunks=7))
-    with pytest.raises(PlanError, match="dualpipe-v takes at least two microbatches per rank, got 2"):
+    with pytest.raises(
+        PlanError, match="dualpipe-v takes at least two microbatches per rank, got 2"
+    ):
         planned("gpt-tiny", "8xcpu", Request(pp="auto", schedule="dualpipe-v", microbatches=2))
 
 
 def test_a_search_that_is_interrupted_leaves_no_bound_too_high(monkeypatch):
     """Plans without a pipeline, which are looked at last, may be as good as their floor."""
-    floors = [min(searched("gpt-tiny", "4xcpu", batch=16).floors(policy).values()) for policy in POLICIES]
+    floors = [
+        min(searched("gpt-tiny", "4xcpu", batch=16).floors(policy).values()) for policy in POLICIES
+    ]
     solve = Pipelines.solve_shape
 
     def pressed(self, *args):
@@ -269,10 +319,14 @@ def test_a_search_that_is_interrupted_leaves_no_bound_too_high(monkeypatch):
 
 def test_a_finer_mesh_can_do_what_a_coarser_one_can():
     assert mesh_of((2, 2, 2)).refines(mesh_of((4, 2))) and mesh_of((4, 2)).refines(mesh_of((8,)))
-    assert not mesh_of((4, 2)).refines(mesh_of((2, 4))) and not mesh_of((8,)).refines(mesh_of((4, 2)))
+    assert not mesh_of((4, 2)).refines(mesh_of((2, 4))) and not mesh_of((8,)).refines(
+        mesh_of((4, 2))
+    )
     search = searched("gpt-tiny", "2xh100x8@ib100", batch=16)
     bounds = Pipelines(search).bounds
-    coarse, fine = (bounds.relaxed(Shape(2, mesh_of(each), "none", 4), 1e9)[1] for each in ((8,), (2, 4)))
+    coarse, fine = (
+        bounds.relaxed(Shape(2, mesh_of(each), "none", 4), 1e9)[1] for each in ((8,), (2, 4))
+    )
     assert fine <= coarse * (1 + 0.03)  # solves stop within their gap
 
 
@@ -280,13 +334,21 @@ def test_a_plan_of_stages():
     plan = planned("gpt-tiny", "8xcpu", Request(pp=4, microbatches=8, schedule="1f1b"), batch=16)
     pipe = plan.pipeline
     assert pipe is not None and plan.device_count == 8 and pipe.first == (0, 2, 4, 6)
-    assert [s.blocks for s in pipe.stages] == ["start, layer 1", "layer 2", "layer 3", "layer 4, end"]
+    assert [s.blocks for s in pipe.stages] == [
+        "start, layer 1",
+        "layer 2",
+        "layer 3",
+        "layer 4, end",
+    ]
     check(read_schedule(pipe.schedule, 4, 8, pipe.orders))
     assert [s.held for s in pipe.stages] == pytest.approx([4, 3, 2, 1])
     assert plan.proof.lower_bound <= plan.estimate.step_seconds == plan.proof.objective
     slowest = max(s.forward_seconds + s.backward_seconds for s in pipe.stages)
     assert plan.estimate.step_seconds >= 8 * slowest
-    assert plan.proof.left_out[0] == "stages of unequal meshes, but for the most promising by an estimate"
+    assert (
+        plan.proof.left_out[0]
+        == "stages of unequal meshes, but for the most promising by an estimate"
+    )
 
 
 def test_the_passes_of_the_best_pipeline_are_reordered():
@@ -303,7 +365,13 @@ def test_the_passes_of_the_best_pipeline_are_reordered():
     assert schedule.splits and schedule.held == known.read(4).held
     before = (0.0, *(stage.send_seconds for stage in found.stages))
     passes = [
-        StageSeconds(s.forward_seconds, s.backward_seconds - s.weight_seconds, s.weight_seconds, s.send_seconds, back)
+        StageSeconds(
+            s.forward_seconds,
+            s.backward_seconds - s.weight_seconds,
+            s.weight_seconds,
+            s.send_seconds,
+            back,
+        )
         for s, back in zip(found.stages, before, strict=False)
     ]
     once = max(sum(found.stages[s].once_seconds for s in held) for held in schedule.held)
@@ -315,7 +383,9 @@ def test_the_passes_of_the_best_pipeline_are_reordered():
     least = min(each.estimate.peak_bytes for each in (asked, plan))
     tight = planned("gpt-tiny", "8xcpu", replace(request, memory=least), batch=16)
     assert tight.estimate.peak_bytes <= least
-    assert plan.estimate.step_seconds <= 1.01 * tight.estimate.step_seconds  # solves stop within their gap
+    assert (
+        plan.estimate.step_seconds <= 1.01 * tight.estimate.step_seconds
+    )  # solves stop within their gap
     assert tight.estimate.step_seconds <= 1.01 * asked.estimate.step_seconds
 
 
@@ -336,11 +406,17 @@ def test_stages_of_one_device_cut_nothing_and_gather_nothing():
 def test_refusals():
     with pytest.raises(PlanError, match=r"8 devices cannot be cut into 9 stages(.|\n)*at most 8"):
         planned("gpt-tiny", "8xcpu", Request(pp=9))
-    with pytest.raises(PlanError, match="8 devices cannot be cut into 3 equal stages, and interleaved has several"):
+    with pytest.raises(
+        PlanError, match="8 devices cannot be cut into 3 equal stages, and interleaved has several"
+    ):
         planned("gpt-tiny", "8xcpu", Request(pp=3, schedule="interleaved"))
-    with pytest.raises(PlanError, match=r"8 devices cannot be cut into 3 equal stages(.|\n)*pp=4, or no"):
+    with pytest.raises(
+        PlanError, match=r"8 devices cannot be cut into 3 equal stages(.|\n)*pp=4, or no"
+    ):
         planned("gpt-tiny", "8xcpu", Request(pp=3, mesh=(2,)))
-    with pytest.raises(PlanError, match=r"10 parts to cut between, fewer than 16 stages(.|\n)*2 or 4 or 8 stages"):
+    with pytest.raises(
+        PlanError, match=r"10 parts to cut between, fewer than 16 stages(.|\n)*2 or 4 or 8 stages"
+    ):
         planned("gpt-tiny", "16xcpu", Request(pp=16))
     with pytest.raises(PlanError, match="mesh 4 has 4 devices, each of 4 stages has 2"):
         planned("gpt-tiny", "8xcpu", Request(pp=4, mesh=(4,)))
@@ -355,20 +431,31 @@ def test_refusals():
 @pytest.mark.parametrize(
     ("request_", "told"),
     [
-        ({"pp": 2, "chunks": 2}, r"chunks cannot be 2 without a schedule(.|\n)*try +schedule=interleaved"),
+        (
+            {"pp": 2, "chunks": 2},
+            r"chunks cannot be 2 without a schedule(.|\n)*try +schedule=interleaved",
+        ),
         ({"pp": 2, "chunks": 0, "schedule": "interleaved"}, "chunks cannot be 0"),
         ({"pp": 2, "chunks": 2, "schedule": "1f1b"}, "1f1b has 1 stage per rank, not 2"),
         ({"pp": 2, "chunks": 3, "schedule": "zbv"}, "zbv has 2 stages per rank, not 3"),
         ({"pp": 2, "schedule": "chimera"}, "each stage on 2 ranks"),
-        ({"pp": 4, "schedule": "interleaved", "microbatches": 9}, r"9 microbatches make no 2 equal groups of 4"),
-        ({"pp": 2, "program": "single", "schedule": "zbv"}, "program cannot be single with schedule zbv"),
+        (
+            {"pp": 4, "schedule": "interleaved", "microbatches": 9},
+            r"9 microbatches make no 2 equal groups of 4",
+        ),
+        (
+            {"pp": 2, "program": "single", "schedule": "zbv"},
+            "program cannot be single with schedule zbv",
+        ),
         ({"pp": 9}, "8 devices cannot be cut into 9 stages"),
         ({"mesh": (3,)}, "mesh 3 has 3 devices"),
         ({"memory": 1e15}, "memory cannot be"),
     ],
     ids=str,
 )
-def test_requests_that_contradict_themselves_or_the_cluster_are_refused_before_tracing(request_, told):
+def test_requests_that_contradict_themselves_or_the_cluster_are_refused_before_tracing(
+    request_, told
+):
     def step(x):
         raise AssertionError("traced")
 
@@ -381,9 +468,13 @@ def test_requests_that_contradict_themselves_or_the_cluster_are_refused_before_t
 @pytest.mark.parametrize(("pp", "most"), [(2, 6), (4, 3)])
 def test_no_number_of_stages_per_rank_is_faster_than_the_one_that_is_chosen(pp, most):
     """Oracle: each pinned. 12 layers: 6 stages per rank share them out evenly among 2 ranks, 3 among 4."""
-    request = Request(pp=pp, microbatches=8, mesh=(8 // pp,), recompute="none", schedule="interleaved")
+    request = Request(
+        pp=pp, microbatches=8, mesh=(8 // pp,), recompute="none", schedule="interleaved"
+    )
     every = {
-        chunks: planned("gpt-tiny", "8xh100x1@ib100", replace(request, chunks=chunks), batch=16, layers=12)
+        chunks: planned(
+            "gpt-tiny", "8xh100x1@ib100", replace(request, chunks=chunks), batch=16, layers=12
+        )
         for chunks in range(2, 12 // pp + 1)
     }
     least = min(plan.estimate.step_seconds for plan in every.values())
@@ -431,17 +522,27 @@ def test_a_stage_may_have_three_axes():
 
 def test_any_number_of_microbatches_that_divides_the_batch_is_searched():
     search = searched("gpt-tiny", "4xcpu", batch=60)
-    assert Pipelines(search).choices.counts == (1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60) == search._counts()
+    assert (
+        Pipelines(search).choices.counts
+        == (1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60)
+        == search._counts()
+    )
 
 
 def test_a_refusal_for_want_of_memory_says_what_is_needed_and_what_may_fit():
-    with pytest.raises(InfeasibleError, match=r"each needs at least(.|\n)*any pipeline here needs at least") as none:
+    with pytest.raises(
+        InfeasibleError, match=r"each needs at least(.|\n)*any pipeline here needs at least"
+    ) as none:
         planned("gpt-tiny", "8xcpu", Request(pp=4, memory=2e5))
     assert none.value.needed_bytes > none.value.limit_bytes == 2e5
     asked = Request(pp=4, recompute="none", microbatches=2, memory=8e5)
-    with pytest.raises(InfeasibleError, match=r"2 stages of mesh 4, recompute \w+.* may fit, but was not found to"):
+    with pytest.raises(
+        InfeasibleError, match=r"2 stages of mesh 4, recompute \w+.* may fit, but was not found to"
+    ):
         planned("gpt-tiny", "8xcpu", asked)
-    with pytest.raises(InfeasibleError, match=r"no pipeline of 3 stages was found that fits: .*may be used"):
+    with pytest.raises(
+        InfeasibleError, match=r"no pipeline of 3 stages was found that fits: .*may be used"
+    ):
         planned("gpt-tiny", "8xcpu", Request(pp=3, memory=2e5))
     least = r"the least, a lower bound, is with 2 stages of mesh 4, recompute (full|selective)"
     with pytest.raises(InfeasibleError, match=least):
@@ -451,12 +552,20 @@ def test_a_refusal_for_want_of_memory_says_what_is_needed_and_what_may_fit():
 @pytest.mark.parametrize("pin", [{"schedule": "1f1b"}, {"program": "single"}])
 def test_memory_that_a_refusal_names_is_enough(pin):
     request_ = {"pp": 2, "mesh": (4,), "recompute": "none", **pin}
-    with pytest.raises(InfeasibleError, match=r"no pipeline was found that fits: 585\.9 KiB .* at least") as none:
+    with pytest.raises(
+        InfeasibleError, match=r"no pipeline was found that fits: 585\.9 KiB .* at least"
+    ) as none:
         planned("gpt-tiny", "8xcpu", Request(**request_, memory=6e5))
-    told = re.search(r"try +(\S+ [KM]iB) per device, with which \d stages .* fits; or more devices", str(none.value))
+    told = re.search(
+        r"try +(\S+ [KM]iB) per device, with which \d stages .* fits; or more devices",
+        str(none.value),
+    )
     enough = parse_bytes(told[1])
     assert none.value.needed_bytes < 6e5 < enough, "what is needed is a bound only"
-    assert planned("gpt-tiny", "8xcpu", Request(**request_, memory=enough)).estimate.peak_bytes <= enough
+    assert (
+        planned("gpt-tiny", "8xcpu", Request(**request_, memory=enough)).estimate.peak_bytes
+        <= enough
+    )
 
 
 def test_a_pipeline_with_fewer_pins_that_a_refusal_names_fits():
@@ -465,7 +574,11 @@ def test_a_pipeline_with_fewer_pins_that_a_refusal_names_fits():
         planned("gpt-tiny", "8xcpu", asked)
     shape = r"fits; or 2 stages of mesh 4, recompute (\w+), microbatches (\d+), which fits"
     [(policy, many)] = re.findall(shape, str(none.value))
-    found = planned("gpt-tiny", "8xcpu", replace(asked, pp=2, recompute=policy, microbatches=int(many), mesh=(4,)))
+    found = planned(
+        "gpt-tiny",
+        "8xcpu",
+        replace(asked, pp=2, recompute=policy, microbatches=int(many), mesh=(4,)),
+    )
     assert found.estimate.peak_bytes <= 1.2e6
 
 
@@ -478,7 +591,13 @@ def test_planned_pipelines_run(model, schedule):
     """Losses and state of three steps equal the unsharded step's; of a scan over layers too."""
     example = build(model, batch=16, optimizer="sgd")
     step = mw.parallelize(
-        example.step, cluster="8xcpu", pp=4, microbatches=4, schedule=schedule, verify=True, donate_argnums=0
+        example.step,
+        cluster="8xcpu",
+        pp=4,
+        microbatches=4,
+        schedule=schedule,
+        verify=True,
+        donate_argnums=0,
     )
     plain = jax.jit(example.step)
     state = example.init(jax.random.key(0))
@@ -489,4 +608,6 @@ def test_planned_pipelines_run(model, schedule):
         other, truth = plain(other, batch)
         assert float(metrics["loss"]) == pytest.approx(float(truth["loss"]), rel=1e-3)
     near = functools.partial(np.testing.assert_allclose, atol=2e-3)
-    jax.tree.map(lambda ours, theirs: near(np.asarray(ours), np.asarray(theirs)), state.params, other.params)
+    jax.tree.map(
+        lambda ours, theirs: near(np.asarray(ours), np.asarray(theirs)), state.params, other.params
+    )

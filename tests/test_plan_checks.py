@@ -21,8 +21,12 @@ from meshwright.simulation import simulate
 def found():
     """A pipeline of two stages on four devices, and what its search kept."""
     made, kept = make({"model": "gpt-tiny", "layers": 2}), []
-    request = Request(pp=2, microbatches=4, recompute="none", schedule="1f1b", program="stages", time_limit=20)
-    return plan_captured(made.capture(True), "4xcpu", request, made.name, keep=kept.append), kept[-1]
+    request = Request(
+        pp=2, microbatches=4, recompute="none", schedule="1f1b", program="stages", time_limit=20
+    )
+    return plan_captured(made.capture(True), "4xcpu", request, made.name, keep=kept.append), kept[
+        -1
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +66,21 @@ FLAT = [
     ("mesh/axes/0/name", "y", "axis `x` is none of mesh y=8"),
     ("mesh/axes/0/name", "", "`` cannot name an axis"),
     ("mesh/axes/0/name", "stage", "`stage` cannot name an axis"),
-    ("slots", lambda slots: {**slots, "z": {"dims": [["x"], ["x"]], "owed": []}}, "axis `x` is used twice"),
-    ("slots", lambda slots: {**slots, "z": {"dims": [["x"]], "owed": ["x"]}}, "axis `x` is used twice"),
-    ("slots", lambda slots: {**slots, "z": {"dims": [["w"]], "owed": []}}, "axis `w` is none of mesh x=8"),
+    (
+        "slots",
+        lambda slots: {**slots, "z": {"dims": [["x"], ["x"]], "owed": []}},
+        "axis `x` is used twice",
+    ),
+    (
+        "slots",
+        lambda slots: {**slots, "z": {"dims": [["x"]], "owed": ["x"]}},
+        "axis `x` is used twice",
+    ),
+    (
+        "slots",
+        lambda slots: {**slots, "z": {"dims": [["w"]], "owed": []}},
+        "axis `w` is none of mesh x=8",
+    ),
     ("strategies", lambda all: {tag: [0, 0] for tag in all}, "2 codes for the axes of mesh x=8"),
     ("uses/0/batch", 1.5, "1.5 is no share"),
     ("uses/0/axis", "y", "are not the axes of mesh x=8"),
@@ -97,7 +113,11 @@ PIPED = [
     ("pipeline/first", [0, 3], "are not among the 4 of the cluster"),
     ("pipeline/first", [0], "1 first devices for 2 ranks"),
     ("pipeline/programs", {"stages": -1.0}, "-1.0 is no amount"),
-    ("pipeline/orders", ["0F0 0B0", "1F0 1B0"], "4 passes are too few for 2 stages and 4 microbatches"),
+    (
+        "pipeline/orders",
+        ["0F0 0B0", "1F0 1B0"],
+        "4 passes are too few for 2 stages and 4 microbatches",
+    ),
     ("microbatches", 1000, "16 passes are too few for 2 stages and 1000 microbatches"),
 ]
 
@@ -172,7 +192,9 @@ FRONTIER = [
 
 
 @pytest.mark.parametrize("path, value, complaint", FRONTIER)
-def test_frontiers_that_contradict_themselves_are_refused_by_name(found, tmp_path, path, value, complaint):
+def test_frontiers_that_contradict_themselves_are_refused_by_name(
+    found, tmp_path, path, value, complaint
+):
     place = tmp_path / "frontier.json"
     place.write_text(changed(found[1], path, value))
     with pytest.raises(PlanError, match="the frontier contradicts itself") as caught:

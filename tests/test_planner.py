@@ -129,7 +129,8 @@ def test_a_shared_catalogue_changes_no_price():
     for shape, count in itertools.product([(4, 1), (2, 2), (1, 4)], (1, 2, 16, 64)):
         mesh = Mesh.of(x=shape[0], y=shape[1])
         shared, alone = (
-            build_space(program, count, cost, Layouts(cost.collectives(mesh), known)) for known in (names, None)
+            build_space(program, count, cost, Layouts(cost.collectives(mesh), known))
+            for known in (names, None)
         )
         assert shared.edges.keys() == alone.edges.keys()
         assert all(np.array_equal(shared.edges[key], alone.edges[key]) for key in alone.edges)
@@ -139,9 +140,16 @@ def test_a_shared_catalogue_changes_no_price():
 
 def test_cutting_microbatches_into_equal_parts_never_makes_a_step_faster():
     """What the search carries from one count to those that it divides."""
-    captured, where = capture(mlp, *mlp_arguments(batch=96, width=2048, hidden=6144)), "2xa100x2@hdr200"
-    pins = [Request(gap=1e-6, recompute="none", microbatches=count) for count in (1, 2, 3, 4, 6, 12)]
-    seconds = {p.microbatches: plan_captured(captured, where, p, "mlp").estimate.step_seconds for p in pins}
+    captured, where = (
+        capture(mlp, *mlp_arguments(batch=96, width=2048, hidden=6144)),
+        "2xa100x2@hdr200",
+    )
+    pins = [
+        Request(gap=1e-6, recompute="none", microbatches=count) for count in (1, 2, 3, 4, 6, 12)
+    ]
+    seconds = {
+        p.microbatches: plan_captured(captured, where, p, "mlp").estimate.step_seconds for p in pins
+    }
     for few, many in itertools.permutations(seconds, 2):
         if many % few == 0:
             assert seconds[few] <= seconds[many] * (1 + 1e-5)
@@ -166,12 +174,20 @@ def test_the_search_matches_solving_every_combination(memory):
     assert found.proof.status == "optimal"
 
 
-@pytest.mark.parametrize(("gap", "status", "told"), [(0.0, "optimal", "optimal"), (0.5, "within_gap", "within 3")])
+@pytest.mark.parametrize(
+    ("gap", "status", "told"), [(0.0, "optimal", "optimal"), (0.5, "within_gap", "within 3")]
+)
 def test_only_a_plan_without_a_gap_is_called_optimal(gap, status, told):
     found = plan_captured(capture(mlp, *mlp_arguments()), CLUSTER, Request(gap=gap), "mlp")
-    assert (found.proof.status, found.proof.stopped_by, found.proof.good_enough) == (status, "proof", gap)
+    assert (found.proof.status, found.proof.stopped_by, found.proof.good_enough) == (
+        status,
+        "proof",
+        gap,
+    )
     assert (found.proof.gap > 0.3) == (status == "within_gap")
-    assert proof_line(found).startswith(told) and f"({100 * gap:g}% is good enough)" in proof_line(found)
+    assert proof_line(found).startswith(told) and f"({100 * gap:g}% is good enough)" in proof_line(
+        found
+    )
 
 
 def test_flexflows_search_starts_at_data_parallelism_and_proves_nothing():
@@ -179,14 +195,20 @@ def test_flexflows_search_starts_at_data_parallelism_and_proves_nothing():
     space, _ = space_of(mlp, *mlp_arguments(), mesh_of((4,)))
     start = data_parallel(space)
     layouts = {n.tag: str(n.choices[x]) for n, x in zip(space.nodes, start, strict=True)}
-    state = {tag: layout for tag, layout in layouts.items() if tag in space.program.graph.input_tags}
+    state = {
+        tag: layout for tag, layout in layouts.items() if tag in space.program.graph.input_tags
+    }
     assert sorted(state.values()) == ["[-, -]", "[-, -]", "[x, -]", "[x, -]"]
     exact = plan_captured(captured, CLUSTER, Request(gap=1e-6), "mlp")
     walked, again = (
-        plan_captured(captured, CLUSTER, Request(search="mcmc", time_limit=6), "mlp") for _ in range(2)
+        plan_captured(captured, CLUSTER, Request(search="mcmc", time_limit=6), "mlp")
+        for _ in range(2)
     )
     assert walked.strategies == again.strategies and walked.slots == again.slots
-    assert walked.proof.status == "feasible" and walked.proof.lower_bound <= exact.estimate.step_seconds
+    assert (
+        walked.proof.status == "feasible"
+        and walked.proof.lower_bound <= exact.estimate.step_seconds
+    )
     assert exact.estimate.step_seconds <= walked.estimate.step_seconds * (1 + 1e-6)
     assert walked.estimate.step_seconds <= live_of(space).cost(start) * (1 + 1e-9)
     assert walked.estimate.peak_bytes <= walked.estimate.limit_bytes
@@ -212,7 +234,9 @@ def _without_links(choices) -> Space:
     """The same space with communication for nothing."""
     free = CLUSTER
     for tier in free.fabric:
-        free = free.with_(f"fabric.{tier.tier}.bandwidth", 1e30).with_(f"fabric.{tier.tier}.latency", 0.0)
+        free = free.with_(f"fabric.{tier.tier}.bandwidth", 1e30).with_(
+            f"fabric.{tier.tier}.latency", 0.0
+        )
     cost = Roofline(free)
     program = prepare(fold(capture(mlp, *mlp_arguments()).graph).small, "none")
     return build_space(program, 1, cost, Layouts(cost.collectives(mesh_of((2, 2)))))
@@ -222,7 +246,9 @@ def test_finer_meshes_are_never_worse():
     captured = capture(mlp, *mlp_arguments())
     cluster = Cluster.parse("8xcpu")
     seconds = {
-        mesh.shape: plan_captured(captured, cluster, Request(mesh=mesh.shape, gap=0.0), "mlp").estimate.step_seconds
+        mesh.shape: plan_captured(
+            captured, cluster, Request(mesh=mesh.shape, gap=0.0), "mlp"
+        ).estimate.step_seconds
         for mesh in meshes(cluster)
     }
     assert finest(meshes(cluster)) == [mesh_of((2, 2, 2))]
@@ -254,7 +280,8 @@ def test_an_axis_of_one_device_is_no_axis():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"mesh": (4.0, 2)}, {"mesh": "a"}, {"microbatches": "2"}, {"time_limit": "5"}, {"seed": 1.5}]
+    "wrong",
+    [{"mesh": (4.0, 2)}, {"mesh": "a"}, {"microbatches": "2"}, {"time_limit": "5"}, {"seed": 1.5}],
 )
 def test_what_is_no_request_is_refused_by_name(wrong):
     with pytest.raises(PlanError, match=next(iter(wrong))):
@@ -309,7 +336,9 @@ def test_over_hosts_states_are_replicated_until_memory_says_otherwise():
     free = within(None)
     squeezed, least = within(1.6 * 2**30), within(1.2 * 2**30)
     assert "replicated states" in words(free)
-    assert all("sharded" in words(each)[1] or "ZeRO-3" in words(each)[1] for each in (squeezed, least))
+    assert all(
+        "sharded" in words(each)[1] or "ZeRO-3" in words(each)[1] for each in (squeezed, least)
+    )
     assert "recompute full" in words(least)
     seconds = [p.estimate.step_seconds for p in (free, squeezed, least)]
     assert seconds == sorted(seconds)

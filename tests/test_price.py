@@ -68,7 +68,9 @@ def test_levels_tell_neighbours_from_strided_ranks():
     flat = Mesh.of(dp=32)
     found = [(v.tier.name, v.inside, v.parts, v.lanes) for v in levels_of(("dp",), flat, cluster)]
     assert found == [("nvlink4", 8, 8, 1), ("ib400", 32, 4, 8)]
-    uneven = [(v.tier.name, v.inside, v.parts) for v in levels_of(("a",), Mesh.of(a=8, b=4), cluster)]
+    uneven = [
+        (v.tier.name, v.inside, v.parts) for v in levels_of(("a",), Mesh.of(a=8, b=4), cluster)
+    ]
     assert uneven == [("nvlink4", 2, 2), ("ib400", 8, 4)]
 
 
@@ -77,12 +79,19 @@ def test_published_bus_bandwidths():
     for spec, expected in (("a100x8", 235e9), ("h100x8", 480e9)):
         line = Collectives(Mesh.of(x=8), Cluster.parse(spec)).line("all_reduce", ("x",))
         assert 2 * 7 / 8 / line.slope == pytest.approx(expected, rel=0.03)
-    b200 = Collectives(Mesh.of(x=8), Cluster.parse("b200x8"))  # SimuMax: 0.7424 and 0.6735 of 900 GB/s
-    assert 2 * 7 / 8 / b200.line("all_reduce", ("x",)).slope == pytest.approx(0.7424 * 900e9, rel=0.04)
+    b200 = Collectives(
+        Mesh.of(x=8), Cluster.parse("b200x8")
+    )  # SimuMax: 0.7424 and 0.6735 of 900 GB/s
+    assert 2 * 7 / 8 / b200.line("all_reduce", ("x",)).slope == pytest.approx(
+        0.7424 * 900e9, rel=0.04
+    )
     assert 7 / 8 / b200.line("all_gather", ("x",)).slope == pytest.approx(0.6735 * 900e9, rel=0.01)
 
 
-@given(st.sampled_from(["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]), st.sampled_from([2, 4, 8]))
+@given(
+    st.sampled_from(["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]),
+    st.sampled_from([2, 4, 8]),
+)
 def test_neighbours_are_never_slower_than_strided_ranks(kind, size):
     cluster = Cluster.parse("2xa100x8@hdr200")
     near = Collectives(Mesh.of(a=16 // size, b=size), cluster).line(kind, ("b",))
@@ -99,7 +108,9 @@ def test_a_group_over_hosts_uses_every_adapter_of_its_ranks():
     adapter = 25e9 * 0.92
     assert wide.slope == pytest.approx(31 / 32 / (8 * adapter))
     assert one.slope == pytest.approx(3 / 4 / adapter)
-    assert wide.fixed == pytest.approx(28 * 1.9e-6 + 3 * 5e-6)  # a ring's hops: 28 inside hosts, 3 between
+    assert wide.fixed == pytest.approx(
+        28 * 1.9e-6 + 3 * 5e-6
+    )  # a ring's hops: 28 inside hosts, 3 between
 
 
 def test_link_loads_of_a_ring_message_by_message():
@@ -112,7 +123,9 @@ def test_link_loads_of_a_ring_message_by_message():
     crossing = sent[:per_host, per_host:].sum()  # one ring's bytes out of the first host
     tier = cluster.fabric[1]
     expected = max(crossing / (per_host * tier.achieved), sent.max() / cluster.fabric[0].achieved)
-    assert Collectives(Mesh.of(x=n), cluster).line("all_gather", ("x",)).slope == pytest.approx(expected)
+    assert Collectives(Mesh.of(x=n), cluster).line("all_gather", ("x",)).slope == pytest.approx(
+        expected
+    )
 
 
 def test_a_torus_has_a_ring_per_dimension():
@@ -147,7 +160,9 @@ def test_measured_layers_of_a_22b_model(experiment, sp, recompute):
     """Korthikanti et al., Table 4: one layer on 8 A100; each pass within 10 %, both within 5 %."""
     published = json.loads((DATA / "korthikanti_layer_and_memory.json").read_text())["rows"]
     row = next(r for r in published if r["experiment"] == experiment)
-    layer = _layer(Parallelism(tp=8, sequence_parallel=sp), Setting(recompute, fused_attention=False))
+    layer = _layer(
+        Parallelism(tp=8, sequence_parallel=sp), Setting(recompute, fused_attention=False)
+    )
     forward, backward = (1e3 * (w.compute + w.exchange) for w in (layer.forward, layer.backward))
     assert forward == pytest.approx(row["fwd_ms"], rel=0.10)
     assert backward == pytest.approx(row["bwd_ms"], rel=0.10)
@@ -156,14 +171,18 @@ def test_measured_layers_of_a_22b_model(experiment, sp, recompute):
 
 def _layer(parallelism: Parallelism, setting: Setting, cluster: str = "a100x8"):
     known = pricing._Known(Cluster.parse(cluster))
-    return pricing._parts(replace(GPT22B, layers=pricing.TRACED), 4, parallelism, setting, known)["layer"]
+    return pricing._parts(replace(GPT22B, layers=pricing.TRACED), 4, parallelism, setting, known)[
+        "layer"
+    ]
 
 
 def test_saved_activations_follow_the_published_formula():
     """Korthikanti et al., eq. 4 to 6: sbh·34/t with sequence parallelism and selective recompute, of them 2
     for masks of dropout; 5 a s more for attention that is kept."""
     sbh = 2048 * 4 * 6144
-    layer = _layer(Parallelism(tp=8, sequence_parallel=True), Setting("selective", fused_attention=False))
+    layer = _layer(
+        Parallelism(tp=8, sequence_parallel=True), Setting("selective", fused_attention=False)
+    )
     assert layer.saved == pytest.approx(sbh * 34 / 8, rel=0.01)
     kept = _layer(Parallelism(tp=8, sequence_parallel=True), Setting("none", fused_attention=False))
     assert kept.saved == pytest.approx(sbh * (34 + 5 * 64 * 2048 / 6144) / 8, rel=0.05)
@@ -189,7 +208,9 @@ def test_tied_embeddings_are_kept_on_both_ends_of_a_pipeline():
     assert gpt.shared.weights == 51200 * 6144
     assert gpt["head"].weights == 2 * 6144
     assert gpt["embedding"].state == 12 * gpt["embedding"].weights
-    llama = pricing._parts(replace(GPT22B, layers=4, family="llama", dropout=0.0), 2, Parallelism(), setting, known)
+    llama = pricing._parts(
+        replace(GPT22B, layers=4, family="llama", dropout=0.0), 2, Parallelism(), setting, known
+    )
     assert llama.shared.weights == 0 and llama["head"].weights == 51200 * 6144 + 6144
 
 
@@ -217,13 +238,24 @@ def test_all_stages_together_hold_the_models_own_state(family, par):
     shape = FAMILIES[family]
     ranks = par.tp * par.pp * par.dp * par.cp
     found = price_job(
-        shape, par, Cluster.parse(f"a100x{ranks}"), global_batch=4 * par.dp, microbatch=1, setting=Setting("full")
+        shape,
+        par,
+        Cluster.parse(f"a100x{ranks}"),
+        global_batch=4 * par.dp,
+        microbatch=1,
+        setting=Setting("full"),
     )
     state = pricing._example(shape, 1).state
     leaves = jax.tree.leaves(state["model"] if isinstance(state, dict) else state.params)
-    size = sum(leaf.size for leaf in leaves) + (shape.vocab * shape.hidden if family == "gpt" and par.pp > 1 else 0)
+    size = sum(leaf.size for leaf in leaves) + (
+        shape.vocab * shape.hidden if family == "gpt" and par.pp > 1 else 0
+    )
     places = shape.seq * shape.hidden * (par.tp - 1) if family == "gpt" else 0
-    held = sum(stage["state"] for stage in found.memory) * par.tp * (par.dp * par.cp if par.zero else 1)
+    held = (
+        sum(stage["state"] for stage in found.memory)
+        * par.tp
+        * (par.dp * par.cp if par.zero else 1)
+    )
     assert held == pytest.approx(12 * (size + places), rel=0.01)
 
 
@@ -256,14 +288,26 @@ def test_a_pipeline_is_its_parts_and_a_bubble():
     cluster = Cluster.parse("a100x8")
     shape = replace(GPT22B, layers=8)
     setting = Setting("full", fused_attention=False, overlap=frozenset({"stages"}))
-    found = price_job(shape, Parallelism(pp=8), cluster, global_batch=16, microbatch=1, setting=setting)
+    found = price_job(
+        shape, Parallelism(pp=8), cluster, global_batch=16, microbatch=1, setting=setting
+    )
     assert found.seconds["bubble"] > 0
     assert sum(found.seconds.values()) == pytest.approx(found.step)
     interleaved = price_job(
-        replace(shape, layers=16), Parallelism(pp=8, vpp=2), cluster, global_batch=16, microbatch=1, setting=setting
+        replace(shape, layers=16),
+        Parallelism(pp=8, vpp=2),
+        cluster,
+        global_batch=16,
+        microbatch=1,
+        setting=setting,
     )
     flat = price_job(
-        replace(shape, layers=16), Parallelism(pp=8), cluster, global_batch=16, microbatch=1, setting=setting
+        replace(shape, layers=16),
+        Parallelism(pp=8),
+        cluster,
+        global_batch=16,
+        microbatch=1,
+        setting=setting,
     )
     assert interleaved.step < flat.step
     assert sum(interleaved.memory[0].values()) > sum(flat.memory[0].values())
@@ -275,7 +319,9 @@ def test_hidden_communication_is_never_dearer_than_exposed():
     shape, steps = replace(GPT22B, layers=4), []
     for overlap in ((), ("parameters",), ("parameters", "tensor")):
         setting = Setting("none", overlap=frozenset(overlap))
-        steps.append(price_job(shape, par, cluster, global_batch=16, microbatch=1, setting=setting).step)
+        steps.append(
+            price_job(shape, par, cluster, global_batch=16, microbatch=1, setting=setting).step
+        )
     assert steps == sorted(steps, reverse=True)
     assert steps[0] > steps[2]
 
@@ -285,7 +331,10 @@ def test_hidden_communication_is_never_dearer_than_exposed():
     [
         ({"parallelism": Parallelism(tp=4)}, "is 4, the cluster has 8"),
         ({"global_batch": 7}, "a batch of 7 is not cut"),
-        ({"parallelism": Parallelism(pp=8), "shape": replace(GPT22B, layers=4)}, "4 layers are fewer than 8 stages"),
+        (
+            {"parallelism": Parallelism(pp=8), "shape": replace(GPT22B, layers=4)},
+            "4 layers are fewer than 8 stages",
+        ),
         ({"parallelism": Parallelism(pp=8, vpp=2), "global_batch": 12}, "groups of 8, got 12"),
     ],
 )
@@ -309,7 +358,11 @@ def test_a_vocabulary_is_padded_as_megatron_pads_it():
 
 
 def test_settings_and_shapes_that_cannot_be_are_refused():
-    for make in (lambda: Setting("some"), lambda: Setting(products="fp7"), lambda: Parallelism(tp=0)):
+    for make in (
+        lambda: Setting("some"),
+        lambda: Setting(products="fp7"),
+        lambda: Parallelism(tp=0),
+    ):
         with pytest.raises(PlanError):
             make()
     odd = {"family": "llama", "head_dim": 97}  # rotary positions turn pairs
@@ -329,7 +382,9 @@ def test_bands_are_those_of_the_published_runs():
     for device, band in BANDS.items():
         errors = [row["error"] for row in rows if row["device"] == device]
         assert band.runs == len(errors)
-        assert (band.low, band.high) == pytest.approx(tuple(np.quantile(errors, (0.05, 0.95))), abs=0.006)
+        assert (band.low, band.high) == pytest.approx(
+            tuple(np.quantile(errors, (0.05, 0.95))), abs=0.006
+        )
     assert BANDS.keys() == {row["device"] for row in rows}
 
 
@@ -370,9 +425,13 @@ def test_price_by_name_and_by_numbers(tmp_path):
     numbers = ["--layers", "96", "--hidden", "12288", "--heads", "96", "--vocab", "50304"]
     same = json.loads(cli("price", *numbers, *common, "--format", "json").output)
     assert same["seconds"] == pytest.approx(data["seconds"])
-    slower = cli("price", *numbers, *common, "--set", "fabric.nvlink3.bandwidth=30GB/s", "--format", "json")
+    slower = cli(
+        "price", *numbers, *common, "--set", "fabric.nvlink3.bandwidth=30GB/s", "--format", "json"
+    )
     assert json.loads(slower.output)["seconds"] > data["seconds"]
-    wider = json.loads(cli("price", *numbers, *common, "--head-dim", "256", "--format", "json").output)
+    wider = json.loads(
+        cli("price", *numbers, *common, "--head-dim", "256", "--format", "json").output
+    )
     assert wider["seconds"] > data["seconds"]
     text = cli("price", *numbers, *common).output
     assert "does not fit" in text or "memory" in text
@@ -403,9 +462,15 @@ def test_price_by_name_and_by_numbers(tmp_path):
         (["--model", "gpt2", "--dp", "0"], "dp cannot be 0"),
         (["--model", "gpt2", "--dropout", "1"], "dropout cannot be 1"),
         (["--model", "gpt2", "--set", "hosts=-8"], "`-8` is neither a number of hosts nor a name"),
-        (["--model", "gpt2-scan", "--batch", "8000000000"], "runs of stages are more than is simulated"),
+        (
+            ["--model", "gpt2-scan", "--batch", "8000000000"],
+            "runs of stages are more than is simulated",
+        ),
         (["--model", "gpt2", "--shard-group", "4"], "groups of 4 ranks share nothing without ZeRO"),
-        (["--model", "gpt2", "--zero", "3", "--shard-group", "3"], "8 data ranks cannot be grouped by 3"),
+        (
+            ["--model", "gpt2", "--zero", "3", "--shard-group", "3"],
+            "8 data ranks cannot be grouped by 3",
+        ),
     ],
 )
 def test_price_refuses_by_name(arguments, message):
@@ -415,15 +480,44 @@ def test_price_refuses_by_name(arguments, message):
 
 
 def test_price_names_all_mistakes_that_have_nothing_to_do_with_each_other():
-    arguments = ["--model", "gpt2", "--batch", "0", "--pp", "7", "--vpp", "-1", "--recompute", "most"]
+    arguments = [
+        "--model",
+        "gpt2",
+        "--batch",
+        "0",
+        "--pp",
+        "7",
+        "--vpp",
+        "-1",
+        "--recompute",
+        "most",
+    ]
     told = str(cli("price", "--cluster", "a100x8", *arguments).exception)
-    for mistake in ("does not divide 8", "vpp cannot be -1", "recompute cannot be `most`", "global batch cannot be 0"):
+    for mistake in (
+        "does not divide 8",
+        "vpp cannot be -1",
+        "recompute cannot be `most`",
+        "global batch cannot be 0",
+    ):
         assert mistake in told
     assert "parallelism: degrees that divide 8; vpp: 1 or more; recompute: one of" in told
 
 
 def test_zero_saves_nothing_where_nobody_shares():
-    alone = ["--model", "gpt2", "--cluster", "a100x8", "--batch", "8", "--tp", "4", "--pp", "2", "--format", "json"]
+    alone = [
+        "--model",
+        "gpt2",
+        "--cluster",
+        "a100x8",
+        "--batch",
+        "8",
+        "--tp",
+        "4",
+        "--pp",
+        "2",
+        "--format",
+        "json",
+    ]
     plain, sharded = (json.loads(cli("price", *alone, "--zero", zero).output) for zero in "03")
     assert plain["seconds"] == sharded["seconds"] and plain["memory"] == sharded["memory"]
 
@@ -431,7 +525,19 @@ def test_zero_saves_nothing_where_nobody_shares():
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp("plans") / "gpt2.json"
-    found = cli("plan", "--model", "gpt2", "--layers", "4", "--cluster", "h100x8", "--batch", "32", "-o", str(path))
+    found = cli(
+        "plan",
+        "--model",
+        "gpt2",
+        "--layers",
+        "4",
+        "--cluster",
+        "h100x8",
+        "--batch",
+        "32",
+        "-o",
+        str(path),
+    )
     assert found.exit_code == 0, found.output
     return path
 

@@ -37,8 +37,16 @@ def planned(folder, ranks: int, schedule: str, devices: int = 8) -> str:
     """A plan of the benchmark's model, as the command line saves it."""
     path = folder / f"{schedule}-{ranks}.json"
     if not path.exists():
-        pins = {"pp": ranks, "schedule": schedule, "microbatches": 4, "recompute": "none", "time_limit": 20}
-        found = make_plan(*model(), cluster=f"{devices}xcpu", request=Request(**pins), donate_argnums=0)
+        pins = {
+            "pp": ranks,
+            "schedule": schedule,
+            "microbatches": 4,
+            "recompute": "none",
+            "time_limit": 20,
+        }
+        found = make_plan(
+            *model(), cluster=f"{devices}xcpu", request=Request(**pins), donate_argnums=0
+        )
         save_plan(found.model_copy(update={"recipe": {"model": MODEL}}), path)
     return path.name
 
@@ -54,7 +62,18 @@ def losses(steps: int) -> list[float]:
 
 
 def train(folder, plan: str, processes: int, *more: str):
-    arguments = ["-m", "meshwright", "run", plan, "--steps", "3", "--verify", "--format", "json", *more]
+    arguments = [
+        "-m",
+        "meshwright",
+        "run",
+        plan,
+        "--steps",
+        "3",
+        "--verify",
+        "--format",
+        "json",
+        *more,
+    ]
     return finish(start(arguments, processes, folder), folder)
 
 
@@ -64,7 +83,9 @@ def check_trains(folder, plan: str, processes: int) -> None:
     shown = json.loads(ends[0][1])
     assert shown["losses"] == pytest.approx(losses(3), rel=1e-5)
     pipeline = load_plan(folder / plan).pipeline
-    assert {each["step"] for each in shown["passes"]} == {word for row in pipeline.orders for word in row.split()}
+    assert {each["step"] for each in shown["passes"]} == {
+        word for row in pipeline.orders for word in row.split()
+    }
     assert not any(out for _, out, _ in ends[1:])
 
 
@@ -78,7 +99,14 @@ def test_two_processes_of_four_devices_train_as_one_device(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "ranks, schedule, processes",
-    [(4, "1f1b", 4), (2, "1f1b", 4), (4, "gpipe", 2), (4, "zb-h1", 4), (2, "interleaved", 2), (8, "1f1b", 2)],
+    [
+        (4, "1f1b", 4),
+        (2, "1f1b", 4),
+        (4, "gpipe", 2),
+        (4, "zb-h1", 4),
+        (2, "interleaved", 2),
+        (8, "1f1b", 2),
+    ],
 )
 def test_any_schedule_over_any_processes(folder, ranks, schedule, processes):
     """Stages within a process, one each, and over two processes."""
@@ -109,11 +137,15 @@ for _ in range(3):
 
 
 def test_in_python_the_first_process_plans_and_all_run(folder):
-    (folder / "work.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n{WORK}")
+    (folder / "work.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n{WORK}"
+    )
     ends = finish(start(["work.py"], 2, folder), folder)
     assert [code for code, _, _ in ends] == [0, 0], ends
     for _, out, _ in ends:
-        found = [float(number) for number in re.findall(r"loss (\S+)", out)]  # gloo prints there too
+        found = [
+            float(number) for number in re.findall(r"loss (\S+)", out)
+        ]  # gloo prints there too
         assert found == pytest.approx(losses(3), rel=1e-5)
 
 
@@ -152,7 +184,10 @@ def test_a_stack_of_layers_lies_on_the_processes_of_its_stages(folder):
     ends = finish(start(["stacked.py"], 2, folder), folder)
     for process, (code, out, err) in enumerate(ends):
         assert code == 0, err
-        assert "LoweringError an array of shape (4, 8, 8) has layers on devices of other processes" in out
+        assert (
+            "LoweringError an array of shape (4, 8, 8) has layers on devices of other processes"
+            in out
+        )
         assert "process_allgather(jnp.asarray(leaf), tiled=True)" in out
         assert out.endswith(f"(4, 8, 8) {[[2, 2, 0, 0], [0, 0, 2, 2]][process]}\n")
 
@@ -203,9 +238,13 @@ def test_stages_with_unlike_meshes_hand_over_between_processes(folder):
 def interrupted(folder, victim: int, how: signal.Signals):
     """Two processes, one of which gets a signal once both train; how they end, and how soon."""
     plan = planned(folder, 4, "1f1b")
-    started = start(["-m", "meshwright", "run", plan, "--steps", "100000", "--deadline", "15"], 2, folder)
+    started = start(
+        ["-m", "meshwright", "run", plan, "--steps", "100000", "--deadline", "15"], 2, folder
+    )
     begin = time.monotonic()
-    while (folder / "err.0").read_text().count("connected to") < 6 and time.monotonic() < begin + 60:
+    while (folder / "err.0").read_text().count(
+        "connected to"
+    ) < 6 and time.monotonic() < begin + 60:
         time.sleep(0.2)
     time.sleep(5)
     started[victim].send_signal(how)
@@ -234,7 +273,14 @@ def test_a_wait_ends_at_the_deadline_and_says_who_waited_for_whom(folder):
 
 @pytest.mark.slow
 def test_twenty_runs_do_not_hang():
-    command = [sys.executable, str(ROOT / "benchmarks" / "pipeline_processes.py"), "--runs", "20", "--steps", "20"]
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "pipeline_processes.py"),
+        "--runs",
+        "20",
+        "--steps",
+        "20",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout
 

@@ -18,7 +18,11 @@ README = (ROOT / "README.md").read_text()
 GRAPH = {
     "problem": {
         "name": "two nodes",
-        "nodes": {"intervals": [[0, 2], [1, 3]], "costs": [[1, 2], [3, 4]], "usages": [[5, 1], [5, 1]]},
+        "nodes": {
+            "intervals": [[0, 2], [1, 3]],
+            "costs": [[1, 2], [3, 4]],
+            "usages": [[5, 1], [5, 1]],
+        },
         "edges": {"nodes": [[0, 1]], "costs": [[0, 9, 9, 0]]},
         "usage_limit": 6,
     }
@@ -29,7 +33,12 @@ TOGETHER = "stages.json"  # of a block whose commands run side by side
 
 def commands() -> list[str]:
     blocks = re.findall(r"```console\n(.*?)```", README, re.S)
-    lines = [line.removeprefix("$ ") for block in blocks if TOGETHER not in block for line in block.splitlines()]
+    lines = [
+        line.removeprefix("$ ")
+        for block in blocks
+        if TOGETHER not in block
+        for line in block.splitlines()
+    ]
     return [line.partition("  #")[0].strip() for line in lines]
 
 
@@ -71,9 +80,14 @@ def test_slow_commands_run_too(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_the_block_of_several_processes_runs(tmp_path):
     block = next(b for b in re.findall(r"```console\n(.*?)```", README, re.S) if TOGETHER in b)
-    script = re.sub(r"^\$ meshwright", f"{sys.executable} -m meshwright", block, flags=re.M) + "wait %1\n"
+    script = (
+        re.sub(r"^\$ meshwright", f"{sys.executable} -m meshwright", block, flags=re.M)
+        + "wait %1\n"
+    )
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        ["bash", "-ec", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("loss") == 3 and "simulated" in done.stdout
 
@@ -101,6 +115,10 @@ def test_links_lead_somewhere():
 def test_exit_codes_are_those_of_the_errors():
     from meshwright.ir import errors
 
-    kinds = [e for e in vars(errors).values() if isinstance(e, type) and issubclass(e, errors.MeshwrightError)]
+    kinds = [
+        e
+        for e in vars(errors).values()
+        if isinstance(e, type) and issubclass(e, errors.MeshwrightError)
+    ]
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.M)}
     assert {e.exit_code for e in kinds} <= listed

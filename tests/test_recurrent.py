@@ -54,7 +54,10 @@ def step_of(cell):
 def arguments():
     keys = jax.random.split(jax.random.key(0), 3)
     sizes = {"wx": (WIDTH, 4 * WIDTH), "wh": (WIDTH, 4 * WIDTH), "b": (4 * WIDTH,)}
-    p = {name: 0.2 * jax.random.normal(key, size) for key, (name, size) in zip(keys, sizes.items(), strict=True)}
+    p = {
+        name: 0.2 * jax.random.normal(key, size)
+        for key, (name, size) in zip(keys, sizes.items(), strict=True)
+    }
     return p, jax.random.normal(keys[0], (BATCH, STEPS, WIDTH))
 
 

@@ -52,10 +52,15 @@ def test_a_schedule_as_text(run, golden):
 
 def test_seconds_are_of_a_rank_and_may_be_given_per_stage(run):
     whole = read(run, "zbv", *SIZE, "--forward", "2", "--backward", "2", "--weight", "2")
-    each = read(run, "zbv", *SIZE, "--forward", "1,1,1,1,1,1,1,1", "--backward", "2", "--weight", "2")
+    each = read(
+        run, "zbv", *SIZE, "--forward", "1,1,1,1,1,1,1,1", "--backward", "2", "--weight", "2"
+    )
     assert whole["makespan"] == each["makespan"] == 51
     free = ("--forward", "1,0", "--backward", "1,0", "--weight", "1,0")
-    assert [row["span"] for row in read(run, "1f1b", "--pp", "2", "--microbatches", "1", *free)["per_rank"]] == [3, 0]
+    assert [
+        row["span"]
+        for row in read(run, "1f1b", "--pp", "2", "--microbatches", "1", *free)["per_rank"]
+    ] == [3, 0]
     slow = read(run, "1f1b", *SIZE, "--forward", "1,2,1,1")
     assert slow["makespan"] > read(run, "1f1b", *SIZE)["makespan"]
 
@@ -81,7 +86,9 @@ def test_the_search_is_as_fast_as_the_best_that_fits(run):
     uneven = ("--forward", "5ms", "--backward", "6ms", "--weight", "4ms", "--send", "0.1ms")
     found = read(run, "search", *SIZE, *uneven, "--memory-limit", "4")
     assert max(row["peak"] for row in found["per_rank"]) <= 4
-    assert found["lower_bound"] <= found["makespan"] <= read(run, "zb-h1", *SIZE, *uneven)["makespan"]
+    assert (
+        found["lower_bound"] <= found["makespan"] <= read(run, "zb-h1", *SIZE, *uneven)["makespan"]
+    )
     check(read_schedule(found["schedule"], found["stages"], found["microbatches"], found["orders"]))
     more = read(run, "search", *SIZE, *uneven)
     assert more["makespan"] == pytest.approx(more["lower_bound"])
@@ -91,7 +98,11 @@ def test_the_search_is_as_fast_as_the_best_that_fits(run):
 def test_a_search_in_bytes_is_that_in_microbatches(run):
     counted = read(run, "search", *SIZE, "--chunks", "2", "--memory-limit", "3")
     sized = ("--held", "2GiB", "--static", "1GiB", "--memory-limit", "7GiB")
-    assert read(run, "search", *SIZE, "--chunks", "2", *sized)["makespan"] == counted["makespan"] == 26.5
+    assert (
+        read(run, "search", *SIZE, "--chunks", "2", *sized)["makespan"]
+        == counted["makespan"]
+        == 26.5
+    )
 
 
 # ---------------------------------------------------------------- files
@@ -117,7 +128,11 @@ REFUSED = [
     (("zvb", *SIZE), 2, "no schedule `zvb`"),
     (("hydra", *SIZE), 2, "one of gpipe, GPipe, 1f1b"),
     (("zbv",), 2, "a schedule needs its size"),
-    (("interleaved", "--stages", "4", "--microbatches", "9"), 2, "9 microbatches make no 2 equal groups of 4"),
+    (
+        ("interleaved", "--stages", "4", "--microbatches", "9"),
+        2,
+        "9 microbatches make no 2 equal groups of 4",
+    ),
     (("chimera", "--stages", "3", "--microbatches", "8"), 2, "even number of ranks, got 3"),
     (("zbv", *SIZE, "--chunks", "3"), 2, "zbv has 2 chunks per rank, not 3"),
     (("1f1b", "--stages", "0", "--microbatches", "8"), 2, "0 is no number of them"),
@@ -126,9 +141,17 @@ REFUSED = [
     (("1f1b", *SIZE, "--forward", "5 parsecs"), 2, "unknown unit `parsecs`"),
     (("1f1b", *SIZE, "--weight", "-1"), 2, "less than nothing"),
     (("1f1b", *SIZE, "--kept", "2"), 2, "2.0 is no share"),
-    (("search", *SIZE, "--memory-limit", "5GiB"), 2, "says nothing without what a microbatch holds"),
+    (
+        ("search", *SIZE, "--memory-limit", "5GiB"),
+        2,
+        "says nothing without what a microbatch holds",
+    ),
     (("search", *SIZE, "--memory-limit", "0.5"), 3, "no room for one microbatch"),
-    (("zbv", *SIZE, "--memory-limit", "2"), 3, "zbv holds 4 microbatches on rank 0, the limit is 2"),
+    (
+        ("zbv", *SIZE, "--memory-limit", "2"),
+        3,
+        "zbv holds 4 microbatches on rank 0, the limit is 2",
+    ),
     (("none.csv",), 2, "the schedule none.csv cannot be read"),
     (("chimera", *SIZE, "-o", "x.csv"), 2, "stage 0 of schedule chimera lies on 2 ranks"),
     (("1f1b", *SIZE, "--trace", "no/x.json"), 2, "folder is missing"),
@@ -158,7 +181,13 @@ def test_closed_forms_hold_where_they_say(name):
     """Idle seconds equal, memory at most and for some sizes equal; F, B, W in seconds that doubles hold exactly."""
     equal = shown = 0
     for p, m in ((1, 1), (2, 4), (3, 7), (4, 12), (6, 12), (6, 24)):
-        for seconds in (("4", "4", "4"), ("5", "6", "4"), ("4", "4", "1"), ("3", "2", "1"), ("2", "3", "7")):
+        for seconds in (
+            ("4", "4", "4"),
+            ("5", "6", "4"),
+            ("4", "4", "1"),
+            ("3", "2", "1"),
+            ("2", "3", "7"),
+        ):
             try:
                 found = study(name, Size(p, m, None), Seconds(*seconds), Memory(kept=0.0))
             except PlanError:

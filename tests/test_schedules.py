@@ -27,7 +27,9 @@ PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "pipeline"
 needs_data = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="published schedules are not here")
 
 
-def run(schedule: Schedule, forward: float, backward: float, send: float = 0.0, blocking: bool = False) -> Run:
+def run(
+    schedule: Schedule, forward: float, backward: float, send: float = 0.0, blocking: bool = False
+) -> Run:
     each = StageSeconds(forward, backward, send=send)
     return simulate(pipeline_tasks(schedule, [each] * schedule.stages, blocking=blocking))
 
@@ -42,11 +44,15 @@ def test_idle_and_in_flight_of_plain_pipelines(ranks, microbatches, forward, bac
         for rank in range(ranks):
             assert done.idle(rank) == pytest.approx((ranks - 1) * both, rel=1e-9)
     plain = one_f_one_b(ranks, microbatches)
-    assert [in_flight(plain, r) for r in range(ranks)] == [min(microbatches, ranks - r) for r in range(ranks)]
+    assert [in_flight(plain, r) for r in range(ranks)] == [
+        min(microbatches, ranks - r) for r in range(ranks)
+    ]
     assert in_flight(gpipe(ranks, microbatches), 0) == microbatches
 
 
-@given(st.integers(2, 6), st.integers(1, 4), st.integers(2, 4), st.floats(0.1, 3), st.floats(0.1, 3))
+@given(
+    st.integers(2, 6), st.integers(1, 4), st.integers(2, 4), st.floats(0.1, 3), st.floats(0.1, 3)
+)
 def test_interleaving_divides_the_bubble_by_the_chunks(ranks, groups, chunks, forward, backward):
     schedule = interleaved(ranks, groups * ranks, chunks)
     check(schedule)
@@ -72,7 +78,9 @@ def test_published_orders_take_the_published_time():
         seconds = StageSeconds(entry["F"], backward, entry["W"], entry["comm"])
         done = simulate(pipeline_tasks(schedule, [seconds] * entry["p"]))
         assert done.makespan == pytest.approx(entry["makespan"], rel=1e-9), entry["schedule"]
-        assert max(done.span(r) for r in range(entry["p"])) == pytest.approx(entry["max_stage_span"], rel=1e-9)
+        assert max(done.span(r) for r in range(entry["p"])) == pytest.approx(
+            entry["max_stage_span"], rel=1e-9
+        )
         held = [in_flight(schedule, r) for r in range(entry["p"])]
         assert held == entry["peak_F_units_freedB"], entry["schedule"]
 
@@ -80,7 +88,8 @@ def test_published_orders_take_the_published_time():
 def _read(entry: dict) -> Schedule:
     kinds = {**MARKS, "BW": MARKS["B"]}
     orders = tuple(
-        tuple(Step(kinds[kind], rank, m) for kind, m, _ in order) for rank, order in enumerate(entry["order"])
+        tuple(Step(kinds[kind], rank, m) for kind, m, _ in order)
+        for rank, order in enumerate(entry["order"])
     )
     return Schedule(entry["schedule"], entry["p"], entry["m"], orders)
 
@@ -95,7 +104,9 @@ def test_our_1f1b_is_the_published_one():
 @needs_data
 @pytest.mark.parametrize(("name", "make"), [("Interleaved1F1B", interleaved), ("LoopedBFS", None)])
 def test_torch_schedules(name, make):
-    entries = [e for e in json.loads((PUBLISHED / "torch_schedules.json").read_text()) if e["name"] == name]
+    entries = [
+        e for e in json.loads((PUBLISHED / "torch_schedules.json").read_text()) if e["name"] == name
+    ]
     assert entries
     for entry in entries:
         if make is None:
@@ -129,7 +140,10 @@ def test_text_round_trip():
 
 def test_blocking_sends_cost_compute():
     schedule = one_f_one_b(4, 8)
-    assert run(schedule, 1, 2, send=0.1).makespan < run(schedule, 1, 2, send=0.1, blocking=True).makespan
+    assert (
+        run(schedule, 1, 2, send=0.1).makespan
+        < run(schedule, 1, 2, send=0.1, blocking=True).makespan
+    )
 
 
 # ---------------------------------------------------------------- tasks
@@ -142,7 +156,11 @@ def graphs(draw, loose=False):
         after = draw(st.sets(st.integers(0, i - 1), max_size=3)) if i else set()
         stream = draw(st.sampled_from([COMPUTE, "send"]))
         seconds, free = draw(st.integers(0, 6)) / 2, loose and draw(st.booleans())
-        tasks.append(Task(f"t{i}", draw(st.integers(0, 1)), stream, seconds, tuple(sorted(after)), loose=free))
+        tasks.append(
+            Task(
+                f"t{i}", draw(st.integers(0, 1)), stream, seconds, tuple(sorted(after)), loose=free
+            )
+        )
     return tasks
 
 
@@ -169,14 +187,18 @@ def _stepped(tasks, slowdown, dt=1 / 512):
                 open_ = [i for i in order if i not in finished]
                 first = next((i for i in open_ if not tasks[i].loose), None)
                 ready = (i for i in open_ if tasks[i].loose or i == first)
-                current[stream] = next((i for i in ready if finished.issuperset(tasks[i].after)), None)
+                current[stream] = next(
+                    (i for i in ready if finished.issuperset(tasks[i].after)), None
+                )
         running = [i for i in current.values() if i is not None]
         instant = [i for i in running if left[i] <= 1e-12]
         if instant:
             finished.update(instant)
             continue
         for i in running:
-            beside = {tasks[j].stream == COMPUTE for j in running if tasks[j].device == tasks[i].device}
+            beside = {
+                tasks[j].stream == COMPUTE for j in running if tasks[j].device == tasks[i].device
+            }
             left[i] -= dt / (slowdown if len(beside) == 2 else 1.0)
         now += dt
         finished.update(i for i in running if left[i] <= 1e-12)
@@ -201,9 +223,9 @@ def test_exposed_and_idle_seconds():
 def test_updates_stall_no_updates_and_reductions_block_no_gathers():
     """A step of two layers: the gradient of the first comes last, and its update stands first in the program.
 
-        second   0  1  2   3   4  5  6
-        compute     F1 F2  B2  B1 U2 U1    in order, U2 would wait for U1, and U1 for R1
-        link     G1 G2 G2' G1' R2 R1       in order, G1' would wait for R2, and so B1
+    second   0  1  2   3   4  5  6
+    compute     F1 F2  B2  B1 U2 U1    in order, U2 would wait for U1, and U1 for R1
+    link     G1 G2 G2' G1' R2 R1       in order, G1' would wait for R2, and so B1
     """
     names = ("G1", "F1", "G2", "F2", "G2'", "B2", "R2", "G1'", "B1", "R1", "U1", "U2")
     after = {"F1": ("G1",), "F2": ("G2", "F1"), "B2": ("F2", "G2'"), "B1": ("B2", "G1'"), "R2": ("B2",), "R1": ("B1",),
@@ -228,7 +250,9 @@ def test_the_timeline_shows_bubbles_and_nests():
     assert rows[0].split()[1].startswith("FF") and "." in rows[2][:6] and len(rows) == 3
     trace = line.perfetto()
     check_nested(trace)
-    trace["traceEvents"].append({"name": "odd", "ph": "X", "pid": 0, "tid": 0, "ts": 5e5, "dur": 1e12})
+    trace["traceEvents"].append(
+        {"name": "odd", "ph": "X", "pid": 0, "tid": 0, "ts": 5e5, "dur": 1e12}
+    )
     with pytest.raises(PlanError, match="overlap"):
         check_nested(trace)
 

@@ -30,7 +30,9 @@ def step():
 
 
 def searching(step) -> Search:
-    return Search(fold(step.graph), EIGHT, Request(pp="auto"), Roofline(EIGHT), "", "", lambda line: None)
+    return Search(
+        fold(step.graph), EIGHT, Request(pp="auto"), Roofline(EIGHT), "", "", lambda line: None
+    )
 
 
 def planned(step, monkeypatch: pytest.MonkeyPatch, count: int):
@@ -45,14 +47,18 @@ def planned(step, monkeypatch: pytest.MonkeyPatch, count: int):
 
     monkeypatch.setattr(api, "hired", hired)
     told: list[str] = []
-    plan = plan_captured(step, EIGHT, Request(pp="auto", gap=0.001, time_limit=1e4), "gpt-tiny", told.append)
+    plan = plan_captured(
+        step, EIGHT, Request(pp="auto", gap=0.001, time_limit=1e4), "gpt-tiny", told.append
+    )
     return plan, told, kept
 
 
 def test_a_search_with_scouts_makes_the_same_choices(step, monkeypatch):
     taken = []
     take, wish = scouts.Scouts.take, scouts.Scouts.wish
-    monkeypatch.setattr(scouts.Scouts, "take", lambda self, key: taken.append(take(self, key)) or taken[-1])
+    monkeypatch.setattr(
+        scouts.Scouts, "take", lambda self, key: taken.append(take(self, key)) or taken[-1]
+    )
 
     def waiting(self: scouts.Scouts, keys) -> None:
         """What is wished for first is waited for, however slow the scout's start."""
@@ -100,7 +106,10 @@ def test_a_scout_that_dies_leaves_the_work_to_the_search(step):
 def test_scouts_are_gone_whatever_happens(monkeypatch):
     monkeypatch.setattr(scouts, "_cores", lambda: 2)
     kept = []
-    with pytest.raises(RuntimeError), scouts.hired(Cluster.parse("8xh100x8@ib400"), Request(pp="auto")) as hired:
+    with (
+        pytest.raises(RuntimeError),
+        scouts.hired(Cluster.parse("8xh100x8@ib400"), Request(pp="auto")) as hired,
+    ):
         kept.append(hired)
         raise RuntimeError
     assert [process.poll() is not None for process in kept[0].processes] == [True]
@@ -108,7 +117,11 @@ def test_scouts_are_gone_whatever_happens(monkeypatch):
 
 @pytest.mark.parametrize(
     ("cluster", "request_"),
-    [("h100x8", Request(pp="auto")), ("8xh100x8@ib400", Request()), ("8xh100x8@ib400", Request(pp=64))],
+    [
+        ("h100x8", Request(pp="auto")),
+        ("8xh100x8@ib400", Request()),
+        ("8xh100x8@ib400", Request(pp=64)),
+    ],
 )
 def test_small_searches_have_none(cluster, request_, monkeypatch):
     monkeypatch.setattr(scouts, "_cores", lambda: 2)

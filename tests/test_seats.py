@@ -29,7 +29,10 @@ def without(env, *names):
         (TORCH | {"TORCHELASTIC_USE_AGENT_STORE": "True"}, Seat("10.0.0.1:29501", 4, 3)),
         (TORCH | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, Seat("10.0.0.1:29500", 4, 3, 1, 2)),
         (SLURM, Seat("node007:61444", 8, 5, 1, 2)),
-        (SLURM | {"SLURM_STEP_NODELIST": "rack[1-2]node[03,05]-ib"}, Seat("rack1node03-ib:61444", 8, 5, 1, 2)),
+        (
+            SLURM | {"SLURM_STEP_NODELIST": "rack[1-2]node[03,05]-ib"},
+            Seat("rack1node03-ib:61444", 8, 5, 1, 2),
+        ),
         (SLURM | JAX, Seat("h:1", 2, 1)),
         (SLURM | TORCH, Seat("10.0.0.1:29500", 4, 3)),
         (INTERACTIVE | TORCH, Seat("10.0.0.1:29500", 4, 3)),
@@ -57,7 +60,10 @@ def test_what_is_left_of_one_process_says_that_it_is_alone(env):
     [
         ({"coordinator": "h:1"}, "one is missing"),
         ({"coordinator": "h:1", "processes": 2, "process": 2}, "there is no process 2 of 2"),
-        ({"coordinator": "h:1", "processes": 10**30, "process": 2}, "there is no process 2 of 10{30}"),
+        (
+            {"coordinator": "h:1", "processes": 10**30, "process": 2},
+            "there is no process 2 of 10{30}",
+        ),
         ({"coordinator": "h", "processes": 2, "process": 0}, "`h` is no address"),
         ({"coordinator": "h:65536", "processes": 2, "process": 0}, "`h:65536` is no address"),
         ({"env": TORCH | {"RANK": "x"}}, "`x` is no number"),
@@ -66,8 +72,14 @@ def test_what_is_left_of_one_process_says_that_it_is_alone(env):
         ({"env": without(TORCH, "RANK")}, "WORLD_SIZE is set, RANK is not"),
         ({"env": {"RANK": "1"}}, "RANK is set, WORLD_SIZE and MASTER_ADDR and MASTER_PORT are not"),
         ({"env": TORCH | {"WORLD_SIZE": "1"}}, "there is no process 3 of 1"),
-        ({"env": TORCH | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}}, "there is no process 2 of 2 on a host"),
-        ({"env": without(JAX, "JAX_PROCESS_ID")}, "JAX_COORDINATOR_ADDRESS is set, JAX_PROCESS_ID is not"),
+        (
+            {"env": TORCH | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}},
+            "there is no process 2 of 2 on a host",
+        ),
+        (
+            {"env": without(JAX, "JAX_PROCESS_ID")},
+            "JAX_COORDINATOR_ADDRESS is set, JAX_PROCESS_ID is not",
+        ),
         ({"env": {"JAX_NUM_PROCESSES": "2"}}, "JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID are not"),
         ({"env": JAX | {"JAX_PROCESS_ID": ""}}, "JAX_PROCESS_ID is not"),
         ({"env": JAX | TORCH}, "jax's variables say process 1 of 2, torchrun's say process 3 of 4"),
@@ -100,7 +112,21 @@ def test_lists_of_hosts_are_read_as_slurm_writes_them(text, names):
 
 
 @pytest.mark.parametrize(
-    "text", ["", ",", "n[", "n[1-2", "n]1[", "n[[1-2]]", "n[]", "n[2-1]", "n[a-b]", "n[1-99999999]", "n[²]", "n[1-2]]"]
+    "text",
+    [
+        "",
+        ",",
+        "n[",
+        "n[1-2",
+        "n]1[",
+        "n[[1-2]]",
+        "n[]",
+        "n[2-1]",
+        "n[a-b]",
+        "n[1-99999999]",
+        "n[²]",
+        "n[1-2]]",
+    ],
 )
 def test_what_is_no_list_of_hosts_is_refused(text):
     with pytest.raises(UsageError, match="is not a pattern of hosts"):

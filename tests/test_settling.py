@@ -74,7 +74,11 @@ def sharded() -> Plan:
 
 def owing_all(plan: Plan) -> Plan:
     """The same plan, but gradients owe their sums until the update."""
-    later = {tag: (owing(0),) * len(codes) for tag, codes in plan.strategies.items() if tag.endswith(SETTLING)}
+    later = {
+        tag: (owing(0),) * len(codes)
+        for tag, codes in plan.strategies.items()
+        if tag.endswith(SETTLING)
+    }
     return plan.model_copy(update={"strategies": {**plan.strategies, **later}})
 
 
@@ -87,15 +91,22 @@ def test_a_sharded_step_scatters_each_gradient_as_it_is_made():
 
 
 def test_as_many_bytes_are_scattered_as_planned():
-    [line] = [line for line in audit(lower(sharded(), case()[0])).lines if line.kind == "reduce_scatter"]
-    assert (line.compiled_bytes, line.compiled_count) == (line.predicted_bytes, line.predicted_count)
+    [line] = [
+        line for line in audit(lower(sharded(), case()[0])).lines if line.kind == "reduce_scatter"
+    ]
+    assert (line.compiled_bytes, line.compiled_count) == (
+        line.predicted_bytes,
+        line.predicted_count,
+    )
 
 
 @pytest.mark.parametrize("microbatches", [1, 4])
 @pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
 def test_settled_at_once_or_later_a_step_equals_one_device(microbatches, later):
     captured, leaves, truth = case()
-    plan = (owing_all(sharded()) if later else sharded()).model_copy(update={"microbatches": microbatches})
+    plan = (owing_all(sharded()) if later else sharded()).model_copy(
+        update={"microbatches": microbatches}
+    )
     lowered = lower(plan, captured)
     scattered = [line for line in audit(lowered).lines if line.kind == "reduce_scatter"]
     assert sum(line.compiled_count for line in scattered) == (1 if later else microbatches) * LAYERS
@@ -109,12 +120,16 @@ def test_weights_may_owe_whatever_the_optimizer_does_with_them(step):
     program = prepare(fold(capture(step, *args).graph).small, "none")
     copies = [op for op in program.graph.ops if settles(op)]
     assert sum(op.count for op in copies) == LAYERS
-    assert all(program.graph.types[op.inputs[0]].rank == 2 for op in copies)  # of biases there are none
+    assert all(
+        program.graph.types[op.inputs[0]].rank == 2 for op in copies
+    )  # of biases there are none
     layouts = Layouts(Roofline(Cluster.parse("8xcpu")).collectives(Mesh((Axis("x", 8),))))
     space = build_space(program, 4, Roofline(Cluster.parse("8xcpu")), layouts)
     for op in copies:
         choices = space.nodes[space.op_node[op.tag]].choices
-        assert {Strategy((owing(0),)), Strategy((NONE,)), Strategy((0,)), Strategy((1,))} == set(choices)
+        assert {Strategy((owing(0),)), Strategy((NONE,)), Strategy((0,)), Strategy((1,))} == set(
+            choices
+        )
 
 
 @pytest.mark.parametrize("name", ["gpt-tiny", "llama-tiny", "mixtral-tiny", "dlrm-tiny"])

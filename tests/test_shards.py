@@ -28,8 +28,14 @@ def _sharded(cluster: str, dp: int, group: int | None):
 
 def test_shards_of_a_group_are_those_of_its_ranks_alone():
     """Two slices that shard inside themselves hold what one slice holds, and gather no slower."""
-    one, two, over = _sharded("v5p-128", 64, None), _sharded(SLICES, 128, 64), _sharded(SLICES, 128, None)
-    assert two["layer"].state == one["layer"].state == pytest.approx(2 * over["layer"].state, rel=0.02)
+    one, two, over = (
+        _sharded("v5p-128", 64, None),
+        _sharded(SLICES, 128, 64),
+        _sharded(SLICES, 128, None),
+    )
+    assert (
+        two["layer"].state == one["layer"].state == pytest.approx(2 * over["layer"].state, rel=0.02)
+    )
     assert two["layer"].forward.gather == pytest.approx(one["layer"].forward.gather)
     assert over["layer"].forward.gather > one["layer"].forward.gather
 
@@ -37,8 +43,15 @@ def test_shards_of_a_group_are_those_of_its_ranks_alone():
 def test_gradients_are_scattered_inside_a_group_and_summed_across_groups():
     """What the second slice adds: an all-reduce of each rank's shard over the data-centre network."""
     large = [e for e in _sharded(SLICES, 128, 64)["layer"].update.collectives if e.nbytes > 1e6]
-    assert {(e.kind, e.axes) for e in large} == {("reduce_scatter", ("dp",)), ("all_reduce", ("copy",))}
-    shard, adapter, latency = 2 * 12 * 6144**2 / 64, 50e9 / 8, 30e-6  # bytes of a rank; bytes/s and s of its network
+    assert {(e.kind, e.axes) for e in large} == {
+        ("reduce_scatter", ("dp",)),
+        ("all_reduce", ("copy",)),
+    }
+    shard, adapter, latency = (
+        2 * 12 * 6144**2 / 64,
+        50e9 / 8,
+        30e-6,
+    )  # bytes of a rank; bytes/s and s of its network
     added = sum(e.seconds for e in large if e.axes == ("copy",)) / pricing.TRACED
     assert added == pytest.approx(2 * (1 / 2) * shard / adapter + 4 * 2 * latency)  # four matrices
 
@@ -47,7 +60,9 @@ def test_a_group_of_all_ranks_is_no_group():
     cluster, steps = Cluster.parse("2xa100x8@eth100"), []
     for group in (None, 16, 8):
         par = Parallelism(dp=16, zero=3, shard_group=group)
-        steps.append(price_job(SHALLOW, par, cluster, global_batch=16, microbatch=1, setting=Setting("full")))
+        steps.append(
+            price_job(SHALLOW, par, cluster, global_batch=16, microbatch=1, setting=Setting("full"))
+        )
     assert steps[0].step == steps[1].step and steps[0].memory == steps[1].memory
     assert steps[2].step < steps[0].step  # nothing is gathered between hosts
     assert steps[2].peak > steps[0].peak
@@ -73,7 +88,11 @@ def test_gradients_hide_only_where_gradients_overlap():
     for overlap in ((), ("parameters",), ("parameters", "gradients")):
         setting = Setting("none", overlap=frozenset(overlap))
         par = Parallelism(dp=16, zero=3)
-        steps.append(price_job(SHALLOW, par, cluster, global_batch=16, microbatch=1, setting=setting).seconds["travel"])
+        steps.append(
+            price_job(
+                SHALLOW, par, cluster, global_batch=16, microbatch=1, setting=setting
+            ).seconds["travel"]
+        )
     assert steps[0] > steps[1] > steps[2]
 
 
@@ -82,13 +101,19 @@ def test_heads_may_be_wider_than_the_stream(family):
     """4 h n d of attention weights; products with them count as any other."""
     h, n, d, f = 1024, 8, 256, 3072
     shape = Shape(family, pricing.TRACED, h, n, n, f, 4096, 512, d)
-    layer = pricing._parts(shape, 1, Parallelism(), Setting("none"), pricing._Known(Cluster.parse("a100x1")))["layer"]
+    layer = pricing._parts(
+        shape, 1, Parallelism(), Setting("none"), pricing._Known(Cluster.parse("a100x1"))
+    )["layer"]
     ways = 2 if family == "gpt" else 3
     matrices = 4 * h * n * d + ways * h * f
     assert layer.weights == pytest.approx(matrices, rel=0.01)
     assert layer.forward.flop == pytest.approx(2 * 512 * (matrices + 2 * 512 * n * d))
     square = pricing._parts(
-        replace(shape, head_dim=None), 1, Parallelism(), Setting("none"), pricing._Known(Cluster.parse("a100x1"))
+        replace(shape, head_dim=None),
+        1,
+        Parallelism(),
+        Setting("none"),
+        pricing._Known(Cluster.parse("a100x1")),
     )["layer"]
     assert square.weights < layer.weights and square.forward.compute < layer.forward.compute
 

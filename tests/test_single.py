@@ -283,7 +283,9 @@ def test_layers_that_differ_in_a_constant_are_refused():
 
     captured = capture(step, weights, jax.random.key(0), jnp.ones((8, 8)), donate_argnums=0)
     request = Request(pp=2, microbatches=4, program="single", time_limit=10)
-    with pytest.raises(PlanError, match=r"`random_fold_in` has another constant.*\n.*test_single\.py:\d+"):
+    with pytest.raises(
+        PlanError, match=r"`random_fold_in` has another constant.*\n.*test_single\.py:\d+"
+    ):
         plan_captured(captured, "2xcpu", request, "dropout")
 
 
@@ -417,7 +419,9 @@ def test_a_kind_of_program_that_does_not_exist_is_refused():
 def test_layers_that_cannot_be_shared_equally_are_refused_when_asked_for():
     captured = case("gpt-tiny", "adamw")[0]
     request = Request(pp=3, microbatches=4, program="single", recompute="none")
-    with pytest.raises(PlanError, match="4 layers alike in both passes, which 3 stages cannot share equally"):
+    with pytest.raises(
+        PlanError, match="4 layers alike in both passes, which 3 stages cannot share equally"
+    ):
         plan_captured(captured, "3xcpu", request, "gpt-tiny")
 
 

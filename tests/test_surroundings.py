@@ -37,7 +37,9 @@ def make():
 """
 
 
-def meshwright(*words: str, cwd=None, stdout=subprocess.PIPE, env=None) -> subprocess.CompletedProcess:
+def meshwright(
+    *words: str, cwd=None, stdout=subprocess.PIPE, env=None
+) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **(env or {})}
     return subprocess.run(
         [sys.executable, "-m", "meshwright", *words], stdout=stdout, stderr=subprocess.PIPE, cwd=cwd, env=env,
@@ -79,7 +81,11 @@ def test_a_closed_pipe_ends_quietly(words):
 def test_ascii_is_enough(small_plan, tmp_path):
     save_plan(small_plan, tmp_path / "p.json")
     ascii_only = {"PYTHONIOENCODING": "ascii", "LANG": "C"}
-    for words in (("show", "p.json"), ("show", "p.json", "--format", "json"), ("clusters", "8xcpu")):
+    for words in (
+        ("show", "p.json"),
+        ("show", "p.json", "--format", "json"),
+        ("clusters", "8xcpu"),
+    ):
         done = meshwright(*words, cwd=tmp_path, env=ascii_only)
         assert done.returncode == 0 and done.stdout.isascii(), done.stderr
         if "json" in words:
@@ -94,7 +100,9 @@ def test_stdout_and_stderr_may_be_closed():
         done = subprocess.run([sys.executable, "-c", code.format(word)], env=env, timeout=60)
         assert done.returncode == 2, word
     for word, wanted in (("models", 0), ("show", 2)):
-        done = subprocess.run([*SHELL, f"{sys.executable} -m meshwright {word} >&- 2>&-"], env=env, timeout=60)
+        done = subprocess.run(
+            [*SHELL, f"{sys.executable} -m meshwright {word} >&- 2>&-"], env=env, timeout=60
+        )
         assert done.returncode == wanted, word
 
 
@@ -132,7 +140,9 @@ def test_what_fails_in_a_running_step_is_no_defect_of_ours(small_plan):
 
 def test_an_audit_above_the_limit_ends_with_3(run, tmp_path):
     (tmp_path / "own_audit.py").write_text(OWN)
-    code, _, err = run("plan", "--model", "own_audit.py:make", "--cluster", "2xcpu", "--mesh", "2", "-o", "p.json")
+    code, _, err = run(
+        "plan", "--model", "own_audit.py:make", "--cluster", "2xcpu", "--mesh", "2", "-o", "p.json"
+    )
     assert code == 0, err
     assert run("audit", "p.json")[0] == 0
     found = load_plan(tmp_path / "p.json")
@@ -146,5 +156,7 @@ def test_an_audit_above_the_limit_ends_with_3(run, tmp_path):
 def test_outputs_that_cannot_be_are_refused_before_the_work(run, tmp_path, place):
     (tmp_path / "folder").mkdir()
     (tmp_path / "ring").symlink_to("ring")
-    code, out, err = run("plan", "--model", "gpt3-175b", "--cluster", "128xh100x8@ib400", "-o", place)
+    code, out, err = run(
+        "plan", "--model", "gpt3-175b", "--cluster", "128xh100x8@ib400", "-o", place
+    )
     assert code == 2 and not out and "cannot be written" in err

@@ -43,7 +43,9 @@ def test_text_prints_as_it_was_parsed():
     assert graph.state == ((0, 1),) and graph.donated == {0}
 
 
-@pytest.mark.parametrize("name", ["gpt-tiny", "gpt-tiny-scan", "mixtral-tiny", "wrn-tiny", "dlrm-tiny"])
+@pytest.mark.parametrize(
+    "name", ["gpt-tiny", "gpt-tiny-scan", "mixtral-tiny", "wrn-tiny", "dlrm-tiny"]
+)
 def test_captured_graphs_survive_text_and_json(name):
     example = models.build(name)
     graph = capture(example.step, example.state, example.batch, donate_argnums=0).graph

@@ -12,12 +12,20 @@ from meshwright.ir.cluster import Cluster
 from meshwright.ir.errors import InfeasibleError, MismatchError, MissingDependencyError, UsageError
 from meshwright.models import build
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not to be had here")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not to be had here"
+)
 
 
 @pytest.mark.parametrize(
     ("cluster", "name"),
-    [("v5e-8", "v5e:2x4"), ("v5p-1024", "v5p:8x8x8"), ("v6e-16", "v6e:4x4"), ("h100x8", None), ("2xv5e-8@dcn", None)],
+    [
+        ("v5e-8", "v5e:2x4"),
+        ("v5p-1024", "v5p:8x8x8"),
+        ("v6e-16", "v6e:4x4"),
+        ("h100x8", None),
+        ("2xv5e-8@dcn", None),
+    ],
 )
 def test_a_slice_has_the_name_that_libtpu_gives_it(cluster, name):
     assert name_of(Cluster.parse(cluster)) == name
@@ -63,6 +71,8 @@ def test_the_compiler_of_tpus_agrees_on_bytes_and_memory():
 def test_what_does_not_fit_is_refused_with_what_it_needs():
     """The plan is told of memory that the chip does not have."""
     roomy = Cluster.parse("v5e-8").with_("device.memory", "64 GiB")
-    with pytest.raises(InfeasibleError, match=r"XLA refuses the program: it needs .* of 15.75 GiB") as refused:
+    with pytest.raises(
+        InfeasibleError, match=r"XLA refuses the program: it needs .* of 15.75 GiB"
+    ) as refused:
         audited("gpt2", roomy, "v5e:2x4", batch=512, layers=4)
     assert refused.value.needed_bytes > refused.value.limit_bytes

@@ -39,10 +39,17 @@ UNLIKE = (512, 128, 48, 64, 128)  # four products: about 4, 1, 1, 2 parts of the
 
 def deals(devices: int, sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     """Sizes of stages, in order, that use all devices."""
-    yield from (d for n in range(1, devices + 1) for d in product(sizes, repeat=n) if sum(d) == devices)
+    yield from (
+        d for n in range(1, devices + 1) for d in product(sizes, repeat=n) if sum(d) == devices
+    )
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 6), st.integers(1, 5), st.data())
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.data(),
+)
 def test_unequal_splits_equal_trying_all(units, devices, microbatches, data):
     """Work that is not cut evenly: d devices take the d-th part and one second."""
     stages = data.draw(st.one_of(st.none(), st.integers(1, min(len(units), devices))))
@@ -63,7 +70,9 @@ def test_unequal_splits_equal_trying_all(units, devices, microbatches, data):
         for sizes in deals(devices, (1, 2, 4))
         if stages in (None, len(sizes))
         for cut in combinations(range(1, len(units)), len(sizes) - 1)
-        for each in [[took(a, b, d) for a, b, d in zip((0, *cut), (*cut, len(units)), sizes, strict=True)]]
+        for each in [
+            [took(a, b, d) for a, b, d in zip((0, *cut), (*cut, len(units)), sizes, strict=True)]
+        ]
     ]
     found = near_least_step(paces, devices, stages, coarse=1e-9)
     assert (found is None) == (not every)
@@ -99,7 +108,9 @@ def test_unequal_stages_equal_trying_every_split():
         ranks[size] = layouts.fastest(shapes, (whole,))
     best, at = inf, ()
     for sizes in (each for each in deals(8, (1, 2, 4)) if len(each) == 4):
-        pricing = Pricing(units, unequal._places([ranks[size] for size in sizes]), unequal.search.cluster)
+        pricing = Pricing(
+            units, unequal._places([ranks[size] for size in sizes]), unequal.search.cluster
+        )
         for cut in combinations(range(1, len(units)), 3):
             priced = pricing.with_cut(one_f_one_b(4, 8), (0, *cut))
             if priced is not None and priced.seconds < best:
@@ -112,27 +123,39 @@ def test_unequal_stages_equal_trying_every_split():
 def test_chains_that_are_even_keep_equal_stages():
     equal, unequal = explored(REQUEST, widths=(64, 65, 66, 67, 68))
     assert unequal.found is None and equal.best.priced is not None
-    assert unequal.left_out[0].startswith("stages of unequal meshes, but for"), "they were looked at"
+    assert unequal.left_out[0].startswith("stages of unequal meshes, but for"), (
+        "they were looked at"
+    )
 
 
 def test_stages_that_do_not_divide_the_devices_equal_one_device():
     captured, leaves, _, truth = case("gpt-tiny")
-    plan = plan_captured(captured, "8xcpu", Request(pp=3, microbatches=4, schedule="1f1b"), "gpt-tiny")
+    plan = plan_captured(
+        captured, "8xcpu", Request(pp=3, microbatches=4, schedule="1f1b"), "gpt-tiny"
+    )
     pipe = plan.pipeline
     assert pipe is not None and plan.device_count == 8
     assert sorted(stage.mesh.size for stage in pipe.stages) == [2, 2, 4]
-    assert {first % stage.mesh.size for first, stage in zip(pipe.first, pipe.stages, strict=True)} == {0}
+    assert {
+        first % stage.mesh.size for first, stage in zip(pipe.first, pipe.stages, strict=True)
+    } == {0}
     assert plan.proof.lower_bound < plan.estimate.step_seconds == plan.proof.objective
-    assert "stages of unequal meshes, but for the most promising by an estimate" in plan.proof.left_out
+    assert (
+        "stages of unequal meshes, but for the most promising by an estimate" in plan.proof.left_out
+    )
     head = plan_head(plan)
     assert "8 devices as 3 ranks of x=2 and x=4" in head
     assert "feasible, only the most promising were solved" in head
-    assert re.search(r"  runs    programs of each stage, [\d.]+ ms with the host's dispatch\n", head)
+    assert re.search(
+        r"  runs    programs of each stage, [\d.]+ ms with the host's dispatch\n", head
+    )
     assert "no single program for all stages: stages have unequal numbers of devices." in plan.notes
     for uses in {stage.uses for stage in pipe.stages}:
         assert f"{duty(uses[0])} parallel {uses[0].size} over x" in head
     assert {len(stage.uses) for stage in pipe.stages} == {1}
-    verify_outputs(truth, lower_pipeline(plan, captured).jitted(*leaves), captured.graph.output_names)
+    verify_outputs(
+        truth, lower_pipeline(plan, captured).jitted(*leaves), captured.graph.output_names
+    )
 
 
 def test_unequal_stages_are_given_up_for_a_plan_without_dispatch():
@@ -141,7 +164,9 @@ def test_unequal_stages_are_given_up_for_a_plan_without_dispatch():
     way = unequal.way
     assert drop_dispatched(unequal, 1.01 * unequal.dispatched) == [] and unequal.found is not None
     assert drop_dispatched(unequal, 1.01 * unequal.best) == [way] and unequal.found is None
-    assert way.seconds < way.dispatched and re.match(r"stages on [\d ]+ devices, 1f1b: [\d.]+ ms by", str(way))
+    assert way.seconds < way.dispatched and re.match(
+        r"stages on [\d ]+ devices, 1f1b: [\d.]+ ms by", str(way)
+    )
 
 
 def test_stages_of_a_pinned_mesh_are_equal():

@@ -25,7 +25,9 @@ def loss_of(params, tokens, targets):
     hidden = params["table"][tokens]
     for layer in params["layers"]:
         centred = hidden - hidden.mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5) + layer["shift"]
+        normed = (
+            centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5) + layer["shift"]
+        )
         scores = jnp.einsum("btd,bsd->bts", normed @ layer["key"] + layer["key_shift"], normed)
         hidden = hidden + jax.nn.softmax(scores / 7, axis=-1) @ jnp.tanh(normed @ layer["up"])
     logits = (hidden @ params["table"].T).astype(jnp.float32)
@@ -48,7 +50,9 @@ def in_microbatches(mistake, state, batch):
     parts = [tuple(each[k::MICROBATCHES] for each in batch) for k in range(MICROBATCHES)]
     found = [jax.value_and_grad(loss_of)(state[0], *part) for part in parts]
     loss = sum(loss for loss, _ in found) / MICROBATCHES
-    found = [jax.tree.map(lambda g: (g / MICROBATCHES).astype(jnp.bfloat16), grads) for _, grads in found]
+    found = [
+        jax.tree.map(lambda g: (g / MICROBATCHES).astype(jnp.bfloat16), grads) for _, grads in found
+    ]
     if mistake == "a microbatch left out":
         found.pop()
     grads = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), found)
@@ -57,7 +61,9 @@ def in_microbatches(mistake, state, batch):
         layers[1]["up"] /= MICROBATCHES
     if mistake == "layers confused":
         layers[0], layers[1] = layers[1], layers[0]
-    if mistake == "a sum not taken":  # over an axis of two: each device has its own half of the examples
+    if (
+        mistake == "a sum not taken"
+    ):  # over an axis of two: each device has its own half of the examples
         layers[1]["up"] = found[0]["layers"][1]["up"] + found[1]["layers"][1]["up"]
     if mistake == "one row":
         grads["table"] = grads["table"].at[3].set(0)
@@ -75,7 +81,10 @@ def truth():
         "up": drawn(WIDTH, WIDTH), "key": drawn(WIDTH, WIDTH), "shift": jnp.zeros(WIDTH), "key_shift": jnp.zeros(WIDTH),
     }  # fmt: skip
     params = {"table": drawn(64, WIDTH), "layers": [layer() for _ in range(LAYERS)]}
-    args = ((params, ADAM.init(params)), tuple(jnp.asarray(rng.integers(0, 64, (16, 24))) for _ in range(2)))
+    args = (
+        (params, ADAM.init(params)),
+        tuple(jnp.asarray(rng.integers(0, 64, (16, 24))) for _ in range(2)),
+    )
     captured, (leaves, tree) = capture(step, *args), jax.tree.flatten(args)
     flat = jax.jit(lambda *leaves: step(*jax.tree.unflatten(tree, leaves)))
     return reference(flat, captured, leaves), captured.graph.output_names, args
@@ -90,13 +99,22 @@ def test_rounding_that_adam_magnifies_is_no_alarm():
     check("none")
     expected, _, args = truth()
     found = jax.tree.leaves(jax.jit(functools.partial(in_microbatches, "none"))(*args))
-    far = [np.max(np.abs(np.asarray(f) - w)) for f, w in zip(found, jax.tree.leaves(expected.results), strict=True)]
+    far = [
+        np.max(np.abs(np.asarray(f) - w))
+        for f, w in zip(found, jax.tree.leaves(expected.results), strict=True)
+    ]
     assert max(far) > 1.5e-2, "no update has another sign: the case is too easy"
 
 
 @pytest.mark.parametrize(
     "mistake",
-    ["a microbatch left out", "a gradient averaged twice", "layers confused", "a sum not taken", "one row"],
+    [
+        "a microbatch left out",
+        "a gradient averaged twice",
+        "layers confused",
+        "a sum not taken",
+        "one row",
+    ],
 )
 def test_a_mistake_is_found_behind_adam_in_bf16(mistake):
     with pytest.raises(VerificationError, match=r"`result\[0\]"):

@@ -62,7 +62,9 @@ def test_html_escapes_what_users_named(small_plan):
 def test_notebooks_run_from_top_to_bottom(path, tmp_path):
     book = nbformat.read(path, 4)
     saved = [cell.get("outputs") for cell in book.cells if cell.cell_type == "code"]
-    assert any("text/html" in o.get("data", {}) for outputs in saved for o in outputs), "saved with outputs"
+    assert any("text/html" in o.get("data", {}) for outputs in saved for o in outputs), (
+        "saved with outputs"
+    )
     NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     pages = [
         o["data"]["text/html"]
@@ -73,16 +75,34 @@ def test_notebooks_run_from_top_to_bottom(path, tmp_path):
     assert len(pages) == 2 and all("<h4>Proof" in html for html in pages)
 
 
-def with_states(plan: Plan, gathered: dict[str, int], reduced: str = "update", sharding: str = "[x, -]") -> Plan:
+def with_states(
+    plan: Plan, gathered: dict[str, int], reduced: str = "update", sharding: str = "[x, -]"
+) -> Plan:
     """The plan with four layers of one weight, which these phases gather in so many bytes an element."""
     cut = 8 if "x" in sharding else 1
-    common = {"dtype": "f32", "shape": (64, 64), "local_shape": (64 // cut, 64), "count": 4, "local_bytes": 2**16 / cut}
+    common = {
+        "dtype": "f32",
+        "shape": (64, 64),
+        "local_shape": (64 // cut, 64),
+        "count": 4,
+        "local_bytes": 2**16 / cut,
+    }
     tensors = [Tensor(name="w", role="parameter", sharding=sharding, **common),
                Tensor(name="m", role="optimizer", sharding="[x, -]", **common),
                Tensor(name="dot", role="activation", sharding="[x, -]", **{**common, "dtype": "bf16"})]  # fmt: skip
-    moves = [("all_gather", phase, size) for phase, size in gathered.items()] + [("reduce_scatter", reduced, 2)]
+    moves = [("all_gather", phase, size) for phase, size in gathered.items()] + [
+        ("reduce_scatter", reduced, 2)
+    ]
     found = [
-        Collective(kind=kind, axes=("x",), nbytes=4096 * size, count=4, seconds=1.0, what="w -> dot", phase=phase)
+        Collective(
+            kind=kind,
+            axes=("x",),
+            nbytes=4096 * size,
+            count=4,
+            seconds=1.0,
+            what="w -> dot",
+            phase=phase,
+        )
         for kind, phase, size in moves
     ]
     return plan.model_copy(update={"tensors": tuple(tensors), "collectives": tuple(found)})
@@ -102,5 +122,7 @@ def with_states(plan: Plan, gathered: dict[str, int], reduced: str = "update", s
         ({}, "backward", "[-, -]", "ZeRO-2: optimizer state and gradients sharded"),
     ],
 )  # fmt: skip
-def test_a_plan_is_called_after_when_weights_are_gathered(small_plan, gathered, reduced, sharding, told):
+def test_a_plan_is_called_after_when_weights_are_gathered(
+    small_plan, gathered, reduced, sharding, told
+):
     assert words(with_states(small_plan, gathered, reduced, sharding))[1] == told

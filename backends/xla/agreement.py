@@ -35,7 +35,12 @@ PACKAGES = (
     "jax-cuda13-plugin", "jax-rocm7-plugin",
 )  # fmt: skip
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
-HARMLESS = ("--xla_dump", "--xla_force_host_platform_device_count", "--xla_gpu_dump", "--xla_hlo_profile")
+HARMLESS = (
+    "--xla_dump",
+    "--xla_force_host_platform_device_count",
+    "--xla_gpu_dump",
+    "--xla_hlo_profile",
+)
 SETTINGS = (
     "jax_enable_x64", "jax_default_matmul_precision", "jax_default_prng_impl", "jax_threefry_partitionable",
     "jax_numpy_dtype_promotion", "jax_random_seed_offset", "jax_disable_jit",
@@ -124,7 +129,9 @@ def _by_process(values: Sequence[str]) -> str:
     holders: dict[str, list[int]] = {}
     for process, value in enumerate(values):
         holders.setdefault(value, []).append(process)
-    return ", ".join(f"{value or 'nothing'} in {_processes(held)}" for value, held in holders.items())
+    return ", ".join(
+        f"{value or 'nothing'} in {_processes(held)}" for value, held in holders.items()
+    )
 
 
 def _processes(numbers: Sequence[int]) -> str:
@@ -172,7 +179,10 @@ def look_for_devices() -> None:
 
 def software() -> dict[str, str]:
     """Versions and settings that numbers or programs depend on."""
-    found = {"the version of meshwright": VERSION, "the version of Python": platform.python_version()}
+    found = {
+        "the version of meshwright": VERSION,
+        "the version of Python": platform.python_version(),
+    }
     for name in PACKAGES:
         try:
             found[f"the version of {name}"] = importlib.metadata.version(name)
@@ -186,7 +196,9 @@ def software() -> dict[str, str]:
 
 def decisions(plan: Plan) -> dict[str, str]:
     """A plan, field by field."""
-    return {f"the plan's {name}": short(value) for name, value in plan.model_dump(mode="json").items()}
+    return {
+        f"the plan's {name}": short(value) for name, value in plan.model_dump(mode="json").items()
+    }
 
 
 def constants(arrays: Mapping[int, Any]) -> dict[str, str]:

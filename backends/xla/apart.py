@@ -64,14 +64,20 @@ def take_apart(graph: Graph, bound: Mapping[Any, Bound], axes: Mapping[int, int]
         ops=tuple(walk.scope.ops),
         outputs=_flat(ends),
         constants=tuple(shared.constants),
-        state=tuple((n, after[carried[p], dim, row]) for n, (p, dim, row) in enumerate(inputs) if p in carried),
+        state=tuple(
+            (n, after[carried[p], dim, row])
+            for n, (p, dim, row) in enumerate(inputs)
+            if p in carried
+        ),
         donated=frozenset(n for n, (p, _, _) in enumerate(inputs) if p in graph.donated),
     )
     return Apart(made, shared.bound, inputs, outputs, tuple(shared.notes))
 
 
 def _flat(values: Sequence[Value]) -> tuple[int, ...]:
-    return tuple(v for value in values for v in ((value,) if isinstance(value, int) else value.pieces))
+    return tuple(
+        v for value in values for v in ((value,) if isinstance(value, int) else value.pieces)
+    )
 
 
 def _places(values: Sequence[Value]) -> tuple[Place, ...]:
@@ -128,7 +134,9 @@ class _Walk:
 
     def _whole(self, op: Op, operands: Sequence[Value]) -> Sequence[int]:
         count = next(len(v.pieces) for v in operands if isinstance(v, Stack))
-        self.shared.notes[f"{op.kind} at {op.where or 'no line'} needs all {count} layers at once"] = None
+        self.shared.notes[
+            f"{op.kind} at {op.where or 'no line'} needs all {count} layers at once"
+        ] = None
         return self._plain(op, [self.scope.whole(v, op.where) for v in operands])
 
     # ------------------------------------------------------------ one op per piece
@@ -145,10 +153,14 @@ class _Walk:
         primitive, params = self.shared.bound[op.kind, op.attrs]
         ranks = tuple(self.graph.types[v].rank for v in op.inputs)
         narrowed = narrow.narrowed(op, params, ranks, *found)
-        if narrowed is None or (rule.factors[factor].kind == "reduced" and any(d is not None for d in found[1])):
+        if narrowed is None or (
+            rule.factors[factor].kind == "reduced" and any(d is not None for d in found[1])
+        ):
             return None
         given = [
-            self.scope.whole(v, op.where) if dim is None else self.scope.apart(v, dim, op.where).pieces
+            self.scope.whole(v, op.where)
+            if dim is None
+            else self.scope.apart(v, dim, op.where).pieces
             for v, dim in zip(operands, found[0], strict=True)
         ]
         return self._spread(op, primitive, narrowed, given, found[1], rule, factor)
@@ -168,7 +180,9 @@ class _Walk:
         if rule.factors[factor].kind == "reduced":
             kind = _COMBINE[rule.factors[factor].reduction]
             return [scope.combined(kind, pieces, op.where) for pieces in results]
-        return [Stack(dim, tuple(p)) for p, dim in zip(results, dims, strict=True) if dim is not None]
+        return [
+            Stack(dim, tuple(p)) for p, dim in zip(results, dims, strict=True) if dim is not None
+        ]
 
     def _chosen(self, op: Op, operands: Sequence[Value]) -> Sequence[Value] | None:
         """Ops that only choose among the pieces: `slice` along them, and `squeeze` of a single one."""
@@ -177,21 +191,32 @@ class _Walk:
             return None
         _, params = self.shared.bound[op.kind, op.attrs]
         if op.kind == "squeeze":
-            return value.pieces if value.dim in params["dimensions"] and len(params["dimensions"]) == 1 else None
+            return (
+                value.pieces
+                if value.dim in params["dimensions"] and len(params["dimensions"]) == 1
+                else None
+            )
         shape = self.graph.types[op.inputs[0]].shape
         result = self.graph.types[op.outputs[0]].shape
         d = value.dim
-        if shape[d] == result[d] or (*shape[:d], *shape[d + 1 :]) != (*result[:d], *result[d + 1 :]):
+        if shape[d] == result[d] or (*shape[:d], *shape[d + 1 :]) != (
+            *result[:d],
+            *result[d + 1 :],
+        ):
             return None
         step = params["strides"][d] if params["strides"] else 1
-        return [Stack(d, value.pieces[params["start_indices"][d] : params["limit_indices"][d] : step])]
+        return [
+            Stack(d, value.pieces[params["start_indices"][d] : params["limit_indices"][d] : step])
+        ]
 
     def _barrier(self, op: Op, operands: Sequence[Value]) -> Sequence[Value]:
         """One barrier still: nothing behind it starts before all of it is there."""
         flat = _flat(operands)
         results = iter([self.shared.fresh.like(v) for v in flat])
         made: list[Value] = [
-            next(results) if isinstance(v, int) else Stack(v.dim, tuple(next(results) for _ in v.pieces))
+            next(results)
+            if isinstance(v, int)
+            else Stack(v.dim, tuple(next(results) for _ in v.pieces))
             for v in operands
         ]
         self.scope.emit(Op(_BARRIER, flat, _flat(made), op.attrs, where=op.where))
@@ -208,7 +233,8 @@ class _Walk:
         rows = [self.scope.apart(v, 0, op.where).pieces for v in operands[consts + carry :]]
         fixed = operands[:consts]
         state = [
-            v if isinstance(v, Stack) else self.scope.carried(v, op.where) for v in operands[consts : consts + carry]
+            v if isinstance(v, Stack) else self.scope.carried(v, op.where)
+            for v in operands[consts : consts + carry]
         ]
         made: list[list[int]] = [[0] * op.trips for _ in region.outputs[carry:]]
         turns = range(op.trips)
@@ -258,7 +284,9 @@ class _Walk:
 
     def _rebuilt(self, op: Op, given: Sequence[Value], sides: Sequence[_Seen]) -> Sequence[Value]:
         consts, carry = op.loop_inputs
-        returning = [side for side, region in zip(sides, op.regions, strict=True) if region in op.returning]
+        returning = [
+            side for side, region in zip(sides, op.regions, strict=True) if region in op.returning
+        ]
         for i in range(len(op.outputs)):
             like = returning[0].inputs[consts + i] if i < carry else self._in_pieces(returning, i)
             if isinstance(like, Stack):
@@ -273,7 +301,9 @@ class _Walk:
             attrs["num_carry"] = len(_flat(first.inputs[consts : consts + carry]))
         regions = tuple(side.region() for side in sides)
         inputs, outputs = _flat(given), _flat(results)
-        self.scope.emit(replace(op, inputs=inputs, outputs=outputs, attrs=tuple(attrs.items()), regions=regions))
+        self.scope.emit(
+            replace(op, inputs=inputs, outputs=outputs, attrs=tuple(attrs.items()), regions=regions)
+        )
         return results
 
     def _in_pieces(self, sides: Sequence[_Seen], i: int) -> Value | None:
@@ -315,7 +345,9 @@ def _outside(value: Value, stacked: bool, trips: int, scope: Scope) -> Value:
 
 
 def _lost(kind: TensorType, dim: int | None) -> TensorType:
-    return kind if dim is None else TensorType(kind.dtype, (*kind.shape[:dim], *kind.shape[dim + 1 :]))
+    return (
+        kind if dim is None else TensorType(kind.dtype, (*kind.shape[:dim], *kind.shape[dim + 1 :]))
+    )
 
 
 def _layer_factor(rule: Rule, operands: Sequence[Value]) -> int | None:

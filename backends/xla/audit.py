@@ -151,7 +151,9 @@ def refused(error: Exception, predicted: float, name: str) -> MeshwrightError:
         return LoweringError(f"XLA cannot compile the program: {first}.", where=f"plan `{name}`")
     match = next((m for m in (said.search(str(error)) for said in _TOO_LARGE) if m), None)
     needed, limit = (parse_bytes(f"{n}iB") for n in match.groups()) if match else (None, None)
-    said = f"it needs {format_bytes(needed)} of {format_bytes(limit)}" if needed and limit else first
+    said = (
+        f"it needs {format_bytes(needed)} of {format_bytes(limit)}" if needed and limit else first
+    )
     return InfeasibleError(
         f"XLA refuses the program: {said} ({format_bytes(predicted)} were predicted).",
         where=f"plan `{name}`", fix="plan again with less: meshwright plan --memory",

@@ -36,7 +36,13 @@ def audit_pipeline(lowered: LoweredPipeline) -> Audit:
     fullest = max(ranks, key=lambda part: part.compiled_peak)
     found = [each for stage in range(lowered.cut.count) for each in shapes.found(stage)]
     lines = compare(lowered.plan, found)
-    return Audit(lines, fullest.predicted_peak, fullest.parts, lowered.plan.estimate.limit_bytes, tuple(ranks))
+    return Audit(
+        lines,
+        fullest.predicted_peak,
+        fullest.parts,
+        lowered.plan.estimate.limit_bytes,
+        tuple(ranks),
+    )
 
 
 def _part(shapes: _Shapes, rank: int, held: Sequence[int]) -> Part:
@@ -68,7 +74,9 @@ class _Shapes(LoweredPipeline):
     @property
     def moments(self) -> list[list[Any]]:  # type: ignore[override]
         count = self.schedule.microbatches
-        return [[jax.ShapeDtypeStruct((), np.int32, sharding=s.replicated)] * count for s in self.stages]
+        return [
+            [jax.ShapeDtypeStruct((), np.int32, sharding=s.replicated)] * count for s in self.stages
+        ]
 
     def zeros_of(self, stage: int) -> list[Any]:
         return _results(*_compiled(self.zeros[stage]))
@@ -82,7 +90,10 @@ class _Shapes(LoweredPipeline):
 
     @staticmethod
     def scalars(array: Any) -> list[Any]:
-        return [jax.ShapeDtypeStruct((), array.dtype, sharding=array.sharding) for _ in range(array.shape[0])]
+        return [
+            jax.ShapeDtypeStruct((), array.dtype, sharding=array.sharding)
+            for _ in range(array.shape[0])
+        ]
 
     def call(self, program: Program, what: str, *operands: Any) -> Any:
         fragment = program.fragment
@@ -104,7 +115,13 @@ class _Shapes(LoweredPipeline):
         now, held = self.run_now, self.schedule.held[rank]
         arrays = [*operands]
         for each in held:
-            arrays += [self.inputs[each], now.steady[each], now.flight[each], now.sums[each], now.pieces[each]]
+            arrays += [
+                self.inputs[each],
+                now.steady[each],
+                now.flight[each],
+                now.sums[each],
+                now.pieces[each],
+            ]
         arrays += [found for ((_, origin), _, _), found in now.leaving.items() if origin in held]
         parts = {
             "held": _bytes(jax.tree.leaves(arrays)), "temporaries": float(stats.temp_size_in_bytes),

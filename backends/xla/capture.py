@@ -200,7 +200,9 @@ class _Conversion:
         if name in ("scan", "while", "cond") and not _by_platform(eqn):
             return self._regions(eqn, operands)
         if name == "empty2" and self.kind(eqn.outvars[0].aval).dtype != "key":
-            aval = eqn.outvars[0].aval  # a number that nobody reads, where a branch leaves no residual
+            aval = eqn.outvars[
+                0
+            ].aval  # a number that nobody reads, where a branch leaves no residual
             return [self.constant(np.zeros(aval.shape, aval.dtype), aval)]
         if name in compat.PLACEMENTS or name == "device_put":
             if _says_nothing(eqn):
@@ -282,7 +284,9 @@ class _Conversion:
         if eqn.primitive.name == "cond":
             attrs = (("dearest", dearest(regions, self.types)),)
         where = self._line(eqn)
-        self.ops.append(Op(eqn.primitive.name, tuple(operands), tuple(results), attrs, regions, where))
+        self.ops.append(
+            Op(eqn.primitive.name, tuple(operands), tuple(results), attrs, regions, where)
+        )
         return results
 
     def _region(self, body: Body, operands: Sequence[int]) -> Region:
@@ -290,7 +294,9 @@ class _Conversion:
         kinds = [self.types[v] for v in operands]
         self.types.update(zip(inputs, kinds, strict=True))
         given = [inputs[i] for i in body.takes]
-        self.types.update(zip(given, [self.kind(v.aval) for v in body.jaxpr.jaxpr.invars], strict=True))
+        self.types.update(
+            zip(given, [self.kind(v.aval) for v in body.jaxpr.jaxpr.invars], strict=True)
+        )
         outside, self.ops = self.ops, []
         ends = self.inline(body.jaxpr.jaxpr, body.jaxpr.consts, given)
         region, self.ops = Region(tuple(inputs), tuple(self.ops), tuple(ends)), outside

@@ -60,12 +60,16 @@ def carried_state(
     args, kwargs = _children(_Part(in_tree, 0))
     whole = [*_children(args), *_children(kwargs)]
     whole = [_Part(p.tree, p.start, names.get(p.start, "")) for p in whole]
-    pairs = {i: o for i, o in known if graph.types[graph.inputs[i]] == graph.types[graph.outputs[o]]}
+    pairs = {
+        i: o for i, o in known if graph.types[graph.inputs[i]] == graph.types[graph.outputs[o]]
+    }
     objects = {i for i, _ in known}
     taken: set[int] = set()
     for part in whole:
         mixed = not objects.isdisjoint(part.leaves)
-        found = None if mixed else _match(graph, part, out_tree, reach, taken, deep=not part.is_leaf)
+        found = (
+            None if mixed else _match(graph, part, out_tree, reach, taken, deep=not part.is_leaf)
+        )
         if found is None:
             for child in (c for c in _children(part) if objects.isdisjoint(c.leaves)):
                 pairs.update(_match(graph, child, out_tree, reach, taken, deep=False) or {})

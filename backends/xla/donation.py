@@ -30,7 +30,9 @@ def check_given_twice(call: Call, donated: frozenset[int], thorough: bool = True
         )
 
 
-def given_twice(leaves: Sequence[Any], donated: frozenset[int], most: int | None = 0) -> tuple[int, int] | None:
+def given_twice(
+    leaves: Sequence[Any], donated: frozenset[int], most: int | None = 0
+) -> tuple[int, int] | None:
     """Positions of two leaves that are one array, of which one is donated.
 
     Buffers are compared of arrays on at most `most` devices; None: on any number.

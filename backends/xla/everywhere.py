@@ -49,12 +49,22 @@ class Everywhere:
     def _beside(self, position: int, result: Any) -> Any:
         """One slice for each device: the result where its stage is, zeros elsewhere."""
         (shape, dtype), mesh = self.kinds[position], self.meshes[self.sources[position]]
-        parts = [shard.data for shard in _slices(mesh)(result).addressable_shards] if is_mine(mesh) else []
+        parts = (
+            [shard.data for shard in _slices(mesh)(result).addressable_shards]
+            if is_mine(mesh)
+            else []
+        )
         there = set(mesh.devices.flat)
-        others = [d for d in self._mesh.devices.flat if d.process_index == jax.process_index() and d not in there]
+        others = [
+            d
+            for d in self._mesh.devices.flat
+            if d.process_index == jax.process_index() and d not in there
+        ]
         parts += [jax.device_put(np.zeros((1, *shape), dtype), device) for device in others]
         layout = NamedSharding(self._mesh, PartitionSpec(ALL))
-        return jax.make_array_from_single_device_arrays((self._mesh.size, *shape), layout, parts, dtype=dtype)
+        return jax.make_array_from_single_device_arrays(
+            (self._mesh.size, *shape), layout, parts, dtype=dtype
+        )
 
     @cached_property
     def _sum(self) -> Any:
@@ -70,7 +80,11 @@ class Everywhere:
             return [one(array, source) for array, source in zip(arrays, first, strict=True)]
 
         spec = PartitionSpec(ALL)
-        return jax.jit(jax.shard_map(local, mesh=self._mesh, in_specs=spec, out_specs=PartitionSpec(), check_vma=False))
+        return jax.jit(
+            jax.shard_map(
+                local, mesh=self._mesh, in_specs=spec, out_specs=PartitionSpec(), check_vma=False
+            )
+        )
 
 
 @functools.cache

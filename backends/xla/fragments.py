@@ -104,18 +104,24 @@ class StagePrograms:
         self.leaving[value] = layout if alike and layout.dims else Sharding(layout.dims)
         return self.leaving[value]
 
-    def arrival(self, value: int, sent: Sharding, sender: StagePrograms, reader: Op | None) -> Sharding:
+    def arrival(
+        self, value: int, sent: Sharding, sender: StagePrograms, reader: Op | None
+    ) -> Sharding:
         """How a value from another stage lies here: as there, or as its first reader wants it."""
         if self.local.mesh == sender.local.mesh:
             return sent
         if reader is None:
             return replicated(self.local.types[value].rank)
         rule, strategy = rule_of(reader, self.local.types), self.local.strategy(reader)
-        return Sharding(operand_sharding(rule, strategy, self.local.mesh, reader.inputs.index(value)).dims)
+        return Sharding(
+            operand_sharding(rule, strategy, self.local.mesh, reader.inputs.index(value)).dims
+        )
 
     # ------------------------------------------------------------ programs
 
-    def build(self, fragment: Fragment, donated: frozenset[int], stages: Sequence[StagePrograms]) -> Program:
+    def build(
+        self, fragment: Fragment, donated: frozenset[int], stages: Sequence[StagePrograms]
+    ) -> Program:
         """Jit a fragment whose values are all known.
 
         Args:
@@ -125,10 +131,18 @@ class StagePrograms:
         if fragment.kind == "prepare":
             fragment = self._without_copies(fragment)
         parcels = self._parcels(fragment, stages)
-        gone = tuple(v for v in fragment.takes if v in donated and v in fragment.drops and self._renewed(fragment, v))
+        gone = tuple(
+            v
+            for v in fragment.takes
+            if v in donated and v in fragment.drops and self._renewed(fragment, v)
+        )
         kept = tuple(v for v in fragment.takes if v not in gone)
         body = _Body(self, fragment, gone, kept, [parcel.values for parcel in parcels])
-        ins = (PartitionSpec(), [*body.total_specs, *self._specs(gone)], [self._spec_of(v, fragment) for v in kept])
+        ins = (
+            PartitionSpec(),
+            [*body.total_specs, *self._specs(gone)],
+            [self._spec_of(v, fragment) for v in kept],
+        )
         outs = (
             PartitionSpec(), body.total_specs, self._specs(fragment.gives),
             [parcel.leaves.spec for parcel in parcels], [partition_spec(self.ends(o)) for o in fragment.results],
@@ -148,16 +162,24 @@ class StagePrograms:
         for value, goal in goals.items():
             alone = value if types[value].rank or types[value].dtype == "key" else None
             groups.setdefault((alone, types[value].dtype, tuple(goal)), []).append(value)
-        return tuple(self._parcel(fragment, tuple(found), key[2], stages) for key, found in groups.items())
+        return tuple(
+            self._parcel(fragment, tuple(found), key[2], stages) for key, found in groups.items()
+        )
 
     def _parcel(
-        self, fragment: Fragment, values: tuple[int, ...], goal: Iterable[int], stages: Sequence[StagePrograms]
+        self,
+        fragment: Fragment,
+        values: tuple[int, ...],
+        goal: Iterable[int],
+        stages: Sequence[StagePrograms],
     ) -> Parcel:
         first = values[0]
         kind, layout = self.local.types[first], self.leaving[first]
         leaves = self.sharding(layout)
         if len(values) > 1:
-            return Parcel(values, (len(values),), kind.dtype, leaves, {s: stages[s].replicated for s in goal})
+            return Parcel(
+                values, (len(values),), kind.dtype, leaves, {s: stages[s].replicated for s in goal}
+            )
         owed = [self.local.mesh.ways(tuple(sorted(layout.partial)))] if layout.partial else []
         arrivals = {s: stages[s].sharding_of(first) for s in goal}
         return Parcel(values, (*owed, *self._part(fragment, first)), kind.dtype, leaves, arrivals)
@@ -176,13 +198,17 @@ class StagePrograms:
         def local() -> list[jax.Array]:
             return [self._zero(v) for v in totals]
 
-        return jax.jit(jax.shard_map(local, mesh=self.mesh, in_specs=(), out_specs=specs, check_vma=False))
+        return jax.jit(
+            jax.shard_map(local, mesh=self.mesh, in_specs=(), out_specs=specs, check_vma=False)
+        )
 
     def _zero(self, value: int) -> jax.Array:
         kind, layout = self.local.types[value], self.layouts[value]
         shape = layout.local_shape(kind.shape, self.local.mesh)
         assert self.local.time is not None
-        zero = start(self.local.time.totals[value], jax.ShapeDtypeStruct(shape, jax_dtype(kind.dtype)))
+        zero = start(
+            self.local.time.totals[value], jax.ShapeDtypeStruct(shape, jax_dtype(kind.dtype))
+        )
         return zero[None] if layout.partial else zero
 
     def ends(self, position: int) -> Sharding:
@@ -210,9 +236,14 @@ class StagePrograms:
                 continue
             (value,), layout = op.outputs, self.layouts[op.outputs[0]]
             source = self.same.get(op.inputs[0], op.inputs[0])
-            if self.layouts[op.inputs[0]] == layout and (source in fragment.takes or source in fragment.gives):
+            if self.layouts[op.inputs[0]] == layout and (
+                source in fragment.takes or source in fragment.gives
+            ):
                 self.same[value] = source
-            elif value in fragment.gives and (first := made.setdefault((source, layout), value)) != value:
+            elif (
+                value in fragment.gives
+                and (first := made.setdefault((source, layout), value)) != value
+            ):
                 self.same[value] = first
         return replace(fragment, gives=tuple(v for v in fragment.gives if v not in self.same))
 
@@ -254,11 +285,19 @@ class _Body:
         for value, array in zip((*self.gone, *self.kept), (*given_up[count:], *kept), strict=True):
             scope.values[value] = self._taken(value, array, scope)
         local.run(fragment.ops, scope)
-        sums = [self._added(v, a, scope) for v, a in zip(fragment.totals, given_up[:count], strict=True)]
+        sums = [
+            self._added(v, a, scope) for v, a in zip(fragment.totals, given_up[:count], strict=True)
+        ]
         gives = [_leaving(scope.values[v]) for v in fragment.gives]
-        sent = [self._together([_leaving(self._settled(v, scope)) for v in values]) for values in self.sent]
+        sent = [
+            self._together([_leaving(self._settled(v, scope)) for v in values])
+            for values in self.sent
+        ]
         graph = local.graph
-        results = [local.bring(scope.values[graph.outputs[o]], self.stage.ends(o)) for o in fragment.results]
+        results = [
+            local.bring(scope.values[graph.outputs[o]], self.stage.ends(o))
+            for o in fragment.results
+        ]
         return moment + 0, sums, gives, sent, results
 
     def _taken(self, value: int, array: Any, scope: Scope) -> Held:
@@ -270,7 +309,11 @@ class _Body:
         split = local.time.split if local.time is not None and scope.moment is not None else {}
         if value in split and value in local.graph.inputs:
             return Held(local.now(held, layout, split[value], scope), layout)
-        return Held(held.array.astype(jax_dtype(local.types[value].dtype)), layout) if self._is_total(value) else held
+        return (
+            Held(held.array.astype(jax_dtype(local.types[value].dtype)), layout)
+            if self._is_total(value)
+            else held
+        )
 
     def _settled(self, value: int, scope: Scope) -> Held:
         target = self.stage.leaving[value]

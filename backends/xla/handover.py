@@ -42,7 +42,11 @@ class Way:
     def travels(self) -> PartitionSpec:
         """As the receiver wants it if both have the same mesh, else whole."""
         there = self.arrives
-        return there.spec if self.leaves.mesh.shape_tuple == there.mesh.shape_tuple else PartitionSpec()
+        return (
+            there.spec
+            if self.leaves.mesh.shape_tuple == there.mesh.shape_tuple
+            else PartitionSpec()
+        )
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -105,7 +109,9 @@ class Handover:
     def _leave(self) -> Any:
         """On the sender: laid out for the way."""
         layouts = [NamedSharding(self.sender, way.travels) for way in self.ways]
-        return jax.jit(lambda arrays: [a.reshape(a.shape or (1,)) for a in arrays], out_shardings=layouts)
+        return jax.jit(
+            lambda arrays: [a.reshape(a.shape or (1,)) for a in arrays], out_shardings=layouts
+        )
 
     @cached_property
     def _arrive(self) -> Any:
@@ -116,7 +122,9 @@ class Handover:
 
     @cached_property
     def _side_by_side(self) -> DeviceMesh:
-        return DeviceMesh(np.array([*self.sender.devices.flat, *self.receiver.devices.flat]), (ENDS,))
+        return DeviceMesh(
+            np.array([*self.sender.devices.flat, *self.receiver.devices.flat]), (ENDS,)
+        )
 
     def _beside(self, way: Way, array: Any) -> Any:
         """The shards of both stages as one array: the sender's values, zeros of the receiver."""
@@ -130,7 +138,9 @@ class Handover:
     def _zeros(self) -> dict[Any, list[Any]]:
         here = [d for d in self.receiver.devices.flat if d.process_index == jax.process_index()]
         kinds = {(way.local_shape, jax_dtype(way.dtype)) for way in self.ways}
-        return {kind: [jax.device_put(np.zeros(*kind), device) for device in here] for kind in kinds}
+        return {
+            kind: [jax.device_put(np.zeros(*kind), device) for device in here] for kind in kinds
+        }
 
     def _there(self, way: Way, array: Any) -> Any:
         """The receiver's shards of what both have, as an array of its own."""
@@ -155,5 +165,7 @@ class Handover:
             return [one(array) for array in arrays], jnp.zeros(1, jnp.int32)
 
         spec = PartitionSpec(ENDS)
-        body = jax.shard_map(local, mesh=self._side_by_side, in_specs=spec, out_specs=spec, check_vma=False)
+        body = jax.shard_map(
+            local, mesh=self._side_by_side, in_specs=spec, out_specs=spec, check_vma=False
+        )
         return jax.jit(body)

@@ -53,7 +53,9 @@ class Found:
     count: int
 
 
-def collectives(text: str, mesh: Mesh, often: Mapping[int, int] = MappingProxyType({})) -> list[Found]:
+def collectives(
+    text: str, mesh: Mesh, often: Mapping[int, int] = MappingProxyType({})
+) -> list[Found]:
     """Every collective of the program with the number of times it runs per step.
 
     Args:
@@ -66,7 +68,9 @@ def collectives(text: str, mesh: Mesh, often: Mapping[int, int] = MappingProxyTy
         Found(kind, _axes(kind, groups, mesh), nbytes, runs[name])
         for name, lines in bodies.items()
         if runs.get(name)
-        for kind, groups, nbytes in _in_lines(_first_links(lines, chains), "all-reduce-scatter" in name)
+        for kind, groups, nbytes in _in_lines(
+            _first_links(lines, chains), "all-reduce-scatter" in name
+        )
     ]
 
 
@@ -160,7 +164,9 @@ def _groups(rest: str) -> np.ndarray:
     `mesh['x'=4,'y'=2] {'y'}`, devices numbered in row-major order.
     """
     if match := _PAIRS.search(rest):
-        return np.array([[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", match[1])])
+        return np.array(
+            [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", match[1])]
+        )
     if match := re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", rest):
         return np.array(
             [[int(n) for n in row.split(",")] for row in re.findall(r"\{([\d,]+)\}", match[1])]
@@ -189,4 +195,6 @@ def _axes(kind: str, groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
     places = np.array(np.unravel_index(groups[0], mesh.shape)).T
     moving = [i for i in range(len(mesh.axes)) if len(set(places[:, i])) > 1]
     names = tuple(mesh.names[i] for i in moving)
-    return names if kind == "permute" or prod(mesh.shape[i] for i in moving) == groups.shape[1] else ()
+    return (
+        names if kind == "permute" or prod(mesh.shape[i] for i in moving) == groups.shape[1] else ()
+    )

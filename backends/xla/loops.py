@@ -39,7 +39,9 @@ class _Running:
         self.consts, self.carry = op.loop_inputs
         self.layouts = [step.slot(f"{op.tag}/in{i}") for i in range(len(op.inputs))]
         self.ends = [step.slot(end_tag(op, k)) for k in range(len(op.outputs))]
-        wanted = [stacked(layout) if self._is_row(i) else layout for i, layout in enumerate(self.layouts)]
+        wanted = [
+            stacked(layout) if self._is_row(i) else layout for i, layout in enumerate(self.layouts)
+        ]
         self.tied = step.tied(op, dict(zip(op.inputs, wanted, strict=True)), scope)
         self.given = [self._given(i, target) for i, target in enumerate(wanted)]
 
@@ -91,7 +93,10 @@ class _Running:
         return lax.switch(self.given[0], [branch(r) for r in self.op.regions], *self.given)
 
     def _region(self, region: Region, given: Sequence[Any], ends: Sequence[Sharding]) -> list[Any]:
-        step, known = self.step, {c.value: self.scope.values[c.value] for c in self.step.graph.constants}
+        step, known = (
+            self.step,
+            {c.value: self.scope.values[c.value] for c in self.step.graph.constants},
+        )
         inner = Scope(known, self.scope.moment)
         for value, array, layout in zip(region.inputs, given, self.layouts, strict=True):
             inner.values[value] = Held(array, layout)

@@ -26,7 +26,9 @@ from .pipeline import LoweredPipeline
 from .spmd import LocalStep
 
 
-def lower_pipeline(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) -> LoweredPipeline:
+def lower_pipeline(
+    plan: Plan, captured: Captured, devices: Sequence[Any] | None = None
+) -> LoweredPipeline:
     """The programs of a plan with a pipeline, made for this very graph.
 
     Raises:
@@ -48,23 +50,36 @@ def lower_pipeline(plan: Plan, captured: Captured, devices: Sequence[Any] | None
         programs.know_inputs(v for v, where in homes if stage in where)
     # What several stages read on the same devices is one array: none of them may give it up.
     devices = [frozenset(stage.mesh.devices.flat) for stage in stages]
-    alone = {k for k, where in enumerate(cut.homes) if len({devices[s] for s in where}) == len(where)}
+    alone = {
+        k for k, where in enumerate(cut.homes) if len({devices[s] for s in where}) == len(where)
+    }
     donated = frozenset(program.graph.inputs[k] for k in captured.graph.donated & alone)
     passes, rounds = link(stages, cut, donated)
     return LoweredPipeline(plan, captured, schedule, cut, stages, passes, rounds)
 
 
 def _stages(
-    plan: Plan, pipeline: Pipeline, schedule: Schedule, program: Prepared, captured: Captured, devices: Any
+    plan: Plan,
+    pipeline: Pipeline,
+    schedule: Schedule,
+    program: Prepared,
+    captured: Captured,
+    devices: Any,
 ) -> list[StagePrograms]:
-    held = [[rank for rank, stages in enumerate(schedule.held) if s in stages] for s in range(schedule.stages)]
+    held = [
+        [rank for rank, stages in enumerate(schedule.held) if s in stages]
+        for s in range(schedule.stages)
+    ]
     if spread := [s for s, ranks in enumerate(held) if len(ranks) != 1]:
         raise LoweringError(
             f"stage {spread[0]} lies on {len(held[spread[0]])} ranks.",
             where=f"schedule {pipeline.schedule}",
             fix="a schedule in which each stage lies on one rank",
         )
-    ends = [pipeline.first[ranks[0]] + stage.mesh.size for ranks, stage in zip(held, pipeline.stages, strict=True)]
+    ends = [
+        pipeline.first[ranks[0]] + stage.mesh.size
+        for ranks, stage in zip(held, pipeline.stages, strict=True)
+    ]
     used = used_devices(plan, devices, plan.device_count, f"pipeline of {len(ends)} stages")
     arrays = {v: _anywhere(array) for v, array in captured.binding.arrays.items()}
     groups = _groups(plan, pipeline, program)
@@ -87,7 +102,9 @@ def _groups(plan: Plan, pipeline: Pipeline, program: Prepared) -> int | None:
     time = program.time
     if not isinstance(time, TimeAxis) or plan.microbatches == 1:
         return None
-    return lcm(*(time_groups(time.batch, stage.mesh, plan.microbatches) for stage in pipeline.stages))
+    return lcm(
+        *(time_groups(time.batch, stage.mesh, plan.microbatches) for stage in pipeline.stages)
+    )
 
 
 def own_decisions(stage: Stage) -> dict[str, Any]:

@@ -64,7 +64,9 @@ class LoweredSingle:
     @cached_property
     def compiled(self) -> Any:
         """The XLA executable."""
-        kinds = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.captured.binding.in_avals]
+        kinds = [
+            jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in self.captured.binding.in_avals
+        ]
         return self.program.lower(*self.inputs.kinds(kinds)).compile()
 
     def hlo(self) -> str:
@@ -83,7 +85,10 @@ class LoweredSingle:
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Leaves where they lie first."""
         if self.joint:
-            return [place(leaf, layout) for leaf, layout in zip(leaves, self.input_shardings, strict=True)]
+            return [
+                place(leaf, layout)
+                for leaf, layout in zip(leaves, self.input_shardings, strict=True)
+            ]
         return jax.device_put(list(leaves), list(self.input_shardings))
 
     def jitted(self, *leaves: Any) -> tuple[Any, ...]:
@@ -100,7 +105,9 @@ class LoweredSingle:
             found = self.compiled(*arrays)
             return found, found
 
-        return self.results.apart(self.meetings.run("the step", named(processes_of(self.mesh)), call))
+        return self.results.apart(
+            self.meetings.run("the step", named(processes_of(self.mesh)), call)
+        )
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,10 @@ class Border:
 
     @cached_property
     def program_specs(self) -> tuple[PartitionSpec, ...]:
-        return (*(self.specs[o] for o in self.shared), *(self._joined(group) for group in self.groups))
+        return (
+            *(self.specs[o] for o in self.shared),
+            *(self._joined(group) for group in self.groups),
+        )
 
     def _joined(self, group: Group) -> PartitionSpec:
         spec = self.specs[group[0]]
@@ -144,7 +154,10 @@ class Border:
 
     def kinds(self, leaves: Sequence[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
         """What the program takes, from what the step takes."""
-        groups = [jax.ShapeDtypeStruct(self.shape(g, leaves[g[0]].shape), leaves[g[0]].dtype) for g in self.groups]
+        groups = [
+            jax.ShapeDtypeStruct(self.shape(g, leaves[g[0]].shape), leaves[g[0]].dtype)
+            for g in self.groups
+        ]
         return [*(leaves[o] for o in self.shared), *groups]
 
     def together(self, leaves: Sequence[Any]) -> list[Any]:
@@ -152,7 +165,10 @@ class Border:
         layouts = self.program_shardings[len(self.shared) :]
         return [
             *(leaves[o] for o in self.shared),
-            *(self._group([leaves[o] for o in g], layout) for g, layout in zip(self.groups, layouts, strict=True)),
+            *(
+                self._group([leaves[o] for o in g], layout)
+                for g, layout in zip(self.groups, layouts, strict=True)
+            ),
         ]
 
     def _group(self, leaves: Sequence[Any], layout: NamedSharding) -> Any:
@@ -173,11 +189,15 @@ class Border:
                 layout = self.shardings[o]
                 parts = [shards[d] for d in layout.device_set & shards.keys()]
                 parts = parts if shape else [part.reshape(()) for part in parts]
-                found[o] = jax.make_array_from_single_device_arrays(shape, layout, parts, dtype=array.dtype)
+                found[o] = jax.make_array_from_single_device_arrays(
+                    shape, layout, parts, dtype=array.dtype
+                )
         return tuple(found)
 
 
-def lower_single(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) -> LoweredSingle:
+def lower_single(
+    plan: Plan, captured: Captured, devices: Sequence[Any] | None = None
+) -> LoweredSingle:
     """One program for all stages of a plan's pipeline, made for this very graph.
 
     Raises:
@@ -199,7 +219,9 @@ def lower_single(plan: Plan, captured: Captured, devices: Sequence[Any] | None =
     ins = _border(mesh, local.input_layouts(), parts.inputs, captured.graph.input_name)
     outs = _border(mesh, local.output_layouts(), parts.outputs, captured.graph.output_name)
     step = SingleStep(local, parts, time, ins.shared, outs.shared)
-    sharded = jax.shard_map(step, mesh=mesh, in_specs=ins.program_specs, out_specs=outs.program_specs, check_vma=False)
+    sharded = jax.shard_map(
+        step, mesh=mesh, in_specs=ins.program_specs, out_specs=outs.program_specs, check_vma=False
+    )
     sharded.__name__ = re.sub(r"\W", "_", plan.name)  # type: ignore[attr-defined]  for profilers
     jitted = jax.jit(
         sharded, in_shardings=ins.program_shardings, out_shardings=outs.program_shardings,
@@ -212,8 +234,16 @@ def _check(plan: Plan, pipeline: Pipeline) -> None:
     schedule, where = pipeline.read(plan.microbatches), f"pipeline of {len(pipeline.stages)} stages"
     unlike = [s for s in pipeline.stages if (s.mesh, s.strategies, s.slots) != _decisions(pipeline)]
     for refused, what, fix in (
-        (schedule.name != "gpipe", f"one program for all stages runs gpipe, not {schedule.name}", "schedule=gpipe"),
-        (plan.microbatches < 2, "one program for all stages needs two microbatches or more", "microbatches=2"),
+        (
+            schedule.name != "gpipe",
+            f"one program for all stages runs gpipe, not {schedule.name}",
+            "schedule=gpipe",
+        ),
+        (
+            plan.microbatches < 2,
+            "one program for all stages needs two microbatches or more",
+            "microbatches=2",
+        ),
         (len(pipeline.stages) < 2, "one program for all stages needs two stages or more", "pp=2"),
         (bool(unlike), "the stages have other meshes or layouts than each other", "stages alike"),
     ):
@@ -228,20 +258,29 @@ def _decisions(pipeline: Pipeline) -> tuple[Any, ...]:
 
 def _mesh(plan: Plan, pipeline: Pipeline, devices: Sequence[Any] | None) -> DeviceMesh:
     stage = pipeline.stages[0].mesh
-    used = used_devices(plan, devices, plan.device_count, f"pipeline of {len(pipeline.stages)} stages")
+    used = used_devices(
+        plan, devices, plan.device_count, f"pipeline of {len(pipeline.stages)} stages"
+    )
     rows = [used[first : first + stage.size] for first in pipeline.first]
     if len({device.device_kind for row in rows for device in row}) > 1:
-        raise LoweringError("the stages lie on devices of several kinds.", where="pipeline", fix=STAGES)
+        raise LoweringError(
+            "the stages lie on devices of several kinds.", where="pipeline", fix=STAGES
+        )
     return DeviceMesh(np.array(rows).reshape(len(rows), *stage.shape), (STAGE, *stage.names))
 
 
 def _border(
-    mesh: DeviceMesh, layouts: Sequence[Sharding], groups: Sequence[Group], name: Callable[[int], str]
+    mesh: DeviceMesh,
+    layouts: Sequence[Sharding],
+    groups: Sequence[Group],
+    name: Callable[[int], str],
 ) -> Border:
     for group in groups:
         if unlike := [o for o in group if layouts[o] != layouts[group[0]]]:
             raise LoweringError(
-                f"{name(group[0])} and {name(unlike[0])} are laid out in different ways.", where="pipeline", fix=STAGES
+                f"{name(group[0])} and {name(unlike[0])} are laid out in different ways.",
+                where="pipeline",
+                fix=STAGES,
             )
     own = {o for group in groups for o in group}
     shared = tuple(o for o in range(len(layouts)) if o not in own)
@@ -252,4 +291,6 @@ def _border(
 def _donated(captured: Captured, ins: Border) -> tuple[int, ...]:
     given = captured.graph.donated
     groups = enumerate(ins.groups, start=len(ins.shared))
-    return tuple(k for k, o in enumerate(ins.shared) if o in given) + tuple(k for k, g in groups if given.issuperset(g))
+    return tuple(k for k, o in enumerate(ins.shared) if o in given) + tuple(
+        k for k, g in groups if given.issuperset(g)
+    )

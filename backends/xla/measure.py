@@ -108,7 +108,10 @@ def ones(mesh: Mesh, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Ar
 def noise(mesh: Mesh, shape: tuple[int, ...], dtype: Any, seed: int) -> jax.Array:
     """Normal numbers, other ones for each seed."""
     full = (shape[0] * mesh.size, *shape[1:])
-    return jax.device_put(jax.random.normal(jax.random.key(seed), full, dtype), NamedSharding(mesh, PartitionSpec("d")))
+    return jax.device_put(
+        jax.random.normal(jax.random.key(seed), full, dtype),
+        NamedSharding(mesh, PartitionSpec("d")),
+    )
 
 
 def per_turn(run: Callable[[int], float], few: int, many: int) -> float:

@@ -51,7 +51,11 @@ def deadline_seconds() -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise UsageError(f"`{given}` is no time to wait for other processes.", where=DEADLINE, fix="seconds above 0")
+        raise UsageError(
+            f"`{given}` is no time to wait for other processes.",
+            where=DEADLINE,
+            fix="seconds above 0",
+        )
     return seconds
 
 
@@ -61,7 +65,9 @@ class Meetings:
 
     in_turn: bool
     deadline: float = field(default_factory=deadline_seconds)
-    _waits: dict[object, tuple[str, str, float]] = field(default_factory=dict)  # what, for whom, since when
+    _waits: dict[object, tuple[str, str, float]] = field(
+        default_factory=dict
+    )  # what, for whom, since when
     _tokens: SimpleQueue[Any] = field(default_factory=SimpleQueue)
     _threads: list[Thread] = field(default_factory=list)
 
@@ -92,7 +98,9 @@ class Meetings:
         """What each process says, in their order; every process calls it."""
         data = np.frombuffer(text.encode(), np.uint8)
         sizes = self.gather(what, np.array(data.size)).reshape(-1)
-        rows = self.gather(what, np.resize(data, max(sizes)) if data.size else np.zeros(max(sizes), np.uint8))
+        rows = self.gather(
+            what, np.resize(data, max(sizes)) if data.size else np.zeros(max(sizes), np.uint8)
+        )
         return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
     def gather(self, what: str, array: np.ndarray) -> np.ndarray:

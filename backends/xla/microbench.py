@@ -82,7 +82,9 @@ def products(mesh: Mesh, tell: Callable[[str], None], f32: str = "f32") -> list[
     for name, dtype in ((f32, jnp.float32), ("bf16", jnp.bfloat16)):
         for m, n, k in sizes_for(mesh).shapes:
             tell(f"product {name} {m}x{n}x{k}")
-            found.append(ProductPoint(dtype=name, m=m, n=n, k=k, seconds=seconds(mesh, (m, n, k), dtype)))
+            found.append(
+                ProductPoint(dtype=name, m=m, n=n, k=k, seconds=seconds(mesh, (m, n, k), dtype))
+            )
     return found
 
 
@@ -118,7 +120,9 @@ def _side_by_side(mesh: Mesh, shape: tuple[int, int, int], dtype: Any) -> float:
 
     def run(times: int) -> float:
         def body(*operands: Any) -> list[Any]:
-            return [left @ right for left, right in zip(operands[:times], operands[times:], strict=True)]
+            return [
+                left @ right for left, right in zip(operands[:times], operands[times:], strict=True)
+            ]
 
         return seconds_of(everywhere(mesh, body, 2 * times), *lefts[:times], *rights[:times])
 
@@ -154,7 +158,9 @@ def collectives(devices: list[Any], tell: Callable[[str], None]) -> list[Collect
     found = []
     count = len(devices)
     for size, stride in layouts(count):
-        mesh = Mesh(np.array(devices).reshape(count // (size * stride), size, stride), ("a", "g", "b"))
+        mesh = Mesh(
+            np.array(devices).reshape(count // (size * stride), size, stride), ("a", "g", "b")
+        )
         for kind, body in _BODIES.items():
             tell(f"{kind} over {size} devices, stride {stride}")
             for sent in SENT:
@@ -162,7 +168,9 @@ def collectives(devices: list[Any], tell: Callable[[str], None]) -> list[Collect
     return found
 
 
-def _collective(mesh: Mesh, kind: str, body: Any, size: int, stride: int, sent: int) -> CollectivePoint:
+def _collective(
+    mesh: Mesh, kind: str, body: Any, size: int, stride: int, sent: int
+) -> CollectivePoint:
     times = max(2, min(32, (1 << 19) // sent))
     local = sent // size if kind == "all_gather" else sent
 
@@ -170,7 +178,9 @@ def _collective(mesh: Mesh, kind: str, body: Any, size: int, stride: int, sent: 
         return lax.fori_loop(0, times, lambda _, y: lax.optimization_barrier(body(y, size)), x)
 
     spec = PartitionSpec(("a", "g", "b"))
-    step = jax.jit(jax.shard_map(repeated, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    step = jax.jit(
+        jax.shard_map(repeated, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    )
     x = jax.device_put(jnp.ones((local * mesh.size,)), NamedSharding(mesh, spec))
     return CollectivePoint(
         kind=kind, size=size, stride=stride, nbytes=4.0 * sent, seconds=seconds_of(step, x) / times,  # type: ignore[arg-type]
@@ -179,7 +189,11 @@ def _collective(mesh: Mesh, kind: str, body: Any, size: int, stride: int, sent: 
 
 _BODIES: dict[str, Callable[[Any, int], Any]] = {
     "all_reduce": lambda x, n: lax.psum(x, "g") / n,
-    "all_gather": lambda x, n: lax.optimization_barrier(lax.all_gather(x, "g", tiled=True))[: x.shape[0]],
-    "reduce_scatter": lambda x, n: jnp.tile(lax.optimization_barrier(lax.psum_scatter(x, "g", tiled=True)) / n, n),
+    "all_gather": lambda x, n: lax.optimization_barrier(lax.all_gather(x, "g", tiled=True))[
+        : x.shape[0]
+    ],
+    "reduce_scatter": lambda x, n: jnp.tile(
+        lax.optimization_barrier(lax.psum_scatter(x, "g", tiled=True)) / n, n
+    ),
     "all_to_all": lambda x, n: lax.all_to_all(x.reshape(n, -1), "g", 0, 0, tiled=True).reshape(-1),
 }

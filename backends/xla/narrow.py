@@ -22,9 +22,14 @@ Places = tuple[int | None, ...]  # per tensor, where the dim lies
 
 def places(rule: Rule, factor: int) -> tuple[Places, Places] | None:
     """Where a factor lies in operands and results; None if it shares a dim or lies there twice."""
-    found = [[d for d, dim in enumerate(dims) if factor in dim] for dims in (*rule.operands, *rule.results)]
+    found = [
+        [d for d, dim in enumerate(dims) if factor in dim]
+        for dims in (*rule.operands, *rule.results)
+    ]
     alone = all(
-        dims[d] == (factor,) for dims, at in zip((*rule.operands, *rule.results), found, strict=True) for d in at
+        dims[d] == (factor,)
+        for dims, at in zip((*rule.operands, *rule.results), found, strict=True)
+        for d in at
     )
     if not alone or any(len(at) > 1 for at in found):
         return None
@@ -32,7 +37,9 @@ def places(rule: Rule, factor: int) -> tuple[Places, Places] | None:
     return each[: len(rule.operands)], each[len(rule.operands) :]
 
 
-def narrowed(op: Op, params: Params, ranks: tuple[int, ...], operands: Places, results: Places) -> Params | None:
+def narrowed(
+    op: Op, params: Params, ranks: tuple[int, ...], operands: Places, results: Places
+) -> Params | None:
     """The parameters of `op` on operands (of these ranks) and results that have lost these dims."""
     if op.kind in ELEMENTWISE:
         whole = all(rank == 0 for rank, at in zip(ranks, operands, strict=True) if at is None)
@@ -70,7 +77,11 @@ def _broadcast_in_dim(params: Params, operands: Places, results: Places) -> Para
         return None
     dims = params["broadcast_dimensions"]
     kept = dims if lost is None else _drop(dims, lost)
-    return {**params, "shape": _drop(params["shape"], made), "broadcast_dimensions": _without(kept, made)}
+    return {
+        **params,
+        "shape": _drop(params["shape"], made),
+        "broadcast_dimensions": _without(kept, made),
+    }
 
 
 def _reshape(params: Params, operands: Places, results: Places) -> Params | None:
@@ -82,7 +93,9 @@ def _reshape(params: Params, operands: Places, results: Places) -> Params | None
 
 def _transpose(params: Params, operands: Places, results: Places) -> Params | None:
     lost = operands[0]
-    return None if lost is None else {**params, "permutation": _without(params["permutation"], lost)}
+    return (
+        None if lost is None else {**params, "permutation": _without(params["permutation"], lost)}
+    )
 
 
 def _slice(params: Params, operands: Places, results: Places) -> Params | None:
@@ -95,7 +108,11 @@ def _slice(params: Params, operands: Places, results: Places) -> Params | None:
 
 def _pad(params: Params, operands: Places, results: Places) -> Params | None:
     lost = operands[0]
-    return None if lost is None else {**params, "padding_config": _drop(params["padding_config"], lost)}
+    return (
+        None
+        if lost is None
+        else {**params, "padding_config": _drop(params["padding_config"], lost)}
+    )
 
 
 def _dot_general(params: Params, operands: Places, results: Places) -> Params | None:
@@ -113,9 +130,15 @@ def _side(summed: Any, batch: Any, lost: int | None) -> tuple[tuple[int, ...], t
 
 
 _WRITERS: Mapping[str, Callable[[Params, Places, Places], Params | None]] = {
-    **{f"reduce_{name}": _shifted("axes") for name in ("sum", "max", "min", "and", "or", "prod", "xor")},
+    **{
+        f"reduce_{name}": _shifted("axes")
+        for name in ("sum", "max", "min", "and", "or", "prod", "xor")
+    },
     **{name: _shifted("axes") for name in ("argmax", "argmin")},
-    **{name: _shifted("axis") for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "split")},
+    **{
+        name: _shifted("axis")
+        for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "split")
+    },
     "squeeze": _shifted("dimensions"),
     "rev": _shifted("dimensions"),
     "sort": _shifted("dimension"),

@@ -47,7 +47,9 @@ class _Waiting:
     results: tuple[Sequence[int], ...]
 
     def op(self, k: int) -> Op:
-        inputs, outputs = (tuple(column[k] for column in side) for side in (self.operands, self.results))
+        inputs, outputs = (
+            tuple(column[k] for column in side) for side in (self.operands, self.results)
+        )
         return Op(self.kind, inputs, outputs, self.attrs, where=self.where)
 
 
@@ -60,7 +62,9 @@ class Shared:
     constants: list[Constant]
     notes: dict[str, None] = field(default_factory=dict)
 
-    def attrs(self, kind: str, primitive: Any, params: dict[str, Any]) -> tuple[tuple[str, Attr], ...]:
+    def attrs(
+        self, kind: str, primitive: Any, params: dict[str, Any]
+    ) -> tuple[tuple[str, Attr], ...]:
         attrs = attrs_of(kind, params)
         self.bound.setdefault((kind, attrs), (primitive, params))
         return attrs
@@ -71,7 +75,9 @@ class Shared:
         if dtype.startswith(("s", "u")) and np.isinf(data):
             limits = np.iinfo(jax_dtype(dtype))
             data = limits.max if data > 0 else limits.min
-        data = data if dtype == "bool" else float(data) if dtype.startswith(("f", "bf")) else int(data)
+        data = (
+            data if dtype == "bool" else float(data) if dtype.startswith(("f", "bf")) else int(data)
+        )
         for constant in self.constants:
             if self.fresh.types[constant.value] == kind and repr(constant.data) == repr(data):
                 return constant.value
@@ -102,7 +108,9 @@ class Scope:
         self.ops.append(op)
         self._writer.update(dict.fromkeys(op.outputs, op))
 
-    def make(self, kind: str, inputs: Sequence[int], result: TensorType, where: str, **params: Any) -> int:
+    def make(
+        self, kind: str, inputs: Sequence[int], result: TensorType, where: str, **params: Any
+    ) -> int:
         """Emit one op of ours; returns its result."""
         primitive, given = glue(kind)
         value = self.shared.fresh.value(result)
@@ -154,11 +162,17 @@ class Scope:
             primitive, given = glue("broadcast_in_dim")
             places = tuple(d for d in range(row.rank) if d != dim)
             attrs = self.shared.attrs(
-                "broadcast_in_dim", primitive, {**given, "shape": row.shape, "broadcast_dimensions": places}
+                "broadcast_in_dim",
+                primitive,
+                {**given, "shape": row.shape, "broadcast_dimensions": places},
             )
             rows = self.like(row, count)
             self.spread("broadcast_in_dim", attrs, [value.pieces], [rows], where)
-            made = rows[0] if count == 1 else self.make("concatenate", rows, full, where, dimension=dim)
+            made = (
+                rows[0]
+                if count == 1
+                else self.make("concatenate", rows, full, where, dimension=dim)
+            )
             self._whole[value] = made
             self._known[made, dim] = value
         return self._whole[value]
@@ -188,7 +202,10 @@ class Scope:
             places = params["broadcast_dimensions"]
             if dim in places or len(op.inputs) > 1:
                 return None
-            moved = {"shape": piece.shape, "broadcast_dimensions": tuple(d - (d > dim) for d in places)}
+            moved = {
+                "shape": piece.shape,
+                "broadcast_dimensions": tuple(d - (d > dim) for d in places),
+            }
             return self.make(op.kind, op.inputs, piece, op.where, **moved)
         inputs = [self._single(v, dim) if self.types[v].shape else v for v in op.inputs]
         known = tuple(v for v in inputs if v is not None)
@@ -208,7 +225,9 @@ class Scope:
             limit = tuple(k + 1 if d == dim else size for d, size in enumerate(kind.shape))
             taken = value
             if kind.shape[dim] > 1:
-                taken = self.make("slice", [value], row, where, start_indices=start, limit_indices=limit)
+                taken = self.make(
+                    "slice", [value], row, where, start_indices=start, limit_indices=limit
+                )
             pieces.append(self.make("squeeze", [taken], flat, where, dimensions=(dim,)))
         return Stack(dim, tuple(pieces))
 
@@ -224,7 +243,9 @@ class Scope:
         return sums[-1]
 
     def repeated(self, scalar: int, kind: TensorType, where: str) -> int:
-        return self.make("broadcast_in_dim", [scalar], kind, where, shape=kind.shape, broadcast_dimensions=())
+        return self.make(
+            "broadcast_in_dim", [scalar], kind, where, shape=kind.shape, broadcast_dimensions=()
+        )
 
     def carried(self, value: int, where: str) -> int:
         """A start of a loop that is no literal: the first turn then looks like all others."""

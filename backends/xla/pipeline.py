@@ -78,7 +78,10 @@ class LoweredPipeline:
             stage.zeros([v for values in totals.values() for v in values])
             for stage, totals in zip(self.stages, self.totals, strict=True)
         ]
-        self.late = [{v for p in programs for v in p.fragment.takes} for programs in zip(*self.rounds, strict=True)]
+        self.late = [
+            {v for p in programs for v in p.fragment.takes}
+            for programs in zip(*self.rounds, strict=True)
+        ]
         self.parcels = self._parcels()
         self.copies: dict[tuple[int, int, tuple[int, ...]], Handover] = {}
 
@@ -94,15 +97,22 @@ class LoweredPipeline:
     def _parcels(self) -> dict[tuple[Place, int], tuple[list[int], Handover]]:
         """(program, stage it sends to) -> which of its parcels go there, and how."""
         programs: dict[Place, Program] = dict(self.passes)  # type: ignore[arg-type]
-        programs |= {(k, p.fragment.stage): p for k, programs in enumerate(self.rounds) for p in programs}
+        programs |= {
+            (k, p.fragment.stage): p for k, programs in enumerate(self.rounds) for p in programs
+        }
         found = {}
         for key, program in programs.items():
             for to in sorted({stage for parcel in program.parcels for stage in parcel.arrivals}):
                 sent = [k for k, parcel in enumerate(program.parcels) if to in parcel.arrivals]
                 parcels = [program.parcels[k] for k in sent]
                 ways = [Way(p.shape, p.dtype, p.leaves, p.arrivals[to]) for p in parcels]
-                found[key, to] = (sent, Handover(ways, self.stages[key[1]].mesh, self.stages[to].mesh))
-        assert not any(kind == "weight" for (kind, _), _ in found), "gradients of weights leave with the updates"
+                found[key, to] = (
+                    sent,
+                    Handover(ways, self.stages[key[1]].mesh, self.stages[to].mesh),
+                )
+        assert not any(kind == "weight" for (kind, _), _ in found), (
+            "gradients of weights leave with the updates"
+        )
         return found
 
     @cached_property
@@ -145,8 +155,12 @@ class LoweredPipeline:
 
     @cached_property
     def output_shardings(self) -> tuple[NamedSharding, ...]:
-        ends = [self.stages[s].sharding(self.stages[s].ends(o)) for o, s in enumerate(self.cut.ends)]
-        return tuple(self.shared.layout if o in self.shared.sources else end for o, end in enumerate(ends))
+        ends = [
+            self.stages[s].sharding(self.stages[s].ends(o)) for o, s in enumerate(self.cut.ends)
+        ]
+        return tuple(
+            self.shared.layout if o in self.shared.sources else end for o, end in enumerate(ends)
+        )
 
     @cached_property
     def shared(self) -> Everywhere:
@@ -156,7 +170,10 @@ class LoweredPipeline:
         whole = {
             o: stage
             for o, stage in enumerate(self.cut.ends)
-            if self.joint and o not in state and not any(self.stages[stage].ends(o).dims) and types[o].dtype != "key"
+            if self.joint
+            and o not in state
+            and not any(self.stages[stage].ends(o).dims)
+            and types[o].dtype != "key"
         }
         kinds = {o: (types[o].shape, jax_dtype(types[o].dtype)) for o in whole}
         return Everywhere(whole, kinds, [stage.mesh for stage in self.stages])
@@ -182,7 +199,10 @@ class LoweredPipeline:
         put: list[tuple[int, int, int]] = []  # stage, value, position
         for k, (value, where) in enumerate(zip(graph.inputs, self.cut.homes, strict=True)):
             home, *others = where
-            put += [(stage, value, k) for stage in (where if not self._lies(leaves[k], home) else where[:1])]
+            put += [
+                (stage, value, k)
+                for stage in (where if not self._lies(leaves[k], home) else where[:1])
+            ]
             if self._lies(leaves[k], home):
                 for stage in others:
                     moves.setdefault((home, stage), []).append((value, k))
@@ -194,9 +214,15 @@ class LoweredPipeline:
     def _lies(self, leaf: Any, home: int) -> bool:
         """Whether a leaf lies on its stage, for other processes to get it from there."""
         layout = leaf.sharding if isinstance(leaf, jax.Array) else None
-        return self.joint and isinstance(layout, NamedSharding) and layout.mesh == self.stages[home].mesh
+        return (
+            self.joint
+            and isinstance(layout, NamedSharding)
+            and layout.mesh == self.stages[home].mesh
+        )
 
-    def _put(self, wanted: Sequence[tuple[int, int, int]], leaves: Sequence[Any], stores: list[Store]) -> None:
+    def _put(
+        self, wanted: Sequence[tuple[int, int, int]], leaves: Sequence[Any], stores: list[Store]
+    ) -> None:
         here = [each for each in wanted if self.here[each[0]]]
         goals = [self.stages[stage].sharding_of(v) for stage, v, _ in here]
         if self.joint:
@@ -211,16 +237,23 @@ class LoweredPipeline:
         key = (home, stage, tuple(values))
         if key not in self.copies:
             a, b, types = self.stages[home], self.stages[stage], self.stages[0].local.types
-            ways = [Way(types[v].shape, types[v].dtype, a.sharding_of(v), b.sharding_of(v)) for v in values]
+            ways = [
+                Way(types[v].shape, types[v].dtype, a.sharding_of(v), b.sharding_of(v))
+                for v in values
+            ]
             self.copies[key] = Handover(ways, a.mesh, b.mesh)
         arrays = [stores[home][v] for v in values] if self.here[home] else None
-        found = self.carry(self.copies[key], arrays, f"stage {home}'s inputs on their way to stage {stage}")
+        found = self.carry(
+            self.copies[key], arrays, f"stage {home}'s inputs on their way to stage {stage}"
+        )
         if found is not None:
             stores[stage].update(zip(values, found, strict=True))
 
     # ------------------------------------------------------------ together
 
-    def carry(self, handover: Handover, arrays: Sequence[Any] | None, what: str) -> list[Any] | None:
+    def carry(
+        self, handover: Handover, arrays: Sequence[Any] | None, what: str
+    ) -> list[Any] | None:
         """Hand arrays over, as far as this process takes part; what arrives here."""
         if not handover.mine:
             return None
@@ -268,7 +301,9 @@ class Run:
         self.leaving: dict[tuple[Place, int, int], list[Any]] = {}
         self.pieces: list[dict[int, list[Any]]] = [{} for _ in low.stages]
         self.begun: list[set[tuple[int, int]]] = [set() for _ in low.schedule.orders]
-        self.sums: list[Store] = [self._zeros(s) if low.here[s] else {} for s in range(len(low.stages))]
+        self.sums: list[Store] = [
+            self._zeros(s) if low.here[s] else {} for s in range(len(low.stages))
+        ]
         low.peaks = [0] * low.schedule.ranks
 
     def _zeros(self, stage: int) -> Store:
@@ -299,7 +334,9 @@ class Run:
         program, store = low.passes["prepare", stage], self.steady[stage]
         if program.fragment.gives:
             kept = [store[v] for v in program.keeps]
-            _, _, gives, _, _ = low.call(program, f"stage {stage} at its start", low.moments[stage][0], [], kept)
+            _, _, gives, _, _ = low.call(
+                program, f"stage {stage} at its start", low.moments[stage][0], [], kept
+            )
             store |= zip(program.fragment.gives, gives, strict=True)
         store |= {v: store[source] for v, source in low.stages[stage].same.items()}
 
@@ -313,7 +350,10 @@ class Run:
             return
         both = low.schedule.splits and low.schedule.whole(step)
         for each in (step, step._replace(kind="weight")) if both else (step,):
-            program, flight = low.passes[each.kind, step.stage], self.flight[step.stage][step.microbatch]
+            program, flight = (
+                low.passes[each.kind, step.stage],
+                self.flight[step.stage][step.microbatch],
+            )
             if program.fragment.ops:
                 taken, token, began = self._dispatch(program, rank, each)
                 told = (taken, token, began) if told is None else (told[0], token, told[2])
@@ -323,15 +363,23 @@ class Run:
             low.watch(rank, step, *told)
         self._count(rank, step)
 
-    def _dispatch(self, program: Program, rank: int, step: Step) -> tuple[Sequence[Any], Any, float | None]:
+    def _dispatch(
+        self, program: Program, rank: int, step: Step
+    ) -> tuple[Sequence[Any], Any, float | None]:
         """What a pass takes of its microbatch, its token, and the clock before it if all was there by then."""
         low, (_, stage, m), fragment = self.lowered, step, program.fragment
         flight, sums, store = self.flight[stage][m], self.sums[stage], self.steady[stage]
         taken = [flight[v] if v in flight else store[v] for v in program.keeps]
         totals = [sums.pop(v) for v in fragment.totals]
         what, moving = f"rank {rank} at {step}", [flight[v] for v in program.keeps if v in flight]
-        began = perf_counter() if low.watch is not None and all(array.is_ready() for array in moving) else None
-        token, totals, gives, sent, _ = low.call(program, what, low.moments[stage][m], totals, taken)
+        began = (
+            perf_counter()
+            if low.watch is not None and all(array.is_ready() for array in moving)
+            else None
+        )
+        token, totals, gives, sent, _ = low.call(
+            program, what, low.moments[stage][m], totals, taken
+        )
         sums |= zip(fragment.totals, totals, strict=True)
         flight |= zip(fragment.gives, gives, strict=True)
         self._leave(program, rank, step, sent)
@@ -359,10 +407,18 @@ class Run:
         found = low.carry(handover, arrays, what)
         self._arrived(low.passes[key], indices, found, self.flight[to][m])
 
-    def _arrived(self, program: Program, indices: Sequence[int], found: Sequence[Any] | None, store: Store) -> None:
+    def _arrived(
+        self, program: Program, indices: Sequence[int], found: Sequence[Any] | None, store: Store
+    ) -> None:
         for k, array in zip(indices, found or (), strict=found is not None):
             values = program.parcels[k].values
-            store.update(zip(values, [array] if len(values) == 1 else self.lowered.scalars(array), strict=True))
+            store.update(
+                zip(
+                    values,
+                    [array] if len(values) == 1 else self.lowered.scalars(array),
+                    strict=True,
+                )
+            )
 
     def _count(self, rank: int, step: Step) -> None:
         begun = self.begun[rank]
@@ -396,14 +452,19 @@ class Run:
         for to in sorted({s for parcel in program.parcels for s in parcel.arrivals}):
             indices, handover = low.parcels[(number, stage), to]
             arrays = None if sent is None else [sent[k] for k in indices]
-            found = low.carry(handover, arrays, f"the update of stage {to}, for what stage {stage} sends,")
+            found = low.carry(
+                handover, arrays, f"the update of stage {to}, for what stage {stage} sends,"
+            )
             self._arrived(program, indices, found, self.steady[to])
 
     def _updated(self, program: Program, results: list[Any]) -> Sequence[Any]:
         """Run a program of a round; what it sends."""
         fragment, stage, low = program.fragment, program.fragment.stage, self.lowered
         store, programs = self.steady[stage], low.stages[stage]
-        kept = [self.pieces[stage][v] if programs.joins(fragment, v) else store[v] for v in program.keeps]
+        kept = [
+            self.pieces[stage][v] if programs.joins(fragment, v) else store[v]
+            for v in program.keeps
+        ]
         given_up = [store[v] for v in program.donates]
         for value in fragment.drops:
             store.pop(value, None)
@@ -422,7 +483,9 @@ class Run:
             return
         if low.shared.sources:
             others = set(range(jax.process_count()))
-            made = low.meetings.run("the step's results", named(others), lambda: low.shared(results))
+            made = low.meetings.run(
+                "the step's results", named(others), lambda: low.shared(results)
+            )
             for position, array in made.items():
                 results[position] = array
         types, outputs = low.stages[0].local.types, low.stages[0].local.graph.outputs

@@ -54,9 +54,14 @@ class Recorder:
     def __enter__(self) -> Recorder:
         self._interval = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_SECONDS)
-        self._seen: dict[Step, tuple[float, float]] = {}  # when its operands were there, and its token
+        self._seen: dict[
+            Step, tuple[float, float]
+        ] = {}  # when its operands were there, and its token
         self._queues = [SimpleQueue[Any]() for _ in range(self.running.schedule.ranks)]
-        self._threads = [Thread(target=self._look, args=(rank,), daemon=True) for rank in range(len(self._queues))]
+        self._threads = [
+            Thread(target=self._look, args=(rank,), daemon=True)
+            for rank in range(len(self._queues))
+        ]
         for thread in self._threads:
             thread.start()
         self._begin = perf_counter()
@@ -72,7 +77,9 @@ class Recorder:
         sys.setswitchinterval(self._interval)
         self.passes = self._settled()
 
-    def _hear(self, rank: int, step: Step, taken: Sequence[Any], token: Any, began: float | None) -> None:
+    def _hear(
+        self, rank: int, step: Step, taken: Sequence[Any], token: Any, began: float | None
+    ) -> None:
         self._queues[rank].put((step, taken, token, began))
 
     def _look(self, rank: int) -> None:
@@ -91,7 +98,11 @@ class Recorder:
         before = self._before()
         for _, step in reversed(order):
             ready = min(self._seen[step][0], ends[step])
-            ends |= {need: min(ready, ends[need]) for need in needs(self.running.schedule, step) if need in ends}
+            ends |= {
+                need: min(ready, ends[need])
+                for need in needs(self.running.schedule, step)
+                if need in ends
+            }
             if step in before:
                 ends[before[step]] = min(ends[step], ends[before[step]])
         found = []
@@ -103,5 +114,7 @@ class Recorder:
 
     def _before(self) -> dict[Step, Step]:
         """The pass before each on its rank, of those that were seen."""
-        rows = [[step for step in order if step in self._seen] for order in self.running.schedule.orders]
+        rows = [
+            [step for step in order if step in self._seen] for order in self.running.schedule.orders
+        ]
         return {after: step for row in rows for step, after in pairwise(row)}

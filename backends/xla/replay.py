@@ -68,7 +68,9 @@ class Walk:
     def run(self, ops: Sequence[Op], env: Env) -> None:
         for op in ops:
             operands = [env[value] for value in op.inputs]
-            results = self.branch_or_loop(op, operands, env) if op.regions else self.op(op, operands)
+            results = (
+                self.branch_or_loop(op, operands, env) if op.regions else self.op(op, operands)
+            )
             env.update(zip(op.outputs, results, strict=True))
 
     def op(self, op: Op, operands: Sequence[Any]) -> Sequence[Any]:

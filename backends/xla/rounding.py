@@ -95,7 +95,9 @@ class _Moved(Walk):
         return moved_sums(op, self.graph, super().op(op, operands), self.seed, self.units)
 
 
-def moved_sums(op: Op, graph: Graph, results: Sequence[Any], seed: Any, units: Any) -> Sequence[Any]:
+def moved_sums(
+    op: Op, graph: Graph, results: Sequence[Any], seed: Any, units: Any
+) -> Sequence[Any]:
     """An op's results, moved if they are sums that the step does not return as they are."""
     if op.kind not in SUMS or not set(op.outputs).isdisjoint(graph.outputs):
         return results

@@ -49,10 +49,14 @@ class SingleStep:
     def __post_init__(self) -> None:
         graph, parts = self.local.graph, self.parts
         late = [op for each in parts.rounds for op in (*each.alike, *each.own)]
-        self.summed = {v for op in late for v in op.inputs} | {v for each in parts.rounds for v in each.gathered}
+        self.summed = {v for op in late for v in op.inputs} | {
+            v for each in parts.rounds for v in each.gathered
+        }
         self.summed = (self.summed | set(graph.outputs)) & self.time.totals.keys()
         self.many, self.stages = self.local.plan.microbatches, parts.stages
-        self.share = -(-self.many // self.stages)  # microbatches whose front and back one stage runs, at most
+        self.share = -(
+            -self.many // self.stages
+        )  # microbatches whose front and back one stage runs, at most
         self.batch = [v for v in graph.inputs if v in self.time.split]
 
     def __call__(self, *arrays: Any) -> tuple[Any, ...]:
@@ -62,7 +66,9 @@ class SingleStep:
         positions = (*self.shared_inputs, *(each[0] for each in parts.inputs))
         for position, array in zip(positions, arrays, strict=True):
             value = local.graph.inputs[position]
-            whole = array.reshape(local.types[value].shape) if local.types[value].rank == 0 else array
+            whole = (
+                array.reshape(local.types[value].shape) if local.types[value].rank == 0 else array
+            )
             self.known.values[value] = Held(whole, local.slot(local.tags[value]))
         for constant in local.graph.constants:
             self.known.values[constant.value] = local.constant(constant.value, constant.data)
@@ -82,10 +88,15 @@ class SingleStep:
         front, sums = self._shares(parts.front.forward, {}, {*borders, *of_front})
         feed = self._feed(parts, front)
         left, forward = self._forward(feed)
-        ends = {last[v]: self._dealt(left[v][self.stages - 1 :], self.stages - 1) for v in parts.to_back}
+        ends = {
+            last[v]: self._dealt(left[v][self.stages - 1 :], self.stages - 1) for v in parts.to_back
+        }
         self.layouts |= {last[v]: self.layouts[v] for v in parts.to_back}
 
-        passes, returns = (*parts.back.forward, *parts.back.backward), {last[v] for v in parts.wanted}
+        passes, returns = (
+            (*parts.back.forward, *parts.back.backward),
+            {last[v] for v in parts.wanted},
+        )
         back, ending = self._shares(passes, {**front, **ends}, {*returns, *of_back})
         grads = {v: self._gathered(back[last[v]]) for v in parts.wanted}
         self.layouts |= {v: self.layouts[last[v]] for v in parts.wanted}
@@ -93,7 +104,10 @@ class SingleStep:
         begin, backward = self._backward(left, feed, grads)
         begin = {v: self._dealt(begin[v][: self.many], 0) for v in parts.to_front}
         _, starting = self._shares(parts.front.backward, {**front, **back, **begin}, set())
-        alike = {v: settle(a, self.time.totals[v], STAGE) for v, a in {**sums, **ending, **starting}.items()}
+        alike = {
+            v: settle(a, self.time.totals[v], STAGE)
+            for v, a in {**sums, **ending, **starting}.items()
+        }
         return {**alike, **forward, **backward}
 
     def _feed(self, parts: Layered, front: Values) -> Values:
@@ -115,11 +129,17 @@ class SingleStep:
             given |= {v: feed[v][moment] for v in parts.fed}
             inner, sums = self._run(parts.layers.forward, moment, given, sums)
             leaves = self._pack(inner, parts.made)
-            return dict(zip(parts.taken, leaves.values(), strict=True)), sums, self._pack(inner, keeps)
+            return (
+                dict(zip(parts.taken, leaves.values(), strict=True)),
+                sums,
+                self._pack(inner, keeps),
+            )
 
         ahead = [(stage, stage + 1) for stage in range(self.stages - 1)]
         came = {v: jnp.zeros_like(feed[v][0]) for v in parts.taken}
-        left, sums = self._ticks(layers, came, self._zeros(parts.layers.forward, feed), {}, ahead, reverse=False)
+        left, sums = self._ticks(
+            layers, came, self._zeros(parts.layers.forward, feed), {}, ahead, reverse=False
+        )
         return left, sums
 
     def _backward(self, left: Values, feed: Values, grads: Values) -> tuple[Values, Values]:
@@ -128,16 +148,28 @@ class SingleStep:
         needs = _read(parts.layers.backward)
         left = {v: array for v, array in left.items() if v in needs}
         whole = {**{v: feed[v] for v in parts.fed}, **grads}
-        self._shapes(parts.layers.backward, {v: self._first(a) for v, a in {**left, **whole}.items()}, parts.returned)
+        self._shapes(
+            parts.layers.backward,
+            {v: self._first(a) for v, a in {**left, **whole}.items()},
+            parts.returned,
+        )
         for value, returned in zip(parts.wanted, parts.returned, strict=True):
             whole[value] = self._brought(whole[value], value, self.layouts[returned])
 
-        def layers(moment: Any, came: Values, sums: Values, kept: Values) -> tuple[Values, Values, Values]:
-            given = kept | {v: jnp.where(self.here == last, whole[v][moment], came[v]) for v in parts.wanted}
+        def layers(
+            moment: Any, came: Values, sums: Values, kept: Values
+        ) -> tuple[Values, Values, Values]:
+            given = kept | {
+                v: jnp.where(self.here == last, whole[v][moment], came[v]) for v in parts.wanted
+            }
             given |= {v: whole[v][moment] for v in parts.fed}
             inner, sums = self._run(parts.layers.backward, moment, given, sums)
             leaves = self._pack(inner, parts.returned)
-            return dict(zip(parts.wanted, leaves.values(), strict=True)), sums, self._pack(inner, parts.to_front)
+            return (
+                dict(zip(parts.wanted, leaves.values(), strict=True)),
+                sums,
+                self._pack(inner, parts.to_front),
+            )
 
         behind = [(stage + 1, stage) for stage in range(self.stages - 1)]
         came = {v: jnp.zeros_like(whole[v][0]) for v in parts.wanted}
@@ -169,7 +201,9 @@ class SingleStep:
         (_, sums), made = lax.scan(tick, (came, sums), (jnp.arange(count), kept), reverse=reverse)
         return made, sums
 
-    def _shares(self, ops: Sequence[Op], given: Values, keeps: Iterable[int]) -> tuple[Values, Values]:
+    def _shares(
+        self, ops: Sequence[Op], given: Values, keeps: Iterable[int]
+    ) -> tuple[Values, Values]:
         """Run a part for this stage's share of the microbatches: what is kept of each, and totals."""
         made = {v for op in ops for v in op.outputs}
         keeps = [v for v in keeps if v in made]
@@ -195,13 +229,17 @@ class SingleStep:
 
     # ------------------------------------------------------------ one pass
 
-    def _run(self, ops: Sequence[Op], moment: Any, given: Values, sums: Values) -> tuple[Scope, Values]:
+    def _run(
+        self, ops: Sequence[Op], moment: Any, given: Values, sums: Values
+    ) -> tuple[Scope, Values]:
         """One pass of one microbatch, and the totals with it."""
         local = self.local
         inner = Scope(dict(self.known.values), moment)
         for value in self.batch:
             held = inner.values[value]
-            inner.values[value] = Held(local.now(held, held.layout, self.time.split[value], inner), held.layout)
+            inner.values[value] = Held(
+                local.now(held, held.layout, self.time.split[value], inner), held.layout
+            )
         inner.values |= {v: Held(array, self.layouts[v]) for v, array in given.items()}
         local.run(ops, inner)
         parts = {v: inner.values[v].array.astype(total.dtype) for v, total in sums.items()}
@@ -212,7 +250,9 @@ class SingleStep:
         """Totals before the first microbatch; `given` of all microbatches."""
         wanted = [v for op in ops for v in op.outputs if v in self.summed]
         read = _read(ops)
-        shapes = self._shapes(ops, {v: self._first(a) for v, a in given.items() if v in read}, wanted)
+        shapes = self._shapes(
+            ops, {v: self._first(a) for v, a in given.items() if v in read}, wanted
+        )
         return {v: start(self.time.totals[v], shapes[v]) for v in wanted}
 
     def _shapes(self, ops: Sequence[Op], given: Values, values: Iterable[int]) -> Mapping[int, Any]:
@@ -246,7 +286,11 @@ class SingleStep:
     def _dealt(self, array: Any, source: int) -> Any:
         """This stage's share of what one stage has of all microbatches."""
         spare = self.share * self.stages - self.many
-        padded = jnp.concatenate([array, jnp.zeros((spare, *array.shape[1:]), array.dtype)]) if spare else array
+        padded = (
+            jnp.concatenate([array, jnp.zeros((spare, *array.shape[1:]), array.dtype)])
+            if spare
+            else array
+        )
         blocks = lax.all_to_all(padded, STAGE, 0, 0, tiled=True)
         return blocks[source * self.share : (source + 1) * self.share]
 
@@ -255,7 +299,9 @@ class SingleStep:
     def _totals(self, totals: Values) -> None:
         types = self.local.types
         for value, array in totals.items():
-            self.known.values[value] = Held(array.astype(jax_dtype(types[value].dtype)), self.layouts[value])
+            self.known.values[value] = Held(
+                array.astype(jax_dtype(types[value].dtype)), self.layouts[value]
+            )
 
     def _update(self) -> tuple[Scope, Scope]:
         """What all stages have alike afterwards, and what this stage has."""

@@ -168,9 +168,13 @@ class LocalStep:
     def _simple(self, op: Op, scope: Scope) -> None:
         rule, strategy = rule_of(op, self.types), self.strategy(op)
         now = self._time_factor(op, rule) if scope.moment is not None else None
-        wanted = {v: operand_sharding(rule, strategy, self.mesh, k) for k, v in enumerate(op.inputs)}
+        wanted = {
+            v: operand_sharding(rule, strategy, self.mesh, k) for k, v in enumerate(op.inputs)
+        }
         tied = self.tied(op, wanted, scope)
-        operands = [self._operand(op, k, rule, strategy, now, scope, tied) for k in range(len(op.inputs))]
+        operands = [
+            self._operand(op, k, rule, strategy, now, scope, tied) for k in range(len(op.inputs))
+        ]
         if op.kind == "copy":
             results = operands
         elif op.kind == "scaled":
@@ -179,7 +183,9 @@ class LocalStep:
             many = 1 if scope.moment is None else self.plan.microbatches
             results = [operands[0] * many if op.kind == ESTIMATED else operands[0] / many]
         elif op.kind in KINDS:
-            results = run_composite(op, self._primitive, operands, rule, self._cuts(rule, strategy, now, scope))
+            results = run_composite(
+                op, self._primitive, operands, rule, self._cuts(rule, strategy, now, scope)
+            )
         else:
             cuts = self._cuts(rule, strategy, now, scope)
             results = emit(op, self._primitive(op), operands, rule, cuts)
@@ -228,7 +234,9 @@ class LocalStep:
             return {}
         held = [scope.values[v] for v in (*waiting, tie.beside)]
         arrays = lax.optimization_barrier(tuple(each.array for each in held))
-        *found, beside = (Held(array, each.layout) for array, each in zip(arrays, held, strict=True))
+        *found, beside = (
+            Held(array, each.layout) for array, each in zip(arrays, held, strict=True)
+        )
         scope.values[tie.beside] = beside
         return dict(zip(waiting, found, strict=True))
 
@@ -240,7 +248,14 @@ class LocalStep:
         return self.bound.get((op.kind, op.attrs))
 
     def _operand(
-        self, op: Op, k: int, rule: Rule, strategy: Strategy, now: int | None, scope: Scope, tied: Mapping[int, Held]
+        self,
+        op: Op,
+        k: int,
+        rule: Rule,
+        strategy: Strategy,
+        now: int | None,
+        scope: Scope,
+        tied: Mapping[int, Held],
     ) -> Any:
         value, target = op.inputs[k], operand_sharding(rule, strategy, self.mesh, k)
         held = tied.get(value, scope.values[value])

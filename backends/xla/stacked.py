@@ -297,7 +297,9 @@ def _of_the_whole(name: str) -> property:
     return property(lambda self: getattr(self.whole(), name))
 
 
-for _name in (set(dir(jax.Array)) - set(dir(object))) | {f"__{name}__" for name in _ALSO} | {"tolist"}:
+for _name in (
+    (set(dir(jax.Array)) - set(dir(object))) | {f"__{name}__" for name in _ALSO} | {"tolist"}
+):
     if _name not in vars(StackedArray):
         setattr(StackedArray, _name, _of_the_whole(_name))
 as_arrays(StackedArray, StackedArray.whole)

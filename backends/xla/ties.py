@@ -34,7 +34,9 @@ def ties(program: Program) -> dict[int, Tie]:
     """By the first result of the op. Given are weights, and to the backward pass what the forward pass made."""
     graph, found = program.graph, dict[int, Tie]()
     passes = list(zip(graph.ops, program.phases, strict=True))
-    forward, backward = ([op for op, phase in passes if phase == name] for name in ("forward", "backward"))
+    forward, backward = (
+        [op for op, phase in passes if phase == name] for name in ("forward", "backward")
+    )
     given = {*graph.inputs, *graph.constant_ids}
     given.update(v for op, phase in passes if phase == "prepare" for v in op.outputs)
     _look(forward, set(given), set(), found)

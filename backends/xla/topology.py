@@ -46,7 +46,9 @@ def topology_devices(name: str, cluster: Cluster) -> list[Any]:
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+)*)", name)
     if not match:
         raise UsageError(
-            f"`{name}` is no topology.", where="--topology", fix="chip and shape, as v5e:2x4 or v5p:8x8x8"
+            f"`{name}` is no topology.",
+            where="--topology",
+            fix="chip and shape, as v5e:2x4 or v5p:8x8x8",
         )
     expected = name_of(cluster)
     if expected is None:

@@ -186,6 +186,7 @@ def _row_of(aval: Any, piece: Piece) -> Any:
 
 # ---------------------------------------------------------------- trees of pieces
 
+
 def _by_leaf(pieces: Sequence[Piece], values: Sequence[Any]) -> list[list[tuple[Row, Any]]]:
     """One list per leaf; pieces of a leaf are neighbours, in order of their rows."""
     pairs = groupby(zip(pieces, values, strict=True), key=lambda pair: pair[0].leaf)
@@ -240,7 +241,9 @@ def _depths(paths: Sequence[tuple], counts: Sequence[list[int]], first: int) -> 
 
 def _name(name: str, path: tuple, depths: Sequence[int], piece: Piece, first: int) -> str:
     spelt = jax.tree_util.keystr
-    if not name.endswith(spelt(path[first:])):  # a variable of an object, which has a path of its own
+    if not name.endswith(
+        spelt(path[first:])
+    ):  # a variable of an object, which has a path of its own
         return name + "".join(f"[{row}]" for _, row in piece.rows)
     made, before = name.removesuffix(spelt(path[first:])), first
     for depth, (_, row) in zip(depths, piece.rows, strict=True):

@@ -85,7 +85,9 @@ def verify_together(truth: Reference, found: Any, names: Sequence[str], meetings
         verify_outputs(truth, found, names)
     except VerificationError as error:
         mine = error
-    failed = np.flatnonzero(meetings.gather("the comparison of results", np.array(mine is not None)))
+    failed = np.flatnonzero(
+        meetings.gather("the comparison of results", np.array(mine is not None))
+    )
     if mine is not None:
         raise mine
     if failed.size:
@@ -105,7 +107,9 @@ def verify_outputs(truth: Reference, found: Any, names: Sequence[str]) -> None:
     """
     wanted = jax.tree.leaves(truth.results)
     for position, (want, have) in enumerate(zip(wanted, jax.tree.leaves(found), strict=True)):
-        wrong = _wrong(want, have, truth.noise.get(position), truth.before.get(position), truth.tolerance)
+        wrong = _wrong(
+            want, have, truth.noise.get(position), truth.before.get(position), truth.tolerance
+        )
         if wrong:
             raise VerificationError(
                 f"the sharded step differs from the unsharded one: {wrong}.",
@@ -149,7 +153,9 @@ def _judged(want: np.ndarray, have: np.ndarray, noise: Noise, before: Any, toler
     if not off <= allowed:
         share = (off / whole, allowed / whole) if whole else (np.inf, 0.0)
         return f"{share[0]:.3g} of its {what}, {share[1]:.3g} allowed"
-    room = MARGIN * np.where(opened, np.max(far, initial=0.0), far) + tolerance * np.max(size, initial=0.0)
+    room = MARGIN * np.where(opened, np.max(far, initial=0.0), far) + tolerance * np.max(
+        size, initial=0.0
+    )
     stray = int(np.sum(~(apart <= room)))
     if stray > 1 + STRAY * want.size:
         return f"{stray} of its {want.size} numbers are farther off than rounding moves them"

@@ -36,7 +36,12 @@ class Problem:
     """One model on so many devices with so many MB each."""
 
     def __init__(self, recorded: Recorded, devices: int, memory: float, global_batch: int) -> None:
-        self.recorded, self.devices, self.memory, self.global_batch = recorded, devices, memory, global_batch
+        self.recorded, self.devices, self.memory, self.global_batch = (
+            recorded,
+            devices,
+            memory,
+            global_batch,
+        )
 
     # ------------------------------------------------------------ a plan
 
@@ -51,7 +56,10 @@ class Problem:
     def fullest(self, plan: Found) -> float:
         """MB of the fullest device."""
         stages = self.counted(plan)
-        return max(stage.memory(behind) for stage, behind in zip(stages, range(len(stages))[::-1], strict=True))
+        return max(
+            stage.memory(behind)
+            for stage, behind in zip(stages, range(len(stages))[::-1], strict=True)
+        )
 
     def simulated(self, plan: Found) -> float:
         """Seconds of a simulated step; what leaves a stage is sent beside computing."""
@@ -77,7 +85,9 @@ class Problem:
     def _between_layers(self, batch: int) -> Found | None:
         """The best plan of one size of microbatch with whole layers in each stage."""
         recorded = self.recorded
-        cuts = np.array(sorted({0, len(recorded.names), *(layer.start for layer in recorded.layers)}))
+        cuts = np.array(
+            sorted({0, len(recorded.names), *(layer.start for layer in recorded.layers)})
+        )
         a, b = np.triu_indices(len(cuts), 1)
         tables, taken = [], []
         for behind in range(self.devices):
@@ -87,7 +97,10 @@ class Problem:
                 for i, way in enumerate(self.ways(batch, d)):
                     seconds = way.seconds(cuts[a], cuts[b], behind, self.memory)
                     better = seconds < table[d, a, b]
-                    table[d, a[better], b[better]], chosen[d, a[better], b[better]] = seconds[better], i
+                    table[d, a[better], b[better]], chosen[d, a[better], b[better]] = (
+                        seconds[better],
+                        i,
+                    )
             tables.append(table)
             taken.append(chosen)
         found = least_step(tables, self.devices, self.global_batch // batch)
@@ -116,12 +129,18 @@ class Problem:
         if splits and free and len(splits) > 1:
             profiles = [self.recorded.profiles[batch // s.data, s.tensor, s.manner] for s in splits]
             mixes = {
-                tuple(np.argmin([p.forward + p.backward + price * p.megabytes for p in profiles], axis=0))
+                tuple(
+                    np.argmin(
+                        [p.forward + p.backward + price * p.megabytes for p in profiles], axis=0
+                    )
+                )
                 for price in PER_MEGABYTE
             }
             for mix in sorted(mixes):
                 yield Way(self.recorded, batch, tuple(splits[i] for i in mix))
-        yield from (Way(self.recorded, batch, (s,) * units) for s in splits if not free or len(splits) == 1)
+        yield from (
+            Way(self.recorded, batch, (s,) * units) for s in splits if not free or len(splits) == 1
+        )
 
 
 class _Cuts:
@@ -161,7 +180,9 @@ class _Cuts:
     def _reach(self, first: int, devices: int, behind: int, slowest: float) -> Iterator[Stage]:
         """The longest stages that begin there."""
         ways = self.problem.ways(self.plan.batch, devices)
-        plain = np.min([way.plain(first, np.arange(first + 1, self.end + 1)) for way in ways], axis=0)
+        plain = np.min(
+            [way.plain(first, np.arange(first + 1, self.end + 1)) for way in ways], axis=0
+        )
         found = 0
         for last in (np.flatnonzero(plain <= slowest) + first + 1)[::-1] if behind else [self.end]:
             seconds, stage = self._stage(first, int(last), devices, behind)
@@ -172,6 +193,11 @@ class _Cuts:
                 break
 
     @cache  # noqa: B019
-    def _stage(self, first: int, last: int, devices: int, behind: int) -> tuple[float, Stage | None]:
+    def _stage(
+        self, first: int, last: int, devices: int, behind: int
+    ) -> tuple[float, Stage | None]:
         ways = self.problem.ways(self.plan.batch, devices)
-        return min((way.stage(first, last, behind, self.problem.memory) for way in ways), key=lambda found: found[0])
+        return min(
+            (way.stage(first, last, behind, self.problem.memory) for way in ways),
+            key=lambda found: found[0],
+        )

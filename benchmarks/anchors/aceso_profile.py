@@ -20,7 +20,16 @@ import numpy as np
 
 LAYERS = 24  # of both published models, in the encoder and the decoder
 STATES = 8  # gradients, optimizer and fp32 copies, and the weights: 1 + 4 + 2 + 1 times the weights
-FIELDS = ("forward", "backward", "input", "output", "weights", "activations", "reserved_forward", "reserved_backward")
+FIELDS = (
+    "forward",
+    "backward",
+    "input",
+    "output",
+    "weights",
+    "activations",
+    "reserved_forward",
+    "reserved_backward",
+)
 
 
 class Split(NamedTuple):
@@ -52,7 +61,9 @@ class Profile:
     def mixed(self, others: Sequence[Profile], which: np.ndarray) -> Profile:
         """Operator i as in profile which[i] of this one and the others."""
         at = np.arange(len(which))
-        return Profile(*(np.stack([getattr(p, f) for p in (self, *others)])[which, at] for f in FIELDS))
+        return Profile(
+            *(np.stack([getattr(p, f) for p in (self, *others)])[which, at] for f in FIELDS)
+        )
 
 
 @dataclass(frozen=True)
@@ -157,9 +168,14 @@ class Counted:
     def profile(self) -> Profile:
         """Of the stage's operators alone."""
         own, whole = range(self.stage.first, self.stage.last), self.recorded
-        used = {s: whole.profiles[self.batch // s.data, s.tensor, s.manner] for s in set(self.stage.splits)}
+        used = {
+            s: whole.profiles[self.batch // s.data, s.tensor, s.manner]
+            for s in set(self.stage.splits)
+        }
         rows = list(zip(own, self.stage.splits, strict=True))
-        return Profile(*(np.array([getattr(used[s], field)[i] for i, s in rows]) for field in FIELDS))
+        return Profile(
+            *(np.array([getattr(used[s], field)[i] for i, s in rows]) for field in FIELDS)
+        )
 
     @property
     def forward(self) -> float:
@@ -168,7 +184,9 @@ class Counted:
     @property
     def backward(self) -> float:
         """With what is recomputed."""
-        again = sum(float(self.profile.forward[i - self.stage.first]) for i in self.stage.recomputed)
+        again = sum(
+            float(self.profile.forward[i - self.stage.first]) for i in self.stage.recomputed
+        )
         return float(self.profile.backward.sum()) + again
 
     @property
@@ -201,5 +219,7 @@ class Counted:
             else:
                 saved += megabytes
         weights, kept = float(p.weights.sum()), float(p.input[0] + p.activations.sum()) - saved
-        reserved = float(p.reserved_forward[:-1].max(initial=0) + p.reserved_backward[:-1].max(initial=0))
+        reserved = float(
+            p.reserved_forward[:-1].max(initial=0) + p.reserved_backward[:-1].max(initial=0)
+        )
         return STATES * weights + kept * (behind + 1) + peak + max(reserved, weights)

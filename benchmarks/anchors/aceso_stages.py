@@ -22,7 +22,9 @@ class Way:
         self.recorded, self.splits = recorded, splits
         self.profile = p = recorded.profile(splits, batch)
         self.each = p.forward + p.backward
-        self.work, self.weights, self.activations = map(_sums, (self.each, p.weights, p.activations))
+        self.work, self.weights, self.activations = map(
+            _sums, (self.each, p.weights, p.activations)
+        )
         self.arriving = np.array([*map(recorded.moving, p.input), 0.0])
         self.leaving = np.array([0.0, *map(recorded.moving, p.output)])
         self.inputs = np.array([*p.input, 0.0])
@@ -37,11 +39,15 @@ class Way:
         found, over = self.plain(a, b), self._over(a, b, behind, memory)
         large = np.flatnonzero(over > 0)
         if len(large):
-            more = [self._more(r, over[large], a[large], b[large], behind) for r in self._recomputes]
+            more = [
+                self._more(r, over[large], a[large], b[large], behind) for r in self._recomputes
+            ]
             found[large] += np.min(more, axis=0)
         return found
 
-    def stage(self, first: int, last: int, behind: int, memory: float) -> tuple[float, Stage | None]:
+    def stage(
+        self, first: int, last: int, behind: int, memory: float
+    ) -> tuple[float, Stage | None]:
         """Seconds of one stage, and the stage with what it recomputes; parts of layers at its ends count too."""
         a, b = np.array([first]), np.array([last])
         plain = float(self.plain(first, last))
@@ -51,7 +57,10 @@ class Way:
         found: tuple[float, Stage | None] = (inf, None)
         parts = self._parts(first, last)
         for cap in self._caps:
-            kinds = [(self._front(kind, own.start, own.stop, cap), len(at)) for (kind, own), at in parts.items()]
+            kinds = [
+                (self._front(kind, own.start, own.stop, cap), len(at))
+                for (kind, own), at in parts.items()
+            ]
             more, picked = cheapest(kinds, (over + cap) / (behind + 1))
             if plain + more < found[0]:
                 again = (
@@ -68,7 +77,9 @@ class Way:
         found: dict[tuple[int, range], list[int]] = {}
         for kind, layers in enumerate(self._kinds):
             for layer in layers:
-                own = range(max(first, layer.start) - layer.start, min(last, layer.stop) - layer.start)
+                own = range(
+                    max(first, layer.start) - layer.start, min(last, layer.stop) - layer.start
+                )
                 if own:
                     found.setdefault((kind, own), []).append(layer.start)
         return found
@@ -78,7 +89,9 @@ class Way:
         layer = self._kinds[kind][0].start
         own = slice(layer + begin, layer + end)
         moved = choices(self.profile.forward[own], self.profile.activations[own], cap)
-        return [Choice(c.freed, c.seconds, frozenset(i + begin for i in c.operators)) for c in moved]
+        return [
+            Choice(c.freed, c.seconds, frozenset(i + begin for i in c.operators)) for c in moved
+        ]
 
     def _over(self, a: np.ndarray, b: np.ndarray, behind: int, memory: float) -> np.ndarray:
         """MB over the limit with nothing recomputed."""
@@ -87,7 +100,9 @@ class Way:
         reserved = sum(largest.between(a, b - 1) for largest in self.reserved)
         return STATES * weights + np.maximum(weights, reserved) + (behind + 1) * kept - memory
 
-    def _more(self, r: Recompute, over: np.ndarray, a: np.ndarray, b: np.ndarray, behind: int) -> np.ndarray:
+    def _more(
+        self, r: Recompute, over: np.ndarray, a: np.ndarray, b: np.ndarray, behind: int
+    ) -> np.ndarray:
         whole = [np.maximum(done[b] - begun[a], 0).astype(float) for begun, done in self._counts]
         return r.seconds((over + r.largest) / (behind + 1), whole)
 

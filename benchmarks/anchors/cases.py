@@ -37,7 +37,14 @@ def pipedream_rows(folder: Path) -> Iterator[Row]:
             machines, straight = result["machines"], result["straight"]
             name = f"{result['model']} {result['cluster']}{' straight' * straight}"
             if not result.get("stages"):
-                yield Row("PipeDream", name, None, None, None, note=f"no plan is published: {result.get('error')}")
+                yield Row(
+                    "PipeDream",
+                    name,
+                    None,
+                    None,
+                    None,
+                    note=f"no plan is published: {result.get('error')}",
+                )
                 continue
             objective = pipedream.Throughput(graph, machines, result["bandwidths_Bps"], straight)
             theirs = pipedream.read_plan(result["stages"], len(machines))
@@ -46,7 +53,11 @@ def pipedream_rows(folder: Path) -> Iterator[Row]:
             with Stopwatch() as further:
                 slowest, large = objective.of(early), len(machines) > 1 and graph.end > LARGE
                 paces = PACES[::5] if large else PACES
-                limits = [(limit, slowest * part) for limit in (slowest * (1 + 1e-12), np.inf) for part in paces]
+                limits = [
+                    (limit, slowest * part)
+                    for limit in (slowest * (1 + 1e-12), np.inf)
+                    for part in paces
+                ]
                 calm = {plan for limit in limits if (plan := objective.calm(*limit))}
                 plans = [early, late, *sorted(calm, key=str)]
                 chosen = _choose(objective, plans)
@@ -82,10 +93,14 @@ def piper_rows(folder: Path) -> Iterator[Row]:
             model = f"bert{case['bert']:g}"
             name = f"{model} {case['memGB']:g} GiB k={case['k']:g}"
             if f"input_{model}" not in file:
-                yield Row("Piper", name, case["TPS"], None, None, note=f"input_{model} is not in the file")
+                yield Row(
+                    "Piper", name, case["TPS"], None, None, note=f"input_{model} is not in the file"
+                )
                 continue
             try:
-                graph = graphs.setdefault(model, graphs.get(model) or piper.Graph(file[f"input_{model}"]))
+                graph = graphs.setdefault(
+                    model, graphs.get(model) or piper.Graph(file[f"input_{model}"])
+                )
             except PlanError as error:
                 yield Row("Piper", name, case["TPS"], None, None, note=error.what)
                 continue
@@ -98,7 +113,16 @@ def _piper_row(name: str, case: dict[str, Any], graph: piper.Graph) -> Row:
         ours = objective.best()
     if ours is None:
         note = "nothing fits, as published" if case["TPS"] is None else "we find nothing that fits"
-        return Row("Piper", name, case["TPS"], None, None, seconds=watch.seconds, theirs=case.get("cpu_s"), note=note)
+        return Row(
+            "Piper",
+            name,
+            case["TPS"],
+            None,
+            None,
+            seconds=watch.seconds,
+            theirs=case.get("cpu_s"),
+            note=note,
+        )
     with Stopwatch() as further:
         slowest, pace = objective.of(ours), objective.simulated(ours, quick_seconds)
         limits = [(slowest * (1 + 1e-12), pace * part) for part in NEAR_PACES]
@@ -113,7 +137,9 @@ def _piper_row(name: str, case: dict[str, Any], graph: piper.Graph) -> Row:
 
 
 def _choose(objective: Any, plans: Sequence[Any]) -> Chosen[Any]:
-    return choose(plans, objective.of, lambda plan: objective.simulated(plan, quick_seconds), objective.around)
+    return choose(
+        plans, objective.of, lambda plan: objective.simulated(plan, quick_seconds), objective.around
+    )
 
 
 def dapple_rows(folder: Path) -> Iterator[Row]:
@@ -126,9 +152,13 @@ def dapple_rows(folder: Path) -> Iterator[Row]:
             name = f"{result['model']} {len(machines)} machines {result['mode']}"
             profile = folder / f"dapple_{result['model']}.json"
             if not profile.exists():
-                yield Row("DAPPLE", name, None, None, None, note=f"{profile.name} is not in the folder")
+                yield Row(
+                    "DAPPLE", name, None, None, None, note=f"{profile.name} is not in the folder"
+                )
                 continue
-            objective = dapple.Latency(load(profile), result["gbs"], result["mbs"], machines, network)
+            objective = dapple.Latency(
+                load(profile), result["gbs"], result["mbs"], machines, network
+            )
             theirs = dapple.read_plan(result, objective.units)
             with Stopwatch() as watch:
                 plans = objective.plans()
@@ -149,14 +179,30 @@ def max_load_rows(folder: Path) -> Iterator[Row]:
         published: dict[str, list[dict[str, Any]]] = {}
         for result in file["anchor_results"]:
             if result["method"] != "latgreedy":  # the latency of one sample, another objective
-                published.setdefault(result["case"].removeprefix("op ").replace(" ", "_"), []).append(result)
+                published.setdefault(
+                    result["case"].removeprefix("op ").replace(" ", "_"), []
+                ).append(result)
         for name, results in published.items():
             best = min(results, key=lambda result: result["value"])
             if name not in file["inputs"]:
-                yield Row("dnn-partitioning", name, best["value"], None, None, note="its input is not in the file")
+                yield Row(
+                    "dnn-partitioning",
+                    name,
+                    best["value"],
+                    None,
+                    None,
+                    note="its input is not in the file",
+                )
                 continue
             if (cpus := file["inputs"][name]["maxCPUs"]) != 1:
-                yield Row("dnn-partitioning", name, best["value"], None, None, note=f"it has {cpus} CPUs, not one")
+                yield Row(
+                    "dnn-partitioning",
+                    name,
+                    best["value"],
+                    None,
+                    None,
+                    note=f"it has {cpus} CPUs, not one",
+                )
                 continue
             graph = max_load.Graph(file["inputs"][name])
             alone = [result["value"] for result in results if result["method"] == "oneFpga"]

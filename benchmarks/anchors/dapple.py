@@ -49,14 +49,26 @@ class Latency:
     """
 
     def __init__(
-        self, file: dict[str, Any], batch: int, microbatch: int, machines: Sequence[int], network: Network
+        self,
+        file: dict[str, Any],
+        batch: int,
+        microbatch: int,
+        machines: Sequence[int],
+        network: Network,
     ) -> None:
         scale = batch / file["profile_batch"]
         layers = file["layers"]
-        self.work = np.concatenate([[0.0], np.cumsum([layer["compute_s"] for layer in layers])]) * scale
+        self.work = (
+            np.concatenate([[0.0], np.cumsum([layer["compute_s"] for layer in layers])]) * scale
+        )
         self.weights = np.concatenate([[0.0], np.cumsum([layer["param"] for layer in layers])])
         self.leaving = np.array([0.0, *(layer["out_activation"] for layer in layers)]) * scale
-        self.batch, self.microbatch, self.machines, self.network = batch, microbatch, machines, network
+        self.batch, self.microbatch, self.machines, self.network = (
+            batch,
+            microbatch,
+            machines,
+            network,
+        )
 
     @property
     def units(self) -> int:
@@ -76,7 +88,11 @@ class Latency:
 
     def through(self, plan: Plan) -> float:
         """Seconds of one microbatch through all stages and cuts."""
-        return (self.work[-1] + sum(self._cuts(plan))) / plan.pipelines / self.microbatches(plan.pipelines)
+        return (
+            (self.work[-1] + sum(self._cuts(plan)))
+            / plan.pipelines
+            / self.microbatches(plan.pipelines)
+        )
 
     def exposed(self, plan: Plan, slowest: float) -> float:
         """Seconds of all-reduces that no stage's last microbatches hide, if the slowest stage takes so long."""
@@ -88,21 +104,30 @@ class Latency:
         Cuts count both ways, except in one pipeline of two stages on all devices, which the planner
         searches for by itself.
         """
-        halves = plan.pipelines == 1 and [n for _, _, n in plan.stages[:-1]] == [self.devices - plan.stages[-1][2]]
-        stages = [float(self.work[b] - self.work[a]) / n / plan.pipelines for a, b, n in plan.stages]
+        halves = plan.pipelines == 1 and [n for _, _, n in plan.stages[:-1]] == [
+            self.devices - plan.stages[-1][2]
+        ]
+        stages = [
+            float(self.work[b] - self.work[a]) / n / plan.pipelines for a, b, n in plan.stages
+        ]
         cuts = [cut * (1 if halves else 2) for cut in self._cuts(plan)]
         return max(stages + cuts) / self.microbatches(plan.pipelines)
 
     def _spans(self, plan: Plan) -> list[tuple[int, int]]:
         """The devices of each stage in all pipelines."""
         ends = np.cumsum([n * plan.pipelines for _, _, n in plan.stages])
-        return [(int(end) - n * plan.pipelines, int(end)) for end, (_, _, n) in zip(ends, plan.stages, strict=True)]
+        return [
+            (int(end) - n * plan.pipelines, int(end))
+            for end, (_, _, n) in zip(ends, plan.stages, strict=True)
+        ]
 
     def _cuts(self, plan: Plan) -> list[float]:
         """Seconds in which all of a batch crosses each cut."""
         spans = self._spans(plan)
         pairs = zip(spans, spans[1:], plan.stages, strict=False)
-        return [self.crossing(one, other) * float(self.leaving[stage[1]]) for one, other, stage in pairs]
+        return [
+            self.crossing(one, other) * float(self.leaving[stage[1]]) for one, other, stage in pairs
+        ]
 
     def _reduces(self, plan: Plan) -> list[float]:
         return [
@@ -134,9 +159,13 @@ class Latency:
         """Seconds of a simulated step: each pipeline's microbatches, then the all-reduces."""
         many = self.microbatches(plan.pipelines)
         stages = []
-        for (a, b, n), cut, reduce in zip(plan.stages, [*self._cuts(plan), 0.0], self._reduces(plan), strict=True):
+        for (a, b, n), cut, reduce in zip(
+            plan.stages, [*self._cuts(plan), 0.0], self._reduces(plan), strict=True
+        ):
             both = float(self.work[b] - self.work[a]) / n / plan.pipelines / many
-            stages.append(neutral.Stage(both / 2, both / 2, cut / plan.pipelines / many, last=reduce))
+            stages.append(
+                neutral.Stage(both / 2, both / 2, cut / plan.pipelines / many, last=reduce)
+            )
         return evaluator(stages, many)
 
     def around(self, plan: Plan) -> Iterator[Plan]:
@@ -152,7 +181,11 @@ class Latency:
         best = Plan(1, ((0, self.units, self.devices),))
         seen = {best: self.of(best)}
         searches = [_Search(self, 1, 2, 1, seen)]
-        searches += [_Search(self, r, self.units, 2, seen) for r in range(1, self.devices + 1) if self.microbatches(r)]
+        searches += [
+            _Search(self, r, self.units, 2, seen)
+            for r in range(1, self.devices + 1)
+            if self.microbatches(r)
+        ]
         fastest = [search.fastest() for search in searches]
         for search, plan in zip(searches, fastest, strict=True):
             if plan:
@@ -181,14 +214,22 @@ class _Search:
                 span = (g * pipelines, (g + n) * pipelines)
                 self.reducing[g, n] = objective.reducing(span)
                 for before in range(1, g + 1):
-                    self.crossing[g, before, n] = objective.crossing(((g - before) * pipelines, span[0]), span)
+                    self.crossing[g, before, n] = objective.crossing(
+                        ((g - before) * pipelines, span[0]), span
+                    )
 
     def fastest(self) -> Plan | None:
         """The plan whose slowest stage or cut is fastest; None where no plan could be the best."""
         low = self.through / self.objective.devices * self.pipelines
         if low * (self.many - 1) + self.through >= self.best:
             return None
-        return halved(lambda limit: self._within(limit, np.inf), self.objective.slowest, low, 2 * self.through, 1e-4)
+        return halved(
+            lambda limit: self._within(limit, np.inf),
+            self.objective.slowest,
+            low,
+            2 * self.through,
+            1e-4,
+        )
 
     def fall(self, low: float) -> None:
         """Meet all plans that may be better than the best so far; no slowest stage is faster than `low`.

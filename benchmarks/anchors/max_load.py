@@ -28,8 +28,19 @@ SETS = 1500  # closed sets that are all looked at
 
 MOVES = 1_000_000  # tried per search
 SEEDS = 2
-COSTLY = (np.inf, 0.3, 0.1, 0.03, 0.01, 0.003)  # results' costs that join groups at first, as parts of the same
-HOT, WARM, COLD = 0.03, 0.003, 0.0003  # temperatures, as parts of the lightest conceivable fullest device
+COSTLY = (
+    np.inf,
+    0.3,
+    0.1,
+    0.03,
+    0.01,
+    0.003,
+)  # results' costs that join groups at first, as parts of the same
+HOT, WARM, COLD = (
+    0.03,
+    0.003,
+    0.0003,
+)  # temperatures, as parts of the lightest conceivable fullest device
 
 
 class Graph:
@@ -37,8 +48,13 @@ class Graph:
 
     def __init__(self, file: dict[str, Any]) -> None:
         nodes, number = file["nodes"], {node["id"]: i for i, node in enumerate(file["nodes"])}
-        given = [node.get("colorClass") for node in nodes]  # null and missing are the same: tied to nothing
-        colours = [f"own {node['id']}" if colour is None else colour for node, colour in zip(nodes, given, strict=True)]
+        given = [
+            node.get("colorClass") for node in nodes
+        ]  # null and missing are the same: tied to nothing
+        colours = [
+            f"own {node['id']}" if colour is None else colour
+            for node, colour in zip(nodes, given, strict=True)
+        ]
         at = {colour: g for g, colour in enumerate(sorted(set(colours), key=str))}
         self.group = np.array([at[colour] for colour in colours])
         self.devices = int(file["maxFPGAs"]) + 1
@@ -49,7 +65,9 @@ class Graph:
             np.bincount(self.group, [float(node[key]) for node in nodes], count)
             for key in ("cpuLatency", "fpgaLatency", "size")
         )
-        supported = np.bincount(self.group, [not node["supportedOnFpga"] for node in nodes], count) == 0
+        supported = (
+            np.bincount(self.group, [not node["supportedOnFpga"] for node in nodes], count) == 0
+        )
         self.size[~supported] = np.inf
         self.edges = np.array([(number[a], number[b]) for a, b, _ in file["edges"]])
         self.backward = np.array([bool(node["isBackwardNode"]) for node in nodes])
@@ -59,7 +77,9 @@ class Graph:
 
     def loads(self, devices: np.ndarray) -> np.ndarray:
         """Of each device, for the devices of all groups."""
-        loads = np.bincount(devices, np.where(devices == 0, self.cpu, self.accelerator), self.devices)
+        loads = np.bincount(
+            devices, np.where(devices == 0, self.cpu, self.accelerator), self.devices
+        )
         of = devices[self.group]
         crossing = {(a, of[a], of[b]) for a, b in self.edges if of[a] != of[b]}
         for a, leaving in {(a, leaving) for a, leaving, _ in crossing}:
@@ -92,7 +112,9 @@ class Graph:
         """The same operators in larger groups, that no result of such a cost leaves; and the new group of each old."""
         ends = self.group[self.edges[self.cost[self.edges[:, 0]] > costly]]
         count = len(self.cpu)
-        graph = csr_array((np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), shape=(count, count))
+        graph = csr_array(
+            (np.ones(len(ends), bool), (ends[:, 0], ends[:, 1])), shape=(count, count)
+        )
         of = connected_components(graph, directed=False)[1]
         joined = copy(self)
         for name in ("follows", "unit"):
@@ -113,7 +135,9 @@ class Graph:
         table = np.full((2, 2 * count, 2 * count), np.inf)
         table[1, :count, :count] = _between(inside, *fixed, self.accelerator, self.size, self.limit)
         table[1, count:, count:] = table[1, :count, :count]
-        table[1, :count, count:] = _between(inside, *fixed, self.cpu, 0 * self.cpu, self.limit, False)
+        table[1, :count, count:] = _between(
+            inside, *fixed, self.cpu, 0 * self.cpu, self.limit, False
+        )
         cuts = best_cuts(0, table, table, self.devices)
         most = cuts.seconds[:, [last, last + count]]
         most[-1, 0] = np.inf  # as many stages as devices, and none on the CPU
@@ -129,7 +153,11 @@ class Graph:
     def _sets(self) -> np.ndarray:
         """Closed sets of units, smaller ones first; of graphs with too many, those along one order."""
         count = int(self.unit.max()) + 1
-        pairs = {(int(self.unit[a]), int(self.unit[b])) for a, b in self.follows if self.unit[a] != self.unit[b]}
+        pairs = {
+            (int(self.unit[a]), int(self.unit[b]))
+            for a, b in self.follows
+            if self.unit[a] != self.unit[b]
+        }
         try:
             found = closed_sets(count, pairs, SETS)
         except PlanError:
@@ -161,7 +189,9 @@ class Graph:
         for lone in np.flatnonzero(~forward):
             touching = [i for i, (a, b) in enumerate(ends) if lone in (a, b) and a != b]
             if touching:
-                most = max(touching, key=lambda i: (self.cost[self.edges[i, 0]], forward[ends[i]].any()))
+                most = max(
+                    touching, key=lambda i: (self.cost[self.edges[i, 0]], forward[ends[i]].any())
+                )
                 a, b = map(int, ends[most])
                 found |= {(a, b), (b, a)}
         return np.array(sorted(found))
@@ -178,7 +208,9 @@ class Graph:
         return devices
 
     def _annealed(self, start: np.ndarray, seed: int, hot: float) -> np.ndarray:
-        pairs = sorted({(self.group[b], a) for a, b in self.edges} | {(g, a) for a, g in enumerate(self.group)})
+        pairs = sorted(
+            {(self.group[b], a) for a, b in self.edges} | {(g, a) for a, g in enumerate(self.group)}
+        )
         touched = _rows(pairs, len(self.cpu))
         uses = _rows(sorted((self.group[b], a) for a, b in self.edges), len(self.cpu))
         floor = self.accelerator.sum() / (self.devices - 1)
@@ -246,7 +278,9 @@ def _pay(node, sign, devices, group, cost, consumers, loads):
 
 
 @numba.njit(cache=True)
-def _move(g, to, devices, group, cost, seconds, consumers, loads, touched, touched_at, uses, uses_at):
+def _move(
+    g, to, devices, group, cost, seconds, consumers, loads, touched, touched_at, uses, uses_at
+):
     origin = devices[g]
     for i in range(touched_at[g], touched_at[g + 1]):
         _pay(touched[i], -1.0, devices, group, cost, consumers, loads)
@@ -292,7 +326,20 @@ def _cooled(
             to = devices[group[touched[np.random.randint(touched_at[g], touched_at[g + 1])]]]
         if to == origin or (to and sizes[to] + size[g] > limit):
             continue
-        _move(g, to, devices, group, cost, seconds, consumers, loads, touched, touched_at, uses, uses_at)
+        _move(
+            g,
+            to,
+            devices,
+            group,
+            cost,
+            seconds,
+            consumers,
+            loads,
+            touched,
+            touched_at,
+            uses,
+            uses_at,
+        )
         changed = _energy(loads)
         if changed <= energy or np.random.random() < np.exp((energy - changed) / heat):
             energy = changed
@@ -301,5 +348,18 @@ def _cooled(
             if loads.max() < least and sizes.max() <= limit:
                 best[:], least = devices, loads.max()
         else:
-            _move(g, origin, devices, group, cost, seconds, consumers, loads, touched, touched_at, uses, uses_at)
+            _move(
+                g,
+                origin,
+                devices,
+                group,
+                cost,
+                seconds,
+                consumers,
+                loads,
+                touched,
+                touched_at,
+                uses,
+                uses_at,
+            )
     return best

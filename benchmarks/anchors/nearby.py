@@ -108,10 +108,14 @@ def _put(stages: Sequence[Stage], at: int, many: int, *new: Stage) -> tuple[Stag
     return (*stages[:at], *new, *stages[at + many :])
 
 
-def _halves(stages: Sequence[Stage], i: int, between: Callable, early: Any, late: Any) -> Iterator[tuple[Stage, ...]]:
+def _halves(
+    stages: Sequence[Stage], i: int, between: Callable, early: Any, late: Any
+) -> Iterator[tuple[Stage, ...]]:
     one = stages[i]
     for cut in between(one.first, one.last):
-        yield _put(stages, i, 1, one._replace(last=cut, width=early), one._replace(first=cut, width=late))
+        yield _put(
+            stages, i, 1, one._replace(last=cut, width=early), one._replace(first=cut, width=late)
+        )
 
 
 def _elsewhere(stages: Sequence[Stage], i: int, between: Callable) -> Iterator[tuple[Stage, ...]]:

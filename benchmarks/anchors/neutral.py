@@ -39,7 +39,10 @@ def step_seconds(stages: Sequence[Stage], microbatches: int) -> float:
     """The makespan of one step."""
     schedule = round_robin([stage.replicas for stage in stages], microbatches)
     back = [0.0, *(stage.send for stage in stages)]
-    seconds = [StageSeconds(s.forward, s.backward, 0.0, s.send, way) for s, way in zip(stages, back, strict=False)]
+    seconds = [
+        StageSeconds(s.forward, s.backward, 0.0, s.send, way)
+        for s, way in zip(stages, back, strict=False)
+    ]
     owner = [stage for stage in stages for _ in range(stage.replicas)]
     tail = {rank: stage.last for rank, stage in enumerate(owner) if stage.last}
     return simulate(pipeline_tasks(schedule, seconds, tail)).makespan

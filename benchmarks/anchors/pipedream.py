@@ -72,8 +72,15 @@ class Throughput:
     straight: no stage is replicated.
     """
 
-    def __init__(self, graph: Graph, machines: Sequence[int], bandwidths: Sequence[float], straight: bool) -> None:
-        self.graph, self.machines, self.bandwidths, self.straight = graph, machines, bandwidths, straight
+    def __init__(
+        self, graph: Graph, machines: Sequence[int], bandwidths: Sequence[float], straight: bool
+    ) -> None:
+        self.graph, self.machines, self.bandwidths, self.straight = (
+            graph,
+            machines,
+            bandwidths,
+            straight,
+        )
         self.within = [1, *machines]
 
     def synchronization(self, level: int, weights: Any, replicas: int) -> Any:
@@ -85,7 +92,9 @@ class Throughput:
         if begins:
             return (compute + sync / self.within[level]) / replicas
         crossing = np.maximum(self.graph.crossing[a], self.graph.crossing[b])
-        return np.maximum((compute + sync) / replicas, 2 * crossing / (self.bandwidths[level] * replicas))
+        return np.maximum(
+            (compute + sync) / replicas, 2 * crossing / (self.bandwidths[level] * replicas)
+        )
 
     def of(self, parts: Sequence[Part], level: int | None = None) -> float:
         """Of a whole plan, or of the parts inside one of its parts."""
@@ -115,9 +124,16 @@ class Throughput:
             outermost = level == len(self.machines) - 1
             first, later = self._tables(level, compute)
             starts = range(1 if outermost else self.graph.end)
-            solved.append([best_cuts(start, first, later, machines, latest=latest) for start in starts])
+            solved.append(
+                [best_cuts(start, first, later, machines, latest=latest) for start in starts]
+            )
             if not outermost:
-                compute = np.stack([*(c.seconds[machines] for c in solved[-1]), np.full(self.graph.end + 1, np.inf)])
+                compute = np.stack(
+                    [
+                        *(c.seconds[machines] for c in solved[-1]),
+                        np.full(self.graph.end + 1, np.inf),
+                    ]
+                )
         return solved
 
     def _tables(self, level: int, compute: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +147,9 @@ class Throughput:
             later[m] = self.stage(level, a, b, m, possible, False)
         return first, later
 
-    def _parts(self, solved: list[list[Cuts]], level: int, start: int, end: int) -> tuple[Part, ...]:
+    def _parts(
+        self, solved: list[list[Cuts]], level: int, start: int, end: int
+    ) -> tuple[Part, ...]:
         return tuple(
             Part(a, b, m, self._parts(solved, level - 1, a, b) if level else ())
             for a, b, m in solved[level][start].pieces(end, self.machines[level])
@@ -156,14 +174,18 @@ class Throughput:
         positions = np.arange(graph.end + 1)
         a, b = positions[:, None], positions[None, :]
         compute = np.where(graph.before, graph.compute[None, :] - graph.compute[:, None], np.inf)
-        crossing = np.broadcast_to(2 * graph.crossing[:, None] / self.bandwidths[level], compute.shape)
+        crossing = np.broadcast_to(
+            2 * graph.crossing[:, None] / self.bandwidths[level], compute.shape
+        )
         first = np.full((machines + 1, *compute.shape), np.inf)
         later, inside = first.copy(), {}
         for m in range(1, 2 if self.straight else machines + 1):
             if level:
                 inside[m] = self._calm(level - 1, (m, *outer), slowest, pace)
                 ends = [c.seconds[self.machines[level - 1]] for c in inside[m].cuts]
-                first[m] = np.where(graph.before, np.stack([*ends, np.full(graph.end + 1, np.inf)]), np.inf)
+                first[m] = np.where(
+                    graph.before, np.stack([*ends, np.full(graph.end + 1, np.inf)]), np.inf
+                )
                 later[m] = first[m] + crossing
                 continue
             weights = graph.weights[None, :] - graph.weights[:, None]
@@ -221,15 +243,20 @@ class Throughput:
             return None
         ends = [first, *(one.last for one in part.inside[:-1]), last]
         inside = [
-            self._stretched(one, *span, one.replicas) for one, span in zip(part.inside, pairwise(ends), strict=False)
+            self._stretched(one, *span, one.replicas)
+            for one, span in zip(part.inside, pairwise(ends), strict=False)
         ]
         return Part(first, last, replicas, tuple(inside)) if all(inside) else None
 
     def _all_synchronization(self, weights: Any, replicas: Sequence[int]) -> Any:
         """Seconds per minibatch of a replica, over the replicas of all levels."""
-        return sum(self.synchronization(i, weights, r) / self.within[i] for i, r in enumerate(replicas))
+        return sum(
+            self.synchronization(i, weights, r) / self.within[i] for i, r in enumerate(replicas)
+        )
 
-    def leaves(self, parts: Sequence[Part], level: int, outer: tuple[int, ...], cut: int = 0) -> Any:
+    def leaves(
+        self, parts: Sequence[Part], level: int, outer: tuple[int, ...], cut: int = 0
+    ) -> Any:
         for part, following in pairwise([*parts, None]):
             own = (part.replicas, *outer)
             behind = level if following else cut
@@ -252,6 +279,17 @@ def read_plan(stages: Sequence[dict[str, Any]], level: int) -> tuple[Part, ...]:
     mine = [s for s in stages if s["level"] == level]
     parts = []
     for s in mine:
-        inside = [t for t in stages if t["level"] < level and s["start"] <= t["start"] and t["end"] <= s["end"]]
-        parts.append(Part(s["start"], s["end"], s["replication"], read_plan(inside, level - 1) if level > 1 else ()))
+        inside = [
+            t
+            for t in stages
+            if t["level"] < level and s["start"] <= t["start"] and t["end"] <= s["end"]
+        ]
+        parts.append(
+            Part(
+                s["start"],
+                s["end"],
+                s["replication"],
+                read_plan(inside, level - 1) if level > 1 else (),
+            )
+        )
     return tuple(parts)

@@ -56,7 +56,10 @@ class Graph:
     def __init__(self, file: dict[str, Any]) -> None:
         number = {node["id"]: i for i, node in enumerate(file["nodes"])}
         self.edges = [(number[e["sourceId"]], number[e["destId"]]) for e in file["edges"]]
-        costs = {(number[e["sourceId"]], number[e["destId"]]): e["communicationCost"] for e in file["edges"]}
+        costs = {
+            (number[e["sourceId"]], number[e["destId"]]): e["communicationCost"]
+            for e in file["edges"]
+        }
         self.ways = [
             {int(t): _unit(v, ways, number, costs) for t, ways in node["TMPCs"].items()}
             for v, node in enumerate(file["nodes"])
@@ -65,13 +68,23 @@ class Graph:
         self.left = closed_sets(len(self.ways), [(b, a) for a, b in self.edges], SETS)
 
 
-def _unit(v: int, ways: Sequence[dict[str, Any]], number: dict[int, int], costs: Any) -> tuple[Unit, Unit]:
+def _unit(
+    v: int, ways: Sequence[dict[str, Any]], number: dict[int, int], costs: Any
+) -> tuple[Unit, Unit]:
     found = {}
     for way in ways:
-        crossing = {number[int(u)]: x + costs[number[int(u)], v] for u, x in way["syncTimeFw"].items()}
-        crossing |= {number[int(w)]: x + costs[v, number[int(w)]] for w, x in way["syncTimeBw"].items()}
+        crossing = {
+            number[int(u)]: x + costs[number[int(u)], v] for u, x in way["syncTimeFw"].items()
+        }
+        crossing |= {
+            number[int(w)]: x + costs[v, number[int(w)]] for w, x in way["syncTimeBw"].items()
+        }
         found[way["id"]] = Unit(
-            way["timePerSample"], way["parameterSize"], way["memoryUsageA"], way["memoryUsageB"], crossing
+            way["timePerSample"],
+            way["parameterSize"],
+            way["memoryUsageA"],
+            way["memoryUsageB"],
+            crossing,
         )
     return found["vanilla"], found.get("activation recomp", found["vanilla"])
 
@@ -85,7 +98,9 @@ class Throughput:
 
     def of(self, stages: Sequence[Stage]) -> float:
         """Seconds per sample of a whole plan; inf where it does not fit."""
-        return max(self._priced(stage, held) for stage, held in zip(stages, self.held(stages), strict=True))
+        return max(
+            self._priced(stage, held) for stage, held in zip(stages, self.held(stages), strict=True)
+        )
 
     def held(self, stages: Sequence[Stage]) -> list[int]:
         """Samples in flight on each replica of each stage."""
@@ -94,32 +109,53 @@ class Throughput:
 
     def _priced(self, stage: Stage, held: int) -> float:
         units = [
-            self.graph.ways[v][stage.tensor][stage.recomputed >> v & 1] for v in members(stage.units)
+            self.graph.ways[v][stage.tensor][stage.recomputed >> v & 1]
+            for v in members(stage.units)
         ]
         if sum(u.a * held + u.b for u in units) > self.memory:
             return inf
         weights = sum(u.weights for u in units)
-        crossing = 2 * sum(x for u in units for w, x in u.crossing.items() if not stage.units >> w & 1)
+        crossing = 2 * sum(
+            x for u in units for w, x in u.crossing.items() if not stage.units >> w & 1
+        )
         alike = 4 * (stage.data - 1) * weights / stage.data / self.batch
-        return (crossing / stage.data + alike) / BANDWIDTH + sum(u.seconds for u in units) / stage.data
+        return (crossing / stage.data + alike) / BANDWIDTH + sum(
+            u.seconds for u in units
+        ) / stage.data
 
-    def simulated(self, stages: Sequence[Stage], evaluator: neutral.Evaluator = neutral.step_seconds) -> float:
+    def simulated(
+        self, stages: Sequence[Stage], evaluator: neutral.Evaluator = neutral.step_seconds
+    ) -> float:
         """Seconds per sample of a simulated step; replicas take samples by turns and agree once, at the end."""
         found = []
         for i, stage in enumerate(stages):
-            pairs = [(self.graph.ways[v][stage.tensor], stage.recomputed >> v & 1) for v in members(stage.units)]
+            pairs = [
+                (self.graph.ways[v][stage.tensor], stage.recomputed >> v & 1)
+                for v in members(stage.units)
+            ]
             later = sum(s.units for s in stages[i + 1 :])
             plain = sum(pair[0].seconds for pair, _ in pairs)
             again = sum(pair[1].seconds - pair[0].seconds for pair, twice in pairs if twice)
-            send = sum(x for pair, _ in pairs for w, x in pair[0].crossing.items() if later >> w & 1) / BANDWIDTH
-            alike = 4 * (stage.data - 1) * sum(pair[0].weights for pair, _ in pairs) / stage.data / BANDWIDTH
+            send = (
+                sum(x for pair, _ in pairs for w, x in pair[0].crossing.items() if later >> w & 1)
+                / BANDWIDTH
+            )
+            alike = (
+                4
+                * (stage.data - 1)
+                * sum(pair[0].weights for pair, _ in pairs)
+                / stage.data
+                / BANDWIDTH
+            )
             found.append(neutral.Stage(plain / 3, plain * 2 / 3 + again, send, stage.data, alike))
         return evaluator(found, self.batch) / self.batch
 
     def around(self, stages: Sequence[Stage]) -> Iterator[tuple[Stage, ...]]:
         """Plans one step away, on no more devices; recomputed is what then lets each stage fit."""
         sets = list(accumulate((s.units for s in stages), int.__xor__, initial=self.graph.left[-1]))
-        chain = [nearby.Stage(a, b, s[1:3]) for a, b, s in zip(sets, sets[1:], stages, strict=False)]
+        chain = [
+            nearby.Stage(a, b, s[1:3]) for a, b, s in zip(sets, sets[1:], stages, strict=False)
+        ]
         widths = nearby.Widths(self._traded, self._changed, self._joined, self._parted)
         for pipeline in nearby.neighbours(chain, self._between, widths):
             tensors, replicas = zip(*(s.width for s in pipeline), strict=True)
@@ -131,11 +167,18 @@ class Throughput:
             if all(pieces):
                 again = [piece.fitted(many) for piece, many in zip(pieces, held, strict=True)]
                 if all(more < inf for more, _ in again):
-                    yield tuple(s._replace(recomputed=units) for s, (_, units) in zip(found, again, strict=True))
+                    yield tuple(
+                        s._replace(recomputed=units)
+                        for s, (_, units) in zip(found, again, strict=True)
+                    )
 
     @cache  # noqa: B019
     def _between(self, left: int, rest: int) -> list[int]:
-        return [some for some in self.graph.left if some & left == some != left and some & rest == rest != some]
+        return [
+            some
+            for some in self.graph.left
+            if some & left == some != left and some & rest == rest != some
+        ]
 
     @cache  # noqa: B019
     def _piece(self, units: int, tensor: int) -> _Piece | None:
@@ -149,11 +192,18 @@ class Throughput:
     def _changed(self, width: Width) -> Iterator[Width]:
         tensor, data = width
         yield from ((tensor, d) for some in self._degrees_near(data) for d in some)
-        yield from ((t, d) for t in (tensor // 2, tensor * 2) for d in {data, *self._degrees_near(data)[0]} if t)
+        yield from (
+            (t, d)
+            for t in (tensor // 2, tensor * 2)
+            for d in {data, *self._degrees_near(data)[0]}
+            if t
+        )
 
     def _traded(self, one: Width, other: Width) -> Iterator[tuple[Width, Width]]:
         mine, theirs = (list(self._changed(width)) for width in (one, other))
-        yield from ((a, b) for a in mine if prod(a) < prod(one) for b in theirs if prod(b) > prod(other))
+        yield from (
+            (a, b) for a in mine if prod(a) < prod(one) for b in theirs if prod(b) > prod(other)
+        )
 
     def _joined(self, one: Width, other: Width) -> set[Width]:
         together = self._most(one[1] + other[1])
@@ -195,7 +245,10 @@ class Throughput:
         least = sum(min(t * u.seconds for t, u in some) for some in ways) / self.devices
         # everything in one stage, each unit in its slowest way, and all that can cross
         most = sum(
-            max(u.seconds + (2 * sum(u.crossing.values()) + 4 * u.weights) / BANDWIDTH for _, u in some)
+            max(
+                u.seconds + (2 * sum(u.crossing.values()) + 4 * u.weights) / BANDWIDTH
+                for _, u in some
+            )
             for some in ways
         )
         return halved(self.within, self.of, least, most)
@@ -228,7 +281,9 @@ class Throughput:
     @cache  # noqa: B019
     def _least_devices(self, units: int, slowest: float) -> int:
         """Devices without which these units cannot be done in time."""
-        work = sum(min(t * w[0].seconds for t, w in self.graph.ways[v].items()) for v in members(units))
+        work = sum(
+            min(t * w[0].seconds for t, w in self.graph.ways[v].items()) for v in members(units)
+        )
         return ceil(work / slowest * (1 - 1e-9))
 
     @cache  # noqa: B019
@@ -237,7 +292,9 @@ class Throughput:
         degrees = set.intersection(*(set(self.graph.ways[v]) for v in inside))
         return [_Piece(self, units, t, inside) for t in sorted(degrees) if t <= self.devices]
 
-    def _before(self, piece: _Piece, behind: _Label, most: int, slowest: float, pace: float) -> _Label | None:
+    def _before(
+        self, piece: _Piece, behind: _Label, most: int, slowest: float, pace: float
+    ) -> _Label | None:
         """A stage of these units in front of a pipeline, on at most so many devices together."""
         for d in self.degrees[bisect_left(self.degrees, piece.fastest / slowest * (1 - 1e-12)) :]:
             devices = behind.devices + d * piece.tensor
@@ -286,7 +343,9 @@ def _fewest(labels: Iterable[_Label]) -> list[_Label]:
 class _Piece:
     """Units split alike: what does not depend on replicas is summed once."""
 
-    def __init__(self, objective: Throughput, units: int, tensor: int, inside: Sequence[int]) -> None:
+    def __init__(
+        self, objective: Throughput, units: int, tensor: int, inside: Sequence[int]
+    ) -> None:
         self.units, self.tensor, self.inside = units, tensor, inside
         self.memory, self.batch = objective.memory, objective.batch
         self.pairs = [objective.graph.ways[v][tensor] for v in inside]
@@ -294,7 +353,11 @@ class _Piece:
         self.weights = sum(u.weights for u in plain)
         self.a, self.b = sum(u.a for u in plain), sum(u.b for u in plain)
         self.compute = sum(u.seconds for u in plain)
-        self.crossing = 2 * sum(x for u in plain for w, x in u.crossing.items() if not units >> w & 1) / BANDWIDTH
+        self.crossing = (
+            2
+            * sum(x for u in plain for w, x in u.crossing.items() if not units >> w & 1)
+            / BANDWIDTH
+        )
         self.fastest = self.compute + self.crossing
 
     def seconds(self, data: int) -> float:

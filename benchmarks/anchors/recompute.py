@@ -93,7 +93,10 @@ class Recompute:
         for upgrade in self.upgrades:
             each = upgrade.after.freed - upgrade.before.freed
             whole = np.minimum(counts[upgrade.kind], np.floor(left / each))
-            left, total = left - whole * each, total + whole * (upgrade.after.seconds - upgrade.before.seconds)
+            left, total = (
+                left - whole * each,
+                total + whole * (upgrade.after.seconds - upgrade.before.seconds),
+            )
             some = (left > 0) & (whole < counts[upgrade.kind])
             last, more = self._last(upgrade, left)
             total, left = np.where(some, total + more, total), np.where(some, left - last, left)
@@ -108,13 +111,17 @@ class Recompute:
         return freed[at] - upgrade.before.freed, seconds[at] - upgrade.before.seconds
 
 
-def cheapest(parts: list[tuple[list[Choice], int]], needed: float) -> tuple[float, list[list[Choice]]]:
+def cheapest(
+    parts: list[tuple[list[Choice], int]], needed: float
+) -> tuple[float, list[list[Choice]]]:
     """Free so many MB in one stage: seconds, and for each kind of layer (its choices, how many) what each layer does.
 
     As `Recompute.seconds` goes about it; inf seconds where all together do not free enough.
     """
     picked = [[front[0]] * count for front, count in parts]
-    steps = [(kind, pair) for kind, (front, _) in enumerate(parts) for pair in pairwise(hull(front))]
+    steps = [
+        (kind, pair) for kind, (front, _) in enumerate(parts) for pair in pairwise(hull(front))
+    ]
     for kind, (before, after) in sorted(steps, key=lambda step: _slope(*step[1])):
         layers = picked[kind]
         for i, choice in enumerate(layers):
@@ -122,7 +129,9 @@ def cheapest(parts: list[tuple[list[Choice], int]], needed: float) -> tuple[floa
                 continue
             layers[i] = after
             if needed < after.freed - before.freed:
-                layers[i] = next(c for c in parts[kind][0] if c.freed >= before.freed + needed - 1e-9)
+                layers[i] = next(
+                    c for c in parts[kind][0] if c.freed >= before.freed + needed - 1e-9
+                )
             needed -= layers[i].freed - before.freed
     total = sum(choice.seconds for layers in picked for choice in layers)
     return (total if needed <= 1e-9 else inf), picked

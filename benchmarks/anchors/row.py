@@ -54,7 +54,10 @@ class Row:
         """Of our plans that are no worse by the objective, the fastest simulated."""
         if self.published is None:
             return None
-        return min((took for value, took in self.front if value <= self.published * (1 + self.precision)), default=None)
+        return min(
+            (took for value, took in self.front if value <= self.published * (1 + self.precision)),
+            default=None,
+        )
 
     @property
     def faithful(self) -> bool | None:

@@ -15,7 +15,11 @@ from .case import Case, Row
 from .megatron import gpt_shape
 
 DEVICES = {"A100-40GB SXM": "a100-40", "A100-80GB SXM": "a100", "H100-80GB SXM": "h100"}
-FABRICS = {"A100-40GB SXM": "roce200", "A100-80GB SXM": "roce200", "H100-80GB SXM": "ib400"}  # A100: 1600 Gb/s per host
+FABRICS = {
+    "A100-40GB SXM": "roce200",
+    "A100-80GB SXM": "roce200",
+    "H100-80GB SXM": "ib400",
+}  # A100: 1600 Gb/s per host
 
 
 def mpt(row: Row) -> Case | None:

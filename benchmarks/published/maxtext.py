@@ -27,7 +27,9 @@ from meshwright.planner.jobs.pinned import Parallelism
 
 from .case import Case, Row
 
-OVERLAP = frozenset({"parameters", "gradients", "tensor"})  # LIBTPU_INIT_ARGS of v5e and v5p: async collectives
+OVERLAP = frozenset(
+    {"parameters", "gradients", "tensor"}
+)  # LIBTPU_INIT_ARGS of v5e and v5p: async collectives
 GATHERS = frozenset({"parameters"})  # those of v4: --xla_enable_async_all_gather alone
 
 
@@ -58,8 +60,12 @@ def explicit(layers: int, hidden: int, heads: int) -> pricing.Shape:
 
 
 SCRIPTS = {
-    ("TPU v4", "22B"): Script(explicit(48, 6144, 24), 16, ("blocks",), fused_attention=False, overlap=GATHERS),
-    ("TPU v4", "52B"): Script(explicit(32, 12288, 32), 10, ("blocks",), fused_attention=False, overlap=GATHERS),
+    ("TPU v4", "22B"): Script(
+        explicit(48, 6144, 24), 16, ("blocks",), fused_attention=False, overlap=GATHERS
+    ),
+    ("TPU v4", "52B"): Script(
+        explicit(32, 12288, 32), 10, ("blocks",), fused_attention=False, overlap=GATHERS
+    ),
     ("TPU v5e", "16B"): Script(scaled(16), 6, ("blocks",)),
     ("TPU v5e", "32B"): Script(scaled(32), 4, ("blocks",)),
     ("TPU v5e", "64B"): Script(scaled(64), 2, ("blocks",)),
@@ -73,7 +79,9 @@ SCRIPTS = {
 }
 
 
-LLAMA2_70B = pricing.Shape("llama", 80, 8192, 64, 8, 28672, 32000, 4096)  # Touvron et al. 2023, arXiv 2307.09288
+LLAMA2_70B = pricing.Shape(
+    "llama", 80, 8192, 64, 8, 28672, 32000, 4096
+)  # Touvron et al. 2023, arXiv 2307.09288
 TIERING = {
     # benchmarks/maxtext_trillium_model_configs.py @92e59fdf5, llama2_70b_4096 and llama3_1_70b_8192
     ("TPU v6e", "Llama 2 70B"): Script(LLAMA2_70B, 4, ("blocks",)),
@@ -96,7 +104,14 @@ def maxtext(row: Row) -> Case | None:
     slices = int(found[1]) if found else 1
     inside = int(row["n_gpus"]) // slices // script.tp
     group = inside if slices > 1 else None
-    return _case(row, script, slices, inside * slices, group, model_flop(script) / (float(row["tflops_gpu"]) * 1e12))
+    return _case(
+        row,
+        script,
+        slices,
+        inside * slices,
+        group,
+        model_flop(script) / (float(row["tflops_gpu"]) * 1e12),
+    )
 
 
 def tiering(row: Row) -> Case | None:
@@ -109,9 +124,13 @@ def tiering(row: Row) -> Case | None:
     return _case(row, script, slices, slices * int(row["n_gpus"]) // script.tp, None, measured)
 
 
-def _case(row: Row, script: Script, slices: int, dp: int, group: int | None, measured: float) -> Case:
+def _case(
+    row: Row, script: Script, slices: int, dp: int, group: int | None, measured: float
+) -> Case:
     """One row; FSDP over `group` of `dp` ranks, `measured` seconds per step."""
-    parallelism = Parallelism(tp=script.tp, dp=dp, zero=3, sequence_parallel=script.tp > 1, shard_group=group)
+    parallelism = Parallelism(
+        tp=script.tp, dp=dp, zero=3, sequence_parallel=script.tp > 1, shard_group=group
+    )
     chips = parallelism.devices
     return Case(
         row, _cluster(row["hw"], slices, chips // slices), script.shape, [parallelism], [script.per_device * script.tp],
@@ -132,5 +151,12 @@ def model_flop(script: Script) -> float:
     shape = script.shape
     weights = shape.layers * shape.hidden * (2 * shape.ffn + 4 * shape.heads * shape.head_width)
     weights += shape.vocab * shape.hidden
-    attention = 12 * shape.layers * shape.heads * shape.head_width * shape.seq**2 / (2 if script.causal else 1)
+    attention = (
+        12
+        * shape.layers
+        * shape.heads
+        * shape.head_width
+        * shape.seq**2
+        / (2 if script.causal else 1)
+    )
     return script.per_device * (6 * weights * shape.seq + attention)

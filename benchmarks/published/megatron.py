@@ -42,7 +42,11 @@ def megatron(row: Row) -> Case | None:
         return None
     dp = n // (tp * pp)
     sp = row["sp"] == "1"
-    vpps = [int(row["vpp"])] if row["vpp"] else ([1] if "SC21" not in row["src"] else chunks(shape.layers, pp))
+    vpps = (
+        [int(row["vpp"])]
+        if row["vpp"]
+        else ([1] if "SC21" not in row["src"] else chunks(shape.layers, pp))
+    )
     return Case(
         row, hosts("a100", row, "hdr200"), shape,
         [Parallelism(tp=tp, pp=pp, vpp=v, dp=dp, zero=zero, sequence_parallel=sp) for v in vpps],
@@ -92,7 +96,9 @@ def zero_bubble(row: Row) -> Case | None:
     if found is None:
         return None
     layers, heads, hidden, microbatch = ZERO_BUBBLE[row["model"]]
-    shape = pricing.Shape("gpt", layers, hidden, heads, heads, 4 * hidden, 50304, 1024, dropout=DROPOUT)
+    shape = pricing.Shape(
+        "gpt", layers, hidden, heads, heads, 4 * hidden, 50304, 1024, dropout=DROPOUT
+    )
     n, batch = int(row["n_gpus"]), microbatch * int(found[2])
     vpp = (layers + 2) // n if found[1] == "1F1B-I" else 1
     return Case(
@@ -108,10 +114,13 @@ def megascale(row: Row) -> Case | None:
     """
     if "baseline" not in row["notes"]:
         return None
-    shape = pricing.Shape("gpt", 96, 12288, 128, 128, 49152, int(row["vocab"]), int(row["seq"]), dropout=DROPOUT)
+    shape = pricing.Shape(
+        "gpt", 96, 12288, 128, 128, 49152, int(row["vocab"]), int(row["seq"]), dropout=DROPOUT
+    )
     n, batch = int(row["n_gpus"]), int(row["gbs"])
     degrees = [
-        Parallelism(tp=8, pp=8, vpp=6, dp=n // 64, zero=zero, sequence_parallel=True) for zero in (0, 1)
+        Parallelism(tp=8, pp=8, vpp=6, dp=n // 64, zero=zero, sequence_parallel=True)
+        for zero in (0, 1)
     ]
     return Case(
         row, hosts("a100", row, "roce200"), shape, degrees, [1, 2, 4],

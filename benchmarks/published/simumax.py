@@ -30,7 +30,14 @@ def simumax(row: Row) -> Case | None:
         shape = replace(shape, experts=replace(shape.experts, dense=1))
     tp, pp, dp, cp = int(row["tp"]), int(row["pp"]), int(row["dp"]), int(row["cp"])
     parallelism = Parallelism(
-        tp=tp, pp=pp, dp=dp, cp=cp, ep=int(row["ep"]), zero=1, sequence_parallel=tp > 1, cp_kind="a2a"
+        tp=tp,
+        pp=pp,
+        dp=dp,
+        cp=cp,
+        ep=int(row["ep"]),
+        zero=1,
+        sequence_parallel=tp > 1,
+        cp_kind="a2a",
     )
     return Case(
         row, Cluster.parse("b200x8"), shape, [parallelism],

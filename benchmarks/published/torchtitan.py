@@ -22,7 +22,13 @@ def torchtitan(row: Row) -> Case | None:
     and values (there: context_parallel_rotate_method); tensorwise Float8 gathers in fp8
     (docs/float8.md), rowwise does not.
     """
-    model = "llama3-70b" if "70B" in row["model"] else "llama3-405b" if "405B" in row["model"] else "llama3-8b"
+    model = (
+        "llama3-70b"
+        if "70B" in row["model"]
+        else "llama3-405b"
+        if "405B" in row["model"]
+        else "llama3-8b"
+    )
     shape = pricing.shape_of(model, int(row["seq"]))
     tp, pp, cp, dp = int(row["tp"]), int(row["pp"]), whole(row, "cp", 1) or 1, int(row["dp"])
     local = re.search(r"local_bs=(\d+)", row["notes"])
@@ -40,7 +46,9 @@ def torchtitan(row: Row) -> Case | None:
 
 
 def setting(row: Row) -> pricing.Setting:
-    overlap = {"parameters", "gradients"} | ({"tensor"} if "async" in row["notes"].lower() else set())
+    overlap = {"parameters", "gradients"} | (
+        {"tensor"} if "async" in row["notes"].lower() else set()
+    )
     compiled = "compile" in row["notes"] or "2025" in row["src"]
     fp8 = "fp8" in row["dtype"]
     more: dict[str, Any] = {"gathers": "fp8" if fp8 and "rowwise" not in row["dtype"] else "bf16"}
@@ -53,7 +61,11 @@ def setting(row: Row) -> pricing.Setting:
 def meta(row: Row) -> Cluster:
     """Meta's own device: HBM2e at 2.4 TB/s (stated with the results), and at 500 of 700 W we take
     its products and attention at sqrt(500 / 700) of the SXM's rate, its one factor."""
-    cluster = hosts("h100", row, "ib400").with_("device.memory_bandwidth", "2400 GB/s").with_("device.memory", "96 GB")
+    cluster = (
+        hosts("h100", row, "ib400")
+        .with_("device.memory_bandwidth", "2400 GB/s")
+        .with_("device.memory", "96 GB")
+    )
     device, power = cluster.device, (500 / 700) ** 0.5
     cluster = cluster.with_("device.efficiency", device.efficiency * power)
     return cluster.with_("device.attention_efficiency", device.attention_efficiency * power)

@@ -28,7 +28,18 @@ from .factors import FLOATS, NUMBERS, WRITERS, Call, Dims, Unusual, opaque_rule
 
 __all__ = ["rule_of", "vocabulary"]
 
-_FAMILIES = (composite, contraction, elementwise, indexing, linalg, misc, random, reduction, shape, sort)
+_FAMILIES = (
+    composite,
+    contraction,
+    elementwise,
+    indexing,
+    linalg,
+    misc,
+    random,
+    reduction,
+    shape,
+    sort,
+)
 
 
 def rule_of(op: Op, types: Mapping[int, TensorType]) -> Rule:

@@ -53,7 +53,10 @@ def band_of(cluster: Cluster) -> Band | None:
     """The band of the cluster's device; None where no run was compared, or its rates are not ours."""
     name = cluster.device.name
     rates = tuple(f"devices.{name}.{rate}" for rate in RATES)
-    if any(field.startswith(rates) and origin != "preset" for field, origin in cluster.provenance.items()):
+    if any(
+        field.startswith(rates) and origin != "preset"
+        for field, origin in cluster.provenance.items()
+    ):
         return None
     return BANDS.get(name)
 

@@ -18,7 +18,9 @@ import numpy as np
 from ...ir.profile import CollectivePoint, CopyPoint, Fit, MeasuredLine, ProductPoint
 
 
-def fit_line(sizes: Sequence[float], seconds: Sequence[float], fixed: float | None = None) -> tuple[float, float]:
+def fit_line(
+    sizes: Sequence[float], seconds: Sequence[float], fixed: float | None = None
+) -> tuple[float, float]:
     """(fixed, slope) of least relative error, neither below 0; robust: fitted again without outliers.
 
     One size alone gives a slope and nothing fixed. What is fixed may be known.
@@ -62,7 +64,9 @@ def judge(
     line = fit_line(x[~out].tolist(), y[~out].tolist(), fixed)
     errors = np.abs((line[0] + line[1] * x[out]) / y[out] - 1) if out.any() else np.zeros(1)
     median, worst = float(np.median(errors)), float(errors.max())
-    return line, Fit(family=family, points=len(x), held_out=int(out.sum()), median=median, worst=worst)
+    return line, Fit(
+        family=family, points=len(x), held_out=int(out.sum()), median=median, worst=worst
+    )
 
 
 def fit_products(

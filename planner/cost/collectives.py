@@ -44,6 +44,7 @@ class Line:
 
 FREE = Line()
 
+
 @dataclass(frozen=True)
 class Collectives:
     """Prices collectives on one mesh of one cluster.
@@ -87,7 +88,9 @@ class Collectives:
 
     def _line(self, kind: str, axes: tuple[str, ...]) -> Line:
         if kind not in KINDS:
-            raise PlanError(f"`{kind}` is no collective.", where="collective", fix=did_you_mean(kind, KINDS))
+            raise PlanError(
+                f"`{kind}` is no collective.", where="collective", fix=did_you_mean(kind, KINDS)
+            )
         measured = self._measured(kind, axes)
         if measured is not None:
             return measured

@@ -66,9 +66,13 @@ def op_seconds(
         return seconds + (_cast_seconds(op, types, device, ways) if narrow else 0.0)
     if op.kind in COMPOSITES:
         moved = device.stream_seconds(_cut(_moved(op, types, kernels), ways))
-        return device.launch + np.maximum(moved, _composite_seconds(op, rule, types, device) / ways.work)
+        return device.launch + np.maximum(
+            moved, _composite_seconds(op, rule, types, device) / ways.work
+        )
     arithmetic = _beside_products(op, rule, types) / device.vector_flops / ways.work
-    return device.launch + np.maximum(device.stream_seconds(_cut(_touched(op, types, kernels), ways)), arithmetic)
+    return device.launch + np.maximum(
+        device.stream_seconds(_cut(_touched(op, types, kernels), ways)), arithmetic
+    )
 
 
 def _beside_products(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> float:
@@ -76,9 +80,13 @@ def _beside_products(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> flo
     return flop(op, rule, types) if op.kind in DECOMPOSITIONS or told_cost(op) else 0.0
 
 
-def _composite_seconds(op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device) -> float:
+def _composite_seconds(
+    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device
+) -> float:
     """Arithmetic of attention's products on one device, uncut, at the rate that large fused attention reaches."""
-    return flop(op, rule, types) / (_peak(device, multiplied_as(op, types, device)) * device.attention_efficiency)
+    return flop(op, rule, types) / (
+        _peak(device, multiplied_as(op, types, device)) * device.attention_efficiency
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,9 @@ class Terms:
     work: float = 0.0
 
 
-def fused_terms(op: Op, types: Mapping[int, TensorType], device: Device, kernels: Kernels) -> Terms | None:
+def fused_terms(
+    op: Op, types: Mapping[int, TensorType], device: Device, kernels: Kernels
+) -> Terms | None:
     """Of an op that runs within a fused chain or costs nothing; None for kernels of their own."""
     if op.kind in FREE or (kernels.inside.keys() >= {*op.outputs} and op.kind not in CONTRACTIONS):
         return Terms(0.0, {})
@@ -112,7 +122,12 @@ def fused_terms(op: Op, types: Mapping[int, TensorType], device: Device, kernels
 
 
 def least_terms(
-    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, kernels: Kernels, products: str | None = None
+    op: Op,
+    rule: Rule,
+    types: Mapping[int, TensorType],
+    device: Device,
+    kernels: Kernels,
+    products: str | None = None,
 ) -> Terms:
     """No layout that cuts everything into at most so many parts runs the op in less.
 
@@ -125,10 +140,15 @@ def least_terms(
     if op.kind in COMPOSITES:
         return Terms(device.launch, {}, _composite_seconds(op, rule, types, device))
     if op.kind not in CONTRACTIONS:
-        touched, arithmetic = _touched(op, types, kernels), _beside_products(op, rule, types) / device.vector_flops
+        touched, arithmetic = (
+            _touched(op, types, kernels),
+            _beside_products(op, rule, types) / device.vector_flops,
+        )
         if arithmetic > device.stream_seconds(sum(touched.values())):
             return Terms(device.launch, {}, arithmetic)
-        return Terms(device.launch, {k: device.stream_seconds(nbytes) for k, nbytes in touched.items()})
+        return Terms(
+            device.launch, {k: device.stream_seconds(nbytes) for k, nbytes in touched.items()}
+        )
     if (within := kernels.attention(op)) is not None:
         rate = _peak(device, multiplied_as(op, types, device)) * device.attention_efficiency
         return Terms(device.launch, {}, flop(op, rule, types) * within.share / rate)
@@ -137,7 +157,11 @@ def least_terms(
         left, right, result = (types[v].size for v in (*op.inputs[:2], *op.outputs))
         terms = total / 2
         share = float(product_share(terms / right, terms / left, terms / result, ENDLESS, device))
-    return Terms(device.launch, {}, total / (_peak(device, products or multiplied_as(op, types, device)) * share))
+    return Terms(
+        device.launch,
+        {},
+        total / (_peak(device, products or multiplied_as(op, types, device)) * share),
+    )
 
 
 def _moved(op: Op, types: Mapping[int, TensorType], kernels: Kernels) -> dict[int, float]:
@@ -153,7 +177,10 @@ def _touched(op: Op, types: Mapping[int, TensorType], kernels: Kernels) -> dict[
     if told := told_cost(op):
         return {many: told[1]}
     if op.kind == "gather":
-        return {**{k: 2 * nbytes for k, nbytes in results.items()}, 1: float(types[op.inputs[1]].nbytes)}
+        return {
+            **{k: 2 * nbytes for k, nbytes in results.items()},
+            1: float(types[op.inputs[1]].nbytes),
+        }
     if op.kind == "dynamic_update_slice":
         return {1: 2.0 * types[op.inputs[1]].nbytes}
     if op.kind in ("scatter", "scatter-add"):
@@ -172,7 +199,10 @@ def _product_seconds(
     narrow: str | None,
 ) -> np.ndarray | float:  # fmt: skip
     """Seconds of a contraction's arithmetic at the rate that its shape achieves."""
-    peak, total = _peak(device, narrow or multiplied_as(op, types, device)), flop(op, rule, types) / ways.work
+    peak, total = (
+        _peak(device, narrow or multiplied_as(op, types, device)),
+        flop(op, rule, types) / ways.work,
+    )
     if (within := kernels.attention(op)) is not None:
         rate = peak * device.attention_efficiency
         return total * within.share / rate * _tail(op, types, device, ways, kernels, within)
@@ -180,15 +210,24 @@ def _product_seconds(
         return total / (peak * device.efficiency)
     left, right, result = (
         types[v].size / w
-        for v, w in zip((*op.inputs[:2], *op.outputs), (*ways.operands[:2], *ways.results), strict=True)
+        for v, w in zip(
+            (*op.inputs[:2], *op.outputs), (*ways.operands[:2], *ways.results), strict=True
+        )
     )
     terms = total / 2  # batch * m * n * k; groups of equal size are a batch
     batch = left * right * result / terms**2
-    return total / (peak * product_share(terms / right, terms / left, terms / result, batch, device))
+    return total / (
+        peak * product_share(terms / right, terms / left, terms / result, batch, device)
+    )
 
 
 def _tail(
-    op: Op, types: Mapping[int, TensorType], device: Device, ways: Ways, kernels: Kernels, within: Attention
+    op: Op,
+    types: Mapping[int, TensorType],
+    device: Device,
+    ways: Ways,
+    kernels: Kernels,
+    within: Attention,
 ) -> np.ndarray | float:
     """By what factor fused attention outlasts its work spread evenly over all multiprocessors:
 
@@ -202,12 +241,26 @@ def _tail(
         return 1.0
     sides = zip((*op.inputs, *op.outputs), (*ways.operands, *ways.results), strict=True)
     scores, cut = next((types[v], w) for v, w in sides if v in kernels.inside)
-    return 1 + device.units * within.many_keys * ROWS * cut / scores.size * within.longest / within.share / 2
+    return (
+        1
+        + device.units
+        * within.many_keys
+        * ROWS
+        * cut
+        / scores.size
+        * within.longest
+        / within.share
+        / 2
+    )
 
 
-def _cast_seconds(op: Op, types: Mapping[int, TensorType], device: Device, ways: Ways) -> np.ndarray | float:
+def _cast_seconds(
+    op: Op, types: Mapping[int, TensorType], device: Device, ways: Ways
+) -> np.ndarray | float:
     """Two passes over each operand: one for the largest value, one to read and write it narrower."""
-    sizes = sum((types[v].size / w for v, w in zip(op.inputs[:2], ways.operands, strict=False)), 0.0)
+    sizes = sum(
+        (types[v].size / w for v, w in zip(op.inputs[:2], ways.operands, strict=False)), 0.0
+    )
     wide = types[op.inputs[0]].nbytes / types[op.inputs[0]].size
     return device.stream_seconds(sizes * (2 * wide + 1))
 

@@ -76,7 +76,9 @@ def is_counted(op: Op) -> bool:
 @lru_cache(maxsize=256)
 def _products_within(body: str) -> float:
     graph = body_of(body)
-    return sum(flop(op, rule_of(op, graph.types), graph.types) for op in graph.ops if op.kind in PRODUCTS)
+    return sum(
+        flop(op, rule_of(op, graph.types), graph.types) for op in graph.ops if op.kind in PRODUCTS
+    )
 
 
 def _columns(op: Op, types: Mapping[int, TensorType]) -> int:

@@ -40,19 +40,31 @@ KERNELS = frozenset({
     "threefry2x32", "dynamic_update_slice",
 })  # fmt: skip
 CONTRACTIONS = PRODUCTS
-FREE = frozenset({"copy", "optimization_barrier", "reshape", "squeeze", "broadcast_in_dim"})  # no kernel
+FREE = frozenset(
+    {"copy", "optimization_barrier", "reshape", "squeeze", "broadcast_in_dim"}
+)  # no kernel
 # Ops that never follow another's layout: they do real work, or a layout of their own is the point.
 LEADERS = frozenset({
     *PRODUCTS, *COMPOSITES, "copy", "gather", "scatter", "scatter-add", "sort",
     "top_k", "cumsum", "dynamic_slice", "dynamic_update_slice", "concatenate",
     "select_and_scatter_add", "reduce_window_max", "reduce_window_sum", "random_bits", "threefry2x32",
 })  # fmt: skip
-REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"})
+REDUCTIONS = frozenset(
+    {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"}
+)
 
 
-Fusion = Literal["all", "layers", "none"]  # what a compiler fuses: all, repeated layers alone, nothing
+Fusion = Literal[
+    "all", "layers", "none"
+]  # what a compiler fuses: all, repeated layers alone, nothing
 FUSIONS: tuple[Fusion, ...] = ("all", "layers", "none")
-VIEWS = FREE | {"transpose", "slice", "split", "rev", "stop_gradient"}  # run by themselves they move nothing
+VIEWS = FREE | {
+    "transpose",
+    "slice",
+    "split",
+    "rev",
+    "stop_gradient",
+}  # run by themselves they move nothing
 
 # Arithmetic per element of a fused op, in simple operations; one where not listed.
 # Measured on one x86 core with XLA's vectorised expansions: exp and tanh take 10 to
@@ -136,7 +148,9 @@ def _written(program: Program, fusion: Fusion) -> frozenset[int]:
     return frozenset(
         v
         for op, phase in zip(program.graph.ops, program.phases, strict=True)
-        if phase in ("forward", "backward") and (fusion == "none" or not _in_block(op)) and op.kind not in VIEWS
+        if phase in ("forward", "backward")
+        and (fusion == "none" or not _in_block(op))
+        and op.kind not in VIEWS
         for v in op.outputs
         if v not in free
     )
@@ -149,10 +163,20 @@ def _in_block(op: Op) -> bool:
 
 
 class _Analysis:
-    def __init__(self, program: Program, inside: Mapping[int, Attention], written: frozenset[int], joined: bool):
+    def __init__(
+        self,
+        program: Program,
+        inside: Mapping[int, Attention],
+        written: frozenset[int],
+        joined: bool,
+    ):
         self.joined = joined
         self.program, self.graph, self.inside = program, program.graph, inside
-        self.found = {*self.graph.inputs, *self.graph.outputs, *written}  # values at the border of a kernel
+        self.found = {
+            *self.graph.inputs,
+            *self.graph.outputs,
+            *written,
+        }  # values at the border of a kernel
         self.waiting: set[int] = set()
         self.phase_of: dict[int, str] = {}
         self.roots: dict[int, int] = {}  # alias -> the value it shows
@@ -225,7 +249,12 @@ class _Analysis:
                 for k, value in enumerate(op.inputs):
                     root = self.roots.get(value, value)
                     apart = root in self.found or self.chains.of(root) != chain
-                    if apart and root not in free and root not in self.inside and (chain, root) not in seen:
+                    if (
+                        apart
+                        and root not in free
+                        and root not in self.inside
+                        and (chain, root) not in seen
+                    ):
                         seen.add((chain, root))
                         mine.append((k, root))
                 if mine:

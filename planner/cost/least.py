@@ -21,7 +21,11 @@ Class = TypeVar("Class")
 
 
 def least_work(
-    program: Program, cost: CostModel, devices: Sequence[int], counts: Sequence[int], class_of: Callable[[str], Class]
+    program: Program,
+    cost: CostModel,
+    devices: Sequence[int],
+    counts: Sequence[int],
+    class_of: Callable[[str], Class],
 ) -> dict[Class, np.ndarray]:
     """Seconds of one run of all ops of each class, by devices and microbatch count.
 
@@ -31,7 +35,9 @@ def least_work(
     return spread(summed(program, cost, class_of), devices, counts)
 
 
-def summed(program: Program, cost: CostModel, class_of: Callable[[str], Class]) -> dict[Class, np.ndarray]:
+def summed(
+    program: Program, cost: CostModel, class_of: Callable[[str], Class]
+) -> dict[Class, np.ndarray]:
     """Seconds of each class that nothing cuts, that devices cut, and that microbatches cut too: the same for
     any number of either."""
     sums: dict[Class, np.ndarray] = defaultdict(lambda: np.zeros(3))
@@ -40,11 +46,15 @@ def summed(program: Program, cost: CostModel, class_of: Callable[[str], Class]) 
     return dict(sums)
 
 
-def spread(sums: Mapping[Class, np.ndarray], devices: Sequence[int], counts: Sequence[int]) -> dict[Class, np.ndarray]:
+def spread(
+    sums: Mapping[Class, np.ndarray], devices: Sequence[int], counts: Sequence[int]
+) -> dict[Class, np.ndarray]:
     """What `least_work` says, of sums."""
     ways = np.array(devices, float)[:, None].repeat(len(counts), 1)
     parts = ways * np.array(counts)
-    return {key: fixed + whole / ways + split / parts for key, (fixed, whole, split) in sums.items()}
+    return {
+        key: fixed + whole / ways + split / parts for key, (fixed, whole, split) in sums.items()
+    }
 
 
 @lru_cache(maxsize=16)
@@ -55,7 +65,10 @@ def _pieces(program: Program, cost: CostModel) -> list[tuple[str, np.ndarray]]:
     timed = time.split.keys() if isinstance(time, TimeAxis) else frozenset()
     found = []
     for outer, op, times in _priced(program):
-        sides, terms = (*op.inputs, *op.outputs), cost.least_terms(op, rule_of(op, types), types, kernels)
+        sides, terms = (
+            (*op.inputs, *op.outputs),
+            cost.least_terms(op, rule_of(op, types), types, kernels),
+        )
         split = sum(seconds for k, seconds in terms.sides.items() if sides[k] in timed)
         whole = sum(terms.sides.values()) - split
         work = (terms.work, 0.0) if timed.isdisjoint(sides) else (0.0, terms.work)
@@ -69,5 +82,9 @@ def _priced(program: Program) -> Iterator[tuple[str, Op, int]]:
     outer: dict[int, str] = {}
     for visit in graph.visits:
         outer[visit.index] = tag = outer[visit.parents[0]] if visit.parents else visit.op.tag
-        if not visit.op.regions and visit.op.kind != "optimization_barrier" and not free.issuperset(visit.op.outputs):
+        if (
+            not visit.op.regions
+            and visit.op.kind != "optimization_barrier"
+            and not free.issuperset(visit.op.outputs)
+        ):
             yield tag, visit.op, visit.times

@@ -52,9 +52,13 @@ class CostModel(Protocol):
         kernels: Kernels,
     ) -> np.ndarray | float: ...
 
-    def fused_terms(self, op: Op, types: Mapping[int, TensorType], kernels: Kernels) -> Terms | None: ...
+    def fused_terms(
+        self, op: Op, types: Mapping[int, TensorType], kernels: Kernels
+    ) -> Terms | None: ...
 
-    def least_terms(self, op: Op, rule: Rule, types: Mapping[int, TensorType], kernels: Kernels) -> Terms: ...
+    def least_terms(
+        self, op: Op, rule: Rule, types: Mapping[int, TensorType], kernels: Kernels
+    ) -> Terms: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ class Roofline:
     cluster: Cluster
     fused_attention: bool = False  # one kernel for scores, softmax and their products
     fusion: Fusion = "all"
-    products: str | None = None  # element type to which products outside attention cast their operands
+    products: str | None = (
+        None  # element type to which products outside attention cast their operands
+    )
     redone_inside: bool = False  # kernels make what they need again, as fused ones of frameworks do
 
     @property
@@ -93,10 +99,14 @@ class Roofline:
         """Seconds of one run on one device, for every choice."""
         return op_seconds(op, rule, types, self.device, ways, kernels, self.products)
 
-    def fused_terms(self, op: Op, types: Mapping[int, TensorType], kernels: Kernels) -> Terms | None:
+    def fused_terms(
+        self, op: Op, types: Mapping[int, TensorType], kernels: Kernels
+    ) -> Terms | None:
         """The same of an op within a fused chain, before anything is chosen; None for kernels of their own."""
         return fused_terms(op, types, self.device, kernels)
 
-    def least_terms(self, op: Op, rule: Rule, types: Mapping[int, TensorType], kernels: Kernels) -> Terms:
+    def least_terms(
+        self, op: Op, rule: Rule, types: Mapping[int, TensorType], kernels: Kernels
+    ) -> Terms:
         """No layout that cuts everything into at most so many parts takes less."""
         return least_terms(op, rule, types, self.device, kernels, self.products)

@@ -23,14 +23,22 @@ TYPICAL = 0.957
 
 
 def product_share(
-    m: np.ndarray | float, n: np.ndarray | float, k: np.ndarray | float, batch: np.ndarray | float, device: Device
+    m: np.ndarray | float,
+    n: np.ndarray | float,
+    k: np.ndarray | float,
+    batch: np.ndarray | float,
+    device: Device,
 ) -> np.ndarray | float:
     """Share of the device's peak on `batch` products [m, k] x [k, n], each an array or a number."""
     return device.efficiency * shape_share(m, n, k, batch, device.units)
 
 
 def shape_share(
-    m: np.ndarray | float, n: np.ndarray | float, k: np.ndarray | float, batch: np.ndarray | float, units: int | None
+    m: np.ndarray | float,
+    n: np.ndarray | float,
+    k: np.ndarray | float,
+    batch: np.ndarray | float,
+    units: int | None,
 ) -> np.ndarray | float:
     """The part of it that is the shape's: what a device of so many multiprocessors makes of the best rate.
 

@@ -44,12 +44,18 @@ def fixed_plan(
             where="cp kind", fix="all_gather",
         )  # fmt: skip
     request = Request(microbatches=microbatches, recompute=recompute, gap=0.0)
-    found = Search(folded, cluster, request, Roofline(cluster), name, fingerprint, lambda line: None)
+    found = Search(
+        folded, cluster, request, Roofline(cluster), name, fingerprint, lambda line: None
+    )
     program = found.program(recompute)
     check(request, cluster, program.time)
     pinned = Pinned(program, parallelism)
-    space = build(program, microbatches, found.cost, Layouts(found.cost.collectives(pinned.mesh)), pinned)
-    lives = lifetimes(program, microbatches, roles(program.graph), as_xla(program, cluster.device.kind))
+    space = build(
+        program, microbatches, found.cost, Layouts(found.cost.collectives(pinned.mesh)), pinned
+    )
+    lives = lifetimes(
+        program, microbatches, roles(program.graph), as_xla(program, cluster.device.kind)
+    )
     choices = (0,) * len(space.nodes)
     seconds = sum(float(node.seconds[0]) for node in space.nodes)
     seconds += sum(float(matrix[0, 0]) for matrix in space.edges.values())

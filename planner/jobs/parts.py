@@ -102,9 +102,7 @@ class Parts:
         return self.parts[place]
 
 
-def parts_of(
-    program: Program, layers: int, parallelism: Parallelism, cost: CostModel
-) -> Parts:
+def parts_of(program: Program, layers: int, parallelism: Parallelism, cost: CostModel) -> Parts:
     """Price a program of `layers` layers, folded and prepared, that stands for one microbatch."""
     pinned = Pinned(program, parallelism)
     space = build(program, 1, cost, Layouts(cost.collectives(pinned.mesh)), pinned)
@@ -167,7 +165,11 @@ class _Sorting:
         """Least seconds of a product that adds a weight's gradient to that of the step, which it reads and
         writes in fp32 (Megatron-LM, gradient accumulation fusion). Binds where few tokens meet a weight, as in
         experts. ZeRO-2 and 3 reduce fresh gradients instead."""
-        if op.kind not in CONTRACTIONS or op.outputs[0] not in self.gradients or self.pinned.asked.zero >= 2:
+        if (
+            op.kind not in CONTRACTIONS
+            or op.outputs[0] not in self.gradients
+            or self.pinned.asked.zero >= 2
+        ):
             return 0.0
         home = self.space.homes[self.tags[op.outputs[0]]]
         size = self.graph.types[op.outputs[0]].size / int(self.space.layouts.ways(home.layouts)[0])
@@ -202,7 +204,11 @@ class _Sorting:
             swapped = all(entry.kind == "all_to_all" for entry in entries)
             key = origin(item.source), int(item.wanted[0]), "" if swapped else item.phase
             for entry in entries if key not in seen else ():
-                self._add(entry, self._payer(item.source, reader, entry), self._kind(item.source, item.phase))
+                self._add(
+                    entry,
+                    self._payer(item.source, reader, entry),
+                    self._kind(item.source, item.phase),
+                )
             seen.add(key)
         for op, entry in settlements(self.space, self.choices):
             self._add(entry, op.tag, "exchange")
@@ -217,7 +223,10 @@ class _Sorting:
             for u, v in zip(op.inputs, op.outputs, strict=True)
         }
         attention = self.pinned.attention
-        redone = any("~again" in op.tag and op.kind in CONTRACTIONS and op not in attention for op in self.graph.ops)
+        redone = any(
+            "~again" in op.tag and op.kind in CONTRACTIONS and op not in attention
+            for op in self.graph.ops
+        )
 
         def origin(tag: str) -> str:
             tag = COPY.sub("", tag)
@@ -236,14 +245,20 @@ class _Sorting:
         """What travels into one layer alone, as the embedding does into the first, belongs where it was made."""
         maker = source.rpartition(":")[0]
         alone = self.place.get(reader) == "layer" and entry.count < self.layers - 1
-        outside = self.place.get(maker, "layer") != "layer" and self.phase[maker] == self.phase[reader]
+        outside = (
+            self.place.get(maker, "layer") != "layer" and self.phase[maker] == self.phase[reader]
+        )
         return maker if alone and outside else reader
 
     def _add(self, entry: Collective, tag: str, kind: str) -> None:
         work = self._work(tag)
         scale = 1 / self.layers if self.place.get(tag) == "layer" else 1.0
         setattr(work, kind, getattr(work, kind) + entry.seconds * scale)
-        work.gathered += entry.seconds * scale * (kind == "exchange" and (entry.kind, entry.axes) == TENSOR_GATHER)
+        work.gathered += (
+            entry.seconds
+            * scale
+            * (kind == "exchange" and (entry.kind, entry.axes) == TENSOR_GATHER)
+        )
         work.ring += entry.seconds * scale * (kind == "exchange" and entry.axes == ("cp",))
         work.collectives.append(entry)
 
@@ -267,7 +282,11 @@ class _Sorting:
         """Roles of the inputs. What the forward pass does not read is no parameter, whatever its dims look like:
         moments of a table of positions have a row for each place of the one sequence that a rank has."""
         known = roles(self.graph)
-        unread = [p for p, role in known.items() if role == "parameter" and not self._read(self.graph.inputs[p])]
+        unread = [
+            p
+            for p, role in known.items()
+            if role == "parameter" and not self._read(self.graph.inputs[p])
+        ]
         for position in unread:
             known[position] = "optimizer"
         return known
@@ -335,7 +354,8 @@ class _Sorting:
         owners = [
             (_common_end(self.graph.input_tags[at], self.graph.input_tags[position]), owner)
             for at, owner in enumerate(self.graph.inputs)
-            if known.get(at) == "parameter" and self.graph.types[owner].shape == self.graph.types[value].shape
+            if known.get(at) == "parameter"
+            and self.graph.types[owner].shape == self.graph.types[value].shape
         ]
         most, owner = max(owners, default=(0, value))
         return self._readers(owner) if most else ["head"]
@@ -376,7 +396,9 @@ class _Sorting:
     def _saved(self, local: Mapping[int, float]) -> dict[int, float]:
         """Forward values that the backward pass reads, each once, whatever it is called."""
         phase_of = {
-            v: phase for op, phase in zip(self.graph.ops, self.program.phases, strict=True) for v in op.outputs
+            v: phase
+            for op, phase in zip(self.graph.ops, self.program.phases, strict=True)
+            for v in op.outputs
         }
         writer = {v: op for op in self.graph.ops for v in op.outputs}
         found: dict[int, float] = {}
@@ -384,7 +406,9 @@ class _Sorting:
             for value in op.inputs if phase == "backward" else ():
                 if phase_of.get(value) != "forward":
                     continue
-                while writer[value].kind in ("copy", "reshape", "squeeze") and self._same_bytes(value, writer[value]):
+                while writer[value].kind in ("copy", "reshape", "squeeze") and self._same_bytes(
+                    value, writer[value]
+                ):
                     source = writer[value].inputs[0]
                     if phase_of.get(source) != "forward":
                         break
@@ -410,7 +434,9 @@ def _passing(lives: Lifetimes, values: frozenset[int]) -> Lifetimes:
 def _common_end(a: str, b: str) -> int:
     """How many names two paths into the state share at their ends."""
     count = 0
-    for mine, theirs in zip(reversed(re.findall(r"\w+", a)), reversed(re.findall(r"\w+", b)), strict=False):
+    for mine, theirs in zip(
+        reversed(re.findall(r"\w+", a)), reversed(re.findall(r"\w+", b)), strict=False
+    ):
         if mine != theirs:
             break
         count += 1

@@ -45,7 +45,9 @@ class Job:
     def __post_init__(self) -> None:
         for name in ("layers", "microbatch", "microbatches"):
             if getattr(self, name) < 1:
-                raise PlanError(f"{name} cannot be {getattr(self, name)}.", where=name, fix="1 or more")
+                raise PlanError(
+                    f"{name} cannot be {getattr(self, name)}.", where=name, fix="1 or more"
+                )
         stages = self.parallelism.pp * self.parallelism.vpp
         units = self.layers + 2 * self.parallelism.lean_ends
         if units < stages:
@@ -63,7 +65,6 @@ class Job:
                 f"interleaving needs microbatches in groups of {self.parallelism.pp}, got {self.microbatches}.",
                 where="vpp", fix="another microbatch size, or vpp=1",
             )  # fmt: skip
-
 
     @property
     def gradient_bytes(self) -> int:
@@ -106,11 +107,18 @@ class _Pricing:
         hop = self._hop()
         schedule = schedule_of(pp, self.job.microbatches, vpp)
         seconds = [StageSeconds(f, b, send=hop) for f, b in zip(forward, backward, strict=True)]
-        tails = {i: self._tail(stages[i::pp], sum(forward[i::pp]), sum(backward[i::pp])) for i in range(pp)}
-        run = simulate(pipeline_tasks(schedule, seconds, tails, blocking="stages" not in self.job.overlap))
+        tails = {
+            i: self._tail(stages[i::pp], sum(forward[i::pp]), sum(backward[i::pp]))
+            for i in range(pp)
+        }
+        run = simulate(
+            pipeline_tasks(schedule, seconds, tails, blocking="stages" not in self.job.overlap)
+        )
         worst = max(range(pp), key=lambda i: sum(forward[i::pp]) + sum(backward[i::pp]))
         memory = tuple(self._memory(schedule, i, stages[i::pp]) for i in range(pp))
-        return Price(run.makespan, self._causes(run, worst, stages[worst::pp]), memory, self._flop(), run)
+        return Price(
+            run.makespan, self._causes(run, worst, stages[worst::pp]), memory, self._flop(), run
+        )
 
     def _causes(self, run: Run, rank: int, stages: list[dict[Place, int]]) -> dict[str, float]:
         """Seconds of the slowest rank by what it does; what is hidden counts for nothing."""
@@ -122,7 +130,9 @@ class _Pricing:
                         found[cause] += n * seconds * self.job.microbatches
         for task in run.tasks:
             if task.device == rank and task.kind in ("send", "update"):
-                found[task.kind] = found.get(task.kind, 0.0) + task.seconds * (task.stream == COMPUTE)
+                found[task.kind] = found.get(task.kind, 0.0) + task.seconds * (
+                    task.stream == COMPUTE
+                )
         rest = run.makespan - sum(found.values())
         found["bubble"] = rest if rest > 1e-9 * run.makespan else 0.0  # less is rounding
         return found
@@ -134,7 +144,10 @@ class _Pricing:
         Where ends are lean, embedding and head count as a layer (Megatron-Core's
         account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split).
         """
-        count, lean = self.job.parallelism.pp * self.job.parallelism.vpp, self.job.parallelism.lean_ends
+        count, lean = (
+            self.job.parallelism.pp * self.job.parallelism.vpp,
+            self.job.parallelism.lean_ends,
+        )
         embedding, head = int(index == 0), int(index == count - 1)
         each, left = divmod(self.job.layers + 2 * lean, count)
         layers = each + (index < left) - lean * (embedding + head) - self.job.lead * embedding
@@ -172,7 +185,11 @@ class _Pricing:
         return self.cluster.device.stream_seconds((2 + 2 * self.job.gradient_bytes) * part.weights)
 
     def _reduce(self, part: Part) -> float:
-        wide = 2.0 if self.job.reduce_in_fp32 and self.job.parallelism.dp * self.job.parallelism.cp > 1 else 1.0
+        wide = (
+            2.0
+            if self.job.reduce_in_fp32 and self.job.parallelism.dp * self.job.parallelism.cp > 1
+            else 1.0
+        )
         return part.update.reduce * wide
 
     def _hop(self) -> float:
@@ -226,7 +243,9 @@ class _Pricing:
         for n, part in held:
             found["state"] += n * part.state
             found["parameters"] += n * (part.casts if par.zero < 3 else 0.0)
-            found["gradients"] += n * self.job.gradient_bytes * (part.weights if par.zero < 2 else part.shard)
+            found["gradients"] += (
+                n * self.job.gradient_bytes * (part.weights if par.zero < 2 else part.shard)
+            )
         saved = [sum(n * self.parts[place].saved for place, n in stage.items()) for stage in stages]
         found["activations"] = in_flight(schedule, rank) * sum(saved) / len(saved)
         found["transient"] = self.parts.transient

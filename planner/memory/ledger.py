@@ -34,7 +34,10 @@ class Ledger:
             home = space.homes[self.tags[value]]
             made_anywhere = home.node is None and value not in space.program.graph.constant_ids
             full = 0.0 if made_anywhere else self.types[value].nbytes * lives.scale[value]
-            self._bytes[value] = (home.node, full / space.layouts.ways(home.layouts) * ~self._unmoved(value))
+            self._bytes[value] = (
+                home.node,
+                full / space.layouts.ways(home.layouts) * ~self._unmoved(value),
+            )
 
     def local_bytes(self, choices: tuple[int, ...]) -> dict[int, float]:
         """Bytes of every value; a copy that changes nothing has none."""
@@ -42,7 +45,11 @@ class Ledger:
             value: float(sizes[choices[node]] if node is not None else sizes[0])
             for value, (node, sizes) in self._bytes.items()
         }
-        same = [c for c, s in self.lives.copies.items() if self._layout(c, choices) == self._layout(s, choices)]
+        same = [
+            c
+            for c, s in self.lives.copies.items()
+            if self._layout(c, choices) == self._layout(s, choices)
+        ]
         return found | dict.fromkeys(same, 0.0)
 
     def _unmoved(self, value: int) -> np.ndarray:
@@ -78,7 +85,9 @@ class Ledger:
             for moment, weight in ((FIRST, segment.first), (LAST, segment.last)):
                 if weight > 0:
                     shift = moment * self.lives.ticks
-                    yield Demand(node, segment.start + shift, segment.end + 1 + shift, weight * sizes)
+                    yield Demand(
+                        node, segment.start + shift, segment.end + 1 + shift, weight * sizes
+                    )
 
     def fixed(self) -> np.ndarray:
         """Bytes at each moment that no choice decides."""
@@ -88,11 +97,15 @@ class Ledger:
     def by_cause(self, choices: tuple[int, ...], at: tuple[int, int]) -> dict[str, float]:
         """What lies at a moment; a copy is what was gathered, or one that lies as its source does."""
         nbytes, causes = self.local_bytes(choices), self.lives.causes
-        copies = [op for op in self.space.program.graph.ops if op.kind == "copy" and not settles(op)]
+        copies = [
+            op for op in self.space.program.graph.ops if op.kind == "copy" and not settles(op)
+        ]
         copied = {op.outputs[0]: op.inputs[0] for op in copies}
         found: dict[str, float] = defaultdict(float)
         for value, count in self.lives.alive(*at).items():
-            same = value in copied and self._layout(value, choices) == self._layout(copied[value], choices)
+            same = value in copied and self._layout(value, choices) == self._layout(
+                copied[value], choices
+            )
             found["copies" if same else causes[value]] += count * nbytes[value]
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 

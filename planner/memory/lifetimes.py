@@ -58,12 +58,16 @@ class Lifetimes:
     ticks: int
     causes: dict[int, str]
     scale: dict[int, float]  # value -> factor on its bytes (microbatches, wider accumulators)
-    copies: dict[int, int]  # copies of parameters, and lent gradients -> whose memory they share if they lie alike
+    copies: dict[
+        int, int
+    ]  # copies of parameters, and lent gradients -> whose memory they share if they lie alike
 
     def counted(self, microbatches: int) -> Lifetimes:
         """The same lives with another microbatch count; both counts are above 1."""
         time = self.program.time
-        split = (time.split.keys() if isinstance(time, TimeAxis) else set()) - set(self.program.graph.inputs)
+        split = (time.split.keys() if isinstance(time, TimeAxis) else set()) - set(
+            self.program.graph.inputs
+        )
         fewer = self.microbatches / microbatches
         scale = {v: s * fewer if v in split else s for v, s in self.scale.items()}
         found = replace(self, microbatches=microbatches, scale=scale)
@@ -83,7 +87,9 @@ class Lifetimes:
         size = np.array([nbytes[int(v)] for v in values])
         total, count = np.zeros((2, self.ticks + 1)), self.ticks + 1
         for moment, weight in ((FIRST, first), (LAST, last)):
-            total[moment] = np.bincount(start, size * weight, count) - np.bincount(end + 1, size * weight, count)
+            total[moment] = np.bincount(start, size * weight, count) - np.bincount(
+                end + 1, size * weight, count
+            )
         return np.cumsum(total, axis=1)[:, :-1]
 
     def alive(self, moment: int, tick: int) -> dict[int, int]:
@@ -97,7 +103,9 @@ class Lifetimes:
         return counts
 
 
-def lifetimes(program: Program, microbatches: int, roles: Mapping[int, str], storage: Storage) -> Lifetimes:
+def lifetimes(
+    program: Program, microbatches: int, roles: Mapping[int, str], storage: Storage
+) -> Lifetimes:
     """Work out every value's life.
 
     Args:
@@ -153,11 +161,17 @@ class _Analysis:
         self._read_sources()
         self._read_copies()
         self._lend_results()
-        segments = [s for v in self.defined if v in self.storage.kept for s in self._life(v, ticks - 1)]
+        segments = [
+            s for v in self.defined if v in self.storage.kept for s in self._life(v, ticks - 1)
+        ]
         causes = {s.value: self._cause(s.value) for s in segments}
         scale = {v: self._scale(v) for v in causes}
-        copies = {v: source for v, source in self.copies.items() if v in causes and source in causes}
-        return Lifetimes(self.program, self.microbatches, tuple(segments), ticks, causes, scale, copies)
+        copies = {
+            v: source for v, source in self.copies.items() if v in causes and source in causes
+        }
+        return Lifetimes(
+            self.program, self.microbatches, tuple(segments), ticks, causes, scale, copies
+        )
 
     def readings(self, early: bool) -> Iterator[Reading]:
         self._tick()
@@ -166,7 +180,11 @@ class _Analysis:
             result = op.outputs[0]
             for v in dict.fromkeys(op.inputs):
                 now = (Segment(result, start, end, 1, 1),)
-                yield Reading(v, op.tag, tuple(self._until_read(result, 0, end, op.count)) if v in inputs else now)
+                yield Reading(
+                    v,
+                    op.tag,
+                    tuple(self._until_read(result, 0, end, op.count)) if v in inputs else now,
+                )
 
     # ------------------------------------------------------------ ticks
 
@@ -377,8 +395,14 @@ class _Analysis:
         made = (v for v in self.position if self._phase(v) == "backward" and v in self.storage.kept)
         gradients = [v for v in made if v not in self._fresh]
         for result in sorted(self._own_results, key=self.defined.__getitem__, reverse=True):
-            kind, written, scale = self.graph.types[result], self.defined[result], self._scale(result)
-            alike = (v for v in gradients if self.graph.types[v] == kind and self._scale(v) == scale)
+            kind, written, scale = (
+                self.graph.types[result],
+                self.defined[result],
+                self._scale(result),
+            )
+            alike = (
+                v for v in gradients if self.graph.types[v] == kind and self._scale(v) == scale
+            )
             last = [v for v in alike if max(self.used[v]) <= written]
             if last:
                 lent = max(last, key=lambda v: max(self.used[v]))

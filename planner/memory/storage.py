@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ...ir.copies import settles
 from ...ir.graph import ITEM_BYTES, Graph, Op
@@ -109,7 +110,9 @@ class _Analysis:
         product = self.maker.get(op.inputs[0]) if op.kind == "transpose" else None
         if product is not None and settles(product):
             product = self.maker[product.inputs[0]]
-        return product is not None and product.kind == "dot_general" and op.outputs[0] in self.updated
+        return (
+            product is not None and product.kind == "dot_general" and op.outputs[0] in self.updated
+        )
 
     def _share(self, op: Op) -> None:
         """What branches make is made where the results lie."""
@@ -126,7 +129,9 @@ class _Analysis:
             if op.kind == "optimization_barrier":
                 yield from op.inputs
             for region in op.returning:
-                yield from region.outputs if op.kind == "cond" else region.outputs[: op.loop_inputs[1]]
+                yield from (
+                    region.outputs if op.kind == "cond" else region.outputs[: op.loop_inputs[1]]
+                )
 
     def run(self) -> Storage:
         for op in self.ops:  # in order, so that no chain is followed twice
@@ -157,8 +162,10 @@ class _Analysis:
         """Inputs whose examples a convolution takes for features, to make the gradient of its kernel:
         one copy more, in f32."""
         for op in self.ops:
-            swapped = op.kind == "conv_general_dilated" and dict(op.attrs)["dimension_numbers"][0][0] != 0  # type: ignore[index]
-            if swapped and self._is_input(op.inputs[0]):
+            if op.kind != "conv_general_dilated":
+                continue
+            layout: Any = dict(op.attrs)["dimension_numbers"]
+            if layout[0][0] != 0 and self._is_input(op.inputs[0]):
                 root = self.root(op.inputs[0])
                 widths[root] = widths.get(root, 1.0) + 4 / ITEM_BYTES[self.types[root].dtype]
         return widths
@@ -168,7 +175,9 @@ class _Analysis:
         op = self.maker.get(value)
         if op is None:
             return value in self.inputs or value in self.known
-        return (self._is_fused(op) or op.kind in ALIASES or op.kind == "copy") and all(map(self._is_input, op.inputs))
+        return (self._is_fused(op) or op.kind in ALIASES or op.kind == "copy") and all(
+            map(self._is_input, op.inputs)
+        )
 
     def _remakes(self, value: int) -> frozenset[int]:
         """What a fused reader makes a cheap stored value of."""
@@ -188,7 +197,9 @@ class _Analysis:
         if root not in self._sources:
             made = self._made_of(root)
             constant = root in self.known or (not made and self._is_plain(root))
-            self._sources[root] = frozenset() if constant else frozenset({root}) if self._is_kept(root) else made
+            self._sources[root] = (
+                frozenset() if constant else frozenset({root}) if self._is_kept(root) else made
+            )
         return self._sources[root]
 
     def _is_kept(self, root: int) -> bool:

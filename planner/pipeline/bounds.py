@@ -44,9 +44,15 @@ class Bounds:
     def holdings(self, policy: Policy, microbatches: int) -> Holdings:
         key = policy, microbatches
         if key not in self._holdings:
-            alike = (h for (p, m), h in self._holdings.items() if p == policy and (m > 1) == (microbatches > 1))
+            alike = (
+                h
+                for (p, m), h in self._holdings.items()
+                if p == policy and (m > 1) == (microbatches > 1)
+            )
             cut, cluster = self.choices.cut(policy, microbatches), self.search.cluster
-            self._holdings[key] = (next(alike, None) or Holdings.of(cut, microbatches, cluster)).counted(microbatches)
+            self._holdings[key] = (
+                next(alike, None) or Holdings.of(cut, microbatches, cluster)
+            ).counted(microbatches)
         return self._holdings[key]
 
     _holdings: dict[tuple[Policy, int], Holdings] = field(default_factory=dict)
@@ -63,7 +69,9 @@ class Bounds:
         if free >= beat or (found.choices is not None and within.fits(found.choices)):
             return free, free
         solution = self.solve(within, ENOUGH * beat - more)
-        return free, inf if solution.status == "infeasible" else max(free, solution.lower_bound + more)
+        return free, inf if solution.status == "infeasible" else max(
+            free, solution.lower_bound + more
+        )
 
     def by_cases(self, shape: Shape, enough: float) -> float:
         """The least seconds where the first stages have room for as many microbatches as they hold, which is more than
@@ -72,12 +80,17 @@ class Bounds:
         if self.search.request.program == "single" or not self._plain(shape):
             return 0.0
         space, more, least = self.space(shape), self.choices.more(shape), 0.0
-        for problem in (self._first_stages, self._first_stage):  # the second sees more, and takes longer
+        for problem in (
+            self._first_stages,
+            self._first_stage,
+        ):  # the second sees more, and takes longer
             if least < enough and (live := problem(space, shape)) is not None:
                 even = self.solve(live, ENOUGH * enough - more)
                 least = max(least, inf if even.status == "infeasible" else even.lower_bound + more)
         program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
-        crowded = build(program, shape.microbatches, self.search.cost, layouts, runs=self.choices.crowded(shape))
+        crowded = build(
+            program, shape.microbatches, self.search.cost, layouts, runs=self.choices.crowded(shape)
+        )
         return min(least, self.solve(live_of(crowded), ENOUGH * enough).lower_bound)
 
     def _first_stage(self, space: Space, shape: Shape) -> Live | None:
@@ -86,10 +99,16 @@ class Bounds:
         units, stages = self.choices.units, shape.stages
         most = ceil(units.repeats / stages)
         layers = most - (most * stages - units.repeats)
-        ends = [k + 1 for k, kind in enumerate(units.kinds) if units.alike[kind] == units.alike[units.middle]]
+        ends = [
+            k + 1
+            for k, kind in enumerate(units.kinds)
+            if units.alike[kind] == units.alike[units.middle]
+        ]
         if layers < 1:
             return None
-        watched = Watched(runs_of(units, 0, ends[layers - 1]), float(min(stages, shape.microbatches)))
+        watched = Watched(
+            runs_of(units, 0, ends[layers - 1]), float(min(stages, shape.microbatches))
+        )
         holdings = self.holdings(shape.policy, shape.microbatches)
         return limited(space, holdings, [watched], self.search.limit).live
 
@@ -101,17 +120,27 @@ class Bounds:
         most = ceil(units.repeats / stages)
         lacking = most * stages - units.repeats  # layers, over all stages
         some = min(stages, 1 + 4 * lacking)
-        flying = [min(stages - rank, shape.microbatches) for rank in range(some) for _ in range(most)][lacking:]
+        flying = [
+            min(stages - rank, shape.microbatches) for rank in range(some) for _ in range(most)
+        ][lacking:]
         if not flying:
             return base
         runs = tuple(int(kind == units.middle) for kind in range(len(units.names)))
-        inputs = dict(zip(space.program.graph.inputs, space.program.graph.input_counts, strict=True))
-        weights = {v: many * float(sum(flying)) for v, many in holdings.left(runs).items() if v not in inputs}
+        inputs = dict(
+            zip(space.program.graph.inputs, space.program.graph.input_counts, strict=True)
+        )
+        weights = {
+            v: many * float(sum(flying))
+            for v, many in holdings.left(runs).items()
+            if v not in inputs
+        }
         weights |= {v: float(len(flying)) for v, many in inputs.items() if many >= units.repeats}
         demands, fixed = self._demands(space, weights)
         return Live(base.costs, base.edges, demands, np.array([some * self.search.limit - fixed]))
 
-    def _demands(self, space: Space, weights: Mapping[int, float]) -> tuple[tuple[Demand, ...], float]:
+    def _demands(
+        self, space: Space, weights: Mapping[int, float]
+    ) -> tuple[tuple[Demand, ...], float]:
         """Bytes of so many of each value, all at one moment; those that nothing decides."""
         demands, fixed = [], 0.0
         for value, weight in weights.items():
@@ -126,13 +155,17 @@ class Bounds:
         if shape not in self.spaces:
             program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
             weights = self.choices.weights(shape)
-            self.spaces[shape] = build(program, shape.microbatches, self.search.cost, layouts, runs=weights)
+            self.spaces[shape] = build(
+                program, shape.microbatches, self.search.cost, layouts, runs=weights
+            )
         return self.spaces[shape]
 
     def likely(self, shape: Shape) -> Space:
         """Not to bound a shape but to choose in it."""
         program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
-        return build(program, shape.microbatches, self.search.cost, layouts, runs=self.choices.likely(shape))
+        return build(
+            program, shape.microbatches, self.search.cost, layouts, runs=self.choices.likely(shape)
+        )
 
     def hopeless(self, shape: Shape) -> bool:
         """Whether a shape fits in no way."""
@@ -144,7 +177,9 @@ class Bounds:
         shapes = [replace(family, microbatches=many) for many in counts]
         first = bisect_left(shapes, True, key=lambda shape: not self._crowded(shape, 1.0))
         if first < len(counts) and self._least_of_layers(shapes[first]) > limit:
-            first = bisect_left(shapes, True, first + 1, key=lambda shape: self._least_of_layers(shape) <= limit)
+            first = bisect_left(
+                shapes, True, first + 1, key=lambda shape: self._least_of_layers(shape) <= limit
+            )
         return list(counts[first:])
 
     def least(self, shape: Shape) -> float:
@@ -195,9 +230,13 @@ class Bounds:
         """Parameters, sums and results in flight of all stages within the memory of all stages."""
         base, holdings = live_of(space), self.holdings(shape.policy, shape.microbatches)
         everything = runs_of(self.choices.units, 0, len(self.choices.units))
-        inputs = dict(zip(space.program.graph.inputs, space.program.graph.input_counts, strict=True))
+        inputs = dict(
+            zip(space.program.graph.inputs, space.program.graph.input_counts, strict=True)
+        )
         held = self._least_held(shape, beat)
-        weights = {v: many * held for v, many in holdings.left(everything).items() if v not in inputs}
+        weights = {
+            v: many * held for v, many in holdings.left(everything).items() if v not in inputs
+        }
         weights |= {v: float(many) for v, many in inputs.items()}
         demands, fixed = self._demands(space, weights)
         limit = np.array([shape.stages * self.search.limit - fixed])
@@ -217,12 +256,17 @@ class Bounds:
     def _plain(self, shape: Shape) -> bool:
         """Whether ranks hold as much as with 1F1B at least."""
         known = ("1f1b", "gpipe", "interleaved", "looped-bfs", "zb-h1")
-        return all(name in known for name, _ in self.choices.schedules(shape.stages, shape.microbatches))
+        return all(
+            name in known for name, _ in self.choices.schedules(shape.stages, shape.microbatches)
+        )
 
     def solve(self, live: Live, cutoff: float = inf) -> Solution:
         left = max(0.5, min(ONE_SOLVE, self.search.deadline - time.monotonic()))
         solution = solve_live(
-            live, time_limit=left, gap=SOLVE_GAP * self.search.request.good_enough, seed=self.search.request.seed,
+            live,
+            time_limit=left,
+            gap=SOLVE_GAP * self.search.request.good_enough,
+            seed=self.search.request.seed,
             cutoff=cutoff,
         )
         if solution.stopped_by == "interrupt":

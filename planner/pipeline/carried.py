@@ -19,8 +19,12 @@ class Carried:
     """By family (a shape without a count): bounds by `choices.counts`."""
 
     choices: Choices
-    found: dict[Shape, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))  # as they were added
-    _even: dict[Shape, np.ndarray] = field(default_factory=dict)  # of each count, were there no bubble
+    found: dict[Shape, dict[int, float]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )  # as they were added
+    _even: dict[Shape, np.ndarray] = field(
+        default_factory=dict
+    )  # of each count, were there no bubble
     _finer: dict[Shape, list[Shape]] = field(default_factory=dict)
     _waits: dict[int, np.ndarray] = field(default_factory=dict)
 
@@ -42,12 +46,18 @@ class Carried:
         """The same on finer meshes."""
         if family not in self._finer:
             meshes = [mesh for mesh in self.choices.meshes(family.stages) if mesh != family.mesh]
-            self._finer[family] = [replace(family, mesh=mesh) for mesh in meshes if mesh.refines(family.mesh)]
+            self._finer[family] = [
+                replace(family, mesh=mesh) for mesh in meshes if mesh.refines(family.mesh)
+            ]
         return self._finer[family]
 
     def _waiting(self, stages: int) -> np.ndarray:
         """At most how much longer than without a bubble the passes take, by count."""
         if stages not in self._waits:
-            bubbles = [self.choices.bubbles(stages, name) for name in ("forward", "backward", "weight")]
-            self._waits[stages] = 1 + np.maximum(0.0, np.maximum.reduce(bubbles)) / np.array(self.choices.counts)
+            bubbles = [
+                self.choices.bubbles(stages, name) for name in ("forward", "backward", "weight")
+            ]
+            self._waits[stages] = 1 + np.maximum(0.0, np.maximum.reduce(bubbles)) / np.array(
+                self.choices.counts
+            )
         return self._waits[stages]

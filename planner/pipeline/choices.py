@@ -81,7 +81,9 @@ class Choices:
             if self.search.request.program == "single":
                 even_firsts(self.units, wanted)
             return self._with_schedule([wanted] if cluster.size % wanted == 0 else [])
-        found = sorted(cluster.size // n for n in stage_sizes(cluster) if cluster.size // n <= len(self.units))
+        found = sorted(
+            cluster.size // n for n in stage_sizes(cluster) if cluster.size // n <= len(self.units)
+        )
         if self.search.request.program == "single":
             found = [stages for stages in found if can_be_even(self.units, stages)]
         return self._with_schedule(found)
@@ -115,7 +117,10 @@ class Choices:
             return
         before = 1
         for chunks in range(2, len(self.units) // stages + 1):
-            even = 0 in (self.units.repeats % (chunks * stages), len(self.units) % (chunks * stages))
+            even = 0 in (
+                self.units.repeats % (chunks * stages),
+                len(self.units) % (chunks * stages),
+            )
             saved = (1 / before - 1 / chunks) * (stages - 1)
             if (chunks <= ANY or even) and (before == 1 or saved >= SAVED * microbatches):
                 yield chunks
@@ -125,7 +130,9 @@ class Choices:
     def _chunks(self) -> int:
         """Stages per rank of the schedule that is asked for, at least."""
         request = self.search.request
-        return 1 if request.schedule is None else entry(request.schedule).chunks or request.chunks or 2
+        return (
+            1 if request.schedule is None else entry(request.schedule).chunks or request.chunks or 2
+        )
 
     def _with_schedule(self, stage_counts: Sequence[int]) -> tuple[int, ...]:
         """Those for which there is a schedule as it is asked for.
@@ -147,7 +154,11 @@ class Choices:
         name = entry(request.schedule).name
         if chunks * stages > len(self.units):
             most = len(self.units) // stages
-            told = f"at most {most} stages per rank" if most > 1 else f"at most {len(self.units) // 2} ranks"
+            told = (
+                f"at most {most} stages per rank"
+                if most > 1
+                else f"at most {len(self.units) // 2} ranks"
+            )
             return PlanError(
                 f"{name} cuts {stages} ranks into {chunks * stages} stages; the forward pass has"
                 f" {len(self.units)} parts to cut between.",
@@ -163,7 +174,9 @@ class Choices:
 
     def schedules_for(self, shape: Shape) -> Iterator[Schedule]:
         """Those with most stages per rank first."""
-        for name, chunks in sorted(self.schedules(shape.stages, shape.microbatches), key=lambda each: -each[1]):
+        for name, chunks in sorted(
+            self.schedules(shape.stages, shape.microbatches), key=lambda each: -each[1]
+        ):
             if found := self.schedule(shape, name, chunks):
                 yield found
 
@@ -172,12 +185,16 @@ class Choices:
         if chunks * shape.stages > len(self.units):
             return None
         try:
-            return schedule_named(name, shape.stages, shape.microbatches, None if chunks == 1 else chunks)
+            return schedule_named(
+                name, shape.stages, shape.microbatches, None if chunks == 1 else chunks
+            )
         except PlanError:
             return None
 
     def meshes(self, stages: int) -> tuple[Mesh, ...]:
-        return plane_meshes(self.search.cluster, self.search.cluster.size // stages, self.search.request.mesh)
+        return plane_meshes(
+            self.search.cluster, self.search.cluster.size // stages, self.search.request.mesh
+        )
 
     def families(self) -> Iterator[Shape]:
         for stages in self.stage_counts:
@@ -204,7 +221,9 @@ class Choices:
 
     def floors(self, family: Shape) -> np.ndarray:
         """The same by microbatch count."""
-        return np.array([floor.seconds for floor in self._floors(family.stages, family.policy).values()])
+        return np.array(
+            [floor.seconds for floor in self._floors(family.stages, family.policy).values()]
+        )
 
     def more(self, shape: Shape) -> float:
         """Seconds of a step beyond those that ops take as often as `share` says, at least."""
@@ -215,10 +234,18 @@ class Choices:
         if (stages, policy) not in self._known_floors:
             work, found = self._work_of(stages, policy), []
             for mean in (1.0,) if self.search.request.program == "single" else (1.0, ENDS):
-                shares = {key: self._shares(stages, key[0], key[1] == self.units.middle, mean) for key in work}
+                shares = {
+                    key: self._shares(stages, key[0], key[1] == self.units.middle, mean)
+                    for key in work
+                }
                 more = (1 - mean) * (np.array(self.counts) - 1) * self._on_top(stages, work)
                 seconds = sum((shares[key] * each for key, each in work.items()), more)
-                found.append([Floor(*each, mean) for each in zip(seconds.tolist(), more.tolist(), strict=True)])
+                found.append(
+                    [
+                        Floor(*each, mean)
+                        for each in zip(seconds.tolist(), more.tolist(), strict=True)
+                    ]
+                )
             most = (max(each, key=lambda floor: floor.seconds) for each in zip(*found, strict=True))
             self._known_floors[stages, policy] = dict(zip(self.counts, most, strict=True))
         return self._known_floors[stages, policy]
@@ -259,8 +286,14 @@ class Choices:
         """The step in units, each as if it were a stage; all counts above one share it."""
         key = policy, microbatches > 1
         if key not in self._cuts:
-            many = next((m for m in range(2, self.batch + 1) if self.batch % m == 0), 1) if key[1] else 1
-            self._cuts[key] = Cut.of(self.units, self.search.program(policy), self.search.folded.small, many)
+            many = (
+                next((m for m in range(2, self.batch + 1) if self.batch % m == 0), 1)
+                if key[1]
+                else 1
+            )
+            self._cuts[key] = Cut.of(
+                self.units, self.search.program(policy), self.search.folded.small, many
+            )
         return self._cuts[key]
 
     _cuts: dict[tuple[Policy, bool], Cut] = field(default_factory=dict)
@@ -274,8 +307,15 @@ class Choices:
     def likely(self, shape: Shape) -> Mapping[str, float]:
         """The same as it will be: the fullest stage has `crowd` times its share of layers or, where all have equally
         many, the ends on top."""
-        cut, single = self.cut(shape.policy, shape.microbatches), self.search.request.program == "single"
-        on_top = (shape.microbatches - 1) * (1 - 1 / shape.stages) * (self.units.repeats % shape.stages == 0)
+        cut, single = (
+            self.cut(shape.policy, shape.microbatches),
+            self.search.request.program == "single",
+        )
+        on_top = (
+            (shape.microbatches - 1)
+            * (1 - 1 / shape.stages)
+            * (self.units.repeats % shape.stages == 0)
+        )
         found = {"": 1 / shape.stages}
         for tag in cut.passes:
             name, layer = cut.class_of(tag)
@@ -290,7 +330,10 @@ class Choices:
 
     def crowded(self, shape: Shape) -> Mapping[str, float]:
         """As `weights`, where some stage has a layer more than the fullest has at least, wherever the ends are."""
-        cut, more = self.cut(shape.policy, shape.microbatches), (shape.microbatches - 1) / self.units.repeats
+        cut, more = (
+            self.cut(shape.policy, shape.microbatches),
+            (shape.microbatches - 1) / self.units.repeats,
+        )
         found = {"": 1 / shape.stages}
         for tag in cut.passes:
             name, layer = cut.class_of(tag)
@@ -306,11 +349,15 @@ class Choices:
         A step takes the longer of the two, so any mean of them is a bound. What is done once counts
         1 / stages. In a single program the ends are run side by side, for a share of the microbatches each.
         """
-        return self._share(shape, name, layer, self._floors(shape.stages, shape.policy)[shape.microbatches].mean)
+        return self._share(
+            shape, name, layer, self._floors(shape.stages, shape.policy)[shape.microbatches].mean
+        )
 
     def _share(self, shape: Shape, name: str, layer: bool, mean: float) -> float:
         """`mean`: weight of what all stages would take if equally long."""
-        return float(self._shares(shape.stages, name, layer, mean)[self.counts.index(shape.microbatches)])
+        return float(
+            self._shares(shape.stages, name, layer, mean)[self.counts.index(shape.microbatches)]
+        )
 
     def _shares(self, stages: int, name: str, layer: bool, mean: float) -> np.ndarray:
         """The same by microbatch count."""
@@ -327,7 +374,9 @@ class Choices:
         """`bubble` by microbatch count, on any mesh."""
         if (stages, name) not in self._known_bubbles:
             shapes = (Shape(stages, mesh_of((1,)), "none", many) for many in self.counts)
-            self._known_bubbles[stages, name] = np.array([self.bubble(shape, name) for shape in shapes])
+            self._known_bubbles[stages, name] = np.array(
+                [self.bubble(shape, name) for shape in shapes]
+            )
         return self._known_bubbles[stages, name]
 
     _known_bubbles: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)

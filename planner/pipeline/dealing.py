@@ -23,7 +23,10 @@ def deal(seconds: Sequence[Sequence[float]], fits: Fits = ANYWHERE) -> tuple[int
     """
     known: dict[int, list[float]] = {id(each): [0.0, *accumulate(each)] for each in seconds}
     sums = [known[id(each)] for each in seconds]
-    if len(seconds[0]) < len(seconds) or (best := _fill(sums, max(each[-1] for each in sums), fits)) is None:
+    if (
+        len(seconds[0]) < len(seconds)
+        or (best := _fill(sums, max(each[-1] for each in sums), fits)) is None
+    ):
         return None
     low, high = 0.0, _slowest(sums, best)
     while high - low > 1e-9 * high:
@@ -56,7 +59,11 @@ def _fill(sums: Sequence[Sequence[float]], most: float, fits: Fits) -> tuple[int
         end = 0
         for at in starts:
             end = max(end, at)
-            while end < last and each[end + 1] - each[at] <= most * (1 + 1e-12) and fits(stage, at, end + 1):
+            while (
+                end < last
+                and each[end + 1] - each[at] <= most * (1 + 1e-12)
+                and fits(stage, at, end + 1)
+            ):
                 end += 1
                 found[end] = at
         if not found:

@@ -43,7 +43,10 @@ def manners(held: Held, microbatches: int) -> Iterator[Manner]:
     """A grid, what has been best most often first."""
     most = [_most(held, rank, microbatches) for rank in range(len(held.limits))]
     behind = range(len(most) - 1, -1, -1)
-    steep = [tuple(min(n, int(1 + slope * b)) for n, b in zip(most, behind, strict=True)) for slope in SLOPES]
+    steep = [
+        tuple(min(n, int(1 + slope * b)) for n, b in zip(most, behind, strict=True))
+        for slope in SLOPES
+    ]
     grows = any(kept > forward for kept, forward in zip(held.kept, held.forward, strict=True))
     for press in (True, False):
         for forward_first in (True, False):
@@ -66,7 +69,9 @@ def greedy(
 
     Every rank has room for one microbatch at least. Where a rank waited in vain, the simulator may be faster.
     """
-    ranks = [_Rank(number, seconds, held, microbatches, manner) for number, seconds in enumerate(stages)]
+    ranks = [
+        _Rank(number, seconds, held, microbatches, manner) for number, seconds in enumerate(stages)
+    ]
     ranks[0].arrived["forward"] = [0.0] * microbatches
     events = [(0.0, number) for number in range(len(ranks))]
     while events:
@@ -106,7 +111,9 @@ class _Rank:
     holds: float = 0.0
     done: dict[Kind, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})
     late: deque[int] = field(default_factory=deque)  # microbatches whose weight passes wait
-    arrived: dict[Kind, list[float]] = field(init=False)  # when the input of each microbatch is here, if known
+    arrived: dict[Kind, list[float]] = field(
+        init=False
+    )  # when the input of each microbatch is here, if known
     changes: dict[Kind, float] = field(init=False)
     takes: dict[Kind, float] = field(init=False)
 

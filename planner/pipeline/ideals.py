@@ -41,7 +41,9 @@ def closed_sets(units: int, edges: Iterable[tuple[int, int]], most: int) -> list
             )  # fmt: skip
     if found[-1] != (1 << units) - 1:
         stuck = next(unit for unit in range(units) if not found[-1] >> unit & 1)
-        raise PlanError(f"unit {stuck} comes before itself.", where="edges", fix="edges without a cycle")
+        raise PlanError(
+            f"unit {stuck} comes before itself.", where="edges", fix="edges without a cycle"
+        )
     return found
 
 

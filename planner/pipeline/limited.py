@@ -27,7 +27,9 @@ from .tighten import Held, Policy, tighten
 WORK = 300_000  # passes to put in order, over all candidates: some seconds at most
 TIGHTEN = 8  # as long as this many greedy ones
 Placement = tuple[tuple[int, ...], ...]  # the stages of each rank
-POLICIES = tuple(Policy(reserve, patience) for patience in (0.5, 0.0, 1.0) for reserve in (False, True))
+POLICIES = tuple(
+    Policy(reserve, patience) for patience in (0.5, 0.0, 1.0) for reserve in (False, True)
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ class _Best:
             self.schedule, self.run, self.worth = schedule, run, worth
 
 
-def _catalogue(ranks: int, microbatches: int, chunks: int, placement: Placement | None) -> Iterator[Schedule]:
+def _catalogue(
+    ranks: int, microbatches: int, chunks: int, placement: Placement | None
+) -> Iterator[Schedule]:
     """All that are made for such numbers, hold each stage once, and where they are wanted."""
     for entry in SCHEDULES:
         if entry.copies == 1 and entry.chunks in (chunks, None if chunks > 1 else chunks):
@@ -133,7 +137,9 @@ def _tightened(
     left, plain = work, [schedule for schedule in known if not schedule.together]
     in_turn = list(map(_in_turn, plain))
     for bases in (plain, in_turn, list(map(_whole, in_turn))):
-        for policy, base in product(POLICIES, [schedule for schedule in bases if held.fits(schedule)]):
+        for policy, base in product(
+            POLICIES, [schedule for schedule in bases if held.fits(schedule)]
+        ):
             yield replace(tighten(base, stages, held, policy), name="searched")
             if (left := left - TIGHTEN * 3 * len(stages) * base.microbatches) <= 0:
                 return
@@ -141,13 +147,18 @@ def _tightened(
 
 def _in_turn(schedule: Schedule) -> Schedule:
     """One microbatch after another: nothing holds less, but for whole backward passes."""
-    orders = tuple(tuple(sorted(order, key=lambda step: step.microbatch)) for order in schedule.orders)
+    orders = tuple(
+        tuple(sorted(order, key=lambda step: step.microbatch)) for order in schedule.orders
+    )
     return replace(schedule, orders=orders)
 
 
 def _whole(schedule: Schedule) -> Schedule:
     """Backward passes make all gradients, so that nothing waits for weight passes."""
-    return replace(schedule, orders=tuple(tuple(s for s in order if s.kind != "weight") for order in schedule.orders))
+    return replace(
+        schedule,
+        orders=tuple(tuple(s for s in order if s.kind != "weight") for order in schedule.orders),
+    )
 
 
 def _check_room(held: Held, placements: Sequence[Placement], show: Callable[[float], str]) -> None:
@@ -159,8 +170,14 @@ def _check_room(held: Held, placements: Sequence[Placement], show: Callable[[flo
     static = held.static or [0.0] * len(held.limits)
     found = []
     for placement in placements:
-        least = [taken + sum(held.forward[s] for s in of) for taken, of in zip(static, placement, strict=True)]
-        lacks = [needed - taken - room for needed, taken, room in zip(least, static, held.room, strict=True)]
+        least = [
+            taken + sum(held.forward[s] for s in of)
+            for taken, of in zip(static, placement, strict=True)
+        ]
+        lacks = [
+            needed - taken - room
+            for needed, taken, room in zip(least, static, held.room, strict=True)
+        ]
         worst = max(range(len(lacks)), key=lambda rank: lacks[rank])
         found.append((lacks[worst], worst, least))
     lacking, rank, least = min(found)
@@ -187,9 +204,16 @@ def lower_bound(stages: Sequence[StageSeconds], ranks: int, microbatches: int) -
         work = sum(s.forward + s.backward + s.weight for s in stages)
         return max(there_and_back, microbatches * work / ranks)
     there = [0.0, *accumulate(s.forward + s.send for s in stages[:-1])]
-    back = [0.0, *accumulate(s.backward + after.sending("backward") for s, after in pairwise(stages))]
+    back = [
+        0.0,
+        *accumulate(s.backward + after.sending("backward") for s, after in pairwise(stages)),
+    ]
     found = []
     for stage, before, behind in zip(stages, there, back, strict=True):
         both = microbatches * (stage.forward + stage.backward)
-        found.append(before + both + max(microbatches * stage.weight, behind + (last if behind else stage.weight)))
+        found.append(
+            before
+            + both
+            + max(microbatches * stage.weight, behind + (last if behind else stage.weight))
+        )
     return max(found)

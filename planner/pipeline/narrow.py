@@ -77,7 +77,9 @@ class Line:
         sums = np.array([0.0, *accumulate(self.work[first:end])])
         share = sums / max(sums[-1], 1e-30)
         bytes_ = self.crossing[first:end]
-        usable = [i for i in range(1, end - first) if self.work[first + i] and 0.25 <= share[i] <= 0.75]
+        usable = [
+            i for i in range(1, end - first) if self.work[first + i] and 0.25 <= share[i] <= 0.75
+        ]
         usable = [i for i in usable if bytes_[i] <= 1.5 * bytes_[0]]
         best = min(usable, key=lambda i: (bytes_[i], abs(share[i] - 0.5)), default=None)
         return None if best is None else first + best
@@ -114,6 +116,10 @@ def _work(graph: Graph, inside: np.ndarray) -> np.ndarray:
     for op, times, parents in ((v.op, v.times, v.parents) for v in graph.visits):
         outer.append(outer[parents[0]] if parents else outer[-1] + 1 if outer else 0)
         if inside[outer[-1]]:
-            moved = sum(types[v].nbytes for v in (*op.inputs, *op.outputs)) if op.kind in KERNELS else 0.0
+            moved = (
+                sum(types[v].nbytes for v in (*op.inputs, *op.outputs))
+                if op.kind in KERNELS
+                else 0.0
+            )
             found[outer[-1]] += times * (INTENSITY * moved + flop(op, rule_of(op, types), types))
     return found

@@ -47,7 +47,12 @@ class Cuts:
 
 
 def best_cuts(
-    start: int, first: np.ndarray, later: np.ndarray, devices: int, join: np.ufunc = np.maximum, latest: bool = False
+    start: int,
+    first: np.ndarray,
+    later: np.ndarray,
+    devices: int,
+    join: np.ufunc = np.maximum,
+    latest: bool = False,
 ) -> Cuts:
     """The best pipelines from `start`: with the fastest slowest stage, or the least sum (join: `np.add`).
 
@@ -60,7 +65,10 @@ def best_cuts(
     rows, ends = first.shape[0], first.shape[2]
     seconds = np.full((devices + 1, ends), np.inf)
     seconds[:rows] = first[:, start]
-    at, own_devices = np.full(seconds.shape, start), np.tile(np.arange(devices + 1)[:, None], (1, ends))
+    at, own_devices = (
+        np.full(seconds.shape, start),
+        np.tile(np.arange(devices + 1)[:, None], (1, ends)),
+    )
     columns = np.arange(ends - start)
     for total in range(2, devices + 1):
         for own in range(1, min(total, rows)):
@@ -69,11 +77,17 @@ def best_cuts(
             found = whole[best, columns]
             better = np.flatnonzero(found < seconds[total, start:])
             to = better + start
-            seconds[total, to], at[total, to], own_devices[total, to] = found[better], best[better] + start, own
+            seconds[total, to], at[total, to], own_devices[total, to] = (
+                found[better],
+                best[better] + start,
+                own,
+            )
     return Cuts(start, seconds, at, own_devices)
 
 
-def least_step(tables: Sequence[np.ndarray], devices: int, microbatches: int) -> tuple[float, tuple[Piece, ...]] | None:
+def least_step(
+    tables: Sequence[np.ndarray], devices: int, microbatches: int
+) -> tuple[float, tuple[Piece, ...]] | None:
     """The pipeline of all units on exactly so many devices with the least
 
         sum of all stages' seconds  +  (microbatches - 1) * seconds of the slowest stage
@@ -91,7 +105,10 @@ def least_step(tables: Sequence[np.ndarray], devices: int, microbatches: int) ->
     limit = np.inf
     while (pieces := _least_sum(tables, devices, limit)) is not None:
         behind = range(len(pieces))[::-1]
-        each = [float(tables[k][p.devices, p.first, p.last]) for k, p in zip(behind, pieces, strict=True)]
+        each = [
+            float(tables[k][p.devices, p.first, p.last])
+            for k, p in zip(behind, pieces, strict=True)
+        ]
         step = sum(each) + (microbatches - 1) * max(each)
         if best is None or step < best[0]:
             best = step, pieces
@@ -99,7 +116,9 @@ def least_step(tables: Sequence[np.ndarray], devices: int, microbatches: int) ->
     return best
 
 
-def _least_sum(tables: Sequence[np.ndarray], devices: int, limit: float) -> tuple[Piece, ...] | None:
+def _least_sum(
+    tables: Sequence[np.ndarray], devices: int, limit: float
+) -> tuple[Piece, ...] | None:
     """The pipeline with the least sum of seconds and no stage slower than the limit."""
     units = tables[0].shape[1] - 1
     rows = np.arange(units + 1)
@@ -119,7 +138,11 @@ def _least_sum(tables: Sequence[np.ndarray], devices: int, limit: float) -> tupl
                 end = whole.argmin(axis=1)
                 found = whole[rows, end]
                 better = found < total[used]
-                total[used, better], to[used, better], own[used, better] = found[better], end[better], d
+                total[used, better], to[used, better], own[used, better] = (
+                    found[better],
+                    end[better],
+                    d,
+                )
         behind = total
         taken.append((to, own))
         if behind[devices, 0] < best:
@@ -138,7 +161,9 @@ class Pace(NamedTuple):
     """Tables of stages on one number of devices, wherever in the pipeline: `[a, b]` has units a to b - 1."""
 
     once: np.ndarray  # seconds that each microbatch's way through the pipeline has from the stage
-    again: np.ndarray  # seconds that the stage takes for all other microbatches, and for what is done once per step
+    again: (
+        np.ndarray
+    )  # seconds that the stage takes for all other microbatches, and for what is done once per step
 
 
 def near_least_step(
@@ -183,7 +208,9 @@ def _least_sum_of(
     behind, taken = none, []
     for _ in rounds:
         total = none.copy() if stages is None else np.full_like(none, np.inf)
-        source = total if stages is None else behind  # any number of stages: those found before count too
+        source = (
+            total if stages is None else behind
+        )  # any number of stages: those found before count too
         to, own = np.zeros(total.shape, int), np.zeros(total.shape, int)
         for used in range(1, devices + 1):
             for d in (d for d in allowed if d <= used):
@@ -192,7 +219,11 @@ def _least_sum_of(
                     end = whole.argmin(axis=1)
                     found = np.take_along_axis(whole, end[:, None], axis=1)[:, 0]
                     better = found < total[used]
-                    total[used, better], to[used, better], own[used, better] = found[better], end[better], d
+                    total[used, better], to[used, better], own[used, better] = (
+                        found[better],
+                        end[better],
+                        d,
+                    )
         behind = total
         taken.append((to, own))
     if np.isinf(behind[devices, 0]):
@@ -207,7 +238,11 @@ def _least_sum_of(
 
 
 def halved(
-    within: Callable[[float], Plan | None], slowest: Callable[[Plan], float], low: float, high: float, gap: float = 1e-9
+    within: Callable[[float], Plan | None],
+    slowest: Callable[[Plan], float],
+    low: float,
+    high: float,
+    gap: float = 1e-9,
 ) -> Plan | None:
     """The plan whose slowest stage is fastest, to a relative gap, by halving what a stage may take (its logarithm).
 

@@ -181,7 +181,8 @@ class Passes:
         given = {v for v, _ in fragments[kind].sends} - self._last.keys()
         again = self.cut.received(kind) if name == "forward" else ()
         ends = {
-            v: self.parts[self._last_read(v)].end if v in again else here.end for v in (*taken, *given)
+            v: self.parts[self._last_read(v)].end if v in again else here.end
+            for v in (*taken, *given)
         }
         wide = self.kind == "cpu"
         for v, end in ends.items():

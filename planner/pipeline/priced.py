@@ -1,7 +1,7 @@
 """A pipeline of given stages, priced: its schedule simulated, memory of each rank.
 
-    step = passes of the schedule, with sends      (simulated)
-         + the longest update of a rank            (all begin together: clipping waits for every gradient)
+step = passes of the schedule, with sends      (simulated)
+     + the longest update of a rank            (all begin together: clipping waits for every gradient)
 """
 
 from __future__ import annotations
@@ -88,17 +88,23 @@ class Pricing:
                 best, cutoff = found, min(cutoff, found.seconds)
         return best
 
-    def with_cut(self, schedule: Schedule, firsts: tuple[int, ...], cutoff: float = inf) -> Priced | None:
+    def with_cut(
+        self, schedule: Schedule, firsts: tuple[int, ...], cutoff: float = inf
+    ) -> Priced | None:
         """The same with given first units of the stages."""
         ends = (*firsts[1:], len(self.units))
         runs = [runs_of(self.units, first, end) for first, end in zip(firsts, ends, strict=True)]
         homes = [self.places[rank] for rank in schedule.homes]
-        stages = tuple(self._stage(homes, stage, runs[stage], ends[stage]) for stage in range(schedule.stages))
+        stages = tuple(
+            self._stage(homes, stage, runs[stage], ends[stage]) for stage in range(schedule.stages)
+        )
         once = tuple(map(self._once, homes, runs))
         tail = max(sum(once[s] for s in held) for held in schedule.held)
         if _at_least(schedule, stages) + tail >= cutoff:
             return None
-        peaks, held = zip(*(self._peak(schedule, rank, runs) for rank in range(schedule.ranks)), strict=True)
+        peaks, held = zip(
+            *(self._peak(schedule, rank, runs) for rank in range(schedule.ranks)), strict=True
+        )
         if any(peak > place.limit for peak, place in zip(peaks, self.places, strict=True)):
             return None
         run = simulate(pipeline_tasks(schedule, stages))
@@ -111,7 +117,10 @@ class Pricing:
         if 3 * old.stages * old.microbatches > LARGE:
             return None
         runs = [priced.runs(self.units, stage) for stage in range(old.stages)]
-        parts = (self.places[rank].memory.under(old, rank).parts(runs[stage]) for stage, rank in enumerate(old.homes))
+        parts = (
+            self.places[rank].memory.under(old, rank).parts(runs[stage])
+            for stage, rank in enumerate(old.homes)
+        )
         _, left, late = zip(*parts, strict=True)
         always = [peak - peak_held(old, rank, left, late) for rank, peak in enumerate(priced.peaks)]
         limits = np.array([place.limit for place in self.places])
@@ -119,15 +128,26 @@ class Pricing:
         for _ in range(2):
             try:
                 held = Held(left, late, room.tolist(), always)
-                found = search_schedule(priced.stages, held, old.microbatches, work=REORDER, placement=old.held)
+                found = search_schedule(
+                    priced.stages, held, old.microbatches, work=REORDER, placement=old.held
+                )
             except InfeasibleError:
                 return None
-            peaks, most = zip(*(self._peak(found.schedule, rank, runs) for rank in range(old.ranks)), strict=True)
-            excess = np.maximum(0.0, np.array(peaks) - limits)  # passes that are split hold more than others
+            peaks, most = zip(
+                *(self._peak(found.schedule, rank, runs) for rank in range(old.ranks)), strict=True
+            )
+            excess = np.maximum(
+                0.0, np.array(peaks) - limits
+            )  # passes that are split hold more than others
             if not excess.any():
                 seconds = priced.seconds - priced.run.makespan + found.seconds
                 return replace(
-                    priced, schedule=found.schedule, peaks=peaks, held=most, run=found.run, seconds=seconds
+                    priced,
+                    schedule=found.schedule,
+                    peaks=peaks,
+                    held=most,
+                    run=found.run,
+                    seconds=seconds,
                 )
             room = limits - excess
         return None
@@ -141,7 +161,10 @@ class Pricing:
             return
         yield firsts
         ends = (*firsts[1:], len(self.units))
-        once = [self._once(home, runs_of(self.units, a, b)) for home, a, b in zip(homes, firsts, ends, strict=True)]
+        once = [
+            self._once(home, runs_of(self.units, a, b))
+            for home, a, b in zip(homes, firsts, ends, strict=True)
+        ]
         passes = sum(homes[0].each[kind].passes for kind in self.units.kinds) / len(homes)
         if max(once) - sum(once) / len(once) > UNEVEN * schedule.microbatches * passes:
             again = deal(self._per_unit(homes, 1 / schedule.microbatches), fits)
@@ -150,7 +173,10 @@ class Pricing:
 
     def _per_unit(self, homes: Sequence[Place], share: float) -> list[list[float]]:
         """Seconds of each unit per microbatch on each stage, a share of what is done once included."""
-        found = {id(home): [u.passes + share * (u.once + self._handing(u)) for u in home.each] for home in homes}
+        found = {
+            id(home): [u.passes + share * (u.once + self._handing(u)) for u in home.each]
+            for home in homes
+        }
         rows = {key: [each[kind] for kind in self.units.kinds] for key, each in found.items()}
         return [rows[id(home)] for home in homes]
 
@@ -162,7 +188,9 @@ class Pricing:
 
         return cache(lambda stage, first, last: has_room(stage, runs_of(self.units, first, last)))
 
-    def _extra(self, schedule: Schedule, rank: int, left: Sequence[float], late: Sequence[float]) -> float:
+    def _extra(
+        self, schedule: Schedule, rank: int, left: Sequence[float], late: Sequence[float]
+    ) -> float:
         """Bytes of forward results beyond those of one microbatch, which the peak of the lives has."""
         forward, kept = [0.0] * schedule.stages, [0.0] * schedule.stages
         for stage, size, waits in zip(schedule.held[rank], left, late, strict=True):
@@ -172,7 +200,9 @@ class Pricing:
     def _peak(self, schedule: Schedule, rank: int, runs: Sequence[Runs]) -> tuple[float, float]:
         memory = self.places[rank].memory.under(schedule, rank)
         mine = [memory.parts(runs[stage]) for stage in schedule.held[rank]]
-        together = tuple(map(sum, zip(*(runs[stage] for stage in schedule.held[rank]), strict=True)))
+        together = tuple(
+            map(sum, zip(*(runs[stage] for stage in schedule.held[rank]), strict=True))
+        )
         left = [size for _, size, _ in mine]
         extra = self._extra(schedule, rank, left, [late for _, _, late in mine])
         return memory.parts(together)[0] + extra, 1 + (extra / sum(left) if sum(left) else 0.0)
@@ -209,10 +239,15 @@ def _at_least(schedule: Schedule, stages: Sequence[StageSeconds]) -> float:
     for stage, following in pairwise(range(schedule.stages)):
         away = schedule.homes[stage] != schedule.homes[following]
         there += stages[stage].forward + away * stages[stage].send
-        back += stages[stage].backward + stages[stage].weight + away * stages[following].sending("backward")
+        back += (
+            stages[stage].backward
+            + stages[stage].weight
+            + away * stages[following].sending("backward")
+        )
         ways.append(there + (0.0 if schedule.splits else back))
     return max(
-        schedule.microbatches * sum(_passes(stages[s]) for s in held) + ways[min(held)] for held in schedule.held
+        schedule.microbatches * sum(_passes(stages[s]) for s in held) + ways[min(held)]
+        for held in schedule.held
     )
 
 

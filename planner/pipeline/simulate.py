@@ -99,7 +99,9 @@ def simulate(tasks: Sequence[Task], slowdown: float = 1.0) -> Run:
     run = _longest_path(tasks) if in_order else _Events(tasks, slowdown).run()
     if len(run.end) < len(tasks) or any(e < 0 for e in run.end):
         stuck = next(task.name for task, e in zip(tasks, run.end, strict=True) if e < 0)
-        raise PlanError(f"`{stuck}` waits for itself.", where="simulation", fix="an order without a cycle")
+        raise PlanError(
+            f"`{stuck}` waits for itself.", where="simulation", fix="an order without a cycle"
+        )
     return run
 
 
@@ -210,7 +212,9 @@ class _Events:
                 self.left[i] -= (self.now - self.since[i]) * self.rate[i]
                 self.since[i], self.rate[i] = self.now, rate
                 self.version[i] += 1
-                heapq.heappush(self.queue, (self.now + max(0.0, self.left[i]) / rate, i, self.version[i]))
+                heapq.heappush(
+                    self.queue, (self.now + max(0.0, self.left[i]) / rate, i, self.version[i])
+                )
 
 
 def _joined(pieces) -> list[tuple[float, float]]:
@@ -280,15 +284,24 @@ def pipeline_tasks(
         for slot in slots:
             at = len(tasks)
             after = tuple(
-                first[before][rank != schedule.rank_of[before]] for step in slot for before in needs(schedule, step)
+                first[before][rank != schedule.rank_of[before]]
+                for step in slot
+                for before in needs(schedule, step)
             )
             seconds = sum(stages[step.stage].of(schedule, step) for step in slot)
             kind = slot[0].kind if len(slot) == 1 else "together"
             name = "+".join(map(str, slot))
-            tasks.append(Task(name, rank, COMPUTE, seconds * (together if len(slot) > 1 else 1.0), after, kind))
+            tasks.append(
+                Task(
+                    name, rank, COMPUTE, seconds * (together if len(slot) > 1 else 1.0), after, kind
+                )
+            )
             for step in slot:
                 if _sends(schedule, stages, step):
-                    stream, took = COMPUTE if blocking else "send", stages[step.stage].sending(step.kind)
+                    stream, took = (
+                        COMPUTE if blocking else "send",
+                        stages[step.stage].sending(step.kind),
+                    )
                     tasks.append(Task(f"send {step}", rank, stream, took, (at,), "send"))
     for rank, seconds in (tail or {}).items():
         tasks.append(Task("update", rank, COMPUTE, seconds, (), "update"))

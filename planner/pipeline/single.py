@@ -83,7 +83,9 @@ def even_firsts(units: Units, stages: int) -> tuple[int, ...]:
             else "no layers"
         )
     elif len(layers) % stages:
-        what = f"{len(layers)} layers alike in both passes, which {stages} stages cannot share equally"
+        what = (
+            f"{len(layers)} layers alike in both passes, which {stages} stages cannot share equally"
+        )
     else:
         each = len(layers) // stages
         return (0, *(layers[each * stage] for stage in range(1, stages)))

@@ -49,7 +49,9 @@ class Holdings:
     @cached_property
     def lives(self) -> Lifetimes:
         known = self.passes.lives
-        return known if self.microbatches == known.microbatches else known.counted(self.microbatches)
+        return (
+            known if self.microbatches == known.microbatches else known.counted(self.microbatches)
+        )
 
     @cached_property
     def apart(self) -> Holdings:
@@ -58,7 +60,11 @@ class Holdings:
 
     def counted(self, microbatches: int) -> Holdings:
         """The same with another number of microbatches; both above 1, or equal."""
-        return self if microbatches == self.microbatches else Holdings(self.cut, microbatches, self.passes)
+        return (
+            self
+            if microbatches == self.microbatches
+            else Holdings(self.cut, microbatches, self.passes)
+        )
 
     @property
     def split(self) -> Mapping[int, int]:
@@ -75,14 +81,20 @@ class Holdings:
         """The lives on a stage, one microbatch at a time."""
         weights = zip(*self.weights(runs), strict=True)
         pairs = zip(self.lives.segments, weights, strict=True)
-        kept = [replace(s, first=int(first), last=int(last)) for s, (first, last) in pairs if first or last]
+        kept = [
+            replace(s, first=int(first), last=int(last))
+            for s, (first, last) in pairs
+            if first or last
+        ]
         return replace(self.lives, segments=tuple(kept))
 
     def of_stage(self, runs: Runs) -> Lifetimes:
         """The least of them, be backward passes one program or two: as two, but for what the second waits for."""
         lives, programs = self.apart.in_programs(runs), self.apart.passes.programs
         waits = programs[2][0], programs[3][1]
-        return replace(lives, segments=tuple(s for s in lives.segments if (s.start, s.end) != waits))
+        return replace(
+            lives, segments=tuple(s for s in lives.segments if (s.start, s.end) != waits)
+        )
 
     def left(self, runs: Runs, late: bool = False) -> dict[int, int]:
         """Value -> how many of it one microbatch leaves on a stage; with `late`, of what waits for weight passes."""
@@ -104,7 +116,9 @@ class Holdings:
         for value, many in self.left(runs).items() if held > 1 else ():
             sizes, node = all_bytes(space, value)
             if node is not None:
-                found.append(Demand(node, shift, shift + 2 * self.lives.ticks, (held - 1) * many * sizes))
+                found.append(
+                    Demand(node, shift, shift + 2 * self.lives.ticks, (held - 1) * many * sizes)
+                )
         return found
 
 
@@ -114,7 +128,9 @@ def _split(program: Program) -> Mapping[int, int]:
 
 def _counted(weight: np.ndarray, many: np.ndarray) -> np.ndarray:
     """Weights of `MANY` layers (or one fewer) as those of so many."""
-    return np.where(weight >= MANY - 1, np.maximum(0, many - (MANY - weight)), np.minimum(weight, many))
+    return np.where(
+        weight >= MANY - 1, np.maximum(0, many - (MANY - weight)), np.minimum(weight, many)
+    )
 
 
 @dataclass(frozen=True)
@@ -137,7 +153,9 @@ class _Table:
     def profile(self, nbytes: np.ndarray) -> np.ndarray:
         """Their sum at each tick."""
         count = int(self.end.max()) + 2
-        return np.cumsum(np.bincount(self.start, nbytes, count) - np.bincount(self.end + 1, nbytes, count))[:-1]
+        return np.cumsum(
+            np.bincount(self.start, nbytes, count) - np.bincount(self.end + 1, nbytes, count)
+        )[:-1]
 
 
 @dataclass(eq=False)
@@ -186,7 +204,11 @@ class StageMemory:
         copies of its own. A copy that another program leaves as a result is an array."""
         lives, passes = self.holdings.lives, self.holdings.passes
         nbytes = Ledger(self.space, lives).local_bytes(tuple(self.choices))
-        seen = {(s.value, self.layout(s.value)) for s in lives.segments[: passes.held] if s.value not in passes.copies}
+        seen = {
+            (s.value, self.layout(s.value))
+            for s in lives.segments[: passes.held]
+            if s.value not in passes.copies
+        }
         for i, each in enumerate(lives.segments):
             v, held = each.value, i < passes.held
             key = self.origin(v), self.layout(v)
@@ -211,7 +233,11 @@ class StageMemory:
     def _moved(self) -> Iterator[tuple[Segment, float]]:
         """Operands brought to another layout, one copy for all ops of a program that want the same, and its bytes.
         What any device can make for itself (masks) is never laid out."""
-        tags, layouts, constants = self.space.program.value_tags, self.space.layouts, self.holdings.passes.constants
+        tags, layouts, constants = (
+            self.space.program.value_tags,
+            self.space.layouts,
+            self.holdings.passes.constants,
+        )
         items: dict[tuple[str, str], list[Transfer]] = {}
         for item in self.space.transfers:
             items.setdefault((item.source, item.reader), []).append(item)
@@ -229,7 +255,9 @@ class StageMemory:
             for same in found.values():
                 size, longest = max(same, key=lambda pair: pair[1][-1].end)
                 start = min(lives[0].start for _, lives in same)
-                yield from ((each, size) for each in (replace(longest[0], start=start), *longest[1:]))
+                yield from (
+                    (each, size) for each in (replace(longest[0], start=start), *longest[1:])
+                )
 
     def _parts_too(self, have: int, wanted: int) -> int:
         """XLA's CPU backend exchanges parts, each an array: those given with those taken, then these with the whole
@@ -240,7 +268,9 @@ class StageMemory:
 
     def travelling(self, value: int) -> float:
         """Bytes of one microbatch's part on one device when it travels."""
-        return self.space.bytes_of(value) / float(self.space.layouts.ways(np.array([self.layout(value)]))[0])
+        return self.space.bytes_of(value) / float(
+            self.space.layouts.ways(np.array([self.layout(value)]))[0]
+        )
 
     def held_bytes(self, value: int) -> float:
         """Bytes of one device's part of what microbatches add up."""
@@ -270,7 +300,10 @@ class StageMemory:
         if runs not in self._peaks:
             most = max(float(total.max()) for _, total, _ in self._profiles(runs))
             left, late = (
-                sum(n * local_bytes(self.space, self.choices, v) for v, n in self.holdings.left(runs, when).items())
+                sum(
+                    n * local_bytes(self.space, self.choices, v)
+                    for v, n in self.holdings.left(runs, when).items()
+                )
                 for when in (False, True)
             )
             self._peaks[runs] = most, left, late

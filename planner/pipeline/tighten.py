@@ -36,11 +36,16 @@ class Held:
     def room(self) -> list[float]:
         """Per rank, what is left of its limit, with some slack for sums of floats."""
         static = self.static or [0.0] * len(self.limits)
-        return [limit * (1 + SLACK) - taken for limit, taken in zip(self.limits, static, strict=True)]
+        return [
+            limit * (1 + SLACK) - taken for limit, taken in zip(self.limits, static, strict=True)
+        ]
 
     def fits(self, schedule: Schedule) -> bool:
         """Whether every rank of a schedule stays within its limit."""
-        return all(peak_held(schedule, r, self.forward, self.kept) <= room for r, room in enumerate(self.room))
+        return all(
+            peak_held(schedule, r, self.forward, self.kept) <= room
+            for r, room in enumerate(self.room)
+        )
 
     def change(self, step: Step, whole: bool) -> float:
         """What a step adds; `whole`: it makes the gradients of weights too."""
@@ -63,7 +68,9 @@ class Policy:
     patience: float = 0.0
 
 
-def tighten(schedule: Schedule, stages: Sequence[StageSeconds], held: Held, policy: Policy) -> Schedule:
+def tighten(
+    schedule: Schedule, stages: Sequence[StageSeconds], held: Held, policy: Policy
+) -> Schedule:
     """The same steps on the same ranks, in the orders in which the ranks would take them."""
     return _Ranks(schedule, stages, held, policy).run()
 
@@ -116,7 +123,9 @@ class _Ranks:
     def _arrival(self, step: Step, rank: int) -> float:
         """When a rank has the result of a step."""
         away = self.schedule.rank_of[step] != rank
-        return self.end.get(step, float("inf")) + (self.stages[step.stage].sending(step.kind) if away else 0.0)
+        return self.end.get(step, float("inf")) + (
+            self.stages[step.stage].sending(step.kind) if away else 0.0
+        )
 
     def _ready(self, rank: int, step: Step) -> float:
         return max((self._arrival(need, rank) for need in needs(self.schedule, step)), default=0.0)
@@ -129,7 +138,9 @@ class _Ranks:
             ready = self._ready(rank, step)
             if not self._fits(rank, step):
                 full = ready <= now and self.holds[rank] + self.changes[step] > self.held.room[rank]
-                if full and (freed := next((w for w in weights if self._ready(rank, w) <= now), None)):
+                if full and (
+                    freed := next((w for w in weights if self._ready(rank, w) <= now), None)
+                ):
                     return freed
             elif ready > now:
                 awaited = min(awaited, ready)

@@ -59,7 +59,8 @@ class Timeline:
         """Chrome's trace-event format, which Perfetto opens: microseconds, a process per device,
         a thread per stream, the step as the outermost slice of each."""
         lanes = sorted(
-            {(s.device, s.stream) for s in self.slices}, key=lambda lane: (lane[0], lane[1] != COMPUTE, lane[1])
+            {(s.device, s.stream) for s in self.slices},
+            key=lambda lane: (lane[0], lane[1] != COMPUTE, lane[1]),
         )
         number = {lane: i for i, lane in enumerate(lanes)}
         events: list[dict[str, Any]] = []
@@ -69,7 +70,9 @@ class Timeline:
             events.append(_named("thread_name", device, tid, stream))
             events.append(_event("step", "step", device, tid, 0.0, self.seconds))
         for s in self.slices:
-            events.append(_event(s.name, s.kind, s.device, number[s.device, s.stream], s.start, s.seconds))
+            events.append(
+                _event(s.name, s.kind, s.device, number[s.device, s.stream], s.start, s.seconds)
+            )
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
@@ -87,8 +90,18 @@ def _named(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:
     return {"name": what, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
 
 
-def _event(name: str, kind: str, pid: int, tid: int, start: float, seconds: float) -> dict[str, Any]:
-    return {"name": name, "cat": kind, "ph": "X", "pid": pid, "tid": tid, "ts": start * 1e6, "dur": seconds * 1e6}
+def _event(
+    name: str, kind: str, pid: int, tid: int, start: float, seconds: float
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "cat": kind,
+        "ph": "X",
+        "pid": pid,
+        "tid": tid,
+        "ts": start * 1e6,
+        "dur": seconds * 1e6,
+    }
 
 
 def check_nested(trace: dict[str, Any], slack: float = 1e-6) -> None:
@@ -108,5 +121,9 @@ def check_nested(trace: dict[str, Any], slack: float = 1e-6) -> None:
             while stack and stack[-1][1] <= start + slack:
                 stack.pop()
             if stack and end > stack[-1][1] + slack:
-                raise PlanError(f"slices `{stack[-1][2]}` and `{name}` overlap.", where="trace", fix="one stream each")
+                raise PlanError(
+                    f"slices `{stack[-1][2]}` and `{name}` overlap.",
+                    where="trace",
+                    fix="one stream each",
+                )
             stack.append((start, end, name))

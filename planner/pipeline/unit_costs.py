@@ -58,7 +58,9 @@ class _Seconds:
         for item in self.space.transfers:
             have, wanted = chosen_layouts(item, self.choices)
             if have != wanted:
-                table = self.space.layouts.seconds(np.array([have]), np.array([wanted]), item.nbytes, item.phase)
+                table = self.space.layouts.seconds(
+                    np.array([have]), np.array([wanted]), item.nbytes, item.phase
+                )
                 found[item.source, item.reader] += float(table[0, 0])
         return found
 
@@ -80,13 +82,21 @@ class _Seconds:
     def _op(self, op: Op) -> float:
         """One run of an op, what it does to bring its operands included."""
         if op.regions:
-            inside = sum(often(op, n) * self._op(o) for n, region in enumerate(op.regions) for o in region.ops)
-            edges = sum(s for (_, reader), s in self.moves.items() if reader.startswith(f"{op.tag}/in"))
+            inside = sum(
+                often(op, n) * self._op(o)
+                for n, region in enumerate(op.regions)
+                for o in region.ops
+            )
+            edges = sum(
+                s for (_, reader), s in self.moves.items() if reader.startswith(f"{op.tag}/in")
+            )
             return inside + edges
         if op.tag not in self.space.op_node:
             return sum(self.moves.get((self.tags[v], op.tag), 0.0) for v in set(op.inputs))
         own = self.space.own[op.tag]
-        brought = sum(self.moves.get((source, op.tag), 0.0) for source in {self.tags[v] for v in op.inputs})
+        brought = sum(
+            self.moves.get((source, op.tag), 0.0) for source in {self.tags[v] for v in op.inputs}
+        )
         return float(own[self.choices[self.space.op_node[op.tag]]]) + brought
 
     def _result(self, position: int) -> float:

@@ -35,7 +35,9 @@ class Limited:
     origins: Mapping[int, np.ndarray]
 
     def read(self, solved: Sequence[int]) -> tuple[int, ...]:
-        return tuple(int(self.origins[n][p]) if n in self.origins else p for n, p in enumerate(solved))
+        return tuple(
+            int(self.origins[n][p]) if n in self.origins else p for n, p in enumerate(solved)
+        )
 
 
 def limited(space: Space, holdings: Holdings, watched: Sequence[Watched], limit: float) -> Limited:
@@ -46,11 +48,19 @@ def limited(space: Space, holdings: Holdings, watched: Sequence[Watched], limit:
     for stage in watched:
         ledger = Ledger(space, holdings.in_programs(stage.runs))
         shift = sum(each.size for each in limits)
-        demands += [replace(d, first=d.first + shift, last=d.last + shift) for d in ledger.demands(found)]
+        demands += [
+            replace(d, first=d.first + shift, last=d.last + shift) for d in ledger.demands(found)
+        ]
         flying = holdings.demands(space, stage.runs, stage.held, shift)
-        demands += [replace(d, nbytes=d.nbytes[found[d.node].choices()]) if d.node in found else d for d in flying]
+        demands += [
+            replace(d, nbytes=d.nbytes[found[d.node].choices()]) if d.node in found else d
+            for d in flying
+        ]
         limits.append(limit - ledger.fixed())
     origins = {node: alias.choices() for node, alias in found.items()}
-    costs = tuple(node.seconds[origins[n]] if n in origins else node.seconds for n, node in enumerate(space.nodes))
+    costs = tuple(
+        node.seconds[origins[n]] if n in origins else node.seconds
+        for n, node in enumerate(space.nodes)
+    )
     edges = tuple(Edge(a, b, table) for a, b, table in extended(space, found))
     return Limited(Live(costs, edges, tuple(demands), np.concatenate(limits)), origins)

@@ -71,7 +71,9 @@ def solve_live(
 
     Ctrl-C ends the search like the time limit does.
     """
-    search = Anytime(live, gap, perf_counter() + time_limit, probe or time_limit, seed, cutoff, report)
+    search = Anytime(
+        live, gap, perf_counter() + time_limit, probe or time_limit, seed, cutoff, report
+    )
     search.rounds = 1 if probe else None
     try:
         search.run()
@@ -195,7 +197,9 @@ class Anytime:
             return
         prices, tried = np.zeros(self.live.limits.size), inf
         if core.live.sizes.sum() <= SMALL:
-            if not core.live.limits.size and self.cutoff < inf:  # messages alone come near, sooner than reductions
+            if (
+                not core.live.limits.size and self.cutoff < inf
+            ):  # messages alone come near, sooner than reductions
                 self._price(core, prices)
             if not self.over:
                 self._solve_core(core, prices)

@@ -23,7 +23,10 @@ PASSES = 2  # of messages at one set of prices; the second makes the bounds of c
 FIRST_STEP, LEAST_STEP = 0.02, 1e-7  # share of the target cost that one step may promise
 RISEN, NOT_RISEN = 1.1, 0.93  # how the step changes with success
 MEMORY = 0.5  # weight of older misses in the average
-STALL, PROGRESS = 60, 0.01  # so many steps are a stall that win less than this share of the distance
+STALL, PROGRESS = (
+    60,
+    0.01,
+)  # so many steps are a stall that win less than this share of the distance
 PRESSED = 1.2  # how much more is asked while no assignment fits
 RECENT = 0.02  # weight of one pass in the shares of choices
 BACK = 0.1  # how far the prices are pulled back to the best ones

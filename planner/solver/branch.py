@@ -86,9 +86,7 @@ class Branching:
                 heapq.heappush(parts, self._bounded(forbidden, part.prices, part.bound, STEPS))
         tell(min([closed, *(part.bound for part in parts[:1])]))
 
-    def _bounded(
-        self, forbidden: np.ndarray, prices: np.ndarray, floor: float, steps: int
-    ) -> Part:
+    def _bounded(self, forbidden: np.ndarray, prices: np.ndarray, floor: float, steps: int) -> Part:
         """Raise the bound of a part until it is done with or stalls."""
         away = self.target() - floor if floor > -np.inf else 0.0
         ascent = Ascent(
@@ -109,7 +107,9 @@ class Branching:
                 break
         reduced = self.costs if ascent.last is None else ascent.last.reduced
         bound = max(floor, ascent.bound)
-        return Part(bound, next(self.numbers), forbidden, ascent.prices, reduced, ascent.shares, saved)
+        return Part(
+            bound, next(self.numbers), forbidden, ascent.prices, reduced, ascent.shares, saved
+        )
 
     def _only(self, part: Part) -> float:
         """The cost of a part of one assignment; inf when it does not fit."""

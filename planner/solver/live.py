@@ -220,7 +220,10 @@ def finite(live: Live, ceiling: float = inf) -> Live:
     Without one the cap is more than any finite assignment costs.
     """
     tables = [*live.costs, *(edge.costs for edge in live.edges)]
-    flat, sizes = np.concatenate([table.ravel() for table in tables]), [table.size for table in tables]
+    flat, sizes = (
+        np.concatenate([table.ravel() for table in tables]),
+        [table.size for table in tables],
+    )
     starts = np.cumsum([0, *sizes[:-1]])
     leasts = np.minimum.reduceat(flat, starts)
     if ceiling < inf:

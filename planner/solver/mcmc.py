@@ -45,7 +45,9 @@ def walk(live: Live, start: Choices, *, time_limit: float, seed: int = 0) -> Sol
     if step is None:
         reason = "no assignment meets all forbidden choices and pairs"
         return Solution("infeasible", "proof", None, None, inf, reason)
-    chains = _Chains(finite(tighten(step.live)), seed, perf_counter() + max(2 * time_limit, LEAST_SECONDS))
+    chains = _Chains(
+        finite(tighten(step.live)), seed, perf_counter() + max(2 * time_limit, LEAST_SECONDS)
+    )
     stopped_by = "time"
     try:
         chains.run(step.lower(start), time_limit / CHAINS)

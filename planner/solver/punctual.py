@@ -13,7 +13,9 @@ from .onehot import Solution
 GRACE = 0.2  # seconds for a search that looks at its clock to end by itself
 
 
-def solve_until(live: Live, *, until: float, gap: float, seed: int = 0, report: Report | None = None) -> Solution:
+def solve_until(
+    live: Live, *, until: float, gap: float, seed: int = 0, report: Report | None = None
+) -> Solution:
     """As `solve_live`, but never later than `until`, of `perf_counter`, by more than a moment.
 
     Ctrl-C ends the search like the time limit does.

@@ -126,7 +126,9 @@ def _walk(
         for _ in range(ATTEMPTS):
             for t in range(moments):
                 upto[t + 1] = upto[t] + factor * asked[t]
-            done += moments + _own_costs(flat, costs, held, state.choices, place, order, size, upto, sums, at)
+            done += moments + _own_costs(
+                flat, costs, held, state.choices, place, order, size, upto, sums, at
+            )
             _choose(flat, place, order, parent, link, size, sums, at, after)
             rise = _rise(flat, costs, state.choices, after, place, order, size)
             if rise > tolerance:

@@ -1,11 +1,11 @@
 """meshwright: an ordinary training step in, a proven plan and a sharded program out.
 
-    import meshwright as mw
+import meshwright as mw
 
-    @mw.parallelize
-    def train_step(state, batch): ...
+@mw.parallelize
+def train_step(state, batch): ...
 
-    mw.plan(train_step, state, batch, cluster="4xh100x8@ib400")
+mw.plan(train_step, state, batch, cluster="4xh100x8@ib400")
 """
 
 from __future__ import annotations

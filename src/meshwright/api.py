@@ -169,7 +169,11 @@ def parallelize(
             f"parallelize takes a function, not {step!r}.", fix="@mw.parallelize above a def"
         )
     if plan is not None and batch_argnums is not None:
-        raise UsageError("a plan says what its batch is.", where="batch_argnums", fix="the plan alone, or plan anew")
+        raise UsageError(
+            "a plan says what its batch is.",
+            where="batch_argnums",
+            fix="the plan alone, or plan anew",
+        )
     if unknown := sorted(set(request) - set(REQUEST_KEYS)):
         raise UsageError(
             f"parallelize has no option {unknown[0]!r}.",
@@ -181,7 +185,14 @@ def parallelize(
         "donate_argnums": donate_argnums, "donate_argnames": donate_argnames,
     }  # fmt: skip
     wrapped = ParallelStep(
-        step, cluster, Options.of(step, given), Request(**request), verify, plan, plan_captured, batch_argnums
+        step,
+        cluster,
+        Options.of(step, given),
+        Request(**request),
+        verify,
+        plan,
+        plan_captured,
+        batch_argnums,
     )
     functools.update_wrapper(wrapped, step, updated=())
     return wrapped

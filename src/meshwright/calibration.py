@@ -9,7 +9,9 @@ from .ir.profile import Profile
 from .ir.version import VERSION
 
 
-def calibrate(devices: list[Any] | None = None, tell: Callable[[str], None] = lambda line: None) -> Profile:
+def calibrate(
+    devices: list[Any] | None = None, tell: Callable[[str], None] = lambda line: None
+) -> Profile:
     """Measure the JAX devices of this process; some tens of seconds, with nothing else running."""
     import jax
     import numpy as np
@@ -27,7 +29,9 @@ def calibrate(devices: list[Any] | None = None, tell: Callable[[str], None] = la
     copies = microbench.copies(mesh, tell)
     sent = microbench.collectives(found, tell) if len(found) > 1 else []
     launch = launch_seconds(mesh)
-    peaks, fits = fit_products(products, lambda p: float(shape_share(p.m, p.n, p.k, 1, device.units)), launch)
+    peaks, fits = fit_products(
+        products, lambda p: float(shape_share(p.m, p.n, p.k, 1, device.units)), launch
+    )
     bandwidth, copied = fit_copies(copies)
     lines, moved = fit_collectives(sent)
     return Profile(
@@ -50,5 +54,8 @@ def profile_text(profile: Profile) -> str:
         "",
         f"  {'family':18} {'points':>6} {'held out':>8} {'median error':>12} {'worst':>8}",
     ]
-    rows += [f"  {f.family:18} {f.points:6d} {f.held_out:8d} {f.median:12.1%} {f.worst:8.1%}" for f in profile.fits]
+    rows += [
+        f"  {f.family:18} {f.points:6d} {f.held_out:8d} {f.median:12.1%} {f.worst:8.1%}"
+        for f in profile.fits
+    ]
     return "\n".join(rows)

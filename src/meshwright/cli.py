@@ -53,12 +53,22 @@ def main() -> NoReturn:
         silence()
         sys.exit(CLOSED)
     except MemoryError as error:
-        _fail(LoweringError(f"this machine has too little memory: {error or 'none is left'}.").report(), 5)
+        _fail(
+            LoweringError(
+                f"this machine has too little memory: {error or 'none is left'}."
+            ).report(),
+            5,
+        )
     except Exception as error:
         if hasattr(error, "format_message"):  # what typer says about options it does not know
             _fail(_usage(error), 2)
         if isinstance(error, OSError) and error.errno in FULL:  # help, which typer prints
-            _fail(UsageError(f"results cannot be printed: {error.strerror}.", fix="room where they lead").report(), 2)
+            _fail(
+                UsageError(
+                    f"results cannot be printed: {error.strerror}.", fix="room where they lead"
+                ).report(),
+                2,
+            )
         if os.environ.get("MESHWRIGHT_TRACEBACK"):
             raise
         _fail(_defect(error), 70)
@@ -100,7 +110,9 @@ def _fail(message: str, code: int) -> NoReturn:
 @app.command()
 def show(
     plan: PlanFile,
-    everything: Annotated[bool, typer.Option("--all", help="Print all rows of every table.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Print all rows of every table.")
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the plan as an HTML page.")] = None,
     format: FormatOption = Format.text,
 ) -> None:
@@ -142,7 +154,9 @@ def solve(
     from .progress import Progress
 
     if not 0 < time_limit < float("inf"):
-        raise UsageError(f"a time limit of {time_limit} s is none.", where="--time-limit", fix="seconds above 0")
+        raise UsageError(
+            f"a time limit of {time_limit} s is none.", where="--time-limit", fix="seconds above 0"
+        )
     if not 0 <= gap < 1:
         raise UsageError(f"a gap of {gap} is none.", where="--gap", fix="a share from 0 up to 1")
     if seed < 0:
@@ -152,12 +166,16 @@ def solve(
     live = read(file)
     with Progress() as progress:
         progress.say(f"searching {len(live.costs)} nodes, {int(live.sizes.sum())} strategies")
-        found = solve_until(live, until=begun + time_limit, gap=gap, seed=seed, report=_told(progress))
+        found = solve_until(
+            live, until=begun + time_limit, gap=gap, seed=seed, report=_told(progress)
+        )
     if found.status == "infeasible":
         fix = "a larger usage_limit" if "limit" in found.reason else "fewer costs of 1e18 and more"
         raise InfeasibleError(f"nothing fits: {found.reason}.", where=str(file), fix=fix)
     if found.choices is None or found.objective is None:
-        raise StoppedError(f"{found.reason}.", where=f"stopped by {found.stopped_by}", fix="more time")
+        raise StoppedError(
+            f"{found.reason}.", where=f"stopped by {found.stopped_by}", fix="more time"
+        )
     results = {
         "cost": found.objective, "lower_bound": found.lower_bound, "status": found.status,
         "gap": relative_gap(found.objective, found.lower_bound), "stopped_by": found.stopped_by,
@@ -236,7 +254,11 @@ def clusters(
         found = measured_cluster()
     else:
         found = Cluster.local() if spec == "local" else Cluster.parse(spec)
-    say(json.dumps(found.model_dump(mode="json"), indent=1) if format is Format.json else found.describe())
+    say(
+        json.dumps(found.model_dump(mode="json"), indent=1)
+        if format is Format.json
+        else found.describe()
+    )
 
 
 def _presets(names: dict[str, str], format: Format) -> str:

@@ -53,9 +53,7 @@ def run_demo(data: Path | None, steps: int, devices: int, large: bool) -> None:
         say(f"\n{plan_text(_plan_large())}\nsaved to {LARGE_PLAN}")
 
 
-def _train(
-    title: str, step: Callable[..., Any], made: Made, text: Text, steps: int
-) -> list[float]:
+def _train(title: str, step: Callable[..., Any], made: Made, text: Text, steps: int) -> list[float]:
     """Losses of each step, with a progress bar."""
     assert made.example is not None
     state = made.example.init(jax.random.key(0))
@@ -82,7 +80,10 @@ def _side_by_side(sharded: list[float], single: list[float]) -> str:
     """Some of the losses, and the largest difference of all."""
     count = len(sharded)
     shown = sorted({0, count - 1, *range(0, count, max(1, count // ROWS))})
-    rows = [f"  {k + 1:4d}  {sharded[k]:10.6f}  {single[k]:10.6f}  {_apart(sharded, single, k):.1e}" for k in shown]
+    rows = [
+        f"  {k + 1:4d}  {sharded[k]:10.6f}  {single[k]:10.6f}  {_apart(sharded, single, k):.1e}"
+        for k in shown
+    ]
     worst = max(range(count), key=lambda k: _apart(sharded, single, k))
     last = (
         f"largest relative difference of {count} steps: {_apart(sharded, single, worst):.1e}, "

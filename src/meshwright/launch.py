@@ -16,7 +16,9 @@ from .ir.plan import Plan
 from .options import PlanFile, app
 from .output import say
 
-PORT = 8476  # of the coordinator, if no other is asked for; the one that jax's documents use for TPUs
+PORT = (
+    8476  # of the coordinator, if no other is asked for; the one that jax's documents use for TPUs
+)
 HOST = "$HOST0"
 
 
@@ -78,7 +80,9 @@ def lines(found: Job, launcher: Launcher, run: str, port: int = PORT) -> list[st
     Raises:
         UsageError: what a launcher cannot do.
     """
-    return {Launcher.slurm: _slurm, Launcher.torchrun: _torchrun, Launcher.jax: _jax}[launcher](found, run, port)
+    return {Launcher.slurm: _slurm, Launcher.torchrun: _torchrun, Launcher.jax: _jax}[launcher](
+        found, run, port
+    )
 
 
 def _slurm(found: Job, run: str, port: int) -> list[str]:
@@ -112,7 +116,13 @@ def _jax(found: Job, run: str, port: int) -> list[str]:
     rows = [f"# process by process{_unnamed(found)}"]
     for number in range(found.processes):
         host, last = number // found.per_node, number == found.processes - 1
-        where = f"  # on {found.names[host]}" if found.names else f"  # on host {host}" if found.nodes > 1 else ""
+        where = (
+            f"  # on {found.names[host]}"
+            if found.names
+            else f"  # on host {host}"
+            if found.nodes > 1
+            else ""
+        )
         seat = f"--coordinator {first}:{port} --processes {found.processes} --process {number}"
         rows.append(f"{run} {seat}" + (" &" if found.nodes == 1 and not last else "") + where)
     return rows
@@ -127,13 +137,19 @@ def launch(
     plan: PlanFile,
     launcher: Annotated[Launcher, typer.Option("--with", help="What starts the processes.")],
     per_host: Annotated[int, typer.Option(help="Processes per host, which share its devices.")] = 1,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Of process 0, for torchrun and jax.")] = PORT,
-    more: Annotated[str, typer.Option("--run", help="Options of `meshwright run`: '--steps 100 --verify'.")] = "",
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Of process 0, for torchrun and jax.")
+    ] = PORT,
+    more: Annotated[
+        str, typer.Option("--run", help="Options of `meshwright run`: '--steps 100 --verify'.")
+    ] = "",
 ) -> None:
     """Print the lines that run a saved plan on the hosts of its cluster."""
     from .ir.codec import load_plan
 
-    for line in lines(job(load_plan(plan), per_host), launcher, _command(plan, shlex.split(more)), port):
+    for line in lines(
+        job(load_plan(plan), per_host), launcher, _command(plan, shlex.split(more)), port
+    ):
         say(line)
 
 

@@ -97,7 +97,9 @@ def _own(before: TextIO | None) -> tuple[TextIO, int | None]:
     except (AttributeError, OSError, ValueError):
         return before, None
     line_by_line = 1 if os.isatty(number) else -1
-    stream = os.fdopen(number, "w", line_by_line, encoding=before.encoding, errors="backslashreplace")
+    stream = os.fdopen(
+        number, "w", line_by_line, encoding=before.encoding, errors="backslashreplace"
+    )
     return stream, number
 
 

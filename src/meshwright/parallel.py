@@ -171,7 +171,9 @@ class ParallelStep:
             where = None if self.fixed else place(self.cluster, self.request)
             captured = batch_told(capture_call(call, stages), self.step, self.batch)
             same_call(captured, where, self.request, self.verify)
-            found = self.fixed or plan_once(lambda: self.find(captured, where, self.request, self._inner.name))
+            found = self.fixed or plan_once(
+                lambda: self.find(captured, where, self.request, self._inner.name)
+            )
             self._found[key] = (found, captured)
         return self._found[key]
 

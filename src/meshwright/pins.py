@@ -25,9 +25,13 @@ def request_of(pins: Sequence[str]) -> Request:
     for pin in pins:
         name, equals, value = pin.partition("=")
         if name not in PINS:
-            raise UsageError(f"`{name}` cannot be pinned.", where=f"--pin {pin}", fix=did_you_mean(name, PINS))
+            raise UsageError(
+                f"`{name}` cannot be pinned.", where=f"--pin {pin}", fix=did_you_mean(name, PINS)
+            )
         if not equals or not value:
-            raise UsageError(f"{name} is pinned to nothing.", where=f"--pin {pin}", fix=f"--pin {name}=VALUE")
+            raise UsageError(
+                f"{name} is pinned to nothing.", where=f"--pin {pin}", fix=f"--pin {name}=VALUE"
+            )
         if name in found:
             raise UsageError(f"{name} is pinned twice.", where=f"--pin {pin}", fix="one value")
         found[name] = PINS[name](value)

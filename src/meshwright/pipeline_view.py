@@ -28,7 +28,11 @@ def simulated(plan: Plan) -> Timeline:
     once = [stage.once_seconds for stage in plan.pipeline.stages]  # type: ignore[union-attr]
     run = simulate(pipeline_tasks(schedule, stages))
     tail = {rank: sum(once[s] for s in held) for rank, held in enumerate(schedule.held)}
-    updates = (Slice("update", "update", rank, COMPUTE, run.makespan, t) for rank, t in tail.items() if t > 0)
+    updates = (
+        Slice("update", "update", rank, COMPUTE, run.makespan, t)
+        for rank, t in tail.items()
+        if t > 0
+    )
     return Timeline((*Timeline.of(run).slices, *updates))
 
 
@@ -40,7 +44,9 @@ def figures(plan: Plan) -> list[dict[str, float]]:
     for rank, held in enumerate(schedule.held):
         busy, span = run.busy(rank), run.span(rank)
         peak = max(stages[s].peak_bytes for s in held)
-        found.append({"rank": rank, "busy": busy, "span": span, "idle": 1 - busy / span, "peak_bytes": peak})
+        found.append(
+            {"rank": rank, "busy": busy, "span": span, "idle": 1 - busy / span, "peak_bytes": peak}
+        )
     return found
 
 
@@ -65,11 +71,15 @@ def parts_of_step(plan: Plan) -> StepParts:
     schedule, stages = _schedule(plan), _seconds(plan)
     once = [stage.once_seconds for stage in plan.pipeline.stages]  # type: ignore[union-attr]
     run = simulate(pipeline_tasks(schedule, stages))
-    apart = simulate(pipeline_tasks(schedule, [replace(each, send=0.0, back=0.0) for each in stages]))
+    apart = simulate(
+        pipeline_tasks(schedule, [replace(each, send=0.0, back=0.0) for each in stages])
+    )
     work = [run.busy(rank) + sum(once[s] for s in held) for rank, held in enumerate(schedule.held)]
     rank = max(range(len(work)), key=work.__getitem__)
     between = [s for s in range(schedule.stages - 1) if schedule.homes[s] != schedule.homes[s + 1]]
-    sent = schedule.microbatches * sum(stages[s].send + stages[s + 1].sending("backward") for s in between)
+    sent = schedule.microbatches * sum(
+        stages[s].send + stages[s + 1].sending("backward") for s in between
+    )
     return StepParts(
         rank, run.busy(rank), work[rank] - run.busy(rank), plan.estimate.step_seconds - work[rank], sent,
         run.makespan - apart.makespan,
@@ -90,8 +100,12 @@ def both_text(plan: Plan, passes: Sequence[Passed], width: int = 96) -> str:
     for each in passes:
         found[each.step.stage, each.step.kind].append(each)
     rows = [f"{'stage':<6}{'pass':<10}{'predicted':>12}{'measured':>12}{'difference':>12}"]
-    for (stage, kind), those in sorted(found.items(), key=lambda item: (item[0][0], ORDER[item[0][1]])):
-        rows.append(_row(f"{stage:<6}{kind:<10}", stages[stage].of(schedule, those[0].step), _median(those)))
+    for (stage, kind), those in sorted(
+        found.items(), key=lambda item: (item[0][0], ORDER[item[0][1]])
+    ):
+        rows.append(
+            _row(f"{stage:<6}{kind:<10}", stages[stage].of(schedule, those[0].step), _median(those))
+        )
     ours, theirs = simulated(plan), measured(passes)
     rows.append(_row(f"{'step, passes':<16}", _last(ours), _last(theirs)))
     title = f"{schedule.name}, {schedule.stages} stages, {schedule.microbatches} microbatches"
@@ -133,7 +147,13 @@ def _seconds(plan: Plan) -> list[StageSeconds]:
     stages = plan.pipeline.stages
     before = (0.0, *(stage.send_seconds for stage in stages))
     return [
-        StageSeconds(s.forward_seconds, s.backward_seconds - s.weight_seconds, s.weight_seconds, s.send_seconds, back)
+        StageSeconds(
+            s.forward_seconds,
+            s.backward_seconds - s.weight_seconds,
+            s.weight_seconds,
+            s.send_seconds,
+            back,
+        )
         for s, back in zip(stages, before, strict=False)
     ]
 

@@ -29,10 +29,14 @@ def plan(
     optimizer: Annotated[str | None, typer.Option(help="adamw or sgd.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the computation: bf16 or f32.")] = None,
     batch_argnums: Annotated[
-        str | None, typer.Option(help="Which arguments of the step are the batch: 1,2 or x=0,mask=1 with dims.")
+        str | None,
+        typer.Option(
+            help="Which arguments of the step are the batch: 1,2 or x=0,mask=1 with dims."
+        ),
     ] = None,
     profile: Annotated[
-        Path | None, typer.Option(help="Measured figures of the cluster's devices, from `calibrate`.")
+        Path | None,
+        typer.Option(help="Measured figures of the cluster's devices, from `calibrate`."),
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Bytes per device that may be used, as in 60GiB.")
@@ -44,34 +48,50 @@ def plan(
     ] = None,
     batch_stats: Annotated[
         str | None,
-        typer.Option(help="microbatch: batch norm and the like are of each microbatch, which changes numbers."),
+        typer.Option(
+            help="microbatch: batch norm and the like are of each microbatch, which changes numbers."
+        ),
     ] = None,
     attention: Annotated[
         str, typer.Option(help="fused: one op that keeps no scores; plain: as the step writes it.")
     ] = "plain",
     pp: Annotated[
-        str, typer.Option(help="Stages of a pipeline, or auto: planned. The mesh is then that of a stage.")
+        str,
+        typer.Option(
+            help="Stages of a pipeline, or auto: planned. The mesh is then that of a stage."
+        ),
     ] = "1",
-    schedule: Annotated[str | None, typer.Option(help="Pin the schedule: 1f1b, interleaved, zb-h1, ...")] = None,
-    chunks: Annotated[int | None, typer.Option(help="Stages per rank, for interleaved; planned if not given.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Pin the schedule: 1f1b, interleaved, zb-h1, ...")
+    ] = None,
+    chunks: Annotated[
+        int | None, typer.Option(help="Stages per rank, for interleaved; planned if not given.")
+    ] = None,
     program: Annotated[
-        str | None, typer.Option(help="stages: programs of each stage; single: one for all stages, as gpipe.")
+        str | None,
+        typer.Option(help="stages: programs of each stage; single: one for all stages, as gpipe."),
     ] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds of search.")] = 60.0,
     gap: Annotated[
-        float | None, typer.Option(help="Good enough: 0.01 (the default; 0.05 with --pp) stops at a proven 1 %.")
+        float | None,
+        typer.Option(help="Good enough: 0.01 (the default; 0.05 with --pp) stops at a proven 1 %."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal plans.")] = 0,
     search: Annotated[
-        str, typer.Option(help="exact, or mcmc: FlexFlow's search, for comparison; it proves nothing.")
+        str,
+        typer.Option(help="exact, or mcmc: FlexFlow's search, for comparison; it proves nothing."),
     ] = "exact",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to save; MODEL.plan.json if not given.")
+        Path | None,
+        typer.Option("--output", "-o", help="Where to save; MODEL.plan.json if not given."),
     ] = None,
     frontier: Annotated[
-        Path | None, typer.Option(help="Save what `replan` needs when devices are lost or gained; with --pp.")
+        Path | None,
+        typer.Option(help="Save what `replan` needs when devices are lost or gained; with --pp."),
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Print all rows of every table.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Print all rows of every table.")
+    ] = False,
     format: FormatOption = Format.text,
 ) -> None:
     """Plan a training step for a cluster, print the plan and save it.

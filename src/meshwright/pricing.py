@@ -25,9 +25,13 @@ MOST_RUNS = 1_000_000  # of stages over microbatches
 TRACED = 4  # layers of the model that is traced: a first, a repeated pair, a last
 PRODUCTS: dict[str, str | None] = {"bf16": None, "fp8": "f8e4m3fn"}
 RECOMPUTE: dict[str, Policy] = {
-    "none": "fused", "selective": "fused-selective", "alternate": "fused-alternate", "full": "fused-full",
+    "none": "fused",
+    "selective": "fused-selective",
+    "alternate": "fused-alternate",
+    "full": "fused-full",
     # as XLA does it, which drops what nobody reads: keep products with weights, or only what blocks hand on
-    "dots": "selective", "blocks": "full",
+    "dots": "selective",
+    "blocks": "full",
 }
 
 
@@ -48,10 +52,16 @@ class Experts:
     def __post_init__(self) -> None:
         for name in ("count", "choices", "hidden"):
             if getattr(self, name) < 1:
-                raise UsageError(f"{name} of experts cannot be {getattr(self, name)}.", where=name, fix="1 or more")
+                raise UsageError(
+                    f"{name} of experts cannot be {getattr(self, name)}.",
+                    where=name,
+                    fix="1 or more",
+                )
         if self.choices > self.count:
             raise UsageError(
-                f"{self.choices} choices are more than {self.count} experts.", where="choices", fix="fewer choices"
+                f"{self.choices} choices are more than {self.count} experts.",
+                where="choices",
+                fix="fewer choices",
             )
 
 
@@ -88,7 +98,9 @@ class Shape:
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
-            raise UsageError(f"family `{self.family}` is not known.", fix=did_you_mean(self.family, FAMILIES))
+            raise UsageError(
+                f"family `{self.family}` is not known.", fix=did_you_mean(self.family, FAMILIES)
+            )
         if (self.experts is None) != (self.family in ("gpt", "llama")):
             raise UsageError(
                 f"a {self.family} has {'experts' if self.experts is None else 'no experts'}.",
@@ -100,7 +112,9 @@ class Shape:
                 raise UsageError(f"{name} cannot be {value}.", where=name, fix="1 or more")
         if self.head_dim is not None and self.experts is not None:
             raise UsageError(
-                f"heads of {self.head_dim} cannot be asked of a {self.family}.", where="head_dim", fix="gpt or llama"
+                f"heads of {self.head_dim} cannot be asked of a {self.family}.",
+                where="head_dim",
+                fix="gpt or llama",
             )
         if not 0 <= self.dropout < 1 or (self.dropout and self.family != "gpt"):
             raise UsageError(
@@ -138,17 +152,37 @@ def shape_of(model: str, seq: int | None = None, layers: int | None = None) -> S
     if model in gpt.CONFIGS:
         g = gpt.CONFIGS[model]
         depth, length = g.layers if layers is None else layers, g.seq if seq is None else seq
-        return Shape("gpt", depth, g.width, g.heads, g.heads, g.hidden or 4 * g.width, g.vocab, length, g.head_dim)
+        return Shape(
+            "gpt",
+            depth,
+            g.width,
+            g.heads,
+            g.heads,
+            g.hidden or 4 * g.width,
+            g.vocab,
+            length,
+            g.head_dim,
+        )
     if model in llama.CONFIGS:
         c = llama.CONFIGS[model]
         depth, length = c.layers if layers is None else layers, c.seq if seq is None else seq
-        return Shape("llama", depth, c.width, c.heads, c.kv_heads, c.hidden, c.vocab, length, c.head_dim)
+        return Shape(
+            "llama", depth, c.width, c.heads, c.kv_heads, c.hidden, c.vocab, length, c.head_dim
+        )
     if model in mixtral.CONFIGS:
         m = mixtral.CONFIGS[model]
         depth, length = m.layers if layers is None else layers, m.seq if seq is None else seq
         experts = Experts(m.experts, m.choices, m.hidden)
         return Shape(
-            "mixtral", depth, m.width, m.heads, m.kv_heads, m.hidden, m.vocab, length, experts=experts
+            "mixtral",
+            depth,
+            m.width,
+            m.heads,
+            m.kv_heads,
+            m.hidden,
+            m.vocab,
+            length,
+            experts=experts,
         )
     if model in deepseek.CONFIGS:
         d = deepseek.CONFIGS[model]
@@ -156,7 +190,16 @@ def shape_of(model: str, seq: int | None = None, layers: int | None = None) -> S
         experts = Experts(d.experts, d.choices, d.expert_hidden, d.shared_hidden, d.dense)
         latent = Latent(d.query_latent, d.latent, d.head, d.rotary)
         return Shape(
-            "deepseek", depth, d.width, d.heads, d.heads, d.hidden, d.vocab, length, experts=experts, latent=latent
+            "deepseek",
+            depth,
+            d.width,
+            d.heads,
+            d.heads,
+            d.hidden,
+            d.vocab,
+            length,
+            experts=experts,
+            latent=latent,
         )
     known = [*gpt.CONFIGS, *llama.CONFIGS, *mixtral.CONFIGS, *deepseek.CONFIGS]
     raise UsageError(f"`{model}` is no decoder of the zoo.", fix=did_you_mean(model, known))
@@ -172,8 +215,12 @@ class Setting:
     overlap: frozenset[str] = frozenset()
     reduce_in_fp32: bool = True
     fused_accumulation: bool = True  # products add weight gradients to the step's sum themselves
-    gathers: str = "bf16"  # what activations and ZeRO-3's parameters are gathered in, where products read them
-    fusion: Fusion = "all"  # what a compiler fuses: PyTorch run eagerly "none", only layers compiled "layers"
+    gathers: str = (
+        "bf16"  # what activations and ZeRO-3's parameters are gathered in, where products read them
+    )
+    fusion: Fusion = (
+        "all"  # what a compiler fuses: PyTorch run eagerly "none", only layers compiled "layers"
+    )
 
     def __post_init__(self) -> None:
         if self.recompute not in RECOMPUTE:
@@ -188,7 +235,9 @@ class Setting:
             )  # fmt: skip
         if self.products not in PRODUCTS:
             raise PlanError(
-                f"products cannot be `{self.products}`.", where="products", fix=did_you_mean(self.products, PRODUCTS)
+                f"products cannot be `{self.products}`.",
+                where="products",
+                fix=did_you_mean(self.products, PRODUCTS),
             )
 
 
@@ -200,7 +249,9 @@ def overlaps(text: str) -> frozenset[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in OVERLAPS:
-            raise PlanError(f"overlap cannot be `{name}`.", where="overlap", fix=did_you_mean(name, OVERLAPS))
+            raise PlanError(
+                f"overlap cannot be `{name}`.", where="overlap", fix=did_you_mean(name, OVERLAPS)
+            )
     return frozenset(names)
 
 
@@ -236,7 +287,13 @@ def check_batch(global_batch: int, microbatch: int) -> None:
 
 
 def price_job(
-    shape: Shape, parallelism: Parallelism, cluster: Cluster, *, global_batch: int, microbatch: int, setting: Setting
+    shape: Shape,
+    parallelism: Parallelism,
+    cluster: Cluster,
+    *,
+    global_batch: int,
+    microbatch: int,
+    setting: Setting,
 ) -> Price:
     """Price one step of `global_batch` sequences.
 
@@ -263,13 +320,16 @@ def price_job(
     if runs > MOST_RUNS:
         raise PlanError(
             f"{runs:.3g} runs of stages are more than is simulated.",
-            where="global batch", fix="a larger microbatch, or fewer sequences: steps with so many repeat themselves",
+            where="global batch",
+            fix="a larger microbatch, or fewer sequences: steps with so many repeat themselves",
         )
     if parallelism.dp * parallelism.cp == 1 or parallelism.shard_group == 1:
         parallelism = replace(parallelism, zero=0, shard_group=None)  # nobody to share with
     shape = _divided(shape, parallelism)
     lead = shape.experts.dense if shape.experts else 0
-    traced = replace(shape, layers=lead + max(TRACED, lead + 2))  # leading layers never look like the others
+    traced = replace(
+        shape, layers=lead + max(TRACED, lead + 2)
+    )  # leading layers never look like the others
     stage = replace(parallelism, pp=1, vpp=1, lean_ends=False)
     parts = _parts(traced, microbatch, stage, setting, _Known(cluster))
     job = Job(
@@ -290,7 +350,11 @@ def _divided(shape: Shape, parallelism: Parallelism) -> Shape:
     """
     tp, cp, ep = parallelism.tp, parallelism.cp, parallelism.ep
     if ep > 1 and shape.experts is None:
-        raise PlanError(f"ep is {ep}, but the model has no experts.", where="ep", fix="1, or a mixture of experts")
+        raise PlanError(
+            f"ep is {ep}, but the model has no experts.",
+            where="ep",
+            fix="1, or a mixture of experts",
+        )
     cuts = cp * (tp if parallelism.sequence_parallel else 1)
     for what, size, ways in (
         ("heads", shape.heads, tp), ("key-value heads", shape.kv_heads, tp), ("feed-forward", shape.ffn, tp),
@@ -298,9 +362,13 @@ def _divided(shape: Shape, parallelism: Parallelism) -> Shape:
         *((("key-value heads", shape.kv_heads, tp * cp),) if parallelism.cp_kind == "a2a" else ()),
     ):  # fmt: skip
         if size % ways:
-            name = {"positions": "cp and sequence parallelism", "experts": "ep"}.get(what, "tp or cp by a2a")
+            name = {"positions": "cp and sequence parallelism", "experts": "ep"}.get(
+                what, "tp or cp by a2a"
+            )
             raise PlanError(
-                f"{size} {what} cannot be cut {ways} ways.", where=name, fix=f"a {name} that divides {size}"
+                f"{size} {what} cannot be cut {ways} ways.",
+                where=name,
+                fix=f"a {name} that divides {size}",
             )
     each = 128 * tp
     return replace(shape, vocab=-(-shape.vocab // each) * each) if shape.vocab % tp else shape
@@ -318,7 +386,9 @@ class _Known:
 
 
 @lru_cache(maxsize=256)
-def _parts(shape: Shape, microbatch: int, parallelism: Parallelism, setting: Setting, known: _Known) -> Parts:
+def _parts(
+    shape: Shape, microbatch: int, parallelism: Parallelism, setting: Setting, known: _Known
+) -> Parts:
     """What one stage without a pipeline costs, for a model of few layers."""
     policy = RECOMPUTE[setting.recompute]
     if setting.fusion == "none" and policy == "fused":
@@ -327,9 +397,15 @@ def _parts(shape: Shape, microbatch: int, parallelism: Parallelism, setting: Set
         policy = "fused-selective"  # fused attention keeps no scores to begin with
     program = _program(shape, microbatch * parallelism.dp, policy)
     cost = Roofline(
-        known.cluster, setting.fused_attention, setting.fusion, PRODUCTS[setting.products], redone_inside=True
+        known.cluster,
+        setting.fused_attention,
+        setting.fusion,
+        PRODUCTS[setting.products],
+        redone_inside=True,
     )
-    return parts_of(program, shape.layers - (shape.experts.dense if shape.experts else 0), parallelism, cost)
+    return parts_of(
+        program, shape.layers - (shape.experts.dense if shape.experts else 0), parallelism, cost
+    )
 
 
 @lru_cache(maxsize=64)

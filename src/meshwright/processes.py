@@ -29,7 +29,10 @@ SLACK = 30  # seconds by which our clock ends before jax's own, which aborts
 
 
 def connect(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None, devices: int = 1
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    devices: int = 1,
 ) -> None:
     """Join the other processes of this run, before jax is first used.
 
@@ -79,7 +82,9 @@ def join(found: Seat, devices: int) -> None:
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0]
         if "before" in first or "once" in first:
-            raise LoweringError("jax is in use already.", origin=first, fix="mw.connect() first of all") from error
+            raise LoweringError(
+                "jax is in use already.", origin=first, fix="mw.connect() first of all"
+            ) from error
         raise _nobody(found, first) from error
     agree("the software", software)
 
@@ -91,7 +96,9 @@ def _check_port(found: Seat) -> None:
     port = int(found.coordinator.rpartition(":")[2])
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     try:
-        socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+        socket.create_server(
+            ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6
+        ).close()
     except OSError as error:
         raise ProcessError(
             f"process 0 cannot listen at {found.coordinator}: {error.strerror or error}.",
@@ -135,7 +142,9 @@ def _explain_aborts(found: Seat) -> None:
 _handlers: list[object] = []  # C holds on to them, and Python must
 
 
-def take_devices(plan: Plan, emulated: bool, place: Seat | None = None, deadline: float | None = None) -> None:
+def take_devices(
+    plan: Plan, emulated: bool, place: Seat | None = None, deadline: float | None = None
+) -> None:
     """For the command line: this process's devices, emulated where that is asked for or the plan is for CPUs,
     and the other processes if there are any."""
     if deadline is not None:

@@ -40,7 +40,9 @@ class Made:
     def capture(self, stages: bool = False) -> Captured:
         """Trace it; the state (first argument) is donated, as training loops do. `stages` as for `Options.capture`."""
         told = self.recipe.get("batch_argnums")
-        return batch_told(self._captured(stages), self.step, None if told is None else parse_batch_args(str(told)))
+        return batch_told(
+            self._captured(stages), self.step, None if told is None else parse_batch_args(str(told))
+        )
 
     def _captured(self, stages: bool) -> Captured:
         options = Options(donate_argnums=(0,))
@@ -63,7 +65,9 @@ def make(recipe: Recipe) -> Made:
     Raises:
         UsageError: no such model, option, file or function.
     """
-    options = {name: value for name, value in recipe.items() if name not in ("model", "batch_argnums")}
+    options = {
+        name: value for name, value in recipe.items() if name not in ("model", "batch_argnums")
+    }
     if "model" not in recipe:
         raise UsageError(
             "the plan's recipe names no model.", fix="plan again; plans are not edited by hand"
@@ -93,7 +97,11 @@ def _from_file(model: str, options: Mapping[str, Any], recipe: Recipe) -> Made:
     function = getattr(_module(Path(path)), name, None)
     if not callable(function):
         raise UsageError(f"{path:.200} has no function `{name:.60}`.", fix="FILE.py:FUNCTION")
-    with _blamed(f"`{name}()` failed", Path(path), "a function without arguments that returns (step, state, batch)"):
+    with _blamed(
+        f"`{name}()` failed",
+        Path(path),
+        "a function without arguments that returns (step, state, batch)",
+    ):
         found: Any = function()
     if isinstance(found, tuple) and len(found) > 1 and callable(found[0]):
         return Made(name, found[0], tuple(found[1:]), recipe)
@@ -115,7 +123,9 @@ def _blamed(what: str, path: Path, fix: str) -> Iterator[None]:
         raise
     except BaseException as error:
         text = f"{type(error).__name__}: {_text(error):.500}"
-        raise UsageError(f"{what}: {text}.", where=_line_in(error, path) or str(path), fix=fix) from error
+        raise UsageError(
+            f"{what}: {text}.", where=_line_in(error, path) or str(path), fix=fix
+        ) from error
 
 
 def _text(error: BaseException) -> str:
@@ -141,7 +151,9 @@ def _module(path: Path) -> Any:
     read_bytes(path, FILE)
     known = getattr(sys.modules.get(path.stem), "__file__", str(path)) or ""
     taken = path.stem in sys.stdlib_module_names or Path(known) != path
-    name = f"_{path.stem}_of_the_user" if taken else path.stem  # its own name may be that of what others import
+    name = (
+        f"_{path.stem}_of_the_user" if taken else path.stem
+    )  # its own name may be that of what others import
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

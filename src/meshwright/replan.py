@@ -18,11 +18,16 @@ from .output import say
 def replan(
     frontier: Annotated[Path, typer.Argument(help="What `meshwright plan --frontier` saved.")],
     cluster: Annotated[str, typer.Option(help="What there is now, as for `plan`.")],
-    profile: Annotated[Path | None, typer.Option(help="Measured figures of the cluster's devices.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to save; MODEL.plan.json if not given.")
+    profile: Annotated[
+        Path | None, typer.Option(help="Measured figures of the cluster's devices.")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Print all rows of every table.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where to save; MODEL.plan.json if not given."),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Print all rows of every table.")
+    ] = False,
     format: FormatOption = Format.text,
 ) -> None:
     """Plan the same step for another number of devices, in seconds.

@@ -19,32 +19,45 @@ from .plan_cli import searched
 
 @app.command()
 def run(
-    plan: Annotated[Path | None, typer.Argument(help="A plan written by `meshwright plan`, or --model.")] = None,
-    model: Annotated[str | None, typer.Option(help="Plan this model here instead of reading a plan.")] = None,
+    plan: Annotated[
+        Path | None, typer.Argument(help="A plan written by `meshwright plan`, or --model.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Plan this model here instead of reading a plan.")
+    ] = None,
     devices: Annotated[int, typer.Option(min=1, help="With --model: emulated CPU devices.")] = 8,
     pin: Annotated[
-        list[str] | None, typer.Option(help="With --model: pp=4, schedule=zb-h1, microbatches=8, mesh=4x2, ...")
+        list[str] | None,
+        typer.Option(help="With --model: pp=4, schedule=zb-h1, microbatches=8, mesh=4x2, ..."),
     ] = None,
-    global_batch: Annotated[int | None, typer.Option(help="With --model: examples per step.")] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(help="With --model: examples per step.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="How many steps to train.")] = 10,
-    data: Annotated[
-        Path | None, typer.Option(help="Text to train a byte-level model on.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Text to train a byte-level model on.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare the first step with the unsharded step.")
     ] = False,
     emulate: Emulate = False,
     seed: Annotated[int, typer.Option(help="Of initial parameters and batches.")] = 0,
     coordinator: Annotated[
-        str | None, typer.Option(help="host:port of process 0, where the environment does not say it.")
+        str | None,
+        typer.Option(help="host:port of process 0, where the environment does not say it."),
     ] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="With --coordinator: how many processes run.")] = None,
-    process: Annotated[int | None, typer.Option(min=0, help="With --coordinator: which of them this is.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="With --coordinator: how many processes run.")
+    ] = None,
+    process: Annotated[
+        int | None, typer.Option(min=0, help="With --coordinator: which of them this is.")
+    ] = None,
     deadline: Annotated[
         float | None, typer.Option(help="Seconds that one wait for another process may take; 600.")
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Write the timeline of a pipeline, simulated and measured, for Perfetto.")
+        Path | None,
+        typer.Option(
+            help="Write the timeline of a pipeline, simulated and measured, for Perfetto."
+        ),
     ] = None,
     format: FormatOption = Format.text,
 ) -> None:
@@ -70,9 +83,14 @@ def run(
         found = load_plan(plan)
         place = seat(coordinator, processes, process)
         take_devices(found, emulate, place, deadline)
-        same_command(found, {"steps": steps, "seed": seed, "verify": verify, "emulate": emulate}, data)
+        same_command(
+            found, {"steps": steps, "seed": seed, "verify": verify, "emulate": emulate}, data
+        )
     else:
-        raise UsageError("a plan or --model is needed; --pin and --global-batch go with --model.", fix="one of them")
+        raise UsageError(
+            "a plan or --model is needed; --pin and --global-batch go with --model.",
+            fix="one of them",
+        )
     with _running(found):
         trained = train(found, _made(found), steps, data, verify, seed)
     show(found, trained, trace, format is Format.json)
@@ -106,7 +124,9 @@ def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> 
         request = replace(request, program="stages")  # whose passes have a timeline to show
     emulate(devices)
     recipe = {"model": model, **({} if batch is None else {"batch": batch})}
-    found = searched(make(recipe), Cluster.parse(f"{devices}xcpu"), request).model_copy(update={"recipe": recipe})
+    found = searched(make(recipe), Cluster.parse(f"{devices}xcpu"), request).model_copy(
+        update={"recipe": recipe}
+    )
     check_room(found, devices)
     print(plan_head(found), file=sys.stderr)
     return found
@@ -141,7 +161,9 @@ def audit(
         devices = topology_devices(topology, found.cluster)
     made = _made(found)
     with _running(found):
-        report = RunningStep(lower(found, made.capture(found.pipeline is not None), devices)).audit()
+        report = RunningStep(
+            lower(found, made.capture(found.pipeline is not None), devices)
+        ).audit()
     if format is Format.json:
         lines = [{**asdict(line), "difference": finite(line.difference)} for line in report.lines]
         totals = {
@@ -150,7 +172,11 @@ def audit(
             "compiled_peak": report.compiled_peak, "compiled_parts": report.parts, "limit": report.limit,
         }  # fmt: skip
         full, ranks = report.fullest, [*map(asdict, report.ranks)]
-        say(json.dumps(totals | ({"fullest_rank": full[0].rank, "ranks": ranks} if full else {}), indent=1))
+        say(
+            json.dumps(
+                totals | ({"fullest_rank": full[0].rank, "ranks": ranks} if full else {}), indent=1
+            )
+        )
     else:
         say(audit_text(report))
     if report.compiled_peak > report.limit:

@@ -91,7 +91,9 @@ class RunningStep:
     def _tree(self, results: Sequence[Any]) -> Any:
         apart, avals = self.lowered.apart, self.lowered.captured.binding.out_avals
         found = weakened(results, avals)
-        return jax.tree.unflatten(self.binding.out_tree, found if apart is None else apart.together(found))
+        return jax.tree.unflatten(
+            self.binding.out_tree, found if apart is None else apart.together(found)
+        )
 
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Leaves as the program takes them: the state before the first run, where later runs will find it,

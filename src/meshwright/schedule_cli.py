@@ -17,30 +17,49 @@ from .output import say
 def schedule(
     name: Annotated[
         str | None,
-        typer.Argument(help="1f1b, zb-h1, zbv, ...; a CSV file of torch's pipelining; `search`; nothing lists all."),
+        typer.Argument(
+            help="1f1b, zb-h1, zbv, ...; a CSV file of torch's pipelining; `search`; nothing lists all."
+        ),
     ] = None,
-    stages: Annotated[int | None, typer.Option("--stages", "--pp", help="Ranks; each holds --chunks stages.")] = None,
+    stages: Annotated[
+        int | None, typer.Option("--stages", "--pp", help="Ranks; each holds --chunks stages.")
+    ] = None,
     microbatches: Annotated[int | None, typer.Option(help="Microbatches per step.")] = None,
-    chunks: Annotated[int | None, typer.Option(help="Stages per rank, where the schedule takes any.")] = None,
+    chunks: Annotated[
+        int | None, typer.Option(help="Stages per rank, where the schedule takes any.")
+    ] = None,
     forward: Annotated[
-        str, typer.Option(help="Seconds of a microbatch's forward pass on a rank: 1, 5ms, or per stage 5ms,6ms,...")
+        str,
+        typer.Option(
+            help="Seconds of a microbatch's forward pass on a rank: 1, 5ms, or per stage 5ms,6ms,..."
+        ),
     ] = "1",
     backward: Annotated[str, typer.Option(help="Of its gradients of inputs.")] = "1",
     weight: Annotated[str, typer.Option(help="Of its gradients of weights.")] = "1",
-    send: Annotated[str, typer.Option(help="Of sending its result to the next stage, or back.")] = "0",
+    send: Annotated[
+        str, typer.Option(help="Of sending its result to the next stage, or back.")
+    ] = "0",
     memory_limit: Annotated[
         str | None, typer.Option(help="Per rank: a number of microbatches, or bytes with --held.")
     ] = None,
     held: Annotated[
-        str | None, typer.Option(help="Bytes that a microbatch's forward pass leaves on a rank, or per stage.")
+        str | None,
+        typer.Option(help="Bytes that a microbatch's forward pass leaves on a rank, or per stage."),
     ] = None,
-    kept: Annotated[float, typer.Option(help="Share of it that waits for gradients of weights.")] = 1.0,
+    kept: Annotated[
+        float, typer.Option(help="Share of it that waits for gradients of weights.")
+    ] = 1.0,
     static: Annotated[str, typer.Option(help="Of the limit, what a rank always holds.")] = "0",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the passes as CSV for torch's pipelining.")
+        Path | None,
+        typer.Option("--output", "-o", help="Write the passes as CSV for torch's pipelining."),
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Write the timeline for Perfetto (ui.perfetto.dev).")] = None,
-    width: Annotated[int, typer.Option(min=8, max=1000, help="Of the timeline, in characters.")] = 96,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the timeline for Perfetto (ui.perfetto.dev).")
+    ] = None,
+    width: Annotated[
+        int, typer.Option(min=8, max=1000, help="Of the timeline, in characters.")
+    ] = 96,
     format: FormatOption = Format.text,
 ) -> None:
     """Simulate a pipeline schedule: timeline, makespan, span, idle times and memory of each rank.

@@ -37,14 +37,26 @@ def closed_form(found: Study) -> dict[str, Any] | None:
         return None
     run = found.run
     ranks = range(found.schedule.ranks)
-    simulated = max(run.idle(r) if idle.of == "makespan" else run.span(r) - run.busy(r) for r in ranks)
-    return {"formula": idle.formula, "of": idle.of, "seconds": idle.seconds(case), "simulated": simulated}
+    simulated = max(
+        run.idle(r) if idle.of == "makespan" else run.span(r) - run.busy(r) for r in ranks
+    )
+    return {
+        "formula": idle.formula,
+        "of": idle.of,
+        "seconds": idle.seconds(case),
+        "simulated": simulated,
+    }
 
 
 def data(found: Study) -> dict[str, Any]:
     """For programs: seconds; memory in bytes with --held, else in microbatches."""
     s = found.schedule
-    known = {"schedule": s.name, "ranks": s.ranks, "stages": s.stages, "microbatches": s.microbatches}
+    known = {
+        "schedule": s.name,
+        "ranks": s.ranks,
+        "stages": s.stages,
+        "microbatches": s.microbatches,
+    }
     result: dict[str, Any] = known | {"makespan": found.run.makespan, "per_rank": rows(found)}
     if found.searched:
         result |= {"lower_bound": found.searched.lower_bound, "tried": found.searched.tried}
@@ -54,10 +66,17 @@ def data(found: Study) -> dict[str, Any]:
 def text(found: Study, width: int = 96) -> str:
     s, run = found.schedule, found.run
     lines = [f"{s.name}: {s.ranks} ranks, {s.stages} stages, {s.microbatches} microbatches"]
-    lines += [found.timeline.text(width), "F forward, B backward, W gradients of weights, X two at once, . idle", ""]
+    lines += [
+        found.timeline.text(width),
+        "F forward, B backward, W gradients of weights, X two at once, . idle",
+        "",
+    ]
     lines.append(f"makespan     {format_seconds(run.makespan)}{_searched(found.searched)}")
     lines += _closed(found)
-    lines += ["", f"{'rank':<6}{'stages':<12}{'busy':>10}{'span':>10}{'idle':>8}{'in span':>9}  most held"]
+    lines += [
+        "",
+        f"{'rank':<6}{'stages':<12}{'busy':>10}{'span':>10}{'idle':>8}{'in span':>9}  most held",
+    ]
     for row in rows(found):
         stages = ", ".join(map(str, row["stages"]))
         lines.append(
@@ -87,7 +106,10 @@ def _closed(found: Study) -> list[str]:
         where = " and ".join(filter(None, ["equal stages, no transfers", idle.where]))
         return [f"closed form  idle {idle.formula} of the {idle.of}, for {where}: not here", peak]
     value, simulated = format_seconds(form["seconds"]), format_seconds(form["simulated"])
-    return [f"closed form  idle {idle.formula} of the {idle.of}: {value}; simulated {simulated}", peak]
+    return [
+        f"closed form  idle {idle.formula} of the {idle.of}: {value}; simulated {simulated}",
+        peak,
+    ]
 
 
 def catalogue() -> list[dict[str, str]]:
@@ -111,7 +133,9 @@ def _paper(form: Form) -> str:
 def catalogue_text() -> str:
     lines = [f"{'schedule':<25}{'chunks':<8}{'idle':<34}{'holds at most':<21}source"]
     for each in catalogue():
-        lines.append(f"{each['name']:<25}{each['chunks']:<8}{each['idle']:<34}{each['holds']:<21}{each['source']}")
+        lines.append(
+            f"{each['name']:<25}{each['chunks']:<8}{each['idle']:<34}{each['holds']:<21}{each['source']}"
+        )
     return "\n".join([
         *lines, "",
         "p ranks, m microbatches, v chunks; F, B, W seconds of a rank's passes, T their sum.",

@@ -83,7 +83,10 @@ class Study:
     def peaks(self) -> list[float]:
         """Per rank, the most that it holds, what it always holds included."""
         s, held = self.schedule, self.held
-        return [peak_held(s, r, held.forward, held.kept) + static for r, static in enumerate(held.static)]
+        return [
+            peak_held(s, r, held.forward, held.kept) + static
+            for r, static in enumerate(held.static)
+        ]
 
     @property
     def chunks(self) -> int:
@@ -96,7 +99,9 @@ class Study:
         if first.send or first.back or any(each != first for each in self.stages):
             return None
         s, v = self.schedule, self.chunks
-        return Case(s.ranks, s.microbatches, v, first.forward * v, first.backward * v, first.weight * v)
+        return Case(
+            s.ranks, s.microbatches, v, first.forward * v, first.backward * v, first.weight * v
+        )
 
     def check_limit(self) -> None:
         """
@@ -148,7 +153,11 @@ def _is_file(name: str) -> bool:
 
 def _read(name: str, size: Size) -> Schedule:
     found = from_torch_csv(read_text(name, FILE), Path(name).stem)
-    said = {"--stages": found.ranks, "--microbatches": found.microbatches, "--chunks": found.stages // found.ranks}
+    said = {
+        "--stages": found.ranks,
+        "--microbatches": found.microbatches,
+        "--chunks": found.stages // found.ranks,
+    }
     asked = (size.ranks, size.microbatches, size.chunks)
     for (option, there), here in zip(said.items(), asked, strict=True):
         if here not in (None, there):
@@ -166,7 +175,9 @@ def _whole(size: Size) -> tuple[int, int, int]:
     """Ranks, microbatches, stages per rank."""
     if size.ranks is None or size.microbatches is None:
         raise UsageError(
-            "a schedule needs its size.", where="--stages, --microbatches", fix="--stages 4 --microbatches 8"
+            "a schedule needs its size.",
+            where="--stages, --microbatches",
+            fix="--stages 4 --microbatches 8",
         )
     found = (size.ranks, size.microbatches, 1 if size.chunks is None else size.chunks)
     for option, count in zip(("--stages", "--microbatches", "--chunks"), found, strict=True):
@@ -191,7 +202,9 @@ def _stage_seconds(seconds: Seconds, stages: int, ranks: int) -> list[StageSecon
     )
     send = _per_stage("--send", seconds.send, _seconds, stages, 1.0)
     if not any([*forward, *backward, *weight]):
-        raise UsageError("no pass takes any time.", where="--forward, --backward, --weight", fix="1 each, or 5ms")
+        raise UsageError(
+            "no pass takes any time.", where="--forward, --backward, --weight", fix="1 each, or 5ms"
+        )
     return [StageSeconds(*each) for each in zip(forward, backward, weight, send, strict=True)]
 
 
@@ -213,16 +226,24 @@ def _held(memory: Memory, stages: int, ranks: int, microbatches: int) -> Held:
     return Held(forward, [memory.kept * each for each in forward], limits, static)
 
 
-def _per_stage(option: str, text: str, parse: Callable[[str], float], many: int, part: float) -> list[float]:
+def _per_stage(
+    option: str, text: str, parse: Callable[[str], float], many: int, part: float
+) -> list[float]:
     """One value for all, of which each takes `part`; or as many as there are."""
     try:
         values = [float(parse(word.strip())) for word in text.split(",")]
     except UsageError as error:
         raise UsageError.at(error, option, None) from error
     if any(value < 0 or value == float("inf") or value != value for value in values):
-        raise UsageError(f"`{text}` is less than nothing, or no number.", where=option, fix="0 or more")
+        raise UsageError(
+            f"`{text}` is less than nothing, or no number.", where=option, fix="0 or more"
+        )
     if len(values) not in (1, many):
-        raise UsageError(f"{len(values)} values for {many}.", where=option, fix=f"one value, or {many} with commas")
+        raise UsageError(
+            f"{len(values)} values for {many}.",
+            where=option,
+            fix=f"one value, or {many} with commas",
+        )
     return values if len(values) > 1 else [values[0] * part] * many
 
 
@@ -237,7 +258,9 @@ def _count(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise UsageError(f"`{text}` is no number of microbatches.", fix="a number, or --held for bytes") from None
+        raise UsageError(
+            f"`{text}` is no number of microbatches.", fix="a number, or --held for bytes"
+        ) from None
 
 
 def _zero_or(parse: Callable[[str], float]) -> Callable[[str], float]:

@@ -17,7 +17,10 @@ from .ir.errors import UsageError
 from .ir.host_lists import hosts_in
 from .ir.units import parse_count
 
-PORTS, LEAST_PORT = 4096, 61440  # of slurm jobs, by their number: above the ports that systems hand out
+PORTS, LEAST_PORT = (
+    4096,
+    61440,
+)  # of slurm jobs, by their number: above the ports that systems hand out
 MOST = 1_000_000  # processes
 JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 TORCHRUN = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -57,7 +60,11 @@ def seat(
             )
         return _checked(Seat(coordinator or "", processes or 0, process or 0), "what was given")
     by_jax, by_torchrun = _of_jax(env), _of_torchrun(env)
-    if by_jax and by_torchrun and (by_jax.processes, by_jax.process) != (by_torchrun.processes, by_torchrun.process):
+    if (
+        by_jax
+        and by_torchrun
+        and (by_jax.processes, by_jax.process) != (by_torchrun.processes, by_torchrun.process)
+    ):
         raise UsageError(
             f"jax's variables say process {by_jax.process} of {by_jax.processes}, torchrun's say process"
             f" {by_torchrun.process} of {by_torchrun.processes}.", where="environment", fix="unset those of one",
@@ -83,8 +90,12 @@ def _of_torchrun(env: Mapping[str, str]) -> Seat | None:
     _complete(env, TORCHRUN, "torchrun's variables")
     count, number, port = (_int(env[name], name) for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"))
     port += env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun itself listens there
-    local, beside = (_int(env.get(n, d), n) for n, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
-    return _checked(Seat(f"{env['MASTER_ADDR']}:{port}", count, number, local, beside), "torchrun's variables")
+    local, beside = (
+        _int(env.get(n, d), n) for n, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+    )
+    return _checked(
+        Seat(f"{env['MASTER_ADDR']}:{port}", count, number, local, beside), "torchrun's variables"
+    )
 
 
 def _of_slurm(env: Mapping[str, str]) -> Seat | None:
@@ -96,9 +107,17 @@ def _of_slurm(env: Mapping[str, str]) -> Seat | None:
         _int(env[name], name) for name in (*SLURM[:4], "SLURM_STEP_NUM_NODES")
     )
     if not 1 <= nodes <= count:
-        raise UsageError(f"{count} tasks do not fill {nodes} nodes.", where="SLURM_STEP_NUM_NODES", fix="srun")
+        raise UsageError(
+            f"{count} tasks do not fill {nodes} nodes.", where="SLURM_STEP_NUM_NODES", fix="srun"
+        )
     return _checked(
-        Seat(f"{first_host(env[SLURM[4]])}:{LEAST_PORT + job % PORTS}", count, number, local, max(1, count // nodes)),
+        Seat(
+            f"{first_host(env[SLURM[4]])}:{LEAST_PORT + job % PORTS}",
+            count,
+            number,
+            local,
+            max(1, count // nodes),
+        ),
         "slurm's variables",
     )
 
@@ -106,7 +125,9 @@ def _of_slurm(env: Mapping[str, str]) -> Seat | None:
 def _not_of_mpi(env: Mapping[str, str]) -> None:
     """Processes that mpirun started are not alone, and it names no coordinator."""
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if env.get(name, "1").strip() not in ("", "0", "1") and not any(env.get(each) == "1" for each in ALONE):
+        if env.get(name, "1").strip() not in ("", "0", "1") and not any(
+            env.get(each) == "1" for each in ALONE
+        ):
             raise UsageError(
                 f"mpirun started {env[name]:.20} processes, and does not say where they meet.", where=name,
                 fix="--coordinator, --processes and --process, or srun, torchrun or jax's variables",
@@ -149,7 +170,9 @@ def _checked(found: Seat, where: str) -> Seat:
         )  # fmt: skip
     address = re.fullmatch(r"(\S+):([0-9]{1,5})", found.coordinator)
     if address is None or not 0 < int(address[2]) < 65536:
-        raise UsageError(f"`{found.coordinator:.80}` is no address.", where=where, fix="host:port of process 0")
+        raise UsageError(
+            f"`{found.coordinator:.80}` is no address.", where=where, fix="host:port of process 0"
+        )
     return found
 
 

@@ -49,11 +49,17 @@ def read_text(path: Path | None) -> Text:
     if path is None:
         return own_sources()
     if not is_file(path) or path.stat().st_size == 0:
-        raise UsageError(f"{path!s:.200} cannot be read.", where="--data", fix="an ordinary file that is not empty")
+        raise UsageError(
+            f"{path!s:.200} cannot be read.",
+            where="--data",
+            fix="an ordinary file that is not empty",
+        )
     try:
         return Text(np.memmap(path, np.uint8, "r"), str(path))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}.", where="--data", fix="a readable file") from error
+        raise UsageError(
+            f"{path} cannot be read: {error}.", where="--data", fix="a readable file"
+        ) from error
 
 
 def own_sources() -> Text:

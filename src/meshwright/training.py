@@ -48,7 +48,9 @@ class Trained:
     wrong: VerificationError | None = None
 
 
-def train(plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, seed: int) -> Trained:
+def train(
+    plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, seed: int
+) -> Trained:
     """Train for some steps; a pipeline takes one more, which is recorded.
 
     Raises:
@@ -132,7 +134,9 @@ def show(plan: Plan, trained: Trained, trace: Path | None, as_json: bool) -> Non
     if trace is not None:
         if not trained.passes:
             what = "only a pipeline with programs for each stage has a measured timeline."
-            raise UsageError(what, where="--trace", fix="meshwright simulate, or a plan with program=stages")
+            raise UsageError(
+                what, where="--trace", fix="meshwright simulate, or a plan with program=stages"
+            )
         write_whole(trace, json.dumps(both_trace(plan, trained.passes)))
     if trained.wrong is not None:
         raise trained.wrong
@@ -141,9 +145,13 @@ def show(plan: Plan, trained: Trained, trace: Path | None, as_json: bool) -> Non
         passes = [{**asdict(each), "step": str(each.step)} for each in trained.passes]
         say(json.dumps(found | ({"passes": passes} if passes else {})))
         return
-    apart = plan.batch is not None and plan.batch.statistics == "microbatch" and plan.microbatches > 1
+    apart = (
+        plan.batch is not None and plan.batch.statistics == "microbatch" and plan.microbatches > 1
+    )
     how = ", run microbatch by microbatch" if apart else ""
-    for number, (loss, seconds) in enumerate(zip(trained.losses, trained.seconds, strict=True), start=1):
+    for number, (loss, seconds) in enumerate(
+        zip(trained.losses, trained.seconds, strict=True), start=1
+    ):
         same = f"  equals the unsharded step{how}" if number == 1 and trained.verified else ""
         say(f"step {number:4d}  loss {loss:.4f}  {seconds * 1e3:.1f} ms{same}")
     if trained.passes:
@@ -154,7 +162,9 @@ def _next_state(out: Any, state: Any, name: str) -> Any:
     """The step's first result, when it can be its next first argument."""
     found = out[0] if isinstance(out, tuple) and out else out
     same = jax.tree.structure(found) == jax.tree.structure(state)
-    if same and [*map(np.shape, jax.tree.leaves(found))] == [*map(np.shape, jax.tree.leaves(state))]:
+    if same and [*map(np.shape, jax.tree.leaves(found))] == [
+        *map(np.shape, jax.tree.leaves(state))
+    ]:
         return found
     raise UsageError(
         "the step does not return its state first.",
@@ -163,7 +173,9 @@ def _next_state(out: Any, state: Any, name: str) -> Any:
     )
 
 
-def _unsharded(plan: Plan, made: Made, captured: Captured, apart: Unstacked | None, *args: Any) -> Reference:
+def _unsharded(
+    plan: Plan, made: Made, captured: Captured, apart: Unstacked | None, *args: Any
+) -> Reference:
     leaves, tree = jax.tree.flatten(args)
     step = jax.jit(lambda *flat: made.step(*jax.tree.unflatten(tree, flat)))
     if apart is None:

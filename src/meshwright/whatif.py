@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 
 Changes = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a field of the cluster first: fabric.ib400.bandwidth=100GB/s. May be repeated."),
+    typer.Option(
+        "--set",
+        help="Change a field of the cluster first: fabric.ib400.bandwidth=100GB/s. May be repeated.",
+    ),
 ]
-Trace = Annotated[Path | None, typer.Option(help="Also write the timeline for Perfetto (ui.perfetto.dev).")]
+Trace = Annotated[
+    Path | None, typer.Option(help="Also write the timeline for Perfetto (ui.perfetto.dev).")
+]
 
 
 @app.command()
@@ -80,11 +85,20 @@ def _simulate_pipeline(plan: Any, trace: Path | None, format: Format) -> None:
     if trace is not None:
         write_whole(trace, json.dumps(line.perfetto()))
     if format is Format.json:
-        data = {"seconds": line.seconds, "planned": plan.estimate.step_seconds, "ranks": rows, "sent": parts.sent,
-                "exposed": parts.exposed, "program": plan.pipeline.program, "simulated": "stages"}
+        data = {
+            "seconds": line.seconds,
+            "planned": plan.estimate.step_seconds,
+            "ranks": rows,
+            "sent": parts.sent,
+            "exposed": parts.exposed,
+            "program": plan.pipeline.program,
+            "simulated": "stages",
+        }
         say(json.dumps(data, indent=1))
         return
-    say(f"step     {format_seconds(line.seconds)}; the plan says {format_seconds(plan.estimate.step_seconds)}")
+    say(
+        f"step     {format_seconds(line.seconds)}; the plan says {format_seconds(plan.estimate.step_seconds)}"
+    )
     if plan.pipeline.program == "single":
         say(f"beware   {OF_LAYERS}")
     say(
@@ -114,18 +128,33 @@ def _simulated(found: Any) -> dict[str, Any]:
 @app.command()
 def price(
     cluster: Annotated[str, typer.Option(help="128xa100x8@hdr200, a YAML file; see `clusters`.")],
-    global_batch: Annotated[int, typer.Option("--global-batch", "--batch", help="Sequences per step.")],
-    model: Annotated[str | None, typer.Option(help="A decoder of the zoo; or give its numbers.")] = None,
+    global_batch: Annotated[
+        int, typer.Option("--global-batch", "--batch", help="Sequences per step.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="A decoder of the zoo; or give its numbers.")
+    ] = None,
     family: Annotated[
-        str | None, typer.Option(help="gpt (if not given), llama or mixtral, when the model is given as numbers.")
+        str | None,
+        typer.Option(
+            help="gpt (if not given), llama or mixtral, when the model is given as numbers."
+        ),
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Depth.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Width.")] = None,
     heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Key and value heads; as many as heads if not given.")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Width of one head; hidden / heads if not given.")] = None,
-    ffn: Annotated[int | None, typer.Option(help="Feed-forward width; 4 x hidden if not given.")] = None,
-    experts: Annotated[int | None, typer.Option(help="Experts of a mixtral, each of the feed-forward width.")] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="Key and value heads; as many as heads if not given.")
+    ] = None,
+    head_dim: Annotated[
+        int | None, typer.Option(help="Width of one head; hidden / heads if not given.")
+    ] = None,
+    ffn: Annotated[
+        int | None, typer.Option(help="Feed-forward width; 4 x hidden if not given.")
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(help="Experts of a mixtral, each of the feed-forward width.")
+    ] = None,
     choices: Annotated[int | None, typer.Option(help="Experts per token; 2 if not given.")] = None,
     vocab: Annotated[int | None, typer.Option(help="Vocabulary; 51200 if not given.")] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
@@ -135,34 +164,59 @@ def price(
     pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
     vpp: Annotated[int, typer.Option(help="Virtual stages per rank (interleaving).")] = 1,
     lean_ends: Annotated[
-        bool, typer.Option("--lean-ends", help="First and last stage have a layer fewer, for embedding and head.")
+        bool,
+        typer.Option(
+            "--lean-ends", help="First and last stage have a layer fewer, for embedding and head."
+        ),
     ] = False,
-    dp: Annotated[int | None, typer.Option(help="Data parallelism; the rest of the devices if not given.")] = None,
+    dp: Annotated[
+        int | None, typer.Option(help="Data parallelism; the rest of the devices if not given.")
+    ] = None,
     cp: Annotated[int, typer.Option(help="Context parallelism.")] = 1,
     cp_kind: Annotated[
-        str, typer.Option(help="How attention meets other positions: all_gather, p2p (a ring), a2a (heads are cut).")
+        str,
+        typer.Option(
+            help="How attention meets other positions: all_gather, p2p (a ring), a2a (heads are cut)."
+        ),
     ] = "all_gather",
     ep: Annotated[int, typer.Option(help="Expert parallelism, inside data parallelism.")] = 1,
     zero: Annotated[int, typer.Option(help="ZeRO stage: 0, 1, 2 or 3.")] = 0,
     shard_group: Annotated[
-        int | None, typer.Option(help="Data ranks that ZeRO shards over (HSDP, MiCS), copies across; all if not given.")
+        int | None,
+        typer.Option(
+            help="Data ranks that ZeRO shards over (HSDP, MiCS), copies across; all if not given."
+        ),
     ] = None,
-    sequence_parallel: Annotated[bool, typer.Option("--sp", help="Sequence parallelism beside tp.")] = False,
-    recompute: Annotated[str, typer.Option(help="none, selective, alternate, full; with XLA dots or blocks.")] = "none",
+    sequence_parallel: Annotated[
+        bool, typer.Option("--sp", help="Sequence parallelism beside tp.")
+    ] = False,
+    recompute: Annotated[
+        str, typer.Option(help="none, selective, alternate, full; with XLA dots or blocks.")
+    ] = "none",
     plain_attention: Annotated[
         bool, typer.Option("--plain-attention", help="Scores in memory, no fused kernel.")
     ] = False,
     products: Annotated[str, typer.Option(help="Products in bf16 or fp8.")] = "bf16",
-    gathers: Annotated[str, typer.Option(help="Gathers for products in bf16, or in fp8 as these.")] = "bf16",
-    fusion: Annotated[str, typer.Option(help="What is fused: all, layers alone, none (PyTorch run eagerly).")] = "all",
+    gathers: Annotated[
+        str, typer.Option(help="Gathers for products in bf16, or in fp8 as these.")
+    ] = "bf16",
+    fusion: Annotated[
+        str, typer.Option(help="What is fused: all, layers alone, none (PyTorch run eagerly).")
+    ] = "all",
     overlap: Annotated[
         str, typer.Option(help="What runs beside computation: gradients,parameters,tensor,stages.")
     ] = "",
     separate_accumulation: Annotated[
-        bool, typer.Option("--separate-accumulation", help="Gradients are added up in passes of their own.")
+        bool,
+        typer.Option(
+            "--separate-accumulation", help="Gradients are added up in passes of their own."
+        ),
     ] = False,
     narrow_gradients: Annotated[
-        bool, typer.Option("--16-bit-gradients", help="Gradients are added up and reduced in 16 bits, not in fp32.")
+        bool,
+        typer.Option(
+            "--16-bit-gradients", help="Gradients are added up and reduced in 16 bits, not in fp32."
+        ),
     ] = False,
     changes: Changes = None,
     trace: Trace = None,
@@ -200,10 +254,23 @@ def price(
             dropout=dropout,
         )
     )
-    degrees = {"tp": tp, "pp": pp, "vpp": vpp, "dp": dp, "cp": cp, "ep": ep, "zero": zero, "shard_group": shard_group}
+    degrees = {
+        "tp": tp,
+        "pp": pp,
+        "vpp": vpp,
+        "dp": dp,
+        "cp": cp,
+        "ep": ep,
+        "zero": zero,
+        "shard_group": shard_group,
+    }
     parallelism = wrong.of(
         lambda: parallelism_on(
-            where, **degrees, cp_kind=cp_kind, sequence_parallel=sequence_parallel, lean_ends=lean_ends
+            where,
+            **degrees,
+            cp_kind=cp_kind,
+            sequence_parallel=sequence_parallel,
+            lean_ends=lean_ends,
         )
     )
     setting = wrong.of(
@@ -232,7 +299,8 @@ def price(
 def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to save the profile.")],
     devices: Annotated[
-        int | None, typer.Option(min=1, help="Emulate so many CPU devices; this process's own if not given.")
+        int | None,
+        typer.Option(min=1, help="Emulate so many CPU devices; this process's own if not given."),
     ] = None,
     format: FormatOption = Format.text,
 ) -> None:
@@ -331,8 +399,13 @@ def _print_price(found: Any, where: Any, beyond: str, job: dict[str, Any], forma
         say(json.dumps(data, indent=1))
         return
     say(f"step    {format_seconds(found.step)}" + _likely(between))
-    say("        " + ", ".join(f"{cause} {format_seconds(s)}" for cause, s in found.seconds.items() if s > 0))
-    say(f"memory  {_memory(found.memory[worst])} of {format_bytes(where.memory_per_device)} (stage {worst})")
+    say(
+        "        "
+        + ", ".join(f"{cause} {format_seconds(s)}" for cause, s in found.seconds.items() if s > 0)
+    )
+    say(
+        f"memory  {_memory(found.memory[worst])} of {format_bytes(where.memory_per_device)} (stage {worst})"
+    )
     if not fits:
         say(f"        does not fit: {format_bytes(found.peak - where.memory_per_device)} too much")
     elif found.peak > 0.9 * where.memory_per_device:
@@ -345,7 +418,11 @@ def _changes(pairs: list[str] | None) -> dict[str, str]:
     for pair in pairs or []:
         field, equals, value = pair.partition("=")
         if not equals or not field or not value:
-            raise UsageError(f"`{pair}` changes nothing.", where="--set", fix="--set fabric.ib400.bandwidth=100GB/s")
+            raise UsageError(
+                f"`{pair}` changes nothing.",
+                where="--set",
+                fix="--set fabric.ib400.bandwidth=100GB/s",
+            )
         if field in found:
             raise UsageError(f"`{field}` is set twice.", where="--set", fix="once")
         found[field] = value
@@ -360,5 +437,9 @@ def _likely(between: tuple[float, float] | None) -> str:
 
 
 def _memory(causes: dict[str, float]) -> str:
-    rows = [f"{cause} {format_bytes(held)}" for cause, held in sorted(causes.items(), key=lambda c: -c[1]) if held > 0]
+    rows = [
+        f"{cause} {format_bytes(held)}"
+        for cause, held in sorted(causes.items(), key=lambda c: -c[1])
+        if held > 0
+    ]
     return f"{format_bytes(sum(causes.values()))}: {', '.join(rows)};"

@@ -37,8 +37,12 @@ def chimera(ranks: int, microbatches: int) -> Schedule:
             for i in range(half):
                 slot = 2 * ranks * (i // unit) + 2 * (i % unit)
                 fills = i < min(unit, ranks - stage)
-                timed.append(((i if fills else slot) + stage, -stage, Step("forward", stage, first + i)))
-                timed.append((slot + 2 * ranks - 1 - stage, -stage, Step("backward", stage, first + i)))
+                timed.append(
+                    ((i if fills else slot) + stage, -stage, Step("forward", stage, first + i))
+                )
+                timed.append(
+                    (slot + 2 * ranks - 1 - stage, -stage, Step("backward", stage, first + i))
+                )
         orders.append(tuple(step for _, _, step in sorted(timed)))
     return Schedule("chimera", ranks, microbatches, tuple(orders))
 
@@ -152,7 +156,9 @@ class _Order:
 
 def _schedule(name: str, stages: int, microbatches: int, orders: list[_Order]) -> Schedule:
     together = frozenset(step for order in orders for step in order.together)
-    return Schedule(name, stages, microbatches, tuple(tuple(order.steps) for order in orders), together)
+    return Schedule(
+        name, stages, microbatches, tuple(tuple(order.steps) for order in orders), together
+    )
 
 
 def _even(name: str, **counts: int) -> None:

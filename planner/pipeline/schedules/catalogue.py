@@ -65,7 +65,9 @@ def entry(name: str) -> Entry:
     known = {_plain(n): e for e in SCHEDULES for n in (e.name, *e.aliases)}
     if (found := known.get(_plain(name))) is None:
         names = [n for e in SCHEDULES for n in (e.name, *e.aliases)]
-        raise PlanError(f"there is no schedule `{name}`.", where="schedule", fix=did_you_mean(name, names))
+        raise PlanError(
+            f"there is no schedule `{name}`.", where="schedule", fix=did_you_mean(name, names)
+        )
     return found
 
 

@@ -18,7 +18,8 @@ def gpipe(ranks: int, microbatches: int) -> Schedule:
     positive(ranks=ranks, microbatches=microbatches)
     kinds: tuple[Kind, ...] = ("forward", "backward")
     orders = tuple(
-        tuple(Step(kind, rank, m) for kind in kinds for m in range(microbatches)) for rank in range(ranks)
+        tuple(Step(kind, rank, m) for kind in kinds for m in range(microbatches))
+        for rank in range(ranks)
     )
     return Schedule("gpipe", ranks, microbatches, orders)
 
@@ -46,7 +47,9 @@ def round_robin(replicas: Sequence[int], microbatches: int) -> Schedule:
         ahead = -(-sum(replicas[stage:]) // count) - 1
         for replica in range(count):
             forward = [Step("forward", stage, m) for m in range(replica, microbatches, count)]
-            orders.append(_alternate(forward, [step._replace(kind="backward") for step in forward], ahead))
+            orders.append(
+                _alternate(forward, [step._replace(kind="backward") for step in forward], ahead)
+            )
     return Schedule("1f1b-rr", len(replicas), microbatches, tuple(orders))
 
 
@@ -81,7 +84,11 @@ def looped_bfs(ranks: int, microbatches: int, chunks: int) -> Schedule:
 
 def schedule_of(ranks: int, microbatches: int, chunks: int) -> Schedule:
     """The usual schedule of so many ranks and chunks."""
-    return one_f_one_b(ranks, microbatches) if chunks == 1 else interleaved(ranks, microbatches, chunks)
+    return (
+        one_f_one_b(ranks, microbatches)
+        if chunks == 1
+        else interleaved(ranks, microbatches, chunks)
+    )
 
 
 def group_size(ranks: int, microbatches: int) -> int:
@@ -128,4 +135,6 @@ def positive(**counts: int) -> None:
     """
     for name, count in counts.items():
         if count < 1:
-            raise PlanError(f"{name} cannot be {count}.", where=f"schedule: {name}", fix="1 or more")
+            raise PlanError(
+                f"{name} cannot be {count}.", where=f"schedule: {name}", fix="1 or more"
+            )

@@ -32,7 +32,9 @@ def zbv(ranks: int, microbatches: int) -> Schedule:
     positive(ranks=ranks, microbatches=microbatches)
     least = 2 * ranks - 1
     orders = (_zbv_order(rank, ranks, max(least, microbatches)) for rank in range(ranks))
-    taken = tuple(tuple(step for step in order if step.microbatch < microbatches) for order in orders)
+    taken = tuple(
+        tuple(step for step in order if step.microbatch < microbatches) for order in orders
+    )
     return Schedule("zbv", CHUNKS * ranks, microbatches, taken)
 
 
@@ -65,7 +67,9 @@ def v_half(ranks: int, microbatches: int) -> Schedule:
 def v_min(ranks: int, microbatches: int) -> Schedule:
     """At most floor((p + 4) / 3) microbatches held."""
     turn = 2 * ranks if ranks % 3 else 2 * ranks + 2
-    return _within("v-min", _block(ranks, microbatches, 1, turn), (ranks + 4) // 3, Policy(reserve=True))
+    return _within(
+        "v-min", _block(ranks, microbatches, 1, turn), (ranks + 4) // 3, Policy(reserve=True)
+    )
 
 
 def _within(name: str, block: Schedule, limit: int, policy: Policy) -> Schedule:
@@ -91,7 +95,9 @@ def _block(ranks: int, microbatches: int, hop: int, turn: int) -> Schedule:
             (turn + (hop + 1) * ranks - 1 - rank, Step("backward", down, 0)),
         )
         timed = sorted(
-            (PERIOD * m + slot, step._replace(microbatch=m)) for slot, step in slots for m in range(microbatches)
+            (PERIOD * m + slot, step._replace(microbatch=m))
+            for slot, step in slots
+            for m in range(microbatches)
         )
         orders.append(tuple(each for _, step in timed for each in _with_weights(step)))
     return Schedule("block", CHUNKS * ranks, microbatches, tuple(orders))

@@ -17,7 +17,12 @@ def zb_h1(ranks: int, microbatches: int) -> Schedule:
     """ZB1P: as many forward results held as in 1F1B, a bubble of (p - 1)(F + B - W)."""
     positive(ranks=ranks, microbatches=microbatches)
     orders = tuple(
-        _late(_plain("forward", rank, microbatches), _plain("backward", rank, microbatches), ranks - rank, rank)
+        _late(
+            _plain("forward", rank, microbatches),
+            _plain("backward", rank, microbatches),
+            ranks - rank,
+            rank,
+        )
         for rank in range(ranks)
     )
     return Schedule("zb-h1", ranks, microbatches, orders)
@@ -57,7 +62,9 @@ def _plain(kind, rank: int, microbatches: int) -> list[Step]:
     return passes(kind, [rank], 1, microbatches)
 
 
-def _late(forward: Sequence[Step], backward: Sequence[Step], ahead: int, late: int) -> tuple[Step, ...]:
+def _late(
+    forward: Sequence[Step], backward: Sequence[Step], ahead: int, late: int
+) -> tuple[Step, ...]:
     """`ahead` forward steps before the first backward step, each weight step `late` backward steps late."""
     order = [*forward[:ahead]]
     for i, step in enumerate(backward):
@@ -65,4 +72,7 @@ def _late(forward: Sequence[Step], backward: Sequence[Step], ahead: int, late: i
         if i >= late:
             order.append(backward[i - late]._replace(kind="weight"))
         order += forward[ahead + i : ahead + i + 1]
-    return (*order, *(step._replace(kind="weight") for step in backward[max(0, len(backward) - late) :]))
+    return (
+        *order,
+        *(step._replace(kind="weight") for step in backward[max(0, len(backward) - late) :]),
+    )

@@ -55,14 +55,18 @@ def states(plan: Plan, data: Collection[str]) -> str:
 
 def _stage(plan: Plan, data: Collection[str], weights: str) -> str:
     """ZeRO-1 or 2, and what lies in shards; `weights`: theirs, and when they are gathered."""
-    parts = ["optimizer state", "gradients"] if _scatters_gradients(plan, data) else ["optimizer state"]
+    parts = (
+        ["optimizer state", "gradients"] if _scatters_gradients(plan, data) else ["optimizer state"]
+    )
     stage, (what, comma, gathered) = len(parts), weights.partition(",")
     parts += [what] * bool(what)
     listed = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
     return f"ZeRO-{stage}: {listed} sharded{comma}{gathered}"
 
 
-def _weights(plan: Plan, data: Collection[str], weights: list[Tensor], once: float, passes: float) -> str:
+def _weights(
+    plan: Plan, data: Collection[str], weights: list[Tensor], once: float, passes: float
+) -> str:
     """ "fp32 weights, bf16 weights gathered once per step" """
     if once < MOSTLY:
         shares = ((passes, "gathered per pass"), (once, "gathered once per step"))
@@ -70,7 +74,10 @@ def _weights(plan: Plan, data: Collection[str], weights: list[Tensor], once: flo
         return f"weights, {' and '.join(parts)}" if parts else "weights"
     largest = max((t for t in weights if _share(plan, data, t, ("prepare",)) >= MOSTLY), key=_size)
     width = round(_share(plan, data, largest, ("prepare",)))
-    narrow = next((t.dtype for t in plan.tensors if t.role == "activation" and ITEM_BYTES[t.dtype] == width), "")
+    narrow = next(
+        (t.dtype for t in plan.tensors if t.role == "activation" and ITEM_BYTES[t.dtype] == width),
+        "",
+    )
     if not narrow or narrow == largest.dtype:
         return "weights, weights gathered once per step"
     kept, sent = (SPOKEN.get(name, name) for name in (largest.dtype, narrow))
@@ -130,7 +137,11 @@ def _scatters_gradients(plan: Plan, axes: Collection[str]) -> bool:
     """Whether gradients lie in shards from the backward pass on."""
     sums = {"backward": 0.0, "update": 0.0}
     for item in plan.collectives:
-        if item.phase in sums and item.kind in ("reduce_scatter", "all_reduce") and _over(item, axes):
+        if (
+            item.phase in sums
+            and item.kind in ("reduce_scatter", "all_reduce")
+            and _over(item, axes)
+        ):
             scattered = item.kind == "reduce_scatter" and item.phase == "backward"
             sums["backward" if scattered else "update"] += item.nbytes * item.count
     return sums["backward"] > sums["update"]

@@ -89,16 +89,20 @@ def bars(
         span = width * size / total
         label = escape(f"{name} {spell(size)}")
         parts.append(
-            f'<g><title>{label}</title>{_rect(x, 4, span, height, COLOURS[k % len(COLOURS)])}</g>'
+            f"<g><title>{label}</title>{_rect(x, 4, span, height, COLOURS[k % len(COLOURS)])}</g>"
         )
         x += span
     end = width * min(1.0, limit / total)
-    parts.append(f'<line x1="{end}" y1="0" x2="{end}" y2="{height + 8}" stroke="#c0392b" stroke-width="2"/>')
+    parts.append(
+        f'<line x1="{end}" y1="0" x2="{end}" y2="{height + 8}" stroke="#c0392b" stroke-width="2"/>'
+    )
     for k, (name, size) in enumerate(items):
         column, row = k % 3, k // 3
         left, base = column * 210, height + 26 + row * 17
         parts.append(_rect(left, base - 9, 10, 10, COLOURS[k % len(COLOURS)]))
-        parts.append(f'<text x="{left + 15}" y="{base}">{escape(name)} {escape(spell(size))}</text>')
+        parts.append(
+            f'<text x="{left + 15}" y="{base}">{escape(name)} {escape(spell(size))}</text>'
+        )
     rows = -(-len(items) // 3)
     base = height + 26 + rows * 17
     parts.append(f'<text x="0" y="{base}">red line: {escape(note)}</text>')

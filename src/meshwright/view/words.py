@@ -16,7 +16,10 @@ SHOWN = 5e-4  # the least gap that one digit of a percentage shows
 
 def words(plan: Plan) -> tuple[str, ...]:
     """One phrase per form of parallelism found, the largest part first."""
-    stages, lie = _stages(plan), states(plan, {use.axis for use in plan.uses if duty(use) == "data"})
+    stages, lie = (
+        _stages(plan),
+        states(plan, {use.axis for use in plan.uses if duty(use) == "data"}),
+    )
     told = f"fullest rank: {lie}" if stages and lie else lie
     found = [_pipeline(plan), *(stages or _axes(plan, plan.uses)), told]
     if plan.microbatches > 1:
@@ -84,7 +87,9 @@ def unlike(plan: Plan) -> dict[tuple[AxisUse, ...], list[int]]:
 
 def _stages(plan: Plan) -> list[str]:
     found = unlike(plan)
-    return [f"{_numbered(numbers)}: {', '.join(_axes(plan, uses))}" for uses, numbers in found.items()]
+    return [
+        f"{_numbered(numbers)}: {', '.join(_axes(plan, uses))}" for uses, numbers in found.items()
+    ]
 
 
 def _numbered(stages: list[int]) -> str:
@@ -103,12 +108,18 @@ def _axes(plan: Plan, uses: tuple[AxisUse, ...]) -> list[str]:
             continue
         ways, axes = prod(use.size for use in mine), "·".join(use.axis for use in mine)
         if name == "idle":
-            found.append(f"all {ways} devices along {axes} do the same work" if ways > 1 else _alone(plan))
+            found.append(
+                f"all {ways} devices along {axes} do the same work" if ways > 1 else _alone(plan)
+            )
         elif name == "mixed":
             found.append(f"mixed parallel {ways} over {axes}")
         else:
             found.append(f"{name} parallel {ways} over {axes}")
-        if name == "tensor" and uses == plan.uses and _scatters_activations(plan, set(axes.split("·"))):
+        if (
+            name == "tensor"
+            and uses == plan.uses
+            and _scatters_activations(plan, set(axes.split("·")))
+        ):
             found.append("sequence parallel between blocks")
     return found
 
