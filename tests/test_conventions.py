@@ -493,6 +493,29 @@ def test_what_a_step_stores_outside_is_refused_by_name():
         history.clear()
 
 
+def test_what_a_library_caches_is_no_store_of_the_users():
+    """`filter_checkpoint` in a scan: jax's cache of checkpointed functions keeps values of the trace."""
+
+    @eqx.filter_jit
+    def step(model, x, y):
+        @eqx.filter_value_and_grad
+        def loss(model):
+            def turn(h, _):
+                return h + 0.1 * model(h), h
+
+            last = jax.vmap(
+                lambda h: jax.lax.scan(eqx.filter_checkpoint(turn), h, None, length=3)[0]
+            )(x)
+            return jnp.mean((last - y) ** 2)
+
+        value, grads = loss(model)
+        return eqx.apply_updates(model, jax.tree.map(lambda g: -0.1 * g, grads)), value
+
+    model = eqx.nn.MLP(4, 4, 8, 1, key=jax.random.key(0))
+    x, y = jax.random.normal(jax.random.key(1), (2, 16, 4))
+    same(parallel(step)(model, x, y)[1], step(model, x, y)[1])
+
+
 def test_an_object_that_keeps_its_state_is_refused():
     class Trainer:
         def __init__(self):

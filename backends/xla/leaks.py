@@ -74,8 +74,10 @@ def _holder(leaked: list[Any], call: Call) -> str:
                     continue
                 seen.add(id(holder))
                 step = _step(holder, held)
-                if isinstance(holder, dict) and (module := _module(holder)):
-                    return f"the global `{step.removeprefix('.')}{path}` of {module}"
+                if module := _module(holder):
+                    if _is_library(module):  # its caches are no store of the user's
+                        continue
+                    return f"the global `{step.removeprefix('.')}{path}` of {module.__name__}"
                 if id(holder) in named:
                     return f"`{named[id(holder)]}{step}{path}`"
                 above.append((holder, step + path))
@@ -127,14 +129,13 @@ def _step(holder: Any, held: Any) -> str:
     return f".{name}" if name else ""
 
 
-def _module(holder: dict) -> str:
-    """The name of the user's module whose globals these are."""
-    module = sys.modules.get(holder.get("__name__", ""))
-    if module is None or vars(module) is not holder:
-        return ""
-    file = getattr(module, "__file__", None) or ""
-    return (
-        ""
-        if compat.is_library(file or "<none>") and module.__name__ != "__main__"
-        else module.__name__
-    )
+def _module(holder: Any) -> types.ModuleType | None:
+    """The module whose globals these are."""
+    name = holder.get("__name__") if isinstance(holder, dict) else None
+    module = sys.modules.get(name) if isinstance(name, str) else None
+    return module if module is not None and vars(module) is holder else None
+
+
+def _is_library(module: types.ModuleType) -> bool:
+    file = getattr(module, "__file__", None) or "<none>"
+    return compat.is_library(file) and module.__name__ != "__main__"
