@@ -245,6 +245,29 @@ def test_the_dearest_branch_is_counted_and_named():
     assert any("cond" in note and "number 1 of 3" in note for note in found.notes)
 
 
+def traces(p, x):
+    """`jnp.diag` of matrices: jax has a branch for the inside of TPU kernels, which no program of ours is."""
+    made = jax.vmap(lambda row: jnp.diag(jnp.outer(row @ p, row)))(x)
+    return jnp.mean(made**2) + jnp.linalg.slogdet(p @ p.T + jnp.eye(len(p)))[1]
+
+
+def by_device(p, x):
+    return jnp.mean(lax.platform_dependent(x @ p, cpu=jnp.sin, default=jnp.tanh) ** 2)
+
+
+@pytest.mark.parametrize("objective", [traces, by_device])
+def test_branches_by_platform_are_no_branches(objective):
+    args = normal(WIDE, WIDE), normal(2 * WIDE, WIDE, key=1)
+    ours = mw.parallelize(trained(objective), cluster="8xcpu", time_limit=20)
+    close(ours(*args), jax.jit(trained(objective))(*args))
+    kinds = {op.kind for op in capture(trained(objective), *args).graph.ops}
+    assert kinds & {"cond", "platform_index", "platform_dependent"} == (
+        {"platform_index", "platform_dependent"} if objective is by_device else set()
+    )
+    plan = ours.plan(*args)
+    assert any("its FLOP are not known" in note for note in plan.notes) == (objective is by_device)
+
+
 def test_layers_with_branches_are_folded_as_layers():
     def deep(p, on, x):
         for w in p:

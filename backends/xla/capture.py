@@ -34,6 +34,7 @@ from .params import attrs_of, dtype_name, marks_of
 from .trace import Traced, trace
 
 Bound = tuple[Any, dict[str, Any]]  # a jax primitive and its parameters
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # as jax calls the kinds of device that a cluster has
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,9 @@ class _Conversion:
             return self._call(eqn, operands)
         if name in compat.IDENTITIES:
             return operands
-        if name in ("scan", "while", "cond") and not _by_platform(eqn):
+        if (tables := eqn.params.get("branches_platforms")) is not None:
+            return self._of_platform(eqn, _branch_of_all(tables), operands)
+        if name in ("scan", "while", "cond"):
             return self._regions(eqn, operands)
         if name == "empty2" and self.kind(eqn.outvars[0].aval).dtype != "key":
             aval = eqn.outvars[
@@ -232,6 +235,8 @@ class _Conversion:
 
     def _op(self, eqn: Any, operands: list[int], where: str) -> list[int]:
         kind, params = eqn.primitive.name, eqn.params
+        if params.get("branches_platforms") is not None:
+            kind = "platform_dependent"  # has no regions, as a `cond` has
         attrs = self.attrs(kind, params)
         if marks := marks_of(eqn):
             attrs = tuple(sorted((*attrs, *marks)))
@@ -289,6 +294,13 @@ class _Conversion:
         )
         return results
 
+    def _of_platform(self, eqn: Any, branch: int | None, operands: list[int]) -> list[int]:
+        """Branches of which each is for other devices; a program has only one of them."""
+        if branch is None:
+            return self._plain(eqn, operands)
+        body = eqn.params["branches"][branch]
+        return self.inline(body.jaxpr, body.consts, operands[1:])
+
     def _region(self, body: Body, operands: Sequence[int]) -> Region:
         inputs = [len(self.types) + i for i in range(len(operands))]
         kinds = [self.types[v] for v in operands]
@@ -315,6 +327,18 @@ class _Conversion:
 
     def _line(self, eqn: Any) -> str:
         return compat.user_line(eqn.source_info, self._lines) or self._caller
+
+
+def _branch_of_all(tables: Sequence[tuple[str, ...] | None]) -> int | None:
+    """The branch that every platform takes which runs plans, if they take one; `None` names all others.
+
+    (("mosaic",), None) -> 1        (("tpu",), None) -> None
+    """
+    taken = {
+        next((i for i, names in enumerate(tables) if names is None or platform in names), None)
+        for platform in _PLATFORMS
+    }
+    return taken.pop() if len(taken) == 1 else None
 
 
 def _is_nothing(eqn: Any) -> bool:
@@ -347,11 +371,6 @@ def _digest(data: Any) -> str:
 
 
 # ---------------------------------------------------------------- what is refused
-
-
-def _by_platform(eqn: Any) -> bool:
-    """Branches of which each is for other devices; a program has only one of them."""
-    return eqn.params.get("branches_platforms") is not None
 
 
 def _says_nothing(eqn: Any) -> bool:
