@@ -24,7 +24,7 @@ from . import (
     shape,
     sort,
 )
-from .factors import FLOATS, NUMBERS, WRITERS, Call, Dims, Unusual, opaque_rule
+from .factors import NUMBERS, OWING, WRITERS, Call, Dims, Unusual, opaque_rule
 
 __all__ = ["rule_of", "vocabulary"]
 
@@ -94,11 +94,11 @@ def _fits(rule: Rule, dims: tuple[Dims, ...], kinds: tuple[TensorType, ...]) -> 
 
 
 def _float_only(rule: Rule, call: Call) -> tuple[tuple[int, ...], ...]:
-    """Sums are owed by floats only: drop alternatives that touch anything else."""
-    if any(kind.dtype not in FLOATS for kind in call.results):
+    """Sums are owed by floats only, of two bytes or more: drop alternatives that touch anything else."""
+    if any(kind.dtype not in OWING for kind in call.results):
         return ()
     return tuple(
         operands
         for operands in rule.linear
-        if operands and all(call.operands[o].dtype in FLOATS for o in operands)
+        if operands and all(call.operands[o].dtype in OWING for o in operands)
     )

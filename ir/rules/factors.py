@@ -13,6 +13,7 @@ Dims = tuple[Dim, ...]
 Reduction = Literal["", "sum", "max", "min", "and", "or"]
 
 FLOATS = frozenset({"bf16", "f16", "f32", "f64", "f8e4m3fn", "f8e5m2", "c64", "c128"})
+OWING = FLOATS - {"f8e4m3fn", "f8e5m2"}  # parts of a sum lose most of their bits in a byte
 SIGNED = frozenset({"s4", "s8", "s16", "s32", "s64"})
 UNSIGNED = frozenset({"u4", "u8", "u16", "u32", "u64"})
 INTEGERS = SIGNED | UNSIGNED
