@@ -87,9 +87,10 @@ def searched(step: Any, cluster: str, name: str, **pins: Any) -> dict[str, Any]:
     from meshwright.ir.blocks import fold
     from meshwright.ir.cluster import Cluster
     from meshwright.ir.errors import InfeasibleError, StoppedError
+    from meshwright.planner.candidates import Candidate
     from meshwright.planner.cost.model import Roofline
     from meshwright.planner.request import Request
-    from meshwright.planner.search import Candidate, Search
+    from meshwright.planner.search import Search
 
     class Timed(Search):
         """Seconds spent on each combination: build, relax, solve."""

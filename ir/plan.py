@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, mo
 from .batch import known_batch
 from .cluster import Cluster
 from .composites import AttentionKind
+from .execution import Execution, OverlapKind
 from .graph import Batch, Graph
 from .mesh import Mesh
 from .schedule import Schedule, read_schedule
@@ -73,6 +74,9 @@ class Estimate(_Part):
     step_seconds: float
     compute_seconds: float
     communication_seconds: float
+    hidden_seconds: float = (
+        0.0  # of these together, what running beside each other saves: the step takes the rest
+    )
     peak_bytes: float
     limit_bytes: float
     memory: dict[str, float]  # cause -> bytes at the peak
@@ -265,6 +269,7 @@ class Plan(_Part):
     microbatches: int
     recompute: str
     attention: AttentionKind = "plain"
+    overlap: tuple[OverlapKind, ...] = ()
     strategies: dict[str, tuple[int, ...]]
     slots: dict[str, Layout]
     uses: tuple[AxisUse, ...]  # one per mesh axis
@@ -281,6 +286,11 @@ class Plan(_Part):
         None  # of the graph whose layers came apart, where they did; older files lack it
     )
     recipe: dict[str, str | int | bool] = {}  # how the command line built the model, if it did
+
+    @property
+    def execution(self) -> Execution:
+        """What its seconds assume of the runtime."""
+        return Execution(self.attention, self.overlap)
 
     @property
     def device_count(self) -> int:

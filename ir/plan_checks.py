@@ -128,6 +128,7 @@ def _check_figures(plan: Plan) -> None:
         "step_seconds",
         "compute_seconds",
         "communication_seconds",
+        "hidden_seconds",
         "peak_bytes",
         "flop",
     )

@@ -12,7 +12,7 @@ from ..ir.batch import batch_dims
 from ..ir.sharding import Sharding
 from .memory.aliases import aliases, extended
 from .memory.ledger import Ledger
-from .memory.lifetimes import Lifetimes
+from .memory.lives import Lifetimes
 from .solver.anytime import solve_live
 from .solver.live import Live
 from .solver.mcmc import walk
@@ -88,8 +88,16 @@ def solve_space(
             model.live, time_limit=time_limit, gap=gap, seed=seed, cutoff=cutoff, probe=probe
         )
     )
+    return answer_of(space, lives, solution, ledger)
+
+
+def answer_of(
+    space: Space, lives: Lifetimes, solution: Solution, ledger: Ledger | None = None
+) -> Answer:
+    """A solution with where its memory is highest."""
     if solution.choices is None:
         return Answer(solution)
+    ledger = ledger or Ledger(space, lives)
     return Answer(solution, *ledger.peak(ledger.local_bytes(solution.choices)))
 
 
@@ -100,9 +108,7 @@ def walk_space(
     ledger = Ledger(space, lives)
     model = model_of(space, ledger, limit)
     solution = model.lift(walk(model.live, data_parallel(space), time_limit=time_limit, seed=seed))
-    if solution.choices is None:
-        return Answer(solution)
-    return Answer(solution, *ledger.peak(ledger.local_bytes(solution.choices)))
+    return answer_of(space, lives, solution, ledger)
 
 
 def data_parallel(space: Space) -> Choices:

@@ -46,7 +46,8 @@ from .pipeline_report import LEFT_OUT, Chosen, Rank, Way, write_pipeline
 from .space import Space
 
 if TYPE_CHECKING:
-    from .search import Candidate, Search
+    from .candidates import Candidate
+    from .search import Search
 
 TRIES = 3  # solves of a shape: the solver does not see all of the memory, so its limit is drawn in
 BETTER = 0.002  # of a step: what meshes of more axes may win at least, to be solved

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..ir.batch_stats import statistics_of
 from ..ir.composites import FORWARD
+from ..ir.execution import WITHIN
 from ..ir.graph import Graph, Op, TensorType
 from ..ir.microbatch import Refusal
 from ..ir.plan import EXACT, Collective, Estimate, Layout, Plan, PlannedBatch, Proof, Tensor
@@ -29,11 +30,13 @@ from .ties import settled
 from .usage import axis_uses
 
 if TYPE_CHECKING:
-    from .search import Candidate, Search
+    from .candidates import Candidate
+    from .search import Search
 
+OVERLAP = "overlap of communication with compute"
 BESIDES = (  # pipelines
     "offload to host memory",
-    "overlap of communication with compute",
+    OVERLAP,
     "meshes of more than three axes, and axes that straddle hosts",
     "layouts that do not divide evenly, or cut a dim across a reshape's minor factor",
     "different recompute for blocks of one step",
@@ -65,6 +68,7 @@ def write_plan(
         microbatches=best.candidate.microbatches,
         recompute=best.candidate.policy,
         attention=search.request.attention,
+        overlap=search.request.execution.overlap,
         strategies={
             tag: found[choices[space.op_node[tag]]].axes for tag, found in space.strategies.items()
         },
@@ -93,16 +97,18 @@ def slots_of(space: Space, choices: tuple[int, ...]) -> dict[str, Layout]:
 def _estimate(search: Search, collectives: list[Collective]) -> Estimate:
     best = search.best
     assert best.space and best.lives and best.answer and best.answer.solution.choices is not None
-    total = best.seconds
+    total, choices = best.seconds, best.answer.solution.choices
+    serial = total if best.space.windows is None else best.space.serial(choices)
     communication = sum(c.seconds for c in collectives)
     ledger = Ledger(best.space, best.lives)
     return Estimate(
         step_seconds=total,
-        compute_seconds=total - communication,
+        compute_seconds=serial - communication,
         communication_seconds=communication,
+        hidden_seconds=serial - total,
         peak_bytes=best.answer.peak,
         limit_bytes=search.limit,
-        memory=ledger.by_cause(best.answer.solution.choices, best.answer.moment),
+        memory=ledger.by_cause(choices, best.answer.moment),
         flop=flop_of(best.space),
     )
 
@@ -132,6 +138,9 @@ def proof_of(
         and some_groups(search.cluster)
     ):
         left_out = (*left_out, GROUPS)
+    execution = search.request.execution
+    if set(WITHIN) <= set(execution.overlap):
+        left_out = tuple(each for each in left_out if each != OVERLAP)
     return Proof(
         status="optimal" if gap <= EXACT else status,
         stopped_by=stopped,
@@ -139,7 +148,7 @@ def proof_of(
         lower_bound=bound,
         seed=search.request.seed,
         cost_model=search.cost.name,
-        band=search.cost.band,
+        band=f"{search.cost.band}; {execution.beside}",
         left_out=left_out,
         searched=tuple(search.log),
         seconds=round(time.monotonic() - search.started, 3),

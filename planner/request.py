@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, get_args
 from ..ir.cluster import Cluster
 from ..ir.composites import AttentionKind
 from ..ir.errors import PlanError, UsageError, did_you_mean
+from ..ir.execution import WITHIN, Execution, OverlapKind, parse_overlap
 from ..ir.microbatch import Refusal, TimeAxis
 from ..ir.mistakes import Mistakes
 from ..ir.recompute import POLICIES, Policy
@@ -47,6 +48,8 @@ class Request:
     batch_stats   "microbatch": what a step takes over the batch and computes each example with (batch norm) is taken
                   over each microbatch, which changes numbers; None: such a step has one microbatch
     attention     "fused": each attention is one op that keeps no scores; "plain": products and softmax as written
+    overlap       which communication runs beside computation: "parameters" (gathers of weights), "gradients" (their
+                  reductions), "tensor" (exchanges within layers); several joined by a comma, "all" or "none"
     search        "exact" proves its plans; "mcmc" is FlexFlow's, for comparison, and proves nothing
     """
 
@@ -61,6 +64,7 @@ class Request:
     program: ProgramKind | None = None
     batch_stats: BatchStats | None = None
     attention: AttentionKind = "plain"
+    overlap: str | tuple[OverlapKind, ...] = ()
     time_limit: float = 60.0
     gap: float | None = None
     seed: int = 0
@@ -72,6 +76,11 @@ class Request:
         if self.gap is not None:
             return self.gap
         return GAP if self.pp == 1 else PIPELINE_GAP
+
+    @property
+    def execution(self) -> Execution:
+        """What is assumed of the runtime."""
+        return Execution(self.attention, parse_overlap(self.overlap, WITHIN))
 
     def __post_init__(self) -> None:
         """Accept sizes as they are written on the command line; refuse what is neither."""
@@ -101,7 +110,9 @@ class Request:
             if getattr(self, name) not in known:
                 wrong.of(partial(_refuse, name, repr(getattr(self, name)), fix))
         wrong.of(lambda: _check_axes(self.mesh))
+        wrong.of(lambda: _check_overlap(self.overlap))
         wrong.tell()
+        object.__setattr__(self, "overlap", parse_overlap(self.overlap, WITHIN))
         if self.mesh is not None:  # an axis of one device cuts nothing
             cutting = tuple(int(size) for size in self.mesh if size != 1)
             object.__setattr__(self, "mesh", cutting or tuple(self.mesh[:1]))
@@ -133,6 +144,7 @@ def check_early(request: Request, cluster: Cluster) -> None:
         PlanError: the field, its value, and values that would do.
     """
     _check_pipeline(request)
+    check_overlap(request.execution.overlap, cluster)
     if (
         len(cluster.groups) > 1
     ):  # of unlike devices each group is planned for, and stages are not equal
@@ -146,6 +158,16 @@ def check_early(request: Request, cluster: Cluster) -> None:
     _check_stages(request, cluster)
     if request.mesh is not None and request.pp != "auto":
         _check_mesh(request.mesh, cluster, int(request.pp))
+
+
+def check_overlap(overlap: Sequence[OverlapKind], cluster: Cluster) -> None:
+    """Refuse communication beside computation on devices that do one after the other.
+
+    Source: XLA's CPU thunks run in order, and its latency-hiding scheduler is of GPUs and TPUs alone (jax 0.10.2).
+    """
+    if overlap and any(device.kind == "cpu" for device in cluster.devices.values()):
+        what = f"{'+'.join(overlap)} on {cluster.name}, as XLA's CPU backend computes and communicates in turn"
+        _refuse("overlap", what, "overlap=none, or a cluster of GPUs or TPUs")
 
 
 def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
@@ -184,6 +206,12 @@ def _check_count(name: str, value: Any, least: int) -> None:
         _refuse(name, repr(value), "a whole number")
     if value < least:
         _refuse(name, value, f"{least} or more")
+
+
+def _check_overlap(overlap: Any) -> None:
+    if not isinstance(overlap, str | tuple | list | set | frozenset):
+        _refuse("overlap", repr(overlap), '"all", "none", or kinds joined by a comma')
+    parse_overlap(overlap, WITHIN)
 
 
 def _check_axes(mesh: Any) -> None:
@@ -226,6 +254,14 @@ def _check_pipeline(request: Request) -> None:
         )
     if pp != 1 and request.attention == "fused":
         _refuse("attention", "fused with a pipeline", "pp=1, or plain attention")
+    if pp != 1 and request.execution.overlap:
+        _refuse(
+            "overlap",
+            f"{'+'.join(request.execution.overlap)} with a pipeline",
+            "pp=1, or overlap=none",
+        )
+    if request.search != "exact" and request.execution.overlap:
+        _refuse("search", f"{request.search} with overlap", "exact, or overlap=none")
     if pp == "auto":
         if request.mesh is not None:
             _refuse(

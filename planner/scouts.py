@@ -35,9 +35,10 @@ from .meshes import plane_meshes, stage_sizes
 from .request import Request
 
 if TYPE_CHECKING:
+    from .candidates import Candidate
     from .pipeline.choices import Shape
     from .pipeline.units import Units
-    from .search import Candidate, Search
+    from .search import Search
 
 Key = tuple["Shape | Candidate", float]  # what is looked at, and the seconds to beat
 MOST = 3  # scouts: more would wait for the search
@@ -198,9 +199,10 @@ def _warm_up() -> None:
 def _worker(
     folded: Folded, cluster: Cluster, request: Request, cost: CostModel, units: Units
 ) -> Callable[[Key], Any]:
+    from .candidates import Best, Candidate
     from .pipeline.bounds import Bounds
     from .pipeline.choices import Choices
-    from .search import Best, Candidate, Search
+    from .search import Search
 
     flat = Search(
         folded, cluster, replace(request, time_limit=FOREVER), cost, "", "", lambda line: None

@@ -29,56 +29,29 @@ from ..ir.program import Program, prepare
 from ..ir.recompute import POLICIES, Policy
 from ..ir.roles import roles
 from ..ir.units import counted, format_bytes, format_seconds
+from .candidates import Best, Candidate
 from .catalogue import Catalogue
 from .cost.least import least_work
 from .cost.model import CostModel, Roofline
-from .intra import Answer, live_of, solve_space, walk_space
+from .intra import Answer, answer_of, live_of, solve_space
 from .layouts import Layouts
 from .memory.ledger import Ledger, least_peak
-from .memory.lifetimes import Lifetimes, lifetimes
+from .memory.lifetimes import lifetimes
+from .memory.lives import Lifetimes
 from .memory.storage import as_xla
 from .meshes import finest, mesh_of, meshes, other_groups
+from .overlapped import solve_overlapped
 from .report import write_plan
 from .request import Request, check
 from .scouts import Scouts
 from .solver.anytime import solve_live
-from .solver.onehot import Stop
+from .solver.onehot import Solution, Stop
 from .space import Space, build
+from .walks import walk_families
 
 ONE_SOLVE = 0.8  # of the gap asked for: what one solve may leave open
 OFTEN = 0.2  # seconds between two words on where the search stands
 PROBE = 1.0  # seconds' worth of work that a candidate gets at first
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One combination of discrete choices outside the ILP."""
-
-    mesh: Mesh
-    policy: Policy
-    microbatches: int
-
-    def __str__(self) -> str:
-        return f"{self.family}, microbatches {self.microbatches}"
-
-    @property
-    def family(self) -> str:
-        return f"mesh {'×'.join(map(str, self.mesh.shape))}, recompute {self.policy}"
-
-
-@dataclass
-class Best:
-    """The incumbent and its evidence."""
-
-    candidate: Candidate | None = None
-    space: Space | None = None
-    lives: Lifetimes | None = None
-    answer: Answer | None = None
-
-    @property
-    def seconds(self) -> float:
-        objective = self.answer.solution.objective if self.answer else None
-        return inf if objective is None else objective
 
 
 @dataclass
@@ -109,7 +82,7 @@ class Search:
         check(self.request, self.cluster, self.program("none").time)
         try:
             if self.request.search == "mcmc":
-                self._walk()
+                walk_families(self)
             else:
                 self.explore()
         except KeyboardInterrupt:
@@ -215,7 +188,10 @@ class Search:
     def space(self, candidate: Candidate) -> Space:
         if candidate not in self._spaces:
             program, layouts = self.program(candidate.policy), self.layouts_on(candidate.mesh)
-            self._spaces[candidate] = build(program, candidate.microbatches, self.cost, layouts)
+            overlap = self.request.execution.overlap
+            self._spaces[candidate] = build(
+                program, candidate.microbatches, self.cost, layouts, overlap=overlap
+            )
         return self._spaces[candidate]
 
     def open(self, candidate: Candidate) -> tuple[Space, Lifetimes]:
@@ -260,43 +236,17 @@ class Search:
                 bound, fits = self.relaxed(candidate)
                 if not fits and bound < self.best.seconds:
                     self._solve(candidate)
-            self._forget(keep=self.best.candidate)
+            self.forget(keep=self.best.candidate)
 
     def begin(self, known: bool) -> None:
         """All candidates are open, from one microbatch on or, where nothing is known to beat, from what can fit."""
         for root in self.roots():
-            self._open(root if known else self._smallest_count(root))
+            self._open(root if known else self.smallest_count(root))
 
     def roots(self) -> list[Candidate]:
         """The least microbatch count of every finest mesh and recompute policy."""
         first, found = self._counts()[0], finest(self._meshes())
         return [Candidate(mesh, policy, first) for policy in self.policies() for mesh in found]
-
-    def _walk(self) -> None:
-        """FlexFlow's search: every finest mesh and recompute policy, in equal shares of the time."""
-        roots = self.roots()
-        self.open_bounds = {root: min(self.floors(root.policy).values()) for root in roots}
-        for root in roots:
-            self._walk_family(root, self.request.time_limit / len(roots))
-            self._forget(keep=self.best.candidate)
-
-    def _walk_family(self, root: Candidate, seconds: float) -> None:
-        """The smallest microbatch count at which a chain finds something that fits."""
-        candidate = self._smallest_count(root)
-        while candidate is not None and not self.late():
-            self.stopped_by = "time"  # it may fit, whatever the chains meet
-            space, lives = self.open(candidate)
-            seconds /= 2
-            answer = walk_space(
-                space, lives, self.limit, time_limit=seconds, seed=self.request.seed
-            )
-            if answer.solution.choices is not None:
-                self._offer(candidate, answer)
-            if answer.solution.stopped_by == "interrupt":
-                raise KeyboardInterrupt
-            if answer.solution.choices is not None:
-                return
-            candidate = self._next_count(candidate)
 
     def _next(self) -> Candidate:
         """The lowest bound; while nothing is found, the one with most room."""
@@ -308,7 +258,7 @@ class Search:
         """Plans on one plain mesh, to have something to beat."""
         first = self._counts()[0]
         for policy in self.policies():
-            root = self._smallest_count(Candidate(mesh, policy, first))
+            root = self.smallest_count(Candidate(mesh, policy, first))
             if root is None:
                 continue
             _, fits = self.relaxed(root)
@@ -316,7 +266,7 @@ class Search:
                 return
             if not fits:
                 self._solve(root)
-            self._forget(keep=self.best.candidate)
+            self.forget(keep=self.best.candidate)
 
     def _advance(self, candidate: Candidate) -> None:
         """Look at one open candidate and replace it by what remains of it.
@@ -329,7 +279,7 @@ class Search:
             self._close(candidate, self._solve(candidate))
         else:
             self._look(candidate)
-        self._forget(keep=self.best.candidate)
+        self.forget(keep=self.best.candidate)
 
     def _look(self, candidate: Candidate) -> None:
         relaxed, fits = self._scouted(candidate) or self.relaxed(candidate)
@@ -337,7 +287,7 @@ class Search:
         bound = self.open_bounds[candidate] = max(self.open_bounds[candidate], relaxed)
         self._probed.add(candidate)
         if candidate.microbatches > 1 or bound < self._enough():  # else it bounds all counts
-            self._open(self._next_count(candidate))
+            self._open(self.next_count(candidate))
         if bound < self._enough() and self.least(candidate) > self.limit:
             bound = inf
         if not fits and bound < self._enough():
@@ -406,18 +356,21 @@ class Search:
 
     _floors: dict[Policy, Mapping[int, float]] = field(default_factory=dict)
 
-    def _forget(self, keep: Candidate | None) -> None:
+    def forget(self, keep: Candidate | None) -> None:
         """Spaces are large; keep only the incumbent's."""
         self._spaces = {c: s for c, s in self._spaces.items() if c == keep}
 
     def relaxed(self, candidate: Candidate) -> tuple[float, bool]:
         """Solve without a memory limit: a bound, and whether the answer fits all the same."""
-        space = self.space(candidate)
-        left = min(10.0, max(1.0, self.deadline - time.monotonic()))
-        solution = solve_live(
-            live_of(space), time_limit=left, gap=ONE_SOLVE * self.request.good_enough, seed=self.request.seed,
-            cutoff=min(self.best.seconds, self.aim),
-        )  # fmt: skip
+        space, cutoff = self.space(candidate), min(self.best.seconds, self.aim)
+        gap = ONE_SOLVE * self.request.good_enough
+
+        def solve(priced: Space) -> Solution:
+            left = min(10.0, max(1.0, self.deadline - time.monotonic()))
+            live = live_of(priced)
+            return solve_live(live, time_limit=left, gap=gap, seed=self.request.seed, cutoff=cutoff)
+
+        solution = self._overlapped(candidate, space, solve, cutoff)
         if solution.stopped_by == "interrupt":
             raise KeyboardInterrupt
         if solution.choices is None:
@@ -425,10 +378,21 @@ class Search:
         ledger = Ledger(space, self._lives_of(candidate.policy, candidate.microbatches))
         peak, moment = ledger.peak(ledger.local_bytes(solution.choices))
         if peak <= self.limit:
-            self._offer(candidate, Answer(solution, peak, moment))
+            self.offer(candidate, Answer(solution, peak, moment))
         return solution.lower_bound, peak <= self.limit
 
-    def _offer(self, candidate: Candidate, answer: Answer) -> None:
+    def _overlapped(
+        self, candidate: Candidate, space: Space, solve: Callable[[Space], Solution], cutoff: float
+    ) -> Solution:
+        """The answer of as many solves as overlap asks for, beginning where the last ones of a candidate ended."""
+        gap, start = self.request.good_enough, self._multipliers.get(candidate)
+        enough = cutoff * (1 - gap)
+        found, self._multipliers[candidate] = solve_overlapped(space, solve, gap, enough, start)
+        return found
+
+    _multipliers: dict[Candidate, np.ndarray] = field(default_factory=dict)
+
+    def offer(self, candidate: Candidate, answer: Answer) -> None:
         objective = answer.solution.objective
         if objective is None or objective >= self.best.seconds:
             return
@@ -436,14 +400,14 @@ class Search:
         self.best = Best(candidate, space, lives, answer)
         self.note(f"{candidate}: {format_seconds(objective)}, {format_bytes(answer.peak)}")
 
-    def _smallest_count(self, root: Candidate) -> Candidate | None:
+    def smallest_count(self, root: Candidate) -> Candidate | None:
         """The first microbatch count that is not ruled out by memory."""
         following = self._fit(root, self._counts())
         if following is None:
             self.note(f"{root.family}: does not fit")
         return following
 
-    def _next_count(self, candidate: Candidate) -> Candidate | None:
+    def next_count(self, candidate: Candidate) -> Candidate | None:
         return self._fit(
             candidate, [count for count in self._counts() if count > candidate.microbatches]
         )
@@ -467,9 +431,9 @@ class Search:
                 found = self._lives[policy, known].counted(count)
             else:
                 program = self.program(policy)
-                found = lifetimes(
-                    program, count, roles(program.graph), as_xla(program, self.cluster.device.kind)
-                )
+                storage = as_xla(program, self.cluster.device.kind)
+                overlap = self.request.execution.overlap
+                found = lifetimes(program, count, roles(program.graph), storage, overlap)
             self._lives[policy, count] = found
         return self._lives[policy, count]
 
@@ -478,17 +442,22 @@ class Search:
     def _solve(self, candidate: Candidate, probe: float | None = None) -> float:
         """Solve one candidate under the memory limit; returns its own lower bound."""
         space, lives = self.open(candidate)
-        left = max(1.0, self.deadline - time.monotonic())
-        share = 2.0 ** floor(log2(left / 2))  # rough, so that equal requests get equal shares
-        answer = solve_space(
-            space, lives, self.limit, time_limit=share, gap=ONE_SOLVE * self.request.good_enough,
-            seed=self.request.seed, cutoff=min(self.best.seconds, self.outside), probe=probe,
-        )  # fmt: skip
+        cutoff = min(self.best.seconds, self.outside)
+
+        def solve(priced: Space) -> Solution:
+            left = max(1.0, self.deadline - time.monotonic())
+            share = 2.0 ** floor(log2(left / 2))  # rough, so that equal requests get equal shares
+            return solve_space(
+                priced, lives, self.limit, time_limit=share, gap=ONE_SOLVE * self.request.good_enough,
+                seed=self.request.seed, cutoff=cutoff, probe=probe,
+            ).solution  # fmt: skip
+
+        answer = answer_of(space, lives, self._overlapped(candidate, space, solve, cutoff))
         if answer.solution.status == "infeasible":
             self.note(f"{candidate}: does not fit ({answer.solution.reason})")
             return inf
         if answer.solution.choices is not None:
-            self._offer(candidate, answer)
+            self.offer(candidate, answer)
         if answer.solution.stopped_by == "interrupt":
             raise KeyboardInterrupt
         return answer.solution.lower_bound

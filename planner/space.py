@@ -12,11 +12,12 @@ Ops of repeated layers share their node (equal tags), so depth costs nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
+from ..ir.execution import OverlapKind
 from ..ir.mesh import Mesh
 from ..ir.program import Program
 from ..ir.rule import Strategy, settled_axes
@@ -27,6 +28,7 @@ from .frame import Alike, Decided, Decision, Frame, Home, Place, frame_of
 from .fused import fused_of
 from .layouts import Layouts
 from .outline import Outer
+from .windows import MANY, Timed, Windows, windows_of
 
 
 @dataclass
@@ -50,10 +52,13 @@ class Space:
     own: dict[str, np.ndarray] = field(
         default_factory=dict
     )  # op tag -> seconds of one run, per choice
+    settled: dict[str, np.ndarray] = field(default_factory=dict)  # of these, reductions inside
+    moved: list[np.ndarray] = field(default_factory=list)  # seconds of one run of each change
     runs: dict[str, float] = field(default_factory=dict)  # op tag -> runs per step
     read: np.ndarray = field(
         default_factory=lambda: np.zeros(0)
     )  # how often each reading happens per step
+    windows: Windows | None = None  # None: nothing overlaps
 
     @property
     def homes(self) -> Mapping[str, Home]:
@@ -78,6 +83,55 @@ class Space:
         """Bytes of a whole value when it travels, of one microbatch."""
         whole = self.layouts.collectives.wire_bytes(self.program.graph.types[value])
         return whole / self.frame.outline.parts(value, self.microbatches)
+
+    def seconds(self, choices: Sequence[int]) -> float:
+        """Of a step under choices, with what overlaps."""
+        timed = self.timed(choices)
+        return self.serial(choices) if timed is None else timed.seconds
+
+    def serial(self, choices: Sequence[int]) -> float:
+        """Of a step under choices if nothing overlaps, or of what bounds it if prices are scaled."""
+        chosen = list(zip(self.nodes, choices, strict=True))
+        total = sum(float(node.seconds[x]) for node, x in chosen)
+        return total + sum(
+            float(table[choices[a], choices[b]]) for (a, b), table in sorted(self.edges.items())
+        )
+
+    def timed(self, choices: Sequence[int]) -> Timed | None:
+        """Seconds of a step under choices by window; None where nothing overlaps."""
+        if self.windows is None:
+            return None
+        compute, beside, exposed = np.zeros(MANY + 1), np.zeros(MANY + 1), 0.0
+        for tag, often in zip(self.frame.outline.runs, self.windows.ops, strict=True):
+            own, x = self.own[tag], choices[self.op_node[tag]]
+            inside = float(self.settled[tag][x]) if tag in self.settled else 0.0
+            compute += often * (float(own[x]) - inside)
+            exposed += float(often.sum()) * inside
+        hides, waits = self._hides
+        for ((a, b), number), often, runs in zip(
+            self.frame.changes.sums, hides, waits, strict=True
+        ):
+            seconds = self.moved[number][_at(a, choices), _at(b, choices)]
+            beside += often * seconds
+            exposed += runs * seconds
+        exposed += float(compute[MANY] + beside[MANY])
+        return Timed(compute[:MANY], beside[:MANY], exposed)
+
+    @cached_property
+    def _hides(self) -> tuple[np.ndarray, np.ndarray]:
+        assert self.windows is not None
+        return self.windows.of_sums(self.frame.changes)
+
+    def bounding(self, multipliers: np.ndarray) -> Space:
+        """The same decisions at prices whose sum no step is faster than, by one multiplier per window."""
+        assert self.windows is not None
+        found = replace(
+            self, nodes=[replace(n, seconds=np.zeros(len(n.choices))) for n in self.nodes], edges={}
+        )
+        tags, scaled = self.frame.outline.runs, self.windows.op_runs(multipliers)
+        runs = dict(zip(tags, scaled.tolist(), strict=True))
+        _add_up(found, runs, self.windows.reading_runs(multipliers))
+        return found
 
     @cached_property
     def transfers(self) -> list[Transfer]:
@@ -116,6 +170,7 @@ def build(
     layouts: Layouts,
     decided: Decided | None = None,
     runs: Mapping[str, float] | None = None,
+    overlap: tuple[OverlapKind, ...] = (),
 ) -> Space:
     """Lay out the decisions of a prepared graph on the mesh of `layouts`, and price them.
 
@@ -123,6 +178,8 @@ def build(
         decided: then every node has one choice: a strategy that somebody else made, to be priced.
         runs: by op tag, how often the seconds of an op of one layer count; by default as often as it
             runs in a step. Under "" for the step's results.
+        overlap: kinds of communication that run beside computation; prices of nodes and edges are those of a
+            step in which none does.
     """
     frame = frame_of(program, microbatches, layouts, decided)
     nodes = [
@@ -130,6 +187,7 @@ def build(
     ]
     space = Space(program, layouts.mesh, microbatches, layouts, nodes, frame)
     _Prices(space, frame, cost, runs).fill()
+    space.windows = windows_of(frame.outline, microbatches, overlap) if overlap else None
     return space
 
 
@@ -149,18 +207,15 @@ class _Prices:
         space, frame, outline = self.space, self.frame, self.frame.outline
         often = np.array([self._often(outer) for outer in outline.outers])
         space.runs = dict(zip(outline.runs, outline.op_runs(often).tolist(), strict=True))
-        for alike, own in self._owns():
-            for tag in alike.tags:
-                space.own[tag] = own
-                space.nodes[space.op_node[tag]].seconds += space.runs[tag] * own
+        for alike, own, settled in self._owns():
+            space.own.update(dict.fromkeys(alike.tags, own))
+            if settled is not None:
+                space.settled.update(dict.fromkeys(alike.tags, settled))
         space.read = outline.reading_runs(often)
-        priced = frame.changes.seconds(
+        space.moved = frame.changes.seconds(
             self.layouts, [space.bytes_of(each.value) for each in frame.changes.changes]
         )
-        for (place, number), runs in zip(
-            frame.changes.sums, frame.changes.runs(space.read).tolist(), strict=True
-        ):
-            self._add(place, runs * priced[number])
+        _add_up(space, space.runs, space.read)
 
     def _often(self, outer: Outer) -> float:
         """How often in a step what runs once in this loop counts."""
@@ -169,15 +224,16 @@ class _Prices:
             return self.weights.get(tag, self.weights[""])
         return self.space.microbatches if split else 1
 
-    def _owns(self) -> Iterator[tuple[Alike, np.ndarray]]:
-        """Seconds of one run of each op, per choice: compute, and reductions settled inside."""
+    def _owns(self) -> Iterator[tuple[Alike, np.ndarray, np.ndarray | None]]:
+        """Seconds of one run of each op, per choice, and of these the reductions settled inside, if there are any."""
         fused = fused_of(self.frame, self.kernels, self.cost)
         found = [
             *zip(fused.alikes, fused.seconds(self.layouts, self.space.microbatches), strict=True)
         ]
         found += [(alike, self._kernel_seconds(alike)) for alike in fused.others]
         for alike, seconds in found:
-            yield alike, seconds + self._settled(alike) if alike.settles else seconds
+            settled = self._settled(alike) if alike.settles else None
+            yield alike, seconds if settled is None else seconds + settled, settled
 
     def _ways(self, alike: Alike) -> np.ndarray:
         """Into how many parts each side is cut, per choice."""
@@ -209,16 +265,30 @@ class _Prices:
                     seconds[i] += prices.line("all_reduce", axes)(nbytes)
         return seconds
 
-    def _add(self, place: Place, matrix: np.ndarray) -> None:
-        """Add the price of layout changes to the node or edge it depends on."""
-        space, (a, b) = self.space, place
-        if a == b:
-            space.nodes[a].seconds += np.diagonal(matrix)  # type: ignore[index]
-        elif a is None:
-            space.nodes[b].seconds += matrix[0]  # type: ignore[index]
-        elif b is None:
-            space.nodes[a].seconds += matrix[:, 0]
-        else:
-            key, cell = ((a, b), matrix) if a < b else ((b, a), matrix.T)
-            old = space.edges.get(key)
-            space.edges[key] = cell.copy() if old is None else old + cell
+
+def _at(node: int | None, choices: Sequence[int]) -> int:
+    return 0 if node is None else choices[node]
+
+
+def _add_up(space: Space, runs: Mapping[str, float], read: np.ndarray) -> None:
+    """Fill nodes and edges: ops and readings as often as they count."""
+    for tag, own in space.own.items():
+        space.nodes[space.op_node[tag]].seconds += runs[tag] * own
+    sums = space.frame.changes
+    for (place, number), many in zip(sums.sums, sums.runs(read).tolist(), strict=True):
+        _add(space, place, many * space.moved[number])
+
+
+def _add(space: Space, place: Place, matrix: np.ndarray) -> None:
+    """Add the price of layout changes to the node or edge it depends on."""
+    a, b = place
+    if a == b:
+        space.nodes[a].seconds += np.diagonal(matrix)  # type: ignore[index]
+    elif a is None:
+        space.nodes[b].seconds += matrix[0]  # type: ignore[index]
+    elif b is None:
+        space.nodes[a].seconds += matrix[:, 0]
+    else:
+        key, cell = ((a, b), matrix) if a < b else ((b, a), matrix.T)
+        old = space.edges.get(key)
+        space.edges[key] = cell.copy() if old is None else old + cell

@@ -20,17 +20,18 @@ import numpy as np
 from ..ir.batch import batch_dims
 from ..ir.rule import Strategy
 from ..ir.sharding import Sharding
-from .intra import Answer, data_parallel, live_of
-from .memory.ledger import Ledger
-from .memory.lifetimes import Lifetimes
+from .intra import Answer, answer_of, data_parallel
+from .memory.lives import Lifetimes
 from .solver.onehot import Choices, Solution, relative_gap
 from .space import Space
 
 if TYPE_CHECKING:
+    from .candidates import Best, Candidate
     from .request import Request
-    from .search import Best, Candidate, Search
+    from .search import Search
 
 NEAR = 3  # how far from a batch input its readers are looked at
+ALL_THE_SAME = 1e-6  # of a step: what all such layouts together may add
 SAME = 1e-9  # seconds of two layouts that differ by less than this share of a step are the same
 
 
@@ -40,16 +41,24 @@ def settled(search: Search) -> Best:
     assert best.answer is not None and best.space is not None and best.lives is not None
     choices = best.answer.solution.choices
     assert choices is not None
-    leaner = fewer_bytes(best.space, choices)
+    leaner = fewer_bytes(_priced_at(best.space, choices), choices)
     found = _answer(best.space, best.lives, best.answer.solution, leaner)
+    seconds = found.solution.objective or 0.0
     fits = leaner != choices and found.peak <= max(best.answer.peak, search.limit)
+    fits &= seconds <= best.seconds * (1 + ALL_THE_SAME)
     return replace(best, answer=found) if fits else best
 
 
+def _priced_at(space: Space, choices: Choices) -> Space:
+    """The space at prices whose sum is what the step takes under choices, and at most that under others."""
+    timed = space.timed(choices)
+    return space if timed is None else space.bounding(timed.multipliers)
+
+
 def _answer(space: Space, lives: Lifetimes, solution: Solution, choices: Choices) -> Answer:
-    ledger = Ledger(space, lives)
-    same = replace(solution, choices=choices, objective=live_of(space).cost(choices))
-    return Answer(same, *ledger.peak(ledger.local_bytes(choices)))
+    return answer_of(
+        space, lives, replace(solution, choices=choices, objective=space.seconds(choices))
+    )
 
 
 def offer_naive(search: Search) -> None:
@@ -58,7 +67,7 @@ def offer_naive(search: Search) -> None:
     if found is not None:
         assert found.candidate is not None and found.answer is not None
         search.note("naive data parallelism is to be beaten:")
-        search._offer(found.candidate, found.answer)
+        search.offer(found.candidate, found.answer)
 
 
 def naive(search: Search, root: Candidate) -> Best | None:
@@ -69,7 +78,7 @@ def naive(search: Search, root: Candidate) -> Best | None:
         return None
     space, lives = search.open(candidate)
     choices = data_parallel(space)
-    seconds = live_of(space).cost(choices)
+    seconds = space.seconds(choices)
     answer = _answer(space, lives, Solution("feasible", "proof", choices, seconds, 0.0), choices)
     fits = seconds < inf and answer.peak <= search.limit
     return (
@@ -111,7 +120,7 @@ def fewer_bytes(space: Space, choices: Sequence[int]) -> Choices:
     slots = {tag: space.homes[tag].node for tag in graph.input_tags}
     batch = {slots[graph.input_tags[position]] for position in batch_dims(graph)}
     readers = _near(around, {node for node in batch if node is not None}) - set(slots.values())
-    slack = SAME * live_of(space).cost(choices)
+    slack = SAME * space.serial(choices)
     for node in [*sorted(readers, reverse=True), *dict.fromkeys(slots.values())]:
         if node is not None:
             found[node] = _leanest(space, node, around[node], found, slack)

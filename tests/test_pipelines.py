@@ -23,6 +23,7 @@ from meshwright.ir.recompute import POLICIES
 from meshwright.ir.schedule import check, read_schedule
 from meshwright.ir.units import parse_bytes
 from meshwright.models import build
+from meshwright.planner.candidates import Candidate
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra import live_of
 from meshwright.planner.memory.ledger import Ledger
@@ -39,7 +40,7 @@ from meshwright.planner.pipeline.unit_costs import unit_seconds
 from meshwright.planner.pipeline.units import Cut, find_units, runs_of
 from meshwright.planner.pipelines import Pipelines
 from meshwright.planner.request import Request
-from meshwright.planner.search import Candidate, Search
+from meshwright.planner.search import Search
 from meshwright.planner.solver.anytime import solve_live
 from meshwright.view.text import plan_head
 

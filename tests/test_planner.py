@@ -20,6 +20,7 @@ from meshwright.ir.program import prepare
 from meshwright.ir.recompute import POLICIES
 from meshwright.ir.roles import roles
 from meshwright.models import build
+from meshwright.planner.candidates import Candidate
 from meshwright.planner.catalogue import Catalogue
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra import data_parallel, live_of, solve_space
@@ -30,7 +31,7 @@ from meshwright.planner.memory.storage import as_xla
 from meshwright.planner.meshes import finest, mesh_of, meshes, other_groups
 from meshwright.planner.moves import find_collectives
 from meshwright.planner.request import Request
-from meshwright.planner.search import Candidate, Search
+from meshwright.planner.search import Search
 from meshwright.planner.space import Space
 from meshwright.planner.space import build as build_space
 from meshwright.view.text import proof_line

@@ -445,7 +445,7 @@ def test_price_by_name_and_by_numbers(tmp_path):
         (["--model", "gpt2", "--hidden", "3"], "--hidden is for models given as numbers"),
         (["--model", "gpt2", "--set", "nothing"], "`nothing` changes nothing"),
         (["--model", "gpt2", "--set", "fabric.x.bandwidth=1GB/s"], "no field `fabric.x.bandwidth`"),
-        (["--model", "gpt2", "--overlap", "all"], "overlap cannot be `all`"),
+        (["--model", "gpt2", "--overlap", "stage"], "overlap cannot be `stage`"),
         (["--model", "gpt2", "--tp", "3"], "does not divide 8 devices"),
         (["--model", "gpt2", "--tp", "8"], "12 heads cannot be cut 8 ways"),
         (["--model", "llama-tiny", "--tp", "8"], "4 key-value heads cannot be cut 8 ways"),

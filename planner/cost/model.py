@@ -79,7 +79,7 @@ class Roofline:
 
     @property
     def band(self) -> str:
-        return f"{told(self.cluster)}; no overlap of communication with compute is assumed"
+        return told(self.cluster)
 
     @cached_property
     def device(self) -> Device:

@@ -8,6 +8,7 @@ from ...ir.errors import PlanError
 from ...ir.plan import Plan
 from ...ir.recompute import Policy
 from ...ir.roles import roles
+from ..candidates import Candidate
 from ..cost.model import Roofline
 from ..intra import Answer
 from ..layouts import Layouts
@@ -16,7 +17,7 @@ from ..memory.lifetimes import lifetimes
 from ..memory.storage import as_xla
 from ..report import write_plan
 from ..request import Request, check
-from ..search import Candidate, Search
+from ..search import Search
 from ..solver.onehot import Solution
 from ..space import build
 from .pinned import Parallelism, Pinned

@@ -25,7 +25,8 @@ from ..cost.kernels import CONTRACTIONS, FREE, kernels_of
 from ..cost.model import CostModel
 from ..layouts import Layouts
 from ..memory.ledger import Ledger
-from ..memory.lifetimes import Lifetimes, lifetimes
+from ..memory.lifetimes import lifetimes
+from ..memory.lives import Lifetimes
 from ..memory.storage import as_fused
 from ..moves import moves, settlements, spoken
 from ..space import Space, build

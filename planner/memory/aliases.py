@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..space import Space
-from .lifetimes import Lifetimes
+from .lives import Lifetimes
 
 
 @dataclass(frozen=True)

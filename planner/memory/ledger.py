@@ -19,7 +19,7 @@ from ..cost.kernels import free_values
 from ..solver.live import Demand
 from ..space import Space
 from .aliases import Alias
-from .lifetimes import FIRST, LAST, Lifetimes
+from .lives import FIRST, LAST, Lifetimes
 
 
 class Ledger:

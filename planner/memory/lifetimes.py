@@ -12,99 +12,26 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 from ...ir.copies import settles
+from ...ir.execution import OverlapKind
 from ...ir.graph import ITEM_BYTES, Graph, Op
 from ...ir.microbatch import TimeAxis
 from ...ir.program import Program
 from ...ir.values import block_instances
+from .ahead import early, late
+from .lives import Lifetimes, Segment, Span
 from .storage import Storage, is_fused
-
-FIRST, LAST = 0, 1  # the two moments of a tick that stands for many layers
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Ticks `start..end` (both included) of a value's life, and how many are alive."""
-
-    value: int
-    start: int
-    end: int
-    first: int
-    last: int
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Ticks of one repeat of a block (or one op outside blocks) and how many it stands for."""
-
-    start: int
-    end: int
-    count: int
-    name: tuple[str, int] | None
-
-
-@dataclass(frozen=True)
-class Lifetimes:
-    """Who is alive when, for one program and microbatch count; independent of any mesh."""
-
-    program: Program
-    microbatches: int
-    segments: tuple[Segment, ...]
-    ticks: int
-    causes: dict[int, str]
-    scale: dict[int, float]  # value -> factor on its bytes (microbatches, wider accumulators)
-    copies: dict[
-        int, int
-    ]  # copies of parameters, and lent gradients -> whose memory they share if they lie alike
-
-    def counted(self, microbatches: int) -> Lifetimes:
-        """The same lives with another microbatch count; both counts are above 1."""
-        time = self.program.time
-        split = (time.split.keys() if isinstance(time, TimeAxis) else set()) - set(
-            self.program.graph.inputs
-        )
-        fewer = self.microbatches / microbatches
-        scale = {v: s * fewer if v in split else s for v, s in self.scale.items()}
-        found = replace(self, microbatches=microbatches, scale=scale)
-        found.__dict__["arrays"] = self.arrays  # only sizes differ
-        return found
-
-    @cached_property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        table = np.array(
-            [(s.value, s.start, s.end, s.first, s.last) for s in self.segments], np.int64
-        )
-        return tuple(table.reshape(-1, 5).T)
-
-    def profile(self, nbytes: dict[int, float]) -> np.ndarray:
-        """Bytes alive, shape (2 moments, ticks), given local bytes per value."""
-        values, start, end, first, last = self.arrays
-        size = np.array([nbytes[int(v)] for v in values])
-        total, count = np.zeros((2, self.ticks + 1)), self.ticks + 1
-        for moment, weight in ((FIRST, first), (LAST, last)):
-            total[moment] = np.bincount(start, size * weight, count) - np.bincount(
-                end + 1, size * weight, count
-            )
-        return np.cumsum(total, axis=1)[:, :-1]
-
-    def alive(self, moment: int, tick: int) -> dict[int, int]:
-        """Value -> how many are alive at one moment."""
-        values, start, end, first, last = self.arrays
-        weight = last if moment == LAST else first
-        here = np.flatnonzero((start <= tick) & (tick <= end) & (weight > 0))
-        counts: dict[int, int] = defaultdict(int)
-        for i in here:
-            counts[int(values[i])] += int(weight[i])
-        return counts
 
 
 def lifetimes(
-    program: Program, microbatches: int, roles: Mapping[int, str], storage: Storage
+    program: Program,
+    microbatches: int,
+    roles: Mapping[int, str],
+    storage: Storage,
+    overlap: Sequence[OverlapKind] = (),
 ) -> Lifetimes:
     """Work out every value's life.
 
@@ -113,8 +40,9 @@ def lifetimes(
         microbatches: how many a step has.
         roles: the part of each input position.
         storage: which of its values are stored.
+        overlap: which communication runs beside computation.
     """
-    return _Analysis(program, microbatches, roles, storage).run()
+    return _Analysis(program, microbatches, roles, storage, overlap).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +68,15 @@ def readings(program: Program, storage: Storage, early: bool) -> list[Reading]:
 
 class _Analysis:
     def __init__(
-        self, program: Program, microbatches: int, roles: Mapping[int, str], storage: Storage
+        self,
+        program: Program,
+        microbatches: int,
+        roles: Mapping[int, str],
+        storage: Storage,
+        overlap: Sequence[OverlapKind] = (),
     ):
         self.program, self.microbatches, self.roles = program, microbatches, roles
+        self.overlap = overlap
         self.graph: Graph = program.graph
         self.time = (
             program.time if microbatches > 1 and isinstance(program.time, TimeAxis) else None
@@ -161,6 +95,7 @@ class _Analysis:
         self._read_sources()
         self._read_copies()
         self._lend_results()
+        self._stretch()
         segments = [
             s for v in self.defined if v in self.storage.kept for s in self._life(v, ticks - 1)
         ]
@@ -255,6 +190,27 @@ class _Analysis:
                     prepared.add(op.outputs[0])
         for copy, source in reversed(self.copies.items()):
             self.used[source].extend(self.used[copy])
+
+    def _stretch(self) -> None:
+        """What travels beside computation is there earlier, or later, as far as its layer goes."""
+        for value, before in early(self.program, self.overlap).items():
+            if self._together(value, before):
+                self.defined[value] = min(self.defined[value], self._at(before))
+        for value, after in late(self.program, self.overlap).items():
+            if self._together(value, after):
+                self.used[value].append(self._at(after))
+
+    def _at(self, value: int) -> int:
+        """The tick of the op that makes a value."""
+        position = self.position.get(value)
+        return self.defined[value] if position is None else self.bounds[position][0]
+
+    def _together(self, value: int, other: int) -> bool:
+        """Whether one repeat of a block or one body of a loop makes both, or the first is of one layer alone."""
+        if value not in self.position or other not in self.position:
+            return value in self.defined and other in self.defined
+        here, there = (self.spans[self.position[v]] for v in (value, other))
+        return here == there or here.count == 1
 
     def _make_spans(self, bounds: list[tuple[int, int]]) -> None:
         groups = block_instances(self.graph.ops)

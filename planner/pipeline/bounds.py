@@ -14,7 +14,7 @@ import numpy as np
 from ...ir.recompute import Policy
 from ..intra import live_of
 from ..memory.ledger import least_bytes, least_peak
-from ..memory.lifetimes import Lifetimes
+from ..memory.lives import Lifetimes
 from ..solver.anytime import solve_live
 from ..solver.live import Demand, Live
 from ..solver.onehot import Solution

@@ -23,7 +23,8 @@ from ...ir.graph import ITEM_BYTES, Graph
 from ...ir.microbatch import TimeAxis
 from ...ir.program import Program
 from ...ir.roles import roles
-from ..memory.lifetimes import Lifetimes, Reading, Segment, lifetimes, readings
+from ..memory.lifetimes import Reading, lifetimes, readings
+from ..memory.lives import Lifetimes, Segment
 from ..memory.storage import NARROW, as_xla
 from .units import Cut, counted_as_many
 

@@ -23,7 +23,7 @@ from ...ir.program import Program
 from ...ir.schedule import Schedule
 from ...ir.sharding import reshard
 from ..memory.ledger import Ledger
-from ..memory.lifetimes import Lifetimes, Segment
+from ..memory.lives import Lifetimes, Segment
 from ..solver.live import Demand
 from ..space import Space, Transfer
 from .passes import Passes

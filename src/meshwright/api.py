@@ -156,7 +156,7 @@ def parallelize(
             and compare every output; raises VerificationError beyond the stated tolerance.
         static_*, donate_*: as for `jax.jit`.
         batch_argnums: as for `plan`.
-        request: fields of `Request`: memory, mesh, microbatches, recompute, attention, batch_stats, time_limit, gap.
+        request: fields of `Request`: memory, mesh, microbatches, recompute, attention, overlap, batch_stats, gap.
     """
     if step is None:
         return functools.partial(

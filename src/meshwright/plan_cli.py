@@ -55,6 +55,10 @@ def plan(
     attention: Annotated[
         str, typer.Option(help="fused: one op that keeps no scores; plain: as the step writes it.")
     ] = "plain",
+    overlap: Annotated[
+        str,
+        typer.Option(help="What runs beside computation: parameters,gradients,tensor; all; none."),
+    ] = "none",
     pp: Annotated[
         str,
         typer.Option(
@@ -120,6 +124,7 @@ def plan(
         recompute=cast(Any, recompute),
         batch_stats=cast(Any, batch_stats),
         attention=cast(Any, attention),
+        overlap=overlap,
         pp=parse_pp(pp),
         schedule=schedule,
         chunks=chunks,

@@ -12,6 +12,7 @@ from typing import Any
 
 from .ir.cluster import Cluster
 from .ir.errors import PlanError, UsageError, did_you_mean
+from .ir.execution import parse_overlap
 from .ir.mistakes import Mistakes
 from .ir.program import Program, prepare
 from .ir.recompute import Policy
@@ -241,18 +242,9 @@ class Setting:
             )
 
 
-OVERLAPS = ("gradients", "parameters", "tensor", "stages")
-
-
 def overlaps(text: str) -> frozenset[str]:
-    """What runs beside computation, from a list joined by commas."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name not in OVERLAPS:
-            raise PlanError(
-                f"overlap cannot be `{name}`.", where="overlap", fix=did_you_mean(name, OVERLAPS)
-            )
-    return frozenset(names)
+    """What runs beside computation: `none`, `all`, or names joined by commas."""
+    return frozenset(parse_overlap(text))
 
 
 def fusion_of(text: str) -> Fusion:

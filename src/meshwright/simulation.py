@@ -10,6 +10,7 @@ from .ir.blocks import fold
 from .ir.cluster import Cluster
 from .ir.composites import composed
 from .ir.errors import MismatchError, UsageError
+from .ir.execution import Execution
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
 from .ir.plan_checks import check_decisions
@@ -19,6 +20,7 @@ from .planner.cost.bands import band_of, told, weakest
 from .planner.cost.model import Roofline
 from .planner.instructions import Simulation, simulate_plan
 from .planner.pipeline.timeline import Timeline
+from .planner.request import Request, check_overlap
 from .tracing import Options
 
 
@@ -35,6 +37,7 @@ class Simulated:
     result: Simulation
     band: str
     hangs_on: str
+    execution: Execution
 
     @property
     def seconds(self) -> float:
@@ -61,6 +64,7 @@ def simulate(
     *args: Any,
     cluster: Cluster | str | None = None,
     changes: Mapping[str, str] | None = None,
+    overlap: str | None = None,
     **options: Any,
 ) -> Simulated:
     """Simulate one step of a plan.
@@ -70,6 +74,7 @@ def simulate(
         step, args: the step and its arguments; a plan made on the command line knows its own.
         cluster: another cluster with as many devices; the plan's own if not given.
         changes: fields of the cluster to change first: {"fabric.ib400.bandwidth": "100 GB/s"}.
+        overlap: what runs beside computation, as in a request; as the plan assumes if None.
 
     Raises:
         UsageError, ClusterError: no step, no such field, a value that makes no sense.
@@ -79,7 +84,7 @@ def simulate(
     if plan.pipeline is not None:
         raise UsageError(
             "a pipeline is simulated from the seconds in its plan alone.", where=f"plan `{plan.name}`",
-            fix="meshwright simulate PLAN without --set; or plan for the changed cluster",
+            fix="meshwright simulate PLAN without --set and --overlap; or plan for the changed cluster",
         )  # fmt: skip
     if where.size != plan.mesh.size:
         raise MismatchError(
@@ -101,9 +106,12 @@ def simulate(
         )  # fmt: skip
     program = prepare(fold(composed(captured.graph, plan.attention)).small, plan.recompute)  # type: ignore[arg-type]
     check_decisions(plan, program.graph, program.value_tags)
-    result = simulate_plan(plan, program, Roofline(where))
+    beside = plan.overlap if overlap is None else Request(overlap=overlap).execution.overlap
+    check_overlap(beside, where)
+    result = simulate_plan(plan, program, Roofline(where), beside)
     hangs_on = weakest(where, plan.mesh, result.compute, result.collectives)
-    return Simulated(plan, where, result, told(where), hangs_on)
+    execution = Execution(plan.attention, beside)
+    return Simulated(plan, where, result, told(where), hangs_on, execution)
 
 
 def _captured(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -36,26 +36,36 @@ def simulate(
     plan: PlanFile,
     changes: Changes = None,
     trace: Trace = None,
+    overlap: Annotated[
+        str | None,
+        typer.Option(
+            help="What runs beside computation: parameters,gradients,tensor; all; none; as the plan says if not given."
+        ),
+    ] = None,
     format: FormatOption = Format.text,
 ) -> None:
-    """Simulate a step of a saved plan, with communication beside computation."""
+    """Simulate a step of a saved plan, with communication beside computation where the plan assumes it."""
     from .ir.codec import check_writable, load_plan, write_whole
     from .simulation import simulate as run
 
     if trace is not None:
         check_writable(trace)
     loaded, asked = load_plan(plan), _changes(changes)
-    if loaded.pipeline is not None and not asked:
+    if loaded.pipeline is not None and not asked and overlap is None:
         _simulate_pipeline(loaded, trace, format)
         return
-    found = run(loaded, changes=asked)
+    found = run(loaded, changes=asked, overlap=overlap)
     if trace is not None:
         write_whole(trace, json.dumps(found.timeline.perfetto()))
     if format is Format.json:
         say(json.dumps(_simulated(found), indent=1))
         return
     result, between = found.result, found.between
+    ran = result.run.makespan
     say(f"step           {format_seconds(found.seconds)}" + _likely(between))
+    say(
+        f"simulated      {format_seconds(ran)} ({ran / (found.seconds or 1.0) - 1:+.1%}); {found.execution.beside}"
+    )
     say(f"compute        {format_seconds(result.compute)}")
     hidden = result.communication - result.exposed
     say(
@@ -118,7 +128,8 @@ def _simulate_pipeline(plan: Any, trace: Path | None, format: Format) -> None:
 def _simulated(found: Any) -> dict[str, Any]:
     result = found.result
     return {
-        "seconds": found.seconds, "between": found.between, "serial": result.serial, "compute": result.compute,
+        "seconds": found.seconds, "simulated": result.run.makespan, "overlap": found.execution.overlap,
+        "between": found.between, "serial": result.serial, "compute": result.compute,
         "communication": result.communication, "exposed": result.exposed, "memory": result.memory,
         "peak_bytes": result.peak, "limit_bytes": found.limit, "planned": found.plan.estimate.step_seconds,
         "band": found.band, "hangs_on": found.hangs_on,

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from math import prod
 
+from ..ir.execution import Execution
 from ..ir.plan import Plan, Tensor
 from ..ir.units import format_bytes, format_seconds
 from ..pipeline_view import parts_of_step
@@ -84,15 +85,21 @@ def _head(plan: Plan) -> str:
     cells = "".join(f"<div><b>{escape(a)}</b><span>{escape(b)}</span></div>" for a, b in facts)
     return (
         f"<h3>{escape(plan.name)} on {escape(plan.cluster.name)}</h3>"
-        f'<p class="lead">{escape("; ".join(words(plan)))}</p>'
+        f'<p class="lead">{escape("; ".join([*words(plan), *_assumed(plan)]))}</p>'
         f'<div class="facts">{cells}</div>'
     )
+
+
+def _assumed(plan: Plan) -> list[str]:
+    return [] if plan.execution == Execution() else [f"assumes {plan.execution}"]
 
 
 def _parts_of_step(plan: Plan) -> list[tuple[str, str]]:
     e = plan.estimate
     if plan.pipeline is None:
         parts = {"compute": e.compute_seconds, "communication": e.communication_seconds}
+        if e.hidden_seconds:
+            parts["saved by overlap"] = e.hidden_seconds
     else:
         found = parts_of_step(plan)
         parts = {f"rank {found.rank} works": found.passes + found.update, "bubble": found.bubble}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..backends.xla.audit import Audit
+from ..ir.execution import Execution
 from ..ir.mesh import Mesh
 from ..ir.plan import Plan, Tensor
 from ..ir.schedule import microbatches_held
@@ -51,6 +52,7 @@ def plan_head(plan: Plan) -> str:
         [
             f"{plan.name} on {plan.cluster.name}: {counted(plan.device_count, 'device')} as {_shape(plan)}",
             f"  plan    {'; '.join(words(plan))}",
+            *([] if plan.execution == Execution() else [f"  assumes {plan.execution}"]),
             f"  step    {format_seconds(e.step_seconds)} predicted: {_parts_of_step(plan)}; "
             f"{format_flops(rate / plan.device_count)} per device",
             *_work_line(plan),
@@ -85,7 +87,9 @@ def _also(others: list[str]) -> str:
 def _parts_of_step(plan: Plan) -> str:
     e = plan.estimate
     if plan.pipeline is None:
-        return f"compute {format_seconds(e.compute_seconds)}, communication {format_seconds(e.communication_seconds)}"
+        hidden = f", {format_seconds(e.hidden_seconds)} hidden" if e.hidden_seconds else ""
+        moving = f"{format_seconds(e.communication_seconds)}{hidden}"
+        return f"compute {format_seconds(e.compute_seconds)}, communication {moving}"
     parts = parts_of_step(plan)
     work = format_seconds(parts.passes + parts.update)
     return f"rank {parts.rank} works longest, {work}, bubble {format_seconds(parts.bubble)}"

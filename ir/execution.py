@@ -1,0 +1,68 @@
+"""What a plan's seconds assume of the runtime: how attention runs, and which communication runs beside computation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .composites import AttentionKind
+from .errors import PlanError, did_you_mean
+
+OverlapKind = Literal["parameters", "gradients", "tensor", "stages"]
+OVERLAPS: tuple[OverlapKind, ...] = get_args(OverlapKind)
+WITHIN: tuple[OverlapKind, ...] = (
+    "parameters",
+    "gradients",
+    "tensor",
+)  # of a stage, or of a step without stages
+MEANT = {
+    "parameters": "gathers of weights",
+    "gradients": "reductions of gradients",
+    "tensor": "exchanges within layers",
+    "stages": "sends between stages",
+}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The execution model of a plan: `Execution("fused", ("parameters",))` prints
+    `attention fused; gathers of weights run beside computation, all else waits`.
+
+    `overlap` names kinds of communication that may hide behind computation, in the order of `OVERLAPS`.
+    """
+
+    attention: AttentionKind = "plain"
+    overlap: tuple[OverlapKind, ...] = ()
+
+    def __str__(self) -> str:
+        return f"attention {self.attention}; {self.beside}"
+
+    @property
+    def beside(self) -> str:
+        """What runs beside computation, in words."""
+        if not self.overlap:
+            return "no overlap of communication with compute is assumed"
+        named = ", ".join(MEANT[kind] for kind in self.overlap)
+        rest = "" if set(WITHIN) <= set(self.overlap) else ", all else waits"
+        return f"{named} run beside computation{rest}"
+
+
+def parse_overlap(
+    given: str | Iterable[str], known: tuple[OverlapKind, ...] = OVERLAPS
+) -> tuple[OverlapKind, ...]:
+    """Kinds of communication by name, in the order of `OVERLAPS`: `none`, `all`, or names joined by `,` or `+`.
+
+    Raises:
+        PlanError: what is none of the known names.
+    """
+    words = given.replace("+", ",").split(",") if isinstance(given, str) else [*given]
+    names = {word.strip() if isinstance(word, str) else word for word in words} - {"", "none"}
+    if "all" in names:
+        names |= {*known}
+    for name in words:
+        name = name.strip() if isinstance(name, str) else name
+        if name not in (*known, "", "none", "all"):
+            fix = did_you_mean(str(name), (*known, "all", "none"))
+            raise PlanError(f"overlap cannot be `{name!s:.60}`.", where="overlap", fix=fix)
+    return tuple(kind for kind in OVERLAPS if kind in names)
