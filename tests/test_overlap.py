@@ -39,6 +39,8 @@ from meshwright.planner.solver.anytime import solve_live
 from meshwright.planner.space import Space
 from meshwright.planner.space import build as build_space
 from meshwright.planner.windows import MANY, SHARE
+from meshwright.view.html import plan_html
+from meshwright.view.text import plan_text
 
 ALL = ("parameters", "gradients", "tensor")
 CLUSTER = Cluster.parse("h100x4")
@@ -326,6 +328,10 @@ def test_a_plan_with_overlap_is_faster_says_so_and_is_kept(tmp_path):
     assert "no overlap" in alone.proof.band and "run beside computation" in beside.proof.band
     assert not any("overlap" in each for each in beside.proof.left_out)
     assert any("overlap" in each for each in alone.proof.left_out)
+    assert "  assumes attention plain; gathers of weights, reductions of gradients" in plan_text(
+        beside
+    )
+    assert "assumes" in plan_html(beside) and "assumes" not in plan_text(alone)
     save_plan(beside, tmp_path / "p.json")
     assert load_plan(tmp_path / "p.json").overlap == ALL
     older = json.loads((tmp_path / "p.json").read_text())
