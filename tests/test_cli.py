@@ -121,6 +121,7 @@ def four(): return step, shape, shape, shape, shape
 def fails(): raise ValueError("no data here")
 def asks(path): return step, shape, shape
 def stateless(): return (lambda w, x: jnp.sum(w @ x)), shape, shape
+def retyped(): return (lambda w, x: (w.astype(jnp.bfloat16), {"loss": x.sum()})), shape, shape
 """
 
 
@@ -180,6 +181,26 @@ def test_a_step_without_state_cannot_be_trained(run, tmp_path):
     )
     code, _, err = run("run", "p.json")
     assert code == 2 and "does not return its state first" in err
+
+
+def test_a_state_that_changes_its_type_cannot_be_trained(run, tmp_path):
+    (tmp_path / "own.py").write_text(STEPS)
+    plan = ("plan", "--model", "own.py:retyped", "--cluster", "8xcpu", *QUICK, "-o", "p.json")
+    assert run(*plan)[0] == 0
+    code, _, err = run("run", "p.json")
+    assert code == 2 and "takes `state` as float32 and returns it as bfloat16" in err
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+def test_seeds_that_jax_does_not_take_are_refused(run, seed):
+    code, _, err = run("run", "--model", "gpt-tiny", "--devices", "8", "--seed", seed)
+    assert code == 2 and "--seed" in err and "Traceback" not in err
+
+
+def test_a_file_without_its_function_is_told_apart_from_the_zoo(run, tmp_path):
+    (tmp_path / "own.py").write_text(STEPS)
+    code, _, err = run("plan", "--model", "own.py", "--cluster", "8xcpu")
+    assert code == 2 and "FILE.py:FUNCTION" in err and "gpt" not in err
 
 
 @pytest.mark.parametrize(

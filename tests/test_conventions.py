@@ -397,6 +397,10 @@ def test_what_is_no_array_is_refused_by_name_with_advice_that_works():
         parallel(lambda x, mode: x.sum())(BATCH["x"], "train")
     with pytest.raises(CaptureError, match=r"1099511627776 does not fit into int32"):
         parallel(lambda x, count: x * count)(BATCH["x"], 2**40)
+    for size in (-1, None):
+        shape = jax.ShapeDtypeStruct((size, 8), jnp.float32)  # type: ignore[arg-type]
+        with pytest.raises(CaptureError, match=rf"a shape of \({size}, 8\) is no array's"):
+            mw.plan(lambda x: x.sum(), shape, cluster="8xcpu")
     with pytest.raises(CaptureError, match=r"run the step once with nnx\.jit"):
         parallel(lambda model, x: model(x.missing))(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), BATCH["x"])
 

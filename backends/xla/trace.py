@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ...ir.errors import CaptureError
 from . import compat
@@ -105,6 +106,13 @@ def _check_leaves(call: Call) -> None:
                 f"{shortened(leaf)} is a {type(leaf).__name__}, not an array.",
                 where=f"step argument `{name}`",
                 fix=_instead(name, leaf),
+            )
+        shape = getattr(leaf, "shape", ())
+        if not all(isinstance(size, int | np.integer) and size >= 0 for size in shape):
+            raise CaptureError(
+                f"a shape of {shape} is no array's.",
+                where=f"step argument `{name}`",
+                fix="sizes that are numbers, 0 or more; a plan is for one size of each dim",
             )
         if isinstance(leaf, int) and leaf.bit_length() >= jnp.iinfo(jnp.asarray(0).dtype).bits:
             raise CaptureError(

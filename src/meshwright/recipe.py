@@ -75,6 +75,11 @@ def make(recipe: Recipe) -> Made:
     model = str(recipe["model"])
     if ".py:" in model:
         return _from_file(model, options, recipe)
+    if model.endswith(".py"):
+        raise UsageError(
+            f"{model:.200} is a file; which of its functions makes the step is not said.",
+            fix="FILE.py:FUNCTION",
+        )
     try:
         example = build(model, **options)  # type: ignore[arg-type]
     except ModelError as error:

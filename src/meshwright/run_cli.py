@@ -39,7 +39,9 @@ def run(
         bool, typer.Option("--verify", help="Compare the first step with the unsharded step.")
     ] = False,
     emulate: Emulate = False,
-    seed: Annotated[int, typer.Option(help="Of initial parameters and batches.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Of initial parameters and batches.")
+    ] = 0,
     coordinator: Annotated[
         str | None,
         typer.Option(help="host:port of process 0, where the environment does not say it."),

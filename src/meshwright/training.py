@@ -161,16 +161,23 @@ def show(plan: Plan, trained: Trained, trace: Path | None, as_json: bool) -> Non
 def _next_state(out: Any, state: Any, name: str) -> Any:
     """The step's first result, when it can be its next first argument."""
     found = out[0] if isinstance(out, tuple) and out else out
-    same = jax.tree.structure(found) == jax.tree.structure(state)
-    if same and [*map(np.shape, jax.tree.leaves(found))] == [
-        *map(np.shape, jax.tree.leaves(state))
-    ]:
-        return found
-    raise UsageError(
-        "the step does not return its state first.",
-        where=name,
-        fix="return (state, metrics), the state as it came in",
-    )
+    (before, tree), after = jax.tree.flatten_with_path(state), jax.tree.leaves(found)
+    if jax.tree.structure(found) != tree or any(
+        np.shape(old) != np.shape(new) for (_, old), new in zip(before, after, strict=True)
+    ):
+        raise UsageError(
+            "the step does not return its state first.",
+            where=name,
+            fix="return (state, metrics), the state as it came in",
+        )
+    for (path, old), new in zip(before, after, strict=True):
+        if (was := jax.typeof(old).dtype) != (is_now := jax.typeof(new).dtype):
+            raise UsageError(
+                f"the step takes `state{jax.tree_util.keystr(path)}` as {was} and returns it as {is_now}.",
+                where=name,
+                fix="a step whose state keeps its types: `.astype` where it is returned, or the start in that type",
+            )
+    return found
 
 
 def _unsharded(
