@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import lcm
+from math import gcd, lcm
 
 from . import refusals
 from .copies import settles
@@ -39,18 +39,25 @@ WHOLE = "~whole~prepare"  # ends the tag of a copy that shows all microbatches o
 class TimeAxis:
     """`split`: value -> dim cut over time. `totals`: value -> reduction that joins its
     parts ("sum", "max", ...). `body`: positions of top-level ops run per microbatch.
-    `batch`: the size of the factor; microbatch counts divide it."""
+    `batch`: the size of the factor. `parts`: equal runs of neighbours into which every value's dim can be cut, fewer
+    where examples are taken in groups (`x.reshape(4, 4)` of 16 has 4); microbatch counts divide it."""
 
     batch: int
+    parts: int
     split: Mapping[int, int]
     totals: Mapping[int, str]
     body: frozenset[int]
 
+    @property
+    def grouped(self) -> str:
+        """Words that say so where examples are taken in groups."""
+        return f", taken in {self.parts} groups," if self.parts < self.batch else ""
 
-def time_groups(batch: int, mesh: Mesh, count: int) -> int:
-    """Into how many runs of neighbours the batch is dealt out to `count` microbatches.
 
-        batch 8, count 2, groups 2     rows 0 1 4 5 | 2 3 6 7
+def time_groups(parts: int, mesh: Mesh, count: int) -> int:
+    """Into how many runs of neighbours a batch of so many parts is dealt out to `count` microbatches.
+
+        parts 8, count 2, groups 2     rows 0 1 4 5 | 2 3 6 7
 
     Every shard must find its part of each microbatch in its own rows, whichever
     axes cut the batch; so there is a group for each shard of the finest cut, and
@@ -59,7 +66,7 @@ def time_groups(batch: int, mesh: Mesh, count: int) -> int:
     ways = {1}
     for size in mesh.shape:
         ways |= {found * size for found in ways}
-    return lcm(*(n for n in ways if batch % (n * count) == 0))
+    return lcm(*(n for n in ways if parts % (n * count) == 0))
 
 
 def time_axis(graph: Graph, batch: Mapping[int, int]) -> TimeAxis | Refusal:
@@ -79,7 +86,8 @@ def time_axis(graph: Graph, batch: Mapping[int, int]) -> TimeAxis | Refusal:
     if leaving := flow.own_left(body):
         return refusals.left(leaving)
     same = {v: "max" for v in flow.same if graph.types[v].dtype != "key"}
-    return TimeAxis(size, flow.split, {**flow.totals, **same}, frozenset(body))
+    parts = gcd(size, *(graph.types[v].shape[dim] for v, dim in flow.split.items()))
+    return TimeAxis(size, parts, flow.split, {**flow.totals, **same}, frozenset(body))
 
 
 @dataclass(frozen=True)

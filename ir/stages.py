@@ -106,11 +106,11 @@ def _check_time(time: TimeAxis | Refusal, microbatches: int) -> None:
             where=time.where,
             fix="microbatches=1, or no pipeline",
         )
-    if time.batch % microbatches:
+    if time.parts % microbatches:
         raise PlanError(
-            f"a batch of {time.batch} cannot be cut into {microbatches} microbatches.",
+            f"a batch of {time.batch}{time.grouped} cannot be cut into {microbatches} microbatches.",
             where="pipeline",
-            fix="a number of microbatches that divides the batch",
+            fix=f"a number of microbatches that divides {time.parts}",
         )
 
 

@@ -351,12 +351,12 @@ def _check_microbatches(count: int, time: TimeAxis | Refusal) -> None:
             where=time.where,
             fix=time.fix,
         )
-    if time.batch % count:
-        near = [m for m in range(1, time.batch + 1) if time.batch % m == 0]
+    if time.parts % count:
+        near = [m for m in range(1, time.parts + 1) if time.parts % m == 0]
         raise PlanError(
-            f"a batch of {time.batch} cannot be cut into {count} microbatches.",
+            f"a batch of {time.batch}{time.grouped} cannot be cut into {count} microbatches.",
             where="request: microbatches",
-            fix=f"a count dividing {time.batch}: {', '.join(map(str, near[:12]))}; "
+            fix=f"a count dividing {time.parts}: {', '.join(map(str, near[:12]))}; "
             "or, if that is not the batch, say what is by batch_argnums",
         )
 

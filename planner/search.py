@@ -147,7 +147,7 @@ class Search:
             return (self.request.microbatches,)
         if isinstance(axis, Refusal):
             return (1,)
-        return tuple(m for m in range(1, axis.batch + 1) if axis.batch % m == 0)
+        return tuple(m for m in range(1, axis.parts + 1) if axis.parts % m == 0)
 
     def program(self, policy: Policy) -> Program:
         if policy not in self._programs:

@@ -4,13 +4,16 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+import meshwright as mw
 from meshwright.backends.xla.capture import capture
 from meshwright.ir.batch import batch_dims
 from meshwright.ir.mesh import Mesh
 from meshwright.ir.microbatch import Refusal, TimeAxis, time_axis, time_groups
 from meshwright.models import build
+from meshwright.planner.request import Request
 
 
 def axis_of(step, *args) -> TimeAxis | Refusal:
@@ -150,3 +153,37 @@ def test_a_loop_adds_losses_of_its_layers_to_what_layers_without_one_leave(none)
 
     found = axis_of(descend(loss), f32(3, 4, 4), f32(8, 4))
     assert isinstance(found, Refusal if none else TimeAxis), found
+
+
+def grouped(params, x, gain):
+    """Gains and scores are normalised within groups of four neighbours (GRPO)."""
+
+    def within(values):
+        each = values.reshape(-1, 4)
+        return ((each - each.mean(1, keepdims=True)) / (each.std(1, keepdims=True) + 1e-4)).ravel()
+
+    def loss(params):
+        hidden = x
+        for w in params:
+            hidden = jnp.tanh(hidden @ w)
+        return jnp.mean(within(hidden.mean(-1)) * within(gain))
+
+    value, gradients = jax.value_and_grad(loss)(params)
+    return [w - 0.1 * g for w, g in zip(params, gradients, strict=True)], value
+
+
+@pytest.mark.parametrize("cut", [{"mesh": (8,), "microbatches": 2}, {"pp": 2, "microbatches": 4}])
+def test_groups_of_examples_stay_together(cut):
+    draw = np.random.default_rng(0)
+    params, x, gain = (
+        [draw.normal(size=(16, 16)).astype(np.float32) / 4 for _ in range(3)],
+        draw.normal(size=(16, 16)).astype(np.float32),
+        draw.normal(size=16).astype(np.float32),
+    )
+    ours = mw.parallelize(grouped, cluster="8xcpu", time_limit=20, **cut)(params, x, gain)
+    for a, b in zip(
+        jax.tree.leaves(ours), jax.tree.leaves(jax.jit(grouped)(params, x, gain)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    with pytest.raises(mw.MeshwrightError, match="16, taken in 4 groups, cannot be cut into 8"):
+        mw.plan(grouped, params, x, gain, cluster="8xcpu", request=Request(microbatches=8))

@@ -103,7 +103,7 @@ def _groups(plan: Plan, pipeline: Pipeline, program: Prepared) -> int | None:
     if not isinstance(time, TimeAxis) or plan.microbatches == 1:
         return None
     return lcm(
-        *(time_groups(time.batch, stage.mesh, plan.microbatches) for stage in pipeline.stages)
+        *(time_groups(time.parts, stage.mesh, plan.microbatches) for stage in pipeline.stages)
     )
 
 

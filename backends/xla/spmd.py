@@ -60,7 +60,7 @@ class LocalStep:
             program.time if plan.microbatches > 1 and isinstance(program.time, TimeAxis) else None
         )
         self.groups = groups or (
-            time_groups(self.time.batch, self.mesh, plan.microbatches) if self.time else 1
+            time_groups(self.time.parts, self.mesh, plan.microbatches) if self.time else 1
         )
 
     # ------------------------------------------------------------ layouts at the border

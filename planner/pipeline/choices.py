@@ -71,7 +71,7 @@ class Choices:
     @cached_property
     def batch(self) -> int:
         axis = self.search.program("none").time
-        return 1 if isinstance(axis, Refusal) else axis.batch
+        return 1 if isinstance(axis, Refusal) else axis.parts
 
     @cached_property
     def stage_counts(self) -> tuple[int, ...]:
