@@ -21,17 +21,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any
 
-from .dealt import OTHER, Parts, complete, followed, whole
-from .graph import Graph, Op, TensorType
-from .masks import Index, Kept, Masks, places
+from .dealt import Parts, complete, followed, whole
+from .graph import Graph, Op
+from .masks import Kept, Masks, elsewhere, places
+from .windows import EXPS, Scores, Windows
 
 _PURE = frozenset(
     {"convert_element_type", "select_n", "transpose", "reshape", "squeeze", "broadcast_in_dim", "copy", "expand_dims",
      "optimization_barrier", "reduce_precision", "mul", "div"}
 )  # fmt: skip
-EXPS = frozenset({"exp", "exp2"})
 _OF_SUMS = _PURE | {"log", "max", "add", "add_any"}  # what a sum may go through before it divides
 _SUMMED = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 
@@ -43,7 +42,7 @@ class Attention:
     Attributes:
         softmax: the exponentials. `keys` are its dims that are summed over, `many_keys` their size.
         share: of all pairs of queries and keys, what masks leave that the program counts out (causal, windows);
-            of the keys of one query they leave `longest` at most.
+            of the keys of one query they leave `longest` at most. `windows`: which blocks of keys a kernel leaves out.
         scores: results of the products that the softmax is taken of. `openings` are all products that make something
             with all dims of the softmax, those of the backward pass too; `closings` those that leave it.
         inside: what a fused kernel never writes. Of that `made` comes from openings, `weights` are what the softmax
@@ -55,6 +54,7 @@ class Attention:
     many_keys: int
     share: float
     longest: float
+    windows: Windows | None
     scores: tuple[int, ...]
     openings: tuple[int, ...]
     closings: tuple[int, ...]
@@ -224,8 +224,8 @@ class _Search:
             return None
         inside, many = frozenset(self.made | self.given), prod(self.kind.shape[d] for d in keys)
         return Attention(
-            self.exp, keys, many, *self._shares(keys), scores, tuple(self.openings), tuple(closings), inside,
-            frozenset(self.made), frozenset(self._weights), {v: self.parts[v] for v in inside},
+            self.exp, keys, many, *self._shares(keys), self._windows(keys), scores, tuple(self.openings),
+            tuple(closings), inside, frozenset(self.made), frozenset(self._weights), {v: self.parts[v] for v in inside},
         )  # fmt: skip
 
     # ------------------------------------------------------------ what belongs to it
@@ -332,14 +332,24 @@ class _Search:
                     which = op.inputs[0]
                     kept.chosen(
                         which,
-                        _there(known[which], at, self.kind),
+                        elsewhere(known[which], at, self.kind),
                         value,
-                        _there(known[value], at, self.kind),
+                        elsewhere(known[value], at, self.kind),
                         k == 1,
                     )
                 elif op.kind in ("add", "add_any"):
-                    kept.added(value, _there(known[value], at, self.kind))
+                    kept.added(value, elsewhere(known[value], at, self.kind))
         return kept.share, kept.longest(keys)
+
+    def _windows(self, keys: frozenset[int]) -> Windows | None:
+        rows, size = self._rows(keys), self.kind.shape.__getitem__
+        if not rows or not keys:
+            return None
+        masks = Masks(self.links.graph, self.links.writer, self.links.handed)
+        at = max(rows, key=size), max(keys, key=size)
+        scores = Scores(self.kind, *at, masks, self.parts, self.made)
+        exps = [v for v in self.made if (op := self.links.writer.get(v)) and op.kind in EXPS]
+        return scores.windows(exps)
 
     def _between(self) -> list[Op]:
         """The ops that lead from openings to the `exp`."""
@@ -447,19 +457,6 @@ class _Search:
             (complete(known[v], self.kind) for v in op.inputs), key=lambda side: bool(side & keys)
         )
         return one - other
-
-
-def _there(parts: Parts, at: Index, kind: TensorType) -> Index:
-    """Places of a value of this type as places of another one that has its dims."""
-    found: list[Any] = []
-    for dim in parts:
-        place: Any = 0
-        for d, before, size in dim:
-            place = place * size + (
-                0 if d == OTHER else at[d] // (kind.shape[d] // (before * size)) % size
-            )
-        found.append(place)
-    return tuple(found)
 
 
 def _shifted(parts: Parts, gained: int) -> Parts:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import count
 from typing import Literal
 
 from .attention import Attention, Links, attentions
@@ -26,6 +27,7 @@ from .recompute import PRODUCTS
 from .rule import cuttable
 from .rules import rule_of
 from .text import parse, show
+from .windows import Windows, may_leave_out
 
 FORWARD, BACKWARD = "attention", "attention_grad"
 KINDS = frozenset({FORWARD, BACKWARD})
@@ -69,6 +71,7 @@ class _Rewrite:
     def __init__(self, graph: Graph, links: Links):
         self.old, self.links = graph, links
         self.types = dict(graph.types)
+        self.unused = count(max(self.types) + 1)
         self.home: dict[
             int, int
         ] = {}  # value -> the loop that it lives in, by its first result; 0 outside
@@ -225,18 +228,26 @@ class _Body:
         self.inputs: list[int] = []
         self.ops: list[Op] = []
         self.numbers = {c.value: c for c in rewrite.old.constants if not isinstance(c.data, str)}
-        self.known: dict[int, int] = {}
+        self.known: dict[tuple[int, Parts | None], int] = {}
+        self.dims: dict[int, Parts] = {}  # of copies of masks and other numbers
 
-    def need(self, value: int) -> int:
-        """The value as the body knows it, after what makes it was added to the body."""
+    def need(self, value: int, parts: Parts | None = None) -> int:
+        """The value as the body knows it, after what makes it was added to the body.
+
+        What is made of numbers alone is made anew for each part that it plays: positions may be those of
+        queries in one place and those of keys in another.
+        """
         first = self.links.first(value)
         if first in self.rewrite.free or self._is_constant(first):
             value = first
-        if value not in self.known:
-            self.known[value] = value if value in self.numbers else self._found(value)
-        return self.known[value]
+        if value in self.numbers:
+            return value
+        part = (value, parts if value in self.rewrite.free else None)
+        if part not in self.known:
+            self.known[part] = self._found(*part)
+        return self.known[part]
 
-    def _found(self, value: int) -> int:
+    def _found(self, value: int, parts: Parts | None) -> int:
         op = self.links.writer.get(value)
         within = value in self.one.inside or value in self.rewrite.derived(self.one)
         if within and (op is None or op.regions):
@@ -244,12 +255,30 @@ class _Body:
         within = within or value in self.rewrite.leaving(self.one) or value in self.rewrite.free
         if op is None or op.regions or not within:
             return self._border(value)
-        inputs = tuple(map(self.need, op.inputs))
+        inputs = tuple(self.need(v, told) for v, told in self._told(op, value, parts))
         if op.kind == "optimization_barrier":
             return inputs[op.outputs.index(value)]
-        self.ops.append(Op(op.kind, inputs, op.outputs, op.attrs))
-        self.known |= {v: v for v in op.outputs}
+        results = op.outputs if parts is None else self._copies(op, value, parts)
+        self.ops.append(Op(op.kind, inputs, results, op.attrs))
+        if parts is not None:
+            return results[op.outputs.index(value)]
+        self.known |= {(v, None): v for v in op.outputs}
         return value
+
+    def _told(self, op: Op, value: int, parts: Parts | None) -> list[tuple[int, Parts | None]]:
+        """Operands, each with its dims as those of the softmax as far as this op tells them."""
+        if parts is None and value not in self.one.dims:
+            return [(v, None) for v in op.inputs]
+        known = {value: self.one.dims[value] if parts is None else parts}
+        found = followed(op, self.types, known)
+        return [(v, found.get(v)) for v in op.inputs]
+
+    def _copies(self, op: Op, value: int, parts: Parts) -> tuple[int, ...]:
+        """New values for another copy of an op's results."""
+        results = tuple(next(self.rewrite.unused) for _ in op.outputs)
+        self.types.update(zip(results, (self.types[v] for v in op.outputs), strict=True))
+        self.dims[results[op.outputs.index(value)]] = parts
+        return results
 
     def _border(self, value: int) -> int:
         """Something from outside: as it is known here."""
@@ -299,7 +328,8 @@ class _Body:
 
     def parts(self) -> dict[int, Parts]:
         """Dims of all values of the body as those of the softmax."""
-        known = {v: self.one.dims[v] for op in self.ops for v in op.outputs if v in self.one.dims}
+        dims = {**self.one.dims, **self.dims}
+        known = {v: dims[v] for op in self.ops for v in op.outputs if v in dims}
         return spread(self.ops, self.types, known)
 
 
@@ -311,7 +341,9 @@ class _Cuts:
     closings: Sequence[int]
 
     def attrs(self) -> dict[str, Attr]:
-        """What the rule of the composite is made of; see `rules/composite.py`."""
+        """What the rule of the composite is made of; see `rules/composite.py`. Where keys are left out, these
+        are a further dim, of `keys` many, and `windows` are the first and the end of `blocks` of them, by block
+        of the free dim `rows`."""
         body, parts = self.body, self.body.parts()
         shape = body.types[body.one.softmax].shape
         free = [
@@ -319,7 +351,21 @@ class _Cuts:
             for d, size in enumerate(shape)
             if size > 1 and d not in body.one.keys and self._is_free(d, parts)
         ]
-        dims = [self._dims(value, parts, free) for value in (*body.inputs, *self.closings)]
+        found, windows = self._told(free, free, parts), self._windows(free, parts)
+        if windows is not None:
+            found |= self._told(free, [*free, windows.keys], parts)
+            found |= {
+                "rows": free.index(windows.rows), "keys": shape[windows.keys],
+                "windows": windows.spans, "blocks": windows.blocks,
+            }  # fmt: skip
+        return found
+
+    def _told(
+        self, free: Sequence[int], named: Sequence[int], parts: Mapping[int, Parts]
+    ) -> dict[str, Attr]:
+        body = self.body
+        shape = body.types[body.one.softmax].shape
+        dims = [self._dims(value, parts, named) for value in (*body.inputs, *self.closings)]
         return {
             "sizes": tuple(shape[d] for d in free),
             "operands": tuple(dims[: len(body.inputs)]),
@@ -328,6 +374,15 @@ class _Cuts:
                 (k,) for k in range(len(body.inputs)) if self._is_linear(body.inputs[k])
             ),
         }
+
+    def _windows(self, free: Sequence[int], parts: Mapping[int, Parts]) -> Windows | None:
+        """Which keys a kernel leaves out, if the body comes to the same without them."""
+        found, body = self.body.one.windows, self.body
+        if found is None or found.rows not in free:
+            return None
+        numbers = {v: c.data for v, c in body.numbers.items()}
+        fine = may_leave_out(body.ops, body.types, parts, found, self.closings, numbers)
+        return found if fine else None
 
     def _dims(self, value: int, parts: Mapping[int, Parts], free: Sequence[int]) -> Attr:
         """By dim of a value, the free dims of the softmax that it is made of; () where it is cut by none."""

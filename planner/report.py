@@ -18,6 +18,7 @@ from ..ir.rules import rule_of
 from ..ir.sharding import Sharding
 from ..ir.units import counted
 from ..ir.version import VERSION
+from ..ir.windows import pairs_kept
 from .assumptions import assumptions
 from .cost.flop import flop
 from .cost.kernels import CONTRACTIONS
@@ -182,12 +183,15 @@ def notes_of(search: Search) -> tuple[str, ...]:
 
 def _fused(graph: Graph) -> str:
     """What `attention="fused"` found, and how it runs."""
-    many = sum(visit.times for visit in graph.visits if visit.op.kind == FORWARD)
+    found = [visit for visit in graph.visits if visit.op.kind == FORWARD]
+    many = sum(visit.times for visit in found)
     if not many:
         return "attention=fused changes nothing: no attention was found"
+    kept = sum(visit.times * pairs_kept(visit.op) for visit in found) / many
+    pairs = "all pairs" if kept == 1 else f"of all pairs {kept:.0%}, as masks leave them,"
     return (
         f"{counted(many, 'attention')} of a step fused: scores are never whole; run block by block, "
-        "all pairs of queries and keys, masked too, priced as a fused kernel of these; gradients make the weights again"
+        f"{pairs} of queries and keys, priced as a fused kernel of these; gradients make the weights again"
     )
 
 

@@ -14,13 +14,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 
 import numpy as np
 
 from ..ir.execution import OverlapKind
+from ..ir.graph import Attr, Op
 from ..ir.mesh import Mesh
 from ..ir.program import Program
 from ..ir.rule import Strategy, settled_axes
+from ..ir.windows import pairs_kept
 from .cost.compute import Ways
 from .cost.kernels import kernels_of
 from .cost.model import CostModel
@@ -245,9 +248,20 @@ class _Prices:
         op, sides, work = alike.op, self._ways(alike), self.layouts.cut_ways(alike.cuts)
         if self.space.microbatches > 1 and alike.timed.any():
             work = work * self.space.microbatches
+        if (rows := dict(op.attrs).get("rows")) is not None:
+            work = work / self._unevenness(op, rows)
         ways = Ways(list(sides[: len(op.inputs)]), list(sides[len(op.inputs) :]), work)
         seconds = self.cost.op_seconds(op, alike.rule, self.types, ways, self.kernels)
         return seconds + np.zeros(len(work))
+
+    def _unevenness(self, op: Op, rows: Attr) -> np.ndarray:
+        """How much more than its share the busiest device computes, per choice, where masks leave keys out."""
+        shape = self.space.mesh.shape
+        ways = [
+            prod(n for n, code in zip(shape, strategy.axes, strict=True) if code == rows)
+            for strategy in self.space.strategies[op.tag]
+        ]
+        return np.array([pairs_kept(op, n) / pairs_kept(op) for n in ways])
 
     def _settled(self, alike: Alike) -> np.ndarray:
         """Seconds of the reductions that an op settles, per choice."""

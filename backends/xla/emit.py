@@ -20,11 +20,11 @@ from ...ir.rule import Rule
 from .compat import bind, is_vacant
 from .emit_indexing import gather, scatter
 from .emit_random import drawing, random_bits, random_split
-from .shard import Arrays, Cut, Emitter, Local, Params
+from .shard import Arrays, Cut, Emitter, Local, Params, Part
 
 
 def emit(
-    op: Op, bound: tuple[Any, Params], operands: Arrays, rule: Rule, cuts: Mapping[int, Cut]
+    op: Op, bound: tuple[Any, Params], operands: Arrays, rule: Rule, cuts: Mapping[int, Part]
 ) -> list[jax.Array]:
     """This shard's results, or its contribution to them where a reduced factor is cut.
 
@@ -35,9 +35,13 @@ def emit(
     """
     primitive, params = bound
     params = {name: None if is_vacant(value) else value for name, value in params.items()}
-    cuts = {factor: cut for factor, cut in cuts.items() if cut.ways > 1}
+    sizes = {f: rule.factors[f].size for f in cuts}
+    cuts = {f: cut for f, cut in cuts.items() if cut.size(sizes[f]) < sizes[f]}
     assert all(rule.factors[f].divisible for f in cuts), (op.kind, cuts)
-    assert all(rule.factors[f].size % cut.ways == 0 for f, cut in cuts.items()), (op.kind, cuts)
+    assert all(not isinstance(cut, Cut) or sizes[f] % cut.ways == 0 for f, cut in cuts.items()), (
+        op.kind,
+        cuts,
+    )
     emitter = _EMITTERS.get(op.kind, _same) if cuts else _same
     with drawing(op):
         return emitter(Local(rule, cuts), primitive, params, operands)

@@ -4,6 +4,8 @@
 
 Scores exist for one block at a time. A block is a part of a free dim, like the part that a device has, so the body
 is run by the same emitters as any op; results that are summed over the dim are added up from block to block.
+
+Where masks leave keys out (`ir/windows.py`), runs of queries see only the keys that they look at.
 """
 
 from __future__ import annotations
@@ -20,14 +22,18 @@ from jax import lax
 
 from ...ir.composites import body_of
 from ...ir.dealt import OTHER, Parts, spread, through
-from ...ir.graph import Attr, Graph, Op
+from ...ir.graph import Graph, Op
 from ...ir.rule import Rule
 from ...ir.rules import rule_of
 from .dtypes import jax_dtype
 from .emit import emit
-from .shard import Arrays, Cut
+from .shard import Arrays, Cut, Part, Window
 
 BLOCK = 1 << 20  # elements of scores that exist at a time, at most where dims can be cut so far
+RUNS, SHORTEST = (
+    8,
+    128,
+)  # of queries that see keys of their own: at most so many, none shorter than this
 Dims = tuple[tuple[int, ...], ...]  # by dim of an array, the free dims that it is made of
 
 
@@ -42,11 +48,12 @@ def run_composite(
         cuts: by factor of the rule; the free dims of the composite are its first factors.
     """
     held = lax.optimization_barrier(tuple(operands))
-    body = _Body.of(op.attr("body"), op.attr("sizes"), op.attr("operands"), op.attr("results"))
+    body = _made(*(dict(op.attrs).get(name) for name in _Body.ATTRS))
     free = {
         d: cuts[f] for d, f in enumerate(_factors(rule, body.sizes)) if f is not None and f in cuts
     }
-    return _Loop(body, bound, free, body.to_cut(free))(list(held))
+    runs = body.runs() if body.rows not in free else ()
+    return _Loop(body, bound, free, body.to_cut(free, len(runs)), runs)(list(held))
 
 
 def _factors(rule: Rule, sizes: Sequence[int]) -> list[int | None]:
@@ -56,7 +63,9 @@ def _factors(rule: Rule, sizes: Sequence[int]) -> list[int | None]:
 
 
 class _Body:
-    """A composite's graph, with the dims of its values as free dims."""
+    """A composite's graph, with the dims of its values as free dims; keys are numbered after those."""
+
+    ATTRS = ("body", "sizes", "operands", "results", "rows", "keys", "windows", "blocks")
 
     def __init__(
         self,
@@ -64,25 +73,39 @@ class _Body:
         sizes: tuple[int, ...],
         operands: tuple[Dims, ...],
         results: tuple[Dims, ...],
+        rows: int | None = None,
+        keys: int | None = None,
+        windows: tuple[tuple[int, int], ...] = (),
+        blocks: int = 1,
     ):
-        self.graph, self.sizes, self.operands, self.results = (
-            body_of(text),
-            sizes,
-            operands,
-            results,
-        )
-        self.parts = _parts(self.graph, sizes, operands)
+        self.graph, self.sizes = body_of(text), sizes
+        self.operands, self.results = operands, results
+        self.rows, self.windows, self.blocks = rows, windows, blocks
+        self.dims = sizes if keys is None else (*sizes, keys)
+        self.parts = _parts(self.graph, self.dims, operands)
         self.most = max(
             (kind.size for kind in self.graph.types.values() if kind.is_float), default=0
         )  # scores, on whole arrays
 
-    @classmethod
-    def of(cls, *attrs: Attr) -> _Body:
-        return _made(*attrs)
+    def runs(self) -> tuple[tuple[Window, Window], ...]:
+        """Equal runs of rows, each with the keys that it looks at; none where all look at all."""
+        if self.rows is None:
+            return ()
+        rows, blocks = self.sizes[self.rows], len(self.windows)
+        able = [n for n in range(2, RUNS + 1) if blocks % n == 0 and rows // n >= SHORTEST]
+        many, wide = max(able, default=1), self.dims[-1] // self.blocks
+        found = []
+        for run in range(many if able else 0):
+            spans = self.windows[run * blocks // many : (run + 1) * blocks // many]
+            first, end = min(f for f, _ in spans) * wide, max(e for _, e in spans) * wide
+            length = rows // many
+            found.append((Window(run * length, length), Window(first, end - first)))
+        return tuple(found)
 
-    def to_cut(self, cuts: Mapping[int, Cut]) -> list[tuple[int, int]]:
+    def to_cut(self, cuts: Mapping[int, Cut], runs: int = 0) -> list[tuple[int, int]]:
         """Free dims and the number of blocks of each, so that scores are small; batch and heads come first, as
-        they need no sums. The batch is left alone where microbatches cut it over time."""
+        they need no sums. The batch is left alone where microbatches cut it over time. Rows are cut into `runs`
+        before."""
         left = self.most // prod(cut.ways for cut in cuts.values())
         lacking = {
             d: sum(all(d not in dim for dim in dims) for dims in self.operands)
@@ -91,6 +114,8 @@ class _Body:
         found = []
         for d in sorted(lacking, key=lambda d: (lacking[d], d)):
             here = self.sizes[d] // (cuts[d].ways if d in cuts else 1)
+            if runs and d == self.rows:
+                here, left = here // runs, left // runs
             wanted = -(-left // BLOCK)
             if wanted <= 1 or (d in cuts and cuts[d].moment is not None):
                 continue
@@ -102,10 +127,9 @@ class _Body:
 
 
 @lru_cache(maxsize=256)
-def _made(
-    text: str, sizes: tuple[int, ...], operands: tuple[Dims, ...], results: tuple[Dims, ...]
-) -> _Body:
-    return _Body(text, sizes, operands, results)
+def _made(*attrs: Any) -> _Body:
+    """The body of a composite with these `_Body.ATTRS`."""
+    return _Body(*(given for given in attrs if given is not None))
 
 
 def _parts(graph: Graph, sizes: Sequence[int], operands: Sequence[Dims]) -> dict[int, Parts]:
@@ -120,14 +144,18 @@ def _parts(graph: Graph, sizes: Sequence[int], operands: Sequence[Dims]) -> dict
 
 @dataclass(frozen=True)
 class _Loop:
-    """The body with the free dims that are left to cut taken block by block, one loop in another."""
+    """The body with the free dims that are left to cut taken block by block, one loop in another, and in the
+    innermost the runs of rows that look at keys of their own."""
 
     body: _Body
     bound: Callable[[Op], Any]
-    cuts: Mapping[int, Cut]
+    cuts: Mapping[int, Part]
     todo: Sequence[tuple[int, int]]  # free dim, blocks
+    runs: Sequence[tuple[Window, Window]] = ()
 
     def __call__(self, operands: Sequence[Any]) -> list[jax.Array]:
+        if self.runs and (not self.todo or self.todo[0][0] == self.body.rows):
+            return self._by_runs(operands)
         if not self.todo:
             return self._alone(operands)
         (dim, many), *_ = self.todo
@@ -153,13 +181,46 @@ class _Loop:
 
     def _block(self, operands: Sequence[Any], number: Any) -> list[jax.Array]:
         (dim, many), *rest = self.todo
-        before = self.cuts.get(dim, Cut(0, 1))
-        cut = Cut(before.index * many + number, before.ways * many)
+        whole = self.body.dims[dim]
+        cut = self.cuts.get(dim, Cut(0, 1)).within(number, many, whole)
         parts = [
             _part(a, _place(dims, dim), number, many)
             for a, dims in zip(operands, self.body.operands, strict=True)
         ]
-        return _Loop(self.body, self.bound, {**self.cuts, dim: cut}, rest)(parts)
+        return _Loop(self.body, self.bound, {**self.cuts, dim: cut}, rest, self.runs)(parts)
+
+    def _by_runs(self, operands: Sequence[Any]) -> list[jax.Array]:
+        """Run by run of rows, each with the keys that it looks at; what is summed over rows is added up."""
+        rows, keys = self.body.rows, len(self.body.sizes)
+        assert rows is not None
+        found: list[list[Any]] = []
+        for run in self.runs:
+            windows = dict(zip((rows, keys), run, strict=True))
+            given = [
+                _in_windows(a, dims, windows)
+                for a, dims in zip(operands, self.body.operands, strict=True)
+            ]
+            inner = _Loop(self.body, self.bound, {**self.cuts, **windows}, self.todo)
+            found.append(inner(given))
+        return [
+            self._of_runs(pieces, dims)
+            for pieces, dims in zip(zip(*found, strict=True), self.body.results, strict=True)
+        ]
+
+    def _of_runs(self, pieces: Sequence[Any], dims: Dims) -> jax.Array:
+        if (at := _place(dims, self.body.rows)) is not None:
+            return jnp.concatenate(pieces, at)
+        at, kind = _place(dims, len(self.body.sizes)), pieces[0].dtype
+        total = None
+        for piece, (_, keys) in zip(pieces, self.runs, strict=True):
+            piece = piece.astype(_wide(kind))
+            if at is not None:
+                after = self.body.dims[-1] - keys.first - keys.length
+                sides = [(keys.first, after) if d == at else (0, 0) for d in range(piece.ndim)]
+                piece = jnp.pad(piece, sides)
+            total = piece if total is None else total + piece
+        assert total is not None
+        return total.astype(kind)
 
     def _alone(self, operands: Sequence[Any]) -> list[jax.Array]:
         """The body on one block of this shard's part."""
@@ -177,9 +238,9 @@ class _Loop:
             values |= dict(zip(op.outputs, results, strict=True))
         return [values[v] for v in graph.outputs]
 
-    def _cuts_of(self, op: Op, rule: Rule) -> dict[int, Cut]:
+    def _cuts_of(self, op: Op, rule: Rule) -> dict[int, Part]:
         """Which part of the factors of an op is here."""
-        found: dict[int, Cut] = {}
+        found: dict[int, Part] = {}
         known = through(op, rule, self.body.graph.types, self.body.parts)
         for parts, dims in zip(known, (*rule.operands, *rule.results), strict=True):
             for told, dim in zip(parts, dims, strict=True):
@@ -188,7 +249,7 @@ class _Loop:
         return found
 
 
-def _place(dims: Dims, dim: int) -> int | None:
+def _place(dims: Dims, dim: int | None) -> int | None:
     """The dim of an array that a free dim is in."""
     return next((k for k, d in enumerate(dims) if dim in d), None)
 
@@ -199,6 +260,13 @@ def _part(array: Any, at: int | None, number: Any, many: int) -> Any:
         return array
     size = array.shape[at] // many
     return lax.dynamic_slice_in_dim(array, number * size, size, at)
+
+
+def _in_windows(array: Any, dims: Dims, windows: Mapping[int, Window]) -> Any:
+    for dim, window in windows.items():
+        if (at := _place(dims, dim)) is not None:
+            array = lax.slice_in_dim(array, window.first, window.first + window.length, axis=at)
+    return array
 
 
 def _wide(dtype: Any) -> Any:

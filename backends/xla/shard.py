@@ -26,6 +26,40 @@ class Cut:
     ways: int
     moment: Moment | None = None  # where the factor is cut over time too
 
+    def size(self, whole: int) -> int:
+        """Of a factor of this size, how much is here."""
+        return whole // self.ways
+
+    def start(self, whole: int) -> Any:
+        """Where that begins."""
+        return self.index * self.size(whole)
+
+    def within(self, number: Any, many: int, whole: int) -> Cut:
+        """Part `number` of `many` of what is here."""
+        return Cut(self.index * many + number, self.ways * many)
+
+
+@dataclass(frozen=True)
+class Window:
+    """This shard holds `length` places of a factor from `first` on."""
+
+    first: Any
+    length: int
+    moment: None = None
+
+    def size(self, whole: int) -> int:
+        return self.length
+
+    def start(self, whole: int) -> Any:
+        return self.first
+
+    def within(self, number: Any, many: int, whole: int) -> Window:
+        size = self.length // many
+        return Window(self.first + number * size, size)
+
+
+Part = Cut | Window
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -43,10 +77,11 @@ class Local:
     """The op's rule seen from one shard."""
 
     rule: Rule
-    cuts: Mapping[int, Cut]
+    cuts: Mapping[int, Part]
 
     def size(self, dim: Dim) -> int:
-        return self.whole_size(dim) // prod(self.cuts[f].ways for f in dim if f in self.cuts)
+        sizes = {f: self.rule.factors[f].size for f in dim}
+        return prod(self.cuts[f].size(n) if f in self.cuts else n for f, n in sizes.items())
 
     def whole_size(self, dim: Dim) -> int:
         return prod(self.rule.factors[f].size for f in dim)
@@ -60,7 +95,7 @@ class Local:
 
     def offset(self, factor: int) -> Any:
         """Where this shard's part of a factor begins."""
-        return self.cuts[factor].index * (self.rule.factors[factor].size // self.cuts[factor].ways)
+        return self.cuts[factor].start(self.rule.factors[factor].size)
 
     def positions(self, dim: Dim) -> jax.Array:
         """Where the elements of this shard's part of a dim lie in the whole, as u32[size]."""
@@ -79,7 +114,7 @@ class Local:
 
     def is_first(self, factors: Sequence[int]) -> Any:
         """Whether this shard is the one that counts what must be counted once."""
-        return reduce(and_, (jnp.asarray(self.cuts[f].index == 0) for f in factors))
+        return reduce(and_, (jnp.asarray(self.offset(f) == 0) for f in factors))
 
 
 Emitter = Callable[[Local, Any, Params, Arrays], list[jax.Array]]

@@ -9,6 +9,7 @@ from .factors import Call, Dims, Factors, attr_tuple, integers, rule_for
 @rule_for("attention", "attention_grad")
 def composite(call: Call) -> Rule:
     """Attrs `operands` and `results` tell each dim as numbers of free dims, of these `sizes`; other dims are whole.
+    So is one of keys, which is numbered after those where a kernel leaves some out.
 
     q [b, h, t, -] k [b, h, -, -] v [b, h, -, -] -> o [b, h, t, -]
     q, k, v, do -> dq [b, h, t, -] dk [b, h, -, -] dv     t is summed over where a gradient has none of it
@@ -35,6 +36,8 @@ def _dims(
     factors: Factors, free: list[Dim], named: tuple[tuple[int, ...], ...], shape: tuple[int, ...]
 ) -> Dims:
     return tuple(
-        tuple(f for n in dim for f in free[n]) if dim else factors.whole(size)
+        tuple(f for n in dim for f in free[n])
+        if dim and max(dim) < len(free)
+        else factors.whole(size)
         for dim, size in zip(named, shape, strict=True)
     )

@@ -19,6 +19,7 @@ from ...ir.cluster import Device
 from ...ir.composites import KINDS as COMPOSITES
 from ...ir.graph import Op, TensorType
 from ...ir.rule import Rule
+from ...ir.windows import pairs_kept
 from .flop import DECOMPOSITIONS, flop, told_cost
 from .kernels import CONTRACTIONS, FREE, Kernels, is_kernel, work
 from .products import product_share
@@ -83,9 +84,12 @@ def _beside_products(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> flo
 def _composite_seconds(
     op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device
 ) -> float:
-    """Arithmetic of attention's products on one device, uncut, at the rate that large fused attention reaches."""
-    return flop(op, rule, types) / (
-        _peak(device, multiplied_as(op, types, device)) * device.attention_efficiency
+    """Arithmetic of attention's products on one device, uncut, at the rate that large fused attention reaches.
+    Keys that masks leave out are not multiplied."""
+    return (
+        pairs_kept(op)
+        * flop(op, rule, types)
+        / (_peak(device, multiplied_as(op, types, device)) * device.attention_efficiency)
     )
 
 
