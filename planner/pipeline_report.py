@@ -118,6 +118,7 @@ def write_pipeline(
         mesh=space.mesh,
         microbatches=space.microbatches,
         recompute=search.policy_of(space.program),
+        attention=search.request.attention,
         strategies=ranks[worst].strategies,
         slots=slots_of(space, choices),
         uses=axis_uses(space, choices),

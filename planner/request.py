@@ -252,8 +252,6 @@ def _check_pipeline(request: Request) -> None:
             f"{request.batch_stats} with a pipeline",
             "pp=1, or statistics over each example",
         )
-    if pp != 1 and request.attention == "fused":
-        _refuse("attention", "fused with a pipeline", "pp=1, or plain attention")
     if pp != 1 and request.execution.overlap:
         _refuse(
             "overlap",

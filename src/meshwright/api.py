@@ -109,7 +109,8 @@ def plan_captured(
     if not apart:
         return found
     if found.pipeline is None:
-        again = search(fold(captured.graph), where, replace(request, pp=1, program=None), **same)
+        whole = fold(composed(captured.graph, request.attention))
+        again = search(whole, where, replace(request, pp=1, program=None), **same)
         return again.model_copy(
             update={"notes": tuple(dict.fromkeys((*again.notes, *found.notes)))}
         )
