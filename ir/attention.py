@@ -24,8 +24,8 @@ from math import prod
 
 from .dealt import Parts, complete, followed, whole
 from .graph import Graph, Op
+from .key_spans import EXPS, KeySpans, Scores
 from .masks import Kept, Masks, elsewhere, places
-from .windows import EXPS, Scores, Windows
 
 _PURE = frozenset(
     {"convert_element_type", "select_n", "transpose", "reshape", "squeeze", "broadcast_in_dim", "copy", "expand_dims",
@@ -42,7 +42,7 @@ class Attention:
     Attributes:
         softmax: the exponentials. `keys` are its dims that are summed over, `many_keys` their size.
         share: of all pairs of queries and keys, what masks leave that the program counts out (causal, windows);
-            of the keys of one query they leave `longest` at most. `windows`: which blocks of keys a kernel leaves out.
+            of the keys of one query they leave `longest` at most. `spans`: which blocks of keys a kernel leaves out.
         scores: results of the products that the softmax is taken of. `openings` are all products that make something
             with all dims of the softmax, those of the backward pass too; `closings` those that leave it.
         inside: what a fused kernel never writes. Of that `made` comes from openings, `weights` are what the softmax
@@ -54,7 +54,7 @@ class Attention:
     many_keys: int
     share: float
     longest: float
-    windows: Windows | None
+    spans: KeySpans | None
     scores: tuple[int, ...]
     openings: tuple[int, ...]
     closings: tuple[int, ...]
@@ -224,7 +224,7 @@ class _Search:
             return None
         inside, many = frozenset(self.made | self.given), prod(self.kind.shape[d] for d in keys)
         return Attention(
-            self.exp, keys, many, *self._shares(keys), self._windows(keys), scores, tuple(self.openings),
+            self.exp, keys, many, *self._shares(keys), self._spans(keys), scores, tuple(self.openings),
             tuple(closings), inside, frozenset(self.made), frozenset(self._weights), {v: self.parts[v] for v in inside},
         )  # fmt: skip
 
@@ -341,7 +341,7 @@ class _Search:
                     kept.added(value, elsewhere(known[value], at, self.kind))
         return kept.share, kept.longest(keys)
 
-    def _windows(self, keys: frozenset[int]) -> Windows | None:
+    def _spans(self, keys: frozenset[int]) -> KeySpans | None:
         rows, size = self._rows(keys), self.kind.shape.__getitem__
         if not rows or not keys:
             return None
@@ -349,7 +349,7 @@ class _Search:
         at = max(rows, key=size), max(keys, key=size)
         scores = Scores(self.kind, *at, masks, self.parts, self.made)
         exps = [v for v in self.made if (op := self.links.writer.get(v)) and op.kind in EXPS]
-        return scores.windows(exps)
+        return scores.spans(exps)
 
     def _between(self) -> list[Op]:
         """The ops that lead from openings to the `exp`."""

@@ -29,6 +29,7 @@ from pydantic import (
 
 from . import presets
 from .cluster_checks import check_fabric
+from .cluster_data import assign, tidy
 from .cluster_file import is_path, read, translate
 from .cluster_parts import DTYPES, Device, Group, Part, Price, Tier
 from .errors import ClusterError, MeshwrightError, UsageError, did_you_mean
@@ -86,7 +87,7 @@ class Cluster(Part):
     @model_serializer(mode="wrap")
     def _dump(self, handler: SerializerFunctionWrapHandler, info: Any) -> dict[str, Any]:
         data = handler(self)
-        return _tidy(data) if info.mode == "json" else data
+        return tidy(data) if info.mode == "json" else data
 
     def _trace(self) -> None:
         """Complete `provenance`: a field that was given is declared, a default is preset."""
@@ -322,7 +323,7 @@ class Cluster(Part):
         same = DTYPES[leaf] if ".peak_flops." in full else (leaf,)  # fp8 means two dtypes
         changed = [full.removesuffix(leaf) + each for each in same]
         for each in changed:
-            _assign(data, each, value)
+            assign(data, each, value)
         data["provenance"] = self.provenance | dict.fromkeys(changed, source)
         if leaf == "hosts":  # the old names do not fit
             data["provenance"].pop(full.removesuffix(leaf) + "names", None)
@@ -463,21 +464,6 @@ def _fields(cluster: Cluster, empty: bool = False) -> Iterator[tuple[str, bool]]
                 yield f"{prefix}.{field}", given
 
 
-def _tidy(data: dict[str, Any]) -> dict[str, Any]:
-    """Without fields that say nothing, and amounts with their units."""
-    if price := data.get("price"):
-        price["per_device_hour"] = f"{price['per_device_hour']} {price.pop('currency')}"
-    for group in data.get("groups", ()):
-        group.update({k: list(v) for k, v in group.items() if isinstance(v, tuple)})
-    return _without_none(data)
-
-
-def _without_none(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {k: _without_none(v) for k, v in data.items() if v is not None}
-    return [_without_none(item) for item in data] if isinstance(data, list) else data
-
-
 # ---------------------------------------------------------------- paths
 
 
@@ -500,22 +486,3 @@ def _full_path(path: str, cluster: Cluster) -> str:
             f"cluster `{cluster.name}` has no field `{path}`.", fix=did_you_mean(full, known)
         )
     return full
-
-
-def _assign(data: Any, path: str, value: Any) -> None:
-    top, *rest = path.split(".")
-    node = data.setdefault(top, {})
-    if top == "price":
-        node[rest[0]] = value
-        return
-    name, field, *dtype = rest if top != "fabric" else [".".join(rest[:-1]), rest[-1]]
-    if top == "fabric":
-        node = next(tier for tier in node if tier["tier"] == name)
-    else:
-        node = node[int(name)] if isinstance(node, list) else node[name]
-    if dtype:
-        node[field][dtype[0]] = value
-    else:
-        node[field] = value
-    if field == "hosts":
-        node.pop("names", None)

@@ -23,11 +23,11 @@ from .attention import Attention, Links, attentions
 from .dead import drop_dead_ops
 from .dealt import Parts, complete, followed, spread
 from .graph import Attr, Constant, Graph, Op
+from .key_spans import KeySpans, may_leave_out
 from .recompute import PRODUCTS
 from .rule import cuttable
 from .rules import rule_of
 from .text import parse, show
-from .windows import Windows, may_leave_out
 
 FORWARD, BACKWARD = "attention", "attention_grad"
 KINDS = frozenset({FORWARD, BACKWARD})
@@ -342,7 +342,7 @@ class _Cuts:
 
     def attrs(self) -> dict[str, Attr]:
         """What the rule of the composite is made of; see `rules/composite.py`. Where keys are left out, these
-        are a further dim, of `keys` many, and `windows` are the first and the end of `blocks` of them, by block
+        are a further dim, of `keys` many, and `spans` are the first and the end of `blocks` of them, by block
         of the free dim `rows`."""
         body, parts = self.body, self.body.parts()
         shape = body.types[body.one.softmax].shape
@@ -351,12 +351,12 @@ class _Cuts:
             for d, size in enumerate(shape)
             if size > 1 and d not in body.one.keys and self._is_free(d, parts)
         ]
-        found, windows = self._told(free, free, parts), self._windows(free, parts)
-        if windows is not None:
-            found |= self._told(free, [*free, windows.keys], parts)
+        found, spans = self._told(free, free, parts), self._spans(free, parts)
+        if spans is not None:
+            found |= self._told(free, [*free, spans.keys], parts)
             found |= {
-                "rows": free.index(windows.rows), "keys": shape[windows.keys],
-                "windows": windows.spans, "blocks": windows.blocks,
+                "rows": free.index(spans.rows), "keys": shape[spans.keys],
+                "spans": spans.spans, "blocks": spans.blocks,
             }  # fmt: skip
         return found
 
@@ -375,9 +375,9 @@ class _Cuts:
             ),
         }
 
-    def _windows(self, free: Sequence[int], parts: Mapping[int, Parts]) -> Windows | None:
+    def _spans(self, free: Sequence[int], parts: Mapping[int, Parts]) -> KeySpans | None:
         """Which keys a kernel leaves out, if the body comes to the same without them."""
-        found, body = self.body.one.windows, self.body
+        found, body = self.body.one.spans, self.body
         if found is None or found.rows not in free:
             return None
         numbers = {v: c.data for v, c in body.numbers.items()}

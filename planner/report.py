@@ -11,6 +11,7 @@ from ..ir.batch_stats import statistics_of
 from ..ir.composites import FORWARD
 from ..ir.execution import WITHIN
 from ..ir.graph import Graph, Op, TensorType
+from ..ir.key_spans import pairs_kept
 from ..ir.microbatch import Refusal
 from ..ir.plan import EXACT, Collective, Estimate, Layout, Plan, PlannedBatch, Proof, Tensor
 from ..ir.roles import roles
@@ -18,7 +19,6 @@ from ..ir.rules import rule_of
 from ..ir.sharding import Sharding
 from ..ir.units import counted
 from ..ir.version import VERSION
-from ..ir.windows import pairs_kept
 from .assumptions import assumptions
 from .cost.flop import flop
 from .cost.kernels import CONTRACTIONS

@@ -20,10 +20,10 @@ import numpy as np
 
 from ..ir.execution import OverlapKind
 from ..ir.graph import Attr, Op
+from ..ir.key_spans import pairs_kept
 from ..ir.mesh import Mesh
 from ..ir.program import Program
 from ..ir.rule import Strategy, settled_axes
-from ..ir.windows import pairs_kept
 from .cost.compute import Ways
 from .cost.kernels import kernels_of
 from .cost.model import CostModel

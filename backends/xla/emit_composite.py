@@ -5,7 +5,7 @@
 Scores exist for one block at a time. A block is a part of a free dim, like the part that a device has, so the body
 is run by the same emitters as any op; results that are summed over the dim are added up from block to block.
 
-Where masks leave keys out (`ir/windows.py`), runs of queries see only the keys that they look at.
+Where masks leave keys out (`ir/key_spans.py`), runs of queries see only the keys that they look at.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _factors(rule: Rule, sizes: Sequence[int]) -> list[int | None]:
 class _Body:
     """A composite's graph, with the dims of its values as free dims; keys are numbered after those."""
 
-    ATTRS = ("body", "sizes", "operands", "results", "rows", "keys", "windows", "blocks")
+    ATTRS = ("body", "sizes", "operands", "results", "rows", "keys", "spans", "blocks")
 
     def __init__(
         self,
@@ -75,12 +75,12 @@ class _Body:
         results: tuple[Dims, ...],
         rows: int | None = None,
         keys: int | None = None,
-        windows: tuple[tuple[int, int], ...] = (),
+        spans: tuple[tuple[int, int], ...] = (),
         blocks: int = 1,
     ):
         self.graph, self.sizes = body_of(text), sizes
         self.operands, self.results = operands, results
-        self.rows, self.windows, self.blocks = rows, windows, blocks
+        self.rows, self.spans, self.blocks = rows, spans, blocks
         self.dims = sizes if keys is None else (*sizes, keys)
         self.parts = _parts(self.graph, self.dims, operands)
         self.most = max(
@@ -91,12 +91,12 @@ class _Body:
         """Equal runs of rows, each with the keys that it looks at; none where all look at all."""
         if self.rows is None:
             return ()
-        rows, blocks = self.sizes[self.rows], len(self.windows)
+        rows, blocks = self.sizes[self.rows], len(self.spans)
         able = [n for n in range(2, RUNS + 1) if blocks % n == 0 and rows // n >= SHORTEST]
         many, wide = max(able, default=1), self.dims[-1] // self.blocks
         found = []
         for run in range(many if able else 0):
-            spans = self.windows[run * blocks // many : (run + 1) * blocks // many]
+            spans = self.spans[run * blocks // many : (run + 1) * blocks // many]
             first, end = min(f for f, _ in spans) * wide, max(e for _, e in spans) * wide
             length = rows // many
             found.append((Window(run * length, length), Window(first, end - first)))

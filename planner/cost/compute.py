@@ -18,8 +18,8 @@ from ...ir.attention import Attention
 from ...ir.cluster import Device
 from ...ir.composites import KINDS as COMPOSITES
 from ...ir.graph import Op, TensorType
+from ...ir.key_spans import pairs_kept
 from ...ir.rule import Rule
-from ...ir.windows import pairs_kept
 from .flop import DECOMPOSITIONS, flop, told_cost
 from .kernels import CONTRACTIONS, FREE, Kernels, is_kernel, work
 from .products import product_share

@@ -31,7 +31,7 @@ _SAME = frozenset(
 
 
 @dataclass(frozen=True)
-class Windows:
+class KeySpans:
     """By block of `rows`, a dim of a softmax, the first and the end of `blocks` of its dim `keys` that may weigh
     something. Values in `low` are scores that leave no weight elsewhere."""
 
@@ -46,9 +46,9 @@ def pairs_kept(op: Op, ways: int = 1) -> float:
     """Of all pairs of queries and keys of a composite, which share it computes, where its rows are cut so many
     ways: as if all parts were like the busiest."""
     attrs = dict(op.attrs)
-    if "windows" not in attrs:
+    if "spans" not in attrs:
         return 1.0
-    spans = cast(Any, attrs["windows"])
+    spans = cast(Any, attrs["spans"])
     blocks = cast(Any, attrs["blocks"])
     first, end = np.array(spans).T
     return _busiest((end - first) / blocks, ways)
@@ -63,7 +63,7 @@ def _busiest(widths: np.ndarray, ways: int) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """What windows are looked for in.
+    """What is asked for spans.
 
     Attributes:
         kind: type of the exponentials. `rows` and `keys` are dims of it.
@@ -78,7 +78,7 @@ class Scores:
     parts: Mapping[int, Parts]
     made: Collection[int]
 
-    def windows(self, exps: Iterable[int]) -> Windows | None:
+    def spans(self, exps: Iterable[int]) -> KeySpans | None:
         """Of all exponentials of one attention; None where nothing is left out or too little is known."""
         possible, low = None, set[int]()
         for value in exps:
@@ -91,7 +91,7 @@ class Scores:
         if possible is None or possible.all():
             return None
         spans = [(int(row.argmax()), len(row) - int(row[::-1].argmax())) for row in possible]
-        return Windows(self.rows, self.keys, possible.shape[1], tuple(spans), frozenset(low))
+        return KeySpans(self.rows, self.keys, possible.shape[1], tuple(spans), frozenset(low))
 
     def grid(self) -> Index:
         """Blocks of rows and of keys."""
@@ -199,7 +199,7 @@ def may_leave_out(
     ops: Sequence[Op],
     types: Mapping[int, TensorType],
     parts: Mapping[int, Parts],
-    windows: Windows,
+    spans: KeySpans,
     closings: Collection[int],
     numbers: Mapping[int, object],
 ) -> bool:
@@ -211,7 +211,7 @@ def may_leave_out(
     nothing = {v for v, data in numbers.items() if data == 0}
     for op in ops:
         rule = rule_of(op, types)
-        keyed = _factor(op, parts, windows.keys, rule)
+        keyed = _factor(op, parts, spans.keys, rule)
         if keyed is None:
             return False
         empty = op.kind in EXPS or any(
@@ -221,14 +221,14 @@ def may_leave_out(
             factor = rule.factors[keyed]
             lost = all(keyed not in dim for dims in rule.results for dim in dims)
             if lost and factor.reduction == "max":
-                if op.inputs[0] not in windows.low:
+                if op.inputs[0] not in spans.low:
                     return False
             elif lost and not empty:
                 return False
         if empty:
             nothing.update(op.outputs)
     by_keys = [
-        v for v in closings if any(p[0] == windows.keys for dim in parts.get(v, ()) for p in dim)
+        v for v in closings if any(p[0] == spans.keys for dim in parts.get(v, ()) for p in dim)
     ]
     return nothing.issuperset(by_keys)
 

@@ -21,7 +21,7 @@ from meshwright.backends.xla.capture import capture
 from meshwright.ir.attention import attentions
 from meshwright.ir.composites import FORWARD, with_attention
 from meshwright.ir.intervals import Interval, Unknown, chosen
-from meshwright.ir.windows import Windows, pairs_kept
+from meshwright.ir.key_spans import KeySpans, pairs_kept
 
 B, T, N, H = 8, 128, 2, 8  # batch, positions, heads, width of a head
 Array = jax.Array
@@ -86,16 +86,16 @@ def trained(attend: Callable[..., Array]) -> Callable[..., Any]:
     return jax.value_and_grad(lambda *qkv: (attend(*qkv) ** 2).sum(), (0, 1, 2))
 
 
-def windows(attend: Callable[..., Array], *more: Any, keys: int = T) -> Windows | None:
+def spans(attend: Callable[..., Array], *more: Any, keys: int = T) -> KeySpans | None:
     q, kv = (jax.ShapeDtypeStruct((B, n, N, H), jnp.float32) for n in (T, keys))
     (one,) = attentions(capture(trained(attend), q, kv, kv, *more).graph)
-    return one.windows
+    return one.spans
 
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("keys", [T, 2 * T])
 def test_windows_hold_all_that_is_kept(name: str, keys: int):
-    found = windows(masked(MASKS[name]), keys=keys)
+    found = spans(masked(MASKS[name]), keys=keys)
     assert found is not None
     kept = np.asarray(MASKS[name](np.arange(T)[:, None], np.arange(keys)[None]))  # type: ignore[arg-type]
     rows, wide = T // len(found.spans), keys // found.blocks
@@ -119,7 +119,7 @@ def test_windows_hold_all_that_is_kept(name: str, keys: int):
     ids=["strict", "not low", "high", "all kept", "by an input", "and by an input"],
 )  # fmt: skip
 def test_nothing_is_left_out_that_might_weigh_something(attend: Callable[..., Array]):
-    assert windows(attend) is None
+    assert spans(attend) is None
 
 
 @pytest.mark.parametrize("name", FORMS)
