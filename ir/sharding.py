@@ -74,7 +74,7 @@ class Step:
 def reshard(source: Sharding, target: Sharding) -> tuple[Step, ...] | None:
     """The moves from one layout to another; None where none exists.
 
-        [x, -] -> [-, x]         all_to_all x from dim 0 to dim 1
+        [x, -] -> [-, x]         all_to_all x from dim 0 to dim 1; [x·y, -] -> [-, x·y] one over both
         [-, -] owes x -> [x, -]  reduce_scatter x onto dim 0
         [x·y]  -> [y]            all_gather y, all_gather x, slice y
 
@@ -109,9 +109,15 @@ def _grow(now: list[list[str]], owed: set[str], target: Sharding) -> Step | None
             options.append((1, Step("reduce_scatter", (axis,), dim)))
         elif holder is None:
             options.append((0, Step("slice", (axis,), dim)))
-        elif now[holder][-1] == axis:
-            options.append((2, Step("all_to_all", (axis,), holder, dim)))
+        elif axes := _joint(now[holder], want[len(have) :]):
+            options.append((2, Step("all_to_all", axes, holder, dim)))
     return min(options, key=lambda option: option[0])[1] if options else None
+
+
+def _joint(held: list[str], wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The longest run of axes at the minor end of a dim that another one wants next, in the same order."""
+    lengths = range(min(len(held), len(wanted)), 0, -1)
+    return next((wanted[:n] for n in lengths if tuple(held[-n:]) == wanted[:n]), ())
 
 
 def _shrink(now: list[list[str]], owed: set[str], target: Sharding) -> Step | None:
@@ -132,7 +138,7 @@ def _apply(step: Step, now: list[list[str]], owed: set[str]) -> None:
             now[step.dim].extend(step.axes)
             owed.difference_update(step.axes)
         case "all_to_all":
-            now[step.dim].pop()
+            del now[step.dim][-len(step.axes) :]
             now[step.to].extend(step.axes)
         case "all_reduce":
             owed.difference_update(step.axes)

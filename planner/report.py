@@ -43,7 +43,6 @@ BESIDES = (  # pipelines
     "different recompute for blocks of one step",
 )
 LEFT_OUT = ("pipeline stages", *BESIDES)
-JOINT = "meshes of fewer axes, where one all-to-all goes over what are two axes of those searched"
 GROUPS = "groups of hosts that each hold all state, but for three sizes and those next to the best"
 
 
@@ -141,8 +140,6 @@ def proof_of(
     ):
         left_out = (*left_out, GROUPS)
     execution = search.request.execution
-    if execution.overlap and search.request.mesh is None:
-        left_out = (*left_out, JOINT)
     if set(WITHIN) <= set(execution.overlap):
         left_out = tuple(each for each in left_out if each != OVERLAP)
     return Proof(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import meshwright as mw
-from meshwright.backends.xla import emit_composite
+from meshwright.backends.xla import emit_composite, spmd
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.replay import replay
 from meshwright.ir.attention import attentions
@@ -87,6 +87,13 @@ def squared(layer: Callable[..., Array]) -> Callable[..., Array]:
 
 def layers(params: Params, x: Array) -> Array:
     return (jax.lax.scan(lambda x, p: (causal_grouped(p, x), None), x, params)[0] ** 2).mean()
+
+
+def four_layers(params: Any, x: Array) -> Array:
+    x = jnp.tanh(x @ params["first"])
+    for layer in params["layers"]:
+        x = causal_grouped(layer, x)
+    return ((x @ params["last"]) ** 2).mean()
 
 
 def again(params: Params, x: Array) -> Array:
@@ -200,6 +207,33 @@ def test_fused_steps_with_microbatches_and_recomputation(request_: dict[str, Any
     close(ours(*args), jax.jit(step)(*args))
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"microbatches": 2, "program": "single"},
+        {"microbatches": 4, "program": "stages", "schedule": "zb-h1"},
+        {"microbatches": 2, "program": "stages", "recompute": "full"},
+    ],
+    ids=str,
+)
+def test_fused_steps_in_stages(request_: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    kinds = set()
+    run = spmd.run_composite
+
+    def noted(op: Op, *more: Any) -> Any:
+        kinds.add(op.kind)
+        return run(op, *more)
+
+    monkeypatch.setattr(spmd, "run_composite", noted)
+    params = {"first": normal(20, D, D), "last": normal(21, D, D)}
+    step, args = trained(four_layers), ({**params, "layers": [weights(K)] * 4}, X)
+    ours = mw.parallelize(step, cluster="4xcpu", pp=2, attention="fused", **request_)
+    close(ours(*args), jax.jit(step)(*args))
+    plan = ours.plan(*args)
+    assert plan.attention == "fused" and plan.pipeline is not None and kinds == KINDS
+    assert any("scores are never whole" in note for note in plan.notes)
+
+
 def test_a_compiled_program_holds_no_scores():
     """Sixteen heads of 1024 by 1024: 64 MiB of scores, twice and more in the plain program."""
     q = jax.ShapeDtypeStruct((1, 1024, 16, 8), jnp.float32)
@@ -233,13 +267,5 @@ def test_what_cannot_be_fused_is_said():
         step, {"a": normal(1, D, D)}, X, cluster="8xcpu", request=Request(attention="fused")
     )
     assert any("no attention was found" in note for note in plan.notes)
-    with pytest.raises(PlanError, match="attention cannot be fused with a pipeline"):
-        mw.plan(
-            step,
-            {"a": normal(1, D, D)},
-            X,
-            cluster="8xcpu",
-            request=Request(attention="fused", pp=2),
-        )
     with pytest.raises(PlanError, match="attention cannot be 'flash'"):
         Request(attention="flash")  # type: ignore[arg-type]

@@ -346,6 +346,13 @@ def test_no_plan_of_a_mesh_is_faster_than_its_bound():
         assert bound <= planned("all", mesh=(2, 4), **pins).estimate.step_seconds * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("overlap", ["none", "all"])
+def test_a_mesh_of_fewer_axes_is_not_faster_than_the_bound_of_all(overlap: str):
+    """What four devices of one axis exchange at once, two axes of two do too."""
+    bound = planned(overlap).proof.lower_bound
+    assert bound <= planned(overlap, mesh=(4, 2)).estimate.step_seconds * (1 + 1e-9)
+
+
 @cache
 def fsdp(microbatches: int):
     """GPT-2 with everything sharded over eight devices, as somebody else decided."""

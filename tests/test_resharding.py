@@ -70,6 +70,11 @@ def test_no_move_makes_a_sum_owed():
             Sharding(((), ())),
             (Step("all_reduce", ("x", "y")),),
         ),
+        (
+            Sharding((("x", "y"), ())),
+            Sharding(((), ("x", "y"))),
+            (Step("all_to_all", ("x", "y"), 0, 1),),
+        ),
         (Sharding((("x", "y"), ())), Sharding(((), ())), (Step("all_gather", ("x", "y"), 0),)),
         (Sharding(((), ())), Sharding((("x", "y"), ())), (Step("slice", ("x", "y"), 0),)),
     ],
