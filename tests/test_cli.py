@@ -133,6 +133,8 @@ def test_a_step_of_ones_own_with_any_number_of_arguments(run, tmp_path):
     assert code == 0, err
     code, out, err = run("run", "p.json", "--steps", "2", "--verify")
     assert code == 0 and len(out.splitlines()) == 2, err
+    code, _, err = run("run", "p.json", "--seed", "3")
+    assert code == 2 and "as its file makes them" in err
 
 
 NORMED = """

@@ -40,8 +40,11 @@ def run(
     ] = False,
     emulate: Emulate = False,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="Of initial parameters and batches.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0, max=2**63 - 1, help="Of initial parameters and batches of a zoo model; 0."
+        ),
+    ] = None,
     coordinator: Annotated[
         str | None,
         typer.Option(help="host:port of process 0, where the environment does not say it."),
@@ -86,7 +89,7 @@ def run(
         place = seat(coordinator, processes, process)
         take_devices(found, emulate, place, deadline)
         same_command(
-            found, {"steps": steps, "seed": seed, "verify": verify, "emulate": emulate}, data
+            found, {"steps": steps, "seed": seed or 0, "verify": verify, "emulate": emulate}, data
         )
     else:
         raise UsageError(

@@ -49,7 +49,7 @@ class Trained:
 
 
 def train(
-    plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, seed: int
+    plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, seed: int | None
 ) -> Trained:
     """Train for some steps; a pipeline takes one more, which is recorded.
 
@@ -190,14 +190,19 @@ def _unsharded(
     return reference(apart.in_pieces(step), captured, apart.apart(leaves))
 
 
-def start(made: Made, data: Path | None, seed: int) -> tuple[Any, Iterator[tuple[Any, ...]]]:
+def start(made: Made, data: Path | None, seed: int | None) -> tuple[Any, Iterator[tuple[Any, ...]]]:
     """Initial state, and endless tuples of the step's other arguments."""
     if made.example is None:
         if data is not None:
             raise UsageError("--data is for byte-level models of the zoo.", where=made.name)
+        if seed is not None:
+            what = (
+                "--seed is for models of the zoo; this step's arguments are as its file makes them."
+            )
+            raise UsageError(what, where=made.name, fix="a seed in the file")
         zeros = [jax.tree.map(_materialise, argument) for argument in made.args]
         return zeros[0], repeat(tuple(zeros[1:]))
-    example = made.example
+    example, seed = made.example, seed or 0
     state = example.init(jax.random.key(seed))
     if data is None:
         rng = np.random.default_rng(seed)
