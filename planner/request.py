@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite, prod
+from math import prod
 from numbers import Integral
+from sys import float_info
 from typing import Any, Literal, NoReturn, get_args
 
 from ..ir.cluster import Cluster
@@ -109,6 +110,8 @@ class Request:
         ):
             if getattr(self, name) not in known:
                 wrong.of(partial(_refuse, name, repr(getattr(self, name)), fix))
+        if self.schedule is not None and not isinstance(self.schedule, str):
+            wrong.of(partial(_refuse, "schedule", repr(self.schedule), "a name, such as 1f1b"))
         wrong.of(lambda: _check_axes(self.mesh))
         wrong.of(lambda: _check_overlap(self.overlap))
         wrong.tell()
@@ -195,7 +198,7 @@ def _check_number(name: str, value: Any) -> None:
     if name in ("headroom", "gap"):
         if not 0 <= value < 1:
             _refuse(name, value, "a share from 0 up to, not including, 1")
-    elif not (isfinite(value) and value > 0):
+    elif not 0 < value <= float_info.max:
         _refuse(name, value, "a positive number")
 
 

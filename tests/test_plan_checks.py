@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from math import inf, nan
+from typing import Any
 
 import pytest
 
 from meshwright.api import plan_captured
 from meshwright.backends.xla.lower import lower
+from meshwright.ir.cluster import Cluster
 from meshwright.ir.codec import CHECKSUM, parse_plan, sealed
-from meshwright.ir.errors import PlanError
+from meshwright.ir.errors import MeshwrightError, PlanError
 from meshwright.planner.frontier import load_frontier
-from meshwright.planner.request import Request
+from meshwright.planner.request import Request, check_early
 from meshwright.recipe import make
 from meshwright.simulation import simulate
 
@@ -202,3 +205,17 @@ def test_frontiers_that_contradict_themselves_are_refused_by_name(
     assert complaint in str(caught.value)
     place.write_text(sealed(found[1]))
     assert load_frontier(place) == found[1]
+
+
+@pytest.mark.parametrize("pp", [1, 2, "auto"])
+@pytest.mark.parametrize("name", [field.name for field in fields(Request)])
+def test_requests_of_any_types_are_taken_or_refused_by_name(name: str, pp: Any):
+    """As they may stand in a file: nothing else than a refusal of ours."""
+    cluster = Cluster.parse("8xh100x8@ib400")
+    for value in (1.5, True, "x", "", [1], {}, float("nan"), -1, 10**400, (1.5,), ["a"], b"x"):
+        try:
+            check_early(Request(**{"pp": pp, name: value}), cluster)
+        except MeshwrightError as error:
+            assert error.what and error.fix
+    with pytest.raises(MeshwrightError, match=r"schedule cannot be 1\.5"):
+        Request(schedule=1.5)  # type: ignore[arg-type]
