@@ -83,9 +83,10 @@ class Scores:
         possible, low = None, set[int]()
         for value in exps:
             chain = _Chain(self)
-            low |= chain.walk(value)
-            if not low or not chain.points.certain.any(axis=1).all():
+            passed = chain.walk(value)
+            if not passed or not chain.points.certain.any(axis=1).all():
                 return None
+            low |= passed
             found = chain.grid.possible
             possible = found if possible is None else possible | found
         if possible is None or possible.all():
@@ -168,9 +169,16 @@ class _Chain:
         if op.kind == "select_n" and len(op.inputs) == 3 and made > 0:
             other = 3 - made
             return kept.chosen(op.inputs[0], there(0), op.inputs[other], there(other), made == 2)
-        if op.kind in ("add", "add_any"):
+        if op.kind in ("add", "add_any") and self._lowers(op.inputs[1 - made], there(1 - made)):
             return kept.added(op.inputs[1 - made], there(1 - made))
         return False
+
+    def _lowers(self, value: int, at: Index) -> bool:
+        """Whether what is added raises no score, so that masks put on before still leave no weight."""
+        try:
+            return bool(np.all(self.masks.at(value, at).high <= 0))
+        except Unknown:
+            return False
 
     def _is_even(self, op: Op) -> bool:
         """Whether what is subtracted is the same for all keys of a query."""
@@ -184,13 +192,16 @@ class _Chain:
         return value in known
 
     def _scales(self, op: Op, made: int) -> bool:
-        """Whether an op multiplies by a number above 0."""
+        """Whether an op multiplies by 1 or more, so that masks put on before still leave no weight."""
         if op.kind not in ("mul", "div") or (op.kind == "div" and made == 1):
             return False
         by, known = op.inputs[1 - made], followed(op, self.masks.types, self.scores.parts)
         try:
             at = elsewhere(known[by], self.at[0], self.scores.kind)
-            return bool(np.all(self.masks.at(by, at).low > 0))
+            scale = self.masks.at(by, at)
+            if op.kind == "mul":
+                return bool(np.all(scale.low >= 1))
+            return bool(np.all((scale.low > 0) & (scale.high <= 1)))
         except Unknown:
             return False
 

@@ -106,6 +106,22 @@ def test_windows_hold_all_that_is_kept(name: str, keys: int):
             assert columns.min() - first * wide < wide and end * wide - columns.max() <= wide
 
 
+def after(change: Callable[[Array], Array]) -> Callable[..., Array]:
+    """Causal, and something done to masked scores."""
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        scores = jnp.einsum("btnh,bsnh->bnts", q, k)
+        scores = change(jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -2e4))
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
+
+    return attend
+
+
+@pytest.mark.parametrize("change", [lambda s: s * 2, lambda s: s / 0.5, lambda s: s - 3.0])
+def test_masked_scores_may_be_lowered_after(change: Callable[[Array], Array]):
+    assert spans(after(change)) is not None
+
+
 @pytest.mark.parametrize(
     "attend",
     [
@@ -115,8 +131,13 @@ def test_windows_hold_all_that_is_kept(name: str, keys: int):
         masked(lambda r, c: r + c >= 0),
         lambda q, k, v: masked(lambda r, c: c < q[0, 0, 0, 0])(q, k, v),
         lambda q, k, v: masked(lambda r, c: (r >= c) & (c.astype(float) < q[0, 0, 0, 0]))(q, k, v),
+        after(lambda s: s * 1e-4),
+        after(lambda s: s / 1e4),
+        after(lambda s: s * -1),
+        after(lambda s: s + 2e4 * (jnp.arange(T) > 64)),
     ],
-    ids=["strict", "not low", "high", "all kept", "by an input", "and by an input"],
+    ids=["strict", "not low", "high", "all kept", "by an input", "and by an input",
+         "scaled down", "divided", "turned", "raised"],
 )  # fmt: skip
 def test_nothing_is_left_out_that_might_weigh_something(attend: Callable[..., Array]):
     assert spans(attend) is None
