@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
+from .composites import KINDS as COMPOSITES
+from .composites import body_of
 from .graph import Op, Region, TensorType, deciding
 from .rule import Rule
 from .rules import rule_of
@@ -52,7 +54,21 @@ class Examples:
                     if source in self.dims:
                         self.dims[result] = self.dims[source]
             elif self.holds(op.inputs):
-                self._simple(op)
+                self._composite(op) if op.kind in COMPOSITES else self._simple(op)
+
+    def _composite(self, op: Op) -> None:
+        """Follow what it stands for."""
+        body = body_of(str(op.attr("body")))
+        within = Examples(body.types)
+        for value, inside in zip(op.inputs, body.inputs, strict=True):
+            if value in self.depends:
+                within.depends.add(inside)
+            if value in self.dims:
+                within.dims[inside] = self.dims[value]
+        within.run(body.ops)
+        for result, inside in zip(op.outputs, body.outputs, strict=True):
+            if inside in within.dims:
+                self.dims[result] = within.dims[inside]
 
     def _simple(self, op: Op) -> None:
         rule = rule_of(op, self.types)

@@ -54,6 +54,15 @@ def pairs_kept(op: Op, ways: int = 1) -> float:
     return _busiest((end - first) / blocks, ways)
 
 
+def keys_at_most(op: Op) -> float:
+    """Of all keys of a composite, which share some query looks at, at most."""
+    attrs = dict(op.attrs)
+    if "spans" not in attrs:
+        return 1.0
+    first, end = np.array(cast(Any, attrs["spans"])).T
+    return float((end - first).max()) / cast(Any, attrs["blocks"])
+
+
 def _busiest(widths: np.ndarray, ways: int) -> float:
     """The mean of the widest of so many equal runs of rows, whose blocks are so wide."""
     sums = np.concatenate(([0.0], np.cumsum(widths))) / len(widths)

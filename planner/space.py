@@ -174,6 +174,7 @@ def build(
     decided: Decided | None = None,
     runs: Mapping[str, float] | None = None,
     overlap: tuple[OverlapKind, ...] = (),
+    dealt: bool = False,
 ) -> Space:
     """Lay out the decisions of a prepared graph on the mesh of `layouts`, and price them.
 
@@ -183,13 +184,14 @@ def build(
             runs in a step. Under "" for the step's results.
         overlap: kinds of communication that run beside computation; prices of nodes and edges are those of a
             step in which none does.
+        dealt: sequences come dealt out so that devices which share positions have equal work in attention.
     """
     frame = frame_of(program, microbatches, layouts, decided)
     nodes = [
         Node(n.tag, n.choices, n.members, seconds=np.zeros(len(n.choices))) for n in frame.nodes
     ]
     space = Space(program, layouts.mesh, microbatches, layouts, nodes, frame)
-    _Prices(space, frame, cost, runs).fill()
+    _Prices(space, frame, cost, runs, dealt).fill()
     space.windows = windows_of(frame.outline, microbatches, overlap) if overlap else None
     return space
 
@@ -198,9 +200,15 @@ class _Prices:
     """Prices the nodes of a frame and the edges between them."""
 
     def __init__(
-        self, space: Space, frame: Frame, cost: CostModel, weights: Mapping[str, float] | None
+        self,
+        space: Space,
+        frame: Frame,
+        cost: CostModel,
+        weights: Mapping[str, float] | None,
+        dealt: bool,
     ):
         self.space, self.frame, self.cost, self.weights = space, frame, cost, weights
+        self.dealt = dealt
         self.layouts, self.types = space.layouts, space.program.graph.types
         self.kernels = kernels_of(
             space.program, cost.fused_attention, cost.fusion, cost.redone_inside
@@ -248,7 +256,7 @@ class _Prices:
         op, sides, work = alike.op, self._ways(alike), self.layouts.cut_ways(alike.cuts)
         if self.space.microbatches > 1 and alike.timed.any():
             work = work * self.space.microbatches
-        if (rows := dict(op.attrs).get("rows")) is not None:
+        if not self.dealt and (rows := dict(op.attrs).get("rows")) is not None:
             work = work / self._unevenness(op, rows)
         ways = Ways(list(sides[: len(op.inputs)]), list(sides[len(op.inputs) :]), work)
         seconds = self.cost.op_seconds(op, alike.rule, self.types, ways, self.kernels)

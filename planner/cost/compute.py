@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from ...ir.attention import Attention
 from ...ir.cluster import Device
 from ...ir.composites import KINDS as COMPOSITES
 from ...ir.graph import Op, TensorType
-from ...ir.key_spans import pairs_kept
+from ...ir.key_spans import keys_at_most, pairs_kept
 from ...ir.rule import Rule
 from .flop import DECOMPOSITIONS, flop, told_cost
 from .kernels import CONTRACTIONS, FREE, Kernels, is_kernel, work
@@ -67,9 +68,8 @@ def op_seconds(
         return seconds + (_cast_seconds(op, types, device, ways) if narrow else 0.0)
     if op.kind in COMPOSITES:
         moved = device.stream_seconds(_cut(_moved(op, types, kernels), ways))
-        return device.launch + np.maximum(
-            moved, _composite_seconds(op, rule, types, device) / ways.work
-        )
+        seconds = _composite_seconds(op, rule, types, device) / ways.work
+        return device.launch + np.maximum(moved, seconds * _composite_tail(op, device, ways))
     arithmetic = _beside_products(op, rule, types) / device.vector_flops / ways.work
     return device.launch + np.maximum(
         device.stream_seconds(_cut(_touched(op, types, kernels), ways)), arithmetic
@@ -91,6 +91,14 @@ def _composite_seconds(
         * flop(op, rule, types)
         / (_peak(device, multiplied_as(op, types, device)) * device.attention_efficiency)
     )
+
+
+def _composite_tail(op: Op, device: Device, ways: Ways) -> np.ndarray | float:
+    """As `_tail`, of attention that is one op: all but its keys are free."""
+    if device.units is None:
+        return 1.0
+    rows = prod(n for n in op.attr("sizes") if isinstance(n, int))  # type: ignore[union-attr]
+    return 1 + device.units * ROWS * ways.work / rows * keys_at_most(op) / pairs_kept(op) / 2
 
 
 @dataclass(frozen=True, slots=True)

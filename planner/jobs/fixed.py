@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ...ir.blocks import Folded
 from ...ir.cluster import Cluster
+from ...ir.composites import AttentionKind
 from ...ir.errors import PlanError
+from ...ir.execution import OverlapKind
 from ...ir.plan import Plan
 from ...ir.recompute import Policy
 from ...ir.roles import roles
@@ -25,9 +27,9 @@ from .pinned import Parallelism, Pinned
 
 def fixed_plan(
     folded: Folded, cluster: Cluster, parallelism: Parallelism, *, microbatches: int = 1, recompute: Policy = "none",
-    name: str, fingerprint: str,
+    name: str, fingerprint: str, attention: AttentionKind = "plain", overlap: str | tuple[OverlapKind, ...] = (),
 ) -> Plan:  # fmt: skip
-    """The plan of one stage that these degrees make for a model of the zoo.
+    """The plan of one stage that these degrees make for a model of the zoo; `attention` says how `folded` has it.
 
     Its proof claims nothing: no bound is known, nothing else was looked at.
 
@@ -44,24 +46,26 @@ def fixed_plan(
             f"context parallelism by `{parallelism.cp_kind}` can be priced, not run.",
             where="cp kind", fix="all_gather",
         )  # fmt: skip
-    request = Request(microbatches=microbatches, recompute=recompute, gap=0.0)
+    request = Request(
+        microbatches=microbatches,
+        recompute=recompute,
+        gap=0.0,
+        attention=attention,
+        overlap=overlap,
+    )
     found = Search(
         folded, cluster, request, Roofline(cluster), name, fingerprint, lambda line: None
     )
     program = found.program(recompute)
     check(request, cluster, program.time)
     pinned = Pinned(program, parallelism)
-    space = build(
-        program, microbatches, found.cost, Layouts(found.cost.collectives(pinned.mesh)), pinned
-    )
-    lives = lifetimes(
-        program, microbatches, roles(program.graph), as_xla(program, cluster.device.kind)
-    )
+    beside, layouts = request.execution.overlap, Layouts(found.cost.collectives(pinned.mesh))
+    space = build(program, microbatches, found.cost, layouts, pinned, overlap=beside)
+    storage = as_xla(program, cluster.device.kind)
+    lives = lifetimes(program, microbatches, roles(program.graph), storage, beside)
     choices = (0,) * len(space.nodes)
-    seconds = sum(float(node.seconds[0]) for node in space.nodes)
-    seconds += sum(float(matrix[0, 0]) for matrix in space.edges.values())
     ledger = Ledger(space, lives)
-    solution = Solution("feasible", "proof", choices, seconds, 0.0)
+    solution = Solution("feasible", "proof", choices, space.seconds(choices), 0.0)
     found.best.candidate = Candidate(pinned.mesh, recompute, microbatches)
     found.best.space, found.best.lives = space, lives
     found.best.answer = Answer(solution, *ledger.peak(ledger.local_bytes(choices)))

@@ -15,6 +15,8 @@ from typing import Literal
 
 import numpy as np
 
+from ...ir.composites import FORWARD
+from ...ir.composites import KINDS as COMPOSITES
 from ...ir.graph import Op
 from ...ir.plan import Collective
 from ...ir.program import Program
@@ -104,9 +106,12 @@ class Parts:
 
 
 def parts_of(program: Program, layers: int, parallelism: Parallelism, cost: CostModel) -> Parts:
-    """Price a program of `layers` layers, folded and prepared, that stands for one microbatch."""
+    """Price a program of `layers` layers, folded and prepared, that stands for one microbatch.
+
+    Under context parallelism sequences come with head and tail on each device, as Megatron-LM and torchtitan deal them.
+    """
     pinned = Pinned(program, parallelism)
-    space = build(program, 1, cost, Layouts(cost.collectives(pinned.mesh)), pinned)
+    space = build(program, 1, cost, Layouts(cost.collectives(pinned.mesh)), pinned, dealt=True)
     return _Sorting(space, layers, cost, pinned).run()
 
 
@@ -114,7 +119,9 @@ class _Sorting:
     def __init__(self, space: Space, layers: int, cost: CostModel, pinned: Pinned):
         self.space, self.layers, self.cost, self.pinned = space, layers, cost, pinned
         self.program, self.graph = space.program, space.program.graph
-        self.kernels = kernels_of(self.program, cost.fused_attention, cost.fusion, joined=True)
+        self.kernels = kernels_of(
+            self.program, cost.fused_attention, cost.fusion, cost.redone_inside
+        )
         self.tags = self.program.value_tags
         self.choices = (0,) * len(space.nodes)
         self.parts: dict[Place, Part] = {place: Part() for place in PLACES}
@@ -155,7 +162,7 @@ class _Sorting:
                 work.compute += seconds * share
                 if op in self.pinned.attention:
                     work.attention += seconds * share
-                if op.kind in CONTRACTIONS:
+                if op.kind in CONTRACTIONS | COMPOSITES:
                     rule = rule_of(op, self.graph.types)
                     work.flop += flop(op, rule, self.graph.types) * share
         self._communicate()
@@ -302,7 +309,7 @@ class _Sorting:
         return {
             op.outputs[0]: local[op.outputs[0]]
             for op, phase in zip(self.graph.ops, self.program.phases, strict=True)
-            if phase == "forward" and op.kind in CONTRACTIONS and op in attention
+            if phase == "forward" and op.kind in CONTRACTIONS | {FORWARD} and op in attention
             if op.outputs[0] not in attention.scores and op.outputs[0] in local
         }
 

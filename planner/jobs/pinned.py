@@ -31,7 +31,7 @@ from ...ir.mesh import Axis, Mesh
 from ...ir.mistakes import Mistakes
 from ...ir.program import Program
 from ...ir.roles import roles
-from ...ir.rule import NONE, Rule, Strategy, cuttable, result_sharding
+from ...ir.rule import NONE, Rule, Strategy, cuttable, owing, result_sharding
 from ...ir.rules import rule_of
 from ...ir.sharding import Sharding
 from ..strategies import follow
@@ -48,6 +48,7 @@ TENSOR, EXPERT = "NKFV", "E"
 LOOK_UPS = frozenset(
     {"gather", "scatter", "scatter-add"}
 )  # tokens are dispatched and combined on their own rank
+SUMS = frozenset({"add", "add_any"})
 DEGREES = ("tp", "pp", "vpp", "dp", "cp", "ep")
 STATE_AXES = ("dp", "ep", "cp")  # ZeRO's shards of state are cut over these
 
@@ -168,9 +169,12 @@ class Pinned:
     def strategy(self, op: Op, rule: Rule) -> Strategy:
         if settles(op):
             return self._as_left(op, rule)
-        allowed = cuttable(rule)
+        allowed, owed = cuttable(rule), self._owed(op)
         codes: list[int] = []
         for axis in self.mesh.axes:
+            if axis.name in owed:
+                codes.append(owing(0))
+                continue
             wanted = [f for f in self._factors(axis.name, op, rule) if f in allowed]
             padded = axis.name in STATE_AXES and not self._on_activations(op, rule)
             fits = (
@@ -180,6 +184,20 @@ class Pinned:
             )
             codes.append(fits[0] if fits else NONE)
         return Strategy(tuple(codes))
+
+    def _owed(self, op: Op) -> frozenset[str]:
+        """Of a sum of what products of tensor parallelism leave owing (of queries, keys and values; of a gate and
+        what it gates): it owes as well, and is reduced once (Megatron-LM joins the products, DTensor adds partials)."""
+        makers = [self._makers.get(v) for v in op.inputs] if op.kind in SUMS else []
+        found = [self._owed(m) | self._left(m) if m else frozenset[str]() for m in makers]
+        return frozenset[str]({"tp"}).intersection(*found) if found else frozenset()
+
+    def _left(self, op: Op) -> frozenset[str]:
+        """Axes over which a product owes a sum."""
+        if op.kind != "dot_general":
+            return frozenset()
+        rule = rule_of(op, self.types)
+        return result_sharding(rule, self.strategy(op, rule), self.mesh, 0).partial
 
     def _as_left(self, op: Op, rule: Rule) -> Strategy:
         """A gradient owes its sum to the update."""

@@ -5,6 +5,8 @@ reduces over keys. Cut are queries; keys stay whole there, and what attention's 
 sums over queries (gradients of keys and values) is cut again when it leaves.
 
     q [T*, H] · k [S*, H] -> scores [T*, S]      p [T*, S] · dO [T*, H] -> dV [S, H], owed, then [S*, H]
+
+Attention as one op has the same operands and results; what it stands for tells which of their dims are keys.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from collections.abc import Collection
 from functools import cached_property
 from itertools import product
 
+from ...ir.composites import KINDS as COMPOSITES
 from ...ir.examples import Examples
 from ...ir.graph import Graph, Op
 from ...ir.program import Program
-from ...ir.rule import Rule
+from ...ir.rule import Rule, cuttable
 from ...ir.rules import rule_of
 from ..cost.kernels import CONTRACTIONS, REDUCTIONS, attention_values
 from ..usage import followed, sequence_dims
@@ -51,8 +54,19 @@ class Positions(Examples):
                 and op.kind in CONTRACTIONS
                 and not self.queries.keys().isdisjoint(op.inputs)
             ):
-                self.dims[result] = self.both.dims.get(result, {})
-                self.summed.add(result)
+                self._sum(result)
+
+    def _composite(self, op: Op) -> None:
+        super()._composite(op)
+        rule = rule_of(op, self.types)
+        for result, dims in zip(op.outputs, rule.results, strict=True):
+            found = {f for d in self.dims.get(result, {}) for f in dims[d][:1]}
+            if found and found.isdisjoint(cuttable(rule)):
+                self._sum(result)
+
+    def _sum(self, result: int) -> None:
+        self.dims[result] = self.both.dims.get(result, {})
+        self.summed.add(result)
 
     def factors(self, op: Op, rule: Rule) -> list[int]:
         """Factors that are positions, those of the results first; of scores, queries alone."""
@@ -114,14 +128,16 @@ def _dim_of(dims: tuple[tuple[int, ...], ...], factor: int) -> int:
 
 
 class Attention:
-    """Which ops belong to attention: those on scores, and those on maxima and sums of a softmax."""
+    """Which ops belong to attention: those that are one, those on scores, and those on maxima and sums of a softmax."""
 
     def __init__(self, program: Program):
         self.graph, self.scores = program.graph, attention_values(program).keys()
 
     def __contains__(self, op: Op) -> bool:
-        return not self.scores.isdisjoint((*op.inputs, *op.outputs)) or self._statistics.issuperset(
-            op.outputs
+        return (
+            op.kind in COMPOSITES
+            or not self.scores.isdisjoint((*op.inputs, *op.outputs))
+            or self._statistics.issuperset(op.outputs)
         )
 
     @cached_property

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from .ir.cluster import Cluster
+from .ir.composites import AttentionKind, composed
 from .ir.errors import PlanError, UsageError, did_you_mean
 from .ir.execution import parse_overlap
 from .ir.mistakes import Mistakes
@@ -30,7 +31,8 @@ RECOMPUTE: dict[str, Policy] = {
     "selective": "fused-selective",
     "alternate": "fused-alternate",
     "full": "fused-full",
-    # as XLA does it, which drops what nobody reads: keep products with weights, or only what blocks hand on
+    # as XLA does it, which drops what nobody reads: keep all, products with weights, or only what blocks hand on
+    "everything": "none",
     "dots": "selective",
     "blocks": "full",
 }
@@ -219,6 +221,9 @@ class Setting:
     gathers: str = (
         "bf16"  # what activations and ZeRO-3's parameters are gathered in, where products read them
     )
+    redone_inside: bool = (
+        True  # what is computed again is part of the kernels that read it; not in plans
+    )
     fusion: Fusion = (
         "all"  # what a compiler fuses: PyTorch run eagerly "none", only layers compiled "layers"
     )
@@ -387,13 +392,14 @@ def _parts(
         policy = "none"  # nothing is made again that nobody asked for
     elif setting.fused_attention and policy == "fused":
         policy = "fused-selective"  # fused attention keeps no scores to begin with
-    program = _program(shape, microbatch * parallelism.dp, policy)
+    attention: AttentionKind = "fused" if setting.fused_attention else "plain"
+    program = _program(shape, microbatch * parallelism.dp, policy, attention)
     cost = Roofline(
         known.cluster,
         setting.fused_attention,
         setting.fusion,
         PRODUCTS[setting.products],
-        redone_inside=True,
+        redone_inside=setting.redone_inside,
     )
     return parts_of(
         program, shape.layers - (shape.experts.dense if shape.experts else 0), parallelism, cost
@@ -401,17 +407,18 @@ def _parts(
 
 
 @lru_cache(maxsize=64)
-def _program(shape: Shape, batch: int, policy: Policy) -> Program:
-    return prepare(_folded(shape, batch), policy)
+def _program(shape: Shape, batch: int, policy: Policy, attention: AttentionKind) -> Program:
+    return prepare(_folded(shape, batch, attention), policy)
 
 
 @lru_cache(maxsize=64)
-def _folded(shape: Shape, batch: int) -> Any:
+def _folded(shape: Shape, batch: int, attention: AttentionKind) -> Any:
     from .backends.xla.capture import capture
     from .ir.blocks import fold
 
     example = _example(shape, batch)
-    return fold(capture(example.step, example.state, example.batch, donate_argnums=0).graph).small
+    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
+    return fold(composed(captured.graph, attention)).small
 
 
 def _example(shape: Shape, batch: int) -> Any:

@@ -202,7 +202,8 @@ def price(
         bool, typer.Option("--sp", help="Sequence parallelism beside tp.")
     ] = False,
     recompute: Annotated[
-        str, typer.Option(help="none, selective, alternate, full; with XLA dots or blocks.")
+        str,
+        typer.Option(help="none, selective, alternate, full; with XLA everything, dots or blocks."),
     ] = "none",
     plain_attention: Annotated[
         bool, typer.Option("--plain-attention", help="Scores in memory, no fused kernel.")
@@ -214,6 +215,12 @@ def price(
     fusion: Annotated[
         str, typer.Option(help="What is fused: all, layers alone, none (PyTorch run eagerly).")
     ] = "all",
+    redone_apart: Annotated[
+        bool,
+        typer.Option(
+            "--redone-apart", help="What is computed again runs in kernels of its own, as with XLA."
+        ),
+    ] = False,
     overlap: Annotated[
         str, typer.Option(help="What runs beside computation: gradients,parameters,tensor,stages.")
     ] = "",
@@ -288,6 +295,7 @@ def price(
         lambda: Setting(
             recompute, not plain_attention, products, overlaps(overlap), reduce_in_fp32=not narrow_gradients,
             fused_accumulation=not separate_accumulation, gathers=gathers, fusion=fusion_of(fusion),
+            redone_inside=not redone_apart,
         )
     )  # fmt: skip
     wrong.of(lambda: check_batch(global_batch, microbatch))

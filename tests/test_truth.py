@@ -1,0 +1,82 @@
+"""One truth: a layout given as numbers costs what the same layout costs as a plan, and no bound lies above it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+
+from meshwright import pricing
+from meshwright.api import plan_captured
+from meshwright.backends.xla.capture import Captured
+from meshwright.ir.blocks import Folded, fold
+from meshwright.ir.cluster import Cluster
+from meshwright.ir.composites import AttentionKind, composed
+from meshwright.ir.program import prepare
+from meshwright.planner.jobs.fixed import fixed_plan
+from meshwright.planner.jobs.pinned import Parallelism
+from meshwright.planner.request import Request
+from meshwright.recipe import make
+
+RECOMPUTE = {"none": "everything", "full": "blocks"}  # words of plans, and of prices as XLA does it
+
+
+@lru_cache(maxsize=16)
+def captured(model: str, batch: int, seq: int) -> Captured:
+    return make({"model": model, "batch": batch, "seq": seq}).capture(True)
+
+
+def folded(model: str, batch: int, seq: int, attention: AttentionKind = "fused") -> Folded:
+    return fold(composed(captured(model, batch, seq).graph, attention))
+
+
+def priced(
+    model: str, cluster: str, batch: int, seq: int, layout: Parallelism, setting: pricing.Setting
+):
+    return pricing.price_job(
+        pricing.shape_of(model, seq), layout, Cluster.parse(cluster), global_batch=batch,
+        microbatch=batch // layout.dp, setting=setting,
+    )  # fmt: skip
+
+
+FLAT = [
+    ("llama3-8b", "h100x8", 8, 8192, Parallelism(dp=8, zero=3), "full"),
+    ("gpt3-1.3b", "a100x8", 16, 2048, Parallelism(dp=2, tp=4), "none"),
+    ("gpt3-1.3b", "a100x8", 16, 2048, Parallelism(dp=4, tp=2, zero=1, sequence_parallel=True), "none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "cluster", "batch", "seq", "layout", "recompute"), FLAT)
+def test_a_layout_costs_the_same_as_a_plan_and_as_a_job(
+    model, cluster, batch, seq, layout, recompute
+):
+    plan = fixed_plan(
+        folded(model, batch, seq), Cluster.parse(cluster), layout, recompute=recompute, attention="fused",
+        name=model, fingerprint="",
+    )  # fmt: skip
+    setting = pricing.Setting(RECOMPUTE[recompute], reduce_in_fp32=False, redone_inside=False)
+    price = priced(model, cluster, batch, seq, layout, setting)
+    assert price.step == pytest.approx(plan.estimate.step_seconds, rel=0.05)
+
+
+def test_no_layout_of_long_sequences_is_priced_below_what_is_proven():
+    """Attention is most of this step: its kernels and what they compute again count alike on both sides."""
+    plan = plan_captured(
+        captured("llama3-8b", 8, 131072), Cluster.parse("h100x8"),
+        Request(attention="fused", overlap="all", recompute="full", microbatches=4), "llama3-8b",
+    )  # fmt: skip
+    setting = pricing.Setting(
+        "blocks", redone_inside=False, overlap=frozenset({"parameters", "gradients", "tensor"})
+    )
+    price = pricing.price_job(
+        pricing.shape_of("llama3-8b", 131072), Parallelism(cp=8, zero=3), Cluster.parse("h100x8"),
+        global_batch=8, microbatch=2, setting=setting,
+    )  # fmt: skip
+    assert plan.proof.lower_bound <= price.step <= 1.05 * plan.estimate.step_seconds
+
+
+def test_one_example_has_the_same_update_with_attention_fused():
+    """Where the batch is one sequence its positions tell the passes apart, those of keys too."""
+    plain = prepare(folded("llama-tiny", 1, 64, "plain").small, "none")
+    fused = prepare(folded("llama-tiny", 1, 64, "fused").small, "none")
+    assert fused.phases.count("update") == plain.phases.count("update") > 0
