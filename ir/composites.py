@@ -22,6 +22,7 @@ from typing import Literal
 from .attention import Attention, Links, attentions
 from .dead import drop_dead_ops
 from .dealt import Parts, complete, followed, spread
+from .errors import LoweringError
 from .graph import Attr, Constant, Graph, Op
 from .key_spans import KeySpans, may_leave_out
 from .recompute import PRODUCTS
@@ -59,6 +60,22 @@ def with_attention(graph: Graph) -> Graph:
 def body_of(text: str) -> Graph:
     """The graph that a composite stands for."""
     return parse(text)
+
+
+def check_one_program(graph: Graph, strategies: Mapping[str, tuple[int, ...]]) -> None:
+    """Whether all stages can be one program: a stage without a microbatch skips what others do, and XLA's CPU backend
+    mixes up permutes of which some devices skip a turn (jax 0.10.2: wrong numbers, no error).
+
+    Raises:
+        LoweringError: devices exchange rows of an attention.
+    """
+    for op in (visit.op for visit in graph.visits if visit.op.kind in KINDS):
+        rule = rule_of(op, graph.types)
+        if any(rule.joint(code) is not None for code in strategies.get(op.tag, ())):
+            raise LoweringError(
+                "devices exchange rows of attention, which one program for all stages cannot.",
+                where=op.where or op.tag, fix="program=stages, which runs any stages",
+            )  # fmt: skip
 
 
 class Refused(Exception):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 
@@ -40,34 +39,6 @@ class KeySpans:
     blocks: int
     spans: tuple[tuple[int, int], ...]
     low: frozenset[int]
-
-
-def pairs_kept(op: Op, ways: int = 1) -> float:
-    """Of all pairs of queries and keys of a composite, which share it computes, where its rows are cut so many
-    ways: as if all parts were like the busiest."""
-    attrs = dict(op.attrs)
-    if "spans" not in attrs:
-        return 1.0
-    spans = cast(Any, attrs["spans"])
-    blocks = cast(Any, attrs["blocks"])
-    first, end = np.array(spans).T
-    return _busiest((end - first) / blocks, ways)
-
-
-def keys_at_most(op: Op) -> float:
-    """Of all keys of a composite, which share some query looks at, at most."""
-    attrs = dict(op.attrs)
-    if "spans" not in attrs:
-        return 1.0
-    first, end = np.array(cast(Any, attrs["spans"])).T
-    return float((end - first).max()) / cast(Any, attrs["blocks"])
-
-
-def _busiest(widths: np.ndarray, ways: int) -> float:
-    """The mean of the widest of so many equal runs of rows, whose blocks are so wide."""
-    sums = np.concatenate(([0.0], np.cumsum(widths))) / len(widths)
-    at = np.interp(np.linspace(0, len(widths), ways + 1), np.arange(len(widths) + 1), sums)
-    return float(np.diff(at).max() * ways)
 
 
 @dataclass(frozen=True)

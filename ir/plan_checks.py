@@ -19,6 +19,7 @@ from .graph import Graph, Op, TensorType
 from .mesh import STAGE, Mesh
 from .plan import Layout, Pipeline, Plan
 from .recompute import POLICIES, PRODUCTS
+from .rule import cut_twice
 from .rules import rule_of
 from .schedule import check
 from .units import counted
@@ -268,8 +269,10 @@ def _check_strategy(op: Op, codes: tuple[int, ...] | None, types: Mapping[int, T
         return
     rule = rule_of(op, types)
     for code in codes:
-        if not -2 - len(rule.linear) < code < len(rule.factors):
+        if not -2 - len(rule.linear) < code < len(rule.factors) + len(rule.joints):
             _refuse(f"strategies.{op.tag}", f"{op.kind} has no strategy {code}")
+    if cut_twice(rule, codes):
+        _refuse(f"strategies.{op.tag}", f"{op.kind} has no strategy {codes}")
 
 
 def _check_fits(tag: str, layout: Layout, kind: TensorType, mesh: Mesh) -> None:

@@ -10,6 +10,7 @@ planner needs (strategies, shardings, partial sums, local shapes) follows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -41,6 +42,21 @@ class Factor:
 
 
 @dataclass(frozen=True, slots=True)
+class Joint:
+    """A further way for an axis to cut an op: factors that it cuts together, and how devices then work.
+
+    even    one factor, of which each device works on two pieces that are not neighbours, so that all have equal work
+
+    Operands and results lie as if the axis cut the first of the factors that they have. `divides` is what the
+    devices must divide.
+    """
+
+    how: Literal["even"]
+    factors: tuple[int, ...]
+    divides: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """Factors of an op and where they appear.
 
@@ -50,7 +66,7 @@ class Rule:
 
     A dim of several factors is their row-major product; only its first factor
     larger than one may be cut, so that a shard stays one contiguous piece.
-    `opaque` rules describe nothing: all whole.
+    `opaque` rules describe nothing: all whole. Codes of `joints` follow those of factors.
     """
 
     factors: tuple[Factor, ...]
@@ -58,6 +74,16 @@ class Rule:
     results: tuple[tuple[Dim, ...], ...]
     linear: tuple[tuple[int, ...], ...] = ()
     opaque: bool = False
+    joints: tuple[Joint, ...] = ()
+
+    def joint(self, code: int) -> Joint | None:
+        """The joint that a code names, if it is one's."""
+        return self.joints[code - len(self.factors)] if code >= len(self.factors) else None
+
+    def cut_by(self, code: int) -> tuple[int, ...]:
+        """The factors that an axis of this code cuts."""
+        joint = self.joint(code)
+        return joint.factors if joint is not None else (code,) if code >= 0 else ()
 
 
 NONE = -1  # an axis that cuts nothing: the op runs replicated over it
@@ -67,8 +93,8 @@ NONE = -1  # an axis that cuts nothing: the op runs replicated over it
 class Strategy:
     """What each mesh axis does to one op.
 
-    `axes[i]` belongs to the mesh's i-th axis: a factor number, `NONE`, or
-    `owing(j)`: the operands of `rule.linear[j]` owe a sum over it, and so do the results.
+    `axes[i]` belongs to the mesh's i-th axis: a factor number, `NONE`, one past all factors for each of
+    `rule.joints`, or `owing(j)`: the operands of `rule.linear[j]` owe a sum over it, and so do the results.
     """
 
     axes: tuple[int, ...]
@@ -79,6 +105,12 @@ def owing(alternative: int) -> int:
     return -2 - alternative
 
 
+def cut_twice(rule: Rule, codes: Iterable[int]) -> bool:
+    """Whether some factor is cut in more ways than one."""
+    by = [rule.cut_by(code) for code in {*codes}] if rule.joints else []
+    return sum(map(len, by)) > len({f for each in by for f in each})
+
+
 def operand_sharding(rule: Rule, strategy: Strategy, mesh: Mesh, operand: int) -> Sharding:
     """How the op wants this operand."""
     owed = frozenset(
@@ -86,7 +118,8 @@ def operand_sharding(rule: Rule, strategy: Strategy, mesh: Mesh, operand: int) -
         for name, code in zip(mesh.names, strategy.axes, strict=True)
         if code <= -2 and operand in rule.linear[-2 - code]
     )
-    return Sharding(_dims(rule.operands[operand], strategy.axes, mesh.names), owed)
+    dims = rule.operands[operand]
+    return Sharding(_dims(dims, _codes(rule, dims, strategy), mesh.names), owed)
 
 
 def result_sharding(rule: Rule, strategy: Strategy, mesh: Mesh, result: int) -> Sharding:
@@ -97,23 +130,43 @@ def result_sharding(rule: Rule, strategy: Strategy, mesh: Mesh, result: int) -> 
         for name, code in zip(mesh.names, strategy.axes, strict=True)
         if code <= -2 or (code >= 0 and _sums(rule, code, result))
     )
-    return Sharding(_dims(rule.results[result], strategy.axes, mesh.names), owed)
+    dims = rule.results[result]
+    return Sharding(_dims(dims, _codes(rule, dims, strategy), mesh.names), owed)
 
 
-def _sums(rule: Rule, factor: int, result: int) -> bool:
-    """Whether a result is summed over a factor; other results of the op may have it as a dim."""
-    return rule.factors[factor].reduction == "sum" and all(
-        factor not in dim for dim in rule.results[result]
+def side_sharding(rule: Rule, strategy: Strategy, mesh: Mesh, side: int) -> Sharding:
+    """Of an operand, or of a result, which are counted after those."""
+    many = len(rule.operands)
+    if side < many:
+        return operand_sharding(rule, strategy, mesh, side)
+    return result_sharding(rule, strategy, mesh, side - many)
+
+
+def _codes(rule: Rule, dims: tuple[Dim, ...], strategy: Strategy) -> tuple[int, ...]:
+    """By axis, the factor that it cuts of a tensor with these dims."""
+    if not rule.joints:
+        return strategy.axes
+    here = {f for dim in dims for f in dim}
+    return tuple(
+        next((f for f in rule.cut_by(code) if f in here), NONE) if code >= 0 else code
+        for code in strategy.axes
     )
+
+
+def _sums(rule: Rule, code: int, result: int) -> bool:
+    """Whether a result is summed over what a code cuts; other results of the op may have it as a dim."""
+    cut, here = rule.cut_by(code), {f for dim in rule.results[result] for f in dim}
+    return here.isdisjoint(cut) and any(rule.factors[f].reduction == "sum" for f in cut)
 
 
 def settled_axes(rule: Rule, strategy: Strategy, mesh: Mesh) -> dict[str, tuple[str, ...]]:
     """Axes over which the op itself all-reduces its results: {"max": ("x",)}."""
     found: dict[str, tuple[str, ...]] = {}
     for name, code in zip(mesh.names, strategy.axes, strict=True):
-        if code >= 0 and rule.factors[code].reduction not in ("", "sum"):
-            reduction = rule.factors[code].reduction
-            found[reduction] = (*found.get(reduction, ()), name)
+        for factor in rule.cut_by(code):
+            reduction = rule.factors[factor].reduction
+            if reduction not in ("", "sum"):
+                found[reduction] = (*found.get(reduction, ()), name)
     return found
 
 

@@ -145,7 +145,8 @@ class Catalogue:
         known = self._rules.get(id(rule))
         if known is None:
             kinds = tuple((f.reduction, f.size > 1) for f in rule.factors)
-            key = (rule.operands, rule.results, rule.linear, cuttable(rule), kinds)
+            joints = rule.joints and (len(rule.factors), rule.joints)
+            key = (rule.operands, rule.results, rule.linear, cuttable(rule), kinds, joints)
             known = self._rules[id(rule)] = rule, self._forms.setdefault(key, len(self._forms))
         return known[1]
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from ..ir.graph import Op, Region
 from ..ir.plan import Collective
-from ..ir.rule import Strategy, result_sharding, settled_axes
-from ..ir.rules import rule_of
+from ..ir.rule import Strategy, side_sharding
 from ..ir.sharding import Sharding, reshard
+from .inside import sent_inside
 from .space import Space, Transfer
 
 SILENT = frozenset(
@@ -123,22 +123,21 @@ def _chosen(
 
 
 def settlements(space: Space, choices: tuple[int, ...]) -> list[tuple[Op, Collective]]:
-    """All-reduces inside ops whose reduction is not a sum (max, min, and, or)."""
-    graph, phase = space.program.graph, "forward"
-    entries: list[tuple[Op, Collective]] = []
-    for visit in graph.visits:
-        op = visit.op
-        if op.tag not in space.op_node:
-            continue
-        rule = rule_of(op, graph.types)
+    """What ops send while they run, each tag once for all its runs in a step."""
+    readings = space.frame.outline.readings
+    phases = {reader: reading.phase for (_, reader, _), reading in readings.items()}
+    prices, entries = space.layouts.collectives, list[tuple[Op, Collective]]()
+    for step in space.frame.outline.decides:
+        op, runs = step.op, space.runs[step.op.tag]
         strategy: Strategy = space.strategies[op.tag][choices[space.op_node[op.tag]]]
-        for axes in settled_axes(rule, strategy, space.mesh).values():
-            whole = space.layouts.collectives.wire_bytes(graph.types[op.outputs[0]])
-            nbytes = whole / result_sharding(rule, strategy, space.mesh, 0).ways(space.mesh)
-            seconds = visit.times * space.layouts.collectives.line("all_reduce", axes)(nbytes)
+        sides = (*op.inputs, *op.outputs)
+        for sent in sent_inside(step.rule, strategy, space.mesh):
+            layout = side_sharding(step.rule, strategy, space.mesh, sent.side)
+            nbytes = space.bytes_of(sides[sent.side]) * sent.share / layout.ways(space.mesh)
             entry = Collective(
-                kind="all_reduce", axes=axes, nbytes=nbytes, count=max(1, visit.times), seconds=seconds,
-                what=f"{op.kind} {op.where}".strip(), phase=phase,
+                kind=sent.kind, axes=sent.axes, nbytes=nbytes, count=max(1, round(runs)),
+                seconds=runs * prices.line(sent.kind, sent.axes)(nbytes),
+                what=f"{op.kind} {op.where}".strip(), phase=phases.get(op.tag, "forward"),
             )  # fmt: skip
             entries.append((op, entry))
     return entries

@@ -63,7 +63,8 @@ class Named:
 @dataclass(frozen=True, slots=True)
 class Decides:
     """The first op of a tag: tags of its operands and results, `cuts` the factors that may be cut or are cut in
-    time, each with the number of what divides it, `follows` the operands that it may follow, best first."""
+    time, and codes of joints, each with the number of what divides it, `follows` the operands that it may follow, best
+    first."""
 
     op: Op
     rule: Rule
@@ -275,6 +276,9 @@ class _Walk:
         rule, types = rule_of(op, self.types), self.types
         lead = self._time_factor(op, rule)
         cuts = {f: self._divide(rule.factors[f].size, f == lead) for f in cuttable(rule)}
+        for code, joint in enumerate(rule.joints, len(rule.factors)):
+            if lead not in joint.factors:
+                cuts[code] = self._divide(joint.divides, False)
         if lead is not None:
             cuts.setdefault(lead, self._divide(rule.factors[lead].size, True))
         follows = [] if op.kind in LEADERS else self._by_size(op)

@@ -41,11 +41,7 @@ class Rank:
 
     @property
     def strategies(self) -> dict[str, tuple[int, ...]]:
-        space = self.space
-        return {
-            tag: found[self.choices[space.op_node[tag]]].axes
-            for tag, found in space.strategies.items()
-        }
+        return self.space.codes(self.choices)
 
 
 @dataclass(frozen=True)

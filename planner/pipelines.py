@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..ir.composites import check_one_program
 from ..ir.errors import InfeasibleError, LoweringError, MeshwrightError, PlanError
 from ..ir.layered import layered
 from ..ir.part_cuts import part_cuts
@@ -471,6 +472,7 @@ class Pipelines:
         assert best.shape and best.space
         cuts = part_cuts(folded, [units.cuts[first] for first in single.firsts])
         program = prepare(folded.whole, best.shape.policy)
+        check_one_program(best.space.program.graph, best.space.codes(best.choices))
         found = layered(program, cut_stages(program, folded.whole, cuts, best.shape.microbatches))
         name, tags = folded.whole.input_name, [program.value_tags[v] for v in program.graph.inputs]
         for first, *others in found.inputs:

@@ -55,7 +55,8 @@ def search(
             )  # fmt: skip
         islands = Islands(folded, cluster, request, name, fingerprint, tell, now)
         return islands.run(_homogeneous)
-    flat = Search(folded, cluster, request, cost or Roofline(cluster), name, fingerprint, tell, now)
+    cost = cost or Roofline(cluster, exchanges=request.program != "single")
+    flat = Search(folded, cluster, request, cost, name, fingerprint, tell, now)
     flat.scouts = scouts
     return _homogeneous(flat, keep)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 from ..ir.batch_stats import statistics_of
 from ..ir.composites import FORWARD
+from ..ir.evenly import pairs_kept
 from ..ir.execution import WITHIN
 from ..ir.graph import Graph, Op, TensorType
-from ..ir.key_spans import pairs_kept
 from ..ir.microbatch import Refusal
 from ..ir.plan import EXACT, Collective, Estimate, Layout, Plan, PlannedBatch, Proof, Tensor
 from ..ir.roles import roles
@@ -70,9 +70,7 @@ def write_plan(
         recompute=best.candidate.policy,
         attention=search.request.attention,
         overlap=search.request.execution.overlap,
-        strategies={
-            tag: found[choices[space.op_node[tag]]].axes for tag, found in space.strategies.items()
-        },
+        strategies=space.codes(choices),
         slots=slots_of(space, choices),
         uses=axis_uses(space, choices),
         estimate=_estimate(search, collectives),

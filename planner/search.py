@@ -160,7 +160,7 @@ class Search:
             self.folded,
             cluster,
             request,
-            Roofline(cluster),
+            Roofline(cluster, exchanges=request.program != "single"),
             self.name,
             self.fingerprint,
             self.tell,

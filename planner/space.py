@@ -14,21 +14,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import prod
+from math import inf, prod
 
 import numpy as np
 
+from ..ir.evenly import pairs_kept
 from ..ir.execution import OverlapKind
-from ..ir.graph import Attr, Op
-from ..ir.key_spans import pairs_kept
 from ..ir.mesh import Mesh
 from ..ir.program import Program
-from ..ir.rule import Strategy, settled_axes
+from ..ir.rule import Strategy
 from .cost.compute import Ways
 from .cost.kernels import kernels_of
 from .cost.model import CostModel
 from .frame import Alike, Decided, Decision, Frame, Home, Place, frame_of
 from .fused import fused_of
+from .inside import sent_inside
 from .layouts import Layouts
 from .outline import Outer
 from .windows import MANY, Timed, Windows, windows_of
@@ -55,7 +55,7 @@ class Space:
     own: dict[str, np.ndarray] = field(
         default_factory=dict
     )  # op tag -> seconds of one run, per choice
-    settled: dict[str, np.ndarray] = field(default_factory=dict)  # of these, reductions inside
+    settled: dict[str, np.ndarray] = field(default_factory=dict)  # of these, what it sends inside
     moved: list[np.ndarray] = field(default_factory=list)  # seconds of one run of each change
     runs: dict[str, float] = field(default_factory=dict)  # op tag -> runs per step
     read: np.ndarray = field(
@@ -81,6 +81,12 @@ class Space:
         """The number of a value's layout under choices, by its tag."""
         home = self.homes[tag]
         return int(home.layouts[choices[home.node] if home.node is not None else 0])
+
+    def codes(self, choices: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """By op tag, its strategy under choices."""
+        return {
+            tag: found[choices[self.op_node[tag]]].axes for tag, found in self.strategies.items()
+        }
 
     def bytes_of(self, value: int) -> float:
         """Bytes of a whole value when it travels, of one microbatch."""
@@ -236,7 +242,7 @@ class _Prices:
         return self.space.microbatches if split else 1
 
     def _owns(self) -> Iterator[tuple[Alike, np.ndarray, np.ndarray | None]]:
-        """Seconds of one run of each op, per choice, and of these the reductions settled inside, if there are any."""
+        """Seconds of one run of each op, per choice, and of these what it sends meanwhile, if anything."""
         fused = fused_of(self.frame, self.kernels, self.cost)
         found = [
             *zip(fused.alikes, fused.seconds(self.layouts, self.space.microbatches), strict=True)
@@ -256,35 +262,36 @@ class _Prices:
         op, sides, work = alike.op, self._ways(alike), self.layouts.cut_ways(alike.cuts)
         if self.space.microbatches > 1 and alike.timed.any():
             work = work * self.space.microbatches
-        if not self.dealt and (rows := dict(op.attrs).get("rows")) is not None:
-            work = work / self._unevenness(op, rows)
+        if not self.dealt and "rows" in dict(op.attrs):
+            work = work / self._unevenness(alike)
         ways = Ways(list(sides[: len(op.inputs)]), list(sides[len(op.inputs) :]), work)
         seconds = self.cost.op_seconds(op, alike.rule, self.types, ways, self.kernels)
         return seconds + np.zeros(len(work))
 
-    def _unevenness(self, op: Op, rows: Attr) -> np.ndarray:
+    def _unevenness(self, alike: Alike) -> np.ndarray:
         """How much more than its share the busiest device computes, per choice, where masks leave keys out."""
-        shape = self.space.mesh.shape
-        ways = [
-            prod(n for n, code in zip(shape, strategy.axes, strict=True) if code == rows)
-            for strategy in self.space.strategies[op.tag]
-        ]
-        return np.array([pairs_kept(op, n) / pairs_kept(op) for n in ways])
+        op, rule = alike.op, alike.rule
+        rows, shape = op.attr("rows"), self.space.mesh.shape
+        found = []
+        for strategy in self.space.strategies[op.tag]:
+            codes = [code for code in strategy.axes if rows in rule.cut_by(code)]
+            ways = prod(n for n, code in zip(shape, strategy.axes, strict=True) if code in codes)
+            even = any(rule.joint(code) is not None for code in codes)
+            found.append(pairs_kept(op, ways, even) / pairs_kept(op))
+        return np.array(found)
 
     def _settled(self, alike: Alike) -> np.ndarray:
-        """Seconds of the reductions that an op settles, per choice."""
-        op, prices, results = (
-            alike.op,
-            self.layouts.collectives,
-            self._ways(alike)[len(alike.op.inputs) :],
-        )
+        """Seconds of what an op sends while it runs, per choice."""
+        op, prices, ways = alike.op, self.layouts.collectives, self._ways(alike)
+        sides = (*op.inputs, *op.outputs)
         chosen = self.space.strategies[op.tag]
         seconds = np.zeros(len(chosen))
         for i, strategy in enumerate(chosen):
-            for axes in settled_axes(alike.rule, strategy, self.space.mesh).values():
-                for value, ways in zip(op.outputs, results, strict=True):
-                    nbytes = prices.wire_bytes(self.types[value]) / ways[i]
-                    seconds[i] += prices.line("all_reduce", axes)(nbytes)
+            for sent in sent_inside(alike.rule, strategy, self.space.mesh):
+                if sent.kind == "permute" and not self.cost.exchanges:
+                    seconds[i] = inf
+                nbytes = prices.wire_bytes(self.types[sides[sent.side]]) * sent.share
+                seconds[i] += prices.line(sent.kind, sent.axes)(nbytes / ways[sent.side][i])
         return seconds
 
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from itertools import product
 
 from ..ir.mesh import Mesh
-from ..ir.rule import NONE, Rule, Strategy, cuttable, owing
+from ..ir.rule import NONE, Rule, Strategy, cut_twice, cuttable, owing
 from ..ir.sharding import Sharding
 
-Splits = Mapping[int, int]  # factor -> the sets of axes that cut it evenly
+Splits = Mapping[int, int]  # factor, or code of a joint -> the sets of axes that cut it evenly
 
 
 def splits_of(size: int, mesh: Mesh) -> int:
@@ -36,8 +36,13 @@ def strategies(rule: Rule, axes: int, splits: Splits) -> list[Strategy]:
 
     An axis may also carry a sum through the op when it is linear in all operands together.
     """
-    options = [NONE, *cuttable(rule), *_carried(rule)]
-    return [Strategy(codes) for codes in product(options, repeat=axes) if divides(codes, splits)]
+    joints = [code for code in splits if rule.joint(code) is not None]
+    options = [NONE, *cuttable(rule), *joints, *_carried(rule)]
+    return [
+        Strategy(codes)
+        for codes in product(options, repeat=axes)
+        if divides(codes, splits) and not cut_twice(rule, codes)
+    ]
 
 
 def _carried(rule: Rule) -> list[int]:

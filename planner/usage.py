@@ -35,7 +35,8 @@ def axis_uses(space: Space, choices: tuple[int, ...]) -> tuple[AxisUse, ...]:
         strategy = space.strategies[op.tag][choices[space.op_node[op.tag]]]
         for share, code in zip(shares, strategy.axes, strict=True):
             if code != NONE:
-                share[_use(op, rule, code, examples, positions)] += work
+                cut = rule.cut_by(code)[0] if code >= 0 else code
+                share[_use(op, rule, cut, examples, positions)] += work
     return tuple(
         AxisUse(
             axis=axis.name,

@@ -20,8 +20,9 @@ from meshwright.backends.xla import emit_composite
 from meshwright.backends.xla.capture import capture
 from meshwright.ir.attention import attentions
 from meshwright.ir.composites import FORWARD, with_attention
+from meshwright.ir.evenly import pairs_kept
 from meshwright.ir.intervals import Interval, Unknown, chosen
-from meshwright.ir.key_spans import KeySpans, pairs_kept
+from meshwright.ir.key_spans import KeySpans
 
 B, T, N, H = 8, 128, 2, 8  # batch, positions, heads, width of a head
 Array = jax.Array
@@ -157,7 +158,7 @@ def test_leaving_keys_out_changes_nothing(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(emit_composite._Loop, "_by_runs", noted)
     step, args = trained(FORMS[name]), [normal(seed, B, T, N, H) for seed in range(3)]
     have = mw.parallelize(step, cluster="8xcpu", mesh="8", attention="fused")(*args)
-    assert min(keys.length for _, keys in runs) < T
+    assert min(keys.length for run in runs for keys in run.keys) < T
     for a, b in zip(jax.tree.leaves(have), jax.tree.leaves(step(*args)), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * float(np.abs(b).max()))
 
@@ -167,7 +168,10 @@ def test_a_window_that_is_too_narrow_shows(monkeypatch: pytest.MonkeyPatch):
     runs = emit_composite._Body.runs
 
     def narrow(self: Any) -> Any:
-        return tuple((rows, replace(keys, length=keys.length - 8)) for rows, keys in runs(self))
+        return tuple(
+            replace(run, keys=tuple(replace(k, length=k.length - 8) for k in run.keys))
+            for run in runs(self)
+        )
 
     monkeypatch.setattr(emit_composite._Body, "runs", narrow)
     step, args = trained(causal), [normal(seed, B, T, N, H) for seed in range(3)]

@@ -5,14 +5,16 @@
 Scores exist for one block at a time. A block is a part of a free dim, like the part that a device has, so the body
 is run by the same emitters as any op; results that are summed over the dim are added up from block to block.
 
-Where masks leave keys out (`ir/key_spans.py`), runs of queries see only the keys that they look at.
+Where masks leave keys out (`ir/key_spans.py`), runs of queries see only the keys that they look at. Devices that share
+the queries may exchange halves of them first, so that all have equal work (`ir/evenly.py`); a switch over which run
+a device has then picks its keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial, reduce
 from math import prod
 from typing import Any
 
@@ -22,6 +24,7 @@ from jax import lax
 
 from ...ir.composites import body_of
 from ...ir.dealt import OTHER, Parts, spread, through
+from ...ir.evenly import partners
 from ...ir.graph import Graph, Op
 from ...ir.rule import Rule
 from ...ir.rules import rule_of
@@ -30,36 +33,81 @@ from .emit import emit
 from .shard import Arrays, Cut, Part, Window
 
 BLOCK = 1 << 20  # elements of scores that exist at a time, at most where dims can be cut so far
-RUNS, SHORTEST = (
-    8,
-    128,
-)  # of queries that see keys of their own: at most so many, none shorter than this
+RUNS, SHORTEST = 8, 128  # of queries that see keys of their own: at most so many, none shorter
+CHOICES = 8  # of keys for a run of which only the device knows which one it has, about
 Dims = tuple[tuple[int, ...], ...]  # by dim of an array, the free dims that it is made of
 
 
 def run_composite(
-    op: Op, bound: Callable[[Op], Any], operands: Arrays, rule: Rule, cuts: Mapping[int, Cut]
-) -> list[jax.Array]:
+    op: Op, bound: Callable[[Op], Any], operands: Arrays, rule: Rule, cuts: Mapping[int, Cut],
+    even: tuple[str, ...] = (),
+) -> list[jax.Array]:  # fmt: skip
     """This shard's results, or its contribution to those that are summed over what is cut.
 
     Args:
         bound: gives the jax primitive and the parameters of an op of the body.
         operands: local parts, cut as the rule and `cuts` say.
         cuts: by factor of the rule; the free dims of the composite are its first factors.
+        even: axes over which devices exchange rows.
     """
     held = lax.optimization_barrier(tuple(operands))
     body = _made(*(dict(op.attrs).get(name) for name in _Body.ATTRS))
     free = {
         d: cuts[f] for d, f in enumerate(_factors(rule, body.sizes)) if f is not None and f in cuts
     }
-    runs = body.runs() if body.rows not in free else ()
-    return _Loop(body, bound, free, body.to_cut(free, len(runs)), runs)(list(held))
+    if body.rows is None or body.rows not in free:
+        runs = body.runs()
+        return _Loop(body, bound, free, body.to_cut(free, len(runs)), runs)(list(held))
+    halves = Halves(even, body.partners(free[body.rows].ways)) if even else None
+    runs = body.runs_of_one(free[body.rows], halves)
+    loop = _Loop(body, bound, free, body.to_cut(free, len(runs)), runs)
+    if halves is None:
+        return loop(list(held))
+    places = [_place(dims, body.rows) for dims in (*body.operands, *body.results)]
+    given = [halves.there(a, at) for a, at in zip(held, places, strict=False)]
+    return [halves.back(a, at) for a, at in zip(loop(given), places[len(held) :], strict=True)]
 
 
 def _factors(rule: Rule, sizes: Sequence[int]) -> list[int | None]:
     """The factor of each free dim; a size of 1 has none."""
     numbers = iter(range(len(rule.factors)))
     return [next(numbers) if size > 1 else None for size in sizes]
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Devices along `axes` keep the first half of their rows and work on the second half of their partner's."""
+
+    axes: tuple[str, ...]
+    partners: tuple[int, ...]
+
+    def numbers(self, index: Any) -> list[Any]:
+        """Which of all halves a device then has."""
+        return [2 * index, 2 * jnp.asarray(self.partners, jnp.int32)[index] + 1]
+
+    def there(self, array: Any, at: int | None) -> Any:
+        """An operand with rows along a dim, as this device works on it."""
+        return self._exchanged(array, at, [(p, i) for i, p in enumerate(self.partners)])
+
+    def back(self, array: Any, at: int | None) -> Any:
+        """A result, as it lies outside."""
+        return self._exchanged(array, at, [(i, p) for i, p in enumerate(self.partners)])
+
+    def _exchanged(self, array: Any, at: int | None, pairs: list[tuple[int, int]]) -> Any:
+        if at is None:
+            return array
+        first, second = jnp.split(array, 2, at)
+        return jnp.concatenate([first, lax.ppermute(second, self.axes, pairs)], at)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows of a device from its row `at` on, which are `rows` of all; they look at `keys[which]`."""
+
+    at: Any
+    rows: Window
+    keys: tuple[Window, ...]
+    which: Any = 0
 
 
 class _Body:
@@ -87,20 +135,44 @@ class _Body:
             (kind.size for kind in self.graph.types.values() if kind.is_float), default=0
         )  # scores, on whole arrays
 
-    def runs(self) -> tuple[tuple[Window, Window], ...]:
+    def runs(self) -> tuple[Run, ...]:
         """Equal runs of rows, each with the keys that it looks at; none where all look at all."""
         if self.rows is None:
             return ()
         rows, blocks = self.sizes[self.rows], len(self.spans)
         able = [n for n in range(2, RUNS + 1) if blocks % n == 0 and rows // n >= SHORTEST]
-        many, wide = max(able, default=1), self.dims[-1] // self.blocks
-        found = []
-        for run in range(many if able else 0):
-            spans = self.spans[run * blocks // many : (run + 1) * blocks // many]
-            first, end = min(f for f, _ in spans) * wide, max(e for _, e in spans) * wide
-            length = rows // many
-            found.append((Window(run * length, length), Window(first, end - first)))
-        return tuple(found)
+        many = max(able, default=1)
+        length = rows // many
+        return tuple(
+            Run(run * length, Window(run * length, length), (self.keys_of(run, many),))
+            for run in range(many if able else 0)
+        )
+
+    def runs_of_one(self, cut: Cut, halves: Halves | None) -> tuple[Run, ...]:
+        """The run of rows, or the two halves of runs, of one of the devices that share all rows."""
+        assert self.rows is not None
+        many = cut.ways * (2 if halves else 1)
+        length = self.sizes[self.rows] // many
+        numbers = [cut.index] if halves is None else halves.numbers(cut.index)
+        wide = max(1, many // CHOICES)  # neighbours that look at the same keys
+        keys = tuple(self.keys_of(g, many // wide) for g in range(many // wide))
+        if many % wide:
+            keys = tuple(self.keys_of(g, many) for g in range(many))
+            wide = 1
+        return tuple(
+            Run(place * length, Window(number * length, length), keys, number // wide)
+            for place, number in enumerate(numbers)
+        )
+
+    def keys_of(self, run: int, many: int) -> Window:
+        """The keys that one of so many equal runs of rows looks at."""
+        blocks, wide = len(self.spans), self.dims[-1] // self.blocks
+        spans = self.spans[run * blocks // many : -(-(run + 1) * blocks // many)]
+        first, end = min(f for f, _ in spans) * wide, max(e for _, e in spans) * wide
+        return Window(first, end - first)
+
+    def partners(self, ways: int) -> tuple[int, ...]:
+        return partners(self.spans, self.blocks, ways)
 
     def to_cut(self, cuts: Mapping[int, Cut], runs: int = 0) -> list[tuple[int, int]]:
         """Free dims and the number of blocks of each, so that scores are small; batch and heads come first, as
@@ -151,7 +223,7 @@ class _Loop:
     bound: Callable[[Op], Any]
     cuts: Mapping[int, Part]
     todo: Sequence[tuple[int, int]]  # free dim, blocks
-    runs: Sequence[tuple[Window, Window]] = ()
+    runs: Sequence[Run] = ()
 
     def __call__(self, operands: Sequence[Any]) -> list[jax.Array]:
         if self.runs and (not self.todo or self.todo[0][0] == self.body.rows):
@@ -159,8 +231,14 @@ class _Loop:
         if not self.todo:
             return self._alone(operands)
         (dim, many), *_ = self.todo
+        return self._one_by_one(dim, many, partial(self._block, operands))
+
+    def _one_by_one(
+        self, dim: int, many: int, block: Callable[[Any], Sequence[Any]]
+    ) -> list[jax.Array]:
+        """Results of blocks of a dim, side by side; what is summed over the dim is added up."""
         places = [_place(dims, dim) for dims in self.body.results]
-        shapes = jax.eval_shape(lambda given: self._block(given, 0), list(operands))
+        shapes = jax.eval_shape(block, jax.ShapeDtypeStruct((), jnp.int32))
         zeros = [
             jnp.zeros(s.shape, _wide(s.dtype))
             for s, at in zip(shapes, places, strict=True)
@@ -168,7 +246,7 @@ class _Loop:
         ]
 
         def one(sums: list[Any], number: Any) -> tuple[list[Any], list[Any]]:
-            results = self._block(operands, number)
+            results = block(number)
             added = [r for r, at in zip(results, places, strict=True) if at is None]
             kept = [r for r, at in zip(results, places, strict=True) if at is not None]
             return [s + a.astype(s.dtype) for s, a in zip(sums, added, strict=True)], kept
@@ -179,7 +257,7 @@ class _Loop:
             for s, at in zip(shapes, places, strict=True)
         ]
 
-    def _block(self, operands: Sequence[Any], number: Any) -> list[jax.Array]:
+    def _block(self, operands: Sequence[Any], number: Any) -> Sequence[jax.Array]:
         (dim, many), *rest = self.todo
         whole = self.body.dims[dim]
         cut = self.cuts.get(dim, Cut(0, 1)).within(number, many, whole)
@@ -191,36 +269,51 @@ class _Loop:
 
     def _by_runs(self, operands: Sequence[Any]) -> list[jax.Array]:
         """Run by run of rows, each with the keys that it looks at; what is summed over rows is added up."""
-        rows, keys = self.body.rows, len(self.body.sizes)
-        assert rows is not None
-        found: list[list[Any]] = []
-        for run in self.runs:
-            windows = dict(zip((rows, keys), run, strict=True))
-            given = [
-                _in_windows(a, dims, windows)
-                for a, dims in zip(operands, self.body.operands, strict=True)
-            ]
-            inner = _Loop(self.body, self.bound, {**self.cuts, **windows}, self.todo)
-            found.append(inner(given))
+        assert self.body.rows is not None
+        if len(self.runs[0].keys) > 1:
+            return self._one_by_one(self.body.rows, len(self.runs), partial(self._dealt, operands))
+        found = [self._one_run(run, operands) for run in self.runs]
         return [
-            self._of_runs(pieces, dims)
+            _added(pieces) if (at := _place(dims, self.body.rows)) is None else jnp.concatenate(pieces, at)
             for pieces, dims in zip(zip(*found, strict=True), self.body.results, strict=True)
-        ]
+        ]  # fmt: skip
 
-    def _of_runs(self, pieces: Sequence[Any], dims: Dims) -> jax.Array:
-        if (at := _place(dims, self.body.rows)) is not None:
-            return jnp.concatenate(pieces, at)
-        at, kind = _place(dims, len(self.body.sizes)), pieces[0].dtype
-        total = None
-        for piece, (_, keys) in zip(pieces, self.runs, strict=True):
-            piece = piece.astype(_wide(kind))
-            if at is not None:
-                after = self.body.dims[-1] - keys.first - keys.length
-                sides = [(keys.first, after) if d == at else (0, 0) for d in range(piece.ndim)]
-                piece = jnp.pad(piece, sides)
-            total = piece if total is None else total + piece
-        assert total is not None
-        return total.astype(kind)
+    def _dealt(self, operands: Sequence[Any], number: Any) -> list[Any]:
+        """One of the runs, which a number in the program says."""
+        first, which = (
+            jnp.stack([jnp.asarray(of(run), jnp.int32) for run in self.runs])[number]
+            for of in (lambda run: run.rows.first, lambda run: run.which)
+        )
+        length = self.runs[0].rows.length
+        run = Run(number * length, Window(first, length), self.runs[0].keys, which)
+        return self._one_run(run, operands)
+
+    def _one_run(self, run: Run, operands: Sequence[Any]) -> list[Any]:
+        """Results of a run; those by keys for all keys."""
+        assert self.body.rows is not None
+        here = {self.body.rows: Window(run.at, run.rows.length)}
+        given = [
+            _in_windows(a, dims, here) for a, dims in zip(operands, self.body.operands, strict=True)
+        ]
+        choices = [partial(self._with_keys, run.rows, keys) for keys in run.keys]
+        if len(choices) == 1:
+            return choices[0](given)
+        return lax.switch(run.which, choices, given)
+
+    def _with_keys(self, rows: Window, keys: Window, operands: Sequence[Any]) -> list[Any]:
+        assert self.body.rows is not None
+        at = len(self.body.sizes)
+        given = [
+            _in_windows(a, dims, {at: keys})
+            for a, dims in zip(operands, self.body.operands, strict=True)
+        ]
+        cuts = {**self.cuts, self.body.rows: rows, at: keys}
+        results = _Loop(self.body, self.bound, cuts, self.todo)(given)
+        after = self.body.dims[-1] - keys.first - keys.length
+        return [
+            _padded(result, _place(dims, at), keys.first, after)
+            for result, dims in zip(results, self.body.results, strict=True)
+        ]
 
     def _alone(self, operands: Sequence[Any]) -> list[jax.Array]:
         """The body on one block of this shard's part."""
@@ -265,8 +358,21 @@ def _part(array: Any, at: int | None, number: Any, many: int) -> Any:
 def _in_windows(array: Any, dims: Dims, windows: Mapping[int, Window]) -> Any:
     for dim, window in windows.items():
         if (at := _place(dims, dim)) is not None:
-            array = lax.slice_in_dim(array, window.first, window.first + window.length, axis=at)
+            array = lax.dynamic_slice_in_dim(array, window.first, window.length, at)
     return array
+
+
+def _padded(array: Any, at: int | None, before: int, after: int) -> Any:
+    """With nothing on both sides of a dim."""
+    if at is None:
+        return array
+    return jnp.pad(array, [(before, after) if d == at else (0, 0) for d in range(array.ndim)])
+
+
+def _added(pieces: Sequence[Any]) -> jax.Array:
+    kind = pieces[0].dtype
+    wide = [piece.astype(_wide(kind)) for piece in pieces]
+    return reduce(jnp.add, wide).astype(kind)
 
 
 def _wide(dtype: Any) -> Any:

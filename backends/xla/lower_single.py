@@ -19,6 +19,7 @@ from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ...ir.blocks import fold
+from ...ir.composites import check_one_program
 from ...ir.errors import LoweringError
 from ...ir.layered import STAGES, layered
 from ...ir.mesh import STAGE
@@ -212,6 +213,7 @@ def lower_single(
     check_decisions(plan, program.graph, program.value_tags)
     cuts = part_cuts(folded, [stage.cut for stage in pipeline.stages])
     cut = cut_stages(program, folded.whole, cuts, plan.microbatches)
+    check_one_program(program.graph, plan.strategies)
     parts, time = layered(program, cut), program.time
     assert isinstance(time, TimeAxis)
     mesh = _mesh(plan, pipeline, devices)

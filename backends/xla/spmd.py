@@ -183,9 +183,8 @@ class LocalStep:
             many = 1 if scope.moment is None else self.plan.microbatches
             results = [operands[0] * many if op.kind == ESTIMATED else operands[0] / many]
         elif op.kind in KINDS:
-            results = run_composite(
-                op, self._primitive, operands, rule, self._cuts(rule, strategy, now, scope)
-            )
+            cuts, even = self._cuts(rule, strategy, now, scope), self._dealt(rule, strategy)
+            results = run_composite(op, self._primitive, operands, rule, cuts, even)
         else:
             cuts = self._cuts(rule, strategy, now, scope)
             results = emit(op, self._primitive(op), operands, rule, cuts)
@@ -295,8 +294,8 @@ class LocalStep:
         """Which part of each factor this shard has: device by device, then microbatch by microbatch."""
         axes: dict[int, list[str]] = {}
         for name, code in zip(self.mesh.names, strategy.axes, strict=True):
-            if code >= 0:
-                axes.setdefault(code, []).append(name)
+            for factor in rule.cut_by(code):
+                axes.setdefault(factor, []).append(name)
         cuts = {
             f: Cut(shard_index(names, self.mesh), self.mesh.ways(tuple(names)))
             for f, names in axes.items()
@@ -306,6 +305,11 @@ class LocalStep:
             moment = Moment(before.index, scope.moment, parts, self.groups)
             cuts[now] = Cut(before.index * parts + scope.moment, before.ways * parts, moment)
         return cuts
+
+    def _dealt(self, rule: Rule, strategy: Strategy) -> tuple[str, ...]:
+        """Axes whose devices exchange rows for equal work."""
+        pairs = zip(self.mesh.names, strategy.axes, strict=True)
+        return tuple(name for name, code in pairs if rule.joint(code) is not None)
 
     def _barrier(self, op: Op, scope: Scope) -> None:
         held = [scope.values[v] for v in op.inputs]

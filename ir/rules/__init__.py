@@ -7,6 +7,7 @@ with parameters its family does not cover, gets an opaque all-whole rule.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
@@ -68,7 +69,7 @@ def _rule(
         rule = _written(call)
     except (Unusual, LookupError):  # LookupError: an attr or a dim this jax does not have
         return opaque_rule(operands, results)
-    return Rule(rule.factors, rule.operands, rule.results, _float_only(rule, call))
+    return replace(rule, linear=_float_only(rule, call))
 
 
 def _written(call: Call) -> Rule:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ..rule import Dim, Rule
+from dataclasses import replace
+
+from ..evenly import is_uneven
+from ..rule import Dim, Joint, Rule
 from .factors import Call, Dims, Factors, attr_tuple, integers, rule_for
 
 
@@ -29,7 +32,17 @@ def composite(call: Call) -> Rule:
     ]
     many = len(call.operands)
     linear = tuple(map(integers, attr_tuple(call.attrs["linear"])))
-    return factors.rule(dims[:many], dims[many:], linear)
+    rule = factors.rule(dims[:many], dims[many:], linear)
+    return replace(rule, joints=_joints(call, rule, free))
+
+
+def _joints(call: Call, rule: Rule, free: list[Dim]) -> tuple[Joint, ...]:
+    """Rows whose keys are more for some than for others may be dealt out in halves."""
+    if not is_uneven(call.attrs):
+        return ()
+    (rows,) = free[call.integer("rows")]
+    size = rule.factors[rows].size
+    return (Joint("even", (rows,), size // 2),) if size % 2 == 0 else ()
 
 
 def _dims(

@@ -7,6 +7,7 @@ of all tiers add up to its fixed part.
     all_gather, reduce_scatter   a ring over all ranks
     all_reduce                   a ring's bytes, a tree's hops; or reduced inside the switch (NVLS)
     all_to_all                   every rank sends to every other, each over its own link
+    permute                      every rank sends to one other, over the farthest tier: its own link
 
 Devices emulated in one process meet once for a collective of any kind (`_in_one_process`).
 """
@@ -25,7 +26,7 @@ from ...ir.mesh import Mesh
 from ...ir.sharding import Sharding, Step
 from .groups import Level, levels_of
 
-KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,10 @@ class Collectives:
             return FREE
         if self.cluster.device.kind == "cpu" and self.cluster.hosts == 1:
             return _in_one_process(kind, levels)
-        price = {"all_reduce": self._all_reduce, "all_to_all": _all_to_all}.get(kind, self._ring)
-        return price(levels)
+        prices = {
+            "all_reduce": self._all_reduce, "all_to_all": _all_to_all, "permute": _permute
+        }  # fmt: skip
+        return prices.get(kind, self._ring)(levels)
 
     def _measured(self, kind: str, axes: tuple[str, ...]) -> Line | None:
         """What a profile says of groups that lie like this; axes next to each other are one group."""
@@ -176,14 +179,15 @@ class Collectives:
 
 
 def _in_one_process(kind: str, levels: tuple[Level, ...]) -> Line:
-    """Threads meet once and read each other's memory: twice a ring's bytes, but for an all-gather, which only copies:
-    0.73 s for 1 GB on average, over how many devices it may be.
+    """Threads meet once and read each other's memory: twice a ring's bytes, but for an all-gather and a permute, which
+    only copy: 0.73 s for 1 GB on average, over how many devices it may be.
 
     Measured on 2, 4 and 8 devices of 2 cores: 26 to 62, 56 to 94 and 106 to 172 us of any kind; slopes in
     `benchmarks/results/cpu8.json` and `cpu8_epyc.json`.
     """
     n, bandwidth = levels[-1].inside, min(level.bandwidth for level in levels)
-    return Line(_tree_hops(levels), (0.75 if kind == "all_gather" else 2 * (n - 1) / n) / bandwidth)
+    copies = kind in ("all_gather", "permute")
+    return Line(_tree_hops(levels), (0.75 if copies else 2 * (n - 1) / n) / bandwidth)
 
 
 def _all_to_all(levels: tuple[Level, ...]) -> Line:
@@ -196,6 +200,12 @@ def _all_to_all(levels: tuple[Level, ...]) -> Line:
         slope = max(slope, (level.inside - before) / n / level.tier.achieved)
         before = level.inside
     return Line(_tree_hops(levels), slope)
+
+
+def _permute(levels: tuple[Level, ...]) -> Line:
+    """As the pair that is farthest apart: all others send at the same time."""
+    far = levels[-1].tier
+    return Line(far.latency, 1 / far.achieved)
 
 
 def _ring_hops(levels: tuple[Level, ...]) -> float:

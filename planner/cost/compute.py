@@ -18,8 +18,8 @@ import numpy as np
 from ...ir.attention import Attention
 from ...ir.cluster import Device
 from ...ir.composites import KINDS as COMPOSITES
+from ...ir.evenly import keys_at_most, pairs_kept
 from ...ir.graph import Op, TensorType
-from ...ir.key_spans import keys_at_most, pairs_kept
 from ...ir.rule import Rule
 from .flop import DECOMPOSITIONS, flop, told_cost
 from .kernels import CONTRACTIONS, FREE, Kernels, is_kernel, work

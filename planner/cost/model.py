@@ -41,6 +41,9 @@ class CostModel(Protocol):
     @property
     def redone_inside(self) -> bool: ...
 
+    @property
+    def exchanges(self) -> bool: ...
+
     def collectives(self, mesh: Mesh) -> Collectives: ...
 
     def op_seconds(
@@ -72,6 +75,7 @@ class Roofline:
         None  # element type to which products outside attention cast their operands
     )
     redone_inside: bool = False  # kernels make what they need again, as fused ones of frameworks do
+    exchanges: bool = True  # devices may exchange rows of attention for equal work
 
     @property
     def name(self) -> str:
