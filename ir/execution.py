@@ -39,6 +39,11 @@ class Execution:
         return f"attention {self.attention}; {self.beside}"
 
     @property
+    def within(self) -> tuple[OverlapKind, ...]:
+        """What may hide within a stage, or within a step without stages."""
+        return tuple(kind for kind in self.overlap if kind in WITHIN)
+
+    @property
     def beside(self) -> str:
         """What runs beside computation, in words."""
         if not self.overlap:

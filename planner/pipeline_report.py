@@ -12,7 +12,14 @@ from ..ir.units import format_seconds
 from ..ir.version import VERSION
 from .moves import find_collectives, repeated
 from .pipeline.priced import Priced, Pricing
-from .pipeline.single import exchanges, memory_by_cause, once_alike, shards_left, with_dispatch
+from .pipeline.single import (
+    exchanges,
+    memory_by_cause,
+    once_alike,
+    price_single,
+    shards_left,
+    with_dispatch,
+)
 from .report import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
 from .request import ProgramKind
 from .search import Search
@@ -104,6 +111,7 @@ def write_pipeline(
             repeated(each, len(ranks)) for each in exchanges(pricing, space.microbatches)
         ]
     moving = sum(c.seconds for c in collectives) / len(ranks)
+    serial = _serial(pricing, priced, chosen)
     unlike = len({id(rank.space) for rank in ranks}) > 1
     as_laid = f", as rank {worst} lays them out" * unlike
     return Plan(
@@ -115,13 +123,15 @@ def write_pipeline(
         microbatches=space.microbatches,
         recompute=search.policy_of(space.program),
         attention=search.request.attention,
+        overlap=search.request.execution.overlap,
         strategies=ranks[worst].strategies,
         slots=slots_of(space, choices),
         uses=axis_uses(space, choices),
         estimate=Estimate(
             step_seconds=priced.seconds,
-            compute_seconds=priced.seconds - moving,
+            compute_seconds=serial - moving,
             communication_seconds=moving,
+            hidden_seconds=serial - priced.seconds,
             peak_bytes=priced.peaks[worst],
             limit_bytes=pricing.places[worst].limit,
             memory=_memory(pricing, priced, worst, chosen),
@@ -139,6 +149,17 @@ def write_pipeline(
         batch=PlannedBatch.of(search.folded.whole),
         pipeline=_pipeline(ranks, pricing, priced, unlike, chosen),
     )
+
+
+def _serial(pricing: Pricing, priced: Priced, chosen: Chosen) -> float:
+    """Seconds of the same step if nothing overlapped within its stages."""
+    if not any(unit.hides for place in pricing.places for unit in place.each):
+        return priced.seconds
+    if chosen.program == "single":
+        return price_single(pricing.serial, priced.schedule.microbatches).seconds
+    found = pricing.serial.with_cut(priced.schedule, priced.firsts)
+    assert found is not None
+    return found.seconds
 
 
 def _pipeline(

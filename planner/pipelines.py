@@ -29,21 +29,23 @@ from ..ir.layered import layered
 from ..ir.part_cuts import part_cuts
 from ..ir.plan import Plan
 from ..ir.program import prepare
-from ..ir.schedule import Schedule, in_flight
+from ..ir.schedule import Schedule
 from ..ir.stages import cut_stages
 from ..ir.units import format_bytes, format_seconds
 from .meshes import finer_stages
-from .pipeline.bounds import Bounds
+from .overlapped import solve_overlapped
+from .pipeline.bounds import SOLVE_GAP, Bounds
 from .pipeline.carried import Carried
 from .pipeline.choices import Choices, Shape
 from .pipeline.points import Point
 from .pipeline.priced import Place, Priced, Pricing
-from .pipeline.single import layer_runs, price_single, shards_left, with_dispatch, with_ends
+from .pipeline.single import price_single, shards_left, with_dispatch
 from .pipeline.stage_memory import StageMemory
-from .pipeline.unit_costs import unit_seconds
+from .pipeline.unit_costs import together, unit_seconds
 from .pipeline.units import runs_of
-from .pipeline.watched import Watched, limited
+from .pipeline.watched import Watched, limited, watched_stages
 from .pipeline_report import LEFT_OUT, Chosen, Rank, Way, write_pipeline
+from .solver.onehot import Solution
 from .space import Space
 
 if TYPE_CHECKING:
@@ -265,26 +267,50 @@ class Pipelines:
             self.choices.schedules_for(shape)
         )  # stages per rank, of which few hold more
         for schedule in dict.fromkeys((*most_to_least[:1], *most_to_least[-1:])):
-            if self._solved(shape, space, self._even(shape, schedule), beat):
+            if self._solved(
+                shape,
+                space,
+                watched_stages(
+                    self.choices.units, schedule, self.search.request.program == "single"
+                ),
+                beat,
+            ):
                 return
 
     def _solved(self, shape: Shape, space: Space, watched: list[Watched], beat: float) -> bool:
         """Offer layouts with which the watched stages fit or, on the way there, nearly fit: with stages cut otherwise
         or another schedule they may. Whether there are any."""
+        found = []
+
+        def solve(priced: Space) -> Solution:
+            each = list(self._fitting(shape, space, priced, watched, beat))
+            found.extend(one for one in each if one.choices is not None)
+            return each[0]
+
+        solve_overlapped(space, solve, SOLVE_GAP * self.search.request.good_enough)
+        return bool(found)
+
+    def _fitting(
+        self, shape: Shape, space: Space, priced: Space, watched: list[Watched], beat: float
+    ) -> Iterator[Solution]:
+        """Solutions at given prices, the limit drawn in until one fits or is the best, or there is none."""
         holdings, before = self.bounds.holdings(shape.policy, shape.microbatches), self.best
-        problem = limited(space, holdings, watched, self.search.limit)
-        live, found = problem.live, False
+        problem = limited(priced, holdings, watched, self.search.limit)
+        live = problem.live
         for _ in range(TRIES):
             solution = self.bounds.solve(live, beat)
             if solution.choices is None:
-                break
-            memory, found = self.offer(shape, space, problem.read(solution.choices)), True
+                yield solution
+                return
+            choices = problem.read(solution.choices)
+            memory = self.offer(shape, space, choices)
+            yield replace(solution, choices=choices)
             excess = (
                 np.array([memory.held(each.runs, each.held) for each in watched])
                 - self.search.limit
             )
             if excess.max() <= 0 or self.best is not before:
-                break
+                return
             unused = (
                 (live.limits - live.used(solution.choices)).reshape(len(watched), -1).min(axis=1)
             )
@@ -292,42 +318,21 @@ class Pipelines:
             live = replace(
                 live, limits=live.limits - drawn.repeat(live.limits.size // len(watched))
             )
-        return found
-
-    def _even(self, shape: Shape, schedule: Schedule) -> list[Watched]:
-        """The first, second and last stage, when each has as many units as the next, or as much work; of a single
-        program, all of which have both ends, the first and the last."""
-        if self.search.request.program == "single":
-            layers, both = layer_runs(self.choices.units, shape.stages)
-            ticks = shape.microbatches + shape.stages - 1
-            return [
-                Watched(with_ends(runs, both), float(ticks)) for runs in (layers[0], layers[-1])
-            ]
-        firsts = self.choices.units.evenly(shape.stages)
-        ends = [*firsts[1:], len(self.choices.units)]
-        watched = sorted({0, min(1, shape.stages - 1), shape.stages - 1})
-        each = schedule.stages // schedule.ranks
-        return [
-            Watched(runs_of(self.choices.units, firsts[s], ends[s]), in_flight(schedule, s) / each)
-            for s in watched
-        ]
 
     def offer(self, shape: Shape, space: Space, choices: tuple[int, ...]) -> StageMemory:
         """Price layouts with every schedule, to be the best if they are; gives back what they hold."""
         holdings = self.bounds.holdings(shape.policy, shape.microbatches)
-        each, memory = (
-            unit_seconds(holdings.cut, space, choices),
-            StageMemory(holdings, space, choices),
-        )
+        units, overlap = self.choices.units, self.search.request.execution.within
+        each = unit_seconds(holdings.cut, space, choices, overlap)
+        memory, every = StageMemory(holdings, space, choices), runs_of(units, 0, len(units))
         size, limit = shape.mesh.size, self.search.limit
         places = tuple(
             Place(each, memory, limit, rank * size, size) for rank in range(shape.stages)
         )
-        pricing = Pricing(self.choices.units, places, self.search.cluster)
-        seconds = [each[kind] for kind in self.choices.units.kinds]
-        peak, left, _ = memory.parts(runs_of(self.choices.units, 0, len(self.choices.units)))
-        self.points.append(Point.of(space, choices, shape.policy, seconds, peak, left))
-        for schedule in self._promising(shape, sum(each.passes for each in seconds)):
+        pricing, work = Pricing(units, places, self.search.cluster), together(every, each)
+        peak, left, _ = memory.parts(every)
+        self.points.append(Point.of(space, choices, shape.policy, work, peak, left))
+        for schedule in self._promising(shape, work.passes):
             best = min(self.best.seconds, self.outside)
             if self.search.request.program == "single":
                 priced = self._single(pricing, shape.microbatches)

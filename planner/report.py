@@ -69,7 +69,7 @@ def write_plan(
         microbatches=best.candidate.microbatches,
         recompute=best.candidate.policy,
         attention=search.request.attention,
-        overlap=search.request.execution.overlap,
+        overlap=search.request.execution.within,
         strategies=space.codes(choices),
         slots=slots_of(space, choices),
         uses=axis_uses(space, choices),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from numbers import Integral
@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, get_args
 from ..ir.cluster import Cluster
 from ..ir.composites import AttentionKind
 from ..ir.errors import PlanError, UsageError, did_you_mean
-from ..ir.execution import WITHIN, Execution, OverlapKind, parse_overlap
+from ..ir.execution import OVERLAPS, WITHIN, Execution, OverlapKind, parse_overlap
 from ..ir.microbatch import Refusal, TimeAxis
 from ..ir.mistakes import Mistakes
 from ..ir.recompute import POLICIES, Policy
@@ -50,7 +50,8 @@ class Request:
                   over each microbatch, which changes numbers; None: such a step has one microbatch
     attention     "fused": each attention is one op that keeps no scores; "plain": products and softmax as written
     overlap       which communication runs beside computation: "parameters" (gathers of weights), "gradients" (their
-                  reductions), "tensor" (exchanges within layers); several joined by a comma, "all" or "none"
+                  reductions), "tensor" (exchanges within layers), with a pipeline "stages" (sends between these);
+                  several joined by a comma, "all" or "none"
     search        "exact" proves its plans; "mcmc" is FlexFlow's, for comparison, and proves nothing
     """
 
@@ -81,7 +82,17 @@ class Request:
     @property
     def execution(self) -> Execution:
         """What is assumed of the runtime."""
-        return Execution(self.attention, parse_overlap(self.overlap, WITHIN))
+        return Execution(self.attention, parse_overlap(self.overlap, self._known))
+
+    @property
+    def _known(self) -> tuple[OverlapKind, ...]:
+        """What may overlap: without stages nothing is sent between them."""
+        return WITHIN if self.pp == 1 else OVERLAPS
+
+    @property
+    def flat(self) -> Request:
+        """The same without a pipeline."""
+        return replace(self, pp=1, program=None, overlap=self.execution.within)
 
     def __post_init__(self) -> None:
         """Accept sizes as they are written on the command line; refuse what is neither."""
@@ -113,9 +124,9 @@ class Request:
         if self.schedule is not None and not isinstance(self.schedule, str):
             wrong.of(partial(_refuse, "schedule", repr(self.schedule), "a name, such as 1f1b"))
         wrong.of(lambda: _check_axes(self.mesh))
-        wrong.of(lambda: _check_overlap(self.overlap))
+        wrong.of(lambda: _check_overlap(self.overlap, self._known))
         wrong.tell()
-        object.__setattr__(self, "overlap", parse_overlap(self.overlap, WITHIN))
+        object.__setattr__(self, "overlap", parse_overlap(self.overlap, self._known))
         if self.mesh is not None:  # an axis of one device cuts nothing
             cutting = tuple(int(size) for size in self.mesh if size != 1)
             object.__setattr__(self, "mesh", cutting or tuple(self.mesh[:1]))
@@ -211,10 +222,10 @@ def _check_count(name: str, value: Any, least: int) -> None:
         _refuse(name, value, f"{least} or more")
 
 
-def _check_overlap(overlap: Any) -> None:
+def _check_overlap(overlap: Any, known: tuple[OverlapKind, ...]) -> None:
     if not isinstance(overlap, str | tuple | list | set | frozenset):
         _refuse("overlap", repr(overlap), '"all", "none", or kinds joined by a comma')
-    parse_overlap(overlap, WITHIN)
+    parse_overlap(overlap, known)
 
 
 def _check_axes(mesh: Any) -> None:
@@ -254,12 +265,6 @@ def _check_pipeline(request: Request) -> None:
             "batch_stats",
             f"{request.batch_stats} with a pipeline",
             "pp=1, or statistics over each example",
-        )
-    if pp != 1 and request.execution.overlap:
-        _refuse(
-            "overlap",
-            f"{'+'.join(request.execution.overlap)} with a pipeline",
-            "pp=1, or overlap=none",
         )
     if request.search != "exact" and request.execution.overlap:
         _refuse("search", f"{request.search} with overlap", "exact, or overlap=none")

@@ -188,7 +188,7 @@ class Search:
     def space(self, candidate: Candidate) -> Space:
         if candidate not in self._spaces:
             program, layouts = self.program(candidate.policy), self.layouts_on(candidate.mesh)
-            overlap = self.request.execution.overlap
+            overlap = self.request.execution.within
             self._spaces[candidate] = build(
                 program, candidate.microbatches, self.cost, layouts, overlap=overlap
             )
@@ -432,7 +432,7 @@ class Search:
             else:
                 program = self.program(policy)
                 storage = as_xla(program, self.cluster.device.kind)
-                overlap = self.request.execution.overlap
+                overlap = self.request.execution.within
                 found = lifetimes(program, count, roles(program.graph), storage, overlap)
             self._lives[policy, count] = found
         return self._lives[policy, count]

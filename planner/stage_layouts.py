@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from .pipeline.choices import Shape
 from .pipeline.priced import Place
 from .pipeline.stage_memory import StageMemory
-from .pipeline.unit_costs import UnitSeconds, unit_seconds
+from .pipeline.unit_costs import UnitSeconds, together, unit_seconds
 from .pipeline.watched import Watched, limited
 from .pipeline_report import Rank
 from .pipelines import Pipelines
-from .space import build
 
 
 @dataclass
@@ -30,10 +29,8 @@ class StageLayouts:
             rank = self._on(shape, watched)
             if rank is None:
                 continue
-            passes = [each.passes for each in self.costs(rank)[0]]
-            busy = max(
-                sum(n * s for n, s in zip(stage.runs, passes, strict=True)) for stage in watched
-            )
+            each = self.costs(rank)[0]
+            busy = max(together(stage.runs, each).passes for stage in watched)
             if busy < least:
                 best, least = rank, busy
         return best
@@ -41,23 +38,12 @@ class StageLayouts:
     def _on(self, shape: Shape, watched: tuple[Watched, ...]) -> Rank | None:
         if (shape, watched) not in self.solved:
             pipelines, search = self.pipelines, self.pipelines.search
-            program, layouts = search.program(shape.policy), search.layouts_on(shape.mesh)
-            space = build(
-                program,
-                shape.microbatches,
-                search.cost,
-                layouts,
-                runs=pipelines.choices.likely(shape),
-            )
-            problem = limited(
-                space,
-                pipelines.bounds.holdings(shape.policy, shape.microbatches),
-                watched,
-                search.limit,
-            )
-            found = pipelines.bounds.solve(problem.live).choices
+            space = pipelines.bounds.likely(shape)
+            holdings = pipelines.bounds.holdings(shape.policy, shape.microbatches)
+            problem = lambda priced: limited(priced, holdings, watched, search.limit)  # noqa: E731
+            found = pipelines.bounds.bound(space, lambda priced: problem(priced).live)[0].choices
             self.solved[shape, watched] = (
-                None if found is None else Rank(search, space, problem.read(found))
+                None if found is None else Rank(search, space, problem(space).read(found))
             )
         return self.solved[shape, watched]
 
@@ -66,7 +52,8 @@ class StageLayouts:
         if id(rank) not in self.parts:
             policy = rank.search.policy_of(rank.space.program)
             holdings = self.pipelines.bounds.holdings(policy, rank.space.microbatches)
-            seconds = unit_seconds(holdings.cut, rank.space, rank.choices)
+            overlap = rank.search.request.execution.within
+            seconds = unit_seconds(holdings.cut, rank.space, rank.choices, overlap)
             self.parts[id(rank)] = seconds, StageMemory(holdings, rank.space, rank.choices)
         return self.parts[id(rank)]
 

@@ -90,14 +90,27 @@ class Timed:
 def windows_of(outline: Outline, microbatches: int, overlap: Sequence[OverlapKind]) -> Windows:
     """How often everything runs in each window, where communication of these kinds may hide."""
     phases = phases_of(outline.program)
-    ops = _often(outline.outers, phases, microbatches, {})
     back = FIRST_BACK if microbatches > 1 else LAST
     early = {"prepare": FIRST, "forward": FIRST, "backward": back}
-    forms = {
-        "parameters": _often(outline.outers, phases, microbatches, early),
-        "gradients": _often(outline.outers, phases, microbatches, {"update": LAST}),
-        "tensor": ops,
-    }
+    return windows_by(
+        outline,
+        overlap,
+        _often(outline.outers, phases, microbatches, {}),
+        _often(outline.outers, phases, microbatches, early),
+        _often(outline.outers, phases, microbatches, {"update": LAST}),
+    )
+
+
+def windows_by(
+    outline: Outline,
+    overlap: Sequence[OverlapKind],
+    ops: np.ndarray,
+    early: np.ndarray,
+    late: np.ndarray,
+) -> Windows:
+    """The same by how often each outer runs in each window, [outer, window or exposed]: what it computes and exchanges
+    (`ops`), gathers of weights (`early`), reductions of gradients (`late`)."""
+    forms = {"parameters": early, "gradients": late, "tensor": ops}
     flow, readings = flow_of(outline.program), outline.readings
     kinds = [
         flow.kind(source, reader, each.phase) for (source, reader, _), each in readings.items()

@@ -437,12 +437,7 @@ def test_other_words_are_refused(given):
     ("cluster", "request_", "told"),
     [
         ("8xcpu", {"overlap": "all"}, "XLA's CPU backend"),
-        (
-            "h100x8",
-            {"overlap": "gradients", "pp": 2},
-            "overlap cannot be gradients with a pipeline",
-        ),
-        ("h100x8", {"overlap": "all", "pp": "auto"}, "with a pipeline"),
+        ("8xcpu", {"overlap": "gradients", "pp": 2}, "XLA's CPU backend"),
         ("h100x8", {"overlap": "all", "search": "mcmc"}, "mcmc with overlap"),
     ],
 )

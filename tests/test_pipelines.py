@@ -111,9 +111,7 @@ def test_all_units_together_cost_what_the_step_costs(name, policy):
     units = find_units(search.folded, search.program("none"))
     cut = Cut.of(units, space.program, search.folded.small, 8)
     each = unit_seconds(cut, space, solution.choices)
-    whole = sum(
-        8 * (u.forward + u.backward + u.weight) + u.once for u in (each[k] for k in units.kinds)
-    )
+    whole = sum(8 * u.passes + u.once for u in (each[k] for k in units.kinds))
     assert whole == pytest.approx(solution.objective, rel=3e-3)
     memory = StageMemory(Holdings.of(cut, 8, search.cluster), space, solution.choices)
     ledger = Ledger(space, lives)

@@ -32,6 +32,7 @@ def lifetimes(
     roles: Mapping[int, str],
     storage: Storage,
     overlap: Sequence[OverlapKind] = (),
+    whole: Program | None = None,
 ) -> Lifetimes:
     """Work out every value's life.
 
@@ -41,8 +42,9 @@ def lifetimes(
         roles: the part of each input position.
         storage: which of its values are stored.
         overlap: which communication runs beside computation.
+        whole: the step that the program is a part of, which tells what that is; by itself it tells if None.
     """
-    return _Analysis(program, microbatches, roles, storage, overlap).run()
+    return _Analysis(program, microbatches, roles, storage, overlap, whole).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +76,10 @@ class _Analysis:
         roles: Mapping[int, str],
         storage: Storage,
         overlap: Sequence[OverlapKind] = (),
+        whole: Program | None = None,
     ):
         self.program, self.microbatches, self.roles = program, microbatches, roles
-        self.overlap = overlap
+        self.overlap, self.whole = overlap, whole or program
         self.graph: Graph = program.graph
         self.time = (
             program.time if microbatches > 1 and isinstance(program.time, TimeAxis) else None
@@ -193,10 +196,10 @@ class _Analysis:
 
     def _stretch(self) -> None:
         """What travels beside computation is there earlier, or later, as far as its layer goes."""
-        for value, before in early(self.program, self.overlap).items():
+        for value, before in early(self.whole, self.overlap).items():
             if self._together(value, before):
                 self.defined[value] = min(self.defined[value], self._at(before))
-        for value, after in late(self.program, self.overlap).items():
+        for value, after in late(self.whole, self.overlap).items():
             if self._together(value, after):
                 self.used[value].append(self._at(after))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
 from typing import TYPE_CHECKING
@@ -15,12 +15,14 @@ from ...ir.recompute import Policy
 from ..intra import live_of
 from ..memory.ledger import least_bytes, least_peak
 from ..memory.lives import Lifetimes
+from ..overlapped import solve_overlapped
 from ..solver.anytime import solve_live
 from ..solver.live import Demand, Live
 from ..solver.onehot import Solution
 from ..space import Space, build
 from .choices import Choices, Shape
 from .stage_memory import Holdings, Runs
+from .stage_windows import stage_windows
 from .unit_costs import all_bytes
 from .units import runs_of
 from .watched import Watched, limited
@@ -28,6 +30,7 @@ from .watched import Watched, limited
 if TYPE_CHECKING:
     from ..search import Search
 
+Problem = Callable[[Space], Live]  # what is asked of a space at given prices
 SOLVE_GAP = 0.5  # of the gap asked for: what one solve may leave open
 ONE_SOLVE = 1.0  # seconds
 ENOUGH = 1.1  # times what is to be beaten: bounds above say no more
@@ -42,7 +45,8 @@ class Bounds:
     spaces: dict[Shape, Space] = field(default_factory=dict)
 
     def holdings(self, policy: Policy, microbatches: int) -> Holdings:
-        key = policy, microbatches
+        overlap = self.search.request.execution.within
+        key: tuple[Policy, int] = policy, microbatches
         if key not in self._holdings:
             alike = (
                 h
@@ -51,7 +55,7 @@ class Bounds:
             )
             cut, cluster = self.choices.cut(policy, microbatches), self.search.cluster
             self._holdings[key] = (
-                next(alike, None) or Holdings.of(cut, microbatches, cluster)
+                next(alike, None) or Holdings.of(cut, microbatches, cluster, overlap)
             ).counted(microbatches)
         return self._holdings[key]
 
@@ -64,11 +68,12 @@ class Bounds:
         if self._crowded(shape, self._least_held(shape, beat)):
             return 0.0, inf
         space, more = self.space(shape), self.choices.more(shape)
-        found = self.solve(live_of(space), ENOUGH * beat - more)
+        found, start = self.bound(space, live_of, ENOUGH * beat - more)
         free, within = found.lower_bound + more, self._shared_memory(space, shape, beat)
         if free >= beat or (found.choices is not None and within.fits(found.choices)):
             return free, free
-        solution = self.solve(within, ENOUGH * beat - more)
+        with_memory = lambda priced: self._shared_memory(priced, shape, beat)  # noqa: E731
+        solution, _ = self.bound(space, with_memory, ENOUGH * beat - more, start)
         return free, inf if solution.status == "infeasible" else max(
             free, solution.lower_bound + more
         )
@@ -79,21 +84,18 @@ class Bounds:
         that; or one has, and takes longer."""
         if self.search.request.program == "single" or not self._plain(shape):
             return 0.0
-        space, more, least = self.space(shape), self.choices.more(shape), 0.0
+        space, more, least, start = self.space(shape), self.choices.more(shape), 0.0, None
         for problem in (
             self._first_stages,
             self._first_stage,
         ):  # the second sees more, and takes longer
-            if least < enough and (live := problem(space, shape)) is not None:
-                even = self.solve(live, ENOUGH * enough - more)
+            if least < enough and (live := problem(shape)) is not None:
+                even, start = self.bound(space, live, ENOUGH * enough - more, start)
                 least = max(least, inf if even.status == "infeasible" else even.lower_bound + more)
-        program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
-        crowded = build(
-            program, shape.microbatches, self.search.cost, layouts, runs=self.choices.crowded(shape)
-        )
-        return min(least, self.solve(live_of(crowded), ENOUGH * enough).lower_bound)
+        crowded = self.weighted(shape, self.choices.crowded(shape))
+        return min(least, self.bound(crowded, live_of, ENOUGH * enough, start)[0].lower_bound)
 
-    def _first_stage(self, space: Space, shape: Shape) -> Live | None:
+    def _first_stage(self, shape: Shape) -> Problem | None:
         """All that the first stage holds at any moment, with as many layers as it has at least where no stage has more
         than it must."""
         units, stages = self.choices.units, shape.stages
@@ -110,12 +112,12 @@ class Bounds:
             runs_of(units, 0, ends[layers - 1]), float(min(stages, shape.microbatches))
         )
         holdings = self.holdings(shape.policy, shape.microbatches)
-        return limited(space, holdings, [watched], self.search.limit).live
+        return lambda space: limited(space, holdings, [watched], self.search.limit).live
 
-    def _first_stages(self, space: Space, shape: Shape) -> Live:
+    def _first_stages(self, shape: Shape) -> Problem:
         """Layers of the first stages, as many as they have where no stage has more than it must, and what these hold:
         rank r at least as many microbatches as ranks from r on."""
-        base, units, stages = live_of(space), self.choices.units, shape.stages
+        units, stages = self.choices.units, shape.stages
         holdings = self.holdings(shape.policy, shape.microbatches)
         most = ceil(units.repeats / stages)
         lacking = most * stages - units.repeats  # layers, over all stages
@@ -124,19 +126,23 @@ class Bounds:
             min(stages - rank, shape.microbatches) for rank in range(some) for _ in range(most)
         ][lacking:]
         if not flying:
-            return base
+            return live_of
         runs = tuple(int(kind == units.middle) for kind in range(len(units.names)))
-        inputs = dict(
-            zip(space.program.graph.inputs, space.program.graph.input_counts, strict=True)
-        )
+        graph = self.search.program(shape.policy).graph
+        inputs = dict(zip(graph.inputs, graph.input_counts, strict=True))
         weights = {
             v: many * float(sum(flying))
             for v, many in holdings.left(runs).items()
             if v not in inputs
         }
         weights |= {v: float(len(flying)) for v, many in inputs.items() if many >= units.repeats}
-        demands, fixed = self._demands(space, weights)
-        return Live(base.costs, base.edges, demands, np.array([some * self.search.limit - fixed]))
+
+        def problem(space: Space) -> Live:
+            base, (demands, fixed) = live_of(space), self._demands(space, weights)
+            limit = np.array([some * self.search.limit - fixed])
+            return Live(base.costs, base.edges, demands, limit)
+
+        return problem
 
     def _demands(
         self, space: Space, weights: Mapping[int, float]
@@ -153,19 +159,38 @@ class Bounds:
 
     def space(self, shape: Shape) -> Space:
         if shape not in self.spaces:
-            program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
-            weights = self.choices.weights(shape)
-            self.spaces[shape] = build(
-                program, shape.microbatches, self.search.cost, layouts, runs=weights
-            )
+            self.spaces[shape] = self.weighted(shape, self.choices.weights(shape))
         return self.spaces[shape]
 
     def likely(self, shape: Shape) -> Space:
         """Not to bound a shape but to choose in it."""
+        return self.weighted(shape, self.choices.likely(shape))
+
+    def weighted(self, shape: Shape, weights: Mapping[str, float]) -> Space:
+        """The space of a shape where ops count so often by tag, in the windows of its stages."""
         program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
-        return build(
-            program, shape.microbatches, self.search.cost, layouts, runs=self.choices.likely(shape)
-        )
+        space = build(program, shape.microbatches, self.search.cost, layouts, runs=weights)
+        if overlap := self.search.request.execution.within:
+            passes = self.choices.cut(shape.policy, shape.microbatches).passes
+            outline = space.frame.outline
+            space.windows = stage_windows(outline, passes, weights, shape.stages, overlap)
+        return space
+
+    def bound(
+        self,
+        space: Space,
+        problem: Problem,
+        cutoff: float = inf,
+        start: np.ndarray | None = None,
+    ) -> tuple[Solution, np.ndarray]:
+        """A bound of a space under what a problem asks of it, with what overlaps, and the multipliers that gave it.
+
+        Args:
+            start: multipliers to begin with.
+        """
+        solve = lambda priced: self.solve(problem(priced), cutoff)  # noqa: E731
+        gap = SOLVE_GAP * self.search.request.good_enough
+        return solve_overlapped(space, solve, gap, cutoff, start)
 
     def hopeless(self, shape: Shape) -> bool:
         """Whether a shape fits in no way."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 Fits = Callable[[int, int, int], bool]  # (stage, first unit, one past the last)
+Span = Callable[[int, int], float]  # seconds of units `first` up to, not including, `last`
 
 ANYWHERE: Fits = lambda stage, first, last: True  # noqa: E731
 
@@ -21,48 +22,58 @@ def deal(seconds: Sequence[Sequence[float]], fits: Fits = ANYWHERE) -> tuple[int
         seconds: of each unit on each stage.
         fits: whether a stage has room for a run of units; a shorter run of a run that fits does too.
     """
-    known: dict[int, list[float]] = {id(each): [0.0, *accumulate(each)] for each in seconds}
-    sums = [known[id(each)] for each in seconds]
+    known = {id(each): added_up(each) for each in seconds}
+    return deal_spans([known[id(each)] for each in seconds], len(seconds[0]), fits)
+
+
+def added_up(seconds: Sequence[float]) -> Span:
+    """Of units that take so long one after another."""
+    sums = [0.0, *accumulate(seconds)]
+    return lambda first, last: sums[last] - sums[first]
+
+
+def deal_spans(spans: Sequence[Span], units: int, fits: Fits = ANYWHERE) -> tuple[int, ...] | None:
+    """The same by what each stage takes for a run of units, which a longer run never takes less than."""
     if (
-        len(seconds[0]) < len(seconds)
-        or (best := _fill(sums, max(each[-1] for each in sums), fits)) is None
+        units < len(spans)
+        or (best := _fill(spans, units, max(each(0, units) for each in spans), fits)) is None
     ):
         return None
-    low, high = 0.0, _slowest(sums, best)
+    low, high = 0.0, _slowest(spans, units, best)
     while high - low > 1e-9 * high:
         middle = (low + high) / 2
-        found = _fill(sums, middle, fits)
+        found = _fill(spans, units, middle, fits)
         if found is None:
             low = middle
         else:
-            best, high = found, min(middle, _slowest(sums, found))
+            best, high = found, min(middle, _slowest(spans, units, found))
     return best
 
 
-def _slowest(sums: Sequence[Sequence[float]], firsts: Sequence[int]) -> float:
-    ends = [*firsts[1:], len(sums[0]) - 1]
-    return max(each[end] - each[first] for each, first, end in zip(sums, firsts, ends, strict=True))
+def _slowest(spans: Sequence[Span], units: int, firsts: Sequence[int]) -> float:
+    return max(
+        each(first, end)
+        for each, first, end in zip(spans, firsts, (*firsts[1:], units), strict=True)
+    )
 
 
-def _fill(sums: Sequence[Sequence[float]], most: float, fits: Fits) -> tuple[int, ...] | None:
+def _fill(spans: Sequence[Span], units: int, most: float, fits: Fits) -> tuple[int, ...] | None:
     """Stages of at most so many seconds: where each stage may end, given where the one before may.
 
     The farther a stage begins, the farther it reaches, so an end is looked up from the least
     beginning that reaches it.
     """
-    units, stages = len(sums[0]) - 1, len(sums)
+    stages = len(spans)
     begins: list[dict[int, int]] = []  # of each stage: end -> beginning
     starts: list[int] = [0]
-    for stage, each in enumerate(sums):
+    for stage, each in enumerate(spans):
         found: dict[int, int] = {}
         last = units - (stages - stage - 1)
         end = 0
         for at in starts:
             end = max(end, at)
             while (
-                end < last
-                and each[end + 1] - each[at] <= most * (1 + 1e-12)
-                and fits(stage, at, end + 1)
+                end < last and each(at, end + 1) <= most * (1 + 1e-12) and fits(stage, at, end + 1)
             ):
                 end += 1
                 found[end] = at

@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from ...ir.copies import settles
+from ...ir.execution import OverlapKind
 from ...ir.graph import ITEM_BYTES, Graph
 from ...ir.microbatch import TimeAxis
 from ...ir.program import Program
@@ -54,6 +55,7 @@ class Passes:
     microbatches: int
     kind: str
     splits: bool  # whether gradients of weights have a pass of their own
+    overlap: tuple[OverlapKind, ...] = ()
 
     def __post_init__(self) -> None:
         self.graph: Graph = counted_as_many(self.cut.program.graph, self.cut.units)
@@ -66,7 +68,7 @@ class Passes:
     @cached_property
     def apart(self) -> Passes:
         """With gradients of weights in a pass of their own."""
-        return Passes(self.cut, self.microbatches, self.kind, splits=True)
+        return replace(self, splits=True)
 
     @cached_property
     def owned(self) -> np.ndarray:
@@ -140,7 +142,8 @@ class Passes:
             storage = as_xla(program, self.kind)
             start = found[-1].end + 1 if found else 0
             reads = readings(program, storage, self.kind == "cpu")
-            found.append(_Pass(program, lifetimes(program, 1, {}, storage), reads, start))
+            lives = lifetimes(program, 1, {}, storage, self.overlap, self.cut.program)
+            found.append(_Pass(program, lives, reads, start))
         return found
 
     def _program(self, number: int, positions: list[int]) -> Program:

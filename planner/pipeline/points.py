@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pydantic import BaseModel, ConfigDict
 
 from ...ir.plan import Layout
@@ -32,14 +30,14 @@ class Point(BaseModel):
 
     @classmethod
     def of(
-        cls, space: Space, choices: tuple[int, ...], policy: Policy, each: Sequence[UnitSeconds], peak: float,
+        cls, space: Space, choices: tuple[int, ...], policy: Policy, work: UnitSeconds, peak: float,
         left: float,
     ) -> Point:  # fmt: skip
-        """`each[i]` are the seconds of unit i."""
+        """`work` are the seconds of all units together."""
         chosen = {node.tag: node.choices[k] for node, k in zip(space.nodes, choices, strict=True)}
         return cls(
             policy=policy, microbatches=space.microbatches, mesh=space.mesh.shape,
-            passes=sum(unit.passes for unit in each), once=sum(unit.once for unit in each), peak=peak, left=left,
+            passes=work.passes, once=work.once, peak=peak, left=left,
             strategies={tag: c.axes for tag, c in chosen.items() if isinstance(c, Strategy)},
             slots={tag: Layout.of(c) for tag, c in chosen.items() if isinstance(c, Sharding)},
         )  # fmt: skip

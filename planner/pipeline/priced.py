@@ -17,12 +17,12 @@ import numpy as np
 from ...ir.cluster import Cluster
 from ...ir.errors import InfeasibleError
 from ...ir.schedule import Schedule, peak_held
-from .dealing import ANYWHERE, Fits, deal
+from .dealing import ANYWHERE, Fits, Span, added_up, deal_spans
 from .limited import search_schedule
 from .simulate import Run, StageSeconds, pipeline_tasks, simulate
 from .stage_memory import Runs, StageMemory
 from .tighten import Held
-from .unit_costs import UnitSeconds
+from .unit_costs import UnitSeconds, seconds_of_runs, together
 from .units import Units, runs_of
 
 REORDER = 60_000  # passes that a search for a better order may schedule: a second or two
@@ -72,6 +72,13 @@ class Pricing:
     places: tuple[Place, ...]
     cluster: Cluster
 
+    @property
+    def serial(self) -> Pricing:
+        """The same if nothing overlapped."""
+        each = {id(place.each): tuple(unit.serial for unit in place.each) for place in self.places}
+        places = tuple(replace(place, each=each[id(place.each)]) for place in self.places)
+        return replace(self, places=places)
+
     def sending(self, nbytes: float, first: int, end: int) -> float:
         """Seconds that each device takes to send so much within a stretch of the cluster."""
         if not nbytes:
@@ -95,10 +102,9 @@ class Pricing:
         ends = (*firsts[1:], len(self.units))
         runs = [runs_of(self.units, first, end) for first, end in zip(firsts, ends, strict=True)]
         homes = [self.places[rank] for rank in schedule.homes]
-        stages = tuple(
-            self._stage(homes, stage, runs[stage], ends[stage]) for stage in range(schedule.stages)
-        )
-        once = tuple(map(self._once, homes, runs))
+        works = self._works(homes, firsts)
+        stages = self._stages(homes, works, firsts, schedule.splits)
+        once = tuple(work.once for work in works)
         tail = max(sum(once[s] for s in held) for held in schedule.held)
         if _at_least(schedule, stages) + tail >= cutoff:
             return None
@@ -123,13 +129,18 @@ class Pricing:
         )
         _, left, late = zip(*parts, strict=True)
         always = [peak - peak_held(old, rank, left, late) for rank, peak in enumerate(priced.peaks)]
+        homes = [self.places[rank] for rank in old.homes]
+        works = self._works(homes, priced.firsts)
+        whole, apart = (
+            self._stages(homes, works, priced.firsts, splits) for splits in (False, True)
+        )
         limits = np.array([place.limit for place in self.places])
         room = limits
         for _ in range(2):
             try:
                 held = Held(left, late, room.tolist(), always)
                 found = search_schedule(
-                    priced.stages, held, old.microbatches, work=REORDER, placement=old.held
+                    apart, held, old.microbatches, work=REORDER, placement=old.held
                 )
             except InfeasibleError:
                 return None
@@ -140,13 +151,16 @@ class Pricing:
                 0.0, np.array(peaks) - limits
             )  # passes that are split hold more than others
             if not excess.any():
-                seconds = priced.seconds - priced.run.makespan + found.seconds
+                stages = apart if found.schedule.splits else whole
+                run = simulate(pipeline_tasks(found.schedule, stages))
+                seconds = priced.seconds - priced.run.makespan + run.makespan
                 return replace(
                     priced,
                     schedule=found.schedule,
+                    stages=stages,
                     peaks=peaks,
                     held=most,
-                    run=found.run,
+                    run=run,
                     seconds=seconds,
                 )
             room = limits - excess
@@ -154,31 +168,42 @@ class Pricing:
 
     def _cuts(self, schedule: Schedule) -> Iterator[tuple[int, ...]]:
         """Even in what passes take; then, if updates are uneven by much, in what both take together."""
-        homes = [self.places[rank] for rank in schedule.homes]
+        homes, units = [self.places[rank] for rank in schedule.homes], len(self.units)
         fits = self._fits(schedule, homes) if schedule.stages == schedule.ranks else ANYWHERE
-        firsts = deal(self._per_unit(homes, 0.0), fits)
+        firsts = deal_spans(self._spans(homes, 0.0), units, fits)
         if firsts is None:
             return
         yield firsts
-        ends = (*firsts[1:], len(self.units))
-        once = [
-            self._once(home, runs_of(self.units, a, b))
-            for home, a, b in zip(homes, firsts, ends, strict=True)
-        ]
-        passes = sum(homes[0].each[kind].passes for kind in self.units.kinds) / len(homes)
+        works = self._works(homes, firsts)
+        once = [work.once for work in works]
+        passes = sum(work.passes for work in works) / len(homes)
         if max(once) - sum(once) / len(once) > UNEVEN * schedule.microbatches * passes:
-            again = deal(self._per_unit(homes, 1 / schedule.microbatches), fits)
+            again = deal_spans(self._spans(homes, 1 / schedule.microbatches), units, fits)
             if again is not None and again != firsts:
                 yield again
 
-    def _per_unit(self, homes: Sequence[Place], share: float) -> list[list[float]]:
-        """Seconds of each unit per microbatch on each stage, a share of what is done once included."""
-        found = {
-            id(home): [u.passes + share * (u.once + self._handing(u)) for u in home.each]
-            for home in homes
-        }
-        rows = {key: [each[kind] for kind in self.units.kinds] for key, each in found.items()}
-        return [rows[id(home)] for home in homes]
+    def _works(self, homes: Sequence[Place], firsts: Sequence[int]) -> list[UnitSeconds]:
+        """All of each stage, with the seconds in which it hands things to others once per step."""
+        found, ends = [], (*firsts[1:], len(self.units))
+        handing = {id(home): [self._handing(unit) for unit in home.each] for home in homes}
+        for home, first, end in zip(homes, firsts, ends, strict=True):
+            runs = runs_of(self.units, first, end)
+            work, pairs = together(runs, home.each), zip(runs, handing[id(home)], strict=True)
+            found.append(replace(work, apart=work.apart + sum(n * each for n, each in pairs)))
+        return found
+
+    def _spans(self, homes: Sequence[Place], share: float) -> list[Span]:
+        """Seconds of a run of units per microbatch on each stage, a share of what is done once included."""
+        found = {id(home): self._span(home, share) for home in homes}
+        return [found[id(home)] for home in homes]
+
+    def _span(self, home: Place, share: float) -> Span:
+        each = [replace(u, apart=u.apart + self._handing(u)) for u in home.each]
+        if not any(unit.hides for unit in each):
+            per_kind = [u.passes + share * u.once for u in each]
+            return added_up([per_kind[kind] for kind in self.units.kinds])
+        table = seconds_of_runs([each[kind] for kind in self.units.kinds], share).tolist()
+        return lambda first, last: table[first][last]
 
     def _fits(self, schedule: Schedule, homes: Sequence[Place]) -> Fits:
         @cache
@@ -207,13 +232,22 @@ class Pricing:
         extra = self._extra(schedule, rank, left, [late for _, _, late in mine])
         return memory.parts(together)[0] + extra, 1 + (extra / sum(left) if sum(left) else 0.0)
 
-    def _stage(self, homes: Sequence[Place], stage: int, runs: Runs, end: int) -> StageSeconds:
-        pairs = list(zip(runs, homes[stage].each, strict=True))
-        return StageSeconds(
-            sum(n * each.forward for n, each in pairs), sum(n * each.backward for n, each in pairs),
-            sum(n * each.weight for n, each in pairs),
-            self._between(homes, stage, end), self._between(homes, stage - 1, end - sum(runs)),
-        )  # fmt: skip
+    def _stages(
+        self,
+        homes: Sequence[Place],
+        works: Sequence[UnitSeconds],
+        firsts: Sequence[int],
+        splits: bool,
+    ) -> tuple[StageSeconds, ...]:
+        """Seconds of the stages; of a backward pass with those of weights in it, weights have what they add."""
+        borders = [self._between(homes, s - 1, first) for s, first in enumerate(firsts)]
+        borders.append(0.0)
+        found = []
+        for work, back, send in zip(works, borders, borders[1:], strict=False):
+            backward = work.backward.seconds
+            weight = work.weight.seconds if splits else work.whole - backward
+            found.append(StageSeconds(work.forward.seconds, backward, weight, send, back))
+        return tuple(found)
 
     def _between(self, homes: Sequence[Place], stage: int, end: int) -> float:
         """Seconds of one microbatch's results from a stage, which ends there, to the next; of their gradients back."""
@@ -222,10 +256,6 @@ class Pricing:
         here, there, kind = homes[stage], homes[stage + 1], self.units.kinds[end - 1]
         most = max(here.each[kind].sent, there.each[kind].sent)
         return self.sending(most, min(here.first, there.first), max(here.end, there.end))
-
-    def _once(self, home: Place, runs: Runs) -> float:
-        pairs = zip(runs, home.each, strict=True)
-        return sum(n * (each.once + self._handing(each)) for n, each in pairs)
 
     def _handing(self, each: UnitSeconds) -> float:
         return self.sending(each.handed, 0, self.cluster.size)

@@ -27,7 +27,7 @@ from .priced import Place, Priced, Pricing
 from .schedules import gpipe
 from .simulate import StageSeconds, pipeline_tasks, simulate
 from .stage_memory import Runs
-from .unit_costs import UnitSeconds
+from .unit_costs import UnitSeconds, together
 from .units import HALVES, Units, runs_of
 
 # Seconds of the host per instruction (a pass, or a send with its receive), and per shard of what a forward pass leaves
@@ -149,10 +149,11 @@ def price_single(pricing: Pricing, microbatches: int) -> Priced:
         )  # fmt: skip
     moved = exchanges(pricing, microbatches)
     hop = moved[0].seconds / moved[0].count
-    once = tuple(_once(each, with_ends(runs, ends)) for runs in layers)
+    once = tuple(together(with_ends(runs, ends), each).once for runs in layers)
     schedule = gpipe(stages, microbatches)
     seconds = tuple(_stage(each, runs, hop) for runs in layers)
-    passes = ticks * max(_passes(each, runs) for runs in layers) + share * _passes(each, ends)
+    slowest = max(together(runs, each).passes for runs in layers)
+    passes = ticks * slowest + share * together(ends, each).passes
     total = passes + sum(item.seconds for item in moved) + max(once)
     run = simulate(pipeline_tasks(schedule, seconds))
     return Priced(schedule, firsts, seconds, once, peaks, (float(ticks),) * stages, run, total)
@@ -225,20 +226,9 @@ def _sums(place: Place, ends: Runs) -> Counter[float]:
 
 
 def _stage(each: Sequence[UnitSeconds], runs: Runs, hop: float) -> StageSeconds:
-    pairs = list(zip(runs, each, strict=True))
-    forward, backward, weight = (
-        sum(n * getattr(unit, name) for n, unit in pairs)
-        for name in ("forward", "backward", "weight")
-    )
-    return StageSeconds(forward, backward, weight, hop, hop)
-
-
-def _passes(each: Sequence[UnitSeconds], runs: Runs) -> float:
-    return sum(n * unit.passes for n, unit in zip(runs, each, strict=True))
-
-
-def _once(each: Sequence[UnitSeconds], runs: Runs) -> float:
-    return sum(n * unit.once for n, unit in zip(runs, each, strict=True))
+    work = together(runs, each)
+    backward = work.backward.seconds
+    return StageSeconds(work.forward.seconds, backward, work.whole - backward, hop, hop)
 
 
 def memory_by_cause(pricing: Pricing, microbatches: int, rank: int) -> dict[str, float]:

@@ -18,10 +18,12 @@ from functools import cached_property
 import numpy as np
 
 from ...ir.cluster import Cluster
+from ...ir.execution import OverlapKind
 from ...ir.microbatch import TimeAxis
 from ...ir.program import Program
 from ...ir.schedule import Schedule
 from ...ir.sharding import reshard
+from ..hideable import flow_of
 from ..memory.ledger import Ledger
 from ..memory.lives import Lifetimes, Segment
 from ..solver.live import Demand
@@ -31,6 +33,7 @@ from .unit_costs import all_bytes, chosen_layouts, local_bytes
 from .units import MANY, Cut
 
 Runs = tuple[int, ...]  # how many units of each kind a stage has
+Copied = tuple[float, Sequence[Segment], int]  # bytes and lives of a copy, and what it is of
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +45,16 @@ class Holdings:
     passes: Passes
 
     @classmethod
-    def of(cls, cut: Cut, microbatches: int, cluster: Cluster) -> Holdings:
+    def of(
+        cls,
+        cut: Cut,
+        microbatches: int,
+        cluster: Cluster,
+        overlap: tuple[OverlapKind, ...] = (),
+    ) -> Holdings:
         """With gradients of weights in the backward pass."""
-        return cls(cut, microbatches, Passes(cut, microbatches, cluster.device.kind, splits=False))
+        kind = cluster.device.kind
+        return cls(cut, microbatches, Passes(cut, microbatches, kind, False, overlap))
 
     @cached_property
     def lives(self) -> Lifetimes:
@@ -120,6 +130,13 @@ class Holdings:
                     Demand(node, shift, shift + 2 * self.lives.ticks, (held - 1) * many * sizes)
                 )
         return found
+
+
+def _shared(same: Sequence[Copied]) -> Copied:
+    """One copy for several readers: from the first of them on, until the last is done."""
+    size, longest, value = max(same, key=lambda copied: copied[1][-1].end)
+    start = min(lives[0].start for _, lives, _ in same)
+    return size, (replace(longest[0], start=start), *longest[1:]), value
 
 
 def _split(program: Program) -> Mapping[int, int]:
@@ -242,7 +259,7 @@ class StageMemory:
         for item in self.space.transfers:
             items.setdefault((item.source, item.reader), []).append(item)
         for program in self.holdings.passes.readings:
-            found: dict[tuple[int, int], list[tuple[float, Sequence[Segment]]]] = {}
+            found: dict[tuple[int, int], list[Copied]] = {}
             for each in program:
                 if self.space.homes[tags[each.value]].node is None and each.value not in constants:
                     continue
@@ -251,13 +268,26 @@ class StageMemory:
                     if have != wanted:
                         size = item.nbytes / float(layouts.ways(np.array([wanted]))[0])
                         size *= self._parts_too(have, wanted)
-                        found.setdefault((each.value, wanted), []).append((size, each.lives))
-            for same in found.values():
-                size, longest = max(same, key=lambda pair: pair[1][-1].end)
-                start = min(lives[0].start for _, lives in same)
-                yield from (
-                    (each, size) for each in (replace(longest[0], start=start), *longest[1:])
-                )
+                        found.setdefault((each.value, wanted), []).append(
+                            (size, each.lives, each.value)
+                        )
+            copies = sorted(map(_shared, found.values()), key=lambda copy: copy[1][0].start)
+            for (size, lives, _), start in zip(copies, self._starts(copies), strict=True):
+                yield replace(lives[0], start=start), size
+                yield from ((each, size) for each in lives[1:])
+
+    def _starts(self, copies: Sequence[Copied]) -> Iterator[int]:
+        """When copies are made: of gathered weights that hide, one gather early."""
+        ahead, passes = None, self.holdings.passes
+        early = "parameters" in passes.overlap
+        batch = flow_of(passes.cut.program).batch if early else frozenset()
+        for _, lives, value in copies:
+            start = lives[0].start
+            if not early or self.space.program.value_tags[value] in batch:
+                yield start
+                continue
+            yield start if ahead is None else ahead
+            ahead = start
 
     def _parts_too(self, have: int, wanted: int) -> int:
         """XLA's CPU backend exchanges parts, each an array: those given with those taken, then these with the whole

@@ -11,12 +11,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ...ir.schedule import Schedule, in_flight
 from ..memory.aliases import aliases, extended
 from ..memory.ledger import Ledger
 from ..solver.live import Demand, Live
 from ..solver.onehot import Edge
 from ..space import Space
+from .single import layer_runs, with_ends
 from .stage_memory import Holdings, Runs
+from .units import Units, runs_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,22 @@ class Limited:
         return tuple(
             int(self.origins[n][p]) if n in self.origins else p for n, p in enumerate(solved)
         )
+
+
+def watched_stages(units: Units, schedule: Schedule, single: bool) -> list[Watched]:
+    """The first, second and last stage, when each has as many units as the next, or as much work; of a single program,
+    all of which have both ends, the first and the last."""
+    if single:
+        layers, both = layer_runs(units, schedule.stages)
+        ticks = float(schedule.microbatches + schedule.stages - 1)
+        return [Watched(with_ends(runs, both), ticks) for runs in (layers[0], layers[-1])]
+    ranks, each = schedule.ranks, schedule.stages // schedule.ranks
+    firsts = units.evenly(ranks)
+    ends = [*firsts[1:], len(units)]
+    return [
+        Watched(runs_of(units, firsts[s], ends[s]), in_flight(schedule, s) / each)
+        for s in sorted({0, min(1, ranks - 1), ranks - 1})
+    ]
 
 
 def limited(space: Space, holdings: Holdings, watched: Sequence[Watched], limit: float) -> Limited:

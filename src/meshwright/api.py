@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ def plan_captured(
         return found
     if found.pipeline is None:
         whole = fold(composed(captured.graph, request.attention))
-        again = search(whole, where, replace(request, pp=1, program=None), **same)
+        again = search(whole, where, request.flat, **same)
         return again.model_copy(
             update={"notes": tuple(dict.fromkeys((*again.notes, *found.notes)))}
         )

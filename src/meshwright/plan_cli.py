@@ -57,7 +57,9 @@ def plan(
     ] = "plain",
     overlap: Annotated[
         str,
-        typer.Option(help="What runs beside computation: parameters,gradients,tensor; all; none."),
+        typer.Option(
+            help="What runs beside computation: parameters,gradients,tensor, with stages: stages; all; none."
+        ),
     ] = "none",
     pp: Annotated[
         str,
