@@ -251,7 +251,8 @@ def test_what_comes_early_and_what_leaves_late_takes_memory():
 
 @functools.cache
 def planned(overlap: str, pp: int | str = 2, **pins) -> Plan:
-    request = Request(pp=pp, overlap=overlap, time_limit=30, **pins)  # type: ignore[arg-type]
+    few = {"microbatches": 4, "recompute": "none", "gap": 0.1}
+    request = Request(pp=pp, overlap=overlap, time_limit=30, **{**few, **pins})  # type: ignore[arg-type]
     return plan_captured(captured(4), "h100x8", request, "gpt2")
 
 
@@ -284,7 +285,7 @@ def test_plans_with_and_without_stages_are_compared_under_one_model():
 
 
 def test_a_single_program_overlaps_too():
-    request = {"program": "single", "microbatches": 8}
+    request = {"program": "single"}
     alone, beside = (planned(each, 2, **request) for each in ("none", "all"))
     assert beside.pipeline is not None and beside.pipeline.program == "single"
     assert beside.proof.lower_bound <= beside.estimate.step_seconds
