@@ -263,18 +263,11 @@ class Pipelines:
     def solve_shape(self, shape: Shape, beat: float | None = None) -> None:
         """Offer what fits of one shape; `beat`: seconds that it has to beat, by default those of the best."""
         space, beat = self.bounds.likely(shape), self.best.seconds if beat is None else beat
-        most_to_least = list(
-            self.choices.schedules_for(shape)
-        )  # stages per rank, of which few hold more
+        single, schedules = self.search.request.program == "single", self.choices.schedules_for
+        most_to_least = list(schedules(shape))  # stages per rank, of which few hold more
         for schedule in dict.fromkeys((*most_to_least[:1], *most_to_least[-1:])):
-            if self._solved(
-                shape,
-                space,
-                watched_stages(
-                    self.choices.units, schedule, self.search.request.program == "single"
-                ),
-                beat,
-            ):
+            watched = watched_stages(self.choices.units, schedule, single)
+            if self._solved(shape, space, watched, beat):
                 return
 
     def _solved(self, shape: Shape, space: Space, watched: list[Watched], beat: float) -> bool:
@@ -287,7 +280,7 @@ class Pipelines:
             found.extend(one for one in each if one.choices is not None)
             return each[0]
 
-        solve_overlapped(space, solve, SOLVE_GAP * self.search.request.good_enough)
+        solve_overlapped(space, solve, SOLVE_GAP * self.search.request.good_enough, beat)
         return bool(found)
 
     def _fitting(
