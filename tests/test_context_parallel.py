@@ -330,3 +330,11 @@ def test_the_sequence_is_cut_outside_and_heads_inside_by_one_exchange(mesh: str,
     assert sum(line.predicted_count for line in swapped if line.axes[0] == "x") == 11
     assert all(line.compiled_count for line in swapped)  # XLA finds the forward pass's three again
     assert {line.kind for line in lines} <= {"all_to_all", "all_gather", "reduce_scatter"}
+
+
+def test_no_device_holds_the_scores_of_its_rows():
+    """Four devices of 512 rows by 2048 keys and 8 heads: 32 MiB of scores each, a few times in the plain program."""
+    q = jax.ShapeDtypeStruct((1, 2048, 8, 8), jnp.float32)
+    step = trained(causal)
+    plan = pinned(step, (q, q, q), "4", everywhere(even, "4"))
+    assert mw.lower(plan, step, q, q, q).audit().parts["temporaries"] < 16 << 20

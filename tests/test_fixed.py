@@ -12,6 +12,7 @@ from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.ir.blocks import fold
 from meshwright.ir.cluster import Cluster
+from meshwright.ir.composites import AttentionKind, composed
 from meshwright.ir.errors import PlanError
 from meshwright.ir.fingerprint import fingerprint
 from meshwright.models import build
@@ -19,14 +20,14 @@ from meshwright.planner.jobs.fixed import fixed_plan
 from meshwright.planner.jobs.pinned import Parallelism
 
 
-def captured(name: str, **options):
+def captured(name: str, attention: AttentionKind = "plain", **options):
     example = build(name, dtype="f32", optimizer="sgd", **options)
     found = capture(example.step, example.state, example.batch, donate_argnums=0)
-    return example, found, fold(found.graph)
+    return example, found, fold(composed(found.graph, attention))
 
 
 def fixed(name: str, parallelism: Parallelism, dropout: float | None = None, **options):
-    example, found, folded = captured(name, dropout=dropout)
+    example, found, folded = captured(name, options.get("attention", "plain"), dropout=dropout)
     plan = fixed_plan(
         folded,
         Cluster.parse("8xcpu"),
@@ -52,6 +53,7 @@ CASES = [
     ("llama-tiny", Parallelism(dp=4, tp=2, zero=1, shard_group=2), {}),
     ("llama-tiny", Parallelism(tp=4, dp=2, zero=1), {"recompute": "full"}),
     ("llama-tiny", Parallelism(dp=2, cp=4), {}),
+    ("llama-tiny", Parallelism(dp=2, cp=4), {"attention": "fused"}),
     (
         "llama-tiny",
         Parallelism(dp=4, tp=2, zero=3, sequence_parallel=True),
@@ -104,6 +106,13 @@ def test_tensor_parallelism_moves_what_megatron_moves():
     *_, cut = fixed("gpt-tiny", Parallelism(tp=8, sequence_parallel=True))
     kinds = by_kind(cut)
     assert kinds["reduce_scatter"] >= 4 * 4 and kinds["all_gather"] >= 6 * 4
+
+
+def test_context_parallelism_deals_queries_out_evenly():
+    """Per layer q and o of the forward pass; q, its gradient and that of o of the backward pass."""
+    *_, plan = fixed("llama-tiny", Parallelism(dp=2, cp=4), attention="fused")
+    assert by_kind(plan)["permute"] == 5 * 2  # llama-tiny has 2 layers
+    assert "permute" not in by_kind(fixed("llama-tiny", Parallelism(dp=2, cp=4))[2])
 
 
 def test_zero_trades_an_all_reduce_for_a_scatter_and_gathers():

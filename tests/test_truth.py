@@ -41,6 +41,7 @@ def priced(
 
 FLAT = [
     ("llama3-8b", "h100x8", 8, 8192, Parallelism(dp=8, zero=3), "full"),
+    ("llama3-8b", "h100x8", 1, 65536, Parallelism(cp=8, zero=3), "full"),
     ("gpt3-1.3b", "a100x8", 16, 2048, Parallelism(dp=2, tp=4), "none"),
     ("gpt3-1.3b", "a100x8", 16, 2048, Parallelism(dp=4, tp=2, zero=1, sequence_parallel=True), "none"),
 ]  # fmt: skip

@@ -19,9 +19,10 @@ parallelism); Rajbhandari et al., SC'20 (ZeRO); Zhang et al., VLDB'22, arXiv 220
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 from ...ir.copies import settles
 from ...ir.errors import PlanError, did_you_mean
@@ -146,10 +147,15 @@ class Parallelism:
 
 
 class Pinned:
-    """The decisions (`space.Decided`) that a `Parallelism` implies for one program."""
+    """The decisions (`space.Decided`) that a `Parallelism` implies for one program.
 
-    def __init__(self, program: Program, parallelism: Parallelism):
+    With `exchanges`, devices that share positions exchange half of their queries for equal work in causal attention;
+    without, all have the positions that the data gives them.
+    """
+
+    def __init__(self, program: Program, parallelism: Parallelism, exchanges: bool = False):
         self.program, self.graph, self.asked = program, program.graph, parallelism
+        self.exchanges = exchanges
         self.mesh = parallelism.mesh
         self.types, self.tags = self.graph.types, program.value_tags
         self.phase_of = {
@@ -183,7 +189,16 @@ class Pinned:
                 else [f for f in wanted if self._divides(rule, f, axis.size, codes)]
             )
             codes.append(fits[0] if fits else NONE)
-        return Strategy(tuple(codes))
+        return Strategy(self._even(rule, codes) if self.exchanges else tuple(codes))
+
+    def _even(self, rule: Rule, codes: Sequence[int]) -> tuple[int, ...]:
+        """The same with rows dealt out for equal work, where they divide."""
+        for code, joint in enumerate(rule.joints, len(rule.factors)):
+            pairs = zip(self.mesh.axes, codes, strict=True)
+            ways = prod(axis.size for axis, each in pairs if each in joint.factors)
+            if ways > 1 and joint.divides % ways == 0:
+                codes = [code if each in joint.factors else each for each in codes]
+        return tuple(codes)
 
     def _owed(self, op: Op) -> frozenset[str]:
         """Of a sum of what products of tensor parallelism leave owing (of queries, keys and values; of a gate and
