@@ -65,7 +65,7 @@ class Frontier(BaseModel):
     meshwright: str
     name: str
     fingerprint: str
-    request: dict[str, str | float | int | tuple[int, ...] | None]
+    request: dict[str, str | float | int | tuple[int, ...] | tuple[str, ...] | None]
     graph: str
     batch: PlannedBatch | None
     units: dict[str, tuple[int | float | str, ...]]

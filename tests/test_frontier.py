@@ -19,6 +19,7 @@ from meshwright.cli import app, main
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.codec import sealed
 from meshwright.ir.errors import ClusterError, InfeasibleError, MismatchError, PlanError, UsageError
+from meshwright.ir.execution import OVERLAPS
 from meshwright.planner.frontier import Frontier, load_frontier
 from meshwright.planner.request import Request
 from meshwright.recipe import make
@@ -89,6 +90,15 @@ def test_a_frontier_is_the_same_after_writing_and_reading(kept, tmp_path):
     place = tmp_path / "kept.json"
     place.write_text(sealed(frontier))
     assert load_frontier(place) == frontier
+
+
+def test_what_overlaps_is_asked_for_anew(kept, tmp_path):
+    found: list[Frontier] = []
+    request = Request(pp=2, schedule="1f1b", microbatches=4, overlap="all", recompute="none")
+    plan_captured(kept[0], "2xh100x1@ib100", request, "gpt-tiny", keep=found.append)
+    place = tmp_path / "kept.json"
+    place.write_text(sealed(found[0]))
+    assert load_frontier(place).request["overlap"] == request.overlap == OVERLAPS
 
 
 def test_a_plan_made_anew_equals_the_unsharded_step():
