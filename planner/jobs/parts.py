@@ -29,7 +29,7 @@ from ..layouts import Layouts
 from ..memory.ledger import Ledger
 from ..memory.lifetimes import lifetimes
 from ..memory.lives import Lifetimes
-from ..memory.storage import as_fused
+from ..memory.storage import Storage, as_fused, as_xla
 from ..moves import moves, settlements, spoken
 from ..space import Space, build
 from .pinned import STATE_AXES, Parallelism, Pinned
@@ -275,16 +275,42 @@ class _Sorting:
     def _hold(self) -> float:
         """Fill in bytes held by each part; returns bytes beside them at the worst moment."""
         known = self._roles()
-        lives = lifetimes(self.program, 1, known, as_fused(self.kernels))
+        lives = lifetimes(self.program, 1, known, self._storage())
         local = Ledger(self.space, lives).local_bytes(self.choices)
         self._inputs(local, known)
-        saved = self._saved(local) | self._swapped_results(local)
+        saved = self._kept(lives, local) if self.as_xla else self._counted(local)
         for value, nbytes in saved.items():
             place = self.place[self._maker(value)]
-            count = self._counts[value]
-            self.parts[place].saved += nbytes * count / (self.layers if place == "layer" else 1)
+            self.parts[place].saved += nbytes / (self.layers if place == "layer" else 1)
         peak = float(_passing(lives, self.gradients).profile(self._moving(local)).max())
-        return max(0.0, peak - sum(nbytes * self._counts[v] for v, nbytes in saved.items()))
+        return max(0.0, peak - sum(saved.values()))
+
+    @property
+    def as_xla(self) -> bool:
+        """Whether kernels are those of XLA, as plans have them, or those of frameworks."""
+        return not self.cost.redone_inside
+
+    def _storage(self) -> Storage:
+        device = self.space.layouts.collectives.cluster.device
+        return as_xla(self.program, device.kind) if self.as_xla else as_fused(self.kernels)
+
+    def _counted(self, local: Mapping[int, float]) -> dict[int, float]:
+        """Bytes of what is saved, of all layers."""
+        saved = self._saved(local) | self._swapped_results(local)
+        return {value: nbytes * self._counts[value] for value, nbytes in saved.items()}
+
+    def _kept(self, lives: Lifetimes, local: Mapping[int, float]) -> dict[int, float]:
+        """The same as XLA stores it: what is alive of the forward pass when most of it is."""
+        made = {
+            v
+            for op, phase in zip(self.graph.ops, self.program.phases, strict=True)
+            if phase == "forward"
+            for v in op.outputs
+            if self.pinned.is_activation(v)
+        }
+        sizes = {v: nbytes if v in made else 0.0 for v, nbytes in local.items()}
+        moment, tick = divmod(int(lives.profile(sizes).argmax()), lives.ticks)
+        return {v: sizes[v] * n for v, n in lives.alive(moment, tick).items() if sizes[v]}
 
     def _roles(self) -> dict[int, Role]:
         """Roles of the inputs. What the forward pass does not read is no parameter, whatever its dims look like:
