@@ -10,7 +10,8 @@ mixed precision take from 2 to 60 % of the cluster's memory; `--jobs` takes as m
     microbatches of 1 2 4 sequences                  recompute everything kept or all made again
 
 that divide the model and the devices and fit where plans must (less 10 % of each device's memory). Both sides:
-attention fused, kernels of XLA, gradients in 16 bits, nothing overlapped; without pipelines also all overlapped.
+attention fused, kernels of XLA, gradients of several microbatches added up in fp32; nothing overlapped, and
+without pipelines all overlapped too.
 `behind`: how much longer the plan takes than the fastest layout, and its bound above that layout's price (`unsound`).
 """
 
@@ -48,6 +49,7 @@ CLUSTERS = ("h100x8", "4xh100x8@ib400", "16xa100x8@hdr200", "64xh100x8@roce400")
 LENGTHS = (2048, 8192, 32768, 131072)
 TOKENS = (8192, 32768)  # per device and step
 STATE = 16.0  # bytes per parameter: bf16 and fp32 weights, gradients, two moments
+LEAST = 4.0  # of them, what no rank has a share of with ZeRO-1: weights and gradients in bf16
 POWERS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -82,7 +84,12 @@ def layouts(job: Job) -> Iterator[tuple[Parallelism, int]]:
             continue
         chunks = {1, 2, 4, max(1, shape.layers // pp)} if pp > 1 else {1}
         for vpp, microbatch in product(sorted(chunks), (1, 2, 4)):
-            if shape.layers % (pp * vpp) == 0 and job.batch % (dp * microbatch) == 0:
+            fits = (
+                zero == 3
+                or shape.experts
+                or LEAST * WEIGHTS[job.model] * 1e9 / (tp * pp) < cluster.memory_per_device
+            )
+            if fits and shape.layers % (pp * vpp) == 0 and job.batch % (dp * microbatch) == 0:
                 yield (
                     Parallelism(tp, pp, vpp, dp, cp, ep, zero, sequence_parallel=tp > 1),
                     microbatch,
@@ -100,7 +107,7 @@ def best(job: Job, overlap: str, flat: bool) -> dict[str, Any] | None:
             setting = pricing.Setting(
                 recompute,
                 overlap=pricing.overlaps(overlap),
-                reduce_in_fp32=False,
+                reduce_in_fp32=job.batch > microbatch * layout.dp,
                 redone_inside=False,
             )
             try:
@@ -187,7 +194,7 @@ def main() -> None:
     print(
         "| job | overlap | plan (bound) | fastest layout | plan behind it |\n|---|---|---|---|---|"
     )
-    for job in chosen[options.skip :]:
+    for job in sorted(chosen, key=lambda job: len(list(layouts(job))))[options.skip :]:
         for row in compared(job, options.time_limit):
             rows.append(row)
             print(told(row), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 
 import pytest
 
@@ -15,7 +16,7 @@ from meshwright.ir.composites import AttentionKind, composed
 from meshwright.ir.program import prepare
 from meshwright.planner.jobs.fixed import fixed_plan
 from meshwright.planner.jobs.pinned import Parallelism
-from meshwright.planner.request import Request
+from meshwright.planner.request import HEADROOM, Request
 from meshwright.recipe import make
 
 RECOMPUTE = {"none": "everything", "full": "blocks"}  # words of plans, and of prices as XLA does it
@@ -81,3 +82,36 @@ def test_one_example_has_the_same_update_with_attention_fused():
     plain = prepare(folded("llama-tiny", 1, 64, "plain").small, "none")
     fused = prepare(folded("llama-tiny", 1, 64, "fused").small, "none")
     assert fused.phases.count("update") == plain.phases.count("update") > 0
+
+
+JOBS = [
+    ("gpt3-1.3b", "h100x8", 32, 2048),
+    ("llama3-8b", "h100x8", 32, 8192),
+    ("llama3-8b", "4xh100x8@ib400", 128, 8192),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", ["none", "all"])
+@pytest.mark.parametrize(("model", "cluster", "batch", "seq"), JOBS)
+def test_no_layout_that_fits_is_priced_below_a_bound(model, cluster, batch, seq, overlap):
+    """All of tensor and data parallelism, ZeRO and microbatches, under the execution model of the plan."""
+    where = Cluster.parse(cluster)
+    plan = plan_captured(
+        captured(model, batch, seq), where, Request(attention="fused", overlap=overlap), model
+    )
+    beside = pricing.overlaps("" if overlap == "none" else "parameters,gradients,tensor")
+    for tp, zero, microbatch, recompute in product(
+        (1, 2, 4, 8), (0, 1, 3), (1, 2, 4), RECOMPUTE.values()
+    ):
+        layout = Parallelism(tp=tp, dp=where.size // tp, zero=zero, sequence_parallel=tp > 1)
+        if batch % (microbatch * layout.dp):
+            continue
+        price = pricing.price_job(
+            pricing.shape_of(model, seq), layout, where, global_batch=batch, microbatch=microbatch,
+            setting=pricing.Setting(
+                recompute, overlap=beside, reduce_in_fp32=batch > microbatch * layout.dp, redone_inside=False
+            ),
+        )  # fmt: skip
+        if price.peak <= where.memory_per_device * (1 - HEADROOM):
+            assert plan.proof.lower_bound <= price.step, (layout, microbatch, recompute)

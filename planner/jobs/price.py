@@ -207,7 +207,7 @@ class _Pricing:
 
     def _tail(self, stages: list[dict[Place, int]], forward: float, backward: float) -> float:
         """After the last backward pass: gradients reduced, optimizer, parameters gathered again.
-        Reductions may hide behind the last backward pass, gathers behind the first forward pass."""
+        Reductions may hide behind the last backward pass, gathers behind the first forward pass; both slow down."""
         reduce = gather = update = 0.0
         for stage in stages:
             for place, n in stage.items():
@@ -218,9 +218,9 @@ class _Pricing:
         if self.job.parallelism.zero >= 2:
             reduce = 0.0
         if "gradients" in self.job.overlap:
-            reduce = max(0.0, reduce - backward)
+            reduce = _beside(reduce, backward)
         if "parameters" in self.job.overlap:
-            gather = max(0.0, gather - forward)
+            gather = _beside(gather, forward)
         return reduce + update + gather
 
     def _buffers(self, part: Part) -> float:

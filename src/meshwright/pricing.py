@@ -328,7 +328,8 @@ def price_job(
         shape, layers=lead + max(TRACED, lead + 2)
     )  # leading layers never look like the others
     stage = replace(parallelism, pp=1, vpp=1, lean_ends=False)
-    parts = _parts(traced, microbatch, stage, setting, _Known(cluster))
+    alike = replace(setting, overlap=frozenset(), reduce_in_fp32=True, fused_accumulation=True)
+    parts = _parts(traced, microbatch, stage, alike, _Known(cluster))  # which those say nothing of
     job = Job(
         layers=shape.layers, lead=lead, parallelism=parallelism, microbatch=microbatch,
         microbatches=global_batch // (microbatch * parallelism.dp),
