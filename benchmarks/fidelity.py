@@ -32,6 +32,7 @@ from published.torchtitan import torchtitan  # noqa: E402
 
 from meshwright import pricing  # noqa: E402
 from meshwright.ir.errors import MeshwrightError  # noqa: E402
+from meshwright.planner.cost.bands import joined_by  # noqa: E402
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Result:
     id: str
     model: str
     device: str
+    fabric: str  # the tier that joins all devices
+    framework: str
     measured: float
     predicted: float
     error: float
@@ -77,7 +80,16 @@ SETS: dict[str, tuple[str, Callable[[Row], Case | None], float]] = {
 }
 
 
-def best(case: Case) -> Result:
+FRAMEWORKS = {
+    **dict.fromkeys(("korthikanti", "sc21", "ptd-p", "megascale", "megatron-readme", "allreduce"), "Megatron-LM"),
+    "zero-bubble": "Megatron-LM", "megatron-core": "Megatron-Core", "simumax": "Megatron-Core",
+    "zero3": "DeepSpeed of 2021",
+    **dict.fromkeys(("torchtitan", "torchtitan-tp"), "torchtitan"), "mpt": "llm-foundry",
+    **dict.fromkeys(("maxtext", "maxtext-2024", "maxtext-tiers"), "MaxText"),
+}  # fmt: skip
+
+
+def best(case: Case, framework: str) -> Result:
     """The fastest of the choices that fit the device; if none does, the one that needs least."""
     cluster = case.cluster
     found: list[tuple[bool, float, float, Any]] = []
@@ -105,7 +117,7 @@ def best(case: Case) -> Result:
     _, _, peak, (priced, parallelism, microbatch, setting) = min(found, key=lambda f: f[:2])
     gib = peak / 2**30
     return Result(
-        case.row["id"], case.row["model"], cluster.device.name,
+        case.row["id"], case.row["model"], cluster.device.name, joined_by(cluster), framework,
         case.measured, priced.step, priced.step / case.measured - 1,
         case.memory, gib, gib / case.memory - 1 if case.memory else None,
         f"tp{parallelism.tp} pp{parallelism.pp}x{parallelism.vpp} dp{parallelism.dp} z{parallelism.zero}"
@@ -136,7 +148,7 @@ def main() -> None:
         cases = [c for row in rows if row["src"] == source and (c := read(row))]
         results = []
         for case in cases:
-            results.append(best(case))
+            results.append(best(case, FRAMEWORKS[name]))
             print(line(name, results[-1]), flush=True)
         mape = statistics.mean(abs(r.error) for r in results)
         held = [abs(r.memory_error) for r in results if r.memory_error is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from meshwright.cli import app
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.errors import MeshwrightError, PlanError, UsageError
 from meshwright.ir.mesh import Mesh
-from meshwright.planner.cost.bands import BANDS, band_of
+from meshwright.planner.cost.bands import BANDS, FEWEST, band_of, told
 from meshwright.planner.cost.collectives import Collectives
 from meshwright.planner.cost.groups import levels_of
 from meshwright.planner.cost.products import product_share
@@ -376,16 +377,27 @@ def test_settings_and_shapes_that_cannot_be_are_refused():
 
 def test_bands_are_those_of_the_published_runs():
     """The bands that predictions carry are what benchmarks/results/fidelity.json shows: the middle nine in
-    ten of all runs on a device, but for DeepSpeed's of 2021."""
+    ten of all runs on a device and a fabric, but for DeepSpeed's of 2021, with the frameworks that ran them."""
     report = json.loads((ROOT / "benchmarks" / "results" / "fidelity.json").read_text())
-    rows = [row for name, found in report.items() if name != "zero3" for row in found["rows"]]
-    for device, band in BANDS.items():
-        errors = [row["error"] for row in rows if row["device"] == device]
+    seen = defaultdict(list)
+    for row in (row for name, found in report.items() if name != "zero3" for row in found["rows"]):
+        seen[row["device"], row["fabric"]].append(row)
+    assert BANDS.keys() == {where for where, rows in seen.items() if len(rows) >= FEWEST}
+    for where, band in BANDS.items():
+        errors = [row["error"] for row in seen[where]]
         assert band.runs == len(errors)
         assert (band.low, band.high) == pytest.approx(
             tuple(np.quantile(errors, (0.05, 0.95))), abs=0.006
         )
-    assert BANDS.keys() == {row["device"] for row in rows}
+        assert {*band.regime.split(", ")} == {row["framework"] for row in seen[where]}
+
+
+def test_a_fabric_without_runs_has_no_band():
+    """What was seen on one fabric says nothing of another, and a figure of one's own nothing of the preset's."""
+    seen, unseen = Cluster.parse("4xh100x8@ib400"), Cluster.parse("4xh100x8@roce400")
+    assert band_of(seen) is not None and band_of(unseen) is None
+    assert told(unseen).startswith("not seen") and "ib400" in told(unseen)
+    assert band_of(seen.with_("fabric.ib400.bandwidth", "100GB/s")) is None
 
 
 def test_figures_of_ones_own_have_no_band():

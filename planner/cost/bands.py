@@ -1,7 +1,8 @@
-"""How far predictions have been off, by device and regime, and which figure they hang on.
+"""How far predictions have been off, by device and fabric, and which figure they hang on.
 
-A band is what the published runs of `benchmarks/fidelity.py` showed: predicted over measured,
-minus one, where the middle nine in ten of the runs lie. Outside these regimes there is none.
+A band is what the published runs of `benchmarks/fidelity.py` showed on devices of one kind joined by one fabric:
+predicted over measured, minus one, where the middle nine in ten of the runs lie, with the frameworks that ran them.
+Elsewhere there is none: what was seen on one fabric says little of another.
 """
 
 from __future__ import annotations
@@ -32,39 +33,58 @@ class Band:
         return predicted / (1 + self.high), predicted / (1 + self.low)
 
 
-# From benchmarks/results/fidelity.json; tests hold the two together.
+FEWEST = 3  # runs that make a band
+# From benchmarks/results/fidelity.json, by device and the tier that joins all of them; tests hold the two together.
 BANDS = {
-    "a100": Band(-0.32, 0.01, 112, "Megatron-LM on 8 to 3072 devices, llm-foundry"),
-    "a100-40": Band(-0.30, -0.06, 78, "llm-foundry"),
-    "h100": Band(-0.29, 0.09, 116, "Megatron-Core on 48 to 6144 devices, torchtitan, llm-foundry"),
-    "b200": Band(-0.15, 0.01, 43, "Megatron-Core on one host"),
-    "v4": Band(-0.07, -0.02, 6, "MaxText"),
-    "v5e": Band(-0.16, 0.05, 24, "MaxText on one and several slices"),
-    "v5p": Band(-0.17, 0.04, 25, "MaxText on one and several slices"),
-    "v6e": Band(-0.32, 0.04, 4, "MaxText"),
+    ("a100", "hdr200"): Band(-0.12, 0.01, 24, "Megatron-LM"),
+    ("a100", "nvlink3"): Band(-0.34, 0.01, 73, "Megatron-LM, llm-foundry"),
+    ("a100", "roce200"): Band(-0.12, -0.05, 15, "Megatron-LM, llm-foundry"),
+    ("a100-40", "nvlink3"): Band(-0.31, -0.07, 46, "llm-foundry"),
+    ("a100-40", "roce200"): Band(-0.23, -0.07, 32, "llm-foundry"),
+    ("b200", "nvlink5"): Band(-0.16, -0.01, 43, "Megatron-Core"),
+    ("h100", "ib400"): Band(-0.19, 0.15, 65, "Megatron-Core, llm-foundry, torchtitan"),
+    ("h100", "nvlink4"): Band(-0.29, 0.04, 51, "llm-foundry, torchtitan"),
+    ("v4", "dcn"): Band(-0.04, -0.02, 4, "MaxText"),
+    ("v5e", "dcn"): Band(-0.17, 0.04, 20, "MaxText"),
+    ("v5e", "ici"): Band(-0.06, 0.07, 4, "MaxText"),
+    ("v5p", "dcn"): Band(-0.18, -0.01, 8, "MaxText"),
+    ("v5p", "ici"): Band(-0.11, 0.05, 17, "MaxText"),
+    ("v6e", "ici"): Band(-0.16, 0.05, 3, "MaxText"),
 }
-NONE = "not validated on this device against published runs"
-
+NONE = "not seen"
 
 RATES = ("peak_flops", "efficiency", "memory_bandwidth", "memory_efficiency", "launch")
 
 
 def band_of(cluster: Cluster) -> Band | None:
-    """The band of the cluster's device; None where no run was compared, or its rates are not ours."""
-    name = cluster.device.name
-    rates = tuple(f"devices.{name}.{rate}" for rate in RATES)
+    """The band of the cluster's device on its fabric; None where no run was compared, or their rates are not ours."""
+    device, fabric = cluster.device.name, joined_by(cluster)
+    ours = (*(f"devices.{device}.{rate}" for rate in RATES), f"fabric.{fabric}.")
     if any(
-        field.startswith(rates) and origin != "preset"
-        for field, origin in cluster.provenance.items()
+        path.startswith(ours) and origin != "preset" for path, origin in cluster.provenance.items()
     ):
         return None
-    return BANDS.get(name)
+    return BANDS.get((device, fabric))
+
+
+def joined_by(cluster: Cluster) -> str:
+    """The tier of the fabric that joins all devices; none of one device."""
+    return cluster.tier_for(cluster.size).name if cluster.size > 1 else ""
 
 
 def told(cluster: Cluster) -> str:
-    """The band in words."""
-    band = band_of(cluster)
-    return str(band) if band else NONE
+    """The band in words, or that there is none, and where there are."""
+    band, device, fabric = band_of(cluster), cluster.device.name, joined_by(cluster)
+    if band:
+        return str(band)
+    where = f"{device} joined by {fabric}" if fabric else f"one {device}"
+    if (device, fabric) in BANDS:
+        return f"{NONE}: published runs on {where} had other rates"
+    known = {tier: one for (name, tier), one in BANDS.items() if name == device}
+    others = ", ".join(f"{tier} {one.low:+.0%} to {one.high:+.0%}" for tier, one in known.items())
+    return f"{NONE}: no published runs on {where} to compare with" + (
+        f" (on {others})" if others else ""
+    )
 
 
 def weakest(cluster: Cluster, mesh: Mesh, compute: float, collectives: Iterable[Collective]) -> str:
