@@ -273,20 +273,21 @@ class Pipelines:
     def _solved(self, shape: Shape, space: Space, watched: list[Watched], beat: float) -> bool:
         """Offer layouts with which the watched stages fit or, on the way there, nearly fit: with stages cut otherwise
         or another schedule they may. Whether there are any."""
-        found = []
+        found: dict[tuple[int, ...], StageMemory] = {}
 
         def solve(priced: Space) -> Solution:
-            each = list(self._fitting(shape, space, priced, watched, beat))
-            found.extend(one for one in each if one.choices is not None)
-            return each[0]
+            first, *_ = self._fitting(shape, space, priced, watched, beat, found)
+            return first
 
         solve_overlapped(space, solve, SOLVE_GAP * self.search.request.good_enough, beat)
         return bool(found)
 
     def _fitting(
-        self, shape: Shape, space: Space, priced: Space, watched: list[Watched], beat: float
-    ) -> Iterator[Solution]:
-        """Solutions at given prices, the limit drawn in until one fits or is the best, or there is none."""
+        self, shape: Shape, space: Space, priced: Space, watched: list[Watched], beat: float,
+        known: dict[tuple[int, ...], StageMemory],
+    ) -> Iterator[Solution]:  # fmt: skip
+        """Solutions at given prices, the limit drawn in until one fits or is the best, or there is none; what they
+        hold is `known` then."""
         holdings, before = self.bounds.holdings(shape.policy, shape.microbatches), self.best
         problem = limited(priced, holdings, watched, self.search.limit)
         live = problem.live
@@ -296,7 +297,8 @@ class Pipelines:
                 yield solution
                 return
             choices = problem.read(solution.choices)
-            memory = self.offer(shape, space, choices)
+            memory = known.get(choices) or self.offer(shape, space, choices)
+            known[choices] = memory
             yield replace(solution, choices=choices)
             excess = (
                 np.array([memory.held(each.runs, each.held) for each in watched])

@@ -189,8 +189,9 @@ class Bounds:
             start: multipliers to begin with.
         """
         solve = lambda priced: self.solve(problem(priced), cutoff)  # noqa: E731
-        gap = SOLVE_GAP * self.search.request.good_enough
-        return solve_overlapped(space, solve, gap, cutoff, start)
+        # so near its bound, a shape slower than the best is ruled out
+        enough = self.search.request.good_enough
+        return solve_overlapped(space, solve, enough, cutoff, start)
 
     def hopeless(self, shape: Shape) -> bool:
         """Whether a shape fits in no way."""

@@ -185,17 +185,19 @@ class Pricing:
     def _works(self, homes: Sequence[Place], firsts: Sequence[int]) -> list[UnitSeconds]:
         """All of each stage, with the seconds in which it hands things to others once per step."""
         found, ends = [], (*firsts[1:], len(self.units))
-        handing = {id(home): [self._handing(unit) for unit in home.each] for home in homes}
+        alike = {id(home.each): home.each for home in homes}
+        handing = {key: [self._handing(unit) for unit in each] for key, each in alike.items()}
         for home, first, end in zip(homes, firsts, ends, strict=True):
             runs = runs_of(self.units, first, end)
-            work, pairs = together(runs, home.each), zip(runs, handing[id(home)], strict=True)
+            work, pairs = together(runs, home.each), zip(runs, handing[id(home.each)], strict=True)
             found.append(replace(work, apart=work.apart + sum(n * each for n, each in pairs)))
         return found
 
     def _spans(self, homes: Sequence[Place], share: float) -> list[Span]:
         """Seconds of a run of units per microbatch on each stage, a share of what is done once included."""
-        found = {id(home): self._span(home, share) for home in homes}
-        return [found[id(home)] for home in homes]
+        alike = {id(home.each): home for home in homes}
+        found = {key: self._span(home, share) for key, home in alike.items()}
+        return [found[id(home.each)] for home in homes]
 
     def _span(self, home: Place, share: float) -> Span:
         each = [replace(u, apart=u.apart + self._handing(u)) for u in home.each]
