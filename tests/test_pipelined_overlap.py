@@ -241,11 +241,8 @@ def test_what_comes_early_and_what_leaves_late_takes_memory():
     shape, peaks = Shape(2, mesh_of((8,)), "none", 4), []
     space, cut = alone.bounds.likely(shape), alone.choices.cut("none", 4)
     runs = runs_of(alone.choices.units, 0, len(alone.choices.units) // 2)
-    choices = tuple(
-        int(np.argmax([each.ways(space.mesh) for each in node.choices])) if slot else 0
-        for node in space.nodes
-        for slot in [isinstance(node.choices[0], Sharding)]
-    )
+    ways = lambda each: each.ways(space.mesh) if isinstance(each, Sharding) else 0  # noqa: E731
+    choices = tuple(int(np.argmax([*map(ways, node.choices)])) for node in space.nodes)
     for overlap in ("none", "parameters", "parameters,gradients"):
         memory = StageMemory(Holdings.of(cut, 4, SLOW, parse_overlap(overlap)), space, choices)
         peaks.append(float(next(iter(memory._profiles(runs)))[1].sum()))
