@@ -7,7 +7,8 @@ both moments. A copy that keeps the layout of its source costs nothing.
 
     prepared values (parameters, casts)   one copy for the step, then one per phase
     sums (products, reductions)           one per phase with two or more readers,
-    and what scales or reshapes one       as a mean does, which could owe the sum to each
+    and what scales, reshapes or adds     as a mean does, which could owe the sum to each
+    up such
     other values                          one per phase with two or more heavy readers
     gradients of weights                  one where the backward pass makes them
 
@@ -27,6 +28,7 @@ from .values import Fresh
 
 HEAVY = PRODUCTS | {"gather", "scatter-add", "scan", "while", "cond"}
 SUMS = HEAVY | {"reduce_sum"}
+ADDS = frozenset({"add", "add_any"})
 SCALES = frozenset({"div", "mul", "neg", "convert_element_type", "reshape", "transpose"})
 LAYOUT_BOUND = HEAVY | {"scatter"}
 READING = (
@@ -166,17 +168,23 @@ class _Placer:
         return heavy if len(heavy) > 1 else []
 
     def _is_sum(self, value: int) -> bool:
-        """Whether a value is a sum, or one that was scaled, as a mean is: it can owe the sum to its readers.
+        """Whether a value is a sum, one that was scaled, as a mean is, or some added up, as the query, key and value
+        products' gradients are: it can owe the sum to its readers.
 
         What came before a layer does not count: the first layer would have copies that others have not.
         """
-        layer = _layer(self.writer.get(value))
-        while (op := self.writer.get(value)) is not None and op.kind in SCALES:
-            others = [v for v in op.inputs if v in self.writer and self.fresh.types[v].size > 1]
-            if len(others) != 1:
-                return False
-            value = others[0]
-        return op is not None and op.kind in SUMS and _layer(op) == layer
+        return self._sums_in(value, _layer(self.writer.get(value)))
+
+    def _sums_in(self, value: int, layer: str) -> bool:
+        op = self.writer.get(value)
+        if op is None or _layer(op) != layer:
+            return False
+        if op.kind in SUMS:
+            return True
+        if op.kind in ADDS:
+            return all(self._sums_in(v, layer) for v in op.inputs)
+        others = [v for v in op.inputs if v in self.writer and self.fresh.types[v].size > 1]
+        return op.kind in SCALES and len(others) == 1 and self._sums_in(others[0], layer)
 
     def _heavy(self, ops, positions: list[int]) -> list[int]:
         return [p for p in positions if ops[p].kind in LAYOUT_BOUND]

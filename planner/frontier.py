@@ -247,7 +247,7 @@ class _Replanning:
         most = min(len(choices.units), self.cluster.size)
         choices.stage_counts = (pinned,) if isinstance(pinned, int) else tuple(range(2, most + 1))
         one = mesh_of((1,))
-        policies = whole.search.policies()
+        policies = whole.search.policies
         return min(
             choices.floor(Shape(stages, one, policy))
             for stages in choices.stage_counts

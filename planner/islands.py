@@ -220,7 +220,7 @@ class Islands:
                 pipelines.search,
                 [pipelines.search.cluster.size // n for n in self._options(group)],
             )
-            for policy in search.policies():
+            for policy in search.policies:
                 of = pipelines.choices.cut(policy, 2).class_of
                 found[group, policy] = least_work(
                     search.program(policy), search.cost, devices, self.counts, of
@@ -241,7 +241,7 @@ class Islands:
             if not 1 < total <= len(self.units) or self.request.pp not in ("auto", total):
                 continue
             rows = [self._options(group).index(n) for group, n in zip(order, stages, strict=True)]
-            for policy in self._head.policies():
+            for policy in self._head.policies:
                 one = [
                     passes[group, policy][row] for group, row in zip(order, rows, strict=True)
                 ]  # by count
@@ -262,7 +262,7 @@ class Islands:
     def lower_bound(self) -> float:
         """No plan on any of the groups together is faster."""
         found = []
-        for policy in self._head.policies():
+        for policy in self._head.policies:
             for i, many in enumerate(self.counts):
                 each = []  # by group: seconds of each class with all devices of the group
                 for group in range(len(self.cluster.groups)):

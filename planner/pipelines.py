@@ -43,7 +43,7 @@ from .pipeline.single import price_single, shards_left, with_dispatch
 from .pipeline.stage_memory import StageMemory
 from .pipeline.unit_costs import together, unit_seconds
 from .pipeline.units import runs_of
-from .pipeline.watched import Watched, limited, watched_stages
+from .pipeline.watched import Watched, crowded_stages, limited, watched_stages
 from .pipeline_report import LEFT_OUT, Chosen, Rank, Way, write_pipeline
 from .solver.onehot import Solution
 from .space import Space
@@ -98,12 +98,9 @@ class Pipelines:
     search: Search
     choices: Choices = field(init=False)
     bounds: Bounds = field(init=False)
-    best: Found = field(
-        default_factory=Found
-    )  # with passes in the order of a schedule, until `reorder`
-    reordered: Found = field(
-        default_factory=Found
-    )  # the best of some time, with passes in a better order
+    # with passes in the order of a schedule, until `reorder`; and the best of some time, in a better one
+    best: Found = field(default_factory=Found)
+    reordered: Found = field(default_factory=Found)
     open: list[tuple[float, int, int, Shape]] = field(
         default_factory=list
     )  # bound, axes (finer first), number
@@ -172,11 +169,12 @@ class Pipelines:
             )
             self.looked += 1
             self.carried.add(family, shape.microbatches, max(before, free))
-            own = max(before, own)
+            own, layers = max(before, own), 0
             if own < self._enough(cutoff):
-                own = max(own, self.bounds.by_cases(shape, self._enough(cutoff)))
+                by_cases, layers = self.bounds.by_cases(shape, self._enough(cutoff))
+                own = max(own, by_cases)
             if own < self._enough(cutoff):
-                self.solve_shape(shape)
+                self.solve_shape(shape, layers=layers)
             self.bounds.spaces.pop(shape, None)
             self.closed, carried = min(self.closed, own), self._carried(family)
             self._push(min((carried[many] for many in left), default=inf), family)
@@ -243,7 +241,7 @@ class Pipelines:
 
     def _first(self) -> list[Shape]:
         """For each number of stages a usual choice, to have something to beat."""
-        policy = self.search.request.recompute or "selective"
+        policy = ([p for p in self.search.policies if p != "full"] or ["full"])[-1]
         pairs = [(n, mesh) for n in self.choices.stage_counts for mesh in self.choices.meshes(n)]
         usual = [
             (n, mesh) for n, mesh in pairs if mesh.shape[-1] > 2 or len(self.choices.meshes(n)) == 1
@@ -260,13 +258,18 @@ class Pipelines:
 
     # ------------------------------------------------------------ solving
 
-    def solve_shape(self, shape: Shape, beat: float | None = None) -> None:
-        """Offer what fits of one shape; `beat`: seconds that it has to beat, by default those of the best."""
+    def solve_shape(self, shape: Shape, beat: float | None = None, layers: int = 0) -> None:
+        """Offer what fits of one shape; `beat`: seconds that it has to beat, by default those of the best; `layers`: of
+        the fullest stage where the step may be fastest, if known."""
         space, beat = self.bounds.likely(shape), self.best.seconds if beat is None else beat
         single, schedules = self.search.request.program == "single", self.choices.schedules_for
         most_to_least = list(schedules(shape))  # stages per rank, of which few hold more
-        for schedule in dict.fromkeys((*most_to_least[:1], *most_to_least[-1:])):
-            watched = watched_stages(self.choices.units, schedule, single)
+        ends = dict.fromkeys((*most_to_least[:1], *most_to_least[-1:]))
+        uneven = layers > self.choices.fullest_at_least(shape.stages)
+        units = self.choices.units
+        cuts = [crowded_stages(units, schedule, layers) for schedule in ends if uneven]
+        cuts += [watched_stages(units, schedule, single) for schedule in ends]
+        for watched in cuts:
             if self._solved(shape, space, watched, beat):
                 return
 

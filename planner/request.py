@@ -23,10 +23,7 @@ from .pipeline.schedules import entry, schedule_named
 Searcher = Literal["exact", "mcmc"]
 ProgramKind = Literal["stages", "single"]
 BatchStats = Literal["microbatch"]
-GAP, PIPELINE_GAP = (
-    0.01,
-    0.05,
-)  # what ends a search; stages cut between layers leave more than that open anyway
+GAP, PIPELINE_GAP = 0.01, 0.02  # what ends a search; where stages are cut may leave more open
 OPEN = ("memory", "gap", "microbatches")  # numbers that need not be given
 HEADROOM = 0.10  # of device memory kept free; runs above ~90 % lose speed to the allocator
 
@@ -45,7 +42,7 @@ class Request:
     program       of the pipeline: "stages", programs of each stage, or a "single" one for all, which runs gpipe
     time_limit    seconds of search
     gap           the search ends when no plan can be faster by more than this share; by default 0.01, and
-                  0.05 where pipelines are searched
+                  0.02 where pipelines are searched
     batch_stats   "microbatch": what a step takes over the batch and computes each example with (batch norm) is taken
                   over each microbatch, which changes numbers; None: such a step has one microbatch
     attention     "fused": each attention is one op that keeps no scores; "plain": products and softmax as written

@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import floor, inf, log2
 from typing import Literal
 
@@ -133,8 +134,13 @@ class Search:
 
     # ------------------------------------------------------------ candidates
 
+    @cached_property
     def policies(self) -> tuple[Policy, ...]:
-        return (self.request.recompute,) if self.request.recompute else POLICIES
+        """What may be recomputed; of policies that make one program, as without scores, the first."""
+        if self.request.recompute is not None:
+            return (self.request.recompute,)
+        graphs = [self.program(policy).graph for policy in POLICIES]
+        return tuple(p for n, p in enumerate(POLICIES) if graphs[n] not in graphs[:n])
 
     def _meshes(self) -> tuple[Mesh, ...]:
         if self.request.mesh is None:
@@ -246,7 +252,7 @@ class Search:
     def roots(self) -> list[Candidate]:
         """The least microbatch count of every finest mesh and recompute policy."""
         first, found = self._counts()[0], finest(self._meshes())
-        return [Candidate(mesh, policy, first) for policy in self.policies() for mesh in found]
+        return [Candidate(mesh, policy, first) for policy in self.policies for mesh in found]
 
     def _next(self) -> Candidate:
         """The lowest bound; while nothing is found, the one with most room."""
@@ -257,7 +263,7 @@ class Search:
     def _seed(self, mesh: Mesh) -> None:
         """Plans on one plain mesh, to have something to beat."""
         first = self._counts()[0]
-        for policy in self.policies():
+        for policy in self.policies:
             root = self.smallest_count(Candidate(mesh, policy, first))
             if root is None:
                 continue
@@ -487,6 +493,6 @@ class Search:
         return [
             Candidate(m, p, k)
             for m in self._meshes()
-            for p in self.policies()
+            for p in self.policies
             for k in self._counts()
         ]

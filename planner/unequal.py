@@ -224,7 +224,7 @@ class Unequal:
     def _policies(self) -> tuple[Policy, ...]:
         best = self.pipelines.best.shape
         return (
-            self.search.policies()
+            self.search.policies
             if best is None or self.search.cluster.size <= SMALL
             else (best.policy,)
         )

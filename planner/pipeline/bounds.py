@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from math import ceil, inf
+from itertools import pairwise
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,71 +79,91 @@ class Bounds:
             free, solution.lower_bound + more
         )
 
-    def by_cases(self, shape: Shape, enough: float) -> float:
-        """The least seconds where the first stages have room for as many microbatches as they hold, which is more than
-        the mean. Either no stage has more layers than the fullest has at least, so that the first ones have nearly
-        that; or one has, and takes longer."""
+    def by_cases(self, shape: Shape, enough: float) -> tuple[float, int]:
+        """The least seconds where stages have room for what they hold, which is more than the mean, by how many layers
+        the fullest has: the more, the longer it takes, and the fewer the first one can have, which holds most
+        microbatches. Of cases that bound below `enough` the lowest are told apart to a single number of layers, which
+        is given too."""
         if self.search.request.program == "single" or not self._plain(shape):
-            return 0.0
-        space, more, least, start = self.space(shape), self.choices.more(shape), 0.0, None
-        for problem in (
-            self._first_stages,
-            self._first_stage,
-        ):  # the second sees more, and takes longer
-            if least < enough and (live := problem(shape)) is not None:
-                even, start = self.bound(space, live, ENOUGH * enough - more, start)
-                least = max(least, inf if even.status == "infeasible" else even.lower_bound + more)
-        crowded = self.weighted(shape, self.choices.crowded(shape))
-        return min(least, self.bound(crowded, live_of, ENOUGH * enough, start)[0].lower_bound)
+            return 0.0, 0
+        least, most = self.choices.fullest(shape, enough)
+        cases = [self._case(shape, least, least, enough)]
+        if most > least:
+            cases.append(self._case(shape, least + 1, most, enough))
+        while True:
+            bound, low, high = min(cases)
+            if low == high or bound >= enough:
+                return bound, low
+            cases.remove((bound, low, high))
+            middle = (low + high) // 2
+            cases += [
+                self._case(shape, *part, enough) for part in ((low, middle), (middle + 1, high))
+            ]
 
-    def _first_stage(self, shape: Shape) -> Problem | None:
-        """All that the first stage holds at any moment, with as many layers as it has at least where no stage has more
-        than it must."""
-        units, stages = self.choices.units, shape.stages
-        most = ceil(units.repeats / stages)
-        layers = most - (most * stages - units.repeats)
-        ends = [
-            k + 1
-            for k, kind in enumerate(units.kinds)
-            if units.alike[kind] == units.alike[units.middle]
-        ]
-        if layers < 1:
+    def _case(self, shape: Shape, low: int, high: int, enough: float) -> tuple[float, int, int]:
+        """The least seconds where the fullest stage has so many layers, first by time alone."""
+        even = low == self.choices.fullest_at_least(shape.stages)
+        least, start = 0.0, None
+        if even:
+            space, more = self.space(shape), self.choices.more(shape)
+        else:
+            space, more = self.weighted(shape, self.choices.crowded(shape, low)), 0.0
+            found, start = self.bound(space, live_of, ENOUGH * enough)
+            least = found.lower_bound
+        if least < enough and (problem := self._within(shape, low, high)) is not None:
+            found, _ = self.bound(space, problem, ENOUGH * enough - more, start)
+            least = max(least, inf if found.status == "infeasible" else found.lower_bound + more)
+        return least, low, high
+
+    def _within(self, shape: Shape, low: int, high: int) -> Problem | None:
+        """Seconds under the memory of stages at any moment, where the fullest has so many layers. None where gradients
+        of weights may wait for passes of their own."""
+        if any(
+            name == "zb-h1" for name, _ in self.choices.schedules(shape.stages, shape.microbatches)
+        ):
             return None
-        watched = Watched(
-            runs_of(units, 0, ends[layers - 1]), float(min(stages, shape.microbatches))
-        )
+        watched = [*self._fullest(low), *self._ends(shape, high), *self._together(shape, high)]
         holdings = self.holdings(shape.policy, shape.microbatches)
-        return lambda space: limited(space, holdings, [watched], self.search.limit).live
+        return lambda space: limited(space, holdings, watched, self.search.limit).live
 
-    def _first_stages(self, shape: Shape) -> Problem:
-        """Layers of the first stages, as many as they have where no stage has more than it must, and what these hold:
-        rank r at least as many microbatches as ranks from r on."""
-        units, stages = self.choices.units, shape.stages
-        holdings = self.holdings(shape.policy, shape.microbatches)
-        most = ceil(units.repeats / stages)
-        lacking = most * stages - units.repeats  # layers, over all stages
-        some = min(stages, 1 + 4 * lacking)
-        flying = [
-            min(stages - rank, shape.microbatches) for rank in range(some) for _ in range(most)
-        ][lacking:]
-        if not flying:
-            return live_of
-        runs = tuple(int(kind == units.middle) for kind in range(len(units.names)))
-        graph = self.search.program(shape.policy).graph
-        inputs = dict(zip(graph.inputs, graph.input_counts, strict=True))
-        weights = {
-            v: many * float(sum(flying))
-            for v, many in holdings.left(runs).items()
-            if v not in inputs
-        }
-        weights |= {v: float(len(flying)) for v, many in inputs.items() if many >= units.repeats}
+    def _fullest(self, layers: int) -> Iterator[Watched]:
+        """The stage with so many layers, wherever it is."""
+        if middle := self._middle(layers):
+            yield Watched(self._layers(middle), 1.0)
 
-        def problem(space: Space) -> Live:
-            base, (demands, fixed) = live_of(space), self._demands(space, weights)
-            limit = np.array([some * self.search.limit - fixed])
-            return Live(base.costs, base.edges, demands, limit)
+    def _ends(self, shape: Shape, high: int) -> Iterator[Watched]:
+        """The first and the last stage, with the layers that the others have no room for."""
+        units, (layers,) = self.choices.units, self._first_layers(shape, high, 1)
+        if layers:
+            flying = float(min(shape.stages, shape.microbatches))
+            yield Watched(runs_of(units, 0, units.ends[layers - 1]), flying)
+        last = units.ends[-1 - layers]
+        if last < len(units):
+            yield Watched(runs_of(units, last, len(units)), 1.0)
 
-        return problem
+    def _together(self, shape: Shape, high: int) -> Iterator[Watched]:
+        """All stages, each with layers: rank r holds as many microbatches as there are ranks from r on."""
+        layers, most = self._first_layers(shape, high, shape.stages), shape.microbatches
+        if layers[0] and (middle := self._middle(sum(layers))):
+            flying = sum(n * min(shape.stages - r, most) for r, n in enumerate(layers))
+            others = (sum(layers) - middle) * min(shape.stages, most)
+            yield Watched(self._layers(middle), (flying - others) / middle, shape.stages)
+
+    def _middle(self, layers: int) -> int:
+        """How many of so many layers are of the kind that most are, at least."""
+        units = self.choices.units
+        return max(0, layers - units.repeats + units.kinds.count(units.middle))
+
+    def _layers(self, many: int) -> Runs:
+        """A stage of so many of them."""
+        units = self.choices.units
+        return tuple(many * (kind == units.middle) for kind in range(len(units.names)))
+
+    def _first_layers(self, shape: Shape, high: int, stages: int) -> list[int]:
+        """How many more layers each of the first so many stages adds at least, where none has more than `high`."""
+        repeats = self.choices.units.repeats
+        have = [max(0, repeats - (shape.stages - s) * high) for s in range(1, stages + 1)]
+        return [now - before for before, now in pairwise((0, *have))]
 
     def _demands(
         self, space: Space, weights: Mapping[int, float]

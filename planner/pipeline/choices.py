@@ -199,7 +199,7 @@ class Choices:
     def families(self) -> Iterator[Shape]:
         for stages in self.stage_counts:
             for mesh in self.meshes(stages):
-                for policy in self.search.policies():
+                for policy in self.search.policies:
                     yield Shape(stages, mesh, policy)
 
     def bubble(self, shape: Shape, name: str) -> float:
@@ -328,17 +328,51 @@ class Choices:
                 found[tag] += on_top
         return found
 
-    def crowded(self, shape: Shape) -> Mapping[str, float]:
-        """As `weights`, where some stage has a layer more than the fullest has at least, wherever the ends are."""
-        cut, more = (
-            self.cut(shape.policy, shape.microbatches),
-            (shape.microbatches - 1) / self.units.repeats,
-        )
-        found = {"": 1 / shape.stages}
+    def crowded(self, shape: Shape, layers: int) -> Mapping[str, float]:
+        """As `weights`, where some stage has so many layers, wherever the ends are: of that stage, or the mean of all
+        where that says more."""
+        cut, found = self.cut(shape.policy, shape.microbatches), {"": 1 / shape.stages}
+        extra = layers - self.fullest_at_least(shape.stages)
+        full, more = self._least_seconds(shape, 0.0), self._least_seconds_more(shape)
+        mean = float(self._least_seconds(shape, 1.0) > full + extra * more)
+        on_top = (1 - mean) * extra * self._extra(shape)
         for tag in cut.passes:
             name, layer = cut.class_of(tag)
-            found[tag] = self._share(shape, name, layer, 0.0) + more * (layer and name != "once")
+            found[tag] = self._share(shape, name, layer, mean) + on_top * (layer and name != "once")
         return found
+
+    def fullest(self, shape: Shape, enough: float) -> tuple[int, int]:
+        """How many layers the fullest stage has at least, and at most where a step takes less than `enough` seconds."""
+        least, more = self.fullest_at_least(shape.stages), self._least_seconds_more(shape)
+        room = (enough - self._least_seconds(shape, 0.0)) / max(more, 1e-30)
+        return least, least + int(min(max(room, 0.0), self.units.repeats - least))
+
+    def _least_seconds(self, shape: Shape, mean: float) -> float:
+        """Of a step, nothing sent, with shares of this `mean`."""
+        work, at = self._work_of(shape.stages, shape.policy), self.counts.index(shape.microbatches)
+        shares = (
+            (self._share(shape, name, kind == self.units.middle, mean), float(seconds[at]))
+            for (name, kind), seconds in work.items()
+        )
+        return sum(share * seconds for share, seconds in shares)
+
+    def _least_seconds_more(self, shape: Shape) -> float:
+        """Of a step, for every layer more in the fullest stage."""
+        work, at = self._work_of(shape.stages, shape.policy), self.counts.index(shape.microbatches)
+        passes = (
+            float(seconds[at])
+            for (name, kind), seconds in work.items()
+            if name != "once" and kind == self.units.middle
+        )
+        return self._extra(shape) * sum(passes)
+
+    def _extra(self, shape: Shape) -> float:
+        """How often more the seconds of layers' passes count with every layer more in the fullest stage."""
+        return (shape.microbatches - 1) / self.units.repeats
+
+    def fullest_at_least(self, stages: int) -> int:
+        """How many layers some stage has at least, as layers are not cut."""
+        return ceil(self.units.repeats / stages)
 
     def share(self, shape: Shape, name: str, layer: bool) -> float:
         """How often the seconds of a pass count in the step, at least.
@@ -383,5 +417,4 @@ class Choices:
 
     def crowd(self, stages: int) -> float:
         """How much more than its share of layers some stage has, as layers are not cut."""
-        layers = self.units.repeats
-        return ceil(layers / stages) * stages / layers
+        return self.fullest_at_least(stages) * stages / self.units.repeats

@@ -81,15 +81,16 @@ class Holdings:
         """Value -> the dim that microbatches cut."""
         return _split(self.cut.program)
 
-    def weights(self, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
-        """Of each segment on a stage, as the first and as the last of its layers runs."""
+    def weights(self, runs: Runs, stages: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Of each segment on a stage, as the first and as the last of its layers runs; or, at least, on so many stages
+        that have these units together, of each kind that they have at all one or more."""
         _, _, _, first, last = self.lives.arrays
         many = np.where(self.passes.owned, np.array(runs), 0).max(axis=1)
-        return _counted(first, many), _counted(last, many)
+        return _counted(first, many, stages), _counted(last, many, stages)
 
-    def in_programs(self, runs: Runs) -> Lifetimes:
-        """The lives on a stage, one microbatch at a time."""
-        weights = zip(*self.weights(runs), strict=True)
+    def in_programs(self, runs: Runs, stages: int = 1) -> Lifetimes:
+        """The lives on a stage, or on several together, one microbatch at a time."""
+        weights = zip(*self.weights(runs, stages), strict=True)
         pairs = zip(self.lives.segments, weights, strict=True)
         kept = [
             replace(s, first=int(first), last=int(last))
@@ -143,11 +144,10 @@ def _split(program: Program) -> Mapping[int, int]:
     return program.time.split if isinstance(program.time, TimeAxis) else {}
 
 
-def _counted(weight: np.ndarray, many: np.ndarray) -> np.ndarray:
-    """Weights of `MANY` layers (or one fewer) as those of so many."""
-    return np.where(
-        weight >= MANY - 1, np.maximum(0, many - (MANY - weight)), np.minimum(weight, many)
-    )
+def _counted(weight: np.ndarray, many: np.ndarray, stages: int = 1) -> np.ndarray:
+    """Weights of `MANY` layers (or one fewer) as those of so many, on one stage or at least on so many together."""
+    once = np.minimum(weight, many if stages == 1 else np.minimum(many, 1)) * stages
+    return np.where(weight >= MANY - 1, np.maximum(0, many - stages * (MANY - weight)), once)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,12 @@ class Units:
         """How many units run the same ops as the one that most are."""
         return self.repeats_of(self.middle)
 
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Where each of them ends: the number of the unit after it."""
+        alike = self.alike[self.middle]
+        return tuple(i + 1 for i, kind in enumerate(self.kinds) if self.alike[kind] == alike)
+
     def repeats_of(self, kind: int | None) -> int:
         """How many units run the same ops as those of a kind; 0 of None."""
         if kind is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -24,10 +25,12 @@ from .units import Units, runs_of
 
 @dataclass(frozen=True)
 class Watched:
-    """A stage: its units of each kind, and how many microbatches it holds at most."""
+    """A stage: its units of each kind, and how many microbatches it holds at most. Or several together, with the
+    mean of the microbatches that their layers hold."""
 
     runs: Runs
     held: float
+    stages: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,29 @@ def watched_stages(units: Units, schedule: Schedule, single: bool) -> list[Watch
     ]
 
 
+def crowded_stages(units: Units, schedule: Schedule, layers: int) -> list[Watched]:
+    """The first and last stage and the fullest one, where the last ones have so many layers and the others fewer the
+    more microbatches they hold."""
+    ranks, each = schedule.ranks, schedule.stages // schedule.ranks
+    flying = [in_flight(schedule, s) / each for s in range(ranks)]
+    have = [0] * ranks
+    for _ in range(units.repeats):
+        room = (s for s in range(ranks) if have[s] < layers)
+        have[min(room, key=lambda s: (have[s] + 1) * flying[s])] += 1
+    ends = [0, *(units.ends[last - 1] if last else 0 for last in accumulate(have))]
+    ends[-1] = len(units)
+    most = max(range(ranks), key=lambda s: have[s] * flying[s])
+    watched = [s for s in sorted({0, most, ranks - 1}) if ends[s] < ends[s + 1]]
+    return [Watched(runs_of(units, ends[s], ends[s + 1]), flying[s]) for s in watched]
+
+
 def limited(space: Space, holdings: Holdings, watched: Sequence[Watched], limit: float) -> Limited:
     """Seconds of a space, under the memory of each watched stage."""
     found = aliases(space, holdings.lives)
     demands: list[Demand] = []
     limits: list[np.ndarray] = []
     for stage in watched:
-        ledger = Ledger(space, holdings.in_programs(stage.runs))
+        ledger = Ledger(space, holdings.in_programs(stage.runs, stage.stages))
         shift = sum(each.size for each in limits)
         demands += [
             replace(d, first=d.first + shift, last=d.last + shift) for d in ledger.demands(found)
@@ -75,7 +94,7 @@ def limited(space: Space, holdings: Holdings, watched: Sequence[Watched], limit:
             replace(d, nbytes=d.nbytes[found[d.node].choices()]) if d.node in found else d
             for d in flying
         ]
-        limits.append(limit - ledger.fixed())
+        limits.append(stage.stages * limit - ledger.fixed())
     origins = {node: alias.choices() for node, alias in found.items()}
     costs = tuple(
         node.seconds[origins[n]] if n in origins else node.seconds

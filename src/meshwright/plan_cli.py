@@ -80,7 +80,7 @@ def plan(
     time_limit: Annotated[float, typer.Option(help="Seconds of search.")] = 60.0,
     gap: Annotated[
         float | None,
-        typer.Option(help="Good enough: 0.01 (the default; 0.05 with --pp) stops at a proven 1 %."),
+        typer.Option(help="Good enough: 0.01 (the default; 0.02 with --pp) stops at a proven 1 %."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal plans.")] = 0,
     search: Annotated[
