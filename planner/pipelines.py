@@ -241,7 +241,7 @@ class Pipelines:
 
     def _first(self) -> list[Shape]:
         """For each number of stages a usual choice, to have something to beat."""
-        *_, policy = [p for p in self.search.policies if p != "full"] or self.search.policies
+        policy = self.search.policies[-2:][0]  # "selective", or what makes the same program
         pairs = [(n, mesh) for n in self.choices.stage_counts for mesh in self.choices.meshes(n)]
         usual = [
             (n, mesh) for n, mesh in pairs if mesh.shape[-1] > 2 or len(self.choices.meshes(n)) == 1
