@@ -205,11 +205,13 @@ def test_no_cut_of_any_layouts_is_faster_than_the_bounds(layers, stages):
     assert least < 1.3 * bound
 
 
-@pytest.mark.parametrize(("layers", "stages"), [(16, 4), (18, 4), (19, 2)])
-def test_no_cut_that_fits_is_faster_than_the_bound_by_cases(layers, stages):
+@pytest.mark.parametrize(
+    ("layers", "stages", "overlap"), [(16, 4, ()), (18, 4, "all"), (19, 2, ()), (19, 2, "all")]
+)
+def test_no_cut_that_fits_is_faster_than_the_bound_by_cases(layers, stages, overlap):
     """Every cut, with layouts that are solved for under ever less memory; the bound tells what memory rules out."""
     search = searched("gpt-tiny", "8xh100x1@ib100", batch=16, layers=layers)
-    search.request = replace(search.request, schedule="1f1b")
+    search.request = replace(search.request, schedule="1f1b", overlap=overlap)
     shape, told = Shape(stages, mesh_of((8 // stages,)), "none", 8), 0
     free = Pipelines(search)
     free.solve_shape(shape)

@@ -26,12 +26,12 @@ from .stage_memory import Holdings, Runs
 from .stage_windows import stage_windows
 from .unit_costs import all_bytes
 from .units import runs_of
-from .watched import Watched, limited
+from .watched import Limited, Watched, limited
 
 if TYPE_CHECKING:
     from ..search import Search
 
-Problem = Callable[[Space], Live]  # what is asked of a space at given prices
+Problem = Callable[[Space], Limited]  # what is asked of a space at given prices
 SOLVE_GAP = 0.5  # of the gap asked for: what one solve may leave open
 ONE_SOLVE = 1.0  # seconds
 ENOUGH = 1.1  # times what is to be beaten: bounds above say no more
@@ -69,11 +69,11 @@ class Bounds:
         if self._crowded(shape, self._least_held(shape, beat)):
             return 0.0, inf
         space, more = self.space(shape), self.choices.more(shape)
-        found, start = self.bound(space, live_of, ENOUGH * beat - more)
+        found, start = self.bound(space, _free, ENOUGH * beat - more)
         free, within = found.lower_bound + more, self._shared_memory(space, shape, beat)
         if free >= beat or (found.choices is not None and within.fits(found.choices)):
             return free, free
-        with_memory = lambda priced: self._shared_memory(priced, shape, beat)  # noqa: E731
+        with_memory = lambda priced: Limited(self._shared_memory(priced, shape, beat), {})  # noqa: E731
         solution, _ = self.bound(space, with_memory, ENOUGH * beat - more, start)
         return free, inf if solution.status == "infeasible" else max(
             free, solution.lower_bound + more
@@ -108,7 +108,7 @@ class Bounds:
             space, more = self.space(shape), self.choices.more(shape)
         else:
             space, more = self.weighted(shape, self.choices.crowded(shape, low)), 0.0
-            found, start = self.bound(space, live_of, ENOUGH * enough)
+            found, start = self.bound(space, _free, ENOUGH * enough)
             least = found.lower_bound
         if least < enough and (problem := self._within(shape, low, high)) is not None:
             found, _ = self.bound(space, problem, ENOUGH * enough - more, start)
@@ -124,7 +124,7 @@ class Bounds:
             return None
         watched = [*self._fullest(low), *self._ends(shape, high), *self._together(shape, high)]
         holdings = self.holdings(shape.policy, shape.microbatches)
-        return lambda space: limited(space, holdings, watched, self.search.limit).live
+        return lambda space: limited(space, holdings, watched, self.search.limit)
 
     def _fullest(self, layers: int) -> Iterator[Watched]:
         """The stage with so many layers, wherever it is."""
@@ -209,7 +209,13 @@ class Bounds:
         Args:
             start: multipliers to begin with.
         """
-        solve = lambda priced: self.solve(problem(priced), cutoff)  # noqa: E731
+
+        def solve(priced: Space) -> Solution:
+            asked = problem(priced)
+            found = self.solve(asked.live, cutoff)
+            chosen = None if found.choices is None else asked.read(found.choices)
+            return replace(found, choices=chosen)
+
         # so near its bound, a shape slower than the best is ruled out
         enough = self.search.request.good_enough
         return solve_overlapped(space, solve, enough, cutoff, start)
@@ -319,3 +325,8 @@ class Bounds:
         if solution.stopped_by == "interrupt":
             raise KeyboardInterrupt
         return solution
+
+
+def _free(space: Space) -> Limited:
+    """All memory that there may be."""
+    return Limited(live_of(space), {})
