@@ -4,7 +4,7 @@
 
 plain        `plan --pp auto`: attention as the step writes it, nothing overlapped.
 fused        `plan --pp auto --attention fused`.
-overlapped   `plan --attention fused --overlap all`, without a pipeline.
+overlapped   `plan --pp auto --attention fused --overlap all`.
 expert       `price` of the expert's degrees, the fastest microbatch and recomputation that fit; nothing overlapped,
              then gradients and parameters, then tensor parallelism too.
 
@@ -63,7 +63,7 @@ JOBS = {
 PLANS: dict[str, dict[str, Any]] = {
     "plain": {"pp": "auto"},
     "fused": {"pp": "auto", "attention": "fused"},
-    "overlapped": {"attention": "fused", "overlap": "all"},
+    "overlapped": {"pp": "auto", "attention": "fused", "overlap": "all"},
 }
 OVERLAPS = ("none", "gradients,parameters", "gradients,parameters,tensor")
 

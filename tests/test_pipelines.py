@@ -234,6 +234,24 @@ def test_no_cut_that_fits_is_faster_than_the_bound_by_cases(layers, stages, over
     assert told
 
 
+def test_bounds_with_overlap_read_choices_as_the_space_numbers_them():
+    """Copies that share memory double the choices of their nodes in the solver's problem alone."""
+    search, shape = (
+        searched("llama-tiny", "2xh100x8@ib400", batch=64, layers=16),
+        Shape(2, mesh_of((4, 2)), "none", 8),
+    )
+    search.request = replace(search.request, overlap="all")
+    for memory in (1e15, 30e6, 20e6, 15e6, 12e6, 10e6):
+        search.request = replace(search.request, memory=memory)
+        bounds = Pipelines(search).bounds
+        space, problem = bounds.space(shape), bounds._within(shape, 8, 8)
+        assert problem is not None and problem(space).origins
+        found, _ = bounds.bound(space, problem)
+        if found.choices is not None:
+            timed = space.timed(found.choices)
+            assert timed is not None and found.lower_bound <= timed.seconds * (1 + 1e-9)
+
+
 def test_what_does_not_fit_says_nothing_of_more_microbatches():
     """Oracle: every count by itself. Four microbatches of this fit on no mesh, sixteen do and are faster than all."""
     search = searched("gpt3-1.3b", "8xh100x8@ib400", batch=512)
