@@ -10,8 +10,8 @@ mixed precision take from 2 to 60 % of the cluster's memory; `--jobs` takes as m
     microbatches of 1 2 4 sequences                  recompute everything kept or all made again
 
 that divide the model and the devices and fit where plans must (less 10 % of each device's memory). Both sides:
-attention fused, kernels of XLA, gradients of several microbatches added up in fp32; nothing overlapped, and
-without pipelines all overlapped too.
+attention fused, kernels of XLA, gradients of several microbatches added up in fp32; nothing overlapped but
+sends between stages, which plans take to run beside computation, and everything.
 `behind`: how much longer the plan takes than the fastest layout, and its bound above that layout's price (`unsound`).
 """
 
@@ -96,13 +96,11 @@ def layouts(job: Job) -> Iterator[tuple[Parallelism, int]]:
                 )
 
 
-def best(job: Job, overlap: str, flat: bool) -> dict[str, Any] | None:
+def best(job: Job, overlap: str) -> dict[str, Any] | None:
     """The fastest of the layouts that fit."""
     cluster, shape = Cluster.parse(job.cluster), pricing.shape_of(job.model, job.seq)
     room, found, tried = cluster.memory_per_device * (1 - HEADROOM), [], 0
     for layout, microbatch in layouts(job):
-        if flat and layout.pp > 1:
-            continue
         for recompute in ("everything", "blocks"):
             setting = pricing.Setting(
                 recompute,
@@ -155,10 +153,9 @@ def planned(job: Job, request: Request) -> dict[str, Any]:
 
 def compared(job: Job, limit: float) -> Iterator[dict[str, Any]]:
     """One row per execution model."""
-    for overlap, pp in (("none", "auto"), ("all", 1)):
-        words = "parameters,gradients,tensor" if overlap == "all" else ""
-        request = Request(pp=pp, attention="fused", overlap=overlap, time_limit=limit)  # type: ignore[arg-type]
-        plan, expert = planned(job, request), best(job, words, pp == 1)
+    for overlap, words in (("none", "stages"), ("all", "all")):
+        request = Request(pp="auto", attention="fused", overlap=overlap, time_limit=limit)  # type: ignore[arg-type]
+        plan, expert = planned(job, request), best(job, words)
         row = {**asdict(job), "overlap": overlap, "plan": plan, "expert": expert}
         if expert and "refused" not in plan:
             row["behind"] = plan["step_seconds"] / expert["step_seconds"] - 1
