@@ -41,10 +41,8 @@ class StageLayouts:
             space = pipelines.bounds.likely(shape)
             holdings = pipelines.bounds.holdings(shape.policy, shape.microbatches)
             problem = lambda priced: limited(priced, holdings, watched, search.limit)  # noqa: E731
-            found = pipelines.bounds.bound(space, lambda priced: problem(priced).live)[0].choices
-            self.solved[shape, watched] = (
-                None if found is None else Rank(search, space, problem(space).read(found))
-            )
+            found = pipelines.bounds.bound(space, problem)[0].choices
+            self.solved[shape, watched] = None if found is None else Rank(search, space, found)
         return self.solved[shape, watched]
 
     def costs(self, rank: Rank) -> tuple[tuple[UnitSeconds, ...], StageMemory]:
