@@ -102,9 +102,7 @@ class Unequal:
         self._reorder()
 
     def lower_bound(self) -> float:
-        """No pipeline of unequal stages is faster; looked at where there can be no others."""
-        if not self._alone:
-            return inf
+        """No pipeline of unequal stages is faster."""
         return min(
             self._floor(policy, i) for policy in self._policies for i in range(len(self._counts))
         )

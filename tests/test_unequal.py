@@ -89,8 +89,8 @@ def test_unequal_splits_equal_trying_all(units, devices, microbatches, data):
 REQUEST = Request(pp=4, microbatches=8, recompute="none", schedule="1f1b", gap=0.0)
 
 
-def explored(request: Request, widths=UNLIKE) -> tuple[Pipelines, Unequal]:
-    pipelines = Pipelines(chain_search("8xcpu", request, 8192, widths))
+def explored(request: Request, widths=UNLIKE, cluster: str = "8xcpu") -> tuple[Pipelines, Unequal]:
+    pipelines = Pipelines(chain_search(cluster, request, 8192, widths))
     pipelines.explore()
     unequal = Unequal(pipelines)
     unequal.explore(pipelines.best.seconds)
@@ -118,6 +118,18 @@ def test_unequal_stages_equal_trying_every_split():
     assert at == (4, 1, 1, 2)
     assert best <= unequal.best * (1 + 1e-9)
     assert unequal.best <= 1.02 * best < equal.best.seconds
+    assert unequal.lower_bound() <= best  # where stages may be equal too, it had said nothing
+
+
+def test_layouts_of_unequal_stages_are_found_with_overlap():
+    _, unequal = explored(replace(REQUEST, overlap="all"), cluster="8xh100x1@ib400")
+    whole = Watched(runs_of(unequal.units, 0, len(unequal.units)), 1.0)
+    shapes = [Shape(4, mesh, "none", 8) for mesh in plane_meshes(unequal.search.cluster, 4)]
+    rank = unequal.layouts.fastest(shapes, (whole,))
+    assert rank is not None
+    each, _ = unequal.layouts.costs(rank)
+    timed = rank.space.timed(rank.choices)
+    assert timed is not None and sum(unit.passes for unit in each) > 0
 
 
 def test_chains_that_are_even_keep_equal_stages():
