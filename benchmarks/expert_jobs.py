@@ -50,14 +50,17 @@ JOBS = {
     "8B/128": Job("llama3-8b", "16xh100x8@ib400", 256, 8192, {"zero": 3}),
     "70B/64": Job(
         "llama3-70b", "8xh100x8@ib400", 256, 8192,
-        {"tp": 4, "pp": 4, "cp": 2, "vpp": 5, "sp": True, "zero": 1},
+        {"tp": 4, "pp": 4, "cp": 2, "vpp": 5, "sequence_parallel": True, "zero": 1},
     ),
     "405B": Job(
         "llama3-405b", "2048xh100x8@roce400", 2048, 8192,
-        {"tp": 8, "pp": 16, "vpp": 8, "lean_ends": True, "sp": True, "zero": 1},
+        {"tp": 8, "pp": 16, "vpp": 8, "lean_ends": True, "sequence_parallel": True, "zero": 1},
     ),
     "128k/8": Job("llama3-8b", "h100x8", 8, 131072, {"cp": 8, "zero": 3}),
-    "GPT-3": Job("gpt3-175b", "128xa100x8@hdr200", 1536, None, {"tp": 4, "pp": 8, "vpp": 6, "sp": True, "zero": 1}),
+    "GPT-3": Job(
+        "gpt3-175b", "128xa100x8@hdr200", 1536, None,
+        {"tp": 4, "pp": 8, "vpp": 6, "sequence_parallel": True, "zero": 1},
+    ),
     "Mixtral": Job("mixtral-8x7b", "4xh100x8@ib400", 256, None, {"pp": 4, "ep": 8, "zero": 1}),
 }  # fmt: skip
 PLANS: dict[str, dict[str, Any]] = {
