@@ -14,11 +14,14 @@ from meshwright.backends.xla.capture import Captured, capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.verify import reference, verify_outputs
 from meshwright.ir.blocks import fold
+from meshwright.ir.cluster import Cluster
 from meshwright.ir.plan import Pipeline, Plan, Stage
 from meshwright.ir.schedule import Schedule, Step
 from meshwright.models import build
+from meshwright.planner.cost.model import Roofline
 from meshwright.planner.pipeline.schedules import one_f_one_b
 from meshwright.planner.request import Request
+from meshwright.planner.search import Search
 
 
 def some(schedules: dict[str, Schedule], *usual: str) -> list:
@@ -155,3 +158,24 @@ def timed(plan: Plan, forward: float, backward: float, weight: float, once: floa
     update = {f"{name}_seconds": value for name, value in seconds.items()}
     stages = tuple(stage.model_copy(update=update) for stage in plan.pipeline.stages)
     return plan.model_copy(update={"pipeline": plan.pipeline.model_copy(update={"stages": stages})})
+
+
+def searched(name: str, cluster: str, **options) -> Search:
+    example = build(name, **options)
+    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
+    where = Cluster.parse(cluster)
+    return Search(
+        fold(captured.graph),
+        where,
+        Request(pp="auto"),
+        Roofline(where),
+        name,
+        "x",
+        lambda line: None,
+    )
+
+
+def planned(name: str, cluster: str, request: Request, **options) -> Plan:
+    example = build(name, **options)
+    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
+    return plan_captured(captured, cluster, request, name)

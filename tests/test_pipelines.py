@@ -1,4 +1,4 @@
-"""The search over pipelines: units, seconds and bytes per unit, dealing, bounds, refusals, runs."""
+"""The search over pipelines: units, seconds and bytes per unit, dealing, refusals, runs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import meshwright as mw
-from meshwright.api import plan_captured
-from meshwright.backends.xla.capture import capture
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
 from meshwright.ir.errors import InfeasibleError, PlanError
 from meshwright.ir.recompute import POLICIES
 from meshwright.ir.schedule import check, read_schedule
 from meshwright.ir.units import parse_bytes
 from meshwright.models import build
 from meshwright.planner.candidates import Candidate
-from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra import live_of
 from meshwright.planner.memory.ledger import Ledger
 from meshwright.planner.meshes import mesh_of
@@ -32,17 +27,16 @@ from meshwright.planner.pipeline import priced
 from meshwright.planner.pipeline.choices import Shape
 from meshwright.planner.pipeline.dealing import deal
 from meshwright.planner.pipeline.limited import search_schedule
-from meshwright.planner.pipeline.priced import Place, Pricing
-from meshwright.planner.pipeline.schedules import SCHEDULES, schedule_named
 from meshwright.planner.pipeline.simulate import StageSeconds, pipeline_tasks, simulate
 from meshwright.planner.pipeline.stage_memory import Holdings, StageMemory
 from meshwright.planner.pipeline.unit_costs import unit_seconds
 from meshwright.planner.pipeline.units import Cut, find_units, runs_of
 from meshwright.planner.pipelines import Pipelines
 from meshwright.planner.request import Request
-from meshwright.planner.search import Search
 from meshwright.planner.solver.anytime import solve_live
 from meshwright.view.text import plan_head
+
+from .pipelines import planned, searched
 
 # ---------------------------------------------------------------- dealing
 
@@ -81,21 +75,6 @@ def test_dealing_equals_trying_every_cut(units, slowness, room):
 
 
 # ---------------------------------------------------------------- units
-
-
-def searched(name: str, cluster: str, **options) -> Search:
-    example = build(name, **options)
-    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
-    where = Cluster.parse(cluster)
-    return Search(
-        fold(captured.graph),
-        where,
-        Request(pp="auto"),
-        Roofline(where),
-        name,
-        "x",
-        lambda line: None,
-    )
 
 
 @pytest.mark.parametrize("policy", ["none", "elementwise", "full"])
@@ -142,126 +121,6 @@ def test_units_of_folded_layers():
 
 
 # ---------------------------------------------------------------- the search
-
-
-def test_no_pipeline_is_faster_than_the_bound():
-    """Oracle: every shape of the space solved and priced, one by one."""
-    search = searched("llama-tiny", "4xcpu", batch=8)
-    pipelines = Pipelines(search)
-    pipelines.explore()
-    bound, best = pipelines.lower_bound(), pipelines.best.seconds
-    assert 0 < bound <= best < float("inf")
-    every = Pipelines(search)
-    for family in every.choices.families():
-        for many in every.choices.counts:
-            every.solve_shape(type(family)(family.stages, family.mesh, family.policy, many))
-    assert bound <= every.best.seconds * (1 + 1e-9)
-    assert best <= every.best.seconds * (1 + search.request.good_enough)
-
-
-def planned(name: str, cluster: str, request: Request, **options) -> mw.Plan:
-    example = build(name, **options)
-    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
-    return plan_captured(captured, cluster, request, name)
-
-
-@pytest.mark.parametrize(("layers", "stages"), [(16, 2), (16, 4), (18, 4)])
-def test_no_cut_of_any_layouts_is_faster_than_the_bounds(layers, stages):
-    """Every cut into stages, with layouts that are solved for and near them. Where all stages have equally many layers,
-    an end comes on top of one of them, and the bound counts it: so it is close to the best cut."""
-    search = searched("gpt-tiny", "8xh100x1@ib100", batch=16, layers=layers)
-    pipelines, rng, many = Pipelines(search), np.random.default_rng(layers * stages), 8
-    shape = Shape(stages, mesh_of((8 // stages,)), "none", many)
-    space, units = pipelines.bounds.likely(shape), pipelines.choices.units
-    bound, live = pipelines.bounds.relaxed(shape, 1e9)[1], live_of(space)
-    assert 0 < pipelines.choices.floor(shape) <= bound * (1 + 1e-9)
-    found = solve_live(live, time_limit=5).choices
-    assert found is not None
-    tried = {found}
-    while len(tried) < 6:
-        node, other = int(rng.integers(len(found))), list(found)
-        other[node] = int(rng.integers(len(live.costs[node])))
-        tried |= {tuple(other)} if np.isfinite(live.cost(other)) else set()
-    least = float("inf")
-    for choices in tried:
-        holdings = pipelines.bounds.holdings("none", many)
-        each, memory = (
-            unit_seconds(holdings.cut, space, choices),
-            StageMemory(holdings, space, choices),
-        )
-        places = tuple(
-            Place(each, memory, 1e15, r * shape.mesh.size, shape.mesh.size) for r in range(stages)
-        )
-        pricing, one = (
-            Pricing(units, places, search.cluster),
-            schedule_named("1f1b", stages, many, None),
-        )
-        for cut in combinations(range(1, len(units)), stages - 1):
-            priced = pricing.with_cut(one, (0, *cut))
-            assert priced is not None and priced.seconds >= bound * (1 - 1e-9)
-            least = min(least, priced.seconds)
-    even = units.repeats % stages == 0
-    assert (pipelines.choices.more(shape) > 0) == even
-    assert least < 1.3 * bound
-
-
-@pytest.mark.parametrize(
-    ("layers", "stages", "overlap"), [(16, 4, ()), (18, 4, "all"), (19, 2, ()), (19, 2, "all")]
-)
-def test_no_cut_that_fits_is_faster_than_the_bound_by_cases(layers, stages, overlap):
-    """Every cut, with layouts that are solved for under ever less memory; the bound tells what memory rules out."""
-    search = searched("gpt-tiny", "8xh100x1@ib100", batch=16, layers=layers)
-    search.request = replace(search.request, schedule="1f1b", overlap=overlap)
-    shape, told = Shape(stages, mesh_of((8 // stages,)), "none", 8), 0
-    free = Pipelines(search)
-    free.solve_shape(shape)
-    assert free.best.priced is not None
-    roomy, peak = free.bounds.by_cases(shape, 2 * free.best.seconds)[0], max(free.best.priced.peaks)
-    one, units = schedule_named("1f1b", stages, 8), free.choices.units
-    for share in (1.0, 0.8, 0.65, 0.5, 0.4, 0.33):
-        search.request = replace(search.request, memory=share * peak)
-        pipelines = Pipelines(search)
-        pipelines.solve_shape(shape)
-        if (pricing := pipelines.best.pricing) is None:
-            continue
-        cuts = combinations(range(1, len(units)), stages - 1)
-        fitting = [found for cut in cuts if (found := pricing.with_cut(one, (0, *cut)))]
-        least = min(priced.seconds for priced in fitting)
-        for enough in (0.9 * least, least, 1.2 * least):
-            bound, fullest = pipelines.bounds.by_cases(shape, enough)
-            assert bound <= least * (1 + 1e-9) and fullest >= layers / stages
-            told += bound > roomy * (1 + 1e-6)
-    assert told
-
-
-def test_bounds_with_overlap_read_choices_as_the_space_numbers_them():
-    """Copies that share memory double the choices of their nodes in the solver's problem alone."""
-    search, shape = (
-        searched("llama-tiny", "2xh100x8@ib400", batch=64, layers=16),
-        Shape(2, mesh_of((4, 2)), "none", 8),
-    )
-    search.request = replace(search.request, overlap="all")
-    for memory in (1e15, 30e6, 20e6, 15e6, 12e6, 10e6):
-        search.request = replace(search.request, memory=memory)
-        bounds = Pipelines(search).bounds
-        space, problem = bounds.space(shape), bounds._within(shape, 8, 8)
-        assert problem is not None and problem(space).origins
-        found, _ = bounds.bound(space, problem)
-        if found.choices is not None:
-            timed = space.timed(found.choices)
-            assert timed is not None and found.lower_bound <= timed.seconds * (1 + 1e-9)
-
-
-def test_what_does_not_fit_says_nothing_of_more_microbatches():
-    """Oracle: every count by itself. Four microbatches of this fit on no mesh, sixteen do and are faster than all."""
-    search = searched("gpt3-1.3b", "8xh100x8@ib400", batch=512)
-    search.request = replace(search.request, pp=4, schedule="1f1b", recompute="none")
-    whole, every = Pipelines(search), Pipelines(search)
-    whole.explore()
-    for many in (16, 32, 64):
-        every.solve_shape(Shape(4, mesh_of((8, 2)), "none", many))
-    assert whole.best.seconds <= every.best.seconds * (1 + search.request.good_enough)
-    assert whole.lower_bound() <= every.best.seconds
 
 
 def test_reordered_passes_fit():
@@ -499,17 +358,6 @@ def test_no_number_of_stages_per_rank_is_faster_than_the_one_that_is_chosen(pp, 
     assert found.pipeline is not None and most in every
     assert found.estimate.step_seconds <= least * (1 + request.good_enough)
     assert found.proof.lower_bound <= least
-
-
-def test_no_order_of_passes_is_faster_than_what_rules_schedules_out():
-    """Stages unlike each other, every schedule that holds each stage once."""
-    rng = np.random.default_rng(0)
-    for entry in (each for each in SCHEDULES if each.copies == 1):
-        for ranks, many in ((2, 4), (4, 8), (3, 6)):
-            schedule = schedule_named(entry.name, ranks, many)
-            stages = [StageSeconds(*rng.uniform(0.1, 1, 5)) for _ in range(schedule.stages)]
-            makespan = simulate(pipeline_tasks(schedule, stages)).makespan
-            assert priced._at_least(schedule, stages) <= makespan * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(("chunks", "microbatches"), [(3, 6), (5, 4)])

@@ -137,9 +137,10 @@ class Bounds:
         if layers:
             flying = float(min(shape.stages, shape.microbatches))
             yield Watched(runs_of(units, 0, units.ends[layers - 1]), flying)
-        last = units.ends[-1 - layers]
-        if last < len(units):
-            yield Watched(runs_of(units, last, len(units)), 1.0)
+        last = (
+            units.ends[-layers] if layers else len(units)
+        )  # the stage may begin at the unit before
+        yield Watched(runs_of(units, last - 1, len(units)), 1.0)
 
     def _together(self, shape: Shape, high: int) -> Iterator[Watched]:
         """All stages, each with layers: rank r holds as many microbatches as there are ranks from r on."""
