@@ -1,11 +1,12 @@
 """Attention as one op, and its gradients as another: what fused kernels run.
 
-    o = attention q k v                 scores, softmax and their product
-    dq dk dv = attention_grad q k v do  the same again, and what gradients take
+    o lse = attention q k v                       scores, softmax and their product
+    dq dk dv = attention_grad q k v do (o lse)    the same again, and what gradients take
 
 Of an attention that `ir/attention.py` finds, the ops between its boundary and its closings become the body of
 one op; nothing of the size of the scores is left outside. Gradients make the weights again from queries and keys:
-five products where the plain backward pass has four and memory for the weights.
+five products where the plain backward pass has four and memory for the weights. Kernels take the result and the log
+of the sum of exponentials from the forward pass instead of it; what both passes are in one place of is handed on.
 
 The body is a graph of its own, kept as text, so that equal layers have equal ops. Dims of the softmax are factors
 of the op's rule: queries, heads and batch are cut, keys are whole.
@@ -20,32 +21,37 @@ from itertools import count
 from typing import Literal
 
 from .attention import Attention, Links, attentions
+from .attention_form import BACKWARD, FORWARD, LSE, Unreadable, form_of, with_residuals
+from .attention_kernels import has_kernels
+from .cluster import Cluster
 from .dead import drop_dead_ops
 from .dealt import Parts, complete, followed, spread
 from .errors import LoweringError
-from .graph import Attr, Constant, Graph, Op
+from .graph import Attr, Constant, Graph, Op, TensorType
 from .key_spans import KeySpans, may_leave_out
 from .recompute import PRODUCTS
 from .rule import cuttable
 from .rules import rule_of
 from .text import parse, show
 
-FORWARD, BACKWARD = "attention", "attention_grad"
 KINDS = frozenset({FORWARD, BACKWARD})
 AttentionKind = Literal["plain", "fused"]
 
 
-def composed(graph: Graph, attention: AttentionKind) -> Graph:
-    """The graph with its attention as asked for."""
-    return with_attention(graph) if attention == "fused" else graph
+def composed(graph: Graph, attention: AttentionKind, cluster: Cluster | None = None) -> Graph:
+    """The graph with its attention as asked for; without a cluster for devices that have kernels."""
+    if attention != "fused":
+        return graph
+    return with_attention(graph, cluster is None or has_kernels(cluster))
 
 
-def with_attention(graph: Graph) -> Graph:
-    """The graph with each attention as one op; those that cannot be taken apart stay as they are."""
+def with_attention(graph: Graph, for_kernels: bool = True) -> Graph:
+    """The graph with each attention as one op; those that cannot be taken apart stay as they are. For kernels gradients
+    are handed what these take of the forward pass."""
     found = attentions(graph)
     while found:
         links = Links(graph)
-        rewrite = _Rewrite(graph, links)
+        rewrite = _Rewrite(graph, links, for_kernels)
         done = [one for one in found if rewrite.add(one)]
         fused = drop_dead_ops(rewrite.graph())
         alive = {v for visit in fused.visits for v in visit.op.outputs}
@@ -85,8 +91,8 @@ class Refused(Exception):
 class _Rewrite:
     """Composites to be put in the place of closings."""
 
-    def __init__(self, graph: Graph, links: Links):
-        self.old, self.links = graph, links
+    def __init__(self, graph: Graph, links: Links, for_kernels: bool):
+        self.old, self.links, self.for_kernels = graph, links, for_kernels
         self.types = dict(graph.types)
         self.unused = count(max(self.types) + 1)
         self.home: dict[
@@ -104,9 +110,23 @@ class _Rewrite:
             ops = [self._composite(kind, one, closings) for kind, closings in groups if closings]
         except Refused:
             return False
-        for op, (_, closings) in zip(ops, [g for g in groups if g[1]], strict=True):
+        for op, (_, closings) in zip(
+            self._handed_on(ops), [g for g in groups if g[1]], strict=True
+        ):
             self.made |= dict.fromkeys(closings, op)
         return True
+
+    def _handed_on(self, ops: list[Op]) -> list[Op]:
+        """Composites of an attention, the gradient with what kernels take from the forward pass in the same place."""
+        if len(ops) != 2 or self.home[ops[0].outputs[0]] != self.home[ops[1].outputs[0]]:
+            return ops
+        try:
+            forward, backward = map(form_of, ops)
+        except Unreadable:
+            return ops
+        if forward.results != ("o", "lse") or not forward.agrees(backward, ops[0], ops[1]):
+            return ops
+        return [ops[0], with_residuals(ops[0], ops[1], self.types)]
 
     def _groups(self, one: Attention) -> list[tuple[str, list[int]]]:
         """Results of the softmax's weights times values; the rest are gradients, those of biases too."""
@@ -142,11 +162,30 @@ class _Rewrite:
         body = _Body(self, one, home)
         for value in closings:
             body.need(value)
-        attrs = {"body": show(body.graph(closings)), **_Cuts(body, closings).attrs()}
         where = self.links.writer[closings[0]].where
+        kernels = self.for_kernels and kind == FORWARD
+        if kernels and (lse := self._log_of_sum(body, closings)) is not None:
+            self.home[lse] = home
+            closings = (*closings, lse)
+        attrs = {"body": show(body.graph(closings)), **_Cuts(body, closings).attrs()}
         return Op(
             kind, tuple(body.inputs), tuple(closings), tuple(sorted(attrs.items())), where=where
         )
+
+    def _log_of_sum(self, body: _Body, closings: Sequence[int]) -> int | None:
+        """A further result of a body that kernels run: what these hand to the backward pass beside the result."""
+        graph = body.graph(closings)
+        attrs = (("body", show(graph)), *sorted(_Cuts(body, closings).attrs().items()))
+        try:
+            form = form_of(Op(FORWARD, tuple(body.inputs), tuple(closings), attrs))
+        except Unreadable:
+            return None
+        known = body.order()
+        total, shift = known[form.total], () if form.shift is None else (known[form.shift],)
+        result = next(self.unused)
+        self.types[result] = TensorType("f32", self.types[total].shape)
+        body.ops.append(Op(LSE, (total, *shift), (result,)))
+        return result
 
     def derived(self, one: Attention) -> frozenset[int]:
         """What cheap ops make of what is inside: maxima and sums, and what becomes of them."""
@@ -189,7 +228,10 @@ class _Rewrite:
         return () if op is None else op.regions[0].inputs
 
     def graph(self) -> Graph:
-        return replace(self.old, ops=tuple(self._placed(self.old.ops)))
+        new = {v: self.types[v] for op in self.made.values() for v in op.outputs}
+        return replace(
+            self.old, types={**self.old.types, **new}, ops=tuple(self._placed(self.old.ops))
+        )
 
     def _placed(self, ops: Sequence[Op]) -> list[Op]:
         """Ops in their order, each as soon as all it reads is there; composites in the place of their first closing."""
@@ -318,14 +360,18 @@ class _Body:
 
     # ------------------------------------------------------------ as a graph
 
+    @property
+    def used(self) -> list[Constant]:
+        return [c for v, c in self.numbers.items() if any(v in op.inputs for op in self.ops)]
+
+    def order(self) -> list[int]:
+        """Values in the order of their numbers in the body's graph."""
+        made = (v for op in self.ops for v in op.outputs)
+        return [*self.inputs, *(c.value for c in self.used), *made]
+
     def graph(self, closings: Sequence[int]) -> Graph:
         """The body with values numbered in order: equal for equal attentions."""
-        used = [c for v, c in self.numbers.items() if any(v in op.inputs for op in self.ops)]
-        order = [
-            *self.inputs,
-            *(c.value for c in used),
-            *(v for op in self.ops for v in op.outputs),
-        ]
+        order = self.order()
         name = {value: number for number, value in enumerate(order)}
         ops = tuple(
             replace(
@@ -340,7 +386,7 @@ class _Body:
             inputs=tuple(name[v] for v in self.inputs),
             ops=ops,
             outputs=tuple(name[v] for v in closings),
-            constants=tuple(Constant(name[c.value], c.data) for c in used),
+            constants=tuple(Constant(name[c.value], c.data) for c in self.used),
         )
 
     def parts(self) -> dict[int, Parts]:

@@ -57,7 +57,7 @@ AGAIN = "~again"  # ends the tags of ops that are computed again
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 COSTLY = PRODUCTS | {
     "attention", "attention_grad", "scan", "while", "cond", "gather", "scatter", "scatter-add", "sort", "top_k",
-    "cumsum", "reduce_sum", "reduce_max", "reduce_min", "argmax", "random_bits", "threefry2x32",
+    "user_kernel", "cumsum", "reduce_sum", "reduce_max", "reduce_min", "argmax", "random_bits", "threefry2x32",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..ir.graph import TURNS, Graph, Op
+from ..ir.rules.user_kernel import KIND as USERS
 from .cost.flop import is_counted, told_cost
 from .outline import SELDOM
 
@@ -18,7 +19,8 @@ def assumptions(graph: Graph) -> tuple[str, ...]:
 
 def _assumed(op: Op) -> Iterator[str]:
     if told := told_cost(op):
-        yield f"counted as {told[0]:.3g} FLOP and {told[1]:.3g} bytes, which its cost_estimate says"
+        says = "`mw.kernel`" if op.kind == USERS else "its cost_estimate"
+        yield f"counted as {told[0]:.3g} FLOP and {told[1]:.3g} bytes, which {says} says"
     elif op.kind == "while":
         yield f"how many turns it takes is not known; counted as {TURNS}"
     elif op.kind == "cond":

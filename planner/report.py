@@ -7,8 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
+from ..ir.attention_kernels import NAMES, products_made, reason_against
 from ..ir.batch_stats import statistics_of
 from ..ir.composites import FORWARD
+from ..ir.composites import KINDS as COMPOSITES
 from ..ir.evenly import pairs_kept
 from ..ir.execution import WITHIN
 from ..ir.graph import Graph, Op, TensorType
@@ -167,7 +169,7 @@ def notes_of(search: Search) -> tuple[str, ...]:
     if where := statistics_of(program.graph):
         told = (_own_statistics(where, search.best.candidate), *told)
     if search.request.attention == "fused":
-        told = (_fused(program.graph), *told)
+        told = (*_fused(program.graph, search.cluster.device.kind), *told)
     if isinstance(axis, Refusal):
         return (f"microbatches are not possible: {axis.reason} ({axis.where})", *told)
     if axis.batch % devices:
@@ -176,18 +178,41 @@ def notes_of(search: Search) -> tuple[str, ...]:
     return told
 
 
-def _fused(graph: Graph) -> str:
-    """What `attention="fused"` found, and how it runs."""
+def _fused(graph: Graph, kind: str) -> tuple[str, ...]:
+    """What `attention="fused"` found, and what runs it on devices of this kind."""
     found = [visit for visit in graph.visits if visit.op.kind == FORWARD]
     many = sum(visit.times for visit in found)
     if not many:
-        return "attention=fused changes nothing: no attention was found"
+        return ("attention=fused changes nothing: no attention was found",)
     kept = sum(visit.times * pairs_kept(visit.op) for visit in found) / many
     pairs = "all pairs" if kept == 1 else f"of all pairs {kept:.0%}, as masks leave them,"
-    return (
-        f"{counted(many, 'attention')} of a step fused: scores are never whole; run block by block, "
-        f"{pairs} of queries and keys, priced as a fused kernel of these; gradients make the weights again"
+    by = f"run by {NAMES[kind]}" if kind in NAMES else "run block by block"
+    told = (
+        f"{counted(many, 'attention')} of a step fused: scores are never whole; {by}, {pairs} of queries and keys, "
+        f"priced as a fused kernel of these; gradients make the weights again"
     )
+    return (told, *_not_by_kernels(graph, kind))
+
+
+def _not_by_kernels(graph: Graph, kind: str) -> tuple[str, ...]:
+    """Attention that no kernel runs though the devices have one, and gradients that make the forward pass again."""
+    if kind not in NAMES:
+        return ()
+    visits = [visit for visit in graph.visits if visit.op.kind in COMPOSITES]
+    why = {visit.op.where: reason_against(visit.op, kind) for visit in visits}
+    again = [visit.op.where for visit in visits if products_made(visit.op, kind) > 1]
+    told = [
+        f"no kernel runs the attention at {where} ({reason}): it runs block by block, priced with the scores that "
+        f"blocks write and read"
+        for where, reason in why.items()
+        if reason
+    ]
+    if again:
+        told.append(
+            f"{NAMES[kind]} makes the attention at {again[0]} again for its gradient, seven products for five: "
+            f"the loop over layers keeps no results for it"
+        )
+    return tuple(told)
 
 
 def _own_statistics(where: tuple[str, ...], candidate: Candidate | None) -> str:

@@ -17,6 +17,7 @@ from jax.extend.core import Primitive
 
 from meshwright.backends.xla.emit import Cut, emit
 from meshwright.backends.xla.params import attrs_of, dtype_name, marks_of
+from meshwright.backends.xla.user_kernels import kernel as by_hand
 from meshwright.ir.graph import Op, TensorType
 from meshwright.ir.rule import Rule
 from meshwright.ir.rules import rule_of
@@ -374,6 +375,12 @@ def _rest() -> Iterator[tuple[Any, ...]]:
     yield grad(layer_norm, 0, 1), normal(2, 4, 8), normal(8)
     yield grad(jax.nn.gelu), normal(4, 8)
     yield grad(jax.nn.softmax), normal(4, 8)
+    yield grad(scaled_by_hand, 0, 1), normal(4, 8, 2), normal(8, 2)
+
+
+scaled_by_hand = by_hand(
+    lambda x, w: jnp.sin(x) * w.sum(1)[:, None], rule="b d e, d f -> b d e", cut="b d", flop=1
+)
 
 
 def layer_norm(x: Any, scale: Any) -> Any:

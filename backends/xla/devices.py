@@ -124,3 +124,11 @@ def options_for(mesh: DeviceMesh) -> dict[str, str] | None:
 
 def on_cpus(mesh: DeviceMesh) -> bool:
     return mesh.devices.flat[0].platform == "cpu"
+
+
+def platform_of(mesh: DeviceMesh) -> str:
+    """The kind of devices of a mesh, as clusters call it."""
+    device = mesh.devices.flat[0]
+    if device.platform != "gpu":
+        return device.platform
+    return "cuda" if "cuda" in device.client.platform_version.lower() else "rocm"

@@ -22,12 +22,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ...ir.attention_form import LSE
 from ...ir.composites import body_of
 from ...ir.dealt import OTHER, Parts, spread, through
 from ...ir.evenly import partners
 from ...ir.graph import Graph, Op
 from ...ir.rule import Rule
 from ...ir.rules import rule_of
+from .attention_check import check_form
+from .attention_kernels import attention_kernel
 from .dtypes import jax_dtype
 from .emit import emit
 from .shard import Arrays, Cut, Part, Window
@@ -40,7 +43,7 @@ Dims = tuple[tuple[int, ...], ...]  # by dim of an array, the free dims that it 
 
 def run_composite(
     op: Op, bound: Callable[[Op], Any], operands: Arrays, rule: Rule, cuts: Mapping[int, Cut],
-    even: tuple[str, ...] = (),
+    even: tuple[str, ...] = (), platform: str = "cpu",
 ) -> list[jax.Array]:  # fmt: skip
     """This shard's results, or its contribution to those that are summed over what is cut.
 
@@ -49,23 +52,46 @@ def run_composite(
         operands: local parts, cut as the rule and `cuts` say.
         cuts: by factor of the rule; the free dims of the composite are its first factors.
         even: axes over which devices exchange rows.
+        platform: of the devices; a kernel of theirs runs what it can (`attention_kernels.py`).
     """
-    held = lax.optimization_barrier(tuple(operands))
+    held = _held(op, operands)
     body = _made(*(dict(op.attrs).get(name) for name in _Body.ATTRS))
     free = {
         d: cuts[f] for d, f in enumerate(_factors(rule, body.sizes)) if f is not None and f in cuts
     }
+    kernel = attention_kernel(op, platform, free, even)
+    if kernel is not None:
+        check_form(op, kernel.form, partial(_sampled, body, bound))
     if body.rows is None or body.rows not in free:
         runs = body.runs()
-        return _Loop(body, bound, free, body.to_cut(free, len(runs)), runs)(list(held))
+        whole = kernel or _Loop(body, bound, free, body.to_cut(free, len(runs)), runs)
+        return whole(list(held))
     halves = Halves(even, body.partners(free[body.rows].ways)) if even else None
     runs = body.runs_of_one(free[body.rows], halves)
     loop = _Loop(body, bound, free, body.to_cut(free, len(runs)), runs)
+    if kernel is not None:
+        loop = kernel.of_runs(runs, free[body.rows].ways)
     if halves is None:
         return loop(list(held))
     places = [_place(dims, body.rows) for dims in (*body.operands, *body.results)]
     given = [halves.there(a, at) for a, at in zip(held, places, strict=False)]
     return [halves.back(a, at) for a, at in zip(loop(given), places[len(held) :], strict=True)]
+
+
+def _sampled(
+    body: _Body, bound: Callable[[Op], Any], cuts: Mapping[int, Part], operands: Arrays
+) -> list[Any]:
+    """The body on a small part of its free dims."""
+    return _Loop(body, bound, cuts, ())(operands)
+
+
+def _held(op: Op, operands: Arrays) -> list[jax.Array]:
+    """Operands behind a barrier; what a kernel alone reads of the forward pass stays out of it."""
+    body = body_of(str(op.attr("body")))
+    read = {v for each in body.ops for v in each.inputs} | {*body.outputs}
+    at = [k for k, v in enumerate(body.inputs) if v in read]
+    behind = dict(zip(at, lax.optimization_barrier(tuple(operands[k] for k in at)), strict=True))
+    return [behind.get(k, array) for k, array in enumerate(operands)]
 
 
 def _factors(rule: Rule, sizes: Sequence[int]) -> list[int | None]:
@@ -324,10 +350,11 @@ class _Loop:
             for c in graph.constants
         }
         for op in graph.ops:
-            rule = rule_of(op, graph.types)
-            results = emit(
-                op, self.bound(op), [values[v] for v in op.inputs], rule, self._cuts_of(op, rule)
-            )
+            rule, given = rule_of(op, graph.types), [values[v] for v in op.inputs]
+            if op.kind == LSE:
+                results = [log_of_sum(*given)]
+            else:
+                results = emit(op, self.bound(op), given, rule, self._cuts_of(op, rule))
             values |= dict(zip(op.outputs, results, strict=True))
         return [values[v] for v in graph.outputs]
 
@@ -340,6 +367,11 @@ class _Loop:
                 if told and dim and told[0][0] in self.cuts and told[0][1] == 1:
                     found[dim[0]] = self.cuts[told[0][0]]
         return found
+
+
+def log_of_sum(total: Any, shift: Any = 0.0) -> jax.Array:
+    """Of the exponentials of a row, from which `shift` was taken off before."""
+    return jnp.log(total).astype(jnp.float32) + jnp.asarray(shift, jnp.float32)
 
 
 def _place(dims: Dims, dim: int | None) -> int | None:

@@ -27,6 +27,7 @@ from .devices import (
     options_for,
     partition_spec,
     place,
+    platform_of,
     processes_of,
     used_devices,
 )
@@ -172,7 +173,12 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
     program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
     check_decisions(plan, program.graph, program.value_tags)
     local = LocalStep(
-        plan, program, captured.binding.ops, captured.binding.arrays, holds=on_cpus(mesh)
+        plan,
+        program,
+        captured.binding.ops,
+        captured.binding.arrays,
+        on_cpus(mesh),
+        platform=platform_of(mesh),
     )
     in_specs = tuple(map(partition_spec, local.input_layouts()))
     out_specs = tuple(map(partition_spec, local.output_layouts()))
@@ -203,7 +209,7 @@ def _weakly(
 
 def _as_planned(plan: Plan, captured: Captured) -> Captured:
     """The step with the batch that the plan was made for, which may have been told, and attention as planned."""
-    graph = composed(captured.graph, plan.attention)
+    graph = composed(captured.graph, plan.attention, plan.cluster)
     return replace(
         captured, graph=graph if plan.batch is None else replace(graph, batch=plan.batch.known)
     )

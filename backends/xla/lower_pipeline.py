@@ -20,7 +20,7 @@ from ...ir.program import prepare
 from ...ir.schedule import Schedule, check
 from ...ir.stages import cut_stages
 from .capture import Captured
-from .devices import device_mesh, on_cpus, used_devices
+from .devices import device_mesh, on_cpus, platform_of, used_devices
 from .fragments import StagePrograms, link
 from .pipeline import LoweredPipeline
 from .spmd import LocalStep
@@ -87,7 +87,9 @@ def _stages(
     for stage, end in zip(pipeline.stages, ends, strict=True):
         mesh = device_mesh(stage.mesh, used[end - stage.mesh.size : end])
         part = plan.model_copy(update=own_decisions(stage))
-        local = LocalStep(part, program, captured.binding.ops, arrays, on_cpus(mesh), groups)
+        local = LocalStep(
+            part, program, captured.binding.ops, arrays, on_cpus(mesh), groups, platform_of(mesh)
+        )
         found.append(StagePrograms(local, mesh))
     return found
 

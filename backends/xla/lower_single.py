@@ -31,7 +31,15 @@ from ...ir.program import prepare
 from ...ir.sharding import Sharding
 from ...ir.stages import cut_stages
 from .capture import Captured
-from .devices import on_cpus, options_for, partition_spec, place, processes_of, used_devices
+from .devices import (
+    on_cpus,
+    options_for,
+    partition_spec,
+    place,
+    platform_of,
+    processes_of,
+    used_devices,
+)
 from .meetings import Meetings, named
 from .single import SingleStep
 from .spmd import LocalStep
@@ -217,7 +225,14 @@ def lower_single(
     parts, time = layered(program, cut), program.time
     assert isinstance(time, TimeAxis)
     mesh = _mesh(plan, pipeline, devices)
-    local = LocalStep(plan, program, captured.binding.ops, captured.binding.arrays, on_cpus(mesh))
+    local = LocalStep(
+        plan,
+        program,
+        captured.binding.ops,
+        captured.binding.arrays,
+        on_cpus(mesh),
+        platform=platform_of(mesh),
+    )
     ins = _border(mesh, local.input_layouts(), parts.inputs, captured.graph.input_name)
     outs = _border(mesh, local.output_layouts(), parts.outputs, captured.graph.output_name)
     step = SingleStep(local, parts, time, ins.shared, outs.shared)

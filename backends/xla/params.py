@@ -32,6 +32,7 @@ import numpy as np
 from ...ir.graph import Attr
 from ...ir.rules.random import DRAWN
 from .compat import is_vacant
+from .user_kernels import UserFunction
 
 _SHORT = {
     "bool": "bool", "int4": "s4", "uint4": "u4", "int8": "s8", "uint8": "u8", "int16": "s16",
@@ -114,6 +115,8 @@ def _container(value: Any) -> Attr:
             return ("<set>", *sorted((_attr(item) for item in value), key=repr))
         case dict():
             return ("<dict>", *((_attr(k), _attr(v)) for k, v in value.items()))
+    if isinstance(value, UserFunction):
+        return f"<function>{value.name}"  # what it computes is its program, another parameter
     if _is_extended(value):
         return f"<key>{value}"
     if isinstance(value, np.dtype) or _is_scalar_type(value):

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax import lax
 
+from ...ir.attention_form import LSE
 from ...ir.composites import KINDS, body_of
 from ...ir.errors import MismatchError
 from ...ir.graph import Constant, Graph, Op, Region, TensorType
@@ -23,6 +24,7 @@ from ...ir.rules import rule_of
 from .capture import Bound, Captured
 from .dtypes import jax_dtype
 from .emit import emit
+from .emit_composite import log_of_sum
 
 Env = dict[int, Any]
 
@@ -76,6 +78,8 @@ class Walk:
     def op(self, op: Op, operands: Sequence[Any]) -> Sequence[Any]:
         if op.kind in KINDS:
             return replace(self, graph=body_of(str(op.attr("body"))), arrays={})(*operands)
+        if op.kind == LSE:
+            return [log_of_sum(*operands)]
         rule = rule_of(op, self.graph.types)
         return emit(op, self.bound[op.kind, op.attrs], operands, rule, {})
 

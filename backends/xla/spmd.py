@@ -43,8 +43,9 @@ class LocalStep:
 
     def __init__(
         self, plan: Plan, program: Program, bound: Mapping, arrays: Mapping[int, Any], holds: bool = False,
-        groups: int | None = None,
+        groups: int | None = None, platform: str = "cpu",
     ):  # fmt: skip
+        self.platform = platform
         self.plan, self.program, self.bound, self.arrays, self.holds = (
             plan,
             program,
@@ -184,7 +185,7 @@ class LocalStep:
             results = [operands[0] * many if op.kind == ESTIMATED else operands[0] / many]
         elif op.kind in KINDS:
             cuts, even = self._cuts(rule, strategy, now, scope), self._dealt(rule, strategy)
-            results = run_composite(op, self._primitive, operands, rule, cuts, even)
+            results = run_composite(op, self._primitive, operands, rule, cuts, even, self.platform)
         else:
             cuts = self._cuts(rule, strategy, now, scope)
             results = emit(op, self._primitive(op), operands, rule, cuts)

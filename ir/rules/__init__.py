@@ -24,6 +24,7 @@ from . import (
     reduction,
     shape,
     sort,
+    user_kernel,
 )
 from .factors import NUMBERS, OWING, WRITERS, Call, Dims, Unusual, opaque_rule
 
@@ -40,6 +41,7 @@ _FAMILIES = (
     reduction,
     shape,
     sort,
+    user_kernel,
 )
 
 

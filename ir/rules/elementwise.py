@@ -20,7 +20,7 @@ _LINEAR_UNARY = (
 )  # fmt: skip
 _BINARY = (
     "and", "atan2", "eq", "eq_to", "ge", "gt", "le", "le_to", "lt", "lt_to", "max", "min",
-    "mulhi", "ne", "nextafter", "or", "pow", "rem", "shift_left", "shift_right_arithmetic",
+    "log_sum_exp", "mulhi", "ne", "nextafter", "or", "pow", "rem", "shift_left", "shift_right_arithmetic",
     "shift_right_logical", "xor",
 )  # fmt: skip
 _LINEAR_BINARY = ("add", "add_any", "sub", "complex")

@@ -11,22 +11,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 
 from ...ir.attention import Attention
 from ...ir.cluster import Device
 from ...ir.composites import KINDS as COMPOSITES
-from ...ir.evenly import keys_at_most, pairs_kept
 from ...ir.graph import Op, TensorType
 from ...ir.rule import Rule
+from ...ir.rules.user_kernel import KIND as USERS
+from .attention import ROWS, attention_seconds, attention_tail
 from .flop import DECOMPOSITIONS, flop, told_cost
 from .kernels import CONTRACTIONS, FREE, Kernels, is_kernel, work
 from .products import product_share
 
 ENDLESS = 1e12  # products in a batch that keeps all multiprocessors busy
-ROWS = 128  # queries that one thread block of fused attention works on (Dao, arXiv 2307.08691, section 3.3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +45,12 @@ def op_seconds(
     ways: Ways,
     kernels: Kernels,
     products: str | None = None,
+    by_xla: bool = True,
 ) -> np.ndarray | float:
     """Seconds on one device for every choice; `kernels` says what the op reads and writes.
 
     `products` is an element type to which the operands of products outside attention are
-    cast first ("f8e4m3fn").
+    cast first ("f8e4m3fn"). `by_xla`: attention that is one op runs as XLA runs it, not by a framework's kernel.
 
     A fused op pays for what its chain first reads at it and for what it writes. Of its
     arithmetic it pays the part by which the chain's arithmetic exceeds the chain's memory
@@ -68,37 +68,29 @@ def op_seconds(
         return seconds + (_cast_seconds(op, types, device, ways) if narrow else 0.0)
     if op.kind in COMPOSITES:
         moved = device.stream_seconds(_cut(_moved(op, types, kernels), ways))
-        seconds = _composite_seconds(op, rule, types, device) / ways.work
-        return device.launch + np.maximum(moved, seconds * _composite_tail(op, device, ways))
-    arithmetic = _beside_products(op, rule, types) / device.vector_flops / ways.work
+        seconds = _composite_seconds(op, rule, types, device, by_xla) / ways.work
+        return device.launch + np.maximum(moved, seconds * attention_tail(op, device, ways.work))
+    arithmetic = _beside_products(op, rule, types, device) / ways.work
     return device.launch + np.maximum(
         device.stream_seconds(_cut(_touched(op, types, kernels), ways)), arithmetic
     )
 
 
-def _beside_products(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> float:
-    """FLOP of a kernel that is no product and does more than move: a decomposition, one whose author says so."""
-    return flop(op, rule, types) if op.kind in DECOMPOSITIONS or told_cost(op) else 0.0
+def _beside_products(op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device) -> float:
+    """Seconds of arithmetic of a kernel that is no product and does more than move: a decomposition, one whose author
+    says so. A user's kernel is taken to multiply as fused attention does."""
+    if op.kind == USERS:
+        rate = _peak(device, multiplied_as(op, types, device)) * device.attention_efficiency
+        return flop(op, rule, types) / rate
+    counted = op.kind in DECOMPOSITIONS or told_cost(op)
+    return flop(op, rule, types) / device.vector_flops if counted else 0.0
 
 
 def _composite_seconds(
-    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device
+    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, by_xla: bool
 ) -> float:
-    """Arithmetic of attention's products on one device, uncut, at the rate that large fused attention reaches.
-    Keys that masks leave out are not multiplied."""
-    return (
-        pairs_kept(op)
-        * flop(op, rule, types)
-        / (_peak(device, multiplied_as(op, types, device)) * device.attention_efficiency)
-    )
-
-
-def _composite_tail(op: Op, device: Device, ways: Ways) -> np.ndarray | float:
-    """As `_tail`, of attention that is one op: all but its keys are free."""
-    if device.units is None:
-        return 1.0
-    rows = prod(n for n in op.attr("sizes") if isinstance(n, int))  # type: ignore[union-attr]
-    return 1 + device.units * ROWS * ways.work / rows * keys_at_most(op) / pairs_kept(op) / 2
+    peak = _peak(device, multiplied_as(op, types, device))
+    return attention_seconds(op, flop(op, rule, types), peak, device, by_xla)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +132,7 @@ def least_terms(
     device: Device,
     kernels: Kernels,
     products: str | None = None,
+    by_xla: bool = True,
 ) -> Terms:
     """No layout that cuts everything into at most so many parts runs the op in less.
 
@@ -150,11 +143,11 @@ def least_terms(
     if fused is not None:
         return fused
     if op.kind in COMPOSITES:
-        return Terms(device.launch, {}, _composite_seconds(op, rule, types, device))
+        return Terms(device.launch, {}, _composite_seconds(op, rule, types, device, by_xla))
     if op.kind not in CONTRACTIONS:
         touched, arithmetic = (
             _touched(op, types, kernels),
-            _beside_products(op, rule, types) / device.vector_flops,
+            _beside_products(op, rule, types, device),
         )
         if arithmetic > device.stream_seconds(sum(touched.values())):
             return Terms(device.launch, {}, arithmetic)

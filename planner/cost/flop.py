@@ -5,7 +5,7 @@ product             2 per combination of its factors; of a grouped one (`ragged_
 convolution         2 per result element and kernel element
 decompositions      Golub & Van Loan, Matrix Computations, 4th ed., tables 3.2, 4.2, 5.5, 7.7, 8.3, 8.6
 fft                 5 n log2 n for n points (Cooley & Tukey; the count that FFTW's benchmarks use)
-a kernel by hand    what it says of itself: `pallas_call(cost_estimate=...)`
+a kernel by hand    what it says of itself: `pallas_call(cost_estimate=...)`, `mw.kernel(flop=...)`
 a composite         its products
 others              one per result element
 """
@@ -22,6 +22,7 @@ from ...ir.graph import Op, TensorType
 from ...ir.recompute import PRODUCTS
 from ...ir.rule import Rule
 from ...ir.rules import rule_of, vocabulary
+from ...ir.rules.user_kernel import KIND as USERS
 
 KNOWN = vocabulary()
 SQUARE = {
@@ -54,6 +55,8 @@ def flop(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> float:
 
 def told_cost(op: Op) -> tuple[float, float] | None:
     """FLOP and bytes moved, where the kernel's author wrote them down (exponentials count as one each)."""
+    if op.kind == USERS:
+        return float(op.attr("flop")), float(op.attr("nbytes"))  # type: ignore[arg-type]
     told = dict(op.attrs).get("cost_estimate")
     if not isinstance(told, tuple) or len(told) < 4 or told[0] != "<CostEstimate>":
         return None

@@ -31,11 +31,12 @@ from ...ir.composites import KINDS as COMPOSITES
 from ...ir.graph import Op, TensorType
 from ...ir.program import Program
 from ...ir.recompute import AGAIN, PRODUCTS
+from ...ir.rules.user_kernel import KIND as USERS
 from .flop import DECOMPOSITIONS, KNOWN
 
 # Ops that start a kernel of their own and read and write memory.
 KERNELS = frozenset({
-    *PRODUCTS, *COMPOSITES, "gather", "scatter", "scatter-add", "sort", "top_k",
+    *PRODUCTS, *COMPOSITES, USERS, "gather", "scatter", "scatter-add", "sort", "top_k",
     "cumsum", "reduce_window_max", "reduce_window_sum", "select_and_scatter_add", "random_bits",
     "threefry2x32", "dynamic_update_slice",
 })  # fmt: skip
@@ -45,7 +46,7 @@ FREE = frozenset(
 )  # no kernel
 # Ops that never follow another's layout: they do real work, or a layout of their own is the point.
 LEADERS = frozenset({
-    *PRODUCTS, *COMPOSITES, "copy", "gather", "scatter", "scatter-add", "sort",
+    *PRODUCTS, *COMPOSITES, USERS, "copy", "gather", "scatter", "scatter-add", "sort",
     "top_k", "cumsum", "dynamic_slice", "dynamic_update_slice", "concatenate",
     "select_and_scatter_add", "reduce_window_max", "reduce_window_sum", "random_bits", "threefry2x32",
 })  # fmt: skip

@@ -101,7 +101,9 @@ class Roofline:
         kernels: Kernels,
     ) -> np.ndarray | float:
         """Seconds of one run on one device, for every choice."""
-        return op_seconds(op, rule, types, self.device, ways, kernels, self.products)
+        return op_seconds(
+            op, rule, types, self.device, ways, kernels, self.products, not self.redone_inside
+        )
 
     def fused_terms(
         self, op: Op, types: Mapping[int, TensorType], kernels: Kernels
@@ -113,4 +115,6 @@ class Roofline:
         self, op: Op, rule: Rule, types: Mapping[int, TensorType], kernels: Kernels
     ) -> Terms:
         """No layout that cuts everything into at most so many parts takes less."""
-        return least_terms(op, rule, types, self.device, kernels, self.products)
+        return least_terms(
+            op, rule, types, self.device, kernels, self.products, not self.redone_inside
+        )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import ParallelStep, RunningStep, lower, parallelize, plan
+    from .backends.xla.user_kernels import kernel
     from .emulation import emulate
     from .ir.cluster import Cluster
     from .ir.codec import load_plan, save_plan
@@ -35,6 +36,7 @@ _HOMES = {
     "RunningStep": "api",
     "connect": "processes",
     "emulate": "emulation",
+    "kernel": "backends.xla.user_kernels",
     "load_plan": "ir.codec",
     "lower": "api",
     "parallelize": "api",
@@ -45,7 +47,7 @@ _HOMES = {
 
 __all__ = [
     "Cluster", "MeshwrightError", "ParallelStep", "Plan", "Request", "RunningStep", "__version__",
-    "connect", "emulate", "load_plan", "lower", "parallelize", "plan", "save_plan", "simulate",
+    "connect", "emulate", "kernel", "load_plan", "lower", "parallelize", "plan", "save_plan", "simulate",
 ]  # fmt: skip
 
 

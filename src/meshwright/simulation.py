@@ -104,7 +104,8 @@ def simulate(
             f"the plan was made for another step than `{plan.name}` is now.",
             where="graph fingerprint", fix="plan again",
         )  # fmt: skip
-    program = prepare(fold(composed(captured.graph, plan.attention)).small, plan.recompute)  # type: ignore[arg-type]
+    folded = fold(composed(captured.graph, plan.attention, plan.cluster))
+    program = prepare(folded.small, plan.recompute)  # type: ignore[arg-type]
     check_decisions(plan, program.graph, program.value_tags)
     beside = plan.overlap if overlap is None else Request(overlap=overlap).execution.overlap
     check_overlap(beside, where)

@@ -1,0 +1,66 @@
+"""Seconds of attention that is one op: by a kernel of the device, or block by block where none runs it.
+
+    kernel      products made / (peak * attention efficiency)
+    blocks      products made / (peak * efficiency) + scores written and read between the products / memory bandwidth
+
+Which of both is `ir/attention_kernels.py`'s word. Frameworks are taken to have a kernel for every attention.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+
+from ...ir.attention_kernels import NAMES, products_made, reason_against
+from ...ir.cluster import Device
+from ...ir.composites import body_of
+from ...ir.evenly import keys_at_most, pairs_kept
+from ...ir.graph import Op
+from ...ir.recompute import PRODUCTS
+
+ROWS = 128  # queries that one thread block of fused attention works on (Dao, arXiv 2307.08691, section 3.3)
+_REDUCED = frozenset({"reduce_sum", "reduce_max"})
+
+
+def attention_seconds(op: Op, flop: float, peak: float, device: Device, by_xla: bool) -> float:
+    """Of the whole op on one device; keys that masks leave out are not multiplied.
+
+    Args:
+        flop: of the products that its body writes, `peak` FLOP/s.
+        by_xla: what XLA runs, not a framework's kernels.
+    """
+    pairs = pairs_kept(op) * flop
+    if by_xla and device.kind in NAMES and reason_against(op, device.kind):
+        moved = device.stream_seconds(pairs_kept(op) * _scores_moved(str(op.attr("body"))))
+        return pairs / (peak * device.efficiency) + moved
+    again = products_made(op, device.kind) if by_xla else 1.0
+    return again * pairs / (peak * device.attention_efficiency)
+
+
+def attention_tail(op: Op, device: Device, work: np.ndarray) -> np.ndarray | float:
+    """By what factor it outlasts its work spread evenly over all multiprocessors: all but its keys are free."""
+    if device.units is None:
+        return 1.0
+    rows = prod(n for n in op.attr("sizes") if isinstance(n, int))  # type: ignore[union-attr]
+    return 1 + device.units * ROWS * work / rows * keys_at_most(op) / pairs_kept(op) / 2
+
+
+@lru_cache(maxsize=256)
+def _scores_moved(body: str) -> float:
+    """Bytes of what is as large as the scores that products write and read, and sums and maxima read."""
+    graph = body_of(body)
+    types = graph.types
+    large = max(
+        (types[v].size for op in graph.ops if op.kind in PRODUCTS for v in op.outputs), default=0
+    )
+    return float(
+        sum(
+            types[v].nbytes
+            for op in graph.ops
+            if op.kind in PRODUCTS | _REDUCED
+            for v in (*op.inputs, *op.outputs)
+            if types[v].size == large
+        )
+    )
