@@ -23,7 +23,7 @@ from meshwright.planner.jobs.pinned import Parallelism
 def captured(name: str, attention: AttentionKind = "plain", **options):
     example = build(name, dtype="f32", optimizer="sgd", **options)
     found = capture(example.step, example.state, example.batch, donate_argnums=0)
-    return example, found, fold(composed(found.graph, attention))
+    return example, found, fold(composed(found.graph, attention, Cluster.parse("8xcpu")))
 
 
 def fixed(name: str, parallelism: Parallelism, dropout: float | None = None, **options):
