@@ -391,7 +391,10 @@ class _Reader:
         return op is not None and op.kind == "reduce_sum" and self._origin(op.inputs[0]) == self.exp
 
     def _result(self) -> tuple[int, None, tuple[str, ...]]:
-        op = self.writer[self.graph.outputs[0]]
+        first, *others = self.graph.outputs
+        if [self.writer[v].kind for v in others] not in ([], [LSE]):
+            raise Unreadable("other results than attention's own")
+        op = self.writer[first]
         weights = [v for v in op.inputs if self._is_weights(v)]
         if len(weights) != 1:
             raise Unreadable("weights that are not a softmax as it stands (dropout, a second mask)")
