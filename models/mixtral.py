@@ -1,9 +1,9 @@
 """Mixtral: a Llama-like decoder whose feed-forward is a mixture of experts.
 
-Each token goes to its top two experts. Dispatch is by capacity and one-hot
-einsums, as in GShard (Lepikhin et al. 2020, arXiv 2006.16668), or sorted (`experts`):
-static shapes, a token beyond an expert's capacity skips that expert. Each sequence is its own
-dispatch group, so that the batch stays a parallel dim. No dropout.
+Each token goes to its top two experts. Choices are sorted to experts and looked up (`experts`), as
+trainers do, or dispatched by one-hot einsums, as in GShard (Lepikhin et al. 2020, arXiv
+2006.16668): the same function. Static shapes, a token beyond an expert's capacity skips that
+expert. Each sequence is its own dispatch group, so that the batch stays a parallel dim. No dropout.
 
 Dims: B batch, S position, V vocabulary, L layers, D width, F expert width,
 N query heads, K key-value heads, H head width, E experts, C capacity (tokens
@@ -36,8 +36,10 @@ Batch = dict[str, jax.Array]
 class MixtralConfig:
     """Sizes of one Mixtral.
 
-    capacity_factor 1.25 and balance_weight 0.01: Fedus et al. 2021 (Switch,
-    arXiv 2101.03961), §2.2; Mixtral's own were not published.
+    capacity_factor 1: what NVIDIA's NeMo and Megatron-Bridge train Mixtral with for speed
+    (`MegatronTokenDropCallback`), and the work of dropless experts under an even load.
+    balance_weight 0.01: Fedus et al. 2021 (Switch, arXiv 2101.03961), §2.2. Mixtral's own were
+    not published.
     """
 
     layers: int
@@ -52,9 +54,9 @@ class MixtralConfig:
     vocab: int = 32_000
     theta: float = 1e6
     choices: int = 2
-    capacity_factor: float = 1.25
+    capacity_factor: float = 1.0
     balance_weight: float = 0.01
-    dispatch: str = "einsum"  # or "sorted": looked up, no one-hot products
+    dispatch: str = "sorted"  # or "einsum": one-hot products
     optimizer: str = "adamw"
     dtype: str = "bf16"
     scan: bool = False
@@ -128,11 +130,10 @@ def attention(config: MixtralConfig, layer: Params, x_BSD: jax.Array) -> jax.Arr
 
 
 def assign_slots(chosen_BSJE: jax.Array) -> jax.Array:
-    """Number the tokens of each expert: all first choices before any second."""
-    taken_BJE = chosen_BSJE.sum(axis=1)
-    earlier_BJE = jnp.cumsum(taken_BJE, axis=1) - taken_BJE
-    slot_BSJE = jnp.cumsum(chosen_BSJE, axis=1) - chosen_BSJE + earlier_BJE[:, None]
-    return (slot_BSJE * chosen_BSJE).sum(axis=-1)
+    """Number the tokens of each expert, in the order of their positions."""
+    taken_BSE = chosen_BSJE.sum(axis=2)
+    slot_BSE = jnp.cumsum(taken_BSE, axis=1) - taken_BSE
+    return (slot_BSE[:, :, None] * chosen_BSJE).sum(axis=-1)
 
 
 def route(config: MixtralConfig, logits_BSE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -194,8 +194,9 @@ def _contraction() -> Iterator[tuple[Any, ...]]:
     yield partial(jnp.einsum, "ab,bc->ac"), integers(9, 4, 8), integers(9, 8, 4)
     half = normal(8, 4, dtype=jnp.bfloat16)
     yield partial(jnp.einsum, "ab,bc->ac", preferred_element_type=jnp.float32), half, half.T
-    sizes = jnp.array([1, 2, 5])
-    yield grad(lambda x, w: lax.ragged_dot(x, w, sizes), 0, 1), normal(8, 4), normal(3, 4, 8)
+    for sizes in (jnp.array([1, 2, 5]), jnp.array([3, 0, 1, 3])):  # the second leaves a row to none
+        grouped = grad(partial(lax.ragged_dot, group_sizes=sizes), 0, 1)
+        yield grouped, normal(8, 4), normal(len(sizes), 4, 8)
     for image, kernel, settings_ in (
         ((4, 8, 8, 4), (3, 3, 4, 8), {}),
         ((4, 9, 8, 4), (3, 3, 4, 8), {"window_strides": (2, 2)}),

@@ -45,6 +45,8 @@ FLAT = [
     ("llama3-8b", "h100x8", 1, 65536, Parallelism(cp=8, zero=3), "full"),
     ("gpt3-1.3b", "a100x8", 16, 2048, Parallelism(dp=2, tp=4), "none"),
     ("gpt3-1.3b", "a100x8", 16, 2048, Parallelism(dp=4, tp=2, zero=1, sequence_parallel=True), "none"),
+    ("mixtral-8x7b", "4xh100x8@ib400", 32, 4096, Parallelism(dp=32, ep=8, zero=1), "none"),
+    ("mixtral-8x7b", "4xh100x8@ib400", 64, 4096, Parallelism(dp=32, ep=4, zero=3), "full"),
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ...ir.graph import Op
 from ...ir.rule import Rule
 from .compat import bind, is_vacant
+from .emit_grouped import ragged_dot
 from .emit_indexing import gather, scatter
 from .emit_random import drawing, random_bits, random_split
 from .shard import Arrays, Cut, Emitter, Local, Params, Part
@@ -113,6 +114,7 @@ _EMITTERS: dict[str, Emitter] = {
     "tile": _rescaled(_tile),
     "conv_general_dilated": _rescaled(_convolution),
     "iota": _iota,
+    "ragged_dot_general": ragged_dot,
     "random_bits": random_bits,
     "random_split": random_split,
     "gather": gather,

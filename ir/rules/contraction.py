@@ -45,33 +45,28 @@ def _pairs(value: Attr) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, .
 
 @rule_for("ragged_dot_general")
 def ragged_dot_general(call: Call) -> Rule:
-    """Grouped matmul (experts): the ragged dim and the groups are whole, the rest as in a dot.
+    """Grouped matmul (experts): rows are parallel, groups too, or summed where all rows come out; sizes are whole.
 
-    lhs [m, k], rhs [g, k, n], group_sizes [g] -> [m, n]   m ragged: k reduced, n parallel
-    lhs [m, k], rhs [m, n],    group_sizes [g] -> [g, k, n]   m ragged and contracted
+    lhs [m, k], rhs [g, k, n], group_sizes [g] -> [m, n]   m ragged: k and g reduced (others' rows are 0)
+    lhs [m, k], rhs [m, n],    group_sizes [g] -> [g, k, n]   m ragged and contracted: m reduced
     """
     _, dot, ragged, groups = attr_tuple(call.attrs["ragged_dot_dimension_numbers"])
     (left_sum, right_sum), (left_batch, right_batch) = _pairs(dot)
     ragged, groups = integers(ragged), integers(groups)
     require(not left_batch and not right_batch and len(ragged) == 1 and call.operands[2].rank == 1)
     require(len(call.operands) == 3 and call.attrs.get("group_offset") is None)
-    factors = Factors()
+    factors, many = Factors(), call.operands[2].shape[0]
     left: dict[int, Dim] = {}
     right: dict[int, Dim] = {}
-    left[ragged[0]] = factors.whole(call.operands[0].shape[ragged[0]])
-    group = factors.whole(call.operands[2].shape[0])
+    contracted = ragged[0] in left_sum
+    group = factors.new(many, "" if contracted else "sum")
     right.update(dict.fromkeys(groups, group))
     for i, j in zip(left_sum, right_sum, strict=True):
-        if i not in left:
-            left[i] = factors.new(call.operands[0].shape[i], "sum")
-        right[j] = left[i]
-    contracted = ragged[0] in left_sum
+        left[i] = right[j] = factors.new(call.operands[0].shape[i], "sum")
     head = [group] if contracted else []
-    left_free = [d for d in range(call.operands[0].rank) if d not in left_sum]
-    _rest(factors, call, 0, left)
-    right_free = _rest(factors, call, 1, right)
-    result = (*head, *(left[d] for d in left_free), *right_free)
-    return factors.rule([_ordered(left), _ordered(right), (group,)], [result], [(0,), (1,)])
+    result = (*head, *_rest(factors, call, 0, left), *_rest(factors, call, 1, right))
+    sizes = (factors.whole(many),)
+    return factors.rule([_ordered(left), _ordered(right), sizes], [result], [(0,), (1,)])
 
 
 @rule_for("conv_general_dilated")

@@ -19,14 +19,14 @@ parallelism); Rajbhandari et al., SC'20 (ZeRO); Zhang et al., VLDB'22, arXiv 220
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
 from ...ir.copies import settles
 from ...ir.errors import PlanError, did_you_mean
-from ...ir.examples import Examples
+from ...ir.examples import Dims, Examples
 from ...ir.graph import Op
 from ...ir.mesh import Axis, Mesh
 from ...ir.mistakes import Mistakes
@@ -49,6 +49,7 @@ TENSOR, EXPERT = "NKFV", "E"
 LOOK_UPS = frozenset(
     {"gather", "scatter", "scatter-add"}
 )  # tokens are dispatched and combined on their own rank
+PASSING = frozenset({"copy", "reshape", "transpose", "convert_element_type"})
 SUMS = frozenset({"add", "add_any"})
 DEGREES = ("tp", "pp", "vpp", "dp", "cp", "ep")
 STATE_AXES = ("dp", "ep", "cp")  # ZeRO's shards of state are cut over these
@@ -166,6 +167,7 @@ class Pinned:
         self.attention = Attention(program)
         self.tensor = self._follow(lambda tag, shape: _named(tag, shape, TENSOR, parallelism.tp))
         self.experts = self._follow(lambda tag, shape: _named(tag, shape, EXPERT, parallelism.ep))
+        self._follow_sources(self.experts)
         self.state = self._follow(self._sharded_state, ("prepare", "update"))
         for tracker in (self.batch, self.positions, self.tensor):
             self._follow_readers(tracker)
@@ -366,15 +368,29 @@ class Pinned:
             rule = rule_of(op, self.types)
             if rule.opaque:
                 continue
-            shares = set(self._shares(found, op, rule))
-            for value, dims in zip(op.inputs, rule.operands, strict=True):
-                mine = {
-                    d: self.types[value].shape[d]
-                    for d, dim in enumerate(dims)
-                    if dim and dim[0] in shares
-                }
-                if mine and value not in found.dims and value not in self.graph.inputs:
+            for value, mine in self._read_alike(found, op, rule):
+                if value not in found.dims and value not in self.graph.inputs:
                     found.dims[value] = mine
+
+    def _read_alike(self, found: Examples, op: Op, rule: Rule) -> Iterator[tuple[int, Dims]]:
+        """Operands of an op, and which of their dims are those that are followed in it."""
+        shares = set(self._shares(found, op, rule))
+        for value, dims in zip(op.inputs, rule.operands, strict=True):
+            shape = self.types[value].shape
+            if mine := {d: shape[d] for d, dim in enumerate(dims) if dim and dim[0] in shares}:
+                yield value, mine
+
+    def _follow_sources(self, found: Examples) -> None:
+        """What products of experts read is laid out for them where a look-up leaves it: it travels once for all that
+        read it, in both passes."""
+        for op in reversed(self.graph.ops):
+            if op.kind != "dot_general" and found.dims.keys().isdisjoint(op.outputs):
+                continue
+            if op.kind == "dot_general" or op.kind in PASSING:
+                for value, mine in self._read_alike(found, op, rule_of(op, self.types)):
+                    maker = self._makers.get(value)
+                    if value not in found.dims and maker is not None and maker.kind in PASSING:
+                        found.dims[value] = mine
 
     def _follow_readers(self, found: Examples) -> None:
         """What scalars and constants make (the mask of a dropout) is made in the shards that its readers want."""
@@ -382,14 +398,8 @@ class Pinned:
             rule = rule_of(op, self.types)
             if rule.opaque or op.regions:
                 continue
-            shares = set(self._shares(found, op, rule))
-            for value, dims in zip(op.inputs, rule.operands, strict=True):
-                mine = {
-                    d: self.types[value].shape[d]
-                    for d, dim in enumerate(dims)
-                    if dim and dim[0] in shares
-                }
-                if mine and value in self._spread and value not in found.dims:
+            for value, mine in self._read_alike(found, op, rule):
+                if value in self._spread and value not in found.dims:
                     found.dims[value] = mine
                     found.depends.add(value)
 

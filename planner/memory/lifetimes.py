@@ -252,13 +252,13 @@ class _Analysis:
         if value in self._own_results:
             yield Segment(value, 0, last_tick, span.count, span.count)
             return
-        if value in self.storage.early and span.count == 1:
-            start = 0
         first, last = self._across_time(value, start, end)
-        if (first, last) == (start, end):
-            yield from self._weighted(value, start, end, span)
-        else:
+        if (first, last) != (start, end):
             yield from self._through_loop(value, first, last, span)
+        elif value in self.storage.early:
+            yield from self._until_read(value, 0, end, span.count)
+        else:
+            yield from self._weighted(value, start, end, span)
 
     def _across_time(self, value: int, start: int, end: int) -> tuple[int, int]:
         """With microbatches, what the loop reads or adds up lives as long as the loop."""
