@@ -40,7 +40,8 @@ class Attention:
     """One attention, or one pass of it.
 
     Attributes:
-        softmax: the exponentials. `keys` are its dims that are summed over, `many_keys` their size.
+        softmax: the exponentials. `keys` are its dims that are summed over, `many_keys` their size; `rows` those of
+            queries that keys have not.
         share: of all pairs of queries and keys, what masks leave that the program counts out (causal, windows);
             of the keys of one query they leave `longest` at most. `spans`: which blocks of keys a kernel leaves out.
         scores: results of the products that the softmax is taken of. `openings` are all products that make something
@@ -51,6 +52,7 @@ class Attention:
 
     softmax: int
     keys: frozenset[int]
+    rows: frozenset[int]
     many_keys: int
     share: float
     longest: float
@@ -224,8 +226,9 @@ class _Search:
             return None
         inside, many = frozenset(self.made | self.given), prod(self.kind.shape[d] for d in keys)
         return Attention(
-            self.exp, keys, many, *self._shares(keys), self._spans(keys), scores, tuple(self.openings),
-            tuple(closings), inside, frozenset(self.made), frozenset(self._weights), {v: self.parts[v] for v in inside},
+            self.exp, keys, self._rows(keys), many, *self._shares(keys), self._spans(keys), scores,
+            tuple(self.openings), tuple(closings), inside, frozenset(self.made), frozenset(self._weights),
+            {v: self.parts[v] for v in inside},
         )  # fmt: skip
 
     # ------------------------------------------------------------ what belongs to it

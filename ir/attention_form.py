@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .bodies import BACKWARD
 from .dealt import OTHER, complete, spread, whole
 from .graph import Graph, Op, TensorType
 from .intervals import Unknown
@@ -22,7 +23,6 @@ from .key_spans import EXPS
 from .masks import LOW, Masks, elsewhere
 from .text import parse, show
 
-FORWARD, BACKWARD = "attention", "attention_grad"
 LSE = "log_sum_exp"  # of sums of exponentials, and what was taken off before: log(sum) + shift
 FEATURE = -1  # a dim of queries, keys or values that is none of the scores
 SAMPLED = 192  # rows at which masks are looked at; of keys, those near them too

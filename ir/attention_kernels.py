@@ -40,6 +40,8 @@ def reason_against(op: Op, kind: str) -> str | None:
     """Why no kernel runs a composite on devices of this kind; None where one does."""
     if kind not in NAMES:
         return f"no kernel for {kind} devices"
+    if "round" in dict(op.attrs):
+        return "keys that may go round"
     try:
         form = form_of(op)
     except Unreadable as reason:

@@ -16,32 +16,36 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import count
 from typing import Literal
 
 from .attention import Attention, Links, attentions
-from .attention_form import BACKWARD, FORWARD, LSE, Unreadable, form_of, with_residuals
+from .attention_form import LSE, Unreadable, form_of, with_residuals
 from .attention_kernels import has_kernels
+from .bodies import BACKWARD, FORWARD
 from .cluster import Cluster
 from .dead import drop_dead_ops
 from .dealt import Parts, complete, followed, spread
-from .errors import LoweringError
 from .graph import Attr, Constant, Graph, Op, TensorType
+from .kept_sums import with_sums_kept
 from .key_spans import KeySpans, may_leave_out
+from .online import online
 from .recompute import PRODUCTS
 from .rule import cuttable
 from .rules import rule_of
-from .text import parse, show
+from .text import show
 
-KINDS = frozenset({FORWARD, BACKWARD})
-AttentionKind = Literal["plain", "fused"]
+AttentionKind = Literal["plain", "fused", "ring"]
 
 
 def composed(graph: Graph, attention: AttentionKind, cluster: Cluster | None = None) -> Graph:
-    """The graph with its attention as asked for; without a cluster for devices that have kernels."""
-    if attention != "fused":
+    """The graph with its attention as asked for; without a cluster for devices that have kernels. Under "ring"
+    gradients are handed what rings would work out again."""
+    if attention == "plain":
         return graph
+    if attention == "ring":
+        return with_sums_kept(with_attention(graph, for_kernels=False))
     return with_attention(graph, cluster is None or has_kernels(cluster))
 
 
@@ -60,28 +64,6 @@ def with_attention(graph: Graph, for_kernels: bool = True) -> Graph:
             return fused if done else graph
         found = tuple(one for one in done if one not in stuck)
     return graph
-
-
-@lru_cache(maxsize=256)
-def body_of(text: str) -> Graph:
-    """The graph that a composite stands for."""
-    return parse(text)
-
-
-def check_one_program(graph: Graph, strategies: Mapping[str, tuple[int, ...]]) -> None:
-    """Whether all stages can be one program: a stage without a microbatch skips what others do, and XLA's CPU backend
-    mixes up permutes of which some devices skip a turn (jax 0.10.2: wrong numbers, no error).
-
-    Raises:
-        LoweringError: devices exchange rows of an attention.
-    """
-    for op in (visit.op for visit in graph.visits if visit.op.kind in KINDS):
-        rule = rule_of(op, graph.types)
-        if any(rule.joint(code) is not None for code in strategies.get(op.tag, ())):
-            raise LoweringError(
-                "devices exchange rows of attention, which one program for all stages cannot.",
-                where=op.where or op.tag, fix="program=stages, which runs any stages",
-            )  # fmt: skip
 
 
 class Refused(Exception):
@@ -404,9 +386,10 @@ class _Cuts:
     closings: Sequence[int]
 
     def attrs(self) -> dict[str, Attr]:
-        """What the rule of the composite is made of; see `rules/composite.py`. Where keys are left out, these
-        are a further dim, of `keys` many, and `spans` are the first and the end of `blocks` of them, by block
-        of the free dim `rows`."""
+        """What the rule of the composite is made of; see `rules/composite.py`. Where blocks of keys come together,
+        these are a further dim, of `keys` many, and may go round a ring of devices that cut the free dim `ring`. Where
+        keys are left out, they are one too, and `spans` are the first and the end of `blocks` of them, by block of the
+        free dim `rows`."""
         body, parts = self.body, self.body.parts()
         shape = body.types[body.one.softmax].shape
         free = [
@@ -415,13 +398,31 @@ class _Cuts:
             if size > 1 and d not in body.one.keys and self._is_free(d, parts)
         ]
         found, spans = self._told(free, free, parts), self._spans(free, parts)
+        ring = self._ring(free, parts)
+        if ring is not None and spans is not None and ring != spans.rows:
+            ring = None
+        if spans is not None or ring is not None:
+            (keys,) = body.one.keys if spans is None else (spans.keys,)
+            found |= {**self._told(free, [*free, keys], parts), "keys": shape[keys]}
+        if ring is not None:
+            found["ring"] = free.index(ring)
         if spans is not None:
-            found |= self._told(free, [*free, spans.keys], parts)
             found |= {
-                "rows": free.index(spans.rows), "keys": shape[spans.keys],
-                "spans": spans.spans, "blocks": spans.blocks,
+                "rows": free.index(spans.rows), "spans": spans.spans, "blocks": spans.blocks
             }  # fmt: skip
         return found
+
+    def _ring(self, free: Sequence[int], parts: Mapping[int, Parts]) -> int | None:
+        """The dim of the queries, if blocks of keys come together."""
+        body, rows = self.body, [d for d in free if d in self.body.one.rows]
+        shape = body.types[body.one.softmax].shape
+        keys = body.one.keys
+        others = [d for d, size in enumerate(shape) if size > 1 and d not in free]
+        if body.rewrite.for_kernels or len(keys) != 1 or others != [*keys] or not rows:
+            return None  # kernels take whole keys
+        (keys,), numbers = body.one.keys, {v: c.data for v, c in body.numbers.items()}
+        found = online(body.ops, body.types, parts, keys, free, self.closings, numbers)
+        return None if found is None else max(rows, key=shape.__getitem__)
 
     def _told(
         self, free: Sequence[int], named: Sequence[int], parts: Mapping[int, Parts]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from math import gcd
 from typing import Any, cast
 
 import numpy as np
@@ -40,6 +41,17 @@ def is_uneven(attrs: Mapping[str, Any]) -> bool:
     return told is not None and any(
         _busiest(*told, ways, True) <= WORTH * _busiest(*told, ways, False) for ways in (2, 8)
     )
+
+
+def halves_go_round(attrs: Mapping[str, Any], rows: int) -> bool:
+    """Whether devices that pass keys round have halves of rows and of keys, for equal work."""
+    return is_uneven(attrs) and rows % 2 == 0 and cast(int, attrs["keys"]) % 2 == 0
+
+
+def divides(attrs: Mapping[str, Any], rows: int) -> int:
+    """What the devices that pass keys round must divide."""
+    keys = cast(int, attrs["keys"])
+    return gcd(rows // 2, keys // 2) if halves_go_round(attrs, rows) else gcd(rows, keys)
 
 
 def partners(spans: Spans, blocks: int, ways: int) -> tuple[int, ...]:

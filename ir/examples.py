@@ -20,8 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from .composites import KINDS as COMPOSITES
-from .composites import body_of
+from .bodies import KINDS as COMPOSITES
+from .bodies import body_of
 from .graph import Op, Region, TensorType, deciding
 from .rule import Rule
 from .rules import rule_of

@@ -202,7 +202,7 @@ def may_leave_out(
     nothing = {v for v, data in numbers.items() if data == 0}
     for op in ops:
         rule = rule_of(op, types)
-        keyed = _factor(op, parts, spans.keys, rule)
+        keyed = factor_of(op, parts, spans.keys, rule)
         if keyed is None:
             return False
         empty = op.kind in EXPS or any(
@@ -224,7 +224,7 @@ def may_leave_out(
     return nothing.issuperset(by_keys)
 
 
-def _factor(op: Op, parts: Mapping[int, Parts], keys: int, rule: Rule) -> int | None:
+def factor_of(op: Op, parts: Mapping[int, Parts], keys: int, rule: Rule) -> int | None:
     """The factor of an op that keys are, -1 where it has none; None where only a piece of a dim is, or some are."""
     found, others = set[int](), set[int]()
     sides = zip((*op.inputs, *op.outputs), (*rule.operands, *rule.results), strict=True)

@@ -46,12 +46,13 @@ class Joint:
     """A further way for an axis to cut an op: factors that it cuts together, and how devices then work.
 
     even    one factor, of which each device works on two pieces that are not neighbours, so that all have equal work
+    ring    two, rows and keys: keys go from device to device until all rows have met them
 
     Operands and results lie as if the axis cut the first of the factors that they have. `divides` is what the
     devices must divide.
     """
 
-    how: Literal["even"]
+    how: Literal["even", "ring"]
     factors: tuple[int, ...]
     divides: int
 

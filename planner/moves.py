@@ -12,7 +12,8 @@ from ..ir.graph import Op, Region
 from ..ir.plan import Collective
 from ..ir.rule import Strategy, side_sharding
 from ..ir.sharding import Sharding, reshard
-from .inside import sent_inside
+from .inside import Inside
+from .outline import Decides
 from .space import Space, Transfer
 
 SILENT = frozenset(
@@ -126,18 +127,28 @@ def settlements(space: Space, choices: tuple[int, ...]) -> list[tuple[Op, Collec
     """What ops send while they run, each tag once for all its runs in a step."""
     readings = space.frame.outline.readings
     phases = {reader: reading.phase for (_, reader, _), reading in readings.items()}
-    prices, entries = space.layouts.collectives, list[tuple[Op, Collective]]()
+    entries = list[tuple[Op, Collective]]()
     for step in space.frame.outline.decides:
-        op, runs = step.op, space.runs[step.op.tag]
-        strategy: Strategy = space.strategies[op.tag][choices[space.op_node[op.tag]]]
-        sides = (*op.inputs, *op.outputs)
-        for sent in sent_inside(step.rule, strategy, space.mesh):
-            layout = side_sharding(step.rule, strategy, space.mesh, sent.side)
-            nbytes = space.bytes_of(sides[sent.side]) * sent.share / layout.ways(space.mesh)
+        op, runs, x = step.op, space.runs[step.op.tag], choices[space.op_node[step.op.tag]]
+        strategy: Strategy = space.strategies[op.tag][x]
+        if not (inside := _inside(space, step, strategy)).sent():
+            continue
+        compute = float(space.own[op.tag][x] - space.settled[op.tag][x])
+        for sent, seconds in zip(inside.sent(), inside.seconds(compute), strict=True):
             entry = Collective(
-                kind=sent.kind, axes=sent.axes, nbytes=nbytes, count=max(1, round(runs)),
-                seconds=runs * prices.line(sent.kind, sent.axes)(nbytes),
+                kind=sent.kind, axes=sent.axes, nbytes=inside.nbytes(sent),
+                count=max(1, round(runs * sent.times)), seconds=runs * seconds,
                 what=f"{op.kind} {op.where}".strip(), phase=phases.get(op.tag, "forward"),
             )  # fmt: skip
             entries.append((op, entry))
     return entries
+
+
+def _inside(space: Space, step: Decides, strategy: Strategy) -> Inside:
+    sides = (*step.op.inputs, *step.op.outputs)
+    ways = [
+        float(side_sharding(step.rule, strategy, space.mesh, k).ways(space.mesh))
+        * space.frame.outline.parts(v, space.microbatches)
+        for k, v in enumerate(sides)
+    ]
+    return space.inside(step.op, step.rule, strategy, ways)

@@ -180,6 +180,12 @@ def outline_of(program: Program, cut: bool) -> Outline:
     return _Walk(program, cut).run()
 
 
+def _round(op: Op, rule: Rule) -> tuple[int, ...]:
+    """Factors that may be cut with keys alone, which are asked to go round."""
+    joints = rule.joints if "round" in dict(op.attrs) else ()
+    return tuple(f for joint in joints for f in joint.factors)
+
+
 class _Walk:
     def __init__(self, program: Program, cut: bool):
         self.outline, self.program = Outline(program, cut), program
@@ -275,7 +281,8 @@ class _Walk:
     def _decide(self, op: Op) -> None:
         rule, types = rule_of(op, self.types), self.types
         lead = self._time_factor(op, rule)
-        cuts = {f: self._divide(rule.factors[f].size, f == lead) for f in cuttable(rule)}
+        able = [f for f in cuttable(rule) if f == lead or f not in _round(op, rule)]
+        cuts = {f: self._divide(rule.factors[f].size, f == lead) for f in able}
         for code, joint in enumerate(rule.joints, len(rule.factors)):
             if lead not in joint.factors:
                 cuts[code] = self._divide(joint.divides, False)

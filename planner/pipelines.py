@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..ir.composites import check_one_program
 from ..ir.errors import InfeasibleError, LoweringError, MeshwrightError, PlanError
 from ..ir.layered import layered
+from ..ir.one_program import check_one_program
 from ..ir.part_cuts import part_cuts
 from ..ir.plan import Plan
 from ..ir.program import prepare

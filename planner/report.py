@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ..ir.attention_kernels import NAMES, products_made, reason_against
 from ..ir.batch_stats import statistics_of
-from ..ir.composites import FORWARD
-from ..ir.composites import KINDS as COMPOSITES
+from ..ir.bodies import FORWARD
+from ..ir.bodies import KINDS as COMPOSITES
+from ..ir.composites import AttentionKind
 from ..ir.evenly import pairs_kept
 from ..ir.execution import WITHIN
-from ..ir.graph import Graph, Op, TensorType
+from ..ir.graph import Graph, Op, TensorType, Visit
 from ..ir.microbatch import Refusal
 from ..ir.plan import EXACT, Collective, Estimate, Layout, Plan, PlannedBatch, Proof, Tensor
 from ..ir.roles import roles
@@ -168,8 +169,8 @@ def notes_of(search: Search) -> tuple[str, ...]:
     axis, told = program.time, assumptions(program.graph)
     if where := statistics_of(program.graph):
         told = (_own_statistics(where, search.best.candidate), *told)
-    if search.request.attention == "fused":
-        told = (*_fused(program.graph, search.cluster.device.kind), *told)
+    if (asked := search.request.attention) != "plain":
+        told = (*_fused(program.graph, search.cluster.device.kind, asked), *told)
     if isinstance(axis, Refusal):
         return (f"microbatches are not possible: {axis.reason} ({axis.where})", *told)
     if axis.batch % devices:
@@ -178,20 +179,21 @@ def notes_of(search: Search) -> tuple[str, ...]:
     return told
 
 
-def _fused(graph: Graph, kind: str) -> tuple[str, ...]:
-    """What `attention="fused"` found, and what runs it on devices of this kind."""
+def _fused(graph: Graph, kind: str, asked: AttentionKind) -> tuple[str, ...]:
+    """What `attention="fused"` or `"ring"` found, and what runs it on devices of this kind."""
     found = [visit for visit in graph.visits if visit.op.kind == FORWARD]
     many = sum(visit.times for visit in found)
     if not many:
-        return ("attention=fused changes nothing: no attention was found",)
+        return (f"attention={asked} changes nothing: no attention was found",)
     kept = sum(visit.times * pairs_kept(visit.op) for visit in found) / many
     pairs = "all pairs" if kept == 1 else f"of all pairs {kept:.0%}, as masks leave them,"
-    by = f"run by {NAMES[kind]}" if kind in NAMES else "run block by block"
+    by = f"run by {NAMES[kind]}" if kind in NAMES and asked == "fused" else "run block by block"
     told = (
         f"{counted(many, 'attention')} of a step fused: scores are never whole; {by}, {pairs} of queries and keys, "
         f"priced as a fused kernel of these; gradients make the weights again"
+        + (_round(found, many) if asked == "ring" else "")
     )
-    return (told, *_not_by_kernels(graph, kind))
+    return (told, *(_not_by_kernels(graph, kind) if asked == "fused" else ()))
 
 
 def _not_by_kernels(graph: Graph, kind: str) -> tuple[str, ...]:
@@ -213,6 +215,12 @@ def _not_by_kernels(graph: Graph, kind: str) -> tuple[str, ...]:
             f"the loop over layers keeps no results for it"
         )
     return tuple(told)
+
+
+def _round(found: Sequence[Visit], many: int) -> str:
+    """Of how many attentions keys may go round."""
+    able = sum(visit.times for visit in found if "ring" in dict(visit.op.attrs))
+    return f"; keys go round where devices share queries ({able} of {many} can)"
 
 
 def _own_statistics(where: tuple[str, ...], candidate: Candidate | None) -> str:

@@ -45,7 +45,9 @@ class Request:
                   0.02 where pipelines are searched
     batch_stats   "microbatch": what a step takes over the batch and computes each example with (batch norm) is taken
                   over each microbatch, which changes numbers; None: such a step has one microbatch
-    attention     "fused": each attention is one op that keeps no scores; "plain": products and softmax as written
+    attention     "fused": each attention is one op that keeps no scores; "ring": so too, and where devices share the
+                  queries of a sequence, keys go round them, once in the backward pass, for which sums are kept;
+                  "plain": products and softmax as written
     overlap       which communication runs beside computation: "parameters" (gathers of weights), "gradients" (their
                   reductions), "tensor" (exchanges within layers), with a pipeline "stages" (sends between these);
                   several joined by a comma, "all" or "none"

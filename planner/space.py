@@ -14,23 +14,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import inf, prod
+from math import inf
 
 import numpy as np
 
-from ..ir.evenly import pairs_kept
 from ..ir.execution import OverlapKind
+from ..ir.graph import Op
 from ..ir.mesh import Mesh
 from ..ir.program import Program
-from ..ir.rule import Strategy
+from ..ir.rule import Rule, Strategy
 from .cost.compute import Ways
 from .cost.kernels import kernels_of
 from .cost.model import CostModel
 from .frame import Alike, Decided, Decision, Frame, Home, Place, frame_of
 from .fused import fused_of
-from .inside import sent_inside
+from .inside import Inside
 from .layouts import Layouts
 from .outline import Outer
+from .uneven import ring_work, unevenness
 from .windows import MANY, Timed, Windows, windows_of
 
 
@@ -62,6 +63,7 @@ class Space:
         default_factory=lambda: np.zeros(0)
     )  # how often each reading happens per step
     windows: Windows | None = None  # None: nothing overlaps
+    overlap: tuple[OverlapKind, ...] = ()
 
     @property
     def homes(self) -> Mapping[str, Home]:
@@ -92,6 +94,12 @@ class Space:
         """Bytes of a whole value when it travels, of one microbatch."""
         whole = self.layouts.collectives.wire_bytes(self.program.graph.types[value])
         return whole / self.frame.outline.parts(value, self.microbatches)
+
+    def inside(self, op: Op, rule: Rule, strategy: Strategy, ways: Sequence[float]) -> Inside:
+        """What one run of an op sends; `ways` into how many parts each of its sides is cut."""
+        kinds = [self.program.graph.types[v] for v in (*op.inputs, *op.outputs)]
+        prices, beside = self.layouts.collectives, "tensor" in self.overlap
+        return Inside(op, rule, strategy, prices, kinds, ways, beside)
 
     def seconds(self, choices: Sequence[int]) -> float:
         """Of a step under choices, with what overlaps."""
@@ -196,7 +204,7 @@ def build(
     nodes = [
         Node(n.tag, n.choices, n.members, seconds=np.zeros(len(n.choices))) for n in frame.nodes
     ]
-    space = Space(program, layouts.mesh, microbatches, layouts, nodes, frame)
+    space = Space(program, layouts.mesh, microbatches, layouts, nodes, frame, overlap=overlap)
     _Prices(space, frame, cost, runs, dealt).fill()
     space.windows = windows_of(frame.outline, microbatches, overlap) if overlap else None
     return space
@@ -249,7 +257,7 @@ class _Prices:
         ]
         found += [(alike, self._kernel_seconds(alike)) for alike in fused.others]
         for alike, seconds in found:
-            settled = self._settled(alike) if alike.settles else None
+            settled = self._settled(alike, seconds) if alike.settles else None
             yield alike, seconds if settled is None else seconds + settled, settled
 
     def _ways(self, alike: Alike) -> np.ndarray:
@@ -262,36 +270,28 @@ class _Prices:
         op, sides, work = alike.op, self._ways(alike), self.layouts.cut_ways(alike.cuts)
         if self.space.microbatches > 1 and alike.timed.any():
             work = work * self.space.microbatches
+        chosen, launches = self.space.strategies[op.tag], 1.0
         if not self.dealt and "rows" in dict(op.attrs):
-            work = work / self._unevenness(alike)
-        ways = Ways(list(sides[: len(op.inputs)]), list(sides[len(op.inputs) :]), work)
+            work = work / np.array([unevenness(op, alike.rule, s, self.space.mesh) for s in chosen])
+        if "ring" in dict(op.attrs):
+            rings = [ring_work(op, alike.rule, s, self.space.mesh) for s in chosen]
+            work = work / np.array([more for more, _ in rings])
+            launches = np.array([many for _, many in rings])
+        ways = Ways(list(sides[: len(op.inputs)]), list(sides[len(op.inputs) :]), work, launches)
         seconds = self.cost.op_seconds(op, alike.rule, self.types, ways, self.kernels)
         return seconds + np.zeros(len(work))
 
-    def _unevenness(self, alike: Alike) -> np.ndarray:
-        """How much more than its share the busiest device computes, per choice, where masks leave keys out."""
-        op, rule = alike.op, alike.rule
-        rows, shape = op.attr("rows"), self.space.mesh.shape
-        found = []
-        for strategy in self.space.strategies[op.tag]:
-            codes = [code for code in strategy.axes if rows in rule.cut_by(code)]
-            ways = prod(n for n, code in zip(shape, strategy.axes, strict=True) if code in codes)
-            even = any(rule.joint(code) is not None for code in codes)
-            found.append(pairs_kept(op, ways, even) / pairs_kept(op))
-        return np.array(found)
-
-    def _settled(self, alike: Alike) -> np.ndarray:
+    def _settled(self, alike: Alike, compute: np.ndarray) -> np.ndarray:
         """Seconds of what an op sends while it runs, per choice."""
-        op, prices, ways = alike.op, self.layouts.collectives, self._ways(alike)
-        sides = (*op.inputs, *op.outputs)
+        op, ways = alike.op, self._ways(alike)
         chosen = self.space.strategies[op.tag]
         seconds = np.zeros(len(chosen))
         for i, strategy in enumerate(chosen):
-            for sent in sent_inside(alike.rule, strategy, self.space.mesh):
-                if sent.kind == "permute" and not self.cost.exchanges:
-                    seconds[i] = inf
-                nbytes = prices.wire_bytes(self.types[sides[sent.side]]) * sent.share
-                seconds[i] += prices.line(sent.kind, sent.axes)(nbytes / ways[sent.side][i])
+            inside = self.space.inside(op, alike.rule, strategy, ways[:, i].tolist())
+            if not self.cost.exchanges and any(s.kind == "permute" for s in inside.sent()):
+                seconds[i] = inf
+            else:
+                seconds[i] = sum(inside.seconds(float(compute[i])))
         return seconds
 
 

@@ -37,7 +37,8 @@ def strategies(rule: Rule, axes: int, splits: Splits) -> list[Strategy]:
     An axis may also carry a sum through the op when it is linear in all operands together.
     """
     joints = [code for code in splits if rule.joint(code) is not None]
-    options = [NONE, *cuttable(rule), *joints, *_carried(rule)]
+    able = [factor for factor in cuttable(rule) if factor in splits]
+    options = [NONE, *able, *joints, *_carried(rule)]
     return [
         Strategy(codes)
         for codes in product(options, repeat=axes)

@@ -16,7 +16,8 @@ from meshwright.backends.xla import emit_composite, spmd
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.replay import replay
 from meshwright.ir.attention import attentions
-from meshwright.ir.composites import BACKWARD, FORWARD, KINDS, with_attention
+from meshwright.ir.bodies import BACKWARD, FORWARD, KINDS
+from meshwright.ir.composites import with_attention
 from meshwright.ir.errors import PlanError
 from meshwright.ir.graph import Graph, Op
 from meshwright.ir.rules import rule_of

@@ -18,8 +18,9 @@ from meshwright.backends.xla.audit import compare
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.hlo import collectives
 from meshwright.ir.blocks import fold
+from meshwright.ir.bodies import FORWARD, KINDS
 from meshwright.ir.cluster import Cluster
-from meshwright.ir.composites import FORWARD, KINDS, composed
+from meshwright.ir.composites import composed
 from meshwright.ir.errors import LoweringError
 from meshwright.ir.evenly import is_uneven, pairs_kept, partners
 from meshwright.ir.graph import Op
@@ -127,10 +128,10 @@ def pinned(
     """A plan whose attention is cut as told, and all `around` it along the sequence; what it moves is priced anew."""
     plan = mw.plan(
         step, *args, cluster=f"{prod(map(int, mesh.split('x'))) * request.get('pp', 1)}xcpu",
-        request=Request(attention="fused", mesh=parse_mesh(mesh), **request),
+        request=Request(**{"attention": "fused", "mesh": parse_mesh(mesh), **request}),
     )  # fmt: skip
     program = prepare(
-        fold(composed(capture(step, *args).graph, "fused", Cluster.parse("1xcpu"))).small,
+        fold(composed(capture(step, *args).graph, plan.attention, Cluster.parse("1xcpu"))).small,
         plan.recompute,
     )
     ops = {v.op.tag: v.op for v in program.graph.visits if v.op.kind in KINDS}

@@ -56,6 +56,11 @@ CASES = [
     ("llama-tiny", Parallelism(dp=2, cp=4), {"attention": "fused"}),
     (
         "llama-tiny",
+        Parallelism(dp=2, cp=4, cp_kind="p2p"),
+        {"attention": "ring", "recompute": "full"},
+    ),
+    (
+        "llama-tiny",
         Parallelism(dp=4, tp=2, zero=3, sequence_parallel=True),
         {"recompute": "elementwise"},
     ),

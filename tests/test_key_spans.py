@@ -19,7 +19,8 @@ import meshwright as mw
 from meshwright.backends.xla import emit_composite
 from meshwright.backends.xla.capture import capture
 from meshwright.ir.attention import attentions
-from meshwright.ir.composites import FORWARD, with_attention
+from meshwright.ir.bodies import FORWARD
+from meshwright.ir.composites import with_attention
 from meshwright.ir.evenly import pairs_kept
 from meshwright.ir.intervals import Interval, Unknown, chosen
 from meshwright.ir.key_spans import KeySpans
@@ -149,13 +150,13 @@ def test_leaving_keys_out_changes_nothing(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(emit_composite, "SHORTEST", 16)
     monkeypatch.setattr(emit_composite, "BLOCK", 512)
     runs = []
-    by_runs = emit_composite._Loop._by_runs
+    by_runs = emit_composite.Loop._by_runs
 
     def noted(self: Any, operands: Any) -> Any:
         runs.extend(self.runs)
         return by_runs(self, operands)
 
-    monkeypatch.setattr(emit_composite._Loop, "_by_runs", noted)
+    monkeypatch.setattr(emit_composite.Loop, "_by_runs", noted)
     step, args = trained(FORMS[name]), [normal(seed, B, T, N, H) for seed in range(3)]
     have = mw.parallelize(step, cluster="8xcpu", mesh="8", attention="fused")(*args)
     assert min(keys.length for run in runs for keys in run.keys) < T
@@ -165,7 +166,7 @@ def test_leaving_keys_out_changes_nothing(name: str, monkeypatch: pytest.MonkeyP
 
 def test_a_window_that_is_too_narrow_shows(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(emit_composite, "SHORTEST", 16)
-    runs = emit_composite._Body.runs
+    runs = emit_composite.Body.runs
 
     def narrow(self: Any) -> Any:
         return tuple(
@@ -173,7 +174,7 @@ def test_a_window_that_is_too_narrow_shows(monkeypatch: pytest.MonkeyPatch):
             for run in runs(self)
         )
 
-    monkeypatch.setattr(emit_composite._Body, "runs", narrow)
+    monkeypatch.setattr(emit_composite.Body, "runs", narrow)
     step, args = trained(causal), [normal(seed, B, T, N, H) for seed in range(3)]
     have = mw.parallelize(step, cluster="8xcpu", mesh="8", attention="fused")(*args)
     assert float(abs(have[0] - step(*args)[0])) > 1.0

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...ir.attention_form import FEATURE, Form, Labels
-from ...ir.composites import body_of
+from ...ir.bodies import body_of
 from ...ir.errors import LoweringError
 from ...ir.graph import Op
 from .dtypes import jax_dtype

@@ -23,10 +23,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...ir.attention_form import LSE
-from ...ir.composites import body_of
-from ...ir.dealt import OTHER, Parts, spread, through
+from ...ir.bodies import body_of
+from ...ir.dealt import through
 from ...ir.evenly import partners
-from ...ir.graph import Graph, Op
+from ...ir.graph import Op
+from ...ir.online import body_parts
 from ...ir.rule import Rule
 from ...ir.rules import rule_of
 from .attention_check import check_form
@@ -55,34 +56,36 @@ def run_composite(
         platform: of the devices; a kernel of theirs runs what it can (`attention_kernels.py`).
     """
     held = _held(op, operands)
-    body = _made(*(dict(op.attrs).get(name) for name in _Body.ATTRS))
+    body = body_for(op)
     free = {
-        d: cuts[f] for d, f in enumerate(_factors(rule, body.sizes)) if f is not None and f in cuts
+        d: cuts[f]
+        for d, f in enumerate(factors_of(rule, body.sizes))
+        if f is not None and f in cuts
     }
     kernel = attention_kernel(op, platform, free, even)
     if kernel is not None:
         check_form(op, kernel.form, partial(_sampled, body, bound))
     if body.rows is None or body.rows not in free:
         runs = body.runs()
-        whole = kernel or _Loop(body, bound, free, body.to_cut(free, len(runs)), runs)
+        whole = kernel or Loop(body, bound, free, body.to_cut(free, len(runs)), runs)
         return whole(list(held))
     halves = Halves(even, body.partners(free[body.rows].ways)) if even else None
     runs = body.runs_of_one(free[body.rows], halves)
-    loop = _Loop(body, bound, free, body.to_cut(free, len(runs)), runs)
+    loop = Loop(body, bound, free, body.to_cut(free, len(runs)), runs)
     if kernel is not None:
         loop = kernel.of_runs(runs, free[body.rows].ways)
     if halves is None:
         return loop(list(held))
-    places = [_place(dims, body.rows) for dims in (*body.operands, *body.results)]
+    places = [place_of(dims, body.rows) for dims in (*body.operands, *body.results)]
     given = [halves.there(a, at) for a, at in zip(held, places, strict=False)]
     return [halves.back(a, at) for a, at in zip(loop(given), places[len(held) :], strict=True)]
 
 
 def _sampled(
-    body: _Body, bound: Callable[[Op], Any], cuts: Mapping[int, Part], operands: Arrays
+    body: Body, bound: Callable[[Op], Any], cuts: Mapping[int, Part], operands: Arrays
 ) -> list[Any]:
     """The body on a small part of its free dims."""
-    return _Loop(body, bound, cuts, ())(operands)
+    return Loop(body, bound, cuts, ())(operands)
 
 
 def _held(op: Op, operands: Arrays) -> list[jax.Array]:
@@ -94,7 +97,7 @@ def _held(op: Op, operands: Arrays) -> list[jax.Array]:
     return [behind.get(k, array) for k, array in enumerate(operands)]
 
 
-def _factors(rule: Rule, sizes: Sequence[int]) -> list[int | None]:
+def factors_of(rule: Rule, sizes: Sequence[int]) -> list[int | None]:
     """The factor of each free dim; a size of 1 has none."""
     numbers = iter(range(len(rule.factors)))
     return [next(numbers) if size > 1 else None for size in sizes]
@@ -136,14 +139,14 @@ class Run:
     which: Any = 0
 
 
-class _Body:
+class Body:
     """A composite's graph, with the dims of its values as free dims; keys are numbered after those."""
 
-    ATTRS = ("body", "sizes", "operands", "results", "rows", "keys", "spans", "blocks")
+    ATTRS = ("body", "sizes", "operands", "results", "rows", "keys", "spans", "blocks", "kept")
 
     def __init__(
         self,
-        text: str,
+        body: str,
         sizes: tuple[int, ...],
         operands: tuple[Dims, ...],
         results: tuple[Dims, ...],
@@ -151,15 +154,35 @@ class _Body:
         keys: int | None = None,
         spans: tuple[tuple[int, int], ...] = (),
         blocks: int = 1,
+        kept: int = 0,
     ):
-        self.graph, self.sizes = body_of(text), sizes
+        self.graph, self.sizes = body_of(body), sizes
         self.operands, self.results = operands, results
-        self.rows, self.spans, self.blocks = rows, spans, blocks
+        self.rows, self.spans, self.blocks, self.kept = rows, spans, blocks, kept
         self.dims = sizes if keys is None else (*sizes, keys)
-        self.parts = _parts(self.graph, self.dims, operands)
+        self.parts = body_parts(self.graph, self.dims, operands)
         self.most = max(
             (kind.size for kind in self.graph.types.values() if kind.is_float), default=0
         )  # scores, on whole arrays
+
+    def run(
+        self, operands: Sequence[Any], emitted: Callable[[Op, Sequence[Any]], Sequence[Any]]
+    ) -> list[jax.Array]:
+        """Its results, op by op."""
+        values = self.given(operands)
+        for op in self.graph.ops:
+            results = emitted(op, [values[v] for v in op.inputs])
+            values |= dict(zip(op.outputs, results, strict=True))
+        return [values[v] for v in self.graph.outputs]
+
+    def given(self, operands: Sequence[Any]) -> dict[int, Any]:
+        """Values that are there before its ops."""
+        types = self.graph.types
+        numbers = {
+            c.value: jnp.asarray(c.data, jax_dtype(types[c.value].dtype))
+            for c in self.graph.constants
+        }
+        return numbers | dict(zip(self.graph.inputs, operands, strict=True))
 
     def runs(self) -> tuple[Run, ...]:
         """Equal runs of rows, each with the keys that it looks at; none where all look at all."""
@@ -200,11 +223,13 @@ class _Body:
     def partners(self, ways: int) -> tuple[int, ...]:
         return partners(self.spans, self.blocks, ways)
 
-    def to_cut(self, cuts: Mapping[int, Cut], runs: int = 0) -> list[tuple[int, int]]:
+    def to_cut(
+        self, cuts: Mapping[int, Cut], runs: int = 0, keys: int = 1
+    ) -> list[tuple[int, int]]:
         """Free dims and the number of blocks of each, so that scores are small; batch and heads come first, as
         they need no sums. The batch is left alone where microbatches cut it over time. Rows are cut into `runs`
-        before."""
-        left = self.most // prod(cut.ways for cut in cuts.values())
+        before, keys into so many."""
+        left = self.most // prod(cut.ways for cut in cuts.values()) // keys
         lacking = {
             d: sum(all(d not in dim for dim in dims) for dims in self.operands)
             for d in range(len(self.sizes))
@@ -224,28 +249,22 @@ class _Body:
         return found
 
 
+def body_for(op: Op) -> Body:
+    """The body of a composite; equal ones share it."""
+    return _made(**{name: told for name, told in op.attrs if name in Body.ATTRS})
+
+
 @lru_cache(maxsize=256)
-def _made(*attrs: Any) -> _Body:
-    """The body of a composite with these `_Body.ATTRS`."""
-    return _Body(*(given for given in attrs if given is not None))
-
-
-def _parts(graph: Graph, sizes: Sequence[int], operands: Sequence[Dims]) -> dict[int, Parts]:
-    """Dims of all values of a body as free dims, told by its operands, forwards and backwards."""
-    known: dict[int, Parts] = {
-        v: tuple(tuple((d, 1, sizes[d]) for d in dim) if dim else ((OTHER, 1, size),) if size > 1 else ()
-                 for dim, size in zip(dims, graph.types[v].shape, strict=True))
-        for v, dims in zip(graph.inputs, operands, strict=True)
-    }  # fmt: skip
-    return spread(graph.ops, graph.types, known)
+def _made(**attrs: Any) -> Body:
+    return Body(**attrs)
 
 
 @dataclass(frozen=True)
-class _Loop:
+class Loop:
     """The body with the free dims that are left to cut taken block by block, one loop in another, and in the
     innermost the runs of rows that look at keys of their own."""
 
-    body: _Body
+    body: Body
     bound: Callable[[Op], Any]
     cuts: Mapping[int, Part]
     todo: Sequence[tuple[int, int]]  # free dim, blocks
@@ -263,10 +282,10 @@ class _Loop:
         self, dim: int, many: int, block: Callable[[Any], Sequence[Any]]
     ) -> list[jax.Array]:
         """Results of blocks of a dim, side by side; what is summed over the dim is added up."""
-        places = [_place(dims, dim) for dims in self.body.results]
+        places = [place_of(dims, dim) for dims in self.body.results]
         shapes = jax.eval_shape(block, jax.ShapeDtypeStruct((), jnp.int32))
         zeros = [
-            jnp.zeros(s.shape, _wide(s.dtype))
+            jnp.zeros(s.shape, widened(s.dtype))
             for s, at in zip(shapes, places, strict=True)
             if at is None
         ]
@@ -288,10 +307,10 @@ class _Loop:
         whole = self.body.dims[dim]
         cut = self.cuts.get(dim, Cut(0, 1)).within(number, many, whole)
         parts = [
-            _part(a, _place(dims, dim), number, many)
+            _part(a, place_of(dims, dim), number, many)
             for a, dims in zip(operands, self.body.operands, strict=True)
         ]
-        return _Loop(self.body, self.bound, {**self.cuts, dim: cut}, rest, self.runs)(parts)
+        return Loop(self.body, self.bound, {**self.cuts, dim: cut}, rest, self.runs)(parts)
 
     def _by_runs(self, operands: Sequence[Any]) -> list[jax.Array]:
         """Run by run of rows, each with the keys that it looks at; what is summed over rows is added up."""
@@ -300,7 +319,7 @@ class _Loop:
             return self._one_by_one(self.body.rows, len(self.runs), partial(self._dealt, operands))
         found = [self._one_run(run, operands) for run in self.runs]
         return [
-            _added(pieces) if (at := _place(dims, self.body.rows)) is None else jnp.concatenate(pieces, at)
+            _added(pieces) if (at := place_of(dims, self.body.rows)) is None else jnp.concatenate(pieces, at)
             for pieces, dims in zip(zip(*found, strict=True), self.body.results, strict=True)
         ]  # fmt: skip
 
@@ -334,29 +353,22 @@ class _Loop:
             for a, dims in zip(operands, self.body.operands, strict=True)
         ]
         cuts = {**self.cuts, self.body.rows: rows, at: keys}
-        results = _Loop(self.body, self.bound, cuts, self.todo)(given)
+        results = Loop(self.body, self.bound, cuts, self.todo)(given)
         after = self.body.dims[-1] - keys.first - keys.length
         return [
-            _padded(result, _place(dims, at), keys.first, after)
+            _padded(result, place_of(dims, at), keys.first, after)
             for result, dims in zip(results, self.body.results, strict=True)
         ]
 
     def _alone(self, operands: Sequence[Any]) -> list[jax.Array]:
         """The body on one block of this shard's part."""
-        graph = self.body.graph
-        values: dict[int, Any] = dict(zip(graph.inputs, operands, strict=True))
-        values |= {
-            c.value: jnp.asarray(c.data, jax_dtype(graph.types[c.value].dtype))
-            for c in graph.constants
-        }
-        for op in graph.ops:
-            rule, given = rule_of(op, graph.types), [values[v] for v in op.inputs]
-            if op.kind == LSE:
-                results = [log_of_sum(*given)]
-            else:
-                results = emit(op, self.bound(op), given, rule, self._cuts_of(op, rule))
-            values |= dict(zip(op.outputs, results, strict=True))
-        return [values[v] for v in graph.outputs]
+        return self.body.run(operands, self._one_op)
+
+    def _one_op(self, op: Op, operands: Sequence[Any]) -> list[jax.Array]:
+        if op.kind == LSE:
+            return [log_of_sum(*operands)]
+        rule = rule_of(op, self.body.graph.types)
+        return emit(op, self.bound(op), operands, rule, self._cuts_of(op, rule))
 
     def _cuts_of(self, op: Op, rule: Rule) -> dict[int, Part]:
         """Which part of the factors of an op is here."""
@@ -374,7 +386,7 @@ def log_of_sum(total: Any, shift: Any = 0.0) -> jax.Array:
     return jnp.log(total).astype(jnp.float32) + jnp.asarray(shift, jnp.float32)
 
 
-def _place(dims: Dims, dim: int | None) -> int | None:
+def place_of(dims: Dims, dim: int | None) -> int | None:
     """The dim of an array that a free dim is in."""
     return next((k for k, d in enumerate(dims) if dim in d), None)
 
@@ -389,7 +401,7 @@ def _part(array: Any, at: int | None, number: Any, many: int) -> Any:
 
 def _in_windows(array: Any, dims: Dims, windows: Mapping[int, Window]) -> Any:
     for dim, window in windows.items():
-        if (at := _place(dims, dim)) is not None:
+        if (at := place_of(dims, dim)) is not None:
             array = lax.dynamic_slice_in_dim(array, window.first, window.length, at)
     return array
 
@@ -403,11 +415,11 @@ def _padded(array: Any, at: int | None, before: int, after: int) -> Any:
 
 def _added(pieces: Sequence[Any]) -> jax.Array:
     kind = pieces[0].dtype
-    wide = [piece.astype(_wide(kind)) for piece in pieces]
+    wide = [piece.astype(widened(kind)) for piece in pieces]
     return reduce(jnp.add, wide).astype(kind)
 
 
-def _wide(dtype: Any) -> Any:
+def widened(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32) if jnp.issubdtype(dtype, jnp.floating) else dtype
 
 

@@ -189,11 +189,12 @@ def _groups(rest: str) -> np.ndarray:
 
 def _axes(kind: str, groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
     """The mesh axes along which the members of a group differ, if groups are whole sub-meshes, or
-    those that a permute joins."""
+    those that a permute joins, of all pairs: where a ring goes round two axes, most of its hops are along one."""
     if groups.size == 0:
         return ()
-    places = np.array(np.unravel_index(groups[0], mesh.shape)).T
-    moving = [i for i in range(len(mesh.axes)) if len(set(places[:, i])) > 1]
+    looked_at = groups if kind == "permute" else groups[:1]
+    places = np.array(np.unravel_index(looked_at, mesh.shape))  # [axis, group, member]
+    moving = [i for i, at in enumerate(places) if (at != at[:, :1]).any()]
     names = tuple(mesh.names[i] for i in moving)
     return (
         names if kind == "permute" or prod(mesh.shape[i] for i in moving) == groups.shape[1] else ()

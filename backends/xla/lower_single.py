@@ -19,11 +19,11 @@ from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ...ir.blocks import fold
-from ...ir.composites import check_one_program
 from ...ir.errors import LoweringError
 from ...ir.layered import STAGES, layered
 from ...ir.mesh import STAGE
 from ...ir.microbatch import TimeAxis
+from ...ir.one_program import check_one_program
 from ...ir.part_cuts import part_cuts
 from ...ir.plan import Pipeline, Plan
 from ...ir.plan_checks import check_decisions

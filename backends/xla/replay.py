@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from ...ir.attention_form import LSE
-from ...ir.composites import KINDS, body_of
+from ...ir.bodies import KINDS, body_of
 from ...ir.errors import MismatchError
 from ...ir.graph import Constant, Graph, Op, Region, TensorType
 from ...ir.rules import rule_of

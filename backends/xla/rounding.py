@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...ir.composites import KINDS
+from ...ir.bodies import KINDS
 from ...ir.graph import Graph, Op
 from ...ir.recompute import PRODUCTS
 from .capture import Captured

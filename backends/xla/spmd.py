@@ -8,6 +8,7 @@ under `lax.scan` and adds up the totals. Shardy sees one manual computation.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...ir.composites import KINDS
+from ...ir.bodies import KINDS
 from ...ir.errors import LoweringError
 from ...ir.graph import Graph, Op
 from ...ir.mesh import Mesh
@@ -31,6 +32,7 @@ from .collectives import join_microbatches, move, shard_index, take_microbatch
 from .dtypes import jax_dtype
 from .emit import Cut, emit
 from .emit_composite import run_composite
+from .emit_ring import run_ring
 from .joins import JOIN, settle, start
 from .loops import end_tag, run_regions
 from .scope import Held, Scope, stacked
@@ -184,8 +186,7 @@ class LocalStep:
             many = 1 if scope.moment is None else self.plan.microbatches
             results = [operands[0] * many if op.kind == ESTIMATED else operands[0] / many]
         elif op.kind in KINDS:
-            cuts, even = self._cuts(rule, strategy, now, scope), self._dealt(rule, strategy)
-            results = run_composite(op, self._primitive, operands, rule, cuts, even, self.platform)
+            results = self._composite(op, operands, rule, self._cuts(rule, strategy, now, scope))
         else:
             cuts = self._cuts(rule, strategy, now, scope)
             results = emit(op, self._primitive(op), operands, rule, cuts)
@@ -307,10 +308,19 @@ class LocalStep:
             cuts[now] = Cut(before.index * parts + scope.moment, before.ways * parts, moment)
         return cuts
 
-    def _dealt(self, rule: Rule, strategy: Strategy) -> tuple[str, ...]:
-        """Axes whose devices exchange rows for equal work."""
-        pairs = zip(self.mesh.names, strategy.axes, strict=True)
-        return tuple(name for name, code in pairs if rule.joint(code) is not None)
+    def _composite(
+        self, op: Op, operands: Sequence[Any], rule: Rule, cuts: Mapping[int, Cut]
+    ) -> list[jax.Array]:
+        """With axes whose devices exchange rows for equal work, or pass keys round."""
+        codes, joined = self.strategy(op).axes, defaultdict[str, tuple[str, ...]](tuple)
+        for name, code in zip(self.mesh.names, codes, strict=True):
+            if (joint := rule.joint(code)) is not None:
+                joined[joint.how] = (*joined[joint.how], name)
+        if ring := joined["ring"]:
+            return run_ring(op, self._primitive, operands, rule, cuts, ring)
+        return run_composite(
+            op, self._primitive, operands, rule, cuts, joined["even"], self.platform
+        )
 
     def _barrier(self, op: Op, scope: Scope) -> None:
         held = [scope.values[v] for v in op.inputs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..evenly import is_uneven
+from ..evenly import divides, is_uneven
 from ..rule import Dim, Joint, Rule
 from .factors import Call, Dims, Factors, attr_tuple, integers, rule_for
 
@@ -12,10 +12,10 @@ from .factors import Call, Dims, Factors, attr_tuple, integers, rule_for
 @rule_for("attention", "attention_grad")
 def composite(call: Call) -> Rule:
     """Attrs `operands` and `results` tell each dim as numbers of free dims, of these `sizes`; other dims are whole.
-    So is one of keys, which is numbered after those where a kernel leaves some out.
+    So is one of keys, which is numbered after those where blocks of it are told apart.
 
-    q [b, h, t, -] k [b, h, -, -] v [b, h, -, -] -> o [b, h, t, -]
-    q, k, v, do -> dq [b, h, t, -] dk [b, h, -, -] dv     t is summed over where a gradient has none of it
+    q [b, h, t, -] k [b, h, s, -] v [b, h, s, -] -> o [b, h, t, -]
+    q, k, v, do -> dq [b, h, t, -] dk [b, h, s, -] dv     t is summed over where a gradient has none of it
     """
     sizes = call.integers("sizes")
     sides = (*attr_tuple(call.attrs["operands"]), *attr_tuple(call.attrs["results"]))
@@ -26,31 +26,38 @@ def composite(call: Call) -> Rule:
     }
     factors = Factors()
     free = [factors.new(size, "sum" if f in summed else "") for f, size in enumerate(sizes)]
+    named = [*free, factors.whole(call.integer("keys"))] if "ring" in call.attrs else free
     kinds = (*call.operands, *call.results)
-    dims = [
-        _dims(factors, free, named, kind.shape) for named, kind in zip(told, kinds, strict=True)
-    ]
+    dims = [_dims(factors, named, dims, kind.shape) for dims, kind in zip(told, kinds, strict=True)]
     many = len(call.operands)
     linear = tuple(map(integers, attr_tuple(call.attrs["linear"])))
     rule = factors.rule(dims[:many], dims[many:], linear)
-    return replace(rule, joints=_joints(call, rule, free))
+    return replace(rule, joints=(*_even(call, rule, free), *_ring(call, rule, named)))
 
 
-def _joints(call: Call, rule: Rule, free: list[Dim]) -> tuple[Joint, ...]:
+def _even(call: Call, rule: Rule, free: list[Dim]) -> tuple[Joint, ...]:
     """Rows whose keys are more for some than for others may be dealt out in halves."""
-    if not is_uneven(call.attrs):
+    if not is_uneven(call.attrs) or "round" in call.attrs:
         return ()
     (rows,) = free[call.integer("rows")]
     size = rule.factors[rows].size
     return (Joint("even", (rows,), size // 2),) if size % 2 == 0 else ()
 
 
+def _ring(call: Call, rule: Rule, named: list[Dim]) -> tuple[Joint, ...]:
+    """Rows may be cut together with keys, which then go round the devices."""
+    if "ring" not in call.attrs:
+        return ()
+    (rows,), (keys,) = named[call.integer("ring")], named[-1]
+    return (Joint("ring", (rows, keys), divides(call.attrs, rule.factors[rows].size)),)
+
+
 def _dims(
-    factors: Factors, free: list[Dim], named: tuple[tuple[int, ...], ...], shape: tuple[int, ...]
+    factors: Factors, named: list[Dim], told: tuple[tuple[int, ...], ...], shape: tuple[int, ...]
 ) -> Dims:
     return tuple(
-        tuple(f for n in dim for f in free[n])
-        if dim and max(dim) < len(free)
+        tuple(f for n in dim for f in named[n])
+        if dim and max(dim) < len(named)
         else factors.whole(size)
-        for dim, size in zip(named, shape, strict=True)
+        for dim, size in zip(told, shape, strict=True)
     )

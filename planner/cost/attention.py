@@ -3,7 +3,8 @@
     kernel      products made / (peak * attention efficiency)
     blocks      products made / (peak * efficiency) + scores written and read between the products / memory bandwidth
 
-Which of both is `ir/attention_kernels.py`'s word. Frameworks are taken to have a kernel for every attention.
+Which of both is `ir/attention_kernels.py`'s word. Frameworks are taken to have a kernel for every attention, and so are
+keys that may go round a ring, though XLA runs their blocks.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from math import prod
 import numpy as np
 
 from ...ir.attention_kernels import NAMES, products_made, reason_against
+from ...ir.bodies import body_of
 from ...ir.cluster import Device
-from ...ir.composites import body_of
 from ...ir.evenly import keys_at_most, pairs_kept
 from ...ir.graph import Op
 from ...ir.recompute import PRODUCTS
@@ -32,6 +33,7 @@ def attention_seconds(op: Op, flop: float, peak: float, device: Device, by_xla: 
         by_xla: what XLA runs, not a framework's kernels.
     """
     pairs = pairs_kept(op) * flop
+    by_xla = by_xla and "round" not in dict(op.attrs)
     if by_xla and device.kind in NAMES and reason_against(op, device.kind):
         moved = device.stream_seconds(pairs_kept(op) * _scores_moved(str(op.attr("body"))))
         return pairs / (peak * device.efficiency) + moved

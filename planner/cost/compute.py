@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...ir.attention import Attention
+from ...ir.bodies import KINDS as COMPOSITES
 from ...ir.cluster import Device
-from ...ir.composites import KINDS as COMPOSITES
 from ...ir.graph import Op, TensorType
 from ...ir.rule import Rule
 from ...ir.rules.user_kernel import KIND as USERS
@@ -30,11 +30,13 @@ ENDLESS = 1e12  # products in a batch that keeps all multiprocessors busy
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """Into how many parts each operand, each result and the work is cut; one entry per choice."""
+    """Into how many parts each operand, each result and the work is cut, and how many kernels it takes; one entry per
+    choice."""
 
     operands: list[np.ndarray]
     results: list[np.ndarray]
     work: np.ndarray
+    launches: np.ndarray | float = 1.0
 
 
 def op_seconds(
@@ -69,7 +71,8 @@ def op_seconds(
     if op.kind in COMPOSITES:
         moved = device.stream_seconds(_cut(_moved(op, types, kernels), ways))
         seconds = _composite_seconds(op, rule, types, device, by_xla) / ways.work
-        return device.launch + np.maximum(moved, seconds * attention_tail(op, device, ways.work))
+        launch = device.launch * ways.launches
+        return launch + np.maximum(moved, seconds * attention_tail(op, device, ways.work))
     arithmetic = _beside_products(op, rule, types, device) / ways.work
     return device.launch + np.maximum(
         device.stream_seconds(_cut(_touched(op, types, kernels), ways)), arithmetic

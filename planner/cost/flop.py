@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from math import log2, prod
 
-from ...ir.composites import KINDS as COMPOSITES
-from ...ir.composites import body_of
+from ...ir.bodies import KINDS as COMPOSITES
+from ...ir.bodies import body_of
 from ...ir.graph import Op, TensorType
 from ...ir.recompute import PRODUCTS
 from ...ir.rule import Rule

@@ -27,7 +27,7 @@ from functools import lru_cache, partial
 from typing import Literal
 
 from ...ir.attention import Attention
-from ...ir.composites import KINDS as COMPOSITES
+from ...ir.bodies import KINDS as COMPOSITES
 from ...ir.graph import Op, TensorType
 from ...ir.program import Program
 from ...ir.recompute import AGAIN, PRODUCTS

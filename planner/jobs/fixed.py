@@ -41,10 +41,11 @@ def fixed_plan(
             f"tp x dp x cp is {parallelism.devices // parallelism.pp}, the cluster has {cluster.size} devices.",
             where="parallelism", fix=f"degrees that multiply to {cluster.size}, and pp=1",
         )  # fmt: skip
-    if parallelism.cp_kind != "all_gather":
+    runs = {"plain": ("all_gather",), "fused": ("all_gather", "p2p"), "ring": ("p2p",)}[attention]
+    if parallelism.cp > 1 and parallelism.cp_kind not in runs:
         raise PlanError(
             f"context parallelism by `{parallelism.cp_kind}` can be priced, not run.",
-            where="cp kind", fix="all_gather",
+            where=f"cp kind, attention {attention}", fix=" or ".join(runs),
         )  # fmt: skip
     request = Request(
         microbatches=microbatches,

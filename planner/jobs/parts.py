@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from ...ir.composites import FORWARD
-from ...ir.composites import KINDS as COMPOSITES
+from ...ir.bodies import FORWARD
+from ...ir.bodies import KINDS as COMPOSITES
 from ...ir.graph import Op
 from ...ir.plan import Collective
 from ...ir.program import Program

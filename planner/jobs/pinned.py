@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from ...ir.bodies import KINDS as COMPOSITES
 from ...ir.copies import settles
 from ...ir.errors import PlanError, did_you_mean
 from ...ir.examples import Dims, Examples
@@ -191,15 +192,22 @@ class Pinned:
                 else [f for f in wanted if self._divides(rule, f, axis.size, codes)]
             )
             codes.append(fits[0] if fits else NONE)
-        return Strategy(self._even(rule, codes) if self.exchanges else tuple(codes))
+        return Strategy(self._joined(op, rule, codes) if self.exchanges else tuple(codes))
 
-    def _even(self, rule: Rule, codes: Sequence[int]) -> tuple[int, ...]:
-        """The same with rows dealt out for equal work, where they divide."""
-        for code, joint in enumerate(rule.joints, len(rule.factors)):
+    def _joined(self, op: Op, rule: Rule, codes: Sequence[int]) -> tuple[int, ...]:
+        """The same with rows dealt out for equal work, where they divide, or with keys that go round beside them."""
+        how = "ring" if self.asked.cp_kind == "p2p" else "even"
+        joints = enumerate(rule.joints, len(rule.factors))
+        for code, joint in ((c, j) for c, j in joints if j.how == how):
             pairs = zip(self.mesh.axes, codes, strict=True)
-            ways = prod(axis.size for axis, each in pairs if each in joint.factors)
+            ways = prod(axis.size for axis, each in pairs if each == joint.factors[0])
             if ways > 1 and joint.divides % ways == 0:
-                codes = [code if each in joint.factors else each for each in codes]
+                return tuple(code if each == joint.factors[0] else each for each in codes)
+        if how == "ring" and op.kind in COMPOSITES and "cp" in self.mesh.names:
+            raise PlanError(
+                f"keys of this {op.kind} cannot go round {self.asked.cp} devices.",
+                where=op.where or op.tag, fix="attention ring, a cp that divides the sequence, or cp kind all_gather",
+            )  # fmt: skip
         return tuple(codes)
 
     def _owed(self, op: Op) -> frozenset[str]:

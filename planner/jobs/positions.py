@@ -15,7 +15,7 @@ from collections.abc import Collection
 from functools import cached_property
 from itertools import product
 
-from ...ir.composites import KINDS as COMPOSITES
+from ...ir.bodies import KINDS as COMPOSITES
 from ...ir.examples import Examples
 from ...ir.graph import Graph, Op
 from ...ir.program import Program

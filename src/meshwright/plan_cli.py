@@ -53,7 +53,10 @@ def plan(
         ),
     ] = None,
     attention: Annotated[
-        str, typer.Option(help="fused: one op that keeps no scores; plain: as the step writes it.")
+        str,
+        typer.Option(
+            help="fused: one op that keeps no scores; ring: fused, keys go round; plain: as the step writes it."
+        ),
     ] = "plain",
     overlap: Annotated[
         str,
