@@ -10,9 +10,11 @@ from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import Captured
 from meshwright.ir.blocks import fold
 from meshwright.ir.cluster import Cluster
+from meshwright.ir.composites import AttentionKind, composed
 from meshwright.ir.mesh import Axis, Mesh
 from meshwright.ir.plan import Plan
 from meshwright.ir.program import prepare
+from meshwright.ir.recompute import Policy
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.layouts import Layouts
 from meshwright.planner.report import slots_of
@@ -23,18 +25,19 @@ CLUSTER = "8xcpu"
 
 
 def random_plans(
-    captured: Captured, shape: tuple[int, ...], count: int, microbatches: int = 1
-) -> Iterator[Plan]:
+    captured: Captured, shape: tuple[int, ...], count: int, microbatches: int = 1, *, cluster: str = CLUSTER,
+    seed: int = 0, recompute: Policy = "none", attention: AttentionKind = "plain",
+) -> Iterator[Plan]:  # fmt: skip
     """`count` plans on a mesh, each choice drawn from those that can be reached from what is drawn before."""
     request = Request(
-        mesh=shape, microbatches=microbatches, recompute="none", time_limit=20, gap=0.5
-    )
-    found = plan_captured(captured, CLUSTER, request, "random")
+        mesh=shape, microbatches=microbatches, recompute=recompute, attention=attention, time_limit=20, gap=0.5
+    )  # fmt: skip
+    found = plan_captured(captured, cluster, request, "random")
     mesh = Mesh(tuple(Axis(name, size) for name, size in zip(found.mesh.names, shape, strict=True)))
-    cost = Roofline(Cluster.parse(CLUSTER))
-    program = prepare(fold(captured.graph).small, "none")
+    cost = Roofline(Cluster.parse(cluster))
+    program = prepare(fold(composed(captured.graph, attention)).small, recompute)
     space = build(program, microbatches, cost, Layouts(cost.collectives(mesh)))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for _ in range(count):
         choices = _drawn(space, rng)
         strategies = {

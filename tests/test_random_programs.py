@@ -18,7 +18,8 @@ from meshwright.ir.graph import Graph
 from meshwright.ir.microbatch import TimeAxis
 from meshwright.ir.program import prepare
 
-from .random_programs import Outcome, children, run_seed, summary
+from .outcomes import Outcome, summary
+from .random_programs import children, run_seed
 from .random_steps import random_step
 
 
