@@ -1,20 +1,25 @@
-"""Is the chosen plan as fast as the best hand-written sharding? Measured on emulated CPU devices.
+"""Is the chosen plan as fast as the best layout anyone would write, and do predictions rank layouts? On emulated CPUs.
 
-    python benchmarks/sweep.py [--devices 8] [--rounds 7] [--models gpt-bytes ...]
+    python benchmarks/sweep.py [--profile cpu8_epyc.json] [--rounds 9] [--models llama-tiny ...] [-o FILE]
 
-For each model the step is run as planned (with this machine's measured profile)
-and as a user would shard it by hand with `jax.jit` and `in_shardings`: data
-parallel, FSDP, tensor parallel, DP x TP and FSDP x TP. All programs take turns,
-so that a drift of the machine's speed hits all alike; medians are compared.
+Five steps of the zoo on eight emulated devices, each as planned (with a profile of this machine), as a user would
+shard it by hand with `jax.jit` and `in_shardings` (data parallel, FSDP, tensor parallel, DP x TP, FSDP x TP), and as
+our own programs of layouts given as degrees (data, tensor, sequence and context parallelism, ZeRO 0, 1 and 3,
+recomputation, two microbatches) or, where parameters have no letters to read degrees by, of plans on each mesh under
+less and less memory. All programs take turns in a new order each round, so that other work on the machine hits all
+alike. `ratio`: the median of the plan over that of the best of the others in the same rounds; `rank_correlation`
+(Spearman): between predicted and measured seconds of all programs that have a prediction.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,12 +28,54 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from scipy.stats import spearmanr
+
+from meshwright.emulation import emulate
+
+DEVICES = 8
+emulate(DEVICES)
+
+from meshwright import api  # noqa: E402
+from meshwright.backends.xla.capture import Captured, capture  # noqa: E402
+from meshwright.backends.xla.lower import lower  # noqa: E402
+from meshwright.calibration import calibrate  # noqa: E402
+from meshwright.ir.blocks import fold  # noqa: E402
+from meshwright.ir.cluster import Cluster  # noqa: E402
+from meshwright.ir.errors import MeshwrightError  # noqa: E402
+from meshwright.ir.fingerprint import fingerprint  # noqa: E402
+from meshwright.ir.plan import Plan  # noqa: E402
+from meshwright.models import Example, build  # noqa: E402
+from meshwright.planner.jobs.fixed import fixed_plan  # noqa: E402
+from meshwright.planner.jobs.pinned import Parallelism  # noqa: E402
+from meshwright.planner.request import Request  # noqa: E402
 
 MODELS: dict[str, dict[str, Any]] = {
-    "gpt-bytes": {"batch": 32},
+    "gpt-tiny": {"batch": 128, "seq": 64, "dtype": "f32"},
     "llama-tiny": {"batch": 64, "seq": 128, "dtype": "f32"},
+    "mixtral-tiny": {"batch": 64, "seq": 64, "dtype": "f32"},
+    "deepseek-tiny": {"batch": 64, "seq": 64, "dtype": "f32"},
     "vit-tiny": {"batch": 256, "dtype": "f32"},
 }
+LETTERED = (
+    "gpt-tiny",
+    "llama-tiny",
+    "mixtral-tiny",
+    "deepseek-tiny",
+)  # whose parameters' names say what their dims are
+LAYOUTS = {
+    "dp8": Parallelism(dp=8), "dp8 zero1": Parallelism(dp=8, zero=1), "dp8 zero3": Parallelism(dp=8, zero=3),
+    "tp8": Parallelism(tp=8), "tp8 sp": Parallelism(tp=8, sequence_parallel=True),
+    "dp4 tp2": Parallelism(dp=4, tp=2), "dp4 tp2 sp zero3": Parallelism(dp=4, tp=2, zero=3, sequence_parallel=True),
+    "dp2 tp4": Parallelism(dp=2, tp=4), "dp2 tp4 sp zero1": Parallelism(dp=2, tp=4, zero=1, sequence_parallel=True),
+    "dp4 cp2": Parallelism(dp=4, cp=2), "dp2 cp4 zero3": Parallelism(dp=2, cp=4, zero=3), "cp8": Parallelism(cp=8),
+    "dp2 tp2 cp2": Parallelism(dp=2, tp=2, cp=2),
+}  # fmt: skip
+PARTS = {
+    "dp8 two": ("dp8", "none", 2),
+    "dp8 full": ("dp8", "full", 1),
+    "dp4 tp2 full": ("dp4 tp2", "full", 1),
+}
+WARM = 2  # runs before the first that counts: compilation, then the memory that later runs reuse
 # Megatron's cut of each weight, by the zoo's names: pattern -> dim cut by tensor parallelism.
 TENSOR_DIMS = (
     (r"qkv_D3NH", 2), (r"qkv_bias_3NH", 1), (r"out_NHD", 0), (r"up_DF|gate_DF", 1), (r"up_bias_F", 0),
@@ -38,13 +85,20 @@ TENSOR_DIMS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Program:
+    """One way to run the step; `predicted` seconds where it is one of ours."""
+
+    run: Callable[[Any, Any], tuple[Any, Any]]
+    predicted: float | None = None
+
+
 def hand_written(devices: int) -> dict[str, tuple[int, int, bool]]:
     """name -> (data ways, tensor ways, whether parameters are also cut over data)."""
     found = {"DP": (devices, 1, False), "FSDP": (devices, 1, True), "TP": (1, devices, False)}
     for tensor in (2, 4):
-        if devices % tensor == 0 and devices > tensor:
-            found[f"DP{devices // tensor}xTP{tensor}"] = (devices // tensor, tensor, False)
-            found[f"FSDP{devices // tensor}xTP{tensor}"] = (devices // tensor, tensor, True)
+        found[f"DP{devices // tensor}xTP{tensor}"] = (devices // tensor, tensor, False)
+        found[f"FSDP{devices // tensor}xTP{tensor}"] = (devices // tensor, tensor, True)
     return found
 
 
@@ -84,79 +138,127 @@ def by_hand(step: Callable, state: Any, batch: Any, data: int, tensor: int, fsdp
     return lambda s, b: program(s, b)
 
 
-def measure(
-    programs: dict[str, Callable], make: Callable[[], tuple[Any, Any]], rounds: int
-) -> dict[str, float]:
+def given(name: str, captured: Captured, cluster: Cluster) -> Iterator[tuple[str, Plan]]:
+    """Our own plans of layouts that are given: as degrees, or searched under less and less memory."""
+    if name not in LETTERED:
+        yield from squeezed(captured, cluster, name)
+        return
+    folded, mark = fold(captured.graph), fingerprint(captured.graph)
+    asked = {label: (label, "none", 1) for label in LAYOUTS} | PARTS
+    for label, (layout, recompute, microbatches) in asked.items():
+        yield label, fixed_plan(
+            folded, cluster, LAYOUTS[layout], recompute=recompute, microbatches=microbatches, name=label,  # type: ignore[arg-type]
+            fingerprint=mark,
+        )  # fmt: skip
+
+
+def squeezed(captured: Captured, cluster: Cluster, name: str) -> Iterator[tuple[str, Plan]]:
+    """The best plan on each mesh, and the best ones in three quarters and half of its memory."""
+    for mesh in ((8,), (4, 2), (2, 2, 2)):
+        peak = None
+        for share in (1.0, 0.85, 0.7, 0.55, 0.4):
+            request = Request(
+                mesh=mesh, memory=None if peak is None else share * peak, microbatches=1
+            )
+            try:
+                plan = api.plan_captured(captured, cluster, request, name)
+            except MeshwrightError:  # nothing fits
+                break
+            peak = peak or plan.estimate.peak_bytes
+            yield f"{'x'.join(map(str, mesh))} in {share:.0%}", plan
+
+
+def programs_of(name: str, example: Example, cluster: Cluster) -> tuple[dict[str, Program], Plan]:
+    """By label; the plan's own is `meshwright`."""
+    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
+    plan = api.plan_captured(captured, cluster, Request(), name)
+    plans = {"meshwright": plan, **dict(given(name, captured, cluster))}
+    found = {
+        label: Program(api.RunningStep(lower(each, captured)), each.estimate.step_seconds)
+        for label, each in plans.items()
+    }
+    for label, (data, tensor, fsdp) in hand_written(DEVICES).items():
+        by = by_hand(example.step, example.state, example.batch, data, tensor, fsdp)
+        found[f"by hand {label}"] = Program(by)
+    return found, plan
+
+
+def measure(programs: dict[str, Program], example: Example, rounds: int) -> dict[str, float]:
     """Median seconds per step of each program, the programs taking turns."""
+    batch = example.make_batch(np.random.default_rng(0))
     states = {}
     for name, program in programs.items():
-        state, batch = make()
-        for _ in range(2):
-            state, _ = jax.block_until_ready(program(state, batch))
+        state = example.init(jax.random.key(0))
+        for _ in range(WARM):
+            state, _ = jax.block_until_ready(program.run(state, batch))
         states[name] = state
     times: dict[str, list[float]] = {name: [] for name in programs}
-    _, batch = make()
     rng = np.random.default_rng(0)
     for _ in range(rounds):
         for name in rng.permutation(list(programs)):  # what ran before leaves its mark on caches
-            program = programs[name]
             start = time.perf_counter()
-            for _ in range(3):
-                states[name], _ = program(states[name], batch)
+            for _ in range(2):
+                states[name], _ = programs[name].run(states[name], batch)
             jax.block_until_ready(states[name])
-            times[name].append((time.perf_counter() - start) / 3)
+            times[name].append((time.perf_counter() - start) / 2)
     return {name: median(found) for name, found in times.items()}
 
 
-def compare(name: str, devices: int, rounds: int, cluster: Any) -> dict[str, Any]:
-    from meshwright import api as mw
-    from meshwright.models import build
+def compare(name: str, rounds: int, cluster: Cluster) -> dict[str, Any]:
+    example, before = build(name, **MODELS[name]), os.getloadavg()[0]
+    programs, plan = programs_of(name, example, cluster)
+    seconds = measure(programs, example, rounds) if rounds else {}
+    predicted = {label: each.predicted for label, each in programs.items() if each.predicted}
+    return {
+        "model": name, **MODELS[name], "mesh": str(plan.mesh), "gap": plan.proof.gap, "rounds": rounds,
+        "load": [before, os.getloadavg()[0]], "predicted": predicted, "seconds": seconds,
+    }  # fmt: skip
 
-    example = build(name, **MODELS.get(name, {}))
 
-    def make() -> tuple[Any, Any]:
-        return example.init(jax.random.key(0)), example.make_batch(np.random.default_rng(0))
-
-    plan = mw.plan(example.step, example.state, example.batch, cluster=cluster, donate_argnums=0)
-    planned = mw.lower(plan, example.step, example.state, example.batch, donate_argnums=0)
-    programs: dict[str, Callable] = {"meshwright": planned}
-    for label, (data, tensor, fsdp) in hand_written(devices).items():
-        programs[label] = by_hand(example.step, example.state, example.batch, data, tensor, fsdp)
-    seconds = measure(programs, make, rounds)
+def judged(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its ratio and its rank correlation."""
+    seconds, predicted = row["seconds"], row["predicted"]
     best = min(
-        (label for label in seconds if label != "meshwright"), key=lambda label: seconds[label]
+        (label for label in seconds if label != "meshwright"), key=lambda each: seconds[each]
+    )
+    ranks = spearmanr(
+        [predicted[label] for label in predicted], [seconds[label] for label in predicted]
     )
     return {
-        "model": name, "mesh": str(plan.mesh), "predicted": plan.estimate.step_seconds, "seconds": seconds,
-        "best_by_hand": best, "ratio": seconds["meshwright"] / seconds[best], "gap": plan.proof.gap,
+        **row, "best": best, "ratio": seconds["meshwright"] / seconds[best],
+        "rank_correlation": float(ranks.statistic),
     }  # fmt: skip
+
+
+def told(row: dict[str, Any]) -> str:
+    lines = [
+        f"{row['model']}: the plan ({row['mesh']}) takes {row['ratio']:.3f} of the best ({row['best']}),"
+        f" rank correlation {row['rank_correlation']:.3f}"
+    ]
+    for label, seconds in sorted(row["seconds"].items(), key=lambda item: item[1]):
+        guess = row["predicted"].get(label)
+        lines.append(
+            f"    {label:20} {seconds * 1e3:8.1f} ms{f', predicted {guess * 1e3:.1f}' if guess else ''}"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--profile", type=Path, help="of this machine; measured first if not given")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", options.devices)
-    from meshwright.backends.xla.measure import measured_cluster
-
-    cluster = measured_cluster()
-    print(cluster.describe())
+    cluster = Cluster.parse(f"{DEVICES}xcpu").with_profile(options.profile or calibrate())
     rows = []
     for name in options.models:
-        row = compare(name, options.devices, options.rounds, cluster)
-        rows.append(row)
-        table = "  ".join(f"{label} {s * 1e3:.1f}" for label, s in row["seconds"].items())
-        print(
-            f"{name}: {row['ratio']:.3f} of the best by hand ({row['best_by_hand']}); {row['mesh']}"
-        )
-        print(f"    ms per step: {table}; predicted {row['predicted'] * 1e3:.1f}")
-    if options.output:
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+        rows.append(judged(compare(name, options.rounds, cluster)))
+        print(told(rows[-1]), flush=True)
+        if options.output:
+            options.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

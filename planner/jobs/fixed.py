@@ -59,7 +59,7 @@ def fixed_plan(
     )
     program = found.program(recompute)
     check(request, cluster, program.time)
-    pinned = Pinned(program, parallelism, exchanges=True)
+    pinned = Pinned(program, parallelism, runs=True)
     beside, layouts = request.execution.overlap, Layouts(found.cost.collectives(pinned.mesh))
     space = build(program, microbatches, found.cost, layouts, pinned, overlap=beside)
     storage = as_xla(program, cluster.device.kind)

@@ -151,13 +151,14 @@ class Parallelism:
 class Pinned:
     """The decisions (`space.Decided`) that a `Parallelism` implies for one program.
 
-    With `exchanges`, devices that share positions exchange half of their queries for equal work in causal attention;
-    without, all have the positions that the data gives them.
+    With `runs`, as a program of ours does it: devices that share positions exchange half of their queries for equal
+    work in causal attention, where otherwise all have the positions that the data gives them; and ZeRO-2 and 3 reduce
+    gradients where they are made, which prices of jobs count there by themselves.
     """
 
-    def __init__(self, program: Program, parallelism: Parallelism, exchanges: bool = False):
+    def __init__(self, program: Program, parallelism: Parallelism, runs: bool = False):
         self.program, self.graph, self.asked = program, program.graph, parallelism
-        self.exchanges = exchanges
+        self.runs = runs
         self.mesh = parallelism.mesh
         self.types, self.tags = self.graph.types, program.value_tags
         self.phase_of = {
@@ -192,7 +193,7 @@ class Pinned:
                 else [f for f in wanted if self._divides(rule, f, axis.size, codes)]
             )
             codes.append(fits[0] if fits else NONE)
-        return Strategy(self._joined(op, rule, codes) if self.exchanges else tuple(codes))
+        return Strategy(self._joined(op, rule, codes) if self.runs else tuple(codes))
 
     def _joined(self, op: Op, rule: Rule, codes: Sequence[int]) -> tuple[int, ...]:
         """The same with rows dealt out for equal work, where they divide, or with keys that go round beside them."""
@@ -225,13 +226,16 @@ class Pinned:
         return result_sharding(rule, self.strategy(op, rule), self.mesh, 0).partial
 
     def _as_left(self, op: Op, rule: Rule) -> Strategy:
-        """A gradient owes its sum to the update."""
+        """A gradient owes its sum to the update, but for ZeRO-2 and 3: these keep the shard that the state has."""
         maker = self._makers[op.inputs[0]]
         made = rule_of(maker, self.types)
         layout = result_sharding(made, self.strategy(maker, made), self.mesh, 0)
         found = follow(rule, 0, layout, self.mesh.names)
         assert found is not None
-        return found
+        kept = self._shares(self.state, op, rule)[:1] if self.runs and self.asked.zero >= 2 else []
+        settled = layout.partial.intersection(STATE_AXES) if kept else frozenset[str]()
+        codes = zip(self.mesh.names, found.axes, strict=True)
+        return Strategy(tuple(kept[0] if axis in settled else code for axis, code in codes))
 
     @cached_property
     def _makers(self) -> dict[int, Op]:

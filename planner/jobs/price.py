@@ -41,6 +41,7 @@ class Job:
     fused_accumulation: bool = True  # weight gradients are added up by the products that make them
     narrow_gathers: bool = False  # gathers in layers carry one byte in place of two
     lead: int = 0  # layers of another kind, priced with the embedding: the first ones
+    as_xla: bool = False  # gradients lie where the backward pass makes them, not in buffers that the step begins with
 
     def __post_init__(self) -> None:
         for name in ("layers", "microbatch", "microbatches"):
@@ -68,8 +69,13 @@ class Job:
 
     @property
     def gradient_bytes(self) -> int:
-        """Of one element of the sum of gradients."""
-        return 4 if self.reduce_in_fp32 else 2
+        """Of one element of the sum of gradients. Programs of XLA add those of several microbatches up in fp32."""
+        return 4 if self.reduce_in_fp32 or (self.as_xla and self.microbatches > 1) else 2
+
+    @property
+    def drains(self) -> bool:
+        """Whether activations and casts of weights go, layer by layer, as gradients come: the more counts."""
+        return self.as_xla and self.microbatches == 1
 
 
 @dataclass(frozen=True)
@@ -225,9 +231,10 @@ class _Pricing:
 
     def _buffers(self, part: Part) -> float:
         """Seconds of setting the step's gradients to zero, and of scaling them before they are reduced:
-        a write, a read and a write (Megatron-LM, param_and_grad_buffer.py). ZeRO-2 and 3 keep shards alone."""
+        a write, a read and a write (Megatron-LM, param_and_grad_buffer.py). ZeRO-2 and 3 keep shards alone; XLA adds
+        up in the products' kernels."""
         par = self.job.parallelism
-        if par.zero >= 2:
+        if par.zero >= 2 or self.job.as_xla:
             return 0.0
         passes = 3 if par.dp * par.cp > 1 else 1
         return self.cluster.device.stream_seconds(passes * self.job.gradient_bytes * part.weights)
@@ -251,7 +258,13 @@ class _Pricing:
         found["transient"] = self.parts.transient
         if par.zero == 3:
             found["parameters"] = self._gathered()
-        return found
+        return self._drained(found) if self.job.drains else found
+
+    def _drained(self, found: dict[str, float]) -> dict[str, float]:
+        """Where the backward pass begins, or where it ends."""
+        begins = found["gradients"] <= found["activations"] + found["parameters"]
+        gone = {"gradients"} if begins else {"activations", "parameters"}
+        return {cause: 0.0 if cause in gone else nbytes for cause, nbytes in found.items()}
 
     def _gathered(self) -> float:
         """Bytes of what FSDP has gathered at once: a layer and the next one, and the root unit with

@@ -183,14 +183,16 @@ class _Analysis:
                 self.used[source].extend(self.fused.get(value, ()))
 
     def _read_copies(self) -> None:
-        """A copy of a parameter (or of its copy for the step) may be the same memory: it lives as long."""
+        """A copy of a parameter (or of its copy for the step) may be the same memory: it lives as long. So may one
+        of a parameter's cast, which matters where microbatches read both: with one, it lives for a layer."""
         self.copies: dict[int, int] = {}
         prepared = set(self.graph.inputs)
         for op, phase in zip(self.graph.ops, self.program.phases, strict=True):
-            if op.kind == "copy" and op.inputs[0] in prepared:
+            copied = op.kind == "copy" and op.inputs[0] in prepared
+            if copied:
                 self.copies[op.outputs[0]] = op.inputs[0]
-                if phase == "prepare":
-                    prepared.add(op.outputs[0])
+            if phase == "prepare" and (copied or self.time is not None):
+                prepared.update(op.outputs)
         for copy, source in reversed(self.copies.items()):
             self.used[source].extend(self.used[copy])
 

@@ -334,7 +334,7 @@ def price_job(
         layers=shape.layers, lead=lead, parallelism=parallelism, microbatch=microbatch,
         microbatches=global_batch // (microbatch * parallelism.dp),
         overlap=setting.overlap, narrow_gathers=setting.gathers == "fp8", reduce_in_fp32=setting.reduce_in_fp32,
-        fused_accumulation=setting.fused_accumulation,
+        fused_accumulation=setting.fused_accumulation, as_xla=not setting.redone_inside,
     )  # fmt: skip
     boundary = 2.0 * microbatch * shape.seq * shape.hidden / parallelism.cp / parallelism.tp
     return price(parts, job, cluster, boundary)
