@@ -7,8 +7,8 @@ shard it by hand with `jax.jit` and `in_shardings` (data parallel, FSDP, tensor 
 our own programs of layouts given as degrees (data, tensor, sequence and context parallelism, ZeRO 0, 1 and 3,
 recomputation, two microbatches) or, where parameters have no letters to read degrees by, of plans on each mesh under
 less and less memory. All programs take turns in a new order each round, so that other work on the machine hits all
-alike. `ratio`: the median of the plan over that of the best of the others in the same rounds; `rank_correlation`
-(Spearman): between predicted and measured seconds of all programs that have a prediction.
+alike. Judged by the clock's median and least seconds and by the processor's: `ratio`, the plan's over the best of the
+others'; `rank_correlation` (Spearman), between predicted and measured seconds of all programs of ours.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ PARTS = {
     "dp8 full": ("dp8", "full", 1),
     "dp4 tp2 full": ("dp4 tp2", "full", 1),
 }
+KINDS = ("median", "least", "busy")  # of seconds
 WARM = 2  # runs before the first that counts: compilation, then the memory that later runs reuse
 # Megatron's cut of each weight, by the zoo's names: pattern -> dim cut by tensor parallelism.
 TENSOR_DIMS = (
@@ -83,6 +84,9 @@ TENSOR_DIMS = (
     (r"(query|key|value)'\]\['kernel", 1), (r"(query|key|value)'\]\['bias", 0), (r"attention'\]\['out'\]\['kernel", 0),
     (r"up'\]\['kernel", 1), (r"up'\]\['bias", 0), (r"down'\]\['kernel", 0),
 )  # fmt: skip
+
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -183,63 +187,65 @@ def programs_of(name: str, example: Example, cluster: Cluster) -> tuple[dict[str
     return found, plan
 
 
-def measure(programs: dict[str, Program], example: Example, rounds: int) -> dict[str, float]:
-    """Median seconds per step of each program, the programs taking turns."""
-    batch = example.make_batch(np.random.default_rng(0))
+def measure(programs: dict[str, Program], example: Example, rounds: int) -> dict[str, Row]:
+    """Of each program the seconds of a step, the programs taking turns: the clock's median and least, and the
+    median of the processor's over the cores (`busy`), which other work on the machine disturbs less."""
+    batch, cores = example.make_batch(np.random.default_rng(0)), len(os.sched_getaffinity(0))
     states = {}
     for name, program in programs.items():
         state = example.init(jax.random.key(0))
         for _ in range(WARM):
             state, _ = jax.block_until_ready(program.run(state, batch))
         states[name] = state
-    times: dict[str, list[float]] = {name: [] for name in programs}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
     rng = np.random.default_rng(0)
     for _ in range(rounds):
         for name in rng.permutation(list(programs)):  # what ran before leaves its mark on caches
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             for _ in range(2):
                 states[name], _ = programs[name].run(states[name], batch)
             jax.block_until_ready(states[name])
-            times[name].append((time.perf_counter() - start) / 2)
-    return {name: median(found) for name, found in times.items()}
+            spent = (time.process_time() - busy) / cores
+            times[name].append(((time.perf_counter() - start) / 2, spent / 2))
+    return {name: _summed_up(found) for name, found in times.items()}
 
 
-def compare(name: str, rounds: int, cluster: Cluster) -> dict[str, Any]:
+def _summed_up(found: list[tuple[float, float]]) -> Row:
+    wall, busy = zip(*found, strict=True)
+    return {"median": median(wall), "least": min(wall), "busy": median(busy)}
+
+
+def compare(name: str, rounds: int, cluster: Cluster) -> Row:
     example, before = build(name, **MODELS[name]), os.getloadavg()[0]
     programs, plan = programs_of(name, example, cluster)
-    seconds = measure(programs, example, rounds) if rounds else {}
+    seconds = measure(programs, example, rounds)
     predicted = {label: each.predicted for label, each in programs.items() if each.predicted}
     return {
         "model": name, **MODELS[name], "mesh": str(plan.mesh), "gap": plan.proof.gap, "rounds": rounds,
         "load": [before, os.getloadavg()[0]], "predicted": predicted, "seconds": seconds,
+        "judged": {kind: judged(predicted, seconds, kind) for kind in KINDS},
     }  # fmt: skip
 
 
-def judged(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its ratio and its rank correlation."""
-    seconds, predicted = row["seconds"], row["predicted"]
-    best = min(
-        (label for label in seconds if label != "meshwright"), key=lambda each: seconds[each]
-    )
-    ranks = spearmanr(
-        [predicted[label] for label in predicted], [seconds[label] for label in predicted]
-    )
+def judged(predicted: dict[str, float], seconds: dict[str, Row], kind: str) -> Row:
+    """The plan against the best of the others, and predictions against what was measured, by one kind of seconds."""
+    found = {label: row[kind] for label, row in seconds.items()}
+    best = min((label for label in found if label != "meshwright"), key=lambda each: found[each])
+    ranks = spearmanr(list(predicted.values()), [found[label] for label in predicted])
     return {
-        **row, "best": best, "ratio": seconds["meshwright"] / seconds[best],
-        "rank_correlation": float(ranks.statistic),
+        "best": best, "ratio": found["meshwright"] / found[best], "rank_correlation": float(ranks.statistic),
     }  # fmt: skip
 
 
-def told(row: dict[str, Any]) -> str:
-    lines = [
-        f"{row['model']}: the plan ({row['mesh']}) takes {row['ratio']:.3f} of the best ({row['best']}),"
-        f" rank correlation {row['rank_correlation']:.3f}"
-    ]
-    for label, seconds in sorted(row["seconds"].items(), key=lambda item: item[1]):
+def told(row: Row) -> str:
+    lines = [f"{row['model']}: the plan has {row['mesh']}, load {row['load']}"]
+    for kind, found in row["judged"].items():
+        against = f"{found['ratio']:.3f} of the best ({found['best']})"
+        lines.append(f"  {kind}: {against}, rank correlation {found['rank_correlation']:.3f}")
+    for label, found in sorted(row["seconds"].items(), key=lambda item: item[1]["busy"]):
         guess = row["predicted"].get(label)
-        lines.append(
-            f"    {label:20} {seconds * 1e3:8.1f} ms{f', predicted {guess * 1e3:.1f}' if guess else ''}"
-        )
+        each = ", ".join(f"{kind} {found[kind] * 1e3:.1f}" for kind in KINDS)
+        lines.append(f"    {label:20} {each}{f'; predicted {guess * 1e3:.1f}' if guess else ''} ms")
     return "\n".join(lines)
 
 
@@ -255,7 +261,7 @@ def main() -> None:
     cluster = Cluster.parse(f"{DEVICES}xcpu").with_profile(options.profile or calibrate())
     rows = []
     for name in options.models:
-        rows.append(judged(compare(name, options.rounds, cluster)))
+        rows.append(compare(name, options.rounds, cluster))
         print(told(rows[-1]), flush=True)
         if options.output:
             options.output.write_text(json.dumps(rows, indent=1) + "\n")
