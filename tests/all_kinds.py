@@ -277,7 +277,7 @@ def degrees(text: str):
     from meshwright.planner.jobs.pinned import Parallelism
 
     words = text.split()
-    given = {word[:-1]: int(word[-1]) for word in words if word != "sp"}
+    given: dict[str, Any] = {word[:-1]: int(word[-1]) for word in words if word != "sp"}
     return Parallelism(**given, sequence_parallel="sp" in words)
 
 
