@@ -231,7 +231,7 @@ def judged(predicted: dict[str, float], seconds: dict[str, Row], kind: str) -> R
     """The plan against the best of the others, and predictions against what was measured, by one kind of seconds."""
     found = {label: row[kind] for label, row in seconds.items()}
     best = min((label for label in found if label != "meshwright"), key=lambda each: found[each])
-    ranks = spearmanr(list(predicted.values()), [found[label] for label in predicted])
+    ranks: Any = spearmanr(list(predicted.values()), [found[label] for label in predicted])
     return {
         "best": best, "ratio": found["meshwright"] / found[best], "rank_correlation": float(ranks.statistic),
     }  # fmt: skip

@@ -33,7 +33,9 @@ from .outcomes import (
 
 if TYPE_CHECKING:
     from meshwright.backends.xla.capture import Captured
+    from meshwright.ir.composites import AttentionKind
     from meshwright.ir.plan import Plan
+    from meshwright.ir.recompute import Policy
     from meshwright.ir.schedule import Schedule
 
 DEVICES = 16
@@ -67,7 +69,8 @@ SCHEDULES = (
     "interleaved 5",
     "single",
 )
-RECOMPUTE = ("none", "elementwise", "selective", "full")
+RECOMPUTE: tuple[Policy, ...] = ("none", "elementwise", "selective", "full")
+ATTENTION: tuple[AttentionKind, ...] = ("fused", "fused", "plain")
 BATCH = 32
 
 
@@ -84,8 +87,8 @@ class Kind:
     chunks: int
     halves: bool  # half as many layers as stages
     microbatches: int
-    attention: str
-    recompute: str
+    attention: AttentionKind
+    recompute: Policy
     overlap: bool
 
     @property
@@ -125,7 +128,7 @@ def kind(number: int, devices: int = DEVICES) -> Kind:
     return Kind(
         number, model, layout, shape, "" if whole and schedule == "single" else schedule,
         ranks, int(chunks or (2 if schedule == "zbv" else 1)), draw.random() < 0.2, microbatches,
-        draw.choice(("fused", "fused", "plain")), RECOMPUTE[turn % len(RECOMPUTE)], draw.random() < 0.5,
+        draw.choice(ATTENTION), RECOMPUTE[turn % len(RECOMPUTE)], draw.random() < 0.5,
     )  # fmt: skip
 
 
@@ -177,7 +180,9 @@ def _layers(drawn: Kind) -> int | None:
 def _example(model: str, layers: int | None):
     from meshwright.models import build
 
-    sized = {} if model.startswith("deepseek") or layers is None else {"layers": layers}
+    sized: dict[str, Any] = (
+        {} if model.startswith("deepseek") or layers is None else {"layers": layers}
+    )
     return build(model, optimizer="sgd", dtype="f32", batch=BATCH, **sized)
 
 
@@ -229,7 +234,7 @@ def _searched(drawn: Kind, captured: Captured) -> Plan:
     from meshwright.planner.request import Request
 
     several = drawn.chunks if drawn.schedule == "interleaved" else None
-    stages = {
+    stages: dict[str, Any] = {
         "pp": drawn.ranks, "chunks": several, "program": "single" if drawn.schedule == "single" else "stages",
         "schedule": None if drawn.schedule == "single" else drawn.schedule,
     }  # fmt: skip
