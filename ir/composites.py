@@ -14,7 +14,7 @@ of the op's rule: queries, heads and batch are cut, keys are whole.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
@@ -83,6 +83,7 @@ class _Rewrite:
         self.made: dict[int, Op] = {}  # closing -> the composite that makes it
         self._derived: dict[int, frozenset[int]] = {}
         self._leaving: dict[int, tuple[int, ...]] = {}
+        self._cuts: dict[Hashable, dict[str, Attr]] = {}  # of equal bodies, as layers have
         _note_homes(graph.ops, self.home)
 
     def add(self, one: Attention) -> bool:
@@ -149,7 +150,11 @@ class _Rewrite:
         if kernels and (lse := self._log_of_sum(body, closings)) is not None:
             self.home[lse] = home
             closings = (*closings, lse)
-        attrs = {"body": show(body.graph(closings)), **_Cuts(body, closings).attrs()}
+        text, shape = show(body.graph(closings)), self.old.types[one.softmax].shape
+        alike = (text, shape, one.keys, body.told(), *body.left_out())
+        if alike not in self._cuts:
+            self._cuts[alike] = _Cuts(body, closings).attrs()
+        attrs = {"body": text, **self._cuts[alike]}
         return Op(
             kind, tuple(body.inputs), tuple(closings), tuple(sorted(attrs.items())), where=where
         )
@@ -371,11 +376,24 @@ class _Body:
             constants=tuple(Constant(name[c.value], c.data) for c in self.used),
         )
 
+    def told(self) -> tuple[Parts | None, ...]:
+        """Of each result, its dims as those of the softmax, where they are told from outside."""
+        dims = {**self.one.dims, **self.dims}
+        return tuple(dims.get(v) for op in self.ops for v in op.outputs)
+
+    def left_out(self) -> tuple[KeySpans | None, frozenset[int]]:
+        """Which keys may weigh nothing, with the operands that tell so as numbers in order."""
+        spans, order = self.one.spans, [v for op in self.ops for v in op.inputs]
+        if spans is None:
+            return None, frozenset()
+        low = frozenset(n for n, value in enumerate(order) if value in spans.low)
+        return replace(spans, low=frozenset()), low
+
     def parts(self) -> dict[int, Parts]:
         """Dims of all values of the body as those of the softmax."""
-        dims = {**self.one.dims, **self.dims}
-        known = {v: dims[v] for op in self.ops for v in op.outputs if v in dims}
-        return spread(self.ops, self.types, known)
+        results = (v for op in self.ops for v in op.outputs)
+        told = zip(results, self.told(), strict=True)
+        return spread(self.ops, self.types, {v: dims for v, dims in told if dims is not None})
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ MEANT = {
 }
 
 
+USUAL: tuple[OverlapKind, ...] = ("parameters", "gradients", "stages")
+
+
 @dataclass(frozen=True)
 class Execution:
     """The execution model of a plan: `Execution("fused", ("parameters",))` prints
@@ -51,6 +54,30 @@ class Execution:
         named = ", ".join(MEANT[kind] for kind in self.overlap)
         rest = "" if set(WITHIN) <= set(self.overlap) else ", all else waits"
         return f"{named} run beside computation{rest}"
+
+
+def usual_execution(kinds: Iterable[str]) -> Execution:
+    """What is assumed of the runtime unless said otherwise, by the kinds of a cluster's devices.
+
+    GPUs and TPUs have kernels of attention that keep no scores, and XLA's latency-hiding scheduler for them, which our
+    programs turn on, moves what does not wait for a layer beside it: gathers of weights, reductions of gradients, and
+    sends. Exchanges within layers wait for products and products for them; they hide where these are cut in chunks,
+    which XLA does for some only, so they are not counted on. XLA's CPU backend runs one after the other.
+    """
+    return Execution() if "cpu" in set(kinds) else Execution("fused", USUAL)
+
+
+def parse_attention(text: str) -> AttentionKind:
+    """How attention runs, by name.
+
+    Raises:
+        PlanError: neither of the known names.
+    """
+    for known in get_args(AttentionKind):
+        if known == text:
+            return known
+    fix = did_you_mean(text, get_args(AttentionKind))
+    raise PlanError(f"attention cannot be `{text:.60}`.", where="attention", fix=fix)
 
 
 def parse_overlap(

@@ -122,7 +122,7 @@ def write_pipeline(
         mesh=space.mesh,
         microbatches=space.microbatches,
         recompute=search.policy_of(space.program),
-        attention=search.request.attention,
+        attention=search.request.execution.attention,
         overlap=search.request.execution.overlap,
         strategies=ranks[worst].strategies,
         slots=slots_of(space, choices),

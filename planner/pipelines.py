@@ -23,15 +23,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..ir.errors import InfeasibleError, LoweringError, MeshwrightError, PlanError
-from ..ir.layered import layered
-from ..ir.one_program import check_one_program
-from ..ir.part_cuts import part_cuts
+from ..ir.errors import InfeasibleError
 from ..ir.plan import Plan
-from ..ir.program import prepare
 from ..ir.schedule import Schedule
-from ..ir.stages import cut_stages
 from ..ir.units import format_bytes, format_seconds
+from .found_pipeline import Found, with_program
 from .meshes import finer_stages
 from .overlapped import solve_overlapped
 from .pipeline.bounds import SOLVE_GAP, Bounds
@@ -39,12 +35,12 @@ from .pipeline.carried import Carried
 from .pipeline.choices import Choices, Shape
 from .pipeline.points import Point
 from .pipeline.priced import Place, Priced, Pricing
-from .pipeline.single import price_single, shards_left, with_dispatch
+from .pipeline.single import price_single
 from .pipeline.stage_memory import StageMemory
 from .pipeline.unit_costs import together, unit_seconds
 from .pipeline.units import runs_of
 from .pipeline.watched import Watched, crowded_stages, limited, watched_stages
-from .pipeline_report import LEFT_OUT, Chosen, Rank, Way, write_pipeline
+from .pipeline_report import LEFT_OUT, Chosen, Rank, write_pipeline
 from .solver.onehot import Solution
 from .space import Space
 
@@ -54,41 +50,6 @@ if TYPE_CHECKING:
 
 TRIES = 3  # solves of a shape: the solver does not see all of the memory, so its limit is drawn in
 BETTER = 0.002  # of a step: what meshes of more axes may win at least, to be solved
-
-
-@dataclass
-class Found:
-    """The best pipeline so far."""
-
-    shape: Shape | None = None
-    space: Space | None = None
-    choices: tuple[int, ...] = ()
-    pricing: Pricing | None = None
-    priced: Priced | None = None
-    programs: dict[str, float] = field(
-        default_factory=dict
-    )  # seconds of a step by each kind of program, once chosen
-    why: str = ""  # why there is no single program
-    apart: Priced | None = None  # as programs of each stage, where a single one was chosen
-
-    @property
-    def seconds(self) -> float:
-        return self.priced.seconds if self.priced else inf
-
-    @property
-    def dispatched(self) -> float:
-        """With the host's dispatch, once the kind of program is chosen."""
-        return max(self.seconds, min(self.programs.values(), default=0.0))
-
-    @property
-    def by_stages(self) -> list[Way]:
-        """As programs of each stage, if it can be so and was chosen."""
-        priced = self.apart or self.priced
-        if priced is None or "stages" not in self.programs:
-            return []
-        return [
-            Way(f"{self.shape}, {priced.schedule.name}", priced.seconds, self.programs["stages"])
-        ]
 
 
 @dataclass
@@ -108,7 +69,9 @@ class Pipelines:
     looked: int = 0
     outside: float = inf  # seconds of a plan found elsewhere
     first: float = inf  # of the best when the usual choices were looked at
-    afterwards: Sequence[Candidate] = ()
+    besides: Sequence[
+        Candidate
+    ] = ()  # what else is looked at, which other processes may begin with
     points: list[Point] = field(default_factory=list)
     counts_left: dict[Shape, list[int]] = field(
         default_factory=dict
@@ -121,13 +84,18 @@ class Pipelines:
 
     # ------------------------------------------------------------ the search
 
-    def explore(self, cutoff: float = inf, afterwards: Sequence[Candidate] = ()) -> None:
+    def explore(self, cutoff: float = inf) -> None:
         """Until no open family can beat the best by more than the gap, or time is up.
 
         Args:
             cutoff: seconds of a plan that is known.
-            afterwards: what will be looked at then, which other processes may begin with.
         """
+        self.begin()
+        while self.promises(cutoff) < inf and not self.search.late():
+            self.step(cutoff)
+
+    def begin(self) -> None:
+        """All families are open; a few usual shapes are solved, to have something to beat."""
         for family in self.choices.families():
             self._push(self.choices.floor(family), family)
         first = self._first()
@@ -136,19 +104,26 @@ class Pipelines:
             hopeless = self.choices.floor(shape) >= self.best.seconds or self.bounds.hopeless(shape)
             if not hopeless and self._bound(shape, first)[1] < self._enough(inf):
                 self.solve_shape(shape)
-        self._look_for_order()
-        self.first, self.afterwards = self.best.seconds, afterwards
-        while self.open and not self.search.late():
-            bound, _, _, family = heapq.heappop(self.open)
-            if bound >= self._enough(cutoff):
-                self._push(bound, family)
+        self.first = self.as_run()
+
+    def promises(self, cutoff: float = inf) -> float:
+        """The least bound of the open families; inf where none is worth a look."""
+        least = self.open[0][0] if self.open else inf
+        return least if least < self._enough(cutoff) else inf
+
+    def step(self, cutoff: float = inf) -> None:
+        """Look at the open family of the least bound, at first at the order of what was found to begin with."""
+        if self._looked_at is None:
+            self._look_for_order(cutoff)
+            if self.promises(cutoff) == inf:
                 return
-            try:
-                self._advance(family, bound, cutoff)
-            except KeyboardInterrupt:
-                self._push(bound, family)  # what was left of it is open still
-                raise
-            self.search.stand(self.beat, self.lower_bound(), self.looked, self._left(cutoff))
+        bound, _, _, family = heapq.heappop(self.open)
+        try:
+            self._advance(family, bound, cutoff)
+        except KeyboardInterrupt:
+            self._push(bound, family)  # what was left of it is open still
+            raise
+        self.search.stand(self.beat, self.lower_bound(), self.looked, self._left(cutoff))
 
     def _advance(self, family: Shape, bound: float, cutoff: float) -> None:
         """Look at the family's microbatch counts, the least first; each bounds its multiples. A family whose
@@ -191,7 +166,7 @@ class Pipelines:
             scouts.wish(
                 chain(
                     ((each, beat) for each in soon),
-                    ((each, self.first) for each in self.afterwards),
+                    ((each, self.first) for each in self.besides),
                 )
             )
             found = scouts.take((shape, beat))
@@ -224,6 +199,10 @@ class Pipelines:
     def lower_bound(self) -> float:
         """No pipeline of the searched ones is faster."""
         return min([self.beat, self.closed, *(bound for bound, *_ in self.open)])
+
+    def as_run(self) -> float:
+        """Seconds of the best with the host's dispatch, as programs of its stages."""
+        return self.best.as_run(self.search.cluster.device.kind)
 
     @property
     def beat(self) -> float:
@@ -400,13 +379,14 @@ class Pipelines:
                 return
             self.solve_shape(shape, beat=inf)
 
-    def reorder(self) -> None:
+    def reorder(self, cutoff: float = inf) -> None:
         """Keep the best pipeline's passes in a better order, if one is found and none was asked for."""
-        self._look_for_order()
+        self._look_for_order(cutoff)
         if self.reordered.seconds < self.best.seconds:
             self.best = self.reordered
 
-    def _look_for_order(self) -> None:
+    def _look_for_order(self, cutoff: float) -> None:
+        """Look for one, where some order can be faster than what is known."""
         best, request = self.best, self.search.request
         if (
             best is self._looked_at
@@ -416,6 +396,8 @@ class Pipelines:
         ):
             return
         if request.schedule is not None or request.program == "single":
+            return
+        if best.priced.in_any_order >= min(self.beat, cutoff):
             return
         self._looked_at, found = best, best.pricing.reordered(best.priced)
         if found is not None and found.seconds < self.beat:
@@ -439,54 +421,7 @@ class Pipelines:
         Raises:
             PlanError: a single program was asked for, and the stages are not equal.
         """
-        best, request = self.best, self.search.request
-        if best.priced is None or best.pricing is None or best.shape is None:
-            return
-        cluster, wanted = self.search.cluster, request.program
-        programs = {}
-        if wanted != "single":
-            shards = shards_left(best.pricing, best.priced)
-            programs["stages"] = with_dispatch(
-                best.priced.seconds, best.priced.schedule, shards, cluster.device.kind
-            )
-        single, why = None, ""
-        try:
-            if wanted != "stages" and request.schedule in (None, "gpipe"):
-                single = price_single(best.pricing, best.shape.microbatches)
-                programs["single"] = single.seconds
-                if single.seconds < programs.get("stages", inf):
-                    self._check_alike(best, single)
-        except MeshwrightError as error:
-            if wanted == "single" and isinstance(error, LoweringError):
-                raise PlanError.at(error, None, None) from error
-            if wanted == "single":
-                raise
-            single, why = None, error.what
-            programs.pop("single", None)
-        if single is not None and single.seconds < programs.get("stages", inf):
-            self.search.note(f"{best.shape}, a single program: {format_seconds(single.seconds)}")
-            best = replace(best, priced=single, apart=best.priced)
-        self.best = replace(best, programs=programs, why=why)
-
-    def _check_alike(self, best: Found, single: Priced) -> None:
-        """Raises LoweringError where the layers of the whole step are not one program on other values, or what
-        they hold does not lie alike."""
-        folded, units = self.search.folded, self.choices.units
-        assert best.shape and best.space
-        cuts = part_cuts(folded, [units.cuts[first] for first in single.firsts])
-        program = prepare(folded.whole, best.shape.policy)
-        check_one_program(best.space.program.graph, best.space.codes(best.choices))
-        found = layered(program, cut_stages(program, folded.whole, cuts, best.shape.microbatches))
-        name, tags = folded.whole.input_name, [program.value_tags[v] for v in program.graph.inputs]
-        for first, *others in found.inputs:
-            lies = best.space.layout(tags[first], best.choices)
-            if unlike := [
-                each for each in others if best.space.layout(tags[each], best.choices) != lies
-            ]:
-                raise LoweringError(
-                    f"{name(first)} and {name(unlike[0])} are laid out in different ways.", where="pipeline",
-                    fix="program=stages, which runs any stages",
-                )  # fmt: skip
+        self.best = with_program(self.best, self.search)
 
     def write(self, bound: float, left_out: tuple[str, ...] = LEFT_OUT) -> Plan:
         """The plan of the best pipeline."""

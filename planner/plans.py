@@ -79,18 +79,20 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
     if flat.scouts is not None:
         flat.scouts.brief(flat, pipelines.choices.units)
     try:
-        pipelines.explore(afterwards=flat.roots() if both else [])
+        if both:
+            _explore(flat, pipelines)
+        else:
+            pipelines.explore()
         pipelines.refine()
         if keep is not None:
             pipelines.broaden(WIDE)
-        pipelines.reorder()
+        pipelines.reorder(flat.best.seconds)
         pipelines.choose_program()
         if both:
-            flat.outside, flat.aim = (
-                pipelines.best.dispatched,
-                max(pipelines.first, pipelines.best.dispatched),
-            )
-            flat.explore()
+            flat.outside = pipelines.best.dispatched
+            while flat.promises() < inf and not flat.late():
+                flat.step()
+            flat.end()
         slow = (
             pipelines.best.seconds < flat.best.seconds <= pipelines.best.dispatched
         )  # of dispatch alone
@@ -120,6 +122,24 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
     else:
         found = pipelines.write(bound, unequal.left_out)
     return passed_over(found, (*pipelines.best.by_stages, *ways))
+
+
+def _explore(flat: Search, pipelines: Pipelines) -> None:
+    """Plans with and without a pipeline, whichever may be faster first."""
+    pipelines.besides = flat.roots()
+    pipelines.begin()
+    flat.outside = flat.aim = pipelines.first
+    flat.begin(known=pipelines.first < inf)
+    while not flat.late():
+        pipelines.outside = flat.best.seconds
+        with_stages, without = pipelines.promises(flat.best.seconds), flat.promises()
+        if min(with_stages, without) == inf:
+            return
+        if without <= with_stages:
+            flat.step()
+        else:
+            pipelines.step(flat.best.seconds)
+            flat.outside = pipelines.as_run()
 
 
 def drop_dispatched(unequal: Unequal, flat: float) -> list[Way]:

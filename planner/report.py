@@ -71,7 +71,7 @@ def write_plan(
         mesh=space.mesh,
         microbatches=best.candidate.microbatches,
         recompute=best.candidate.policy,
-        attention=search.request.attention,
+        attention=search.request.execution.attention,
         overlap=search.request.execution.within,
         strategies=space.codes(choices),
         slots=slots_of(space, choices),
@@ -169,7 +169,7 @@ def notes_of(search: Search) -> tuple[str, ...]:
     axis, told = program.time, assumptions(program.graph)
     if where := statistics_of(program.graph):
         told = (_own_statistics(where, search.best.candidate), *told)
-    if (asked := search.request.attention) != "plain":
+    if (asked := search.request.execution.attention) != "plain":
         told = (*_fused(program.graph, search.cluster.device.kind, asked), *told)
     if isinstance(axis, Refusal):
         return (f"microbatches are not possible: {axis.reason} ({axis.where})", *told)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, get_args
 from ..ir.cluster import Cluster
 from ..ir.composites import AttentionKind
 from ..ir.errors import PlanError, UsageError, did_you_mean
-from ..ir.execution import OVERLAPS, WITHIN, Execution, OverlapKind, parse_overlap
+from ..ir.execution import OVERLAPS, WITHIN, Execution, OverlapKind, parse_overlap, usual_execution
 from ..ir.microbatch import Refusal, TimeAxis
 from ..ir.mistakes import Mistakes
 from ..ir.recompute import POLICIES, Policy
@@ -50,7 +50,8 @@ class Request:
                   "plain": products and softmax as written
     overlap       which communication runs beside computation: "parameters" (gathers of weights), "gradients" (their
                   reductions), "tensor" (exchanges within layers), with a pipeline "stages" (sends between these);
-                  several joined by a comma, "all" or "none"
+                  several joined by a comma, "all" or "none"; attention and overlap, if not given, are what the
+                  cluster's devices do (`ir.execution.usual_execution`)
     search        "exact" proves its plans; "mcmc" is FlexFlow's, for comparison, and proves nothing
     """
 
@@ -64,8 +65,8 @@ class Request:
     chunks: int | None = None
     program: ProgramKind | None = None
     batch_stats: BatchStats | None = None
-    attention: AttentionKind = "plain"
-    overlap: str | tuple[OverlapKind, ...] = ()
+    attention: AttentionKind | None = None
+    overlap: str | tuple[OverlapKind, ...] | None = None
     time_limit: float = 60.0
     gap: float | None = None
     seed: int = 0
@@ -80,8 +81,17 @@ class Request:
 
     @property
     def execution(self) -> Execution:
-        """What is assumed of the runtime."""
-        return Execution(self.attention, parse_overlap(self.overlap, self._known))
+        """What is assumed of the runtime; where nothing is said nor known of devices, a step as written, in turn."""
+        return Execution(self.attention or "plain", parse_overlap(self.overlap or (), self._known))
+
+    def on(self, cluster: Cluster) -> Request:
+        """The same, with what the devices of a cluster usually do where nothing is said."""
+        usual = usual_execution(device.kind for device in cluster.devices.values())
+        beside = tuple(kind for kind in usual.overlap if kind in self._known)
+        if self.search != "exact":
+            beside = ()  # chains of moves know no windows
+        overlap = beside if self.overlap is None else self.overlap
+        return replace(self, attention=self.attention or usual.attention, overlap=overlap)
 
     @property
     def _known(self) -> tuple[OverlapKind, ...]:
@@ -112,7 +122,7 @@ class Request:
             ),
             (
                 "attention",
-                get_args(AttentionKind),
+                (None, *get_args(AttentionKind)),
                 did_you_mean(str(self.attention), get_args(AttentionKind)),
             ),
             ("search", get_args(Searcher), did_you_mean(str(self.search), get_args(Searcher))),
@@ -123,9 +133,11 @@ class Request:
         if self.schedule is not None and not isinstance(self.schedule, str):
             wrong.of(partial(_refuse, "schedule", repr(self.schedule), "a name, such as 1f1b"))
         wrong.of(lambda: _check_axes(self.mesh))
-        wrong.of(lambda: _check_overlap(self.overlap, self._known))
+        if self.overlap is not None:
+            wrong.of(partial(_check_overlap, self.overlap, self._known))
         wrong.tell()
-        object.__setattr__(self, "overlap", parse_overlap(self.overlap, self._known))
+        if self.overlap is not None:
+            object.__setattr__(self, "overlap", parse_overlap(self.overlap, self._known))
         if self.mesh is not None:  # an axis of one device cuts nothing
             cutting = tuple(int(size) for size in self.mesh if size != 1)
             object.__setattr__(self, "mesh", cutting or tuple(self.mesh[:1]))

@@ -162,16 +162,10 @@ class Search:
 
     def over(self, cluster: Cluster, request: Request) -> Search:
         """A search for the same step on another cluster; programs and what their decisions may be are shared."""
+        cost = Roofline(cluster, exchanges=request.program != "single")
         found = Search(
-            self.folded,
-            cluster,
-            request,
-            Roofline(cluster, exchanges=request.program != "single"),
-            self.name,
-            self.fingerprint,
-            self.tell,
-            self.now,
-        )
+            self.folded, cluster, request, cost, self.name, self.fingerprint, self.tell, self.now
+        )  # fmt: skip
         found._programs, found._catalogues = self._programs, self._catalogues
         return found
 
@@ -208,26 +202,31 @@ class Search:
     def explore(self) -> None:
         """First an incumbent on a plain mesh, then best-first over the finest ones.
 
-        A mesh with more axes can do whatever a coarser one can (its axes used
-        together), so the finest meshes are searched for all. Where a plan is to be beaten already, each
-        begins with one microbatch, fit or not: that bounds all counts.
+        A mesh with more axes can do whatever a coarser one can (its axes used together), so the finest meshes are
+        searched for all. Where a plan is known, each begins with one microbatch, fit or not: that bounds all counts.
         """
-        known = self.outside < inf
-        self.begin(known)
-        plain = min(self._meshes(), key=lambda m: (abs(len(m.axes) - 2), m.shape))
-        if plain not in finest(self._meshes()) and not known:
-            self._seed(plain)
-        while self.open_bounds:
-            candidate = self._next()
-            if self.open_bounds[candidate] >= self._enough():
-                break
-            if self.late():
-                self.stopped_by = "time"
-                return
-            self._advance(candidate)
-            best = min(self.best.seconds, self.outside)
-            self.stand(best, self.lower_bound(), len(self._relaxed_bounds), len(self.open_bounds))
-        self._regroup()
+        self.begin(self.outside < inf)
+        while self.promises() < inf and not self.late():
+            self.step()
+        self.end()
+
+    def promises(self) -> float:
+        """The least bound of the open candidates; inf where none is worth a look."""
+        least = min(self.open_bounds.values(), default=inf)
+        return least if least < self._enough() else inf
+
+    def step(self) -> None:
+        """Look at the most promising candidate."""
+        self._advance(self._next())
+        best, looked = min(self.best.seconds, self.outside), len(self._relaxed_bounds)
+        self.stand(best, self.lower_bound(), looked, len(self.open_bounds))
+
+    def end(self) -> None:
+        """Note why no more is looked at; groups of hosts of other sizes are tried where all else is done."""
+        if self.promises() < inf:
+            self.stopped_by = "time"
+        else:
+            self._regroup()
 
     def _regroup(self) -> None:
         """Try groups of hosts of other sizes than those searched, next to that of the best plan."""
@@ -248,6 +247,9 @@ class Search:
         """All candidates are open, from one microbatch on or, where nothing is known to beat, from what can fit."""
         for root in self.roots():
             self._open(root if known else self.smallest_count(root))
+        plain = min(self._meshes(), key=lambda m: (abs(len(m.axes) - 2), m.shape))
+        if plain not in finest(self._meshes()) and not known:
+            self._seed(plain)
 
     def roots(self) -> list[Candidate]:
         """The least microbatch count of every finest mesh and recompute policy."""

@@ -163,7 +163,7 @@ def test_dealing_stages_that_overlap_equals_trying_every_cut(units, stages, shar
     def slowest(firsts) -> float:
         return max(span(a, b) for a, b in pairwise((*firsts, len(units))))
 
-    found = deal_spans([span] * stages, len(units))
+    found = deal_spans([table.tolist()] * stages, len(units))
     every = [(0, *cut) for cut in combinations(range(1, len(units)), stages - 1)]
     assert (found is None) == (not every)
     if found is not None:

@@ -162,7 +162,7 @@ def test_measured_layers_of_a_22b_model(experiment, sp, recompute):
     published = json.loads((DATA / "korthikanti_layer_and_memory.json").read_text())["rows"]
     row = next(r for r in published if r["experiment"] == experiment)
     layer = _layer(
-        Parallelism(tp=8, sequence_parallel=sp), Setting(recompute, fused_attention=False)
+        Parallelism(tp=8, sequence_parallel=sp), Setting(recompute, attention="plain")
     )
     forward, backward = (1e3 * (w.compute + w.exchange) for w in (layer.forward, layer.backward))
     assert forward == pytest.approx(row["fwd_ms"], rel=0.10)
@@ -182,12 +182,12 @@ def test_saved_activations_follow_the_published_formula():
     for masks of dropout; 5 a s more for attention that is kept."""
     sbh = 2048 * 4 * 6144
     layer = _layer(
-        Parallelism(tp=8, sequence_parallel=True), Setting("selective", fused_attention=False)
+        Parallelism(tp=8, sequence_parallel=True), Setting("selective", attention="plain")
     )
     assert layer.saved == pytest.approx(sbh * 34 / 8, rel=0.01)
-    kept = _layer(Parallelism(tp=8, sequence_parallel=True), Setting("none", fused_attention=False))
+    kept = _layer(Parallelism(tp=8, sequence_parallel=True), Setting("none", attention="plain"))
     assert kept.saved == pytest.approx(sbh * (34 + 5 * 64 * 2048 / 6144) / 8, rel=0.05)
-    full = _layer(Parallelism(tp=8), Setting("full", fused_attention=False))
+    full = _layer(Parallelism(tp=8), Setting("full", attention="plain"))
     assert full.saved == pytest.approx(sbh * 2, rel=0.01)
 
 
@@ -288,7 +288,7 @@ def test_a_pipeline_is_its_parts_and_a_bubble():
     """1F1B over equal layers: what rank 0 does, plus (p - 1) of the passes."""
     cluster = Cluster.parse("a100x8")
     shape = replace(GPT22B, layers=8)
-    setting = Setting("full", fused_attention=False, overlap=frozenset({"stages"}))
+    setting = Setting("full", attention="plain", overlap=frozenset({"stages"}))
     found = price_job(
         shape, Parallelism(pp=8), cluster, global_batch=16, microbatch=1, setting=setting
     )
@@ -412,7 +412,7 @@ def test_a_published_run_end_to_end():
     shape = Shape("gpt", 96, 12288, 96, 96, 49152, 51200, 2048, dropout=0.1)
     found = price_job(
         shape, Parallelism(tp=8, pp=8, vpp=3, sequence_parallel=True), Cluster.parse("8xa100x8@hdr200"),
-        global_batch=64, microbatch=1, setting=Setting("selective", fused_attention=False),
+        global_batch=64, microbatch=1, setting=Setting("selective", attention="plain"),
     )  # fmt: skip
     assert found.step == pytest.approx(13.75, rel=0.04)
     assert found.peak < 80 * 2**30
@@ -560,7 +560,7 @@ def test_simulate_overlaps_and_never_exceeds_the_sum(saved, tmp_path):
     assert found.exit_code == 0, found.output
     data = json.loads(found.output)
     assert data["compute"] <= data["seconds"] <= data["serial"] * 1.0001 * 1.1256
-    assert data["serial"] == pytest.approx(data["planned"], rel=0.01)
+    assert data["seconds"] == pytest.approx(data["planned"], rel=0.02) < data["serial"]
     plan = json.loads(saved.read_text())
     assert data["peak_bytes"] == pytest.approx(plan["estimate"]["peak_bytes"], rel=1e-6)
     assert "h100.efficiency (preset)" in data["hangs_on"]

@@ -121,7 +121,7 @@ def test_heads_may_be_wider_than_the_stream(family):
 def test_lean_ends_make_room_for_embedding_and_head():
     """Two layers fewer, taken from the ends: the stages between keep what they had."""
     cluster, memory, steps = Cluster.parse("a100x8"), [], []
-    setting = Setting("full", fused_attention=False)
+    setting = Setting("full", attention="plain")
     for layers, lean in ((16, False), (14, True), (14, False)):
         found = price_job(
             replace(GPT22B, layers=layers), Parallelism(pp=8, lean_ends=lean), cluster,

@@ -136,7 +136,7 @@ class Lowered:
 
         return jax.jit(
             step, in_shardings=shardings, out_shardings=results, donate_argnums=tuple(numbers),
-            compiler_options=options_for(self.mesh),
+            compiler_options=options_for(self.mesh, self.plan),
         )  # fmt: skip
 
     def hlo(self) -> str:
@@ -195,7 +195,7 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
         in_shardings=in_shardings,
         out_shardings=out_shardings,
         donate_argnums=tuple(sorted(captured.graph.donated)),
-        compiler_options=options_for(mesh),
+        compiler_options=options_for(mesh, plan),
     )
     return Lowered(plan, captured, sharded, jitted, mesh, in_shardings, out_shardings)
 

@@ -242,7 +242,7 @@ def lower_single(
     sharded.__name__ = re.sub(r"\W", "_", plan.name)  # type: ignore[attr-defined]  for profilers
     jitted = jax.jit(
         sharded, in_shardings=ins.program_shardings, out_shardings=outs.program_shardings,
-        donate_argnums=_donated(captured, ins), compiler_options=options_for(mesh),
+        donate_argnums=_donated(captured, ins), compiler_options=options_for(mesh, plan),
     )  # fmt: skip
     return LoweredSingle(plan, captured, jitted, mesh, ins, outs)
 

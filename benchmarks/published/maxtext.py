@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from meshwright import pricing
 from meshwright.ir.cluster import Cluster
+from meshwright.ir.composites import AttentionKind
 from meshwright.planner.jobs.pinned import Parallelism
 
 from .case import Case, Row
@@ -41,7 +42,7 @@ class Script:
     per_device: int
     recompute: tuple[str, ...]
     tp: int = 1
-    fused_attention: bool = True
+    attention: AttentionKind = "fused"
     causal: bool = False
     overlap: frozenset[str] = OVERLAP
 
@@ -61,10 +62,10 @@ def explicit(layers: int, hidden: int, heads: int) -> pricing.Shape:
 
 SCRIPTS = {
     ("TPU v4", "22B"): Script(
-        explicit(48, 6144, 24), 16, ("blocks",), fused_attention=False, overlap=GATHERS
+        explicit(48, 6144, 24), 16, ("blocks",), attention="plain", overlap=GATHERS
     ),
     ("TPU v4", "52B"): Script(
-        explicit(32, 12288, 32), 10, ("blocks",), fused_attention=False, overlap=GATHERS
+        explicit(32, 12288, 32), 10, ("blocks",), attention="plain", overlap=GATHERS
     ),
     ("TPU v5e", "16B"): Script(scaled(16), 6, ("blocks",)),
     ("TPU v5e", "32B"): Script(scaled(32), 4, ("blocks",)),
@@ -134,7 +135,7 @@ def _case(
     chips = parallelism.devices
     return Case(
         row, _cluster(row["hw"], slices, chips // slices), script.shape, [parallelism], [script.per_device * script.tp],
-        [pricing.Setting(r, script.fused_attention, overlap=script.overlap) for r in script.recompute],
+        [pricing.Setting(r, script.attention, overlap=script.overlap) for r in script.recompute],
         script.per_device * chips, measured,
     )  # fmt: skip
 

@@ -6,11 +6,15 @@ the least such time is found by halving.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+
+import numpy as np
 
 Fits = Callable[[int, int, int], bool]  # (stage, first unit, one past the last)
-Span = Callable[[int, int], float]  # seconds of units `first` up to, not including, `last`
+Spans = Sequence[
+    Sequence[float]
+]  # seconds of units `first` up to, not including, `last`, at [first][last]
 
 ANYWHERE: Fits = lambda stage, first, last: True  # noqa: E731
 
@@ -26,17 +30,17 @@ def deal(seconds: Sequence[Sequence[float]], fits: Fits = ANYWHERE) -> tuple[int
     return deal_spans([known[id(each)] for each in seconds], len(seconds[0]), fits)
 
 
-def added_up(seconds: Sequence[float]) -> Span:
+def added_up(seconds: Sequence[float]) -> Spans:
     """Of units that take so long one after another."""
-    sums = [0.0, *accumulate(seconds)]
-    return lambda first, last: sums[last] - sums[first]
+    sums = np.concatenate([[0.0], np.cumsum(seconds)])
+    return (sums[None, :] - sums[:, None]).tolist()
 
 
-def deal_spans(spans: Sequence[Span], units: int, fits: Fits = ANYWHERE) -> tuple[int, ...] | None:
+def deal_spans(spans: Sequence[Spans], units: int, fits: Fits = ANYWHERE) -> tuple[int, ...] | None:
     """The same by what each stage takes for a run of units, which a longer run never takes less than."""
     if (
         units < len(spans)
-        or (best := _fill(spans, units, max(each(0, units) for each in spans), fits)) is None
+        or (best := _fill(spans, units, max(each[0][units] for each in spans), fits)) is None
     ):
         return None
     low, high = 0.0, _slowest(spans, units, best)
@@ -50,14 +54,14 @@ def deal_spans(spans: Sequence[Span], units: int, fits: Fits = ANYWHERE) -> tupl
     return best
 
 
-def _slowest(spans: Sequence[Span], units: int, firsts: Sequence[int]) -> float:
+def _slowest(spans: Sequence[Spans], units: int, firsts: Sequence[int]) -> float:
     return max(
-        each(first, end)
+        each[first][end]
         for each, first, end in zip(spans, firsts, (*firsts[1:], units), strict=True)
     )
 
 
-def _fill(spans: Sequence[Span], units: int, most: float, fits: Fits) -> tuple[int, ...] | None:
+def _fill(spans: Sequence[Spans], units: int, most: float, fits: Fits) -> tuple[int, ...] | None:
     """Stages of at most so many seconds: where each stage may end, given where the one before may.
 
     The farther a stage begins, the farther it reaches, so an end is looked up from the least
@@ -72,9 +76,8 @@ def _fill(spans: Sequence[Span], units: int, most: float, fits: Fits) -> tuple[i
         end = 0
         for at in starts:
             end = max(end, at)
-            while (
-                end < last and each(at, end + 1) <= most * (1 + 1e-12) and fits(stage, at, end + 1)
-            ):
+            reach = bisect_right(each[at], most * (1 + 1e-12), end, last + 1) - 1
+            while end < reach and (fits is ANYWHERE or fits(stage, at, end + 1)):
                 end += 1
                 found[end] = at
         if not found:

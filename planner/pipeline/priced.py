@@ -17,7 +17,7 @@ import numpy as np
 from ...ir.cluster import Cluster
 from ...ir.errors import InfeasibleError
 from ...ir.schedule import Schedule, peak_held
-from .dealing import ANYWHERE, Fits, Span, added_up, deal_spans
+from .dealing import ANYWHERE, Fits, Spans, added_up, deal_spans
 from .limited import search_schedule
 from .simulate import Run, StageSeconds, pipeline_tasks, simulate
 from .stage_memory import Runs, StageMemory
@@ -43,6 +43,12 @@ class Priced:
     held: tuple[float, ...]
     run: Run
     seconds: float
+
+    @property
+    def in_any_order(self) -> float:
+        """No order of the passes is faster: a rank does all of its own, and then what is done once per step."""
+        busy = max(self.run.busy(rank) for rank in range(self.schedule.ranks))
+        return busy + self.seconds - self.run.makespan
 
     def runs(self, units: Units, stage: int) -> Runs:
         ends = (*self.firsts[1:], len(units))
@@ -193,19 +199,18 @@ class Pricing:
             found.append(replace(work, apart=work.apart + sum(n * each for n, each in pairs)))
         return found
 
-    def _spans(self, homes: Sequence[Place], share: float) -> list[Span]:
+    def _spans(self, homes: Sequence[Place], share: float) -> list[Spans]:
         """Seconds of a run of units per microbatch on each stage, a share of what is done once included."""
         alike = {id(home.each): home for home in homes}
         found = {key: self._span(home, share) for key, home in alike.items()}
         return [found[id(home.each)] for home in homes]
 
-    def _span(self, home: Place, share: float) -> Span:
+    def _span(self, home: Place, share: float) -> Spans:
         each = [replace(u, apart=u.apart + self._handing(u)) for u in home.each]
         if not any(unit.hides for unit in each):
             per_kind = [u.passes + share * u.once for u in each]
             return added_up([per_kind[kind] for kind in self.units.kinds])
-        table = seconds_of_runs([each[kind] for kind in self.units.kinds], share).tolist()
-        return lambda first, last: table[first][last]
+        return seconds_of_runs([each[kind] for kind in self.units.kinds], share).tolist()
 
     def _fits(self, schedule: Schedule, homes: Sequence[Place]) -> Fits:
         @cache

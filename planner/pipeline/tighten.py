@@ -167,7 +167,7 @@ class _Ranks:
             return False
         crowds = self.policy.reserve and step.kind == "forward"
         for before in self.left[rank]:
-            if before == step:
+            if before is step:
                 return True
             holds += (change := self.changes[before])
             if crowds and before.kind == "forward":

@@ -217,7 +217,7 @@ def _exhaust(search: Search, reason: str) -> None:
 def _oversized_row(problem: Problem) -> str:
     """The first row that overflows even when every node takes its least there."""
     for row in problem.rows:
-        least = sum(float(np.min(usage)) for usage in row.usage.values())
+        least = float(sum(usage.min() for usage in row.usage.values()))
         if least > row.limit:
             return (
                 f"row {row.name!r} needs at least {least:.6g} bytes, {least - row.limit:.6g} more"

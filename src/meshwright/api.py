@@ -88,12 +88,13 @@ def plan_captured(
 ) -> Plan:  # fmt: skip
     """Plan a step that was captured before. `keep` is as for `planner.plans.search`."""
     where = place(cluster, request)
+    request = request.on(where)
     with hired(where, request) as scouts:
         layers = unstack(captured) if request.pp != 1 else None
         if layers is not None and len(layers.inputs) == len(captured.graph.inputs):
             layers = None  # loops of one turn alone, which run as they are
         graph = captured.graph if layers is None else layers.captured.graph
-        graph = composed(graph, request.attention, where)
+        graph = composed(graph, request.execution.attention, where)
         verify_graph(graph)
         known, apart = fingerprint(captured.graph), layers is not None
         told = ("stacked parameters are held layer by layer", *layers.notes) if layers else ()
@@ -108,7 +109,7 @@ def plan_captured(
     if not apart:
         return found
     if found.pipeline is None:
-        whole = fold(composed(captured.graph, request.attention, where))
+        whole = fold(composed(captured.graph, request.execution.attention, where))
         again = search(whole, where, request.flat, **same)
         return again.model_copy(
             update={"notes": tuple(dict.fromkeys((*again.notes, *found.notes)))}

@@ -53,17 +53,19 @@ def plan(
         ),
     ] = None,
     attention: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="fused: one op that keeps no scores; ring: fused, keys go round; plain: as the step writes it."
+            help="fused: one op that keeps no scores (by default on GPUs and TPUs); ring: fused, keys go round; "
+            "plain: as the step writes it."
         ),
-    ] = "plain",
+    ] = None,
     overlap: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="What runs beside computation: parameters,gradients,tensor, with stages: stages; all; none."
+            help="What runs beside computation: parameters,gradients,tensor, with stages: stages; all; none. "
+            "By default parameters,gradients,stages on GPUs and TPUs."
         ),
-    ] = "none",
+    ] = None,
     pp: Annotated[
         str,
         typer.Option(

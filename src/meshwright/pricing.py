@@ -213,7 +213,7 @@ class Setting:
     """How a job runs beside its degrees: what others state in a table of results."""
 
     recompute: str = "none"
-    fused_attention: bool = True
+    attention: AttentionKind = "fused"
     products: str = "bf16"  # what products outside attention are done in: bf16 or fp8
     overlap: frozenset[str] = frozenset()
     reduce_in_fp32: bool = True
@@ -391,13 +391,12 @@ def _parts(
     policy = RECOMPUTE[setting.recompute]
     if setting.fusion == "none" and policy == "fused":
         policy = "none"  # nothing is made again that nobody asked for
-    elif setting.fused_attention and policy == "fused":
+    elif setting.attention == "fused" and policy == "fused":
         policy = "fused-selective"  # fused attention keeps no scores to begin with
-    attention: AttentionKind = "fused" if setting.fused_attention else "plain"
-    program = _program(shape, microbatch * parallelism.dp, policy, attention)
+    program = _program(shape, microbatch * parallelism.dp, policy, setting.attention)
     cost = Roofline(
         known.cluster,
-        setting.fused_attention,
+        setting.attention == "fused",
         setting.fusion,
         PRODUCTS[setting.products],
         redone_inside=setting.redone_inside,

@@ -205,9 +205,12 @@ def price(
         str,
         typer.Option(help="none, selective, alternate, full; with XLA everything, dots or blocks."),
     ] = "none",
-    plain_attention: Annotated[
-        bool, typer.Option("--plain-attention", help="Scores in memory, no fused kernel.")
-    ] = False,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="fused: no scores in memory (by default on GPUs and TPUs); plain: in memory."
+        ),
+    ] = None,
     products: Annotated[str, typer.Option(help="Products in bf16 or fp8.")] = "bf16",
     gathers: Annotated[
         str, typer.Option(help="Gathers for products in bf16, or in fp8 as these.")
@@ -222,8 +225,12 @@ def price(
         ),
     ] = False,
     overlap: Annotated[
-        str, typer.Option(help="What runs beside computation: gradients,parameters,tensor,stages.")
-    ] = "",
+        str | None,
+        typer.Option(
+            help="What runs beside computation: parameters,gradients,tensor,stages; all; none. "
+            "By default parameters,gradients,stages on GPUs and TPUs."
+        ),
+    ] = None,
     separate_accumulation: Annotated[
         bool,
         typer.Option(
@@ -244,8 +251,18 @@ def price(
     from .emulation import trace_on_cpu
     from .ir.cluster import Cluster
     from .ir.codec import check_writable, write_whole
+    from .ir.composites import AttentionKind
+    from .ir.execution import (
+        OVERLAPS,
+        WITHIN,
+        Execution,
+        parse_attention,
+        parse_overlap,
+        usual_execution,
+    )
     from .planner.pipeline.timeline import Timeline
-    from .pricing import Setting, check_batch, fusion_of, overlaps, parallelism_on, price_job
+    from .planner.request import check_overlap
+    from .pricing import Setting, check_batch, fusion_of, parallelism_on, price_job
 
     if trace is not None:
         check_writable(trace)
@@ -254,6 +271,14 @@ def price(
     for path, value in _changes(changes).items():
         where = where.with_(path, value)
     wrong = Mistakes()
+    usual = usual_execution(device.kind for device in where.devices.values())
+    known = WITHIN if pp == 1 else OVERLAPS
+    kind: AttentionKind | None = wrong.of(lambda: parse_attention(attention or usual.attention))
+    beside = usual.overlap if overlap is None else wrong.of(lambda: parse_overlap(overlap, known))
+    assumed = Execution(
+        kind or usual.attention, tuple(each for each in beside or () if each in known)
+    )
+    wrong.of(lambda: check_overlap(assumed.overlap, where))
     wrong.of(lambda: _no_idle_options(
         ("--sp", sequence_parallel, tp > 1, "--tp above 1"),
         ("--cp-kind", cp_kind != "all_gather", cp > 1, "--cp above 1"),
@@ -293,7 +318,7 @@ def price(
     )
     setting = wrong.of(
         lambda: Setting(
-            recompute, not plain_attention, products, overlaps(overlap), reduce_in_fp32=not narrow_gradients,
+            recompute, assumed.attention, products, frozenset(assumed.overlap), reduce_in_fp32=not narrow_gradients,
             fused_accumulation=not separate_accumulation, gathers=gathers, fusion=fusion_of(fusion),
             redone_inside=not redone_apart,
         )
@@ -311,7 +336,7 @@ def price(
         "cluster": where.name, "devices": where.size, "shape": asdict(shape), "parallelism": asdict(parallelism),
         "global_batch": global_batch, "microbatch": microbatch, "recompute": recompute,
     }  # fmt: skip
-    _print_price(found, where, beyond, job, format)
+    _print_price(found, where, beyond, job | {"assumes": str(assumed)}, format)
 
 
 @app.command()
@@ -429,6 +454,7 @@ def _print_price(found: Any, where: Any, beyond: str, job: dict[str, Any], forma
         say(f"        does not fit: {format_bytes(found.peak - where.memory_per_device)} too much")
     elif found.peak > 0.9 * where.memory_per_device:
         say("        above 90 % of the memory; measured runs lose much of their speed there")
+    say(f"assumes {job['assumes']}")
     say(f"error   {words}")
 
 
