@@ -3,6 +3,7 @@
 import itertools
 import json
 from functools import cache
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import meshwright as mw
 from meshwright.api import plan
 from meshwright.backends.xla.capture import capture
+from meshwright.backends.xla.devices import options_for
+from meshwright.cli import app
 from meshwright.ir.blocks import fold
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.codec import load_plan, save_plan
@@ -304,7 +308,7 @@ def test_what_the_update_makes_waits():
 @cache
 def planned(overlap="all", cluster="h100x8", **pins):
     example = build("gpt2", layers=4, batch=32)
-    request = Request(overlap=overlap, time_limit=30, **pins)
+    request = Request(attention="plain", overlap=overlap, time_limit=30, **pins)
     return plan(
         example.step,
         example.state,
@@ -447,6 +451,46 @@ def test_what_cannot_be_held_is_refused(cluster, request_, told):
         plan(
             example.step, example.state, example.batch, cluster=cluster, request=Request(**request_)
         )
+
+
+@pytest.mark.parametrize(
+    ("cluster", "given", "assumed"),
+    [
+        ("h100x8", {}, Execution("fused", ALL[:2])),
+        ("v5e-8", {"pp": 2}, Execution("fused", (*ALL[:2], "stages"))),
+        ("h100x8", {"overlap": "none"}, Execution("fused")),
+        ("h100x8", {"attention": "plain", "overlap": "tensor"}, Execution("plain", ALL[2:])),
+        ("h100x8", {"search": "mcmc"}, Execution("fused")),
+        ("8xcpu", {"pp": 2}, Execution()),
+        ("8xcpu", {"attention": "fused"}, Execution("fused")),
+    ],
+)
+def test_by_default_devices_do_what_their_runtime_does(cluster, given, assumed):
+    assert Request(**given).on(Cluster.parse(cluster)).execution == assumed
+
+
+def test_a_plan_a_price_and_a_simulation_assume_the_same_by_default(tmp_path):
+    cli = lambda *words: CliRunner().invoke(app, words)  # noqa: E731
+    words = ["--model", "gpt2", "--layers", "2", "--cluster", "h100x8", "--batch", "32"]
+    path = tmp_path / "p.json"
+    made = cli("plan", *words, "--microbatches", "1", "-o", str(path))
+    priced, ran = cli("price", *words), cli("simulate", str(path))
+    assert made.exit_code == priced.exit_code == ran.exit_code == 0, priced.output
+    told = "attention fused; gathers of weights, reductions of gradients run beside computation"
+    assert f"assumes {told}" in made.output and f"assumes {told}" in priced.output
+    assert "gathers of weights, reductions of gradients run beside" in ran.output
+    refused = cli("price", *words[:-4], "--cluster", "8xcpu", "--batch", "32", "--overlap", "all")
+    assert isinstance(refused.exception, PlanError) and "XLA's CPU" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("platform", "overlap", "on"),
+    [("gpu", ALL[:1], True), ("gpu", (), False), ("tpu", ALL, False), ("cpu", (), False)],
+)
+def test_programs_on_gpus_turn_on_the_scheduler_that_plans_count_on(platform, overlap, on):
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform)]))
+    options = options_for(mesh, SimpleNamespace(overlap=overlap)) or {}
+    assert options.get("xla_gpu_enable_latency_hiding_scheduler", False) == on
 
 
 def test_what_comes_early_and_what_leaves_late_takes_memory():

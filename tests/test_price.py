@@ -161,9 +161,7 @@ def test_measured_layers_of_a_22b_model(experiment, sp, recompute):
     """Korthikanti et al., Table 4: one layer on 8 A100; each pass within 10 %, both within 5 %."""
     published = json.loads((DATA / "korthikanti_layer_and_memory.json").read_text())["rows"]
     row = next(r for r in published if r["experiment"] == experiment)
-    layer = _layer(
-        Parallelism(tp=8, sequence_parallel=sp), Setting(recompute, attention="plain")
-    )
+    layer = _layer(Parallelism(tp=8, sequence_parallel=sp), Setting(recompute, attention="plain"))
     forward, backward = (1e3 * (w.compute + w.exchange) for w in (layer.forward, layer.backward))
     assert forward == pytest.approx(row["fwd_ms"], rel=0.10)
     assert backward == pytest.approx(row["bwd_ms"], rel=0.10)
