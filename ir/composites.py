@@ -14,8 +14,8 @@ of the op's rule: queries, heads and batch are cut, keys are whole.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import count
 from typing import Literal
@@ -25,15 +25,13 @@ from .attention_form import LSE, Unreadable, form_of, with_residuals
 from .attention_kernels import has_kernels
 from .bodies import BACKWARD, FORWARD
 from .cluster import Cluster
+from .composite_cuts import Cuts
 from .dead import drop_dead_ops
 from .dealt import Parts, complete, followed, spread
 from .graph import Attr, Constant, Graph, Op, TensorType
 from .kept_sums import with_sums_kept
-from .key_spans import KeySpans, may_leave_out
-from .online import online
+from .key_spans import KeySpans
 from .recompute import PRODUCTS
-from .rule import cuttable
-from .rules import rule_of
 from .text import show
 
 AttentionKind = Literal["plain", "fused", "ring"]
@@ -142,7 +140,7 @@ class _Rewrite:
 
     def _composite(self, kind: str, one: Attention, closings: Sequence[int]) -> Op:
         (home,) = {self.home[v] for v in closings}
-        body = _Body(self, one, home)
+        body = Body(self, one, home)
         for value in closings:
             body.need(value)
         where = self.links.writer[closings[0]].where
@@ -153,16 +151,16 @@ class _Rewrite:
         text, shape = show(body.graph(closings)), self.old.types[one.softmax].shape
         alike = (text, shape, one.keys, body.told(), *body.left_out())
         if alike not in self._cuts:
-            self._cuts[alike] = _Cuts(body, closings).attrs()
+            self._cuts[alike] = Cuts(body, closings).attrs()
         attrs = {"body": text, **self._cuts[alike]}
         return Op(
             kind, tuple(body.inputs), tuple(closings), tuple(sorted(attrs.items())), where=where
         )
 
-    def _log_of_sum(self, body: _Body, closings: Sequence[int]) -> int | None:
+    def _log_of_sum(self, body: Body, closings: Sequence[int]) -> int | None:
         """A further result of a body that kernels run: what these hand to the backward pass beside the result."""
         graph = body.graph(closings)
-        attrs = (("body", show(graph)), *sorted(_Cuts(body, closings).attrs().items()))
+        attrs = (("body", show(graph)), *sorted(Cuts(body, closings).attrs().items()))
         try:
             form = form_of(Op(FORWARD, tuple(body.inputs), tuple(closings), attrs))
         except Unreadable:
@@ -262,7 +260,7 @@ def _note_homes(ops: Sequence[Op], home: dict[int, int], here: int = 0) -> None:
             _note_homes(region.ops, home, op.outputs[0])
 
 
-class _Body:
+class Body:
     """What is between the boundary of an attention and some of its closings, as seen from where these are.
 
     In a backward loop, what the forward loop stacks for it is made again from what else was stacked.
@@ -394,122 +392,3 @@ class _Body:
         results = (v for op in self.ops for v in op.outputs)
         told = zip(results, self.told(), strict=True)
         return spread(self.ops, self.types, {v: dims for v, dims in told if dims is not None})
-
-
-@dataclass(frozen=True)
-class _Cuts:
-    """Which dims of the softmax may be cut, on every value of a body."""
-
-    body: _Body
-    closings: Sequence[int]
-
-    def attrs(self) -> dict[str, Attr]:
-        """What the rule of the composite is made of; see `rules/composite.py`. Where blocks of keys come together,
-        these are a further dim, of `keys` many, and may go round a ring of devices that cut the free dim `ring`. Where
-        keys are left out, they are one too, and `spans` are the first and the end of `blocks` of them, by block of the
-        free dim `rows`."""
-        body, parts = self.body, self.body.parts()
-        shape = body.types[body.one.softmax].shape
-        free = [
-            d
-            for d, size in enumerate(shape)
-            if size > 1 and d not in body.one.keys and self._is_free(d, parts)
-        ]
-        found, spans = self._told(free, free, parts), self._spans(free, parts)
-        ring = self._ring(free, parts)
-        if ring is not None and spans is not None and ring != spans.rows:
-            ring = None
-        if spans is not None or ring is not None:
-            (keys,) = body.one.keys if spans is None else (spans.keys,)
-            found |= {**self._told(free, [*free, keys], parts), "keys": shape[keys]}
-        if ring is not None:
-            found["ring"] = free.index(ring)
-        if spans is not None:
-            found |= {
-                "rows": free.index(spans.rows), "spans": spans.spans, "blocks": spans.blocks
-            }  # fmt: skip
-        return found
-
-    def _ring(self, free: Sequence[int], parts: Mapping[int, Parts]) -> int | None:
-        """The dim of the queries, if blocks of keys come together."""
-        body, rows = self.body, [d for d in free if d in self.body.one.rows]
-        shape = body.types[body.one.softmax].shape
-        keys = body.one.keys
-        others = [d for d, size in enumerate(shape) if size > 1 and d not in free]
-        if body.rewrite.for_kernels or len(keys) != 1 or others != [*keys] or not rows:
-            return None  # kernels take whole keys
-        (keys,), numbers = body.one.keys, {v: c.data for v, c in body.numbers.items()}
-        found = online(body.ops, body.types, parts, keys, free, self.closings, numbers)
-        return None if found is None else max(rows, key=shape.__getitem__)
-
-    def _told(
-        self, free: Sequence[int], named: Sequence[int], parts: Mapping[int, Parts]
-    ) -> dict[str, Attr]:
-        body = self.body
-        shape = body.types[body.one.softmax].shape
-        dims = [self._dims(value, parts, named) for value in (*body.inputs, *self.closings)]
-        return {
-            "sizes": tuple(shape[d] for d in free),
-            "operands": tuple(dims[: len(body.inputs)]),
-            "results": tuple(dims[len(body.inputs) :]),
-            "linear": tuple(
-                (k,) for k in range(len(body.inputs)) if self._is_linear(body.inputs[k])
-            ),
-        }
-
-    def _spans(self, free: Sequence[int], parts: Mapping[int, Parts]) -> KeySpans | None:
-        """Which keys a kernel leaves out, if the body comes to the same without them."""
-        found, body = self.body.one.spans, self.body
-        if found is None or found.rows not in free:
-            return None
-        numbers = {v: c.data for v, c in body.numbers.items()}
-        fine = may_leave_out(body.ops, body.types, parts, found, self.closings, numbers)
-        return found if fine else None
-
-    def _dims(self, value: int, parts: Mapping[int, Parts], free: Sequence[int]) -> Attr:
-        """By dim of a value, the free dims of the softmax that it is made of; () where it is cut by none."""
-        known = parts.get(value, ((),) * self.body.types[value].rank)
-        return tuple(
-            tuple(free.index(d) for d, _, _ in dim) if all(p[0] in free for p in dim) else ()
-            for dim in known
-        )
-
-    def _is_free(self, d: int, parts: Mapping[int, Parts]) -> bool:
-        """Whether every op can do with a part of this dim, and no op but closings sums over it."""
-        size = self.body.types[self.body.one.softmax].shape[d]
-        for op in self.body.ops:
-            rule = rule_of(op, self.body.types)
-            sides = zip((*op.inputs, *op.outputs), (*rule.operands, *rule.results), strict=True)
-            for value, dims in sides:
-                for dim, told in zip(dims, parts.get(value, ()), strict=False):
-                    if not any(part[0] == d for part in told):
-                        continue
-                    if told[0] != (d, 1, size) or not dim or dim[0] not in cuttable(rule):
-                        return False
-                    factor = rule.factors[dim[0]]
-                    if factor.size != size or (
-                        factor.kind == "reduced" and not self._may_sum(op, factor.reduction)
-                    ):
-                        return False
-        return True
-
-    def _may_sum(self, op: Op, reduction: str) -> bool:
-        return reduction == "sum" and op.outputs[0] in self.closings
-
-    def _is_linear(self, value: int) -> bool:
-        """Whether all closings are linear in a value, the others held fixed."""
-        zeros = {v for v, c in self.body.numbers.items() if c.data == 0}
-        linear = {value}
-        for op in self.body.ops:
-            rule = rule_of(op, self.body.types)
-            touched = [k for k, v in enumerate(op.inputs) if v in linear]
-            nothing = [k for k, v in enumerate(op.inputs) if v in zeros]
-            if touched and not {tuple(touched), tuple(sorted(touched + nothing))}.isdisjoint(
-                rule.linear
-            ):
-                linear.update(op.outputs)
-            elif touched:
-                return False
-            elif tuple(nothing) in rule.linear:
-                zeros.update(op.outputs)
-        return linear.issuperset(self.closings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -67,16 +67,18 @@ def usual_execution(kinds: Iterable[str]) -> Execution:
     return Execution() if "cpu" in set(kinds) else Execution("fused", USUAL)
 
 
-def parse_attention(text: str) -> AttentionKind:
+def parse_attention(
+    text: str, known: Sequence[AttentionKind] = get_args(AttentionKind)
+) -> AttentionKind:
     """How attention runs, by name.
 
     Raises:
-        PlanError: neither of the known names.
+        PlanError: none of the known names.
     """
-    for known in get_args(AttentionKind):
-        if known == text:
-            return known
-    fix = did_you_mean(text, get_args(AttentionKind))
+    for name in known:
+        if name == text:
+            return name
+    fix = did_you_mean(text, known)
     raise PlanError(f"attention cannot be `{text:.60}`.", where="attention", fix=fix)
 
 

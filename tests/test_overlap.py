@@ -479,6 +479,8 @@ def test_a_plan_a_price_and_a_simulation_assume_the_same_by_default(tmp_path):
     told = "attention fused; gathers of weights, reductions of gradients run beside computation"
     assert f"assumes {told}" in made.output and f"assumes {told}" in priced.output
     assert "gathers of weights, reductions of gradients run beside" in ran.output
+    ring = cli("price", *words, "--attention", "ring")
+    assert isinstance(ring.exception, PlanError), "a ring is a kind of context parallelism there"
     refused = cli("price", *words[:-4], "--cluster", "8xcpu", "--batch", "32", "--overlap", "all")
     assert isinstance(refused.exception, PlanError) and "XLA's CPU" in str(refused.exception)
 

@@ -149,7 +149,9 @@ class StagePrograms:
         )  # fmt: skip
         sharded = jax.shard_map(body, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
         sharded.__name__ = f"{fragment.kind}_{fragment.stage}"  # type: ignore[attr-defined]  for profilers
-        call = jax.jit(sharded, donate_argnums=1, compiler_options=options_for(self.mesh, self.local.plan))
+        call = jax.jit(
+            sharded, donate_argnums=1, compiler_options=options_for(self.mesh, self.local.plan)
+        )
         return Program(fragment, call, gone, kept, parcels)
 
     def _parcels(self, fragment: Fragment, stages: Sequence[StagePrograms]) -> tuple[Parcel, ...]:

@@ -273,7 +273,9 @@ def price(
     wrong = Mistakes()
     usual = usual_execution(device.kind for device in where.devices.values())
     known = WITHIN if pp == 1 else OVERLAPS
-    kind: AttentionKind | None = wrong.of(lambda: parse_attention(attention or usual.attention))
+    kind: AttentionKind | None = wrong.of(
+        lambda: parse_attention(attention or usual.attention, ("fused", "plain"))
+    )
     beside = usual.overlap if overlap is None else wrong.of(lambda: parse_overlap(overlap, known))
     assumed = Execution(
         kind or usual.attention, tuple(each for each in beside or () if each in known)
