@@ -3,7 +3,7 @@
     python benchmarks/bounds.py ROWS.csv [--set NAME ...] [--time-limit S] [-o FILE]
 
 Rows whose model the zoo has, in bf16, as `fidelity.py` reads them. Each job (model, length, batch, cluster) is planned
-once: attention fused; all overlapped and no pipeline where the run has none, else with one and nothing overlapped.
+once: attention fused, all overlapped, with a pipeline or without as the run has one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from meshwright.recipe import make
 ZOO = (*gpt.CONFIGS, *llama.CONFIGS, *mixtral.CONFIGS, *deepseek.CONFIGS)
 PINS: dict[bool, dict[str, Any]] = {
     False: {"pp": 1, "overlap": "all"},
-    True: {"pp": "auto"},
+    True: {"pp": "auto", "overlap": "all"},
 }  # by whether the run has stages
 
 

@@ -2,11 +2,13 @@
 
     python benchmarks/expert_jobs.py [JOB ...] [-o FILE]
 
-plain        `plan --pp auto`: attention as the step writes it, nothing overlapped.
-fused        `plan --pp auto --attention fused`.
-overlapped   `plan --pp auto --attention fused --overlap all`.
-expert       `price` of the expert's degrees, the fastest microbatch and recomputation that fit; nothing overlapped,
-             then gradients and parameters, then tensor parallelism too.
+alone        `plan --pp auto --overlap none`: attention fused, nothing beside computation but sends between stages.
+default      `plan --pp auto`: gathers of weights and reductions of gradients beside computation too.
+all          `plan --pp auto --overlap all`.
+expert       `price` of the expert's degrees under the same three, with XLA's kernels as plans have them and gradients
+             reduced in 16 bits: the fastest microbatch and recomputation that fit as plans must, in 90 % of memory.
+frameworks   the same, everything beside computation, with what frameworks do: norms that are computed again run inside
+             the products that read them, gradients are reduced in fp32. A plan may not do that.
 
 Each plan with its bound, and the seconds of CPU that its search took after capture. The degrees of each expert stand
 below; Llama 3 405B's TP8·PP16 is of arXiv 2407.21783, table 4.
@@ -30,7 +32,7 @@ from meshwright import pricing  # noqa: E402
 from meshwright.api import plan_captured  # noqa: E402
 from meshwright.ir.cluster import Cluster  # noqa: E402
 from meshwright.ir.errors import MeshwrightError  # noqa: E402
-from meshwright.planner.request import Request  # noqa: E402
+from meshwright.planner.request import HEADROOM, Request  # noqa: E402
 from meshwright.recipe import make  # noqa: E402
 
 
@@ -64,11 +66,17 @@ JOBS = {
     "Mixtral": Job("mixtral-8x7b", "4xh100x8@ib400", 256, None, {"pp": 4, "ep": 8, "zero": 1}),
 }  # fmt: skip
 PLANS: dict[str, dict[str, Any]] = {
-    "plain": {"pp": "auto"},
-    "fused": {"pp": "auto", "attention": "fused"},
-    "overlapped": {"pp": "auto", "attention": "fused", "overlap": "all"},
+    "alone": {"pp": "auto", "overlap": "none"},
+    "default": {"pp": "auto"},
+    "all": {"pp": "auto", "overlap": "all"},
 }
-OVERLAPS = ("none", "gradients,parameters", "gradients,parameters,tensor")
+XLA: dict[str, Any] = {"redone_inside": False, "reduce_in_fp32": False}
+EXPERTS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
+    "expert, alone": (("everything", "dots", "blocks"), "stages", XLA),
+    "expert, default": (("everything", "dots", "blocks"), "parameters,gradients,stages", XLA),
+    "expert, all": (("everything", "dots", "blocks"), "all", XLA),
+    "frameworks, all": (("none", "selective", "full"), "all", {}),
+}  # policies, what runs beside computation, how
 
 
 def planned(job: Job, request: Request) -> dict[str, Any]:
@@ -90,17 +98,19 @@ def planned(job: Job, request: Request) -> dict[str, Any]:
     }
 
 
-def priced(job: Job, overlap: str) -> dict[str, Any]:
+def priced(
+    job: Job, policies: tuple[str, ...], overlap: str, how: dict[str, Any]
+) -> dict[str, Any]:
     """The fastest of the expert's layout that fits."""
     cluster = Cluster.parse(job.cluster)
-    room, found = cluster.device.memory - cluster.device.reserve, []
-    for microbatch, recompute in product((1, 2, 4), ("none", "selective", "full")):
+    room, found = cluster.memory_per_device * (1 - HEADROOM), []
+    for microbatch, recompute in product((1, 2, 4), policies):
         degrees = {"tp": 1, "pp": 1, "cp": 1, "zero": 0, **job.degrees}
         try:
             price = pricing.price_job(
                 pricing.shape_of(job.model, job.seq), pricing.parallelism_on(cluster, dp=None, **degrees),
                 cluster, global_batch=job.batch, microbatch=microbatch,
-                setting=pricing.Setting(recompute=recompute, overlap=pricing.overlaps(overlap)),
+                setting=pricing.Setting(recompute, overlap=pricing.overlaps(overlap), **how),
             )  # fmt: skip
         except MeshwrightError:
             continue  # this microbatch does not divide the batch
@@ -117,13 +127,13 @@ def main() -> None:
     parser.add_argument("jobs", nargs="*", choices=[[], *JOBS], metavar="JOB", help=" ".join(JOBS))
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
-    print("| job | " + " | ".join((*PLANS, *(f"expert, {o} beside" for o in OVERLAPS))) + " |")
-    print("|---" * (1 + len(PLANS) + len(OVERLAPS)) + "|", flush=True)
+    print("| job | " + " | ".join((*PLANS, *EXPERTS)) + " |")
+    print("|---" * (1 + len(PLANS) + len(EXPERTS)) + "|", flush=True)
     rows = {}
     for name in options.jobs or JOBS:
         job = JOBS[name]
         row = {kind: planned(job, Request(time_limit=120, **pins)) for kind, pins in PLANS.items()}
-        row |= {f"expert {overlap}": priced(job, overlap) for overlap in OVERLAPS}
+        row |= {kind: priced(job, *how) for kind, how in EXPERTS.items()}
         rows[name] = row
         print(f"| {name} | " + " | ".join(map(_cell, row.values())) + " |", flush=True)
     if options.output:
