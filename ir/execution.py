@@ -98,5 +98,7 @@ def parse_overlap(
         name = name.strip() if isinstance(name, str) else name
         if name not in (*known, "", "none", "all"):
             fix = did_you_mean(str(name), (*known, "all", "none"))
+            if name in OVERLAPS:
+                fix = f"{name} with a pipeline alone, --pp; or leave it out"
             raise PlanError(f"overlap cannot be `{name!s:.60}`.", where="overlap", fix=fix)
     return tuple(kind for kind in OVERLAPS if kind in names)

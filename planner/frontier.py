@@ -39,7 +39,7 @@ from .pipeline.points import Point
 from .pipeline.units import Units
 from .pipeline_report import LEFT_OUT
 from .pipelines import Pipelines
-from .request import Request
+from .request import Request, check_overlap
 from .search import Search
 
 LOOKS = (
@@ -275,6 +275,7 @@ class _Replanning:
             known = next(iter(self.searches.values()), None)
             request = Request(**{**self.frontier.request, "program": "stages"})  # type: ignore[arg-type]
             if known is None:
+                check_overlap(request.execution.overlap, where)
                 folded = Folded(self.small, self.small, ())
                 name, mark = self.frontier.name, self.frontier.fingerprint
                 search = Search(

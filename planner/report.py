@@ -13,7 +13,6 @@ from ..ir.bodies import FORWARD
 from ..ir.bodies import KINDS as COMPOSITES
 from ..ir.composites import AttentionKind
 from ..ir.evenly import pairs_kept
-from ..ir.execution import WITHIN
 from ..ir.graph import Graph, Op, TensorType, Visit
 from ..ir.microbatch import Refusal
 from ..ir.plan import EXACT, Collective, Estimate, Layout, Plan, PlannedBatch, Proof, Tensor
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from .search import Search
 
 OVERLAP = "overlap of communication with compute"
+OVERLAP_WITHIN = "overlap of exchanges within layers"
 BESIDES = (  # pipelines
     "offload to host memory",
     OVERLAP,
@@ -107,7 +107,7 @@ def _estimate(search: Search, collectives: list[Collective]) -> Estimate:
         step_seconds=total,
         compute_seconds=serial - communication,
         communication_seconds=communication,
-        hidden_seconds=serial - total,
+        hidden_seconds=max(0.0, serial - total),
         peak_bytes=best.answer.peak,
         limit_bytes=search.limit,
         memory=ledger.by_cause(choices, best.answer.moment),
@@ -141,8 +141,9 @@ def proof_of(
     ):
         left_out = (*left_out, GROUPS)
     execution = search.request.execution
-    if set(WITHIN) <= set(execution.overlap):
-        left_out = tuple(each for each in left_out if each != OVERLAP)
+    if execution.within:
+        rest = (OVERLAP_WITHIN,) if "tensor" not in execution.overlap else ()
+        left_out = (*rest, *(each for each in left_out if each != OVERLAP))
     return Proof(
         status="optimal" if gap <= EXACT else status,
         stopped_by=stopped,

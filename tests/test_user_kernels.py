@@ -15,7 +15,7 @@ import meshwright as mw
 from meshwright.backends.xla.capture import capture
 from meshwright.ir.blocks import fold
 from meshwright.ir.cluster import Cluster
-from meshwright.ir.errors import UsageError
+from meshwright.ir.errors import UsageError, VerificationError
 from meshwright.ir.fingerprint import fingerprint
 from meshwright.ir.rule import cuttable
 from meshwright.ir.rules import rule_of
@@ -153,7 +153,7 @@ def test_other_kernels_make_other_graphs_and_the_same_kernel_the_same():
         ("b h q d", "b", "has not one `->`"),
         ("b b, b -> b", "b", "`b b` in rule `b b, b -> b` is no list of different names"),
         ("b k -> b", "k", "`k` cannot be cut by rule `b k -> b`: a result is without it"),
-        ("b -> b", "h", "`h` cannot be cut"),
+        ("b -> b", "h", "`h` of cut `h` is no name of an operand"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(rule: str, cut: str, message: str):
@@ -182,3 +182,88 @@ def test_rules_that_do_not_fit_are_refused_where_the_kernel_is_called(
     with pytest.raises(UsageError, match=message) as error:
         made(*args)
     assert f"rule `{rule}`" in str(error.value) and "try" in str(error.value)
+
+
+@mw.kernel(rule="b d -> b d, b", cut="b", flop=100)
+def route(x: Array) -> tuple[Array, Array]:
+    """Weights and the choice, as a router has them: an integer result has no gradient."""
+    return jax.nn.softmax(x), jnp.argmax(x, 1)
+
+
+def same_as_plain(weigh: Callable[[Array], Array], given: Array) -> tuple[Any, mw.Plan]:
+    """A step of SGD on 4 devices, and its plan."""
+
+    def step(w: Array, x: Array) -> tuple[Array, Array]:
+        loss, gradient = jax.value_and_grad(lambda w: weigh(x @ w).mean())(w)
+        return w - 0.1 * gradient, loss
+
+    w = jax.random.normal(jax.random.key(0), (D, D))
+    plan = mw.plan(step, w, given, cluster="4xcpu", request=mw.Request(mesh=(4,)))
+    found = mw.lower(plan, step, w, given)(w, given)
+    for mine, theirs in zip(found, jax.jit(step)(w, given), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+    return found, plan
+
+
+def test_a_kernel_with_an_integer_result_is_differentiated():
+    def weigh(x: Array) -> Array:
+        weights, choice = route(x)
+        return jnp.take_along_axis(weights, choice[:, None], 1)
+
+    same_as_plain(weigh, jax.random.normal(jax.random.key(1), (64, D)))
+
+
+def test_under_vmap_a_kernel_keeps_its_rule_and_may_be_cut_along_the_batch():
+    one = mw.kernel(rule="d -> d", cut="", flop=100)(lambda x: jax.nn.softmax(x))
+    x = jax.random.normal(jax.random.key(1), (64, D))
+    weigh = lambda x: jax.vmap(one)(x)[:, 0]  # noqa: E731
+    same_as_plain(weigh, x)
+    graph = capture(lambda x: jax.value_and_grad(lambda x: weigh(x).sum())(x), x).graph
+    made = [op for op in graph.ops if op.kind == "user_kernel"]
+    assert len(made) == 2, "a forward kernel and its gradient"
+    for op in made:
+        rule = rule_of(op, graph.types)
+        assert [rule.factors[f].size for f in cuttable(rule)] == [64]
+        assert flop(op, rule, graph.types) == 64 * (100 if op is made[0] else 350)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda x: mw.kernel(rule="b d -> b d", cut=["b"], flop=1), "cut cannot be"),  # type: ignore[arg-type]
+        (lambda x: mw.kernel(rule="b d -> b d", cut="b, d", flop=1), "no name of an operand"),
+        (lambda x: mw.kernel(3, rule="b d -> b d", cut="b", flop=1), "a kernel is a function"),  # type: ignore[arg-type]
+        (lambda x: mw.kernel(rule="b d -> b d", cut="b", flop=-5)(lambda x: x)(x), "flop of a kernel cannot"),
+        (lambda x: mw.kernel(rule="b d -> b d", cut="b", flop=1)(lambda x: {"a": x})(x), "type dict"),
+        (lambda x: mw.kernel(rule="b d -> b d", cut="b", flop=1)(lambda x: x)(x=x), "given by its name"),
+    ],
+)  # fmt: skip
+def test_wrong_declarations_and_calls_are_told(make, told):
+    with pytest.raises(UsageError, match=told):
+        make(jnp.ones((8, 4)))
+
+
+def test_inside_a_step_a_wrong_kernel_is_told_as_it_is_outside():
+    fixed = mw.kernel(rule="b d -> b d", cut="d", flop=1)(lambda x: x * jnp.ones((8, 4)))
+    with pytest.raises(UsageError, match="cannot run on half of `d`") as caught:
+        mw.plan(lambda x: fixed(x), jnp.ones((8, 4)), cluster="4xcpu")
+    assert caught.value.where.startswith("mw.kernel of")
+
+
+def test_verification_names_the_kernel_whose_cut_is_wrong():
+    mean = mw.kernel(rule="b d -> b d", cut="b", flop=1)(lambda x: x - x.mean(0))
+    step = lambda w, x: (w - 0.1 * jax.grad(lambda w: (mean(x @ w) ** 2).sum())(w), 0.0)  # noqa: E731
+    run = mw.parallelize(step, cluster="4xcpu", mesh="4", verify=True)
+    with pytest.raises(VerificationError, match=r"kernel declared at test_user_kernels\.py"):
+        run(jnp.eye(D), jax.random.normal(jax.random.key(0), (64, D)) + jnp.arange(64)[:, None])
+
+
+def test_a_kernel_in_bf16_is_compared_as_such():
+    product = mw.kernel(rule="b d, d f -> b f", cut="b", flop=1)(lambda x, w: x @ w)
+    short = lambda w, x: product(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))  # noqa: E731
+    step = lambda w, x: (w - 0.1 * jax.grad(lambda w: short(w, x).astype("f4").mean())(w), 0.0)  # noqa: E731
+    run = mw.parallelize(step, cluster="4xcpu", mesh="4", verify=True)
+    run(
+        jax.random.normal(jax.random.key(1), (D, D)),
+        jax.random.normal(jax.random.key(0), (4096, D)),
+    )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...ir.errors import CaptureError
+from ...ir.errors import CaptureError, UsageError
 from . import compat
 from .calls import Call, Ends, calling, is_value, shortened
 from .leaks import check_leaks, watched
@@ -57,7 +57,7 @@ def trace_call(call: Call) -> Traced:
     traces: list[Any] = []
     try:
         traced = jax.jit(watched(flat, traces)).trace(*bare)
-    except CaptureError:
+    except (CaptureError, UsageError):  # of the step, or of a kernel that it declares
         raise
     except Exception as error:
         raise _explained(error, call) from error

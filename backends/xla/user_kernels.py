@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import update_wrapper
+from itertools import count
 from typing import Any
 
 import jax
@@ -45,10 +46,6 @@ class Declared:
     results: tuple[Names, ...]
     cut: Names
 
-    @property
-    def gradient(self) -> Declared:
-        return Declared((*self.operands, *self.results), self.operands, self.cut)
-
 
 def kernel(
     function: Callable[..., Any] | None = None, *, rule: str, cut: str, flop: Count, nbytes: Count | None = None,
@@ -70,6 +67,8 @@ def kernel(
         UsageError: the rule cannot be read, or does not fit the arrays or what the function gives.
     """
     declared = _parsed(rule, cut)
+    if function is not None and not callable(function):
+        raise _wrong(f"a kernel is a function, not {function!r}.", "@mw.kernel(...) above a def")
     if function is None:
         return lambda f: kernel(
             f, rule=rule, cut=cut, flop=flop, nbytes=nbytes, gradient_flop=gradient_flop
@@ -89,8 +88,18 @@ def _parsed(rule: str, cut: str) -> Declared:
                 f"`{' '.join(names)}` in rule `{rule}` is no list of different names.",
                 "a name for each dim, `b h q d`",
             )
+    if not isinstance(cut, str):
+        raise _wrong(
+            f"cut cannot be {cut!r}.", "names with spaces between, `b h`, or an empty text"
+        )
     free = tuple(cut.split())
     for name in free:
+        if not any(name in names for names in operands):
+            known = " ".join(dict.fromkeys(n for names in operands for n in names))
+            raise _wrong(
+                f"`{name}` of cut `{cut}` is no name of an operand in rule `{rule}`.",
+                f"names with spaces between, of `{known}`",
+            )
         if not all(name in names for names in results):
             raise _wrong(
                 f"`{name}` cannot be cut by rule `{rule}`: a result is without it.",
@@ -124,7 +133,12 @@ class _Kernel:
         call = jax.custom_vjp(self._call)
         call.defvjp(lambda *arrays: (self._call(*arrays), arrays), self._pulled)
 
-        def wrapped(*arrays: Any) -> Any:
+        def wrapped(*arrays: Any, **named: Any) -> Any:
+            if named:
+                raise _wrong(
+                    f"`{next(iter(named))}` is given by its name.",
+                    "arrays in the order of the rule; options by functools.partial before mw.kernel", self.where,
+                )  # fmt: skip
             given = [jnp.asarray(a) for a in arrays]
             self._check(given)
             return call(*given)
@@ -137,24 +151,36 @@ class _Kernel:
 
     def _forward(self, *arrays: Any) -> Sequence[Any]:
         found = self.function(*arrays)
-        return list(found) if isinstance(found, tuple | list) else [found]
+        several = list(found) if isinstance(found, tuple | list) else [found]
+        for each in several:
+            if not hasattr(each, "shape"):
+                raise _wrong(
+                    f"a result is of type {type(each).__name__}.", "an array, or a tuple of arrays", self.where
+                )  # fmt: skip
+        return several
 
     def _pulled(self, arrays: Sequence[Any], grads: Any) -> tuple[Any, ...]:
+        """Gradients of the operands that are no integers, by those of such results."""
         grads = [grads] if len(self.declared.results) == 1 else list(grads)
         floats = [k for k, a in enumerate(arrays) if jnp.issubdtype(a.dtype, jnp.floating)]
+        led = [k for k, g in enumerate(grads) if g.dtype != jax.dtypes.float0]
+        many = len(arrays)
 
         def gradient(*given: Any) -> Sequence[Any]:
-            many = len(arrays)
-            pull = jax.vjp(self._forward, *given[:many])[1]
-            found = pull(list(given[many:]))
+            made, pull = jax.vjp(self._forward, *given[:many])
+            seeds = [np.zeros(each.shape, jax.dtypes.float0) for each in made]
+            for k, seed in zip(led, given[many:], strict=True):
+                seeds[k] = seed
+            found = pull(seeds)
             return [found[k] for k in floats]
 
-        whole = self.declared.gradient
-        declared = replace(whole, results=tuple(whole.results[k] for k in floats))
-        flop = self.gradient_flop or (lambda *given: 3.5 * _count(self.flop, given[: len(arrays)]))
-        found = iter(
-            self._bind(declared, gradient, (*arrays, *grads), flop, f"{self.name}_gradient")
-        )
+        operands, results = self.declared.operands, self.declared.results
+        declared = Declared(
+            (*operands, *(results[k] for k in led)), tuple(operands[k] for k in floats), self.declared.cut
+        )  # fmt: skip
+        flop = self.gradient_flop or (lambda *given: 3.5 * _count("flop", self.flop, given[:many]))
+        given = (*arrays, *(grads[k] for k in led))
+        found = iter(self._bind(declared, gradient, given, flop, f"{self.name}_gradient"))
         return tuple(
             next(found) if k in floats else np.zeros(a.shape, jax.dtypes.float0)
             for k, a in enumerate(arrays)
@@ -171,7 +197,8 @@ class _Kernel:
         )
         return kernel_p.bind(
             *arrays, function=UserFunction(name, run), program=jax.make_jaxpr(run)(*given), operands=declared.operands,
-            results=declared.results, cut=declared.cut, flop=int(_count(flop, given)), nbytes=int(_count(moved, given)),
+            results=declared.results, cut=declared.cut, flop=int(_count("flop", flop, given)),
+            nbytes=int(_count("nbytes", moved, given)),
         )  # fmt: skip
 
     # ------------------------------------------------------------ whether the rule fits
@@ -226,12 +253,10 @@ class _Kernel:
                 )  # fmt: skip
 
 
-def _count(count: Count, given: Sequence[Any]) -> float:
+def _count(what: str, count: Count, given: Sequence[Any]) -> float:
     found = count(*given) if callable(count) else count
-    if not math.isfinite(found) or found < 0:
-        raise _wrong(
-            f"a kernel cannot take {found!r}.", "a number of operations or bytes, 0 or more"
-        )
+    if not isinstance(found, int | float) or not math.isfinite(found) or found < 0:
+        raise _wrong(f"{what} of a kernel cannot be {found!r}.", "a finite number, 0 or more")
     return float(found)
 
 
@@ -261,9 +286,24 @@ def _inline(*arrays: Any, function: UserFunction, **_: Any) -> Any:
     return function.run(*arrays)
 
 
-def _batched(arrays: Any, dims: Any, *, function: UserFunction, **_: Any) -> Any:
-    """Under `vmap` the function runs as it is written, without its rule: a batch belongs into the rule."""
-    found = jax.vmap(function.run, dims)(*arrays)
+def _batched(
+    arrays: Any, dims: Any, *, function: UserFunction, operands: Any, results: Any, cut: Names,
+    flop: int, nbytes: int, **_: Any,
+) -> Any:  # fmt: skip
+    """Under `vmap` the rule has one name more, which may be cut: examples do not depend on each other."""
+    sizes = {a.shape[d] for a, d in zip(arrays, dims, strict=True) if d is not None}
+    (size,) = sizes
+    used = {name for names in operands for name in names}
+    name = next(each for n in count() if (each := f"batch{n}") not in used)
+    run = jax.vmap(function.run, dims)
+    named = tuple(
+        names if d is None else (*names[:d], name, *names[d:])
+        for names, d in zip(operands, dims, strict=True)
+    )
+    found = kernel_p.bind(
+        *arrays, function=UserFunction(function.name, run), program=jax.make_jaxpr(run)(*arrays), operands=named,
+        results=tuple((name, *names) for names in results), cut=(*cut, name), flop=flop * size, nbytes=nbytes * size,
+    )  # fmt: skip
     return found, [0] * len(found)
 
 

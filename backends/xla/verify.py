@@ -28,6 +28,7 @@ import numpy as np
 from ...ir.errors import VerificationError
 from ...ir.graph import Graph
 from ...ir.recompute import PRODUCTS
+from ...ir.rules.user_kernel import KIND as USER_KERNEL
 from .by_microbatch import ByMicrobatch
 from .capture import Captured
 from .meetings import Meetings
@@ -48,6 +49,9 @@ class Reference:
     noise: Mapping[int, Noise]
     tolerance: float  # of the precision that the step computes in
     before: Mapping[int, Any] = field(default_factory=dict)
+    kernels: tuple[
+        str, ...
+    ] = ()  # of the user's own, where they are called: each is cut as it declares
 
 
 def reference(step: Callable[..., Any], captured: Captured, leaves: Sequence[Any]) -> Reference:
@@ -63,15 +67,17 @@ def reference(step: Callable[..., Any], captured: Captured, leaves: Sequence[Any
     real = [jnp.issubdtype(jax.typeof(leaf).dtype, jnp.floating) for leaf in leaves]
     before = {o: np.asarray(leaves[i]) for i, o in graph.state if real[i]}
     noise = measure(captured, leaves, step.moved if isinstance(step, ByMicrobatch) else None)
-    return Reference(step(*leaves), noise, TOLERANCE[precision(graph)], before)
+    declared = [visit.op.where for visit in graph.visits if visit.op.kind == USER_KERNEL]
+    kernels = tuple(dict.fromkeys(declared))
+    return Reference(step(*leaves), noise, TOLERANCE[precision(graph)], before, kernels)
 
 
 def precision(graph: Graph) -> str:
-    """The coarsest precision that a product is computed in."""
+    """The coarsest precision that a product, or a kernel of the user's, is computed in."""
     dtypes = {
         graph.types[value].dtype
         for visit in graph.visits
-        if visit.op.kind in PRODUCTS
+        if visit.op.kind in PRODUCTS or visit.op.kind == USER_KERNEL
         for value in visit.op.inputs
     }
     known = [_NAMES[d] for d in dtypes if d in _NAMES]
@@ -114,7 +120,10 @@ def verify_outputs(truth: Reference, found: Any, names: Sequence[str]) -> None:
             raise VerificationError(
                 f"the sharded step differs from the unsharded one: {wrong}.",
                 where=f"output `{names[position] if position < len(names) else position}`",
-                fix="report this plan; until it is mended run with another mesh, or without meshwright",
+                fix=f"see whether the kernel declared at {truth.kernels[0]} gives on a part of each name in its `cut` "
+                "that part of the result: sizes and random numbers inside it are those of the part"
+                if truth.kernels
+                else "report this plan; until it is mended run with another mesh, or without meshwright",
             )
 
 
