@@ -79,7 +79,7 @@ def parse_attention(
         if name == text:
             return name
     fix = did_you_mean(text, known)
-    raise PlanError(f"attention cannot be `{text:.60}`.", where="attention", fix=fix)
+    raise PlanError(f"attention cannot be `{text!s:.60}`.", where="attention", fix=fix)
 
 
 def parse_overlap(

@@ -359,6 +359,7 @@ def test_a_vocabulary_is_padded_as_megatron_pads_it():
 def test_settings_and_shapes_that_cannot_be_are_refused():
     for make in (
         lambda: Setting("some"),
+        lambda: Setting(attention="ring"),
         lambda: Setting(products="fp7"),
         lambda: Parallelism(tp=0),
     ):

@@ -28,7 +28,7 @@ def mpt(row: Row) -> Case | None:
     cluster = f"{device}x{n}" if n <= 8 else f"{n // 8}x{device}x8@{FABRICS[row['hw']]}"
     shape = gpt_shape(row)
     setting = pricing.Setting(
-        row["recompute"], True, "fp8" if "fp8" in row["dtype"] else "bf16",
+        row["recompute"], "fused", "fp8" if "fp8" in row["dtype"] else "bf16",
         frozenset({"parameters", "gradients"}), reduce_in_fp32=False,
     )  # fmt: skip
     tokens = int(row["gbs"]) * shape.seq

@@ -51,7 +51,7 @@ def megatron(row: Row) -> Case | None:
         row, hosts("a100", row, "hdr200"), shape,
         [Parallelism(tp=tp, pp=pp, vpp=v, dp=dp, zero=zero, sequence_parallel=sp) for v in vpps],
         [int(row["mbs"])] if row["mbs"] else [1, 2, 4, 8],
-        [pricing.Setting(row["recompute"] or "full", False, reduce_in_fp32=not early, fused_accumulation=not early)],
+        [pricing.Setting(row["recompute"] or "full", "plain", reduce_in_fp32=not early, fused_accumulation=not early)],
         int(row["gbs"]), float(row["iter_s"]),
     )  # fmt: skip
 
@@ -103,7 +103,7 @@ def zero_bubble(row: Row) -> Case | None:
     vpp = (layers + 2) // n if found[1] == "1F1B-I" else 1
     return Case(
         row, hosts("a100", row, "roce200"), shape, [Parallelism(pp=n, vpp=vpp, lean_ends=True)], [microbatch],
-        [pricing.Setting("none", False)], batch, batch / (float(row["samples_s_gpu"]) * n), float(row["mem_gib"]),
+        [pricing.Setting("none", "plain")], batch, batch / (float(row["samples_s_gpu"]) * n), float(row["mem_gib"]),
     )  # fmt: skip
 
 
@@ -124,6 +124,6 @@ def megascale(row: Row) -> Case | None:
     ]
     return Case(
         row, hosts("a100", row, "roce200"), shape, degrees, [1, 2, 4],
-        [pricing.Setting(r, False) for r in ("selective", "full")], batch,
+        [pricing.Setting(r, "plain") for r in ("selective", "full")], batch,
         model_flop(shape) * batch / (float(row["mfu_pct"]) / 100 * 312e12 * n),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 from .ir.cluster import Cluster
 from .ir.composites import AttentionKind, composed
 from .ir.errors import PlanError, UsageError, did_you_mean
-from .ir.execution import parse_overlap
+from .ir.execution import parse_attention, parse_overlap
 from .ir.mistakes import Mistakes
 from .ir.program import Program, prepare
 from .ir.recompute import Policy
@@ -229,6 +229,7 @@ class Setting:
     )
 
     def __post_init__(self) -> None:
+        parse_attention(self.attention, ("fused", "plain"))
         if self.recompute not in RECOMPUTE:
             raise PlanError(
                 f"recompute cannot be `{self.recompute}`.",
