@@ -49,7 +49,7 @@ from .test_context_parallel import (
     pinned,
     trained,
 )
-from .test_truth import folded, priced
+from .test_truth import folded
 
 
 def ring(op: Op, program: Program) -> int:
@@ -301,7 +301,10 @@ def test_a_ring_costs_the_same_as_a_plan_and_as_a_job(overlap: str):
     )  # fmt: skip
     beside = frozenset(pricing.overlaps(overlap)) if overlap else frozenset[str]()
     setting = pricing.Setting("blocks", reduce_in_fp32=False, redone_inside=False, overlap=beside)
-    price = priced("llama3-8b", "h100x8", 1, 65536, layout, setting)
+    price = pricing.price_job(
+        pricing.shape_of("llama3-8b", 65536), layout, Cluster.parse("h100x8"), global_batch=1, microbatch=1,
+        setting=setting,
+    )  # fmt: skip
     assert price.step == pytest.approx(plan.estimate.step_seconds, rel=0.05)
 
 

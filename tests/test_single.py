@@ -320,17 +320,12 @@ def told_of_dispatch(plan: Plan) -> list[tuple[float, float]]:
 
 
 def test_a_pipeline_that_is_faster_but_for_the_host_is_told():
-    """Whether a single program is taken in its place, or a plan without a pipeline, of stacked layers too."""
-    request = Request(pp="auto", recompute="none", program="stages")
-    flat = plan_captured(case("gpt-tiny-scan")[0], "8xcpu", request, "gpt-tiny-scan")
-    assert flat.pipeline is None
-    for plan in (flat, chosen()):
-        [(alone, together)] = told_of_dispatch(plan)
-        assert alone < plan.estimate.step_seconds < together
-        assert "by the devices alone" in plan_text(plan) and "by the devices alone" in plan_html(
-            plan
-        )
-    assert together == pytest.approx(chosen().pipeline.programs["stages"], rel=1e-3)
+    """Where a single program is taken in its place."""
+    plan = chosen()
+    [(alone, together)] = told_of_dispatch(plan)
+    assert alone < plan.estimate.step_seconds < together
+    assert "by the devices alone" in plan_text(plan) and "by the devices alone" in plan_html(plan)
+    assert together == pytest.approx(plan.pipeline.programs["stages"], rel=1e-3)
     assert not told_of_dispatch(chosen(program="stages")), "what is taken itself"
 
 
