@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from math import prod
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -82,13 +82,13 @@ def _families(cluster: Cluster, request: Request) -> int:
 class Scouts:
     """Bounds by key, worked out elsewhere once they are briefed."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, errors: int | IO[bytes] = subprocess.DEVNULL):
         self.change = threading.Condition()
         self.wishes: list[Key] = []
         self.doing: set[Key] = set()
         self.found: dict[Key, Any] = {}
         self.closed = False
-        self.processes = [_start() for _ in range(count)]
+        self.processes = [_start(errors) for _ in range(count)]
 
     def brief(self, search: Search, units: Units) -> None:
         """Say what is searched. Of the step only the small graph counts, with the units of the whole one."""
@@ -135,6 +135,8 @@ class Scouts:
                     self.doing.discard(key)
                     self.change.notify_all()
         except (OSError, EOFError, pickle.PickleError, ValueError):
+            pass
+        finally:
             with self.change:
                 self.doing.discard(key)
                 self.change.notify_all()
@@ -152,13 +154,13 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _start(errors: int | IO[bytes]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", START.format(path=sys.path, module=__name__)]
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=errors,
         start_new_session=True,
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from math import inf
+from pathlib import Path
 
 import pytest
 
@@ -35,12 +36,17 @@ def searching(step) -> Search:
     )
 
 
-def planned(step, monkeypatch: pytest.MonkeyPatch, count: int):
+def gone(found: scouts.Scouts) -> bool:
+    return any(process.poll() is not None for process in found.processes)
+
+
+def planned(step, monkeypatch: pytest.MonkeyPatch, count: int, errors: Path):
     kept: list[scouts.Scouts] = []
 
     @contextmanager
     def hired(cluster: Cluster, request: Request) -> Iterator[scouts.Scouts | None]:
-        kept.extend([scouts.Scouts(count)] * bool(count))
+        with errors.open("wb") as file:
+            kept.extend([scouts.Scouts(count, file)] * bool(count))
         yield kept[0] if kept else None
         for each in kept:
             each.close()
@@ -53,8 +59,8 @@ def planned(step, monkeypatch: pytest.MonkeyPatch, count: int):
     return plan, told, kept
 
 
-def test_a_search_with_scouts_makes_the_same_choices(step, monkeypatch):
-    taken = []
+def test_a_search_with_scouts_makes_the_same_choices(step, monkeypatch, tmp_path):
+    taken, errors = [], tmp_path / "errors"
     take, wish = scouts.Scouts.take, scouts.Scouts.wish
     monkeypatch.setattr(
         scouts.Scouts, "take", lambda self, key: taken.append(take(self, key)) or taken[-1]
@@ -65,15 +71,17 @@ def test_a_search_with_scouts_makes_the_same_choices(step, monkeypatch):
         wish(self, keys)
         with self.change:
             if not any(found is not None for found in taken):
-                self.change.wait_for(lambda: not self.wishes and not self.doing, timeout=60)
+                self.change.wait_for(
+                    lambda: not (self.wishes or self.doing) or gone(self), timeout=60
+                )
 
     monkeypatch.setattr(scouts.Scouts, "wish", waiting)
-    alone, told_alone, _ = planned(step, monkeypatch, 0)
+    alone, told_alone, _ = planned(step, monkeypatch, 0, errors)
     assert not taken
-    helped, told, kept = planned(step, monkeypatch, 1)
+    helped, told, kept = planned(step, monkeypatch, 1, errors)
     assert told == told_alone and helped.pipeline == alone.pipeline
     assert helped.proof.lower_bound == alone.proof.lower_bound
-    assert any(found is not None for found in taken), "no scout was of use"
+    assert any(found is not None for found in taken), errors.read_text()
     assert all(process.poll() is not None for process in kept[0].processes), "left behind"
 
 

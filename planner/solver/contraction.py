@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
+from .compiled import compiled
 from .live import Demand, Live
 from .onehot import Choices, Edge
 
@@ -184,7 +184,7 @@ def _gathered(node: int, demands: list[tuple[int, int, np.ndarray]]) -> list[Dem
     return [Demand(node, first, last, held) for (first, last), held in sorted(found.items())]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _counts(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, tuple[int, int]]:
     """How many choices of the other end each choice of either end allows, the least of all and the most of each."""
     rows, columns = table.shape
@@ -197,7 +197,7 @@ def _counts(table: np.ndarray) -> tuple[np.ndarray, np.ndarray, int, tuple[int, 
     return ours, theirs, min(ours.min(), theirs.min()), (ours.max(), theirs.max())
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _separable(table: np.ndarray) -> bool:
     """Whether all is finite and `table[p, q]` is `u[p] + v[q]`, but for rounding."""
     rows, columns = table.shape

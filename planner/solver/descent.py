@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 
+from .compiled import compiled
 from .onehot import Choices
 from .reductions import Reduced
 
@@ -98,7 +98,7 @@ class Neighbourhood:
         return None
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _cheapest_relief(
     usage: np.ndarray, owner: np.ndarray, now: np.ndarray, costs: np.ndarray, over: np.ndarray
 ) -> int:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from math import inf
 from time import perf_counter
 
-import numba
 import numpy as np
 
+from .compiled import compiled
 from .contraction import contract
 from .flat import Flat, cost_of, flatten
 from .live import Live, finite, tighten
@@ -105,7 +105,7 @@ class _Chains:
         return batch
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _walk(
     flat: Flat,
     costs: np.ndarray,
@@ -153,7 +153,7 @@ def _walk(
     return cost, least
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _over(used: np.ndarray, limits: np.ndarray) -> float:
     """Bytes over the limit at the worst moment."""
     worst = 0.0
@@ -162,7 +162,7 @@ def _over(used: np.ndarray, limits: np.ndarray) -> float:
     return worst
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _rise(flat: Flat, costs: np.ndarray, choices: np.ndarray, i: int, p: int) -> float:
     """How much more it costs when node i takes choice p."""
     start = flat.starts[i]

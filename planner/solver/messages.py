@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
+from .compiled import compiled
 from .flat import Flat, flatten
 from .onehot import Edge
 
@@ -91,7 +92,7 @@ class Messages:
         return edge.costs + left[:, None] + right[None, :]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _sweep(
     forwards: bool,
     flat: Flat,
@@ -149,7 +150,7 @@ def _sweep(
         visited[i] = True
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@numba.njit(inline="always")
 def _collect(
     flat: Flat,
     e: int,

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from .compiled import compiled
 from .flat import Flat, cost_of
 from .live import Live
 
@@ -87,7 +87,7 @@ class TreeMoves:
         return state.choices, state.best, best
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _walk(
     flat: Flat,
     costs: np.ndarray,
@@ -152,7 +152,7 @@ def _walk(
     return best
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _grow(
     flat: Flat,
     root: int,
@@ -180,7 +180,7 @@ def _grow(
     return size
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _touches_once(flat: Flat, node: int, place: np.ndarray) -> bool:
     touched = 0
     for k in range(flat.first[node], flat.first[node + 1]):
@@ -193,7 +193,7 @@ def _touches_once(flat: Flat, node: int, place: np.ndarray) -> bool:
     return touched == 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _own_costs(
     flat: Flat,
     costs: np.ndarray,
@@ -243,7 +243,7 @@ def _own_costs(
     return float(read)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _choose(
     flat: Flat,
     place: np.ndarray,
@@ -283,7 +283,7 @@ def _choose(
                 after[i] = p
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _rise(
     flat: Flat,
     costs: np.ndarray,
@@ -312,7 +312,7 @@ def _rise(
     return float(rise)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _refill(
     held: Held,
     state: State,

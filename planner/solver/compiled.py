@@ -1,0 +1,41 @@
+"""Functions compiled once per machine and signature, with a cache that several processes may fill at once.
+
+numba numbers what it keeps of a function by signature: it reads an index, takes the next number, writes both.
+Two processes that do so together give one number to two signatures, and whoever loads it later runs
+code for other types. One lock per function keeps readers and writers apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numba
+from filelock import FileLock
+from numba.core.caching import FunctionCache
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class SharedCache(FunctionCache):
+    """numba's cache of one function; one process at a time reads or writes it."""
+
+    def _lock(self) -> FileLock:
+        self._impl.locator.ensure_cache_path()
+        return FileLock(Path(self.cache_path) / f"{self._impl.filename_base}.lock")
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        with self._lock():
+            return super().load_overload(sig, target_context)
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with self._lock():
+            super().save_overload(sig, data)
+
+
+def compiled(function: F) -> F:
+    """Compile for the types it is called with; the interpreter's lock is not held while it runs."""
+    dispatcher = numba.njit(nogil=True)(function)
+    dispatcher._cache = SharedCache(function)
+    return dispatcher
