@@ -24,6 +24,7 @@ def total(x):
 """
 NAME = "a_total_to_compile"
 TYPES = ("float64", "int64")
+WANTED = ["array(float64, 1d, C)", "array(int64, 1d, C)"]
 
 
 def loaded(folder: Path, ours: bool):
@@ -84,14 +85,14 @@ def types_loaded(folder: Path, ours: bool) -> list[str]:
         function = loaded(folder, ours)
         with suppress(TypeError):
             function(np.ones(3, kind))
-        found.append(str(function.signatures[0][0].dtype))
+        found.append(str(function.signatures[0][0]))
     return found
 
 
 def test_two_processes_may_fill_the_cache_at_once(tmp_path):
-    assert types_loaded(tmp_path, ours=True) == list(TYPES)
+    assert types_loaded(tmp_path, ours=True) == WANTED
 
 
 def test_numbas_own_cache_gives_code_for_other_types(tmp_path):
     """Why there is one of ours; it may go once this fails."""
-    assert types_loaded(tmp_path, ours=False) != list(TYPES)
+    assert types_loaded(tmp_path, ours=False) != WANTED
