@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numba
 from filelock import FileLock
@@ -36,6 +36,6 @@ class SharedCache(FunctionCache):
 
 def compiled(function: F) -> F:
     """Compile for the types it is called with; the interpreter's lock is not held while it runs."""
-    dispatcher = numba.njit(nogil=True)(function)
+    dispatcher: Any = numba.njit(nogil=True)(function)
     dispatcher._cache = SharedCache(function)
-    return cast(F, dispatcher)
+    return dispatcher
