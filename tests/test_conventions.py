@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import weakref
 
 import equinox as eqx
 import jax
@@ -494,6 +495,20 @@ def test_what_a_step_stores_outside_is_refused_by_name():
     ):
         with pytest.raises(CaptureError, match=rf"stores a value that it computes in .*({name})"):
             parallel(step)(w, BATCH["x"])
+
+
+def test_looking_for_what_is_stored_meets_objects_that_are_gone():
+    """`isinstance` of a proxy whose object is gone raises; a library keeps such ones."""
+    history, gone = [], weakref.proxy(type("Gone", (), {})())
+
+    def keeps(w, x):
+        history.append((x @ w).mean())
+        return w * 2
+
+    with pytest.raises(ReferenceError):
+        isinstance(gone, jax.Array)
+    with pytest.raises(CaptureError, match="history"):
+        parallel(keeps)(np.ones((16, 8), np.float32), BATCH["x"])
         history.clear()
 
 

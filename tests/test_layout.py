@@ -21,7 +21,16 @@ MAY_IMPORT = {
 }
 THIRD_PARTIES = {
     "ir": {"numpy", "pydantic", "yaml", "sympy", "ortools", "jax"},  # jax: detecting devices only
-    "planner": {"numpy", "numba", "scipy", "highspy", "networkx", "ortools", "pydantic"},
+    "planner": {
+        "numpy",
+        "numba",
+        "scipy",
+        "filelock",
+        "highspy",
+        "networkx",
+        "ortools",
+        "pydantic",
+    },
     "backends": {"numpy", "jax", "torch"},
     "models": {"numpy", "jax", "flax", "optax", "equinox", "torch"},
     "front": {"numpy", "jax", "typer", "rich"},

@@ -40,7 +40,9 @@ def check_leaks(traces: Sequence[Any], call: Call) -> None:
     if not any(trace() is not None for trace in traces):
         return
     gc.collect()
-    leaked = [x for x in gc.get_objects() if isinstance(x, compat.Tracer) and _is_of(x, traces)]
+    # By type: `isinstance` asks an object for its class, which one that stands for another that is gone cannot give.
+    tracers = (x for x in gc.get_objects() if issubclass(type(x), compat.Tracer))
+    leaked = [x for x in tracers if _is_of(x, traces)]
     place = _holder(leaked, call)
     if place:
         raise CaptureError(
