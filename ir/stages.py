@@ -291,11 +291,15 @@ class _Cutter:
         """Rounds in order, each with one draft per stage."""
         found: dict[tuple[int, int], _Draft] = {}
         draft = lambda number, stage: found.setdefault((number, stage), _Draft("update", stage))  # noqa: E731
-        for op in self.classes.late:
-            for stage in self._runs_on(op):
+        runs = [(op, self._runs_on(op)) for op in self.classes.late]
+        for op, stages in runs:
+            for stage in stages:
                 number = max((self._round(stage, v) for v in op.inputs), default=0)
                 self.rounds |= {(stage, v): number for v in op.outputs}
-                draft(number, stage).ops.append(op)
+        self._put_off(runs, ends)
+        for op, stages in runs:
+            for stage in stages:
+                draft(self.rounds[stage, op.outputs[0]], stage).ops.append(op)
         for position, (stage, value) in enumerate(zip(ends, self.graph.outputs, strict=True)):
             draft(self._round(stage, value), stage).results.append(position)
         for stage, value in sorted(self.needs):
@@ -304,6 +308,32 @@ class _Cutter:
                 draft(0, origin).extra.append(value)
         most = max((number for number, _ in found), default=0)
         return [draft(number, stage) for number in range(most + 1) for stage in range(self.count)]
+
+    def _put_off(self, runs: Sequence[tuple[Op, Sequence[int]]], ends: Sequence[int]) -> None:
+        """Let ops wait for the round that reads what they make, where that holds no more between the rounds."""
+        last = max(self.rounds.values(), default=0)
+        outputs = set(zip(ends, self.graph.outputs, strict=True))
+        sent = {v for stage, v in self.needs if self.late_at.get(v, stage) != stage}
+        first_read: dict[tuple[int, int], int] = {}
+        last_read: dict[tuple[int, int], int] = defaultdict(int)
+        size = lambda values: sum(self.graph.types[v].nbytes for v in values)  # noqa: E731
+        for op, stages in reversed(runs):
+            for stage in stages:
+                now = self.rounds[stage, op.outputs[0]]
+                stays = any(v in sent or (stage, v) in outputs for v in op.outputs)
+                then = min((first_read.get((stage, v), last + 1) for v in op.outputs), default=now)
+                if not stays and now < then <= last:
+                    held = {
+                        v
+                        for v in op.inputs
+                        if v not in self.inputs | self.classes.free and last_read[stage, v] < then
+                    }
+                    if size(held) <= size(op.outputs):
+                        self.rounds |= {(stage, v): then for v in op.outputs}
+                        now = then
+                for v in op.inputs:
+                    first_read[stage, v] = min(now, first_read.get((stage, v), now))
+                    last_read[stage, v] = max(now, last_read[stage, v])
 
     def _round(self, stage: int, value: int) -> int:
         """The first round in which a stage has a value."""

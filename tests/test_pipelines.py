@@ -81,9 +81,8 @@ def test_dealing_equals_trying_every_cut(units, slowness, room):
 @pytest.mark.parametrize("name", ["gpt3-1.3b", "vit-l16"])
 def test_all_units_together_cost_what_the_step_costs(name, policy):
     """Seconds within the scalars that each stage works out for itself; bytes but for what passes hand over whole or
-    bring to another layout, and for weights that both passes read in one layout, which programs of stages hold once.
-    Stages count up to 30 % more than a step of several microbatches, which holds what is cast once: gathered weights
-    and their copies, with GPT, 14 %; with ViT-L, where the stages' peak is at the update, 29 %."""
+    bring to another layout, and for weights that both passes read in one layout, which programs of stages hold once
+    (a thousandth aside: the two order small values differently)."""
     search = searched(name, "h100x8", batch=64)
     candidate = Candidate(mesh_of((4, 2)), policy, 8)
     space, lives = search.open(candidate)
@@ -108,8 +107,8 @@ def test_all_units_together_cost_what_the_step_costs(name, policy):
             once[key], every = max(once.get(key, 0.0), size), every + size
     assert (
         peak - (every - sum(once.values()))
-        <= most
-        <= 1.3 * (peak + left + memory.by_cause(runs, 1).get("moved", 0.0))
+        <= 1.001 * most
+        <= 1.001 * (peak + left + memory.by_cause(runs, 1).get("moved", 0.0))
     )
 
 

@@ -229,7 +229,7 @@ class StageMemory:
         for i, each in enumerate(lives.segments):
             v, held = each.value, i < passes.held
             key = self.origin(v), self.layout(v)
-            if held and v in passes.copies and key in seen:
+            if v in passes.copies and key in seen:
                 yield 0.0
             elif v in lives.copies and (held or v in passes.copies):
                 yield local_bytes(self.space, self.choices, v)
