@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from .graph import Graph, Op, Region
 from .recompute import PRODUCTS
@@ -161,30 +162,30 @@ class _Placer:
         heavy = self._heavy(ops, positions)
         if value in self.prepared:
             return heavy if phase != "prepare" else []
-        if len(positions) > 1 and self._is_sum(value):
+        if len(positions) > 1 and value in self._sums:
             return positions
         if phase == "update" and len(positions) > 1:
             return positions
         return heavy if len(heavy) > 1 else []
 
-    def _is_sum(self, value: int) -> bool:
-        """Whether a value is a sum, one that was scaled, as a mean is, or some added up, as the query, key and value
-        products' gradients are: it can owe the sum to its readers.
+    @cached_property
+    def _sums(self) -> set[int]:
+        """Sums, those that were scaled, as a mean is, and some added up, as the query, key and value products'
+        gradients are: they can owe the sum to their readers.
 
         What came before a layer does not count: the first layer would have copies that others have not.
         """
-        return self._sums_in(value, _layer(self.writer.get(value)))
-
-    def _sums_in(self, value: int, layer: str) -> bool:
-        op = self.writer.get(value)
-        if op is None or _layer(op) != layer:
-            return False
-        if op.kind in SUMS:
-            return True
-        if op.kind in ADDS:
-            return all(self._sums_in(v, layer) for v in op.inputs)
-        others = [v for v in op.inputs if v in self.writer and self.fresh.types[v].size > 1]
-        return op.kind in SCALES and len(others) == 1 and self._sums_in(others[0], layer)
+        found = set[int]()
+        for value, op in self.writer.items():
+            within = [_layer(self.writer.get(v)) == _layer(op) and v in found for v in op.inputs]
+            others = [v in self.writer and self.fresh.types[v].size > 1 for v in op.inputs]
+            if (
+                op.kind in SUMS
+                or (op.kind in ADDS and all(within))
+                or (op.kind in SCALES and others.count(True) == 1 and within[others.index(True)])
+            ):
+                found.add(value)
+        return found
 
     def _heavy(self, ops, positions: list[int]) -> list[int]:
         return [p for p in positions if ops[p].kind in LAYOUT_BOUND]

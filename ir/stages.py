@@ -311,7 +311,7 @@ class _Cutter:
 
     def _put_off(self, runs: Sequence[tuple[Op, Sequence[int]]], ends: Sequence[int]) -> None:
         """Let ops wait for the round that reads what they make, where that holds no more between the rounds."""
-        last = max(self.rounds.values(), default=0)
+        last, there = max(self.rounds.values(), default=0), self.inputs | self.classes.free
         outputs = set(zip(ends, self.graph.outputs, strict=True))
         sent = {v for stage, v in self.needs if self.late_at.get(v, stage) != stage}
         first_read: dict[tuple[int, int], int] = {}
@@ -323,11 +323,7 @@ class _Cutter:
                 stays = any(v in sent or (stage, v) in outputs for v in op.outputs)
                 then = min((first_read.get((stage, v), last + 1) for v in op.outputs), default=now)
                 if not stays and now < then <= last:
-                    held = {
-                        v
-                        for v in op.inputs
-                        if v not in self.inputs | self.classes.free and last_read[stage, v] < then
-                    }
+                    held = {v for v in op.inputs if last_read[stage, v] < then} - there
                     if size(held) <= size(op.outputs):
                         self.rounds |= {(stage, v): then for v in op.outputs}
                         now = then

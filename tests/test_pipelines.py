@@ -82,7 +82,7 @@ def test_dealing_equals_trying_every_cut(units, slowness, room):
 def test_all_units_together_cost_what_the_step_costs(name, policy):
     """Seconds within the scalars that each stage works out for itself; bytes but for what passes hand over whole or
     bring to another layout, and for weights that both passes read in one layout, which programs of stages hold once
-    (a thousandth aside: the two order small values differently)."""
+    (some thousandths aside: the two order small values differently)."""
     search = searched(name, "h100x8", batch=64)
     candidate = Candidate(mesh_of((4, 2)), policy, 8)
     space, lives = search.open(candidate)
@@ -107,8 +107,8 @@ def test_all_units_together_cost_what_the_step_costs(name, policy):
             once[key], every = max(once.get(key, 0.0), size), every + size
     assert (
         peak - (every - sum(once.values()))
-        <= 1.001 * most
-        <= 1.001 * (peak + left + memory.by_cause(runs, 1).get("moved", 0.0))
+        <= 1.003 * most
+        <= 1.003 * (peak + left + memory.by_cause(runs, 1).get("moved", 0.0))
     )
 
 
@@ -401,7 +401,7 @@ def test_a_refusal_for_want_of_memory_says_what_is_needed_and_what_may_fit():
     ) as none:
         planned("gpt-tiny", "8xcpu", Request(pp=4, memory=2e5))
     assert none.value.needed_bytes > none.value.limit_bytes == 2e5
-    asked = Request(pp=4, recompute="none", microbatches=2, memory=8e5)
+    asked = Request(pp=4, recompute="none", microbatches=2, memory=6e5)
     with pytest.raises(
         InfeasibleError, match=r"2 stages of mesh 4, recompute \w+.* may fit, but was not found to"
     ):

@@ -11,7 +11,9 @@ any program. So one timeline holds them one after another, and the lives of what
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -232,7 +234,8 @@ class Passes:
         causes = {each.value: "activations" for each in crossing} | causes
         segments = (*whole, *crossing, *inside)
         scale = {each.value: self._scale(each.value) for each in segments}
-        copies = {c: s for part in parts for c, s in part.lives.copies.items()}
+        copies = self._one_array({each.value for each in crossing})
+        copies |= {c: s for part in parts for c, s in part.lives.copies.items()}
         return Lifetimes(
             replace(self.cut.program, graph=graph),
             self.microbatches,
@@ -242,6 +245,15 @@ class Passes:
             scale,
             copies,
         )
+
+    def _one_array(self, crossing: AbstractSet[int]) -> dict[int, int]:
+        """What may be the same memory as a copy that `prepare` leaves: its source, where that is a copy that no other
+        program reads, and further copies of it."""
+        left: dict[int, list[int]] = defaultdict(list)
+        for copy, source in self.copies.items():
+            if copy in crossing and source in self.copies and source not in crossing:
+                left[source].append(copy)
+        return {same: first for source, (first, *more) in left.items() for same in (source, *more)}
 
     @cached_property
     def copies(self) -> dict[int, int]:
