@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import defaultdict
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs run once, so that code is hardly worth optimizing; what XLA does with the graph is as ever.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
 from hypothesis import settings
+
+from .selected import SELECTED
 
 jax.config.update("jax_num_cpu_devices", 8)
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -27,6 +32,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-golden", action="store_true", help="write golden files instead of comparing"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the cases that are not selected to `make test-all`."""
+    cases: dict[str, dict[str, pytest.Item]] = defaultdict(dict)
+    for item in items:
+        test, _, case = item.nodeid.rpartition("/")[2].partition("[")
+        if test in SELECTED:
+            cases[test][case.removesuffix("]")] = item
+    for test, found in cases.items():
+        for case, item in found.items():
+            if case not in SELECTED[test]:
+                item.add_marker(pytest.mark.slow)
+        if len(found) > 1 and not found.keys() >= set(SELECTED[test]):
+            raise pytest.UsageError(f"tests/selected.py names a case that {test} has not")
 
 
 class Golden:

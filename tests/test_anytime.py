@@ -369,15 +369,15 @@ def test_an_answer_comes_on_time_whatever_the_search_is_at(monkeypatch, step):
     usual, late = getattr(anytime.Anytime, step), Event()
 
     def slow(self, *args, **options):
-        late.wait(20)
+        late.wait(4)
         return usual(self, *args, **options)
 
-    monkeypatch.setattr(anytime, "SMALL", 0 if step == "_improve" else anytime.SMALL)
     live = next(
         live
         for live in map(random_live, range(99))
         if solve_live(live, gap=0.0).choices is not None
     )
+    monkeypatch.setattr(anytime, "SMALL", 0 if step == "_improve" else anytime.SMALL)
     monkeypatch.setattr(anytime.Anytime, step, slow)
     began = perf_counter()
     found = solve_until(live, until=began + 1.0, gap=0.0)

@@ -87,7 +87,7 @@ def cheapest(space: Space, ledger: Ledger, limit: float) -> float:
 
 
 @given(tiny_steps(), st.sampled_from([(2,), (2,), (4,), (2, 2)]), st.floats(0.0, 1.2))
-@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.filter_too_much])
 def test_a_solve_under_memory_matches_brute_force(case, shape, share):
     space, ledger = space_of(*case, mesh_of(shape))
     assume(1 < np.prod([float(len(node.choices)) for node in space.nodes]) <= MOST)

@@ -11,7 +11,7 @@ import gc
 import sys
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ...ir.errors import CaptureError
@@ -19,6 +19,7 @@ from . import compat
 from .calls import Call
 
 MOST = 20_000  # objects that are looked at
+AT_ONCE = 32  # objects whose holders are looked for in one go
 _DEEPEST = 8  # from the value to what has a name
 
 
@@ -70,22 +71,32 @@ def _holder(leaked: list[Any], call: Call) -> str:
     level: list[tuple[Any, str]] = [(tracer, "") for tracer in leaked]
     for _ in range(_DEEPEST):
         above: list[tuple[Any, str]] = []
-        for held, path in level:
-            for holder in gc.get_referrers(held):
-                if id(holder) in seen or isinstance(holder, types.FrameType) or len(seen) > MOST:
+        for holder, held, path in _holders(level):
+            if id(holder) in seen or isinstance(holder, types.FrameType) or len(seen) > MOST:
+                continue
+            seen.add(id(holder))
+            step = _step(holder, held)
+            if module := _module(holder):
+                if _is_library(module):  # its caches are no store of the user's
                     continue
-                seen.add(id(holder))
-                step = _step(holder, held)
-                if module := _module(holder):
-                    if _is_library(module):  # its caches are no store of the user's
-                        continue
-                    return f"the global `{step.removeprefix('.')}{path}` of {module.__name__}"
-                if id(holder) in named:
-                    return f"`{named[id(holder)]}{step}{path}`"
-                above.append((holder, step + path))
+                return f"the global `{step.removeprefix('.')}{path}` of {module.__name__}"
+            if id(holder) in named:
+                return f"`{named[id(holder)]}{step}{path}`"
+            above.append((holder, step + path))
         seen |= {id(level), id(above)}
         level = above
     return ""
+
+
+def _holders(level: list[tuple[Any, str]]) -> Iterator[tuple[Any, Any, str]]:
+    """What holds these values, with the value and its path: many at once, as each look goes through all that lives."""
+    for start in range(0, len(level), AT_ONCE):
+        paths = {id(held): path for held, path in level[start : start + AT_ONCE]}
+        some = (held for held, _ in level[start : start + AT_ONCE])
+        for holder in gc.get_referrers(*some):
+            held = next((each for each in gc.get_referents(holder) if id(each) in paths), None)
+            if held is not None:
+                yield holder, held, paths[id(held)]
 
 
 def _named(call: Call) -> dict[int, str]:
