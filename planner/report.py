@@ -188,10 +188,14 @@ def _fused(graph: Graph, kind: str, asked: AttentionKind) -> tuple[str, ...]:
         return (f"attention={asked} changes nothing: no attention was found",)
     kept = sum(visit.times * pairs_kept(visit.op) for visit in found) / many
     pairs = "all pairs" if kept == 1 else f"of all pairs {kept:.0%}, as masks leave them,"
-    by = f"run by {NAMES[kind]}" if kind in NAMES and asked == "fused" else "run block by block"
+    priced = f"{pairs} of queries and keys, priced as a fused kernel of these"
+    how = f"run block by block, {priced}"
+    if kind in NAMES and asked == "fused":
+        by_kernel = sum(visit.times for visit in found if not reason_against(visit.op, kind))
+        which = "" if by_kernel == many else f"{by_kernel} of them "
+        how = f"{which}run by {NAMES[kind]}, {priced}" if by_kernel else "run block by block"
     told = (
-        f"{counted(many, 'attention')} of a step fused: scores are never whole; {by}, {pairs} of queries and keys, "
-        f"priced as a fused kernel of these; gradients make the weights again"
+        f"{counted(many, 'attention')} of a step fused: scores are never whole; {how}; gradients make the weights again"
         + (_round(found, many) if asked == "ring" else "")
     )
     return (told, *(_not_by_kernels(graph, kind) if asked == "fused" else ()))
@@ -202,13 +206,15 @@ def _not_by_kernels(graph: Graph, kind: str) -> tuple[str, ...]:
     if kind not in NAMES:
         return ()
     visits = [visit for visit in graph.visits if visit.op.kind in COMPOSITES]
-    why = {visit.op.where: reason_against(visit.op, kind) for visit in visits}
+    why: dict[str, list[str]] = {}
+    for visit in visits:
+        if reason := reason_against(visit.op, kind):
+            why.setdefault(reason, []).append(visit.op.where)
     again = [visit.op.where for visit in visits if products_made(visit.op, kind) > 1]
     told = [
-        f"no kernel runs the attention at {where} ({reason}): it runs block by block, priced with the scores that "
-        f"blocks write and read"
-        for where, reason in why.items()
-        if reason
+        f"no kernel runs the attention at {', '.join(dict.fromkeys(places))} ({reason}): it runs block by block, "
+        f"priced with the scores that blocks write and read"
+        for reason, places in why.items()
     ]
     if again:
         told.append(

@@ -232,6 +232,7 @@ def test_what_cudnn_cannot_do_runs_block_by_block_and_is_said(
     step = trained(core)
     plan = planned(step, args)
     assert any("no kernel runs the attention" in note and reason in note for note in plan.notes)
+    assert not any("run by" in note for note in plan.notes)
     assert cuda_calls(plan, step, args) == []
 
 

@@ -37,7 +37,7 @@ def test_a_plan_fits_on_a_screen_and_all_of_it_can_be_seen(small_plan):
 
 def test_a_plan_shows_itself(small_plan):
     mw.Plan  # noqa: B018  gives plans their looks
-    assert repr(small_plan) == plan_text(small_plan)
+    assert repr(small_plan) == str(small_plan) == plan_text(small_plan)
     assert small_plan._repr_html_() == plan_html(small_plan)
 
 

@@ -1,6 +1,6 @@
 """Plans and audits for human eyes: text for terminals, HTML for notebooks.
 
-Importing this gives `Plan` its looks: `repr` in a terminal, HTML in a notebook.
+Importing this gives `Plan` its looks: text in a terminal, printed too, HTML in a notebook.
 """
 
 from ..backends.xla.audit import Audit
@@ -10,6 +10,6 @@ from .text import audit_text, plan_text
 
 __all__ = ["audit_text", "plan_html", "plan_text"]
 
-Plan.__repr__ = plan_text  # type: ignore[method-assign]
+Plan.__repr__ = Plan.__str__ = plan_text  # type: ignore[method-assign]
 Plan._repr_html_ = plan_html  # type: ignore[attr-defined]
 Audit.__repr__ = audit_text  # type: ignore[method-assign]
