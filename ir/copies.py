@@ -23,11 +23,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
+from .bodies import LOSSES
 from .graph import Graph, Op, Region
 from .recompute import PRODUCTS
 from .values import Fresh
 
-HEAVY = PRODUCTS | {"gather", "scatter-add", "scan", "while", "cond"}
+HEAVY = PRODUCTS | LOSSES | {"gather", "scatter-add", "scan", "while", "cond"}
 SUMS = HEAVY | {"reduce_sum"}
 ADDS = frozenset({"add", "add_any"})
 SCALES = frozenset({"div", "mul", "neg", "convert_element_type", "reshape", "transpose"})
@@ -41,7 +42,7 @@ SMALLEST = 2  # elements; scalars are not worth a decision of their own
 SETTLING = (
     "~settled~backward"  # ends the tag of a copy that may settle a gradient's sum or go on owing it
 )
-WEIGHING = PRODUCTS | {"scatter-add"}  # what makes gradients of weights and tables
+WEIGHING = PRODUCTS | LOSSES | {"scatter-add"}  # what makes gradients of weights and tables
 
 
 def settles(op: Op) -> bool:
@@ -110,14 +111,9 @@ class _Placer:
             for value in op.inputs:
                 read[value].add(phase)
         for op, phase in zip(ops, phases, strict=True):
-            (value, *_) = op.outputs
-            if (
-                op.kind in WEIGHING
-                and phase == "backward"
-                and read[value] == {"update"}
-                and self._large(value)
-            ):
-                self.settled[value] = self.fresh.like(value)
+            for value in op.outputs if op.kind in WEIGHING and phase == "backward" else ():
+                if read[value] == {"update"} and self._large(value):
+                    self.settled[value] = self.fresh.like(value)
 
     def place(self, ops: Sequence[Op], phases: Sequence[str]) -> tuple[Op, ...]:
         readers: dict[tuple[int, str], list[int]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""What a plan's seconds assume of the runtime: how attention runs, and which communication runs beside computation."""
+"""What a plan's seconds assume of the runtime: how attention and losses run, which communication runs beside."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from .composites import AttentionKind
 from .errors import PlanError, did_you_mean
+from .losses import LossKind
 
 OverlapKind = Literal["parameters", "gradients", "tensor", "stages"]
 OVERLAPS: tuple[OverlapKind, ...] = get_args(OverlapKind)
@@ -32,14 +33,17 @@ class Execution:
     """The execution model of a plan: `Execution("fused", ("parameters",))` prints
     `attention fused; gathers of weights run beside computation, all else waits`.
 
-    `overlap` names kinds of communication that may hide behind computation, in the order of `OVERLAPS`.
+    `overlap` names kinds of communication that may hide behind computation, in the order of `OVERLAPS`. `loss` tells
+    how cross-entropy runs; with all logits in memory, as steps write it, it goes without saying.
     """
 
     attention: AttentionKind = "plain"
     overlap: tuple[OverlapKind, ...] = ()
+    loss: LossKind = "plain"
 
     def __str__(self) -> str:
-        return f"attention {self.attention}; {self.beside}"
+        loss = "" if self.loss == "plain" else f", loss {self.loss}"
+        return f"attention {self.attention}{loss}; {self.beside}"
 
     @property
     def within(self) -> tuple[OverlapKind, ...]:
@@ -80,6 +84,20 @@ def parse_attention(
             return name
     fix = did_you_mean(text, known)
     raise PlanError(f"attention cannot be `{text!s:.60}`.", where="attention", fix=fix)
+
+
+def parse_loss(text: str) -> LossKind:
+    """How cross-entropy runs, by name.
+
+    Raises:
+        PlanError: none of the known names.
+    """
+    known: tuple[LossKind, ...] = get_args(LossKind)
+    for name in known:
+        if name == text:
+            return name
+    fix = did_you_mean(text, known)
+    raise PlanError(f"loss cannot be `{text!s:.60}`.", where="loss", fix=fix)
 
 
 def parse_overlap(

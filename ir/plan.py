@@ -16,6 +16,7 @@ from .cluster import Cluster
 from .composites import AttentionKind
 from .execution import Execution, OverlapKind
 from .graph import Batch, Graph
+from .losses import LossKind
 from .mesh import Mesh
 from .schedule import Schedule, read_schedule
 from .sharding import Sharding
@@ -269,6 +270,7 @@ class Plan(_Part):
     microbatches: int
     recompute: str
     attention: AttentionKind = "plain"
+    loss: LossKind = "plain"
     overlap: tuple[OverlapKind, ...] = ()
     strategies: dict[str, tuple[int, ...]]
     slots: dict[str, Layout]
@@ -290,7 +292,7 @@ class Plan(_Part):
     @property
     def execution(self) -> Execution:
         """What its seconds assume of the runtime."""
-        return Execution(self.attention, self.overlap)
+        return Execution(self.attention, self.overlap, self.loss)
 
     @property
     def device_count(self) -> int:

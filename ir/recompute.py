@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 from zlib import crc32
 
+from .bodies import KINDS
 from .graph import Graph, Op, Region, TensorType
 from .values import Fresh, block_instances
 
@@ -55,8 +56,8 @@ POLICIES: tuple[Policy, ...] = (
 
 AGAIN = "~again"  # ends the tags of ops that are computed again
 PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
-COSTLY = PRODUCTS | {
-    "attention", "attention_grad", "scan", "while", "cond", "gather", "scatter", "scatter-add", "sort", "top_k",
+COSTLY = PRODUCTS | KINDS | {
+    "scan", "while", "cond", "gather", "scatter", "scatter-add", "sort", "top_k",
     "user_kernel", "cumsum", "reduce_sum", "reduce_max", "reduce_min", "argmax", "random_bits", "threefry2x32",
 }  # fmt: skip
 

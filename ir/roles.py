@@ -11,10 +11,10 @@ The *body* is every op that touches a per-example value (`Examples`) or leads to
 does. Values leave the body by an *exit*: contracted, and never met by an example again. An
 exit that reaches the new value of a parameter is a gradient, any other is a loss or a
 metric. An op of the body is backward when no loss lies between it and the first gradient
-it reaches. This holds because a program is traced forward first, loss, then backward; it
-holds for several losses, recomputation, unrolled and scanned layers alike. A step that
-does not return its loss has no such exit: there backward begins at the cotangent, the last made
-operand of the first gradient.
+it reaches; in an op that makes both, the loss comes first. This holds because a program is
+traced forward first, loss, then backward; it holds for several losses, recomputation,
+unrolled and scanned layers alike. A step that does not return its loss has no such exit:
+there backward begins at the cotangent, the last made operand of the first gradient.
 
 Makers of per-example data out of nothing (dropout masks, zeros to scatter into) belong to
 the phase of their first reader. The ops of a loop have its phase, except in a loop that
@@ -35,6 +35,7 @@ from math import inf
 from typing import Literal
 
 from .batch import batch_dims
+from .bodies import BOTH
 from .examples import Examples
 from .graph import Graph, Op, Region
 from .rules import rule_of
@@ -158,7 +159,7 @@ class _Look:
     examples: Examples
     goals: Collection[int]
     gradients: dict[int, None] = field(default_factory=dict, init=False)  # op positions
-    losses: list[int] = field(default_factory=list, init=False)
+    losses: list[float] = field(default_factory=list, init=False)
     statistics: set[int] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
@@ -199,6 +200,8 @@ class _Look:
     def _find_exits(self, position: int, op: Op) -> None:
         """Note results that have left the body, as gradients or as losses, and what follows losses."""
         examples = self.examples
+        if op.kind == BOTH:
+            self.losses.append(position - 0.5)  # the loss, before the gradients of the same op
         if not any(v in self._inside for v in op.inputs):
             if not self.statistics.isdisjoint(op.inputs):
                 self.statistics.update(op.outputs)
@@ -297,7 +300,7 @@ class _Look:
             answer[position] = not blocked and (reached == position or reached not in self.nested)
         return answer
 
-    def _boundaries(self) -> list[int]:
+    def _boundaries(self) -> list[float]:
         """Losses in order; before the first gradient there is always one, made up if need be."""
         first = min(self.gradients, default=None)
         if first is None or first in self.nested or self._loss_before(first):

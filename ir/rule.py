@@ -27,14 +27,14 @@ class Factor:
     """One independent direction of an op.
 
     parallel  shards compute their part alone
-    reduced   each shard computes a partial result; `reduction` combines them
+    reduced   each shard computes a partial result; `reduction` combines them ("inside": the op itself does)
     whole     must not be cut
     halo      could be cut with exchange of borders; not cut today
     """
 
     size: int
     kind: FactorKind = "parallel"
-    reduction: Literal["", "sum", "max", "min", "and", "or"] = ""
+    reduction: Literal["", "sum", "max", "min", "and", "or", "inside"] = ""
 
     @property
     def divisible(self) -> bool:
@@ -166,7 +166,7 @@ def settled_axes(rule: Rule, strategy: Strategy, mesh: Mesh) -> dict[str, tuple[
     for name, code in zip(mesh.names, strategy.axes, strict=True):
         for factor in rule.cut_by(code):
             reduction = rule.factors[factor].reduction
-            if reduction not in ("", "sum"):
+            if reduction not in ("", "sum", "inside"):
                 found[reduction] = (*found.get(reduction, ()), name)
     return found
 

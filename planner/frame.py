@@ -173,7 +173,7 @@ class Frame:
         op, rule, taken = group[0].op, group[0].rule, self.taken[group[0].op.tag]
         timed = np.array([self.outline.parts(v, 2) > 1 for v in (*op.inputs, *op.outputs)])
         settles = any(factor.reduction not in ("", "sum") for factor in rule.factors)
-        settles = settles or bool(rule.joints)
+        settles = settles or bool(rule.joints) or "joined" in dict(op.attrs)
         return Alike(
             [s.op.tag for s in group],
             form,

@@ -3,6 +3,7 @@
 argmax over a cut dim      all_reduce of its result
 causal attention, its rows cut and dealt out evenly      permute of half of q, and of half of o back
 attention, keys cut as its rows      permutes of k and v from device to device, of their gradients with them
+cross-entropy, its vocabulary cut    all_reduces of maxima and sums of each block of tokens
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..ir.graph import ITEM_BYTES, Op, TensorType
+from ..ir.loss_blocks import blocks_of, hidden_in, hidden_of, tokens_in
 from ..ir.mesh import Mesh
 from ..ir.ring import Ring, given, ring_of, travels
 from ..ir.rule import Joint, Rule, Strategy, settled_axes
@@ -45,6 +47,8 @@ def sent_inside(op: Op, rule: Rule, strategy: Strategy, mesh: Mesh) -> list[Sent
         if axes := _axes(strategy.axes, number, mesh):
             sent = _round if joint.how == "ring" else _exchanged
             found += sent(op, rule, joint, axes, mesh)
+    if "joined" in dict(op.attrs):
+        found += _joined(op, strategy, mesh)
     return found
 
 
@@ -114,6 +118,21 @@ def _round(op: Op, rule: Rule, joint: Joint, axes: tuple[str, ...], mesh: Mesh) 
             found.append(Sent("permute", axes, one.side, 1.0, 1, one.wide))
         found += [Sent("permute", axes, one.side, 0.5)] * one.halves
     return found
+
+
+def _joined(op: Op, strategy: Strategy, mesh: Mesh) -> list[Sent]:
+    """What devices that share a vocabulary bring together, in fp32: one number per token and value, so of each number
+    of the hidden states a share."""
+    vocabulary, joined = op.attr("vocabulary"), op.attr("joined")
+    assert isinstance(vocabulary, int) and isinstance(joined, int)
+    axes = _axes(strategy.axes, vocabulary, mesh)
+    if not axes or not joined:
+        return []
+    named = zip(mesh.names, strategy.axes, strict=True)
+    tokens = mesh.ways(tuple(name for name, code in named if 0 <= code < vocabulary))
+    blocks = blocks_of(op, tokens, mesh.ways(axes))
+    share = tokens_in(op) / hidden_in(op) / blocks
+    return [Sent("all_reduce", axes, hidden_of(op), share, joined * blocks, wide=True)]
 
 
 def ring_under(op: Op, rule: Rule, strategy: Strategy, mesh: Mesh) -> Ring | None:

@@ -123,6 +123,7 @@ def write_pipeline(
         microbatches=space.microbatches,
         recompute=search.policy_of(space.program),
         attention=search.request.execution.attention,
+        loss=search.request.loss,
         overlap=search.request.execution.overlap,
         strategies=ranks[worst].strategies,
         slots=slots_of(space, choices),

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 from ..ir.attention_kernels import NAMES, products_made, reason_against
 from ..ir.batch_stats import statistics_of
-from ..ir.bodies import FORWARD
-from ..ir.bodies import KINDS as COMPOSITES
+from ..ir.bodies import ATTENTION, BOTH, FORWARD, LOSS, LOSSES
 from ..ir.composites import AttentionKind
+from ..ir.cross_entropy import Unfused, looked_at
 from ..ir.evenly import pairs_kept
 from ..ir.graph import Graph, Op, TensorType, Visit
 from ..ir.microbatch import Refusal
@@ -72,6 +72,7 @@ def write_plan(
         microbatches=best.candidate.microbatches,
         recompute=best.candidate.policy,
         attention=search.request.execution.attention,
+        loss=search.request.loss,
         overlap=search.request.execution.within,
         strategies=space.codes(choices),
         slots=slots_of(space, choices),
@@ -121,7 +122,7 @@ def flop_of(space: Space) -> float:
     return sum(
         v.times * flop(v.op, rule_of(v.op, graph.types), graph.types)
         for v in graph.visits
-        if v.op.kind in CONTRACTIONS
+        if v.op.kind in CONTRACTIONS | LOSSES
     )
 
 
@@ -172,6 +173,8 @@ def notes_of(search: Search) -> tuple[str, ...]:
         told = (_own_statistics(where, search.best.candidate), *told)
     if (asked := search.request.execution.attention) != "plain":
         told = (*_fused(program.graph, search.cluster.device.kind, asked), *told)
+    if search.request.loss == "fused":
+        told = (*_fused_losses(program.graph), *told)
     if isinstance(axis, Refusal):
         return (f"microbatches are not possible: {axis.reason} ({axis.where})", *told)
     if axis.batch % devices:
@@ -201,11 +204,28 @@ def _fused(graph: Graph, kind: str, asked: AttentionKind) -> tuple[str, ...]:
     return (told, *(_not_by_kernels(graph, kind) if asked == "fused" else ()))
 
 
+def _fused_losses(graph: Graph) -> tuple[str, ...]:
+    """What `loss="fused"` found, and what stays as the step writes it."""
+    runs = {kind: sum(v.times for v in graph.visits if v.op.kind == kind) for kind in (BOTH, LOSS)}
+    many = sum(runs.values())
+    kept = tuple(
+        f"the cross-entropy at {one.where} stays plain: {one.reason}"
+        for one in looked_at(graph)
+        if isinstance(one, Unfused)
+    )
+    if many:
+        many_told = f"{many} cross-entropies" if many > 1 else "the cross-entropy"
+        again = "; gradients make them again, a product more" if runs[LOSS] else ""
+        told = f"{many_told} of a step fused: logits are never whole{again}"
+        return (told, *kept)
+    return kept or ("loss=fused changes nothing: no cross-entropy was found",)
+
+
 def _not_by_kernels(graph: Graph, kind: str) -> tuple[str, ...]:
     """Attention that no kernel runs though the devices have one, and gradients that make the forward pass again."""
     if kind not in NAMES:
         return ()
-    visits = [visit for visit in graph.visits if visit.op.kind in COMPOSITES]
+    visits = [visit for visit in graph.visits if visit.op.kind in ATTENTION]
     why: dict[str, list[str]] = {}
     for visit in visits:
         if reason := reason_against(visit.op, kind):

@@ -14,6 +14,7 @@ from ..ir.cluster import Cluster
 from ..ir.composites import AttentionKind
 from ..ir.errors import PlanError, UsageError, did_you_mean
 from ..ir.execution import OVERLAPS, WITHIN, Execution, OverlapKind, parse_overlap, usual_execution
+from ..ir.losses import LossKind
 from ..ir.microbatch import Refusal, TimeAxis
 from ..ir.mistakes import Mistakes
 from ..ir.recompute import POLICIES, Policy
@@ -48,6 +49,8 @@ class Request:
     attention     "fused": each attention is one op that keeps no scores; "ring": so too, and where devices share the
                   queries of a sequence, keys go round them, once in the backward pass, for which sums are kept;
                   "plain": products and softmax as written
+    loss          "fused": each cross-entropy is one op with its gradients, or one per pass, that makes few logits at a
+                  time; "plain": as written
     overlap       which communication runs beside computation: "parameters" (gathers of weights), "gradients" (their
                   reductions), "tensor" (exchanges within layers), with a pipeline "stages" (sends between these);
                   several joined by a comma, "all" or "none"; attention and overlap, if not given, are what the
@@ -66,6 +69,7 @@ class Request:
     program: ProgramKind | None = None
     batch_stats: BatchStats | None = None
     attention: AttentionKind | None = None
+    loss: LossKind = "plain"
     overlap: str | tuple[OverlapKind, ...] | None = None
     time_limit: float = 60.0
     gap: float | None = None
@@ -82,7 +86,8 @@ class Request:
     @property
     def execution(self) -> Execution:
         """What is assumed of the runtime; where nothing is said nor known of devices, a step as written, in turn."""
-        return Execution(self.attention or "plain", parse_overlap(self.overlap or (), self._known))
+        beside = parse_overlap(self.overlap or (), self._known)
+        return Execution(self.attention or "plain", beside, self.loss)
 
     def on(self, cluster: Cluster) -> Request:
         """The same, with what the devices of a cluster usually do where nothing is said."""
@@ -125,6 +130,7 @@ class Request:
                 (None, *get_args(AttentionKind)),
                 did_you_mean(str(self.attention), get_args(AttentionKind)),
             ),
+            ("loss", get_args(LossKind), did_you_mean(str(self.loss), get_args(LossKind))),
             ("search", get_args(Searcher), did_you_mean(str(self.search), get_args(Searcher))),
             ("recompute", (None, *POLICIES), did_you_mean(str(self.recompute), POLICIES)),
         ):

@@ -23,9 +23,9 @@ from ..ir.graph import Op
 from ..ir.mesh import Mesh
 from ..ir.program import Program
 from ..ir.rule import Rule, Strategy
-from .cost.compute import Ways
 from .cost.kernels import kernels_of
 from .cost.model import CostModel
+from .cost.ways import Ways
 from .frame import Alike, Decided, Decision, Frame, Home, Place, frame_of
 from .fused import fused_of
 from .inside import Inside

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from ..ir.batch import batch_dims
+from ..ir.bodies import LOSSES
 from ..ir.examples import Examples
 from ..ir.graph import Graph, Op
 from ..ir.plan import AxisUse
@@ -27,7 +28,7 @@ def axis_uses(space: Space, choices: tuple[int, ...]) -> tuple[AxisUse, ...]:
     total = 0.0
     for visit in graph.visits:
         op = visit.op
-        if op.kind not in CONTRACTIONS:
+        if op.kind not in CONTRACTIONS | LOSSES:
             continue
         rule = rule_of(op, graph.types)
         work = visit.times * flop(op, rule, graph.types)

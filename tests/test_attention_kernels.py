@@ -23,7 +23,7 @@ from meshwright.backends.xla.shard import Cut
 from meshwright.backends.xla.topology import topology_devices
 from meshwright.ir.attention_form import form_of
 from meshwright.ir.attention_kernels import products_made
-from meshwright.ir.bodies import KINDS
+from meshwright.ir.bodies import ATTENTION
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.composites import composed, with_attention
 from meshwright.ir.rules import rule_of
@@ -100,7 +100,7 @@ def runner(core: Callable[..., Array], *qkv: Array) -> Callable[..., dict[int, A
     step = jax.value_and_grad(lambda *a: (core(*a).astype(jnp.float32) ** 2).sum(), (0, 1, 2))
     captured = capture(step, *qkv)
     graph = with_attention(captured.graph)
-    ops = {visit.op.kind: visit.op for visit in graph.visits if visit.op.kind in KINDS}
+    ops = {visit.op.kind: visit.op for visit in graph.visits if visit.op.kind in ATTENTION}
 
     def run(
         kind: str, platform: str, ways: int = 1, even: tuple[str, ...] = (), known: Any = None

@@ -16,7 +16,7 @@ from meshwright.backends.xla import emit_composite, spmd
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.replay import replay
 from meshwright.ir.attention import attentions
-from meshwright.ir.bodies import BACKWARD, FORWARD, KINDS
+from meshwright.ir.bodies import ATTENTION, BACKWARD, FORWARD
 from meshwright.ir.composites import with_attention
 from meshwright.ir.errors import PlanError
 from meshwright.ir.graph import Graph, Op
@@ -141,7 +141,7 @@ def test_nothing_as_large_as_the_scores_is_left(name: str):
         and all(kind.shape.count(size) >= sizes.count(size) for size in sizes)
     ]
     assert large == []
-    assert {visit.op.kind for visit in graph.visits} >= KINDS
+    assert {visit.op.kind for visit in graph.visits} >= ATTENTION
     assert parse(show(graph)) == graph
 
 
@@ -167,12 +167,12 @@ def test_closings_far_apart_are_results_of_one_op():
         ops = (*graph.ops[:split], *between, *graph.ops[split:])
         found = with_attention(replace(graph, types=types, ops=ops))
         verify(found)
-        assert [op.kind for op in found.ops if op.kind in KINDS] == [FORWARD, BACKWARD]
+        assert [op.kind for op in found.ops if op.kind in ATTENTION] == [FORWARD, BACKWARD]
 
 
 def test_queries_heads_and_batch_are_free_and_keys_are_whole():
     graph = fused("crossed")
-    ops = {visit.op.kind: visit.op for visit in graph.visits if visit.op.kind in KINDS}
+    ops = {visit.op.kind: visit.op for visit in graph.visits if visit.op.kind in ATTENTION}
     forward, backward = (rule_of(ops[kind], graph.types) for kind in (FORWARD, BACKWARD))
     assert sorted((f.size, f.kind) for f in forward.factors if f.divisible) == [
         (B, "parallel"), (N, "parallel"), (T, "parallel"),
@@ -231,7 +231,7 @@ def test_fused_steps_in_stages(request_: dict[str, Any], monkeypatch: pytest.Mon
     ours = mw.parallelize(step, cluster="4xcpu", pp=2, attention="fused", **request_)
     close(ours(*args), jax.jit(step)(*args))
     plan = ours.plan(*args)
-    assert plan.attention == "fused" and plan.pipeline is not None and kinds == KINDS
+    assert plan.attention == "fused" and plan.pipeline is not None and kinds == ATTENTION
     assert any("scores are never whole" in note for note in plan.notes)
 
 

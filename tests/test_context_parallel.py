@@ -18,7 +18,7 @@ from meshwright.backends.xla.audit import compare
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.hlo import collectives
 from meshwright.ir.blocks import fold
-from meshwright.ir.bodies import FORWARD, KINDS
+from meshwright.ir.bodies import ATTENTION, FORWARD
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.composites import composed
 from meshwright.ir.errors import LoweringError
@@ -134,7 +134,7 @@ def pinned(
         fold(composed(capture(step, *args).graph, plan.attention, Cluster.parse("1xcpu"))).small,
         plan.recompute,
     )
-    ops = {v.op.tag: v.op for v in program.graph.visits if v.op.kind in KINDS}
+    ops = {v.op.tag: v.op for v in program.graph.visits if v.op.kind in ATTENTION}
     told = {tag: codes(op, program) for tag, op in ops.items()}
     assert {*told} <= {*plan.strategies}
     if around:

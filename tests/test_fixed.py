@@ -15,19 +15,21 @@ from meshwright.ir.cluster import Cluster
 from meshwright.ir.composites import AttentionKind, composed
 from meshwright.ir.errors import PlanError
 from meshwright.ir.fingerprint import fingerprint
+from meshwright.ir.losses import LossKind
 from meshwright.models import build
 from meshwright.planner.jobs.fixed import fixed_plan
 from meshwright.planner.jobs.pinned import Parallelism
 
 
-def captured(name: str, attention: AttentionKind = "plain", **options):
+def captured(name: str, attention: AttentionKind = "plain", loss: LossKind = "plain", **options):
     example = build(name, dtype="f32", optimizer="sgd", **options)
     found = capture(example.step, example.state, example.batch, donate_argnums=0)
-    return example, found, fold(composed(found.graph, attention, Cluster.parse("8xcpu")))
+    return example, found, fold(composed(found.graph, attention, Cluster.parse("8xcpu"), loss))
 
 
 def fixed(name: str, parallelism: Parallelism, dropout: float | None = None, **options):
-    example, found, folded = captured(name, options.get("attention", "plain"), dropout=dropout)
+    attention, loss = options.get("attention", "plain"), options.get("loss", "plain")
+    example, found, folded = captured(name, attention, loss, dropout=dropout)
     plan = fixed_plan(
         folded,
         Cluster.parse("8xcpu"),
@@ -54,6 +56,8 @@ CASES = [
     ("llama-tiny", Parallelism(tp=4, dp=2, zero=1), {"recompute": "full"}),
     ("llama-tiny", Parallelism(dp=2, cp=4), {}),
     ("llama-tiny", Parallelism(dp=2, cp=4), {"attention": "fused"}),
+    ("llama-tiny", Parallelism(dp=2, tp=4, sequence_parallel=True), {"loss": "fused"}),
+    ("gpt-tiny", Parallelism(dp=4, tp=2, zero=3), {"loss": "fused", "microbatches": 2}),
     (
         "llama-tiny",
         Parallelism(dp=2, cp=4, cp_kind="p2p"),

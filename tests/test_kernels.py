@@ -11,8 +11,8 @@ from meshwright.ir.cluster import Cluster
 from meshwright.ir.mesh import Mesh
 from meshwright.ir.program import prepare
 from meshwright.models import build
-from meshwright.planner.cost.compute import multiplied_as
 from meshwright.planner.cost.model import Roofline
+from meshwright.planner.cost.products import multiplied_as
 from meshwright.planner.layouts import Layouts
 from meshwright.planner.space import build as build_space
 

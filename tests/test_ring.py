@@ -16,7 +16,7 @@ from meshwright.backends.xla import emit_composite, emit_ring
 from meshwright.backends.xla.audit import compare
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.hlo import collectives
-from meshwright.ir.bodies import BACKWARD, FORWARD, KINDS
+from meshwright.ir.bodies import ATTENTION, BACKWARD, FORWARD
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.composites import AttentionKind, composed
 from meshwright.ir.errors import PlanError
@@ -142,7 +142,7 @@ def test_other_weights_than_the_gradients_have_are_not_kept():
 
     step, args = trained(attend), inputs()
     graph = composed(capture(step, *args).graph, "ring")
-    ops = [visit.op for visit in graph.visits if visit.op.kind in KINDS]
+    ops = [visit.op for visit in graph.visits if visit.op.kind in ATTENTION]
     kept = {op.outputs[1:]: op.inputs for op in ops if op.kind == FORWARD}
     backs = [op for op in ops if op.kind == BACKWARD]
     assert len(kept) == len(backs) == 2
@@ -270,7 +270,7 @@ def test_a_window_ends_a_ring_early():
     """Keys as far back as the rows of a device are long come from the one before it."""
     step, args = trained(FORMS["windowed"]), inputs()
     graph = composed(capture(step, *args).graph, "ring")
-    ops = [visit.op for visit in graph.visits if visit.op.kind in KINDS]
+    ops = [visit.op for visit in graph.visits if visit.op.kind in ATTENTION]
     assert {ring_of(op, 4).steps for op in ops} == {2}
     assert {sent.hops for op in ops for sent in travels(op, 4)} <= {1, 2}
 

@@ -63,6 +63,24 @@ def test_a_layout_costs_the_same_as_a_plan_and_as_a_job(
     assert price.peak == pytest.approx(plan.estimate.peak_bytes, rel=0.1)
 
 
+@pytest.mark.parametrize("layout", [Parallelism(dp=8, zero=3), Parallelism(dp=4, tp=2, zero=1)])
+def test_a_layout_costs_the_same_with_a_fused_loss(layout):
+    """All recomputed, so that logits were most of the activations."""
+    graph = composed(captured("llama3-8b", 16, 8192).graph, "fused", loss="fused")
+    where, many = Cluster.parse("h100x8"), 8 // layout.dp
+    plan = fixed_plan(
+        fold(graph), where, layout, recompute="full", attention="fused", loss="fused", microbatches=many,
+        name="llama3-8b", fingerprint="",
+    )  # fmt: skip
+    setting = pricing.Setting(RECOMPUTE["full"], reduce_in_fp32=False, redone_inside=False, loss="fused")  # fmt: skip
+    price = pricing.price_job(
+        pricing.shape_of("llama3-8b", 8192), layout, where, global_batch=16,
+        microbatch=16 // layout.dp // many, setting=setting,
+    )  # fmt: skip
+    assert price.step == pytest.approx(plan.estimate.step_seconds, rel=0.05)
+    assert price.peak == pytest.approx(plan.estimate.peak_bytes, rel=0.1)
+
+
 def test_no_layout_of_long_sequences_is_priced_below_what_is_proven():
     """Attention is most of this step: its kernels and what they compute again count alike on both sides."""
     plan = plan_captured(

@@ -1,4 +1,4 @@
-"""Run a composite (attention, its gradients) on this shard's part: its body, block by block.
+"""Run a composite (attention, cross-entropy, their gradients) on this shard's part: its body, block by block.
 
     for block of queries:  scores = q[block] · kᵀ;  ...;  o[block] = weights · v
 
@@ -13,7 +13,7 @@ a device has then picks its keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial, reduce
 from math import prod
 from typing import Any
@@ -55,13 +55,8 @@ def run_composite(
         even: axes over which devices exchange rows.
         platform: of the devices; a kernel of theirs runs what it can (`attention_kernels.py`).
     """
-    held = _held(op, operands)
-    body = body_for(op)
-    free = {
-        d: cuts[f]
-        for d, f in enumerate(factors_of(rule, body.sizes))
-        if f is not None and f in cuts
-    }
+    held, body = held_operands(op, operands), body_for(op)
+    free = body.cuts(rule, cuts)
     kernel = attention_kernel(op, platform, free, even)
     if kernel is not None:
         check_form(op, kernel.form, partial(_sampled, body, bound))
@@ -88,7 +83,7 @@ def _sampled(
     return Loop(body, bound, cuts, ())(operands)
 
 
-def _held(op: Op, operands: Arrays) -> list[jax.Array]:
+def held_operands(op: Op, operands: Arrays) -> list[jax.Array]:
     """Operands behind a barrier; what a kernel alone reads of the forward pass stays out of it."""
     body = body_of(str(op.attr("body")))
     read = {v for each in body.ops for v in each.inputs} | {*body.outputs}
@@ -142,7 +137,18 @@ class Run:
 class Body:
     """A composite's graph, with the dims of its values as free dims; keys are numbered after those."""
 
-    ATTRS = ("body", "sizes", "operands", "results", "rows", "keys", "spans", "blocks", "kept")
+    ATTRS = (
+        "body",
+        "sizes",
+        "operands",
+        "results",
+        "rows",
+        "keys",
+        "spans",
+        "blocks",
+        "kept",
+        "vocabulary",
+    )
 
     def __init__(
         self,
@@ -155,15 +161,22 @@ class Body:
         spans: tuple[tuple[int, int], ...] = (),
         blocks: int = 1,
         kept: int = 0,
+        vocabulary: int | None = None,
     ):
         self.graph, self.sizes = body_of(body), sizes
         self.operands, self.results = operands, results
         self.rows, self.spans, self.blocks, self.kept = rows, spans, blocks, kept
+        self.vocabulary = vocabulary
         self.dims = sizes if keys is None else (*sizes, keys)
         self.parts = body_parts(self.graph, self.dims, operands)
         self.most = max(
             (kind.size for kind in self.graph.types.values() if kind.is_float), default=0
         )  # scores, on whole arrays
+
+    def cuts(self, rule: Rule, cuts: Mapping[int, Cut]) -> dict[int, Cut]:
+        """Of free dims, by factor of its rule."""
+        found = enumerate(factors_of(rule, self.sizes))
+        return {d: cuts[f] for d, f in found if f is not None and f in cuts}
 
     def run(
         self, operands: Sequence[Any], emitted: Callable[[Op, Sequence[Any]], Sequence[Any]]
@@ -224,22 +237,23 @@ class Body:
         return partners(self.spans, self.blocks, ways)
 
     def to_cut(
-        self, cuts: Mapping[int, Cut], runs: int = 0, keys: int = 1
+        self, cuts: Mapping[int, Cut], runs: int = 0, keys: int = 1, most: int = 0, block: int = 0
     ) -> list[tuple[int, int]]:
         """Free dims and the number of blocks of each, so that scores are small; batch and heads come first, as
         they need no sums. The batch is left alone where microbatches cut it over time. Rows are cut into `runs`
-        before, keys into so many."""
-        left = self.most // prod(cut.ways for cut in cuts.values()) // keys
+        before, keys into so many. Of `most` scores a block has `block`, if this is said."""
+        left = (most or self.most) // prod(cut.ways for cut in cuts.values()) // keys
         lacking = {
             d: sum(all(d not in dim for dim in dims) for dims in self.operands)
             for d in range(len(self.sizes))
+            if d != self.vocabulary
         }
         found = []
         for d in sorted(lacking, key=lambda d: (lacking[d], d)):
             here = self.sizes[d] // (cuts[d].ways if d in cuts else 1)
             if runs and d == self.rows:
                 here, left = here // runs, left // runs
-            wanted = -(-left // BLOCK)
+            wanted = -(-left // (block or BLOCK))
             if wanted <= 1 or (d in cuts and cuts[d].moment is not None):
                 continue
             blocks = next((n for n in range(wanted, here) if here % n == 0), here)
@@ -310,7 +324,7 @@ class Loop:
             _part(a, place_of(dims, dim), number, many)
             for a, dims in zip(operands, self.body.operands, strict=True)
         ]
-        return Loop(self.body, self.bound, {**self.cuts, dim: cut}, rest, self.runs)(parts)
+        return replace(self, cuts={**self.cuts, dim: cut}, todo=rest)(parts)
 
     def _by_runs(self, operands: Sequence[Any]) -> list[jax.Array]:
         """Run by run of rows, each with the keys that it looks at; what is summed over rows is added up."""
@@ -362,15 +376,15 @@ class Loop:
 
     def _alone(self, operands: Sequence[Any]) -> list[jax.Array]:
         """The body on one block of this shard's part."""
-        return self.body.run(operands, self._one_op)
+        return self.body.run(operands, self.one_op)
 
-    def _one_op(self, op: Op, operands: Sequence[Any]) -> list[jax.Array]:
+    def one_op(self, op: Op, operands: Sequence[Any]) -> list[jax.Array]:
         if op.kind == LSE:
             return [log_of_sum(*operands)]
         rule = rule_of(op, self.body.graph.types)
-        return emit(op, self.bound(op), operands, rule, self._cuts_of(op, rule))
+        return emit(op, self.bound(op), operands, rule, self.cuts_of(op, rule))
 
-    def _cuts_of(self, op: Op, rule: Rule) -> dict[int, Part]:
+    def cuts_of(self, op: Op, rule: Rule) -> dict[int, Part]:
         """Which part of the factors of an op is here."""
         found: dict[int, Part] = {}
         known = through(op, rule, self.body.graph.types, self.body.parts)

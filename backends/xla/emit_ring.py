@@ -26,7 +26,7 @@ from ...ir.online import Online, online_body
 from ...ir.ring import Ring, first_reads, given, ring_of
 from ...ir.rule import Rule
 from .dtypes import jax_dtype
-from .emit_composite import Body, Dims, Halves, Loop, body_for, factors_of, place_of, widened
+from .emit_composite import Body, Dims, Halves, Loop, body_for, place_of, widened
 from .shard import Arrays, Cut, Window
 
 UNROLLED = 8  # steps of a ring, at most, that a compiler sees side by side
@@ -41,8 +41,7 @@ def run_ring(
     body = body_for(op)
     rows, keys = dict(op.attrs)["ring"], len(body.sizes)
     assert isinstance(rows, int)
-    found = enumerate(factors_of(rule, body.sizes))
-    free = {d: cuts[f] for d, f in found if f is not None and f in cuts}
+    free = body.cuts(rule, cuts)
     ring = ring_of(op, free[rows].ways)
     held = lax.optimization_barrier(tuple(operands))
     sums = _sums_given(op, body, held)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...ir.bodies import KINDS
+from ...ir.bodies import KINDS, LOSSES
 from ...ir.errors import LoweringError
 from ...ir.graph import Graph, Op
 from ...ir.mesh import Mesh
@@ -32,6 +32,7 @@ from .collectives import join_microbatches, move, shard_index, take_microbatch
 from .dtypes import jax_dtype
 from .emit import Cut, emit
 from .emit_composite import run_composite
+from .emit_loss import run_loss
 from .emit_ring import run_ring
 from .joins import JOIN, settle, start
 from .loops import end_tag, run_regions
@@ -316,11 +317,19 @@ class LocalStep:
         for name, code in zip(self.mesh.names, codes, strict=True):
             if (joint := rule.joint(code)) is not None:
                 joined[joint.how] = (*joined[joint.how], name)
+        if op.kind in LOSSES:
+            return run_loss(op, self._primitive, operands, rule, cuts, self._sharing(op, rule))
         if ring := joined["ring"]:
             return run_ring(op, self._primitive, operands, rule, cuts, ring)
         return run_composite(
             op, self._primitive, operands, rule, cuts, joined["even"], self.platform
         )
+
+    def _sharing(self, op: Op, rule: Rule) -> tuple[str, ...]:
+        """Axes whose devices share the vocabulary of a loss."""
+        free = dict(op.attrs).get("vocabulary")
+        pairs = zip(self.mesh.names, self.strategy(op).axes, strict=True)
+        return tuple(name for name, code in pairs if free is not None and free in rule.cut_by(code))
 
     def _barrier(self, op: Op, scope: Scope) -> None:
         held = [scope.values[v] for v in op.inputs]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..bodies import KINDS, LOSS
 from ..evenly import divides, is_uneven
 from ..rule import Dim, Joint, Rule
-from .factors import Call, Dims, Factors, attr_tuple, integers, rule_for
+from .factors import Call, Dims, Factors, Reduction, attr_tuple, integers, rule_for
 
 
-@rule_for("attention", "attention_grad")
+@rule_for(*KINDS)
 def composite(call: Call) -> Rule:
     """Attrs `operands` and `results` tell each dim as numbers of free dims, of these `sizes`; other dims are whole.
     So is one of keys, which is numbered after those where blocks of it are told apart.
 
     q [b, h, t, -] k [b, h, s, -] v [b, h, s, -] -> o [b, h, t, -]
     q, k, v, do -> dq [b, h, t, -] dk [b, h, s, -] dv     t is summed over where a gradient has none of it
+    hidden [b, t, -] weight [-, v] labels [b, t] -> loss [b, t]    what is made of all classes is made of them inside
     """
     sizes = call.integers("sizes")
     sides = (*attr_tuple(call.attrs["operands"]), *attr_tuple(call.attrs["results"]))
@@ -24,8 +26,12 @@ def composite(call: Call) -> Rule:
     summed = {
         f for f in range(len(sizes)) if any(all(f not in dim for dim in dims) for dims in results)
     }
+    inside = call.attrs.get("vocabulary") if call.kind == LOSS else None
+    how: list[Reduction] = [
+        "inside" if f == inside else "sum" if f in summed else "" for f in range(len(sizes))
+    ]
     factors = Factors()
-    free = [factors.new(size, "sum" if f in summed else "") for f, size in enumerate(sizes)]
+    free = [factors.new(size, reduction) for size, reduction in zip(sizes, how, strict=True)]
     named = [*free, factors.whole(call.integer("keys"))] if "ring" in call.attrs else free
     kinds = (*call.operands, *call.results)
     dims = [_dims(factors, named, dims, kind.shape) for dims, kind in zip(told, kinds, strict=True)]

@@ -10,7 +10,7 @@ from ..graph import Attr, TensorType
 from ..rule import Dim, Factor, Rule
 
 Dims = tuple[Dim, ...]
-Reduction = Literal["", "sum", "max", "min", "and", "or"]
+Reduction = Literal["", "sum", "max", "min", "and", "or", "inside"]
 
 FLOATS = frozenset({"bf16", "f16", "f32", "f64", "f8e4m3fn", "f8e5m2", "c64", "c128"})
 OWING = FLOATS - {"f8e4m3fn", "f8e5m2"}  # parts of a sum lose most of their bits in a byte

@@ -16,6 +16,7 @@ import numpy as np
 
 from ...ir.attention import Attention
 from ...ir.bodies import KINDS as COMPOSITES
+from ...ir.bodies import LOSSES
 from ...ir.cluster import Device
 from ...ir.graph import Op, TensorType
 from ...ir.rule import Rule
@@ -23,20 +24,9 @@ from ...ir.rules.user_kernel import KIND as USERS
 from .attention import ROWS, attention_seconds, attention_tail
 from .flop import DECOMPOSITIONS, flop, told_cost
 from .kernels import CONTRACTIONS, FREE, Kernels, is_kernel, work
-from .products import product_share
-
-ENDLESS = 1e12  # products in a batch that keeps all multiprocessors busy
-
-
-@dataclass(frozen=True, slots=True)
-class Ways:
-    """Into how many parts each operand, each result and the work is cut, and how many kernels it takes; one entry per
-    choice."""
-
-    operands: list[np.ndarray]
-    results: list[np.ndarray]
-    work: np.ndarray
-    launches: np.ndarray | float = 1.0
+from .loss import least_loss_seconds, loss_seconds
+from .products import ENDLESS, multiplied_as, peak_of, product_share
+from .ways import Ways
 
 
 def op_seconds(
@@ -68,6 +58,8 @@ def op_seconds(
             _product_seconds(op, rule, types, device, ways, kernels, narrow),
         )
         return seconds + (_cast_seconds(op, types, device, ways) if narrow else 0.0)
+    if op.kind in LOSSES:
+        return loss_seconds(op, device, ways, products)
     if op.kind in COMPOSITES:
         moved = device.stream_seconds(_cut(_moved(op, types, kernels), ways))
         seconds = _composite_seconds(op, rule, types, device, by_xla) / ways.work
@@ -83,7 +75,7 @@ def _beside_products(op: Op, rule: Rule, types: Mapping[int, TensorType], device
     """Seconds of arithmetic of a kernel that is no product and does more than move: a decomposition, one whose author
     says so. A user's kernel is taken to multiply as fused attention does."""
     if op.kind == USERS:
-        rate = _peak(device, multiplied_as(op, types, device)) * device.attention_efficiency
+        rate = peak_of(device, multiplied_as(op, types, device)) * device.attention_efficiency
         return flop(op, rule, types) / rate
     counted = op.kind in DECOMPOSITIONS or told_cost(op)
     return flop(op, rule, types) / device.vector_flops if counted else 0.0
@@ -92,7 +84,7 @@ def _beside_products(op: Op, rule: Rule, types: Mapping[int, TensorType], device
 def _composite_seconds(
     op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, by_xla: bool
 ) -> float:
-    peak = _peak(device, multiplied_as(op, types, device))
+    peak = peak_of(device, multiplied_as(op, types, device))
     return attention_seconds(op, flop(op, rule, types), peak, device, by_xla)
 
 
@@ -145,6 +137,8 @@ def least_terms(
     fused = fused_terms(op, types, device, kernels)
     if fused is not None:
         return fused
+    if op.kind in LOSSES:
+        return Terms(device.launch, {}, least_loss_seconds(op, device, products))
     if op.kind in COMPOSITES:
         return Terms(device.launch, {}, _composite_seconds(op, rule, types, device, by_xla))
     if op.kind not in CONTRACTIONS:
@@ -158,7 +152,7 @@ def least_terms(
             device.launch, {k: device.stream_seconds(nbytes) for k, nbytes in touched.items()}
         )
     if (within := kernels.attention(op)) is not None:
-        rate = _peak(device, multiplied_as(op, types, device)) * device.attention_efficiency
+        rate = peak_of(device, multiplied_as(op, types, device)) * device.attention_efficiency
         return Terms(device.launch, {}, flop(op, rule, types) * within.share / rate)
     share, total = device.efficiency, flop(op, rule, types)
     if op.kind != "conv_general_dilated":
@@ -168,7 +162,7 @@ def least_terms(
     return Terms(
         device.launch,
         {},
-        total / (_peak(device, products or multiplied_as(op, types, device)) * share),
+        total / (peak_of(device, products or multiplied_as(op, types, device)) * share),
     )
 
 
@@ -208,7 +202,7 @@ def _product_seconds(
 ) -> np.ndarray | float:  # fmt: skip
     """Seconds of a contraction's arithmetic at the rate that its shape achieves."""
     peak, total = (
-        _peak(device, narrow or multiplied_as(op, types, device)),
+        peak_of(device, narrow or multiplied_as(op, types, device)),
         flop(op, rule, types) / ways.work,
     )
     if (within := kernels.attention(op)) is not None:
@@ -271,28 +265,3 @@ def _cast_seconds(
     )
     wide = types[op.inputs[0]].nbytes / types[op.inputs[0]].size
     return device.stream_seconds(sizes * (2 * wide + 1))
-
-
-def multiplied_as(op: Op, types: Mapping[int, TensorType], device: Device) -> str:
-    """The element type in which a contraction's operands are multiplied.
-
-    One that names an algorithm says it: BF16_BF16_F32 is bf16. On a CUDA device that has tf32, f32
-    is multiplied so unless a higher precision is asked for: XLA's default there, as jax documents
-    it (`jax.default_matmul_precision`), and measured: 400 TFLOP/s in f32 on an H100, whose units
-    reach 67 without tf32.
-    """
-    dtype, asked = types[op.inputs[0]].dtype, str(dict(op.attrs).get("precision"))
-    if "DotAlgorithmPreset." in asked:
-        named = asked.rpartition("DotAlgorithmPreset.")[2].partition("_")[0].lower()
-        return named if named in ("bf16", "f16", "tf32", "f32") else dtype
-    default = dtype == "f32" and device.kind == "cuda" and "HIGH" not in asked
-    return "tf32" if default and "tf32" in device.peak_flops else dtype
-
-
-def _peak(device: Device, dtype: str) -> float:
-    """FLOP/s of the datasheet in this element type, or in the nearest one that it states."""
-    peaks = device.peak_flops
-    best = peaks.get(dtype) or peaks.get(
-        {"f32": "tf32", "f16": "bf16", "bf16": "f16"}.get(dtype, "")
-    )
-    return best or min(peaks.values())

@@ -19,8 +19,9 @@ from ...ir.mesh import Mesh
 from ...ir.rule import Rule
 from .bands import told
 from .collectives import Collectives
-from .compute import Terms, Ways, fused_terms, least_terms, op_seconds
+from .compute import Terms, fused_terms, least_terms, op_seconds
 from .kernels import Fusion, Kernels
+from .ways import Ways
 
 
 class CostModel(Protocol):

@@ -11,15 +11,19 @@ A100 PCIe (SimuMax @4dcaae513b, configs/system/a100_pcie.json): mean error 3.7 %
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from ...ir.cluster import Device
+from ...ir.graph import Op, TensorType
 
 TILE = (128, 256)
 DEPTH = 200.0  # terms of a sum after which half of the tile's start-up is paid off
 WAVE = 0.1  # waves that start-up and tail cost
 # Share of the best product's rate that a usual large one reaches: 0.776 / 0.811 on the A100 PCIe.
 TYPICAL = 0.957
+ENDLESS = 1e12  # products in a batch that keeps all multiprocessors busy
 
 
 def product_share(
@@ -51,3 +55,28 @@ def shape_share(
     waves = rows * columns * batch / units
     filled = np.sqrt(waves / np.ceil(waves) * waves / (waves + WAVE))
     return TYPICAL * useful * filled * np.divide(k, np.add(k, DEPTH))
+
+
+def multiplied_as(op: Op, types: Mapping[int, TensorType], device: Device) -> str:
+    """The element type in which a contraction's operands are multiplied.
+
+    One that names an algorithm says it: BF16_BF16_F32 is bf16. On a CUDA device that has tf32, f32
+    is multiplied so unless a higher precision is asked for: XLA's default there, as jax documents
+    it (`jax.default_matmul_precision`), and measured: 400 TFLOP/s in f32 on an H100, whose units
+    reach 67 without tf32.
+    """
+    dtype, asked = types[op.inputs[0]].dtype, str(dict(op.attrs).get("precision"))
+    if "DotAlgorithmPreset." in asked:
+        named = asked.rpartition("DotAlgorithmPreset.")[2].partition("_")[0].lower()
+        return named if named in ("bf16", "f16", "tf32", "f32") else dtype
+    default = dtype == "f32" and device.kind == "cuda" and "HIGH" not in asked
+    return "tf32" if default and "tf32" in device.peak_flops else dtype
+
+
+def peak_of(device: Device, dtype: str) -> float:
+    """FLOP/s of the datasheet in this element type, or in the nearest one that it states."""
+    peaks = device.peak_flops
+    best = peaks.get(dtype) or peaks.get(
+        {"f32": "tf32", "f16": "bf16", "bf16": "f16"}.get(dtype, "")
+    )
+    return best or min(peaks.values())

@@ -7,6 +7,7 @@ from ...ir.cluster import Cluster
 from ...ir.composites import AttentionKind
 from ...ir.errors import PlanError
 from ...ir.execution import OverlapKind
+from ...ir.losses import LossKind
 from ...ir.plan import Plan
 from ...ir.recompute import Policy
 from ...ir.roles import roles
@@ -28,8 +29,9 @@ from .pinned import Parallelism, Pinned
 def fixed_plan(
     folded: Folded, cluster: Cluster, parallelism: Parallelism, *, microbatches: int = 1, recompute: Policy = "none",
     name: str, fingerprint: str, attention: AttentionKind = "plain", overlap: str | tuple[OverlapKind, ...] = (),
+    loss: LossKind = "plain",
 ) -> Plan:  # fmt: skip
-    """The plan of one stage that these degrees make for a model of the zoo; `attention` says how `folded` has it.
+    """The plan of one stage that these degrees make for a model of the zoo; `attention`, `loss`: how `folded` has them.
 
     Its proof claims nothing: no bound is known, nothing else was looked at.
 
@@ -52,6 +54,7 @@ def fixed_plan(
         recompute=recompute,
         gap=0.0,
         attention=attention,
+        loss=loss,
         overlap=overlap,
     )
     found = Search(

@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ from ..cost.kernels import CONTRACTIONS, FREE, kernels_of
 from ..cost.model import CostModel
 from ..layouts import Layouts
 from ..memory.ledger import Ledger
-from ..memory.lifetimes import lifetimes
+from ..memory.lifetimes import lifetimes, ticks_of
 from ..memory.lives import Lifetimes
 from ..memory.storage import Storage, as_fused, as_xla
 from ..moves import moves, settlements, spoken
@@ -300,13 +301,20 @@ class _Sorting:
         return {value: nbytes * self._counts[value] for value, nbytes in saved.items()}
 
     def _kept(self, lives: Lifetimes, local: Mapping[int, float]) -> dict[int, float]:
-        """The same as XLA stores it: what is alive of the forward pass when most of it is."""
+        """The same as XLA stores it: what the backward pass finds of the forward pass, when most of that is alive."""
+        pairs = list(zip(self.graph.ops, self.program.phases, strict=True))
+        begins = accumulate((ticks_of(op) for op in self.graph.ops), initial=1)
+        back = min(
+            (t for t, (_, phase) in zip(begins, pairs, strict=False) if phase == "backward"),
+            default=0,
+        )
+        found = {s.value for s in lives.segments if s.end >= back}
         made = {
             v
-            for op, phase in zip(self.graph.ops, self.program.phases, strict=True)
+            for op, phase in pairs
             if phase == "forward"
             for v in op.outputs
-            if self.pinned.is_activation(v)
+            if v in found and self.pinned.is_activation(v)
         }
         sizes = {v: nbytes if v in made else 0.0 for v, nbytes in local.items()}
         moment, tick = divmod(int(lives.profile(sizes).argmax()), lives.ticks)

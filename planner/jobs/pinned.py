@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from ...ir.bodies import KINDS as COMPOSITES
+from ...ir.bodies import ATTENTION
 from ...ir.copies import settles
 from ...ir.errors import PlanError, did_you_mean
 from ...ir.examples import Dims, Examples
@@ -204,7 +204,7 @@ class Pinned:
             ways = prod(axis.size for axis, each in pairs if each == joint.factors[0])
             if ways > 1 and joint.divides % ways == 0:
                 return tuple(code if each == joint.factors[0] else each for each in codes)
-        if how == "ring" and op.kind in COMPOSITES and "cp" in self.mesh.names:
+        if how == "ring" and op.kind in ATTENTION and "cp" in self.mesh.names:
             raise PlanError(
                 f"keys of this {op.kind} cannot go round {self.asked.cp} devices.",
                 where=op.where or op.tag, fix="attention ring, a cp that divides the sequence, or cp kind all_gather",
@@ -229,7 +229,8 @@ class Pinned:
         """A gradient owes its sum to the update, but for ZeRO-2 and 3: these keep the shard that the state has."""
         maker = self._makers[op.inputs[0]]
         made = rule_of(maker, self.types)
-        layout = result_sharding(made, self.strategy(maker, made), self.mesh, 0)
+        which = maker.outputs.index(op.inputs[0])
+        layout = result_sharding(made, self.strategy(maker, made), self.mesh, which)
         found = follow(rule, 0, layout, self.mesh.names)
         assert found is not None
         kept = self._shares(self.state, op, rule)[:1] if self.runs and self.asked.zero >= 2 else []

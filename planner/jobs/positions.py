@@ -15,7 +15,7 @@ from collections.abc import Collection
 from functools import cached_property
 from itertools import product
 
-from ...ir.bodies import KINDS as COMPOSITES
+from ...ir.bodies import ATTENTION
 from ...ir.examples import Examples
 from ...ir.graph import Graph, Op
 from ...ir.program import Program
@@ -135,7 +135,7 @@ class Attention:
 
     def __contains__(self, op: Op) -> bool:
         return (
-            op.kind in COMPOSITES
+            op.kind in ATTENTION
             or not self.scores.isdisjoint((*op.inputs, *op.outputs))
             or self._statistics.issuperset(op.outputs)
         )

@@ -13,17 +13,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from math import ceil
 
+from ...ir.bodies import LOSSES, body_of
 from ...ir.copies import settles
 from ...ir.execution import OverlapKind
 from ...ir.graph import ITEM_BYTES, Graph, Op
+from ...ir.loss_blocks import hidden_in, is_of_tokens, logits_in, most_logits
 from ...ir.microbatch import TimeAxis
 from ...ir.program import Program
+from ...ir.refusals import Refusal
 from ...ir.values import block_instances
+from ..cost.kernels import kernels_of
+from ..cost.loss import SUM
 from .ahead import early, late
 from .lives import Lifetimes, Segment, Span
-from .storage import Storage, is_fused
+from .storage import Storage, as_fused, as_xla, is_fused
 
 
 def lifetimes(
@@ -91,6 +97,7 @@ class _Analysis:
         self.spans: list[Span] = []  # one per top-level op
         self.bounds: list[tuple[int, int]] = []  # ticks of each top-level op
         self.position: dict[int, int] = {}  # value -> top-level op that makes it
+        self.losses: list[tuple[Op, int, int]] = []  # each with its ticks
 
     def run(self) -> Lifetimes:
         ticks = self._tick()
@@ -102,6 +109,7 @@ class _Analysis:
         segments = [
             s for v in self.defined if v in self.storage.kept for s in self._life(v, ticks - 1)
         ]
+        segments += self._blocks()
         causes = {s.value: self._cause(s.value) for s in segments}
         scale = {v: self._scale(v) for v in causes}
         copies = {
@@ -150,6 +158,8 @@ class _Analysis:
                 end = self._visit(inner, end)
             for value in (*region.inputs, *region.outputs):
                 self.used[value].append(end - 1)
+        if op.kind in LOSSES:
+            self.losses.append((op, tick, end - 1))
         for value in op.outputs:
             self.defined[value] = tick
             self.used[value].append(end - 1)
@@ -283,6 +293,12 @@ class _Analysis:
             start = own.end + 1
         yield Segment(value, start, leave, many, many)
         yield from self._until_read(value, leave + 1, end, many)
+
+    def _blocks(self) -> Iterator[Segment]:
+        """What losses hold while they run, told as so many of their results."""
+        for op, start, end in self.losses:
+            for result, many in _held_within(op, self.storage.kind):
+                yield Segment(op.outputs[result], start, end, many, many)
 
     def _until_read(self, value: int, start: int, end: int, many: int) -> Iterator[Segment]:
         """From `start`, where all layers are alive, through the readers' span, where they go."""
@@ -431,3 +447,29 @@ def _coming(
 def ticks_of(op: Op) -> int:
     """One, and those of the ops in its body."""
     return 1 + sum(ticks_of(o) for region in op.regions for o in region.ops)
+
+
+@lru_cache(maxsize=64)
+def _held_within(op: Op, kind: str) -> tuple[tuple[int, int], ...]:
+    """What a loss holds beside its operands and results: a block of what its body stores for each logit, as so many
+    times a result that has all tokens; the sum so far of a weight's gradient, in fp32, and on CPUs what one block adds,
+    which products add themselves elsewhere.
+
+    Leaves out: devices that share so much of the vocabulary that one block has all their logits hold less.
+    """
+    graph, logits, hidden = body_of(str(op.attr("body"))), logits_in(op), hidden_in(op)
+    alone = Program(graph, ("forward",) * len(graph.ops), Refusal("a body", op.where))
+    stored = as_xla(alone, kind) if kind else as_fused(kernels_of(alone))
+    lives = lifetimes(alone, 1, {}, stored)
+    large = [v for v in lives.causes if graph.types[v].size >= logits and v not in graph.inputs]
+    sizes = {v: lives.scale[v] * graph.types[v].nbytes * (v in large) for v in lives.causes}
+    share = min(1.0, float(most_logits(hidden)) / logits)
+    block = float(lives.profile(sizes).max()) * share
+    results, found = [graph.types[v] for v in graph.outputs], list[tuple[int, int]]()
+    of_tokens = [k for k in range(len(results)) if is_of_tokens(op, k)]
+    if of_tokens:
+        largest = max(of_tokens, key=lambda k: results[k].size)
+        found.append((largest, ceil(block / results[largest].nbytes)))
+    sums = [k for k, v in enumerate(graph.outputs) if k not in of_tokens and share < 1]
+    each = SUM * (2 if kind == "cpu" else 1)
+    return (*found, *((k, ceil(each * results[k].size / results[k].nbytes)) for k in sums))

@@ -14,7 +14,7 @@ none (instruction_fusion.h), seen in compiled programs on CPUs and TPUs.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...ir.copies import settles
@@ -45,7 +45,7 @@ class Storage:
     `kept` are stored. Whoever reads a value of `made` reads its sources instead. A value of
     `twice` is stored for kernels that read it, while fused readers make it again. `widths` are
     factors on bytes, of values that are stored in a wider type or more than once. `early` are
-    stored from the start of the step.
+    stored from the start of the step. `kind` of devices run XLA's kernels; "": a framework's.
     """
 
     kept: frozenset[int]
@@ -53,6 +53,7 @@ class Storage:
     twice: Mapping[int, frozenset[int]]
     widths: Mapping[int, float]
     early: frozenset[int] = frozenset()
+    kind: str = ""
 
 
 def as_fused(kernels: Kernels) -> Storage:
@@ -70,7 +71,8 @@ def as_xla(program: Program, kind: str) -> Storage:
     to, and transposed inputs for gradients of convolutions.
     """
     cheap = CHEAP_ON_GPUS if kind in ("cuda", "rocm") else frozenset[str]()
-    return _Analysis(program, kernels_of(program, joined=True), kind == "cpu", cheap).run()
+    found = _Analysis(program, kernels_of(program, joined=True), kind == "cpu", cheap).run()
+    return replace(found, kind=kind)
 
 
 class _Analysis:

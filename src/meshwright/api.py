@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from .interrupts import heard
 from .ir.blocks import fold, told_statistics
 from .ir.cluster import Cluster
 from .ir.composites import composed
-from .ir.errors import PlanError, UsageError
+from .ir.cross_entropy import cross_entropies
+from .ir.errors import InfeasibleError, PlanError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
+from .ir.units import format_bytes
 from .ir.verify import verify as verify_graph
 from .parallel import ParallelStep, place
 from .planner.frontier import Frontier
@@ -30,6 +33,7 @@ from .running import RunningStep
 from .told import BatchArgs, batch_told
 from .tracing import Options, capture_call
 
+AGAIN = 10.0  # seconds, at most, of looking whether something fits with another loss
 REQUEST_KEYS = tuple(Request.__dataclass_fields__)
 
 
@@ -89,12 +93,39 @@ def plan_captured(
     """Plan a step that was captured before. `keep` is as for `planner.plans.search`."""
     where = place(cluster, request)
     request = request.on(where)
+    try:
+        return _planned(captured, where, request, name, tell, now, keep)
+    except InfeasibleError as error:
+        error.fix = _mended(captured, where, request, name, error.fix)
+        raise
+
+
+def _mended(
+    captured: Captured, where: Cluster, request: Request, name: str, fix: str | None
+) -> str | None:
+    """What to try where nothing fits: with logits never whole something may."""
+    if request.loss == "fused" or not cross_entropies(captured.graph):
+        return fix
+    fused = replace(request, loss="fused", time_limit=min(request.time_limit, AGAIN))
+    try:
+        found = _planned(captured, where, fused, name)
+    except PlanError:
+        return fix
+    peak = format_bytes(found.estimate.peak_bytes)
+    return f"loss=fused, with which a plan fits ({peak} per device); or {fix}"
+
+
+def _planned(
+    captured: Captured, where: Cluster, request: Request, name: str,
+    tell: Callable[[str], None] = lambda line: None, now: Callable[[str], None] = lambda line: None,
+    keep: Callable[[Frontier], None] | None = None,
+) -> Plan:  # fmt: skip
     with hired(where, request) as scouts:
         layers = unstack(captured) if request.pp != 1 else None
         if layers is not None and len(layers.inputs) == len(captured.graph.inputs):
             layers = None  # loops of one turn alone, which run as they are
         graph = captured.graph if layers is None else layers.captured.graph
-        graph = composed(graph, request.execution.attention, where)
+        graph = composed(graph, request.execution.attention, where, request.loss)
         verify_graph(graph)
         known, apart = fingerprint(captured.graph), layers is not None
         told = ("stacked parameters are held layer by layer", *layers.notes) if layers else ()
@@ -109,7 +140,7 @@ def plan_captured(
     if not apart:
         return found
     if found.pipeline is None:
-        whole = fold(composed(captured.graph, request.execution.attention, where))
+        whole = fold(composed(captured.graph, request.execution.attention, where, request.loss))
         again = search(whole, where, request.flat, **same)
         return again.model_copy(
             update={"notes": tuple(dict.fromkeys((*again.notes, *found.notes)))}
@@ -157,7 +188,7 @@ def parallelize(
             and compare every output; raises VerificationError beyond the stated tolerance.
         static_*, donate_*: as for `jax.jit`.
         batch_argnums: as for `plan`.
-        request: fields of `Request`: memory, mesh, microbatches, recompute, attention, overlap, batch_stats, gap.
+        request: fields of `Request`: memory, mesh, microbatches, recompute, attention, loss, overlap, batch_stats, gap.
     """
     if step is None:
         return functools.partial(

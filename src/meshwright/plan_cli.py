@@ -59,6 +59,12 @@ def plan(
             "plain: as the step writes it."
         ),
     ] = None,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="fused: cross-entropy makes few logits at a time; plain: as the step writes it."
+        ),
+    ] = "plain",
     overlap: Annotated[
         str | None,
         typer.Option(
@@ -131,6 +137,7 @@ def plan(
         recompute=cast(Any, recompute),
         batch_stats=cast(Any, batch_stats),
         attention=cast(Any, attention),
+        loss=cast(Any, loss),
         overlap=overlap,
         pp=parse_pp(pp),
         schedule=schedule,

@@ -13,7 +13,8 @@ from typing import Any
 from .ir.cluster import Cluster
 from .ir.composites import AttentionKind, composed
 from .ir.errors import PlanError, UsageError, did_you_mean
-from .ir.execution import parse_attention, parse_overlap
+from .ir.execution import parse_attention, parse_loss, parse_overlap
+from .ir.losses import LossKind
 from .ir.mistakes import Mistakes
 from .ir.program import Program, prepare
 from .ir.recompute import Policy
@@ -227,9 +228,11 @@ class Setting:
     fusion: Fusion = (
         "all"  # what a compiler fuses: PyTorch run eagerly "none", only layers compiled "layers"
     )
+    loss: LossKind = "plain"  # "fused": logits are made block by block, again for gradients
 
     def __post_init__(self) -> None:
         parse_attention(self.attention, ("fused", "plain"))
+        parse_loss(self.loss)
         if self.recompute not in RECOMPUTE:
             raise PlanError(
                 f"recompute cannot be `{self.recompute}`.",
@@ -394,7 +397,7 @@ def _parts(
         policy = "none"  # nothing is made again that nobody asked for
     elif setting.attention == "fused" and policy == "fused":
         policy = "fused-selective"  # fused attention keeps no scores to begin with
-    program = _program(shape, microbatch * parallelism.dp, policy, setting.attention)
+    program = _program(shape, microbatch * parallelism.dp, policy, setting.attention, setting.loss)
     cost = Roofline(
         known.cluster,
         setting.attention == "fused",
@@ -408,18 +411,20 @@ def _parts(
 
 
 @lru_cache(maxsize=64)
-def _program(shape: Shape, batch: int, policy: Policy, attention: AttentionKind) -> Program:
-    return prepare(_folded(shape, batch, attention), policy)
+def _program(
+    shape: Shape, batch: int, policy: Policy, attention: AttentionKind, loss: LossKind
+) -> Program:
+    return prepare(_folded(shape, batch, attention, loss), policy)
 
 
 @lru_cache(maxsize=64)
-def _folded(shape: Shape, batch: int, attention: AttentionKind) -> Any:
+def _folded(shape: Shape, batch: int, attention: AttentionKind, loss: LossKind) -> Any:
     from .backends.xla.capture import capture
     from .ir.blocks import fold
 
     example = _example(shape, batch)
     captured = capture(example.step, example.state, example.batch, donate_argnums=0)
-    return fold(composed(captured.graph, attention)).small
+    return fold(composed(captured.graph, attention, loss=loss)).small
 
 
 def _example(shape: Shape, batch: int) -> Any:

@@ -104,14 +104,14 @@ def simulate(
             f"the plan was made for another step than `{plan.name}` is now.",
             where="graph fingerprint", fix="plan again",
         )  # fmt: skip
-    folded = fold(composed(captured.graph, plan.attention, plan.cluster))
+    folded = fold(composed(captured.graph, plan.attention, plan.cluster, plan.loss))
     program = prepare(folded.small, plan.recompute)  # type: ignore[arg-type]
     check_decisions(plan, program.graph, program.value_tags)
     beside = plan.overlap if overlap is None else Request(overlap=overlap).execution.overlap
     check_overlap(beside, where)
     result = simulate_plan(plan, program, Roofline(where), beside)
     hangs_on = weakest(where, plan.mesh, result.compute, result.collectives)
-    execution = Execution(plan.attention, beside)
+    execution = Execution(plan.attention, beside, plan.loss)
     return Simulated(plan, where, result, told(where), hangs_on, execution)
 
 

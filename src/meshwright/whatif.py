@@ -211,6 +211,7 @@ def price(
             help="fused: no scores in memory (by default on GPUs and TPUs); plain: in memory."
         ),
     ] = None,
+    loss: Annotated[str, typer.Option(help="plain: all logits in memory; fused: few.")] = "plain",
     products: Annotated[str, typer.Option(help="Products in bf16 or fp8.")] = "bf16",
     gathers: Annotated[
         str, typer.Option(help="Gathers for products in bf16, or in fp8 as these.")
@@ -257,9 +258,11 @@ def price(
         WITHIN,
         Execution,
         parse_attention,
+        parse_loss,
         parse_overlap,
         usual_execution,
     )
+    from .ir.losses import LossKind
     from .planner.pipeline.timeline import Timeline
     from .planner.request import check_overlap
     from .pricing import Setting, check_batch, fusion_of, parallelism_on, price_job
@@ -276,9 +279,12 @@ def price(
     kind: AttentionKind | None = wrong.of(
         lambda: parse_attention(attention or usual.attention, ("fused", "plain"))
     )
+    kept: LossKind | None = wrong.of(lambda: parse_loss(loss))
     beside = usual.overlap if overlap is None else wrong.of(lambda: parse_overlap(overlap, known))
     assumed = Execution(
-        kind or usual.attention, tuple(each for each in beside or () if each in known)
+        kind or usual.attention,
+        tuple(each for each in beside or () if each in known),
+        kept or usual.loss,
     )
     wrong.of(lambda: check_overlap(assumed.overlap, where))
     wrong.of(lambda: _no_idle_options(
@@ -322,7 +328,7 @@ def price(
         lambda: Setting(
             recompute, assumed.attention, products, frozenset(assumed.overlap), reduce_in_fp32=not narrow_gradients,
             fused_accumulation=not separate_accumulation, gathers=gathers, fusion=fusion_of(fusion),
-            redone_inside=not redone_apart,
+            redone_inside=not redone_apart, loss=assumed.loss,
         )
     )  # fmt: skip
     wrong.of(lambda: check_batch(global_batch, microbatch))
