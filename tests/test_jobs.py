@@ -107,7 +107,7 @@ def test_zero_cuts_state_over_data_and_context_ranks():
 @pytest.mark.parametrize("shape", [LLAMA, DEEPSEEK], ids=["llama", "deepseek"])
 def test_queries_are_told_from_keys(shape):
     """A softmax reduces over keys: of every score the dim of the queries survives."""
-    program = pricing._program(replace(shape, layers=5), 1, "fused-selective", "plain")
+    program = pricing._program(replace(shape, layers=5), 1, "fused-selective", "plain", "plain")
     positions, scores = Positions(program.graph), Attention(program).scores
     both = {v for v in scores if len(positions.both.dims.get(v, {})) == 2}
     assert both and both <= positions.queries.keys()
