@@ -16,7 +16,7 @@ from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.verify import reference, verify_outputs
 from meshwright.ir.errors import VerificationError
 
-MICROBATCHES, WIDTH, LAYERS = 8, 32, 4
+MICROBATCHES, WIDTH, LAYERS, EXPERTS = 8, 32, 4, 4
 ADAM = optax.adamw(1e-2, b1=0.9, b2=0.95)
 
 
@@ -30,8 +30,20 @@ def loss_of(params, tokens, targets):
         )
         scores = jnp.einsum("btd,bsd->bts", normed @ layer["key"] + layer["key_shift"], normed)
         hidden = hidden + jax.nn.softmax(scores / 7, axis=-1) @ jnp.tanh(normed @ layer["up"])
+        if "router" in layer:
+            hidden = hidden + by_experts(layer, hidden)
     logits = (hidden @ params["table"].T).astype(jnp.float32)
     return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1))
+
+
+def by_experts(layer, hidden):
+    """Each position by the expert that it chooses."""
+    best, chosen = jax.lax.top_k(hidden @ layer["router"], 1)
+    all_of_them = jnp.tanh(jnp.einsum("btd,edf->btef", hidden, layer["experts"]))
+    taken = jnp.einsum(
+        "bte,btef->btf", jax.nn.one_hot(chosen[..., 0], EXPERTS, dtype=best.dtype), all_of_them
+    )
+    return taken * jax.nn.sigmoid(best)
 
 
 def update(state, grads, loss):
@@ -71,7 +83,7 @@ def in_microbatches(mistake, state, batch):
 
 
 @functools.cache
-def truth():
+def truth(experts=False):
     rng = np.random.default_rng(0)
 
     def drawn(*shape):
@@ -80,7 +92,12 @@ def truth():
     layer = lambda: {  # noqa: E731
         "up": drawn(WIDTH, WIDTH), "key": drawn(WIDTH, WIDTH), "shift": jnp.zeros(WIDTH), "key_shift": jnp.zeros(WIDTH),
     }  # fmt: skip
+    routed = lambda: {  # noqa: E731
+        "router": drawn(WIDTH, EXPERTS), "experts": drawn(EXPERTS, WIDTH, WIDTH),
+    }  # fmt: skip
     params = {"table": drawn(64, WIDTH), "layers": [layer() for _ in range(LAYERS)]}
+    if experts:
+        params["layers"] = [each | routed() for each in params["layers"]]
     args = (
         (params, ADAM.init(params)),
         tuple(jnp.asarray(rng.integers(0, 64, (16, 24))) for _ in range(2)),
@@ -90,8 +107,8 @@ def truth():
     return reference(flat, captured, leaves), captured.graph.output_names, args
 
 
-def check(mistake: str) -> None:
-    expected, names, args = truth()
+def check(mistake: str, experts: bool = False) -> None:
+    expected, names, args = truth(experts)
     verify_outputs(expected, jax.jit(functools.partial(in_microbatches, mistake))(*args), names)
 
 
@@ -119,3 +136,15 @@ def test_rounding_that_adam_magnifies_is_no_alarm():
 def test_a_mistake_is_found_behind_adam_in_bf16(mistake):
     with pytest.raises(VerificationError, match=r"`result\[0\]"):
         check(mistake)
+
+
+def test_choices_that_rounding_turns_are_no_alarm():
+    check("none", experts=True)
+
+
+@pytest.mark.parametrize(
+    "mistake", ["a microbatch left out", "layers confused", "a sum not taken", "one row"]
+)
+def test_a_mistake_is_found_where_experts_are_chosen(mistake):
+    with pytest.raises(VerificationError, match=r"`result\[0\]"):
+        check(mistake, experts=True)

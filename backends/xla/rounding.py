@@ -10,6 +10,9 @@ units in the last place, at random, and what comes of it is measured output by o
     NEAR    how far a right program may be off; measured on gpt-tiny in bf16 it is off by half to all of that
     FAR     which numbers cannot be told: rounding moves them by as much as the step does
 
+Where a step chooses by real numbers, as experts for tokens, rounding now and then turns a choice, and what hangs on it
+moves at once. Few runs meet few of these, so there are more, and the farthest of them counts.
+
 Random rounding as a measure of error: Parker, Monte Carlo Arithmetic (UCLA CSD-970002, 1997).
 """
 
@@ -32,12 +35,15 @@ from .replay import Walk
 SUMS = PRODUCTS | KINDS | {"reduce_sum", "scatter-add", "cumsum"}
 NEAR, FAR = 2.0, 16.0  # units in the last place
 NEAR_RUNS, FAR_RUNS = 4, 8  # one in 2^12 numbers that are rounding alone seems to stand still
+CHOOSING_RUNS = 16  # near ones of a step that chooses
+CHOOSING = frozenset({"top_k", "sort", "argmax", "argmin"})
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How far rounding moves one output: root mean square near by, and the farthest of all runs, number by number."""
+    """How far rounding moves one output, number by number: the root mean square of near runs, or the farthest of them
+    where the step chooses; and the farthest of all runs."""
 
     near: np.ndarray
     far: np.ndarray
@@ -46,7 +52,7 @@ class Noise:
 def measure(
     captured: Captured, leaves: Sequence[Any], step: Callable[..., tuple[Any, ...]] | None = None
 ) -> dict[int, Noise]:
-    """Noise of each output of real numbers, by position; `NEAR_RUNS + FAR_RUNS` runs and the one they start from.
+    """Noise of each output of real numbers, by position; the near runs, `FAR_RUNS` and the one they start from.
 
     `step(seed, units, *leaves)` is the one with its sums moved; None: the captured one, as it is.
     """
@@ -58,16 +64,25 @@ def measure(
     run = jax.jit(step or captured_step)
     first = run(jnp.uint32(0), jnp.float32(0), *leaves)
     start = {o: wide(x) for o, x in enumerate(first) if jnp.issubdtype(x.dtype, jnp.inexact)}
-    square, far = ({o: np.zeros(x.shape) for o, x in start.items()} for _ in range(2))
-    for number in range(NEAR_RUNS + FAR_RUNS):
-        near = number < NEAR_RUNS
-        found = run(jnp.uint32(number + 1), jnp.float32(NEAR if near else FAR), *leaves)
+    rare = chooses(graph)
+    near_runs = CHOOSING_RUNS if rare else NEAR_RUNS
+    near, far = ({o: np.zeros(x.shape) for o, x in start.items()} for _ in range(2))
+    for number in range(near_runs + FAR_RUNS):
+        units = NEAR if number < near_runs else FAR
+        found = run(jnp.uint32(number + 1), jnp.float32(units), *leaves)
         for output, before in start.items():
             moved = distance(wide(found[output]), before)
             far[output] = np.maximum(far[output], moved)
-            if near:
-                square[output] += moved**2 / NEAR_RUNS
-    return {output: Noise(np.sqrt(square[output]), far[output]) for output in start}
+            if units == NEAR:
+                square = moved**2 / near_runs
+                near[output] = np.maximum(near[output], moved**2) if rare else near[output] + square
+    return {output: Noise(np.sqrt(near[output]), far[output]) for output in start}
+
+
+def chooses(graph: Graph) -> bool:
+    """Whether an op picks some of its numbers, and these are real."""
+    picked = (visit.op.inputs[0] for visit in graph.visits if visit.op.kind in CHOOSING)
+    return any(graph.types[value].is_float for value in picked)
 
 
 def wide(array: Any) -> np.ndarray:
