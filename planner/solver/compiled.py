@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 from filelock import FileLock
 from numba.core.caching import FunctionCache
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class SharedCache(FunctionCache):
@@ -34,7 +32,7 @@ class SharedCache(FunctionCache):
             super().save_overload(sig, data)
 
 
-def compiled(function: F) -> F:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile for the types it is called with; the interpreter's lock is not held while it runs."""
     dispatcher: Any = numba.njit(nogil=True)(function)
     dispatcher._cache = SharedCache(function)
