@@ -92,7 +92,10 @@ def test_a_number_given_twice_ends_all(tmp_path):
 
 
 def test_unlike_flags_are_refused_in_each(tmp_path):
-    own = {1: {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true --xla_dump_hlo_as_text"}}
+    own = {
+        0: {"XLA_FLAGS": ""},
+        1: {"XLA_FLAGS": "--xla_cpu_enable_fast_math=true --xla_dump_hlo_as_text"},
+    }
     ends, _ = joining(tmp_path, 2, [0, 1], deadline=30, own=own)
     for process, (code, out, err) in enumerate(ends):
         assert code == 5 and not out, err

@@ -92,7 +92,7 @@ def test_no_cut_that_fits_is_faster_than_the_bound_by_cases(layers, stages, over
     assert free.best.priced is not None
     roomy, peak = free.bounds.by_cases(shape, 2 * free.best.seconds)[0], max(free.best.priced.peaks)
     one, units = schedule_named("1f1b", stages, 8), free.choices.units
-    for share in (1.0, 0.8, 0.65, 0.5, 0.4, 0.33):
+    for share in (1.0, 0.8, 0.65, 0.5, 0.4, 0.33, 0.28, 0.24):
         search.request = replace(search.request, memory=share * peak)
         pipelines = Pipelines(search)
         pipelines.solve_shape(shape)

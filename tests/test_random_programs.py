@@ -132,4 +132,4 @@ def test_stages_begin_where_they_were_planned_though_keys_are_made_first():
     request = {"pp": 4, "microbatches": 4, "program": "stages", "time_limit": 15}
     found = mw.parallelize(step, cluster="8xcpu", **request)(*args)
     for ours, wanted in zip(found[0], jax.jit(step)(*args)[0], strict=True):
-        assert jnp.allclose(jax.device_get(ours), wanted, rtol=1e-5)
+        assert jnp.allclose(jax.device_get(ours), wanted, rtol=1e-5, atol=1e-6)  # noise is 1e-2

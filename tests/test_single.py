@@ -28,6 +28,7 @@ from meshwright.ir.codec import save_plan
 from meshwright.ir.errors import LoweringError, PlanError
 from meshwright.ir.plan import Plan
 from meshwright.ir.units import parse_seconds
+from meshwright.planner import found_pipeline
 from meshwright.planner.pipeline.schedules import gpipe, one_f_one_b
 from meshwright.planner.pipeline.single import INSTRUCTION, SHARD, with_dispatch
 from meshwright.planner.request import Request
@@ -109,16 +110,31 @@ def test_recomputing_changes_no_gradient(name, policy):
     verify_outputs(truth, lower(plan, captured).jitted(*leaves), captured.graph.output_names)
 
 
-def test_a_plan_whose_layers_do_not_lie_alike_is_refused_when_planned():
-    """What is computed again tells the last layer apart from the others, so it may be laid out in its own way."""
+def test_a_plan_whose_layers_do_not_lie_alike_is_refused_when_planned(monkeypatch):
+    """What is computed again may tell the last layer apart from the others, so that it is laid out in its own way:
+    here every value that is compared is."""
+    compare, compared = found_pipeline._check_alike, []
+
+    def each_in_its_own_way(self, tag, choices):
+        compared.append(tag)
+        return len(compared)
+
+    def check_alike(found, single, search):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(found.space), "layout", each_in_its_own_way)
+            compare(found, single, search)
+
+    monkeypatch.setattr(found_pipeline, "_check_alike", check_alike)
     made = make({"model": "llama-tied-tiny"})
-    request = Request(pp=4, microbatches=8, program="single", recompute="full")
+    request = Request(pp=2, microbatches=2, program="single", mesh=(4,), recompute="none")
     with pytest.raises(
-        PlanError, match=r"blocks\[0\].* and .*blocks\[3\].* are laid out in different ways"
+        PlanError,
+        match=r"blocks'?\]?\[0\].* and .*blocks'?\]?\[\d\].* are laid out in different ways",
     ):
         plan_captured(
             made.capture(True), Cluster.parse("8xcpu"), request, made.name, lambda line: None
         )
+    assert len(compared) == 2
 
 
 def test_state_lies_as_with_programs_of_stages_and_either_takes_the_other_on():
