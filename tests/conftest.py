@@ -47,7 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if case not in SELECTED[test]:
                 item.add_marker(pytest.mark.slow)
         if len(found) > 1 and not found.keys() >= set(SELECTED[test]):
-            raise pytest.UsageError(f"tests/selected.py names a case that {test} has not")
+            raise pytest.UsageError(
+                f"tests/selected.py names cases that {test} has not: {sorted(found)}"
+            )
 
 
 class Golden:
