@@ -35,18 +35,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the cases that are not selected to `make test-all`."""
     cases: dict[str, dict[str, pytest.Item]] = defaultdict(dict)
     for item in items:
         test, _, case = item.nodeid.rpartition("/")[2].partition("[")
         if test in SELECTED:
             cases[test][case.removesuffix("]")] = item
+    whole = not any("[" in asked for asked in config.args)  # or single cases, by their names
     for test, found in cases.items():
         for case, item in found.items():
             if case not in SELECTED[test]:
                 item.add_marker(pytest.mark.slow)
-        if len(found) > 1 and not found.keys() >= set(SELECTED[test]):
+        if whole and not found.keys() >= set(SELECTED[test]):
             raise pytest.UsageError(
                 f"tests/selected.py names cases that {test} has not: {sorted(found)}"
             )
