@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from meshwright.backends.xla.capture import capture
+from meshwright.backends.xla.rounding import measure
 from meshwright.backends.xla.verify import reference, verify_outputs
 from meshwright.ir.errors import VerificationError
 
@@ -136,6 +137,18 @@ def test_rounding_that_adam_magnifies_is_no_alarm():
 def test_a_mistake_is_found_behind_adam_in_bf16(mistake):
     with pytest.raises(VerificationError, match=r"`result\[0\]"):
         check(mistake)
+
+
+def test_a_choice_that_rounding_turns_counts_as_far_as_it_moves_its_results():
+    """Ties: in a mean over runs, each result would have moved by some of its way only."""
+
+    def step(x, weights):
+        scores = x @ weights
+        return jnp.where(jnp.argmax(scores, axis=-1) == 0, 1.0, 2.0)
+
+    args = jnp.ones((256, 8), jnp.bfloat16), jnp.ones((8, 2), jnp.bfloat16)
+    noise = measure(capture(step, *args), jax.tree.leaves(args))
+    assert (noise[0].near == 1.0).all()
 
 
 def test_choices_that_rounding_turns_are_no_alarm():

@@ -132,7 +132,9 @@ def _step(holder: Any, held: Any) -> str:
         key = next((k for k, v in holder.items() if v is held), None)
         return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
     if isinstance(holder, list | tuple):
-        return f"[{next(k for k, v in enumerate(holder) if v is held)}]"
+        places = (k for k, v in enumerate(holder) if v is held)
+        if (place := next(places, None)) is not None:  # else in an attribute of its own
+            return f"[{place}]"
     attributes = getattr(holder, "__dict__", None)
     name = (
         next((k for k, v in attributes.items() if v is held), "")
