@@ -11,6 +11,8 @@ import pytest
 
 from meshwright.cli import main
 from meshwright.ir.codec import load_plan, save_plan
+from meshwright.ir.local_checks import verify_local
+from meshwright.ir.local_text import parse_local
 
 QUICK = ("--mesh", "8", "--microbatches", "1", "--time-limit", "20")
 
@@ -81,6 +83,15 @@ def test_show_prints_what_plan_printed_and_writes_html(run, plan_file, tmp_path)
     assert (tmp_path / "p.html").read_text().startswith("<!doctype html>")
     assert run("show", plan_file, "--all")[1].count("\n") > out.count("\n")
     assert json.loads(run("show", plan_file, "--format", "json")[1])["words"]
+
+
+def test_show_prints_what_each_device_runs(run, plan_file):
+    code, out, _ = run("show", plan_file, "--program")
+    assert code == 0
+    program = parse_local(out)
+    verify_local(program)
+    assert program.mesh == load_plan(plan_file).mesh and len(program.ops) > 20
+    assert run("show", plan_file, "--program", "--all")[0] == 2
 
 
 def test_run_trains_and_agrees_with_one_device(run, plan_file):

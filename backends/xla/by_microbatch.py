@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,14 +10,13 @@ from typing import Any
 import jax
 
 from ...ir.blocks import fold
-from ...ir.graph import Op
+from ...ir.local import LocalOp, LocalProgram
 from ...ir.mesh import Mesh
 from ...ir.plan import Plan
 from ...ir.program import Program, prepare
 from .capture import Captured
 from .rounding import moved_sums
-from .scope import Held, Scope
-from .spmd import LocalStep
+from .spmd import LocalStep, Running
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,18 @@ class _Moved(LocalStep):
         super().__init__(*args, **options)
         self.seed, self.units = seed, units
 
-    def _simple(self, op: Op, scope: Scope) -> None:
-        super()._simple(op, scope)
-        held = [scope.values[v] for v in op.outputs]
-        arrays = moved_sums(op, self.graph, [h.array for h in held], self.seed, self.units)
-        for value, before, array in zip(op.outputs, held, arrays, strict=True):
-            scope.values[value] = Held(array, before.layout)
+    def running(self, program: LocalProgram, moment: Any, constants: Mapping[int, Any]) -> Running:
+        return _RunningMoved(self, program, moment, constants, self.seed, self.units)
+
+
+@dataclass
+class _RunningMoved(Running):
+    seed: Any
+    units: Any
+
+    def computed(self, op: LocalOp, operands: Sequence[Any]) -> Sequence[Any]:
+        found = super().computed(op, operands)
+        return moved_sums(op, self.program.outputs, found, self.seed, self.units)
 
 
 def by_microbatch(plan: Plan, captured: Captured) -> ByMicrobatch | None:
@@ -72,5 +78,7 @@ def by_microbatch(plan: Plan, captured: Captured) -> ByMicrobatch | None:
     if plan.microbatches == 1 or plan.batch is None or plan.batch.statistics == "batch":
         return None
     program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
-    groups = LocalStep(plan, program, captured.binding.ops, captured.binding.arrays).groups
+    groups = LocalStep(
+        plan, program, captured.binding.ops, captured.binding.arrays
+    ).decisions.groups
     return ByMicrobatch(plan, captured, program, groups)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import lax
 
+from ...ir.local import LocalOp
 from ...ir.mesh import Mesh
 from ...ir.sharding import Step
+from .joins import settle
 
 
 def shard_index(axes: Sequence[str], mesh: Mesh) -> jax.Array | int:
@@ -17,6 +20,30 @@ def shard_index(axes: Sequence[str], mesh: Mesh) -> jax.Array | int:
     for axis in axes:
         index = index * mesh.sizes[axis] + lax.axis_index(axis)
     return index
+
+
+def run_on_shard(
+    op: LocalOp, x: jax.Array, mesh: Mesh, microbatches: int, moment: Any
+) -> jax.Array:
+    """What is no op of the graph: collectives, slices, and cuts of the batch over time."""
+    match op.kind:
+        case "all_reduce" if op.attr("reduction") != "sum":
+            return settle(x, str(op.attr("reduction")), op.axes)
+        case "all_reduce":
+            return move(x, [Step("all_reduce", op.axes)], mesh)
+        case "all_to_all":
+            return move(x, [Step("all_to_all", op.axes, op.number("dim"), op.number("to"))], mesh)
+        case "all_gather" | "reduce_scatter" as kind:
+            return move(x, [Step(kind, op.axes, op.number("dim"))], mesh)
+        case "local_slice":
+            return move(x, [Step("slice", op.axes, op.number("dim"))], mesh)
+        case "keep_first":
+            return jax.numpy.where(shard_index(op.axes, mesh) == 0, x, jax.numpy.zeros_like(x))
+        case "take_microbatch":
+            return take_microbatch(x, op.number("dim"), moment, microbatches, op.number("groups"))
+        case _:
+            assert op.kind == "join_microbatches"
+            return join_microbatches(x, op.number("dim"), op.number("groups"))
 
 
 def take_part(x: jax.Array, dim: int, index: jax.Array | int, ways: int) -> jax.Array:

@@ -79,13 +79,13 @@ class StagePrograms:
 
     def know_inputs(self, inputs: Iterable[int]) -> None:
         """Inputs of the step that this stage reads or keeps."""
-        self.layouts |= {v: self.local.slot(self.local.tags[v]) for v in inputs}
+        self.layouts |= {v: self.local.decisions.slot(self.local.decisions.tags[v]) for v in inputs}
 
     def know(self, ops: Sequence[Op]) -> None:
         """Results of ops, in order."""
         for op in ops:
             for k, value in enumerate(op.outputs):
-                self.layouts[value] = self.local.leaves(op, k, self.layouts)
+                self.layouts[value] = self.local.decisions.leaves(op, k, self.layouts)
 
     def sharding(self, layout: Sharding) -> NamedSharding:
         return NamedSharding(self.mesh, _spec(layout))
@@ -112,7 +112,7 @@ class StagePrograms:
             return sent
         if reader is None:
             return replicated(self.local.types[value].rank)
-        rule, strategy = rule_of(reader, self.local.types), self.local.strategy(reader)
+        rule, strategy = rule_of(reader, self.local.types), self.local.decisions.strategy(reader)
         return Sharding(
             operand_sharding(rule, strategy, self.local.mesh, reader.inputs.index(value)).dims
         )
@@ -281,8 +281,6 @@ class _Body:
         local, fragment = self.stage.local, self.fragment
         timed = local.time is not None and fragment.kind in PER_MICROBATCH
         scope = Scope({}, moment if timed else None)
-        for constant in local.graph.constants:
-            scope.values[constant.value] = local.constant(constant.value, constant.data)
         count = len(fragment.totals)
         for value, array in zip((*self.gone, *self.kept), (*given_up[count:], *kept), strict=True):
             scope.values[value] = self._taken(value, array, scope)

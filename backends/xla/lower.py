@@ -53,7 +53,8 @@ class Lowered:
 
     plan: Plan
     captured: Captured
-    local: Callable[..., Sequence[Any]]  # the traced function inside `jitted`
+    local: LocalStep
+    sharded: Callable[..., Sequence[Any]]  # the traced function inside `jitted`
     jitted: Callable[..., Sequence[Any]]
     mesh: DeviceMesh
     input_shardings: tuple[NamedSharding, ...]
@@ -132,7 +133,7 @@ class Lowered:
             found = [(leaf.shape, leaf.dtype) for leaf in leaves]
             if found != [(aval.shape, aval.dtype) for aval in binding.in_avals]:
                 raise OtherShapes
-            return jax.tree.unflatten(binding.out_tree, self.local(*leaves))
+            return jax.tree.unflatten(binding.out_tree, self.sharded(*leaves))
 
         return jax.jit(
             step, in_shardings=shardings, out_shardings=results, donate_argnums=tuple(numbers),
@@ -180,8 +181,8 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
         on_cpus(mesh),
         platform=platform_of(mesh),
     )
-    in_specs = tuple(map(partition_spec, local.input_layouts()))
-    out_specs = tuple(map(partition_spec, local.output_layouts()))
+    in_specs = tuple(map(partition_spec, local.decisions.input_layouts()))
+    out_specs = tuple(map(partition_spec, local.decisions.output_layouts()))
     sharded = jax.shard_map(
         local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
@@ -197,7 +198,7 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
         donate_argnums=tuple(sorted(captured.graph.donated)),
         compiler_options=options_for(mesh, plan),
     )
-    return Lowered(plan, captured, sharded, jitted, mesh, in_shardings, out_shardings)
+    return Lowered(plan, captured, local, sharded, jitted, mesh, in_shardings, out_shardings)
 
 
 def _weakly(

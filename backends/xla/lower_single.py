@@ -233,8 +233,10 @@ def lower_single(
         on_cpus(mesh),
         platform=platform_of(mesh),
     )
-    ins = _border(mesh, local.input_layouts(), parts.inputs, captured.graph.input_name)
-    outs = _border(mesh, local.output_layouts(), parts.outputs, captured.graph.output_name)
+    ins = _border(mesh, local.decisions.input_layouts(), parts.inputs, captured.graph.input_name)
+    outs = _border(
+        mesh, local.decisions.output_layouts(), parts.outputs, captured.graph.output_name
+    )
     step = SingleStep(local, parts, time, ins.shared, outs.shared)
     sharded = jax.shard_map(
         step, mesh=mesh, in_specs=ins.program_specs, out_specs=outs.program_specs, check_vma=False

@@ -18,7 +18,7 @@ Random rounding as a measure of error: Parker, Monte Carlo Arithmetic (UCLA CSD-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ import numpy as np
 
 from ...ir.bodies import KINDS
 from ...ir.graph import Graph, Op
+from ...ir.local import LocalOp
 from ...ir.recompute import PRODUCTS
 from .capture import Captured
 from .replay import Walk
@@ -107,14 +108,14 @@ class _Moved(Walk):
     units: Any
 
     def op(self, op: Op, operands: Sequence[Any]) -> Sequence[Any]:
-        return moved_sums(op, self.graph, super().op(op, operands), self.seed, self.units)
+        return moved_sums(op, self.graph.outputs, super().op(op, operands), self.seed, self.units)
 
 
 def moved_sums(
-    op: Op, graph: Graph, results: Sequence[Any], seed: Any, units: Any
+    op: Op | LocalOp, returned: Collection[int], results: Sequence[Any], seed: Any, units: Any
 ) -> Sequence[Any]:
     """An op's results, moved if they are sums that the step does not return as they are."""
-    if op.kind not in SUMS or not set(op.outputs).isdisjoint(graph.outputs):
+    if op.kind not in SUMS or not set(op.outputs).isdisjoint(returned):
         return results
     return [_moved(result, seed, units) for result in results]
 

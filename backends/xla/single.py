@@ -69,9 +69,9 @@ class SingleStep:
             whole = (
                 array.reshape(local.types[value].shape) if local.types[value].rank == 0 else array
             )
-            self.known.values[value] = Held(whole, local.slot(local.tags[value]))
-        for constant in local.graph.constants:
-            self.known.values[constant.value] = local.constant(constant.value, constant.data)
+            self.known.values[value] = Held(
+                whole, local.decisions.slot(local.decisions.tags[value])
+            )
         local.run(parts.prepare, self.known)
         self._totals(self._passes())
         return self._results(*self._update())
@@ -326,7 +326,7 @@ class SingleStep:
         return found
 
     def _results(self, alike: Scope, own: Scope) -> tuple[Any, ...]:
-        graph, layouts = self.local.graph, self.local.output_layouts()
+        graph, layouts = self.local.graph, self.local.decisions.output_layouts()
         shared = [(o, alike) for o in self.shared_outputs]
         results = []
         for o, scope in (*shared, *((each[0], own) for each in self.parts.outputs)):

@@ -114,6 +114,10 @@ def show(
         bool, typer.Option("--all", help="Print all rows of every table.")
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the plan as an HTML page.")] = None,
+    program: Annotated[
+        bool,
+        typer.Option("--program", help="Print what each device runs instead, layers alike once."),
+    ] = False,
     format: FormatOption = Format.text,
 ) -> None:
     """Print a saved plan."""
@@ -121,6 +125,15 @@ def show(
     from .view.html import page
 
     found = load_plan(plan)
+    if program:
+        from .simulation import local_program
+
+        if everything or html is not None or format is not Format.text:
+            raise UsageError(
+                "a program is printed as text alone.", where="--program", fix="leave the other options away"
+            )  # fmt: skip
+        say(str(local_program(found)).rstrip())
+        return
     if html is not None:
         write_whole(html, page(found))
         print(f"wrote {html}", file=sys.stderr)

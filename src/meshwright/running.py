@@ -15,11 +15,12 @@ from .backends.xla.calls import Call, calling
 from .backends.xla.capture import Binding, Captured
 from .backends.xla.compat import weakened
 from .backends.xla.donation import check_given_twice
-from .backends.xla.lower import AnyLowered, OtherShapes
+from .backends.xla.lower import AnyLowered, Lowered, OtherShapes
 from .backends.xla.lower_single import LoweredSingle
 from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.steps import Step
 from .ir.errors import LoweringError, MismatchError
+from .ir.local import LocalProgram
 from .ir.plan import Plan
 from .together import same_start
 
@@ -156,6 +157,20 @@ class RunningStep:
             if isinstance(self.lowered, LoweredPipeline)
             else audit(self.lowered)
         )
+
+    @property
+    def program(self) -> LocalProgram:
+        """What each device runs, as planned: ops on shards and collectives. Prints as text.
+
+        Raises:
+            LoweringError: the plan has a pipeline.
+        """
+        if not isinstance(self.lowered, Lowered):
+            raise LoweringError(
+                "a pipeline has a program for each pass of each stage, which are not shown yet.",
+                where=f"plan `{self.plan.name}`", fix="pp=1",
+            )  # fmt: skip
+        return self.lowered.local.program
 
     def hlo(self) -> str:
         """The compiled program as text.

@@ -1,4 +1,4 @@
-"""Simulate a plan: what a step takes when communication runs beside computation, and what-ifs."""
+"""A plan looked into: its step simulated, what-ifs included, and what each device runs of it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from .ir.composites import composed
 from .ir.errors import MismatchError, UsageError
 from .ir.execution import Execution
 from .ir.fingerprint import fingerprint
+from .ir.local import LocalProgram
+from .ir.passes.localize import localize
 from .ir.plan import Plan
 from .ir.plan_checks import check_decisions
-from .ir.program import prepare
+from .ir.program import Program, prepare
 from .ir.units import counted
 from .planner.cost.bands import band_of, told, weakest
 from .planner.cost.model import Roofline
@@ -98,6 +100,42 @@ def simulate(
             f"a change of size needs a new plan: {counted(plan.mesh.size, 'device')} became {where.size}.",
             where="changes", fix="meshwright plan",
         )  # fmt: skip
+    program = prepared(plan, step, args, options)
+    beside = plan.overlap if overlap is None else Request(overlap=overlap).execution.overlap
+    check_overlap(beside, where)
+    result = simulate_plan(plan, program, Roofline(where), beside)
+    hangs_on = weakest(where, plan.mesh, result.compute, result.collectives)
+    execution = Execution(plan.attention, beside, plan.loss)
+    return Simulated(plan, where, result, told(where), hangs_on, execution)
+
+
+def local_program(
+    plan: Plan, step: Callable[..., Any] | None = None, *args: Any, **options: Any
+) -> LocalProgram:
+    """What each device of a plan runs, layers alike once.
+
+    Args:
+        step, args: the step and its arguments; a plan made on the command line knows its own.
+
+    Raises:
+        UsageError: no step, or a pipeline.
+        MismatchError: the plan was made for another step.
+    """
+    if plan.pipeline is not None:
+        raise UsageError(
+            "a pipeline has a program for each pass of each stage, which are not printed yet.",
+            where=f"plan `{plan.name}`", fix="pp=1, or `meshwright show` without --program",
+        )  # fmt: skip
+    return localize(prepared(plan, step, args, options), plan)
+
+
+def prepared(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Program:
+    """The folded program of a plan: of its own step, or of one that is given.
+
+    Raises:
+        UsageError: there is no step.
+        MismatchError: the plan was made for another one.
+    """
     captured = _captured(plan, step, args, options)
     if fingerprint(captured.graph) != plan.graph:
         raise MismatchError(
@@ -107,12 +145,7 @@ def simulate(
     folded = fold(composed(captured.graph, plan.attention, plan.cluster, plan.loss))
     program = prepare(folded.small, plan.recompute)  # type: ignore[arg-type]
     check_decisions(plan, program.graph, program.value_tags)
-    beside = plan.overlap if overlap is None else Request(overlap=overlap).execution.overlap
-    check_overlap(beside, where)
-    result = simulate_plan(plan, program, Roofline(where), beside)
-    hangs_on = weakest(where, plan.mesh, result.compute, result.collectives)
-    execution = Execution(plan.attention, beside, plan.loss)
-    return Simulated(plan, where, result, told(where), hangs_on, execution)
+    return program
 
 
 def _captured(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:

@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from ...ir.graph import Op
-from ...ir.program import Program
+from ..graph import Op
+from ..program import Program
 
 LONGEST = 4  # unary ops between a copy and who reads it with something else
 

@@ -1,0 +1,1 @@
+"""Steps from one program to the next."""
