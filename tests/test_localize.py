@@ -216,3 +216,25 @@ def test_values_that_do_not_divide_and_values_defined_twice_are_met():
         verify_local(replace(program, shards={**program.shards, 9: late}))
     with pytest.raises(GraphError, match="breaks `defined-once`"):
         verify_local(replace(program, ops=(*program.ops, program.ops[0])))
+
+
+def test_gradients_of_weights_are_held_before_they_are_transposed_where_xla_would_be_slow():
+    """A product of gpt-tiny's backward pass that is summed over the batch and transposed: on CPUs a barrier between."""
+    example = build("gpt-tiny")
+    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
+    plan = plan_captured(captured, "8xcpu", Request(mesh=(8,)), "gpt-tiny")
+    program = prepare(fold(captured.graph).small, plan.recompute)
+
+    def turned(holds):
+        local = localize(program, plan, holds)
+        writer = {v: op for op in local.walk() for v in op.outputs}
+        transposed = [writer[op.inputs[0]] for op in local.walk() if op.kind == "transpose"]
+        products = [op for op in transposed if op.kind == "dot_general"]
+        partial = [op for op in products if local.shards[op.outputs[0]].sharding.partial]
+        barriers = [op for op in transposed if op.kind == "optimization_barrier"]
+        return len(partial), len(
+            [op for op in barriers if writer[op.inputs[0]].kind == "dot_general"]
+        )
+
+    assert turned(holds=False)[0] >= 3 and turned(holds=False)[1] == 0
+    assert turned(holds=True)[0] == 0 and turned(holds=True)[1] >= 3

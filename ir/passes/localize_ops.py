@@ -200,7 +200,7 @@ class Writer:
             for reduction, axes in settled.items():
                 attrs = {"axes": axes, "reduction": reduction}
                 [local] = self.put("all_reduce", [local], [shard], attrs, told)
-            if value in self.of.held_sums:
+            if value in self.of.held_values:
                 [local] = self.barrier([local], told)
             scope.names[value] = local
 
