@@ -2,7 +2,7 @@
 
     local gpt-tiny on x=2 × y=4, 4 microbatches {
       in %0: f32[64, 64] @ [x·y, -] 'params.up'
-      %1: f32[512, 64] @ [-, -] = all_gather %0 (axes=('x', 'y'), dim=0) in prepare for 'b0.3~step'
+      %1: f32[512, 64] @ [-, -] = all_gather %0 (axes=('x', 'y'), dim=0) in prepare for 'b0.3~step' x1
       %9: f32[64, 64] @ [-, -] partial x = microbatches (groups=8, joins=('sum',)) {
         %2: f32[8, 64] @ [x/m, -] = take_microbatch %7 (dim=0, groups=1)
         %3: f32[8, 256] @ [x/m, y] = dot_general %2 %1 (...) cut 0=x/m 1=y in forward tag 'b0.3' x1
@@ -239,7 +239,7 @@ def _told(op: LocalOp) -> str:
     joint = " ".join(f"{how}={'·'.join(axes)}" for how, axes in op.joint)
     told = [
         f"cut {cuts}" * bool(cuts), f"joint {joint}" * bool(joint), f"in {op.phase}" * bool(op.phase),
-        f"for {op.reader!r}" * bool(op.reader), f"at {op.where!r}" * bool(op.where),
+        f"for {op.reader!r} x{op.count}" * bool(op.reader), f"at {op.where!r}" * bool(op.where),
         f"tag {op.tag!r} x{op.count}" * bool(op.tag),
     ]  # fmt: skip
     return "".join(f" {each}" for each in told if each)

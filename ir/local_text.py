@@ -30,7 +30,7 @@ _OUT = re.compile(rf"out %(?P<id>\d+)(?: (?P<name>{_TEXT}))?")
 _OP = re.compile(
     rf"\s?= (?P<kind>[\w.-]+)(?P<operands>(?: %\d+)*)(?: \((?P<attrs>.*)\))?"
     rf"(?: cut (?P<cuts>\d+=\S+(?: \d+=\S+)*))?(?: joint (?P<joint>[a-z]+=\S+(?: [a-z]+=\S+)*))?"
-    rf"(?: in (?P<phase>\w+))?(?: for (?P<reader>{_TEXT}))?(?: at (?P<where>{_TEXT}))?"
+    rf"(?: in (?P<phase>\w+))?(?: for (?P<reader>{_TEXT}) x(?P<times>\d+))?(?: at (?P<where>{_TEXT}))?"
     rf"(?: tag (?P<tag>{_TEXT}) x(?P<count>\d+))?(?P<open> {{)?"
 )
 
@@ -132,7 +132,7 @@ class _Reader:
             where=ast.literal_eval(found["where"]) if found["where"] else "",
             tag=ast.literal_eval(found["tag"]) if found["tag"] else "",
             reader=ast.literal_eval(found["reader"]) if found["reader"] else "",
-            count=int(found["count"] or 1),
+            count=int(found["count"] or found["times"] or 1),
         )
 
     def _region(self) -> tuple[LocalRegion, bool]:

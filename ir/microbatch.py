@@ -135,6 +135,14 @@ def time_factor(op: Op, rule: Rule, split: Mapping[int, int]) -> int | None:
     return next((_leading(rule.factors, dims[split[v]]) for v, dims in sides if v in split), None)
 
 
+def timed_sides(op: Op, rule: Rule, split: Mapping[int, int]) -> tuple[bool, ...]:
+    """Of which operands and results an op that runs for each microbatch reads or makes a part: those that exist per
+    microbatch, and of others the rows that go with them."""
+    lead = time_factor(op, rule, split)
+    sides = zip((*op.inputs, *op.outputs), (*rule.operands, *rule.results), strict=True)
+    return tuple(v in split or any(lead in dim for dim in dims) for v, dims in sides)
+
+
 def _spread_late(graph: Graph, flow: _Flow, body: set[int]) -> None:
     """What is made of early totals, or of statistics per microbatch, for each example (their inverse, spread over the
     batch) is made for each microbatch, where microbatches alone read it."""

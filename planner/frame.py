@@ -171,7 +171,7 @@ class Frame:
 
     def _one_of(self, form: int, group: list[Decides]) -> Alike:
         op, rule, taken = group[0].op, group[0].rule, self.taken[group[0].op.tag]
-        timed = np.array([self.outline.parts(v, 2) > 1 for v in (*op.inputs, *op.outputs)])
+        timed = np.array(group[0].timed)
         settles = any(factor.reduction not in ("", "sum") for factor in rule.factors)
         settles = settles or bool(rule.joints) or "joined" in dict(op.attrs)
         return Alike(

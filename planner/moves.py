@@ -145,10 +145,9 @@ def settlements(space: Space, choices: tuple[int, ...]) -> list[tuple[Op, Collec
 
 
 def _inside(space: Space, step: Decides, strategy: Strategy) -> Inside:
-    sides = (*step.op.inputs, *step.op.outputs)
     ways = [
         float(side_sharding(step.rule, strategy, space.mesh, k).ways(space.mesh))
-        * space.frame.outline.parts(v, space.microbatches)
-        for k, v in enumerate(sides)
+        * (space.microbatches if timed else 1)
+        for k, timed in enumerate(step.timed)
     ]
     return space.inside(step.op, step.rule, strategy, ways)

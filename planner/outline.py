@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from ..ir.graph import Op
-from ..ir.microbatch import WHOLE, TimeAxis, time_factor
+from ..ir.microbatch import WHOLE, TimeAxis, time_factor, timed_sides
 from ..ir.program import Program
 from ..ir.rule import Rule, cuttable
 from ..ir.rules import rule_of
@@ -64,7 +64,7 @@ class Named:
 class Decides:
     """The first op of a tag: tags of its operands and results, `cuts` the factors that may be cut or are cut in
     time, and codes of joints, each with the number of what divides it, `follows` the operands that it may follow, best
-    first."""
+    first; which sides are cut in time (`timed`)."""
 
     op: Op
     rule: Rule
@@ -72,6 +72,7 @@ class Decides:
     results: tuple[str, ...]
     cuts: tuple[tuple[int, int], ...]
     follows: tuple[int, ...]
+    timed: tuple[bool, ...]
 
 
 ADDING = ("add", "add_any", "convert_element_type", "copy")  # what a sum that is owed goes through
@@ -148,8 +149,7 @@ class Outline:
             self._forms[kernels] = {}
             for step in self.decides:
                 op = step.op
-                timed = tuple(self.parts(v, 2) for v in (*op.inputs, *op.outputs))
-                form = op.kind, id(step.rule), kernels.form(op, types), timed
+                form = op.kind, id(step.rule), kernels.form(op, types), step.timed
                 self._forms[kernels][op.tag] = numbers.setdefault(form, len(numbers))
         return self._forms[kernels]
 
@@ -293,7 +293,15 @@ class _Walk:
         follows = [k for k in follows if types[op.outputs[0]].size <= types[op.inputs[k]].size]
         operands, results = (tuple(self.tags[v] for v in side) for side in (op.inputs, op.outputs))
         self.outline.steps.append(
-            Decides(op, rule, operands, results, tuple(cuts.items()), tuple(follows))
+            Decides(
+                op,
+                rule,
+                operands,
+                results,
+                tuple(cuts.items()),
+                tuple(follows),
+                self._timed(op, rule),
+            )
         )
         self.outline.runs[op.tag] = defaultdict(float)
         self.decided.add(op.tag)
@@ -304,6 +312,13 @@ class _Walk:
         if self.time is None or not self.outline.cut or op.tag.endswith(WHOLE):
             return None
         return time_factor(op, rule, self.time.split)
+
+    def _timed(self, op: Op, rule: Rule) -> tuple[bool, ...]:
+        split = self.time.split if self.time else {}
+        _, in_body = self.outer
+        if in_body:
+            return timed_sides(op, rule, split)
+        return tuple(v in split for v in (*op.inputs, *op.outputs))
 
     def _by_size(self, op: Op) -> list[int]:
         """Operands worth following: decided somewhere, the largest and latest first."""

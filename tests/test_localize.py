@@ -100,15 +100,15 @@ local 'two' on x=2 × y=2, 2 microbatches {
   in %0: f32[8, 4] @ [x, y] 'w'
   in %1: f32[8, 8] @ [x·y, -] 'batch'
   const %2: f32[] @ [] = 0.5
-  %3: f32[16, 4] @ [-, y] = all_gather %0 (axes=('x',), dim=0) in prepare for 'dot'
+  %3: f32[16, 4] @ [-, y] = all_gather %0 (axes=('x',), dim=0) in prepare for 'dot' x1
   %8: f32[4] @ [y] partial x, %9: f32[2, 4, 4] @ [-, x/m, y] = microbatches (groups=4, joins=('sum',)) {
     %4: f32[4, 8] @ [x·y/m, -] = take_microbatch %1 (dim=0, groups=1) in forward
-    %5: f32[8, 8] @ [x/m, -] = all_gather %4 (axes=('y',), dim=0) in forward for 'dot'
+    %5: f32[8, 8] @ [x/m, -] = all_gather %4 (axes=('y',), dim=0) in forward for 'dot' x1
     %6: f32[8, 4] @ [x/m, y] = neg %5 (n=(((1,), (0,)), ((), ()))) cut 0=x/m 1=y in forward at 'm.py:3' tag 'dot' x2
     %7: f32[4] @ [y] partial x = reduce_sum %6 (axes=(0,)) cut 0=x/m 1=y joint ring=x in forward tag 'sum' x1
     out %7 %6
   }
-  %10: f32[4] @ [y] = all_reduce %8 (axes=('x',), reduction='sum') in update for 'loss'
+  %10: f32[4] @ [y] = all_reduce %8 (axes=('x',), reduction='sum') in update for 'loss' x1
   %11: s32[], %12: f32[4] @ [y] = cond %10 {
     in %13: f32[4] @ [y] partial max x
     out %13

@@ -15,12 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..graph import Op, TensorType
-from ..local import LocalProgram, Shard
+from ..local import LocalOp, LocalProgram, Shard
 from ..plan import Plan
 from ..program import Program
 from ..sharding import Sharding
 from .decisions import Decisions, stacked
-from .localize_ops import Scope, Writer
+from .localize_ops import Scope, Writer, for_reader
+
+NOBODY = for_reader("", "")
 
 
 def localize(program: Program, plan: Plan, holds: bool = False) -> LocalProgram:
@@ -63,13 +65,22 @@ class Localizer:
         else:
             write.in_time(scope, self.decisions.time)
         outputs = [
-            write.bring(scope.names[value], target, self.graph.output_name(o), "update")
+            write.bring(scope.names[value], target, self._leaving(o))
             for o, (value, target) in enumerate(
                 zip(self.graph.outputs, self.decisions.output_layouts(), strict=True)
             )
         ]
         names = (self.graph.input_names, self.graph.output_names)
         return write.program(self.plan.name, inputs, outputs, *names)
+
+    def _leaving(self, position: int) -> LocalOp:
+        """Who reads an output: carried state goes back to the slot of its input."""
+        graph, entries = self.graph, {o: i for i, o in self.graph.state}
+        if position not in entries:
+            return for_reader(graph.output_name(position), "update")
+        entry = entries[position]
+        count = graph.input_counts[entry] if graph.input_counts else 1
+        return for_reader(self.decisions.tags[graph.inputs[entry]], "update", count)
 
     def piece(self, ops: Sequence[Op], given: Mapping[int, Sharding], timed: bool) -> Piece:
         """Ops on values that lie as `given`; if `timed`, in a microbatch."""
@@ -86,13 +97,13 @@ class Localizer:
         """One value brought from one layout to another."""
         write = Writer(self.decisions)
         value = write.new(Shard(kind, held))
-        return write.program(self.plan.name, (value,), [write.bring(value, target, "", "")])
+        return write.program(self.plan.name, (value,), [write.bring(value, target, NOBODY)])
 
     def part(self, kind: TensorType, held: Sharding, target: Sharding, dim: int) -> LocalProgram:
         """The current microbatch's part of a value that is there for the whole batch."""
         write = Writer(self.decisions)
         value = write.new(Shard(kind, held))
-        return write.program(self.plan.name, (value,), [write.now(value, target, dim, "", "")])
+        return write.program(self.plan.name, (value,), [write.now(value, target, dim, NOBODY)])
 
     def joined(self, kind: TensorType, layout: Sharding, dim: int) -> LocalProgram:
         """What all microbatches made of a value, stacked in front, as one."""
@@ -100,4 +111,4 @@ class Localizer:
         shape = (self.plan.microbatches, *kind.shape)
         stack = Shard(TensorType(kind.dtype, shape), stacked(layout), time=dim + 1)
         value = write.new(stack)
-        return write.program(self.plan.name, (value,), [write.joined(value, dim, "", "")])
+        return write.program(self.plan.name, (value,), [write.joined(value, dim, NOBODY)])

@@ -101,21 +101,21 @@ class Writer:
 
     # ------------------------------------------------------------ layout changes
 
-    def bring(self, value: int, target: Sharding, reader: str, phase: str) -> int:
+    def bring(self, value: int, target: Sharding, why: LocalOp) -> int:
         """Reshard. A sum that is wanted owed and comes settled (from another mesh) the first device has alone."""
         held = self.shards[value].sharding
         owed = target.partial & held.partial
         steps = reshard(held, Sharding(target.dims, owed))
         assert steps is not None
         for step in steps:
-            value = self._move(value, step, reader, phase)
+            value = self._move(value, step, why)
         if settled := sorted(target.partial - owed):
             shard = replace(self.shards[value], sharding=target)
             attrs = {"axes": tuple(settled)}
-            [value] = self.put("keep_first", [value], [shard], attrs, _for(reader, phase))
+            [value] = self.put("keep_first", [value], [shard], attrs, why)
         return value
 
-    def _move(self, value: int, step: Step, reader: str, phase: str) -> int:
+    def _move(self, value: int, step: Step, why: LocalOp) -> int:
         shard = self.shards[value]
         kind = "local_slice" if step.kind == "slice" else step.kind
         attrs: dict[str, Attr] = {"axes": step.axes}
@@ -126,29 +126,29 @@ class Writer:
         if step.kind == "all_to_all":
             attrs["to"] = step.to
         after = replace(shard, sharding=moved_to(shard.sharding, step))
-        return self.put(kind, [value], [after], attrs, _for(reader, phase))[0]
+        return self.put(kind, [value], [after], attrs, why)[0]
 
-    def now(self, value: int, target: Sharding, dim: int | None, reader: str, phase: str) -> int:
+    def now(self, value: int, target: Sharding, dim: int | None, why: LocalOp) -> int:
         """The current microbatch's part of a value that is there for the whole batch."""
         if dim is None:
-            return self.bring(value, target, reader, phase)
+            return self.bring(value, target, why)
         near = target if self._groups(target, dim) else _uncut(target, dim)
-        value = self.bring(value, near, reader, phase)
+        value = self.bring(value, near, why)
         shard = replace(self.shards[value], time=dim)
         attrs = {"dim": dim, "groups": self._groups(near, dim)}
-        [value] = self.put("take_microbatch", [value], [shard], attrs, _for(reader, phase))
-        return self.bring(value, target, reader, phase)
+        [value] = self.put("take_microbatch", [value], [shard], attrs, why)
+        return self.bring(value, target, why)
 
-    def joined(self, stack: int, dim: int, reader: str, phase: str) -> int:
+    def joined(self, stack: int, dim: int, why: LocalOp) -> int:
         """What all microbatches made of a value, stacked in front, as one."""
         held = self.shards[stack]
         layout = Sharding(held.sharding.dims[1:], held.sharding.partial)
         near = layout if self._groups(layout, dim) else _uncut(layout, dim)
-        stack = self.bring(stack, stacked(near), reader, phase)
+        stack = self.bring(stack, stacked(near), why)
         whole = TensorType(held.whole.dtype, held.whole.shape[1:])
         attrs = {"dim": dim, "groups": self._groups(near, dim)}
         shard = Shard(whole, near, held.reduction)
-        return self.put("join_microbatches", [stack], [shard], attrs, _for(reader, phase))[0]
+        return self.put("join_microbatches", [stack], [shard], attrs, why)[0]
 
     def _groups(self, layout: Sharding, dim: int) -> int:
         """How many groups of the batch a shard holds; 0 where it holds less than one."""
@@ -210,14 +210,14 @@ class Writer:
         wanted = [operand_sharding(rule, strategy, self.mesh, k) for k in range(len(op.inputs))]
         now = time_factor(op, rule, self.split) if scope.timed else None
         tied = self.tied(op, dict(zip(op.inputs, wanted, strict=True)), scope, phase)
-        found = []
+        found, why = list[int](), for_reader(op.tag, phase, op.count)
         for k, value in enumerate(op.inputs):
             local = tied.get(value, scope.names[value])
             if now is None or value in self.split:
-                found.append(self.bring(local, wanted[k], op.tag, phase))
+                found.append(self.bring(local, wanted[k], why))
             else:
                 dim = next((d for d, each in enumerate(rule.operands[k]) if now in each), None)
-                found.append(self.now(local, wanted[k], dim, op.tag, phase))
+                found.append(self.now(local, wanted[k], dim, why))
         return found
 
     def tied(
@@ -282,8 +282,8 @@ class Writer:
                 if value in time.split:
                     held = inner.names[value]
                     layout = self.shards[held].sharding
-                    tag = self.of.tags[value]
-                    inner.names[value] = self.now(held, layout, time.split[value], tag, "forward")
+                    why = for_reader(self.of.tags[value], "forward")
+                    inner.names[value] = self.now(held, layout, time.split[value], why)
             self.run(body, inner)
         left = [inner.names[v] for v in (*totals, *parts)]
         shards = [replace(self.shards[inner.names[v]], time=None) for v in totals]
@@ -296,8 +296,8 @@ class Writer:
         results = self.put(MICROBATCHES, [], shards, attrs, LocalOp("", (), (), regions=(whole,)))
         scope.names |= zip((*totals, *parts), results, strict=True)
         for value in parts:
-            tag = self.of.tags[value]
-            scope.names[value] = self.joined(scope.names[value], time.split[value], tag, "update")
+            why = for_reader(self.of.tags[value], "update")
+            scope.names[value] = self.joined(scope.names[value], time.split[value], why)
         self.run([op for i, op in enumerate(ops) if i in late], scope)
 
     def _stack(self, value: int) -> Shard:
@@ -357,12 +357,15 @@ class _Loop:
 
     def _given(self, i: int, target: Sharding, tied: Mapping[int, int]) -> int:
         """An operand as regions want it; in a microbatch, its part."""
-        split, slot = self.writer.split, f"{self.op.tag}/in{i}"
+        split, why = (
+            self.writer.split,
+            for_reader(f"{self.op.tag}/in{i}", self.phase, self.op.count),
+        )
         outside, inside, row = self.op.inputs[i], self.op.regions[0].inputs[i], self._is_row(i)
         held = tied.get(outside, self.scope.names[outside])
         if not self.scope.timed or inside not in split or outside in split:
-            return self.writer.bring(held, target, slot, self.phase)
-        return self.writer.now(held, target, split[inside] + row, slot, self.phase)
+            return self.writer.bring(held, target, why)
+        return self.writer.now(held, target, split[inside] + row, why)
 
     def _region(
         self, region: Region, given: Sequence[int], ends: Sequence[Sharding]
@@ -387,10 +390,10 @@ class _Loop:
         value = region.outputs[k]
         returning = region in op.returning
         result, slot = (op.outputs[k], end_tag(op, k)) if returning else (value, f"{op.tag}/on")
-        local = inner.names[value]
+        local, why = inner.names[value], for_reader(slot, self.phase)
         if not inner.timed or value in split or op.kind != "cond" or result not in split:
-            return self.writer.bring(local, end, slot, self.phase)
-        return self.writer.now(local, end, split[result], slot, self.phase)
+            return self.writer.bring(local, end, why)
+        return self.writer.now(local, end, split[result], why)
 
 
 def _told(op: Op, phase: str) -> LocalOp:
@@ -398,9 +401,9 @@ def _told(op: Op, phase: str) -> LocalOp:
     return LocalOp("", (), (), phase=phase, where=op.where, tag=op.tag, count=op.count)
 
 
-def _for(reader: str, phase: str) -> LocalOp:
+def for_reader(reader: str, phase: str, count: int = 1) -> LocalOp:
     """What a collective says of itself."""
-    return LocalOp("", (), (), phase=phase, reader=reader)
+    return LocalOp("", (), (), phase=phase, reader=reader, count=count)
 
 
 def _partial(shard: Shard, settled: Mapping[str, tuple[str, ...]]) -> Shard:

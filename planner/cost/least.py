@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from ...ir.graph import Op
-from ...ir.microbatch import TimeAxis
+from ...ir.microbatch import TimeAxis, timed_sides
 from ...ir.program import Program
 from ...ir.rules import rule_of
 from .kernels import free_values, kernels_of
@@ -62,16 +62,14 @@ def _pieces(program: Program, cost: CostModel) -> list[tuple[str, np.ndarray]]:
     """The same of each op, with the tag that decides its runs."""
     kernels = kernels_of(program, cost.fused_attention, cost.fusion, cost.redone_inside)
     types, time = program.graph.types, program.time
-    timed = time.split.keys() if isinstance(time, TimeAxis) else frozenset()
+    cut = time.split if isinstance(time, TimeAxis) else {}
     found = []
     for outer, op, times in _priced(program):
-        sides, terms = (
-            (*op.inputs, *op.outputs),
-            cost.least_terms(op, rule_of(op, types), types, kernels),
-        )
-        split = sum(seconds for k, seconds in terms.sides.items() if sides[k] in timed)
+        rule = rule_of(op, types)
+        terms, timed = cost.least_terms(op, rule, types, kernels), timed_sides(op, rule, cut)
+        split = sum(seconds for k, seconds in terms.sides.items() if timed[k])
         whole = sum(terms.sides.values()) - split
-        work = (terms.work, 0.0) if timed.isdisjoint(sides) else (0.0, terms.work)
+        work = (0.0, terms.work) if any(timed) else (terms.work, 0.0)
         found.append((outer, times * np.array([terms.fixed, whole + work[0], split + work[1]])))
     return found
 
