@@ -38,11 +38,13 @@ from .batch import batch_dims
 from .bodies import BOTH
 from .examples import Examples
 from .graph import Graph, Op, Region
+from .recompute import PRODUCTS
 from .rules import rule_of
 
 Role = Literal["parameter", "optimizer", "batch", "constant", "other state"]
 Phase = Literal["prepare", "forward", "backward", "update"]
 
+CONTRACTIONS = PRODUCTS | {"reduce_sum", "scatter-add"}
 _SCALING = {"mul", "neg", "div", "dot_general", "convert_element_type", "reshape"}
 
 
@@ -174,10 +176,18 @@ class _Look:
 
     @cached_property
     def body(self) -> list[bool]:
-        return [self._in_body((*op.inputs, *op.outputs), op.outputs) for op in self.ops]
+        return [
+            self._in_body((*op.inputs, *op.outputs), op.outputs) or self._contracts(position, op)
+            for position, op in enumerate(self.ops)
+        ]
 
     def _in_body(self, near: Iterable[int], results: Iterable[int]) -> bool:
         return self.examples.holds(near) or not self.leads.isdisjoint(results)
+
+    def _contracts(self, position: int, op: Op) -> bool:
+        """Whether a gradient leaves here by a sum, though no dim shows it: of one sequence, what is dispatched to
+        experts is in no order of its own."""
+        return position in self.gradients and op.kind in CONTRACTIONS
 
     @cached_property
     def reaches(self) -> set[int]:

@@ -40,6 +40,7 @@ FLAT = [
     ("gpt3-1.3b", "a100x8", 16, 2048, Parallelism(dp=8, zero=2), "none", 2),
     ("mixtral-8x7b", "4xh100x8@ib400", 32, 4096, Parallelism(dp=32, ep=8, zero=1), "none", 1),
     ("mixtral-8x7b", "4xh100x8@ib400", 64, 4096, Parallelism(dp=32, ep=4, zero=3), "full", 1),
+    ("mixtral-8x7b", "h100x4", 8, 4096, Parallelism(tp=4, sequence_parallel=True), "full", 8),
 ]  # fmt: skip
 
 
@@ -102,6 +103,19 @@ def test_one_example_has_the_same_update_with_attention_fused():
     plain = prepare(folded("llama-tiny", 1, 64, "plain").small, "none")
     fused = prepare(folded("llama-tiny", 1, 64, "fused").small, "none")
     assert fused.phases.count("update") == plain.phases.count("update") > 0
+
+
+@pytest.mark.parametrize("model", ["mixtral-tiny", "deepseek-tiny"])
+def test_gradients_of_experts_are_made_in_the_backward_pass_of_one_sequence_too(model):
+    """What is dispatched to experts is in no order of its own: no dim of it tells the sequence."""
+
+    def products(batch):
+        program = prepare(folded(model, batch, 64, "plain").whole, "none")
+        pairs = zip(program.graph.ops, program.phases, strict=True)
+        return [phase for op, phase in pairs if op.kind == "dot_general"]
+
+    assert products(1).count("backward") == products(2).count("backward")
+    assert "update" not in products(1)
 
 
 JOBS = [
