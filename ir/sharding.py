@@ -143,20 +143,13 @@ def _apply(step: Step, now: list[list[str]], owed: set[str]) -> None:
         case "all_reduce":
             owed.difference_update(step.axes)
         case "all_gather":
-            now[step.dim].pop()
+            del now[step.dim][-len(step.axes) :]
 
 
 def moved_to(layout: Sharding, step: Step) -> Sharding:
     """A layout after one move of a resharding."""
     dims, partial = [list(dim) for dim in layout.dims], set(layout.partial)
-    if step.kind in ("reduce_scatter", "all_reduce"):
-        partial -= set(step.axes)
-    if step.kind in ("slice", "reduce_scatter"):
-        dims[step.dim].extend(step.axes)
-    if step.kind in ("all_gather", "all_to_all"):
-        del dims[step.dim][-len(step.axes) :]
-    if step.kind == "all_to_all":
-        dims[step.to].extend(step.axes)
+    _apply(step, dims, partial)
     return Sharding(tuple(map(tuple, dims)), frozenset(partial))
 
 

@@ -132,6 +132,9 @@ def show(
             raise UsageError(
                 "a program is printed as text alone.", where="--program", fix="leave the other options away"
             )  # fmt: skip
+        say(
+            "# What each device holds and runs; [x, -] is how the whole lies, xN as many layers alike."
+        )
         say(str(local_program(found)).rstrip())
         return
     if html is not None:
