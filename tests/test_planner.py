@@ -355,13 +355,26 @@ def test_just_below_the_least_nothing_fits():
 # ---------------------------------------------------------------- what is found
 
 
-def test_expert_and_tensor_parallelism_are_found_where_they_pay():
+def test_expert_parallelism_is_found_where_it_pays():
+    """Mixtral's eight experts on eight devices, one each."""
     example = build("mixtral-8x7b", batch=8)
     found = plan(
         example.step, example.state, example.batch, cluster="b200x8", donate_argnums=0,
         request=Request(mesh=(8,), time_limit=30, gap=0.05),
     )  # fmt: skip
-    assert any("expert parallel" in word or "tensor parallel" in word for word in words(found))
+    assert any("expert parallel 8" in word for word in words(found))
+    experts = [t for t in found.tensors if "EDF" in t.name or "EFD" in t.name]
+    assert experts and all(t.local_shape[0] == 1 and t.shape[0] == 8 for t in experts)
+
+
+def test_tensor_parallelism_is_found_where_it_pays():
+    """One sequence: there are no examples to share out."""
+    example = build("llama3-8b", batch=1, seq=2048)
+    found = plan(
+        example.step, example.state, example.batch, cluster="h100x8", donate_argnums=0,
+        request=Request(mesh=(8,), time_limit=30, gap=0.05),
+    )  # fmt: skip
+    assert any("tensor parallel" in word for word in words(found))
 
 
 def test_a_vocabulary_is_cut_when_logits_do_not_fit():
