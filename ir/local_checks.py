@@ -31,13 +31,16 @@ from .rule import Dim, Rule
 from .sharding import Sharding, Step, moved_to, replicated
 
 
-def verify_local(program: LocalProgram) -> None:
+def verify_local(program: LocalProgram, whole: bool = True) -> None:
     """Check a program.
+
+    Args:
+        whole: False for the pass of a stage, which runs in a microbatch and may hand on partial sums.
 
     Raises:
         GraphError: the first broken law, by name, with the value or op that breaks it.
     """
-    _Check(program).run()
+    _Check(program).run(whole)
 
 
 class _Check:
@@ -46,17 +49,17 @@ class _Check:
         self.constants = {c.value for c in program.constants}
         self.defined: set[int] = set()
 
-    def run(self) -> None:
+    def run(self, whole: bool) -> None:
         for value, shard in self.shards.items():
             self._fits(value, shard)
         for value in (*self.program.inputs, *sorted(self.constants)):
             self._define([value], "the inputs")
         known = {*self.program.inputs, *self.constants}
-        self._ops(self.program.ops, known, timed=False)
+        self._ops(self.program.ops, known, timed=not whole)
         for value in self.program.outputs:
             if value not in known:
                 raise _broken("defined-before-use", f"%{value} is never made", "the outputs")
-            if self.shards[value].sharding.partial:
+            if whole and self.shards[value].sharding.partial:
                 raise _broken("settled", f"%{value} is partial", "the outputs")
 
     def _fits(self, value: int, shard: Shard) -> None:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ...ir.graph import Op
+from ...ir.local import LocalProgram
 from ...ir.rule import operand_sharding
 from ...ir.rules import rule_of
 from ...ir.sharding import Sharding, replicated
@@ -118,6 +119,14 @@ class StagePrograms:
         )
 
     # ------------------------------------------------------------ programs
+
+    def local_program(self, fragment: Fragment) -> LocalProgram:
+        """What one device runs of a fragment. Sums that it leaves partial are handed on so."""
+        local = self.local
+        given = {v: self.layouts[v] for v in fragment.takes}
+        timed = local.time is not None and fragment.kind in PER_MICROBATCH
+        left = (*fragment.totals, *fragment.gives, *(v for v, _ in fragment.sends))
+        return local.localizer.piece(fragment.ops, given, timed, dict.fromkeys(left)).program
 
     def build(
         self, fragment: Fragment, donated: frozenset[int], stages: Sequence[StagePrograms]

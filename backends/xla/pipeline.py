@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from ...ir.instructions import MOVES, PASSES, Event, Instruction, events
+from ...ir.local import LocalProgram
 from ...ir.plan import Plan
 from ...ir.schedule import Kind, Schedule, Step
 from ...ir.stages import Stages
@@ -84,6 +85,20 @@ class LoweredPipeline:
         ]
         self.parcels = self._parcels()
         self.copies: dict[tuple[int, int, tuple[int, ...]], Handover] = {}
+
+    @cached_property
+    def local_programs(self) -> dict[str, LocalProgram]:
+        """What one device runs of each pass, by its name and stage: `forward 0`. Updates are in rounds."""
+        named = {f"{kind} {stage}": p for (kind, stage), p in self.passes.items()}
+        named |= {
+            f"update {number} {p.fragment.stage}": p
+            for number, programs in enumerate(self.rounds)
+            for p in programs
+        }
+        return {
+            name: self.stages[p.fragment.stage].local_program(p.fragment)
+            for name, p in named.items()
+        }
 
     @cached_property
     def moments(self) -> list[list[Any]]:

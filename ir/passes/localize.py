@@ -11,7 +11,7 @@ strategy says. With microbatches, what the time axis calls the body becomes one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..graph import Op, TensorType
@@ -82,8 +82,14 @@ class Localizer:
         count = graph.input_counts[entry] if graph.input_counts else 1
         return for_reader(self.decisions.tags[graph.inputs[entry]], "update", count)
 
-    def piece(self, ops: Sequence[Op], given: Mapping[int, Sharding], timed: bool) -> Piece:
-        """Ops on values that lie as `given`; if `timed`, in a microbatch."""
+    def piece(
+        self,
+        ops: Sequence[Op],
+        given: Mapping[int, Sharding],
+        timed: bool,
+        outputs: Iterable[int] = (),
+    ) -> Piece:
+        """Ops on values that lie as `given`; if `timed`, in a microbatch. `outputs` are the graph's that it gives."""
         write = Writer(self.decisions)
         constants = self.graph.constant_ids
         known = {v: layout for v, layout in given.items() if v not in constants}
@@ -91,7 +97,10 @@ class Localizer:
         inputs = tuple(scope.names.values())
         write.constants(scope)
         write.run(ops, scope)
-        return Piece(write.program(self.plan.name, inputs, ()), scope.names)
+        tags, left = self.decisions.tags, tuple(outputs)
+        names = tuple(tags[v] for v in known), tuple(tags[v] for v in left)
+        made = [scope.names[v] for v in left]
+        return Piece(write.program(self.plan.name, inputs, made, *names), scope.names)
 
     def moved(self, kind: TensorType, held: Sharding, target: Sharding) -> LocalProgram:
         """One value brought from one layout to another."""

@@ -159,16 +159,28 @@ class RunningStep:
         )
 
     @property
+    def programs(self) -> dict[str, LocalProgram]:
+        """What each device runs, as planned: ops on shards and collectives. Of a pipeline by pass and stage, as
+        `forward 0`; sends between stages are not in it. Each prints as text.
+
+        Raises:
+            LoweringError: the plan's pipeline is one program.
+        """
+        if isinstance(self.lowered, LoweredPipeline):
+            return self.lowered.local_programs
+        return {"step": self.program}
+
+    @property
     def program(self) -> LocalProgram:
-        """What each device runs, as planned: ops on shards and collectives. Prints as text.
+        """The one of a step without a pipeline.
 
         Raises:
             LoweringError: the plan has a pipeline.
         """
         if not isinstance(self.lowered, Lowered):
             raise LoweringError(
-                "a pipeline has a program for each pass of each stage, which are not shown yet.",
-                where=f"plan `{self.plan.name}`", fix="pp=1",
+                "a pipeline has a program for each pass of each stage.",
+                where=f"plan `{self.plan.name}`", fix="`programs`, for programs of stages; or pp=1",
             )  # fmt: skip
         return self.lowered.local.program
 
