@@ -7,6 +7,7 @@ and the gradients wrong, so parameters are compared, after one step and after th
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -58,6 +59,34 @@ def test_a_rank_holds_as_many_microbatches_as_its_schedule_says(schedule):
     jax.block_until_ready(running.jitted(*case("gpt-tiny")[1]))
     freed_by = "weight" if schedule.splits else "backward"
     assert running.peaks == [in_flight(schedule, rank, freed_by) for rank in range(schedule.ranks)]
+
+
+@pytest.mark.parametrize("program", ["stages", "single"])
+def test_results_may_be_numbers_of_the_step_itself(program):
+    """A learning rate among the metrics, and a table: no op makes them."""
+
+    def loss(weights, x):
+        x = x @ weights["in"]
+        for layer in weights["layers"]:
+            x = jnp.tanh(x @ layer)
+        return jnp.mean((x @ weights["out"]) ** 2)
+
+    def step(weights, x):
+        found, gradient = jax.value_and_grad(loss)(weights, x)
+        new = jax.tree.map(lambda w, g: w - 0.1 * g, weights, gradient)
+        return new, {"loss": found, "rate": jnp.float32(0.1), "table": jnp.arange(4.0)}
+
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+    layers = [jax.random.normal(next(keys), (16, 16)) for _ in range(4)]
+    ends = {
+        "in": jax.random.normal(next(keys), (8, 16)),
+        "out": jax.random.normal(next(keys), (16, 4)),
+    }
+    weights = {"layers": layers, **ends}
+    pins = {"pp": 2, "microbatches": 2, "program": program, "schedule": "gpipe"}
+    found = parallelize(step, cluster="2xcpu", **pins)(weights, jnp.ones((8, 8)))
+    wanted = jax.jit(step)(weights, jnp.ones((8, 8)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, wanted)
 
 
 @pytest.mark.slow

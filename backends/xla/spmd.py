@@ -109,7 +109,7 @@ class LocalStep:
     # ------------------------------------------------------------ pieces
 
     def run(self, ops: Sequence[Op], scope: Scope) -> None:
-        """Some ops of the step on what the scope holds, which learns their results."""
+        """Some ops of the step on what the scope holds, which learns their results, and constants."""
         read = {v for op in ops for v in op.inputs}
         given = {v: scope.values[v] for v in sorted(read & scope.values.keys())}
         given = {v: held for v, held in given.items() if v not in self.graph.constant_ids}
@@ -118,9 +118,7 @@ class LocalStep:
         found = self._run(piece.program, [held.array for held in given.values()], scope.moment)
         shards = piece.program.shards
         scope.values |= {
-            v: Held(found[local], shards[local].sharding)
-            for v, local in piece.names.items()
-            if v not in self.graph.constant_ids
+            v: Held(found[local], shards[local].sharding) for v, local in piece.names.items()
         }
 
     def bring(self, held: Held, target: Sharding) -> Any:
