@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from math import prod
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -45,7 +46,12 @@ MOST = 3  # scouts: more would wait for the search
 WINDOW = 6  # wishes: what is worked out but never asked for is lost
 WORTH = 32  # families from which on starting one pays: it takes about a second
 FOREVER = 1e9  # seconds: the search has the clock
-START = "import sys; sys.path[:] = {path!r}; from {module} import serve; serve()"
+# Our own code and what Python has come first: the folder of a user's file may hold a json.py.
+START = """import sys
+sys.path.insert(0, {home!r})
+sys.path += [each for each in {path!r} if each not in sys.path]
+from {module} import serve
+serve()"""
 
 
 @contextmanager
@@ -155,7 +161,9 @@ def _cores() -> int:
 
 
 def _start(errors: int | IO[bytes]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", START.format(path=sys.path, module=__name__)]
+    home = str(Path(__file__).parents[2])
+    start = START.format(home=home, path=sys.path, module=__name__)
+    command = [sys.executable, "-P", "-c", start]
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

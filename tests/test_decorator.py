@@ -191,10 +191,11 @@ def test_verify_with_static_and_donated_arguments():
 
 
 def test_verify_finds_a_program_that_is_wrong(monkeypatch):
-    from meshwright.backends.xla import collectives, spmd
+    from meshwright.backends.xla import collectives
 
-    broken = lambda x, steps, mesh: collectives.move(x, steps, mesh) * (1.02 if steps else 1.0)  # noqa: E731
-    monkeypatch.setattr(spmd, "move", broken)
+    right = collectives.move
+    broken = lambda x, steps, mesh: right(x, steps, mesh) * (1.02 if steps else 1.0)  # noqa: E731
+    monkeypatch.setattr(collectives, "move", broken)
     with pytest.raises(VerificationError, match=r"output `result\[0\]"):
         parallel(verify=True)(*arguments())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -83,6 +84,16 @@ def test_a_search_with_scouts_makes_the_same_choices(step, monkeypatch, tmp_path
     assert helped.proof.lower_bound == alone.proof.lower_bound
     assert any(found is not None for found in taken), errors.read_text()
     assert all(process.poll() is not None for process in kept[0].processes), "left behind"
+
+
+def test_a_scout_starts_whatever_lies_beside_the_users_file(monkeypatch, tmp_path):
+    """A file called as one of Python's modules is, where the user's own files are looked for."""
+    (tmp_path / "json.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    process = scouts._start(subprocess.PIPE)
+    _, told = process.communicate(timeout=120)  # nothing to do: it ends
+    assert process.returncode == 0, told.decode()
 
 
 def test_bounds_of_a_scout_are_those_of_the_search(step):
