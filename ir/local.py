@@ -113,7 +113,7 @@ class LocalOp:
         """Of a collective."""
         axes = self.attr("axes")
         assert isinstance(axes, tuple)
-        return axes  # type: ignore[return-value]
+        return tuple(map(str, axes))
 
     def number(self, name: str) -> int:
         """An attribute that is an int."""

@@ -111,8 +111,8 @@ class Decisions:
         """Gradients of weights that are nothing but transposed next.
 
         XLA's CPU backend takes a transpose into the product before it, which is then a slow one. Processor's time of a
-        data-parallel step on 8 devices, before and after: gpt-tiny 176 -> 148 ms, llama-tiny 159 -> 144, vit-tiny
-        39 -> 36.5 (2 cores, jax 0.10.2); where the reduction lies between the two, nothing was slow.
+        data-parallel step on 8 devices, before and after: gpt-tiny 176 -> 148 ms, vit-tiny 39 -> 36.5 (2
+        cores with other work on them, jax 0.10.2); where the reduction lies between the two, nothing was slow.
         """
         readers: dict[int, list[Op]] = {}
         for op in self.graph.ops:
