@@ -11,27 +11,27 @@ import re
 from dataclasses import dataclass, field
 
 from .errors import GraphError
-from .graph import ITEM_BYTES, Attr, Constant, TensorType
+from .graph import ITEM_BYTES, Constant, TensorType
+from .lines import TEXT, Lines
 from .local import TIMED, FactorCut, LocalOp, LocalProgram, LocalRegion, Shard
 from .mesh import Axis, Mesh
 from .sharding import Sharding
 
-_TEXT = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _DIMS = r"\[(?P<dims>[^\[\]]*)\]"
 _VALUE = re.compile(
     rf"%(?P<id>\d+): (?P<dtype>\w+)\[(?P<shape>[\d, ]*)\] @ {_DIMS}"
     rf"(?: partial (?:(?P<by>max|min|and|or) )?(?P<partial>[^\s,]+))?"
 )
 _HEAD = re.compile(
-    rf"local (?P<name>{_TEXT}) on (?P<mesh>-|.+?)(?:, (?P<many>\d+) microbatches)? {{"
+    rf"local (?P<name>{TEXT}) on (?P<mesh>-|.+?)(?:, (?P<many>\d+) microbatches)? {{"
 )
-_NAMED = re.compile(rf"(?: (?P<name>{_TEXT}))?")
-_OUT = re.compile(rf"out %(?P<id>\d+)(?: (?P<name>{_TEXT}))?")
+_NAMED = re.compile(rf"(?: (?P<name>{TEXT}))?")
+_OUT = re.compile(rf"out %(?P<id>\d+)(?: (?P<name>{TEXT}))?")
 _OP = re.compile(
     rf"\s?= (?P<kind>[\w.-]+)(?P<operands>(?: %\d+)*)(?: \((?P<attrs>.*)\))?"
     rf"(?: cut (?P<cuts>\d+=\S+(?: \d+=\S+)*))?(?: joint (?P<joint>[a-z]+=\S+(?: [a-z]+=\S+)*))?"
-    rf"(?: in (?P<phase>\w+))?(?: for (?P<reader>{_TEXT}) x(?P<times>\d+))?(?: at (?P<where>{_TEXT}))?"
-    rf"(?: tag (?P<tag>{_TEXT}) x(?P<count>\d+))?(?P<open> {{)?"
+    rf"(?: in (?P<phase>\w+))?(?: for (?P<reader>{TEXT}) x(?P<times>\d+))?(?: at (?P<where>{TEXT}))?"
+    rf"(?: tag (?P<tag>{TEXT}) x(?P<count>\d+))?(?P<open> {{)?"
 )
 
 
@@ -45,16 +45,12 @@ def parse_local(text: str) -> LocalProgram:
 
 
 @dataclass
-class _Reader:
-    text: str
+class _Reader(Lines):
     shards: dict[int, Shard] = field(default_factory=dict)
-    number: int = 0  # of the line being read
-    line: str = ""
 
     def read(self) -> LocalProgram:
-        self.lines = self.text.splitlines()
-        self._next()
-        head = self._match(_HEAD, self.line)
+        self.next()
+        head = self.match(_HEAD, self.line)
         self.mesh, self.many = self._mesh(head["mesh"]), int(head["many"] or 1)
         inputs, outputs, constants, ops = (
             list[int](),
@@ -63,23 +59,23 @@ class _Reader:
             list[LocalOp](),
         )
         names: tuple[list[str], list[str]] = [], []
-        while self._next() and self.line != "}":
+        while self.next() and self.line != "}":
             if self.line.startswith("in "):
                 value, rest = self._value(self.line.removeprefix("in "))
                 inputs.append(value)
-                name = self._match(_NAMED, rest)["name"]
+                name = self.match(_NAMED, rest)["name"]
                 names[0].extend([ast.literal_eval(name)] if name else [])
             elif self.line.startswith("const "):
                 value, rest = self._value(self.line.removeprefix("const "))
-                constants.append(Constant(value, self._number(rest.removeprefix(" = "))))
+                constants.append(Constant(value, self.literal(rest.removeprefix(" = "))))
             elif self.line.startswith("out "):
-                found = self._match(_OUT, self.line)
+                found = self.match(_OUT, self.line)
                 outputs.append(int(found["id"]))
                 names[1].extend([ast.literal_eval(found["name"])] if found["name"] else [])
             else:
                 ops.append(self._op())
-        if self.line != "}" or self._next():
-            raise self._wrong()
+        if self.line != "}" or self.next():
+            raise self.wrong()
         return LocalProgram(
             ast.literal_eval(head["name"]), self.mesh, self.many, self.shards, tuple(inputs), tuple(ops),
             tuple(outputs), tuple(constants), tuple(names[0]), tuple(names[1]),
@@ -92,21 +88,11 @@ class _Reader:
         for part in text.split(" × "):
             name, _, size = part.partition("=")
             if not name or not size.isdigit():
-                raise self._wrong()
+                raise self.wrong()
             axes.append(Axis(name, int(size)))
         return Mesh(tuple(axes))
 
     # ------------------------------------------------------------ lines
-
-    def _next(self) -> bool:
-        """Whether there is a line more, which is `line` then."""
-        while self.number < len(self.lines):
-            self.number += 1
-            self.line = self.lines[self.number - 1].strip()
-            if self.line and not self.line.startswith("#"):
-                return True
-        self.line = ""
-        return False
 
     def _op(self) -> LocalOp:
         outputs, rest = list[int](), self.line
@@ -114,7 +100,7 @@ class _Reader:
             value, rest = self._value(rest)
             outputs.append(value)
             rest = rest.removeprefix(", ")
-        found = self._match(_OP, rest)
+        found = self.match(_OP, rest)
         regions = list[LocalRegion]()
         more = bool(found["open"])
         while more:
@@ -124,7 +110,7 @@ class _Reader:
             kind=found["kind"],
             inputs=tuple(int(word[1:]) for word in found["operands"].split()),
             outputs=tuple(outputs),
-            attrs=self._attrs(found["attrs"] or ""),
+            attrs=self.attrs(found["attrs"] or ""),
             regions=tuple(regions),
             cuts=tuple(self._cut(word) for word in (found["cuts"] or "").split()),
             joint=tuple(self._joint(word) for word in (found["joint"] or "").split()),
@@ -138,7 +124,7 @@ class _Reader:
     def _region(self) -> tuple[LocalRegion, bool]:
         """The lines up to the closing brace, and whether another region follows."""
         opened, inputs, ops, outputs = self.number, list[int](), list[LocalOp](), tuple[int, ...]()
-        while self._next():
+        while self.next():
             if self.line in ("}", "} and {"):
                 return LocalRegion(tuple(inputs), tuple(ops), outputs), self.line != "}"
             if self.line.startswith("in "):
@@ -161,7 +147,7 @@ class _Reader:
         """Note the shard of `%3: f32[4, 8] @ [x, -]`; returns its id and what follows."""
         found = _VALUE.match(text)
         if found is None:
-            raise self._wrong()
+            raise self.wrong()
         if found["dtype"] not in ITEM_BYTES:
             raise GraphError(
                 f"`{found['dtype']}` is not an element type.",
@@ -178,7 +164,7 @@ class _Reader:
     def _shard(self, found: re.Match[str], local: TensorType) -> Shard:
         words = [word.strip() for word in found["dims"].split(",") if word.strip()]
         if len(words) != local.rank:
-            raise self._wrong()
+            raise self.wrong()
         timed = [d for d, word in enumerate(words) if word.endswith(TIMED)]
         dims = tuple(_axes(word.removesuffix(TIMED)) for word in words)
         partial = frozenset(_axes(found["partial"] or "-"))
@@ -193,29 +179,7 @@ class _Reader:
         time = timed[0] if timed else None
         return Shard(whole, Sharding(dims, partial), found["by"] or "sum", time)
 
-    def _match(self, pattern: re.Pattern[str], text: str) -> re.Match[str]:
-        found = pattern.fullmatch(text)
-        if found is None:
-            raise self._wrong()
-        return found
-
-    def _attrs(self, text: str) -> tuple[tuple[str, Attr], ...]:
-        try:
-            call = ast.parse(f"_({text})", mode="eval").body
-            assert isinstance(call, ast.Call) and not call.args
-            return tuple((word.arg or "", ast.literal_eval(word.value)) for word in call.keywords)
-        except (SyntaxError, ValueError, AssertionError) as error:
-            raise self._wrong() from error
-
-    def _number(self, text: str) -> bool | int | float | str:
-        if text in ("inf", "-inf", "nan"):
-            return float(text)
-        try:
-            return ast.literal_eval(text)
-        except (SyntaxError, ValueError) as error:
-            raise self._wrong() from error
-
-    def _wrong(self) -> GraphError:
+    def wrong(self) -> GraphError:
         return GraphError(
             f"`{self.line}` is no line of a local program.",
             where=f"line {self.number}",

@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .errors import GraphError
-from .graph import ITEM_BYTES, Attr, Batch, Constant, Graph, Op, Region, TensorType
+from .graph import ITEM_BYTES, Batch, Constant, Graph, Op, Region, TensorType
+from .lines import TEXT, Lines
 
 INDENT = "  "
 
@@ -95,15 +96,14 @@ def _ops(graph: Graph, ops: tuple[Op, ...], margin: str) -> Iterator[str]:
 
 _TYPE = r"(?P<dtype>\w+)\[(?P<shape>[\d, ]*)\]"
 _VALUE = re.compile(rf"%(?P<id>\d+): {_TYPE}")
-_TEXT = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _TAIL = re.compile(
-    rf"(?: (?P<name>{_TEXT}))?(?P<donated> donated)?(?: tag (?P<tag>{_TEXT}) x(?P<count>\d+))?"
+    rf"(?: (?P<name>{TEXT}))?(?P<donated> donated)?(?: tag (?P<tag>{TEXT}) x(?P<count>\d+))?"
 )
-_BATCH = re.compile(rf"batch (?P<dims>(?:%\d+\.\d+ )*)(?P<evidence>{_TEXT}) (?P<doubt>{_TEXT})")
-_OUT = re.compile(rf"out %(?P<id>\d+)(?: (?P<name>{_TEXT}))?(?: updates %(?P<input>\d+))?")
+_BATCH = re.compile(rf"batch (?P<dims>(?:%\d+\.\d+ )*)(?P<evidence>{TEXT}) (?P<doubt>{TEXT})")
+_OUT = re.compile(rf"out %(?P<id>\d+)(?: (?P<name>{TEXT}))?(?: updates %(?P<input>\d+))?")
 _OP = re.compile(
     rf"(?P<results>(?:%\d+: [^=]*)?)\s?= (?P<kind>[\w.-]+)(?P<operands>(?: %\d+)*)"
-    rf"(?: \((?P<attrs>.*)\))?(?: @ (?P<where>{_TEXT}))?(?: tag (?P<tag>{_TEXT}) x(?P<count>\d+))?(?P<open> {{)?"
+    rf"(?: \((?P<attrs>.*)\))?(?: @ (?P<where>{TEXT}))?(?: tag (?P<tag>{TEXT}) x(?P<count>\d+))?(?P<open> {{)?"
 )
 
 
@@ -117,14 +117,10 @@ def parse(text: str) -> Graph:
 
 
 @dataclass
-class _Reader:
-    text: str
+class _Reader(Lines):
     types: dict[int, TensorType] = field(default_factory=dict)
-    number: int = 0  # of the line being read
-    line: str = ""
 
     def read(self) -> Graph:
-        self.lines = self.text.splitlines()
         inputs: list[int] = []
         names: list[str] = []
         donated: set[int] = set()
@@ -134,10 +130,10 @@ class _Reader:
         ops: list[Op] = []
         outputs: list[tuple[int, str | None, int | None]] = []
         batch: re.Match[str] | None = None
-        while (line := self._next()) is not None:
+        while (line := self.next()) is not None:
             if line.startswith("in "):
                 value, rest = self._value(line.removeprefix("in "))
-                tail = self._match(_TAIL, rest)
+                tail = self.match(_TAIL, rest)
                 if tail["donated"]:
                     donated.add(len(inputs))
                 if tail["name"]:
@@ -147,12 +143,12 @@ class _Reader:
                     counts.append(int(tail["count"]))
                 inputs.append(value)
             elif line.startswith("batch "):
-                batch = self._match(_BATCH, line)
+                batch = self.match(_BATCH, line)
             elif line.startswith("const "):
                 value, rest = self._value(line.removeprefix("const "))
-                constants.append(Constant(value, self._number(rest.removeprefix(" = "))))
+                constants.append(Constant(value, self.literal(rest.removeprefix(" = "))))
             elif line.startswith("out "):
-                found = self._match(_OUT, line)
+                found = self.match(_OUT, line)
                 name = ast.literal_eval(found["name"]) if found["name"] else None
                 pair = int(found["input"]) if found["input"] else None
                 outputs.append((int(found["id"]), name, pair))
@@ -202,16 +198,8 @@ class _Reader:
 
     # ------------------------------------------------------------ lines
 
-    def _next(self) -> str | None:
-        while self.number < len(self.lines):
-            self.number += 1
-            self.line = self.lines[self.number - 1].strip()
-            if self.line and not self.line.startswith("#"):
-                return self.line
-        return None
-
     def _op(self, line: str) -> Op:
-        found = self._match(_OP, line)
+        found = self.match(_OP, line)
         outputs = []
         rest = found["results"]
         while rest.strip():
@@ -226,7 +214,7 @@ class _Reader:
             kind=found["kind"],
             inputs=tuple(int(word[1:]) for word in found["operands"].split()),
             outputs=tuple(outputs),
-            attrs=self._attrs(found["attrs"] or ""),
+            attrs=self.attrs(found["attrs"] or ""),
             regions=tuple(regions),
             where=ast.literal_eval(found["where"]) if found["where"] else "",
             tag=ast.literal_eval(found["tag"]) if found["tag"] else "",
@@ -236,7 +224,7 @@ class _Reader:
     def _region(self) -> tuple[Region, bool]:
         """The lines up to the closing brace, and whether another region follows."""
         opened, inputs, ops, outputs = self.number, [], [], ()
-        while (line := self._next()) is not None:
+        while (line := self.next()) is not None:
             if line in ("}", "} and {"):
                 return Region(tuple(inputs), tuple(ops), outputs), line != "}"
             if line.startswith("in "):
@@ -251,7 +239,7 @@ class _Reader:
         """Note the type of `%3: f32[8, 4]`; returns its id and what follows."""
         found = _VALUE.match(text)
         if found is None:
-            raise self._wrong()
+            raise self.wrong()
         if found["dtype"] not in ITEM_BYTES:
             raise GraphError(
                 f"`{found['dtype']}` is not an element type.",
@@ -265,29 +253,7 @@ class _Reader:
         self.types[value] = TensorType(found["dtype"], shape)
         return value, text[found.end() :]
 
-    def _match(self, pattern: re.Pattern[str], text: str) -> re.Match[str]:
-        found = pattern.fullmatch(text)
-        if found is None:
-            raise self._wrong()
-        return found
-
-    def _attrs(self, text: str) -> tuple[tuple[str, Attr], ...]:
-        try:
-            call = ast.parse(f"_({text})", mode="eval").body
-            assert isinstance(call, ast.Call) and not call.args
-            return tuple((word.arg or "", ast.literal_eval(word.value)) for word in call.keywords)
-        except (SyntaxError, ValueError, AssertionError) as error:
-            raise self._wrong() from error
-
-    def _number(self, text: str) -> bool | int | float | str:
-        if text in ("inf", "-inf", "nan"):
-            return float(text)
-        try:
-            return ast.literal_eval(text)
-        except (SyntaxError, ValueError) as error:
-            raise self._wrong() from error
-
-    def _wrong(self) -> GraphError:
+    def wrong(self) -> GraphError:
         return GraphError(
             f"`{self.line}` is no line of a graph.",
             where=f"line {self.number}",
