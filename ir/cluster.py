@@ -199,13 +199,19 @@ class Cluster(Part):
 
     def group_at(self, rank: int) -> Group:
         """The group of one device, by its rank."""
+        return self._place_of(rank)[0]
+
+    def host_of(self, rank: int) -> int:
+        """The number of the host that one device is on, by its rank."""
+        return self._place_of(rank)[1]
+
+    def _place_of(self, rank: int) -> tuple[Group, int]:
+        left, hosts = rank, 0
         for group in self.groups:
-            if rank < group.hosts * group.per_host:
-                return group
-            rank -= group.hosts * group.per_host
-        raise UsageError(
-            f"cluster `{self.name}` has {self.size} devices, none of rank {rank + self.size}."
-        )
+            if left < group.hosts * group.per_host:
+                return group, hosts + left // group.per_host
+            left, hosts = left - group.hosts * group.per_host, hosts + group.hosts
+        raise UsageError(f"cluster `{self.name}` has {self.size} devices, none of rank {rank}.")
 
     def tier_for(self, span: int) -> Tier:
         """The closest tier that joins every block of `span` consecutive ranks.

@@ -16,7 +16,7 @@ from ..ir.stages import cut_stages
 from ..ir.units import format_seconds
 from .pipeline.choices import Shape
 from .pipeline.priced import Priced, Pricing
-from .pipeline.single import price_single, shards_left, with_dispatch
+from .pipeline.single import price_single, with_dispatch
 from .pipeline_report import Way
 from .space import Space
 
@@ -62,8 +62,7 @@ class Found:
         """Seconds with the host's dispatch, as programs of its stages on devices of a kind; inf if none was found."""
         if self.priced is None or self.pricing is None:
             return inf
-        shards = shards_left(self.pricing, self.priced)
-        return with_dispatch(self.priced.seconds, self.priced.schedule, shards, kind)
+        return with_dispatch(self.pricing, self.priced, kind)
 
 
 def with_program(found: Found, search: Search) -> Found:

@@ -17,7 +17,6 @@ from .pipeline.single import (
     memory_by_cause,
     once_alike,
     price_single,
-    shards_left,
     with_dispatch,
 )
 from .report import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
@@ -92,8 +91,7 @@ def passed_over(taken: Plan, ways: Iterable[Way]) -> Plan:
 
 def by_stages(pricing: Pricing, priced: Priced, kind: str, why: str = "") -> Chosen:
     """Programs of each stage, with what the host takes to dispatch them to devices of a kind."""
-    seconds = with_dispatch(priced.seconds, priced.schedule, shards_left(pricing, priced), kind)
-    return Chosen({"stages": seconds}, why)
+    return Chosen({"stages": with_dispatch(pricing, priced, kind)}, why)
 
 
 def write_pipeline(

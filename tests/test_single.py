@@ -30,7 +30,7 @@ from meshwright.ir.plan import Plan
 from meshwright.ir.units import parse_seconds
 from meshwright.planner import found_pipeline
 from meshwright.planner.pipeline.schedules import gpipe, one_f_one_b
-from meshwright.planner.pipeline.single import INSTRUCTION, SHARD, with_dispatch
+from meshwright.planner.pipeline.single import INSTRUCTION, SHARD, dispatch_seconds
 from meshwright.planner.request import Request
 from meshwright.recipe import make
 from meshwright.view import plan_html, plan_text
@@ -401,12 +401,45 @@ def test_a_simulation_says_that_it_is_of_programs_of_stages(tmp_path, program):
     assert (data["program"], data["simulated"]) == (program, "stages")
 
 
-def test_the_host_works_beside_accelerators_and_on_top_of_emulated_ones():
-    """Two stages of eight microbatches: 32 passes, and 16 hand-overs."""
-    host, schedule = 48 * (INSTRUCTION + 100 * SHARD), gpipe(2, 8)
-    assert with_dispatch(1.0, schedule, 100, "cuda") == 1.0
-    assert with_dispatch(1e-6, schedule, 100, "cuda") == pytest.approx(host)
-    assert with_dispatch(1.0, schedule, 100, "cpu") == pytest.approx(1 + host)
+def test_each_host_dispatches_the_passes_of_its_ranks():
+    """Four stages of eight microbatches: 16 passes each, and 16 hand-overs between neighbours."""
+    schedule, each = gpipe(4, 8), INSTRUCTION + 100 * SHARD
+    hosts = {
+        1: [range(4)],
+        2: [{0, 1}, {2, 3}],
+        4: [{0}, {1}, {2}, {3}],
+        "wide": [{0, 1, 2, 3}] * 2,
+    }
+    found = {
+        key: dispatch_seconds(schedule, [100] * 4, [frozenset(ranks) for ranks in sets])
+        for key, sets in hosts.items()
+    }
+    assert found[1] == found["wide"] == pytest.approx((4 * 16 + 3 * 16) * each)
+    assert found[2] == pytest.approx((2 * 16 + 2 * 16) * each)
+    assert found[4] == pytest.approx((16 + 2 * 16) * each)
+
+
+def test_the_busiest_host_has_the_stages_that_leave_most():
+    schedule = one_f_one_b(2, 8)
+    hosts = [frozenset({0}), frozenset({1})]
+    found = dispatch_seconds(schedule, [1000, 10], hosts)
+    assert found == pytest.approx((16 + 16) * (INSTRUCTION + 1000 * SHARD))
+
+
+def test_hosts_dispatch_side_by_side_beside_accelerators_and_before_cpus():
+    """A tiny model, so that the host decides: 112 instructions of one host, 48 of the busiest of four."""
+    captured = make({"model": "gpt-tiny", "batch": 16}).capture(True)
+    plans = {}
+    for cluster in ("h100x4", "4xh100x1@ib400", "4xcpu"):
+        request = Request(
+            pp=4, mesh=(1,), microbatches=8, schedule="gpipe", program="stages", recompute="none"
+        )
+        plans[cluster] = plan_captured(captured, Cluster.parse(cluster), request, "gpt-tiny")
+    host = {cluster: plan.pipeline.programs["stages"] for cluster, plan in plans.items()}
+    assert host["h100x4"] / host["4xh100x1@ib400"] == pytest.approx(112 / 48, rel=0.05)
+    assert host["h100x4"] > plans["h100x4"].estimate.step_seconds
+    cpus = plans["4xcpu"].estimate.step_seconds
+    assert host["4xcpu"] == pytest.approx(cpus + host["h100x4"], rel=0.05)
 
 
 @pytest.mark.parametrize(

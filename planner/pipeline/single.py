@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from math import ceil
+from statistics import fmean
 from typing import Literal
 
 from ...ir.errors import InfeasibleError, PlanError
@@ -40,26 +41,50 @@ _Kind = Literal["all_reduce", "all_gather", "all_to_all", "permute"]
 WHOLE = ("layer", *HALVES)  # what layers are made of
 
 
-def with_dispatch(seconds: float, schedule: Schedule, shards: float, kind: str) -> float:
-    """A step by programs of stages and the host's work: beside accelerators, on top where CPUs are the devices.
+def with_dispatch(pricing: Pricing, priced: Priced, kind: str) -> float:
+    """Seconds of a step by programs of stages with the host's work, which runs beside that of accelerators, and before
+    that of CPUs."""
+    host = dispatch_seconds(priced.schedule, shards_left(pricing, priced), hosts_of(pricing))
+    return priced.seconds + host if kind == "cpu" else max(priced.seconds, host)
+
+
+def dispatch_seconds(
+    schedule: Schedule, shards: Sequence[float], hosts: Sequence[frozenset[int]]
+) -> float:
+    """What the busiest host takes to dispatch the passes of a step, and the hand-overs that it takes part in.
 
     Args:
-        shards: what the forward pass of a stage leaves, on all devices of the stage in one process.
+        shards: by stage, what its forward pass leaves, on all its devices of one host.
+        hosts: the ranks that have devices on each host; one process runs all of them.
     """
-    passes = sum(map(len, schedule.orders))
-    moves = 2 * schedule.microbatches * sum(a != b for a, b in pairwise(schedule.homes))
-    host = (passes + moves) * (INSTRUCTION + shards * SHARD)
-    return seconds + host if kind == "cpu" else max(seconds, host)
+    return max(_dispatched_by(ranks, schedule, shards) for ranks in hosts)
 
 
-def shards_left(pricing: Pricing, priced: Priced) -> float:
-    """What the forward pass of a stage leaves, as shards in one process, in the mean."""
+def _dispatched_by(ranks: frozenset[int], schedule: Schedule, shards: Sequence[float]) -> float:
+    passes = sum(len(schedule.orders[rank]) for rank in ranks)
+    neighbours = [{a, b} for a, b in pairwise(schedule.homes) if a != b]
+    moves = 2 * schedule.microbatches * sum(not ranks.isdisjoint(both) for both in neighbours)
+    mean = fmean(shards[stage] for stage, rank in enumerate(schedule.homes) if rank in ranks)
+    return (passes + moves) * (INSTRUCTION + mean * SHARD)
+
+
+def hosts_of(pricing: Pricing) -> list[frozenset[int]]:
+    """The ranks that have devices on each host."""
+    found: dict[int, set[int]] = {}
+    for rank, place in enumerate(pricing.places):
+        for host in {pricing.cluster.host_of(device) for device in range(place.first, place.end)}:
+            found.setdefault(host, set()).add(rank)
+    return [frozenset(ranks) for ranks in found.values()]
+
+
+def shards_left(pricing: Pricing, priced: Priced) -> list[float]:
+    """By stage, what its forward pass leaves, as shards on one host."""
     shards = []
     for stage, rank in enumerate(priced.schedule.homes):
         place = pricing.places[rank]
         left = sum(place.memory.holdings.left(priced.runs(pricing.units, stage)).values())
         shards.append(left * min(place.devices, pricing.cluster.group_at(place.first).per_host))
-    return sum(shards) / len(shards)
+    return shards
 
 
 def even_firsts(units: Units, stages: int) -> tuple[int, ...]:
