@@ -1,13 +1,14 @@
 """Deal units of the forward pass out to the stages of a pipeline, so that the slowest stage is as fast as can be.
 
 Exact: for a given time of the slowest stage, where each stage may end follows from where the one before may;
-the least such time is found by halving.
+the least such time is found by halving. A time that is too short tells the next one at which any stage reaches farther.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from math import inf
 
 import numpy as np
 
@@ -15,6 +16,9 @@ Fits = Callable[[int, int, int], bool]  # (stage, first unit, one past the last)
 Spans = Sequence[
     Sequence[float]
 ]  # seconds of units `first` up to, not including, `last`, at [first][last]
+
+SLACK = 1e-12  # of seconds, for sums of floats
+CLOSE = 10 * SLACK  # seconds that differ by no more are one
 
 ANYWHERE: Fits = lambda stage, first, last: True  # noqa: E731
 
@@ -38,19 +42,18 @@ def added_up(seconds: Sequence[float]) -> Spans:
 
 def deal_spans(spans: Sequence[Spans], units: int, fits: Fits = ANYWHERE) -> tuple[int, ...] | None:
     """The same by what each stage takes for a run of units, which a longer run never takes less than."""
-    if (
-        units < len(spans)
-        or (best := _fill(spans, units, max(each[0][units] for each in spans), fits)) is None
-    ):
+    if units < len(spans):
+        return None
+    best, _ = _fill(spans, units, max(each[0][units] for each in spans), fits)
+    if best is None:
         return None
     low, high = 0.0, _slowest(spans, units, best)
-    while high - low > 1e-9 * high:
-        middle = (low + high) / 2
-        found = _fill(spans, units, middle, fits)
+    while low * (1 + CLOSE) < high:
+        found, farther = _fill(spans, units, (low + high) / 2, fits)
         if found is None:
-            low = middle
+            low = farther
         else:
-            best, high = found, min(middle, _slowest(spans, units, found))
+            best, high = found, _slowest(spans, units, found)
     return best
 
 
@@ -61,13 +64,16 @@ def _slowest(spans: Sequence[Spans], units: int, firsts: Sequence[int]) -> float
     )
 
 
-def _fill(spans: Sequence[Spans], units: int, most: float, fits: Fits) -> tuple[int, ...] | None:
-    """Stages of at most so many seconds: where each stage may end, given where the one before may.
+def _fill(
+    spans: Sequence[Spans], units: int, most: float, fits: Fits
+) -> tuple[tuple[int, ...] | None, float]:
+    """Stages of at most so many seconds, if there are any: where each stage may end, given where the one before may.
+    And the least time with which some stage would reach farther.
 
     The farther a stage begins, the farther it reaches, so an end is looked up from the least
     beginning that reaches it.
     """
-    stages = len(spans)
+    stages, farther = len(spans), inf
     begins: list[dict[int, int]] = []  # of each stage: end -> beginning
     starts: list[int] = [0]
     for stage, each in enumerate(spans):
@@ -76,18 +82,21 @@ def _fill(spans: Sequence[Spans], units: int, most: float, fits: Fits) -> tuple[
         end = 0
         for at in starts:
             end = max(end, at)
-            reach = bisect_right(each[at], most * (1 + 1e-12), end, last + 1) - 1
+            row = each[at]
+            reach = bisect_right(row, most * (1 + SLACK), end, last + 1) - 1
+            if reach < last:
+                farther = min(farther, row[reach + 1])
             while end < reach and (fits is ANYWHERE or fits(stage, at, end + 1)):
                 end += 1
                 found[end] = at
         if not found:
-            return None
+            return None, farther
         begins.append(found)
         starts = sorted(found)
     firsts, end = [], units
     for found in reversed(begins):
         if end not in found:
-            return None
+            return None, farther
         end = found[end]
         firsts.append(end)
-    return tuple(reversed(firsts))
+    return tuple(reversed(firsts)), farther

@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 
 from ...ir.schedule import Schedule, Step, needs, peak_held
 from .simulate import StageSeconds
@@ -87,10 +88,17 @@ class _Ranks:
     end: dict[Step, float] = field(default_factory=dict)
     changes: dict[Step, float] = field(init=False)  # what each step adds to what its rank holds
     kinds: list[int] = field(init=False)  # per rank, of pairs of kind and stage
+    sources: dict[Step, list[tuple[Step, float]]] = field(
+        init=False
+    )  # what each step takes, and the seconds that it travels
 
     def __post_init__(self) -> None:
         whole = self.schedule.whole
         self.changes = {step: self.held.change(step, whole(step)) for step in self.schedule.rank_of}
+        self.sources = {
+            step: [(need, self._sending(need, rank)) for need in needs(self.schedule, step)]
+            for step, rank in self.schedule.rank_of.items()
+        }
         self.kinds = [len({step[:2] for step in order}) for order in self.schedule.orders]
         self.left = [list(order) for order in self.schedule.orders]
         self.done = [[] for _ in self.left]
@@ -110,7 +118,7 @@ class _Ranks:
             free[rank] = self._start(rank, step, now)
             heapq.heappush(events, (free[rank], rank))
             for other in {self.schedule.rank_of[s] for s in _followers(self.schedule, step)}:
-                heapq.heappush(events, (self._arrival(step, other), other))
+                heapq.heappush(events, (self.end[step] + self._sending(step, other), other))
         return replace(self.schedule, orders=tuple(map(tuple, self.done)))
 
     def _start(self, rank: int, step: Step, now: float) -> float:
@@ -120,27 +128,26 @@ class _Ranks:
         self.end[step] = now + self.stages[step.stage].of(self.schedule, step)
         return self.end[step]
 
-    def _arrival(self, step: Step, rank: int) -> float:
-        """When a rank has the result of a step."""
+    def _sending(self, step: Step, rank: int) -> float:
+        """Seconds in which a step's result comes to a rank."""
         away = self.schedule.rank_of[step] != rank
-        return self.end.get(step, float("inf")) + (
-            self.stages[step.stage].sending(step.kind) if away else 0.0
-        )
+        return self.stages[step.stage].sending(step.kind) if away else 0.0
 
-    def _ready(self, rank: int, step: Step) -> float:
-        return max((self._arrival(need, rank) for need in needs(self.schedule, step)), default=0.0)
+    def _ready(self, step: Step) -> float:
+        """When the rank of a step has all that it takes; inf where something is not made yet."""
+        return max((self.end.get(s, inf) + sent for s, sent in self.sources[step]), default=0.0)
 
     def _choose(self, rank: int, now: float) -> Step | None:
         """The first step that is ready, fits, and does not hold up a better one."""
-        awaited = float("inf")
+        awaited = inf
         others, weights = self._candidates(rank)
         for step in (*others, *weights):
-            ready = self._ready(rank, step)
+            ready = self._ready(step)
+            if now < ready >= awaited:
+                continue  # no better than one that is waited for, whether it fits or not
             if not self._fits(rank, step):
                 full = ready <= now and self.holds[rank] + self.changes[step] > self.held.room[rank]
-                if full and (
-                    freed := next((w for w in weights if self._ready(rank, w) <= now), None)
-                ):
+                if full and (freed := next((w for w in weights if self._ready(w) <= now), None)):
                     return freed
             elif ready > now:
                 awaited = min(awaited, ready)
