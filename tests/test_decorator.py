@@ -197,7 +197,7 @@ def test_verify_finds_a_program_that_is_wrong(monkeypatch):
     broken = lambda x, steps, mesh: right(x, steps, mesh) * (1.02 if steps else 1.0)  # noqa: E731
     monkeypatch.setattr(collectives, "move", broken)
     with pytest.raises(VerificationError, match=r"output `result\[0\]"):
-        parallel(verify=True)(*arguments())
+        parallel(verify=True)(*arguments(batch=512))  # so that cutting it pays
 
 
 def test_tolerances_are_those_of_the_precision_and_of_rounding():
