@@ -98,6 +98,21 @@ def test_no_layout_of_long_sequences_is_priced_below_what_is_proven():
     assert plan.proof.lower_bound <= price.step <= 1.05 * plan.estimate.step_seconds
 
 
+def test_what_waits_for_all_gradients_is_not_hidden_by_a_price():
+    """Behind the backward pass gradients are reduced, not sums of what the update makes of them (their norm)."""
+    where, layout = Cluster.parse("2xh200x8@roce400"), Parallelism(dp=16, zero=1)
+    cut = make({"model": "mixtral-8x7b", "batch": 64, "seq": 4096, "layers": 6}).capture(True)
+    plan = plan_captured(cut, where, Request(mesh=(16,), microbatches=1, recompute="none"), "mixtral-8x7b")  # fmt: skip
+    setting = pricing.Setting(
+        "everything", overlap=pricing.overlaps("parameters,gradients"), reduce_in_fp32=False,
+        redone_inside=False,
+    )  # fmt: skip
+    price = pricing.price_job(
+        pricing.shape_of("mixtral-8x7b", 4096, 6), layout, where, global_batch=64, microbatch=4, setting=setting,
+    )  # fmt: skip
+    assert plan.proof.lower_bound <= price.step
+
+
 def test_one_example_has_the_same_update_with_attention_fused():
     """Where the batch is one sequence its positions tell the passes apart, those of keys too."""
     plain = prepare(folded("llama-tiny", 1, 64, "plain").small, "none")

@@ -204,7 +204,8 @@ class _Sorting:
 
     def _communicate(self) -> None:
         """What several ops read in one layout travels once per pass; what an all-to-all brought
-        is as large as what it took, so the backward pass finds it kept."""
+        is as large as what it took, so the backward pass finds it kept. Sums of what the update makes (a norm of all
+        gradients) wait for the gradients, and hide behind nothing."""
         names, origin = spoken(self.space), self._origins()
         seen: set[tuple[str, int, str]] = set()
         for item in self.space.transfers:
@@ -244,9 +245,9 @@ class _Sorting:
         return origin
 
     def _kind(self, source: str, phase: str) -> str:
-        if phase == "update":
-            return "reduce"
         maker = source.rpartition(":")[0]
+        if phase == "update":
+            return "exchange" if self.phase.get(maker) == "update" else "reduce"
         prepared = maker not in self.phase or self.phase[maker] == "prepare"
         return "gather" if prepared else "exchange"
 

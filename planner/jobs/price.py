@@ -220,7 +220,8 @@ class _Pricing:
                 part = self.parts[place]
                 reduce += n * self._reduce(part)
                 gather += n * part.prepare.gather
-                update += n * (part.update.compute + part.prepare.compute + self._buffers(part))
+                work = part.update.compute + part.update.exchange + part.prepare.compute
+                update += n * (work + self._buffers(part))
         if self.job.parallelism.zero >= 2:
             reduce = 0.0
         if "gradients" in self.job.overlap:
