@@ -7,8 +7,8 @@ equal ops. Which of its dims may be cut is told by the kind of composite.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
 from typing import Generic, TypeVar
@@ -38,8 +38,32 @@ def rewritten(graph: Graph, found: Sequence[One], start: Callable[[Graph], Rewri
     return graph
 
 
+def left_plain(
+    graph: Graph, found: Sequence[One], start: Callable[[Graph], Rewrite[One]]
+) -> list[tuple[str, str]]:
+    """Where each of those is that could not be made composites, and why."""
+    told = []
+    for one in found:
+        rewrite = start(graph)
+        try:
+            rewrite.try_put(one, rewrite.groups(one))
+            left = drop_dead_ops(rewrite.graph())
+            reading = (v.op for v in left.visits if not one.made.isdisjoint(v.op.inputs))
+            kinds = (op.kind for op in reading if one.made.isdisjoint(op.outputs))
+            why = f"`{next(kinds, 'the step')}` reads what is as large as its scores"
+        except Refused as error:
+            why = str(error)
+        told.append((rewrite.links.writer[one.softmax].where, why))
+    return told
+
+
 class Refused(Exception):
-    """This softmax stays as it is."""
+    """This softmax stays as it is: why."""
+
+
+NOT_HANDED = (
+    "its two passes are in loops of their own, and one of them makes what the other is not handed"
+)
 
 
 class Rewrite(Generic[One]):
@@ -54,6 +78,7 @@ class Rewrite(Generic[One]):
         ] = {}  # value -> the loop that it lives in, by its first result; 0 outside
         self.made: dict[int, Op] = {}  # closing -> the composite that makes it
         self._cuts: dict[Hashable, dict[str, Attr]] = {}  # of equal bodies, as layers have
+        self.added: dict[int, Added] = {}  # of loops, by their first results
         _note_homes(graph.ops, self.home)
 
     # ------------------------------------------------------------ told by kinds of composites
@@ -86,19 +111,22 @@ class Rewrite(Generic[One]):
 
     def put(self, one: One, found: Sequence[tuple[str, Sequence[int]]]) -> bool:
         """The same of ops of these kinds with these results."""
-        groups = [(kind, closings) for kind, closings in found if closings]
         try:
-            ops = [self.composite(kind, one, closings) for kind, closings in groups]
+            self.try_put(one, found)
         except Refused:
             return False
+        return True
+
+    def try_put(self, one: One, found: Sequence[tuple[str, Sequence[int]]]) -> None:
+        groups = [(kind, closings) for kind, closings in found if closings]
+        ops = [self.composite(kind, one, closings) for kind, closings in groups]
         for op, (_, closings) in zip(self.finished(ops), groups, strict=True):
             self.made |= dict.fromkeys(closings, op)
-        return True
 
     def composite(self, kind: str, one: One, closings: Sequence[int]) -> Op:
         homes = {self.home[v] for v in closings}
         if len(homes) > 1:
-            raise Refused
+            raise Refused("what leaves one pass of it is in several loops")
         body = Body(self, one, homes.pop())
         for value in closings:
             body.need(value)
@@ -148,8 +176,66 @@ class Rewrite(Generic[One]):
         op = self.links.writer.get(home)
         return () if op is None else op.regions[0].inputs
 
+    # ------------------------------------------------------------ from one loop to another
+
+    def bring(self, value: int, home: int) -> int:
+        """A value as a loop knows it: what its turns are handed of it, or could be.
+
+        What another loop makes by cheap ops (masks of what its turns are handed) is made again here.
+        """
+        if self.home.get(value, 0) == home or value in self.old.constant_ids:
+            return value
+        if not home or self.links.writer[home].kind != "scan":
+            raise Refused(NOT_HANDED)
+        there = self.links.origins(value)
+        for mine in self.handed(home):
+            if any(there.get(v) == gained for v, gained in self.links.origins(mine).items()):
+                return mine
+        op = self.links.writer.get(value)
+        if op is None or self.home.get(value, 0) == self.home.get(home, 0):
+            return self._lent(value, home)
+        return self._again(op, value, home)
+
+    def _again(self, op: Op, value: int, home: int) -> int:
+        added = self.added.setdefault(home, Added())
+        if value in added.again:
+            return added.again[value]
+        if op.regions or op.kind in PRODUCTS:
+            raise Refused(NOT_HANDED)
+        inputs = tuple(self.bring(v, home) for v in op.inputs)
+        results = tuple(self._new(v, home) for v in op.outputs)
+        added.ops.append(replace(op, inputs=inputs, outputs=results))
+        added.again.update(zip(op.outputs, results, strict=True))
+        return added.again[value]
+
+    def _lent(self, value: int, home: int) -> int:
+        """What is around a loop, or what the turns of another one are handed of that. Rows are the same rows: the two
+        are passes of one softmax, told by what one stacks for the other."""
+        around, outside, rows = self.home.get(home, 0), value, False
+        if self.home.get(value, 0) != around:
+            theirs = self.links.writer[self.home[value]]
+            if theirs.kind != "scan" or len(self.links.up[value]) != 1:
+                raise Refused(NOT_HANDED)  # carried on from turn to turn
+            ((outside, gained),) = self.links.up[value]
+            rows = gained > 0
+            if rows and theirs.trips != self.links.writer[home].trips:
+                raise Refused(NOT_HANDED)
+        key, added = (self.bring(outside, around), rows), self.added.setdefault(home, Added())
+        if key not in added.handed:
+            added.handed[key] = self._new(value, home)
+        return added.handed[key]
+
+    def _new(self, like: int, home: int) -> int:
+        value = next(self.unused)
+        self.types[value], self.home[value] = self.types[like], home
+        return value
+
+    # ------------------------------------------------------------ the graph with them
+
     def graph(self) -> Graph:
         new = {v: self.types[v] for op in self.made.values() for v in op.outputs}
+        for added in self.added.values():
+            new |= {v: self.types[v] for v in (*added.handed.values(), *added.again.values())}
         return replace(
             self.old, types={**self.old.types, **new}, ops=tuple(self._placed(self.old.ops))
         )
@@ -170,9 +256,40 @@ class Rewrite(Generic[One]):
     def _inside(self, op: Op) -> Op:
         if not op.regions:
             return op
-        return replace(
-            op, regions=tuple(replace(r, ops=tuple(self._placed(r.ops))) for r in op.regions)
+        added = self.added.get(op.outputs[0], Added()) if op.outputs else Added()
+        regions = tuple(
+            replace(r, ops=tuple(self._placed([*added.ops, *r.ops]))) for r in op.regions
         )
+        return _taking(replace(op, regions=regions), added.handed)
+
+
+@dataclass
+class Added:
+    """What a loop has beside what it had: of another loop, for composites in it.
+
+    handed  (what is outside, whether in rows) -> the same inside
+    again   what the other loop makes -> the same made here, by `ops`
+    """
+
+    handed: dict[tuple[int, bool], int] = field(default_factory=dict)
+    again: dict[int, int] = field(default_factory=dict)
+    ops: list[Op] = field(default_factory=list)
+
+
+def _taking(op: Op, lent: Mapping[tuple[int, bool], int]) -> Op:
+    """A scan that is handed more: in every turn the same, or a row."""
+    if not lent:
+        return op
+    consts, region = op.loop_inputs[0], op.regions[0]
+    same = [(v, inside) for (v, rows), inside in lent.items() if not rows]
+    rows = [(v, inside) for (v, rows), inside in lent.items() if rows]
+    old = list(zip(op.inputs, region.inputs, strict=True))
+    pairs = [*old[:consts], *same, *old[consts:], *rows]
+    attrs = {**dict(op.attrs), "num_consts": consts + len(same)}
+    return replace(
+        op, inputs=tuple(v for v, _ in pairs), attrs=tuple(sorted(attrs.items())),
+        regions=(replace(region, inputs=tuple(inside for _, inside in pairs)),),
+    )  # fmt: skip
 
 
 def _in_order(ops: Sequence[Op]) -> list[Op]:
@@ -219,7 +336,7 @@ class Body(Generic[One]):
         queries in one place and those of keys in another.
         """
         first = self.links.first(value)
-        if first in self.rewrite.free or self._is_constant(first):
+        if first in self.rewrite.free or first in self.rewrite.old.constant_ids:
             value = first
         if value in self.numbers:
             return value
@@ -263,22 +380,10 @@ class Body(Generic[One]):
 
     def _border(self, value: int) -> int:
         """Something from outside: as it is known here."""
-        near = self.rewrite.home.get(value, 0) == self.home or self._is_constant(value)
-        here = value if near else self._handed(value)
+        here = self.rewrite.bring(value, self.home)
         if here not in self.inputs:
             self.inputs.append(here)
         return here
-
-    def _is_constant(self, value: int) -> bool:
-        return value in self.rewrite.old.constant_ids
-
-    def _handed(self, value: int) -> int:
-        """Of a value of another loop: what this loop is handed of it."""
-        there = self.links.origins(value)
-        for mine in self.rewrite.handed(self.home):
-            if any(there.get(v) == gained for v, gained in self.links.origins(mine).items()):
-                return mine
-        raise Refused
 
     # ------------------------------------------------------------ as a graph
 

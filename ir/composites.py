@@ -23,7 +23,7 @@ from .attention_form import LSE, Unreadable, form_of, with_residuals
 from .attention_kernels import has_kernels
 from .bodies import BACKWARD, FORWARD
 from .cluster import Cluster
-from .composing import Body, Rewrite, rewritten
+from .composing import Body, Rewrite, left_plain, rewritten
 from .composite_cuts import AttentionCuts
 from .dealt import complete, followed
 from .graph import Attr, Graph, Op, TensorType
@@ -55,6 +55,11 @@ def with_attention(graph: Graph, for_kernels: bool = True) -> Graph:
     """The graph with each attention as one op; those that cannot be taken apart stay as they are. For kernels gradients
     are handed what these take of the forward pass."""
     return rewritten(graph, attentions(graph), lambda old: _OfAttention(old, for_kernels))
+
+
+def plain_attention(graph: Graph) -> list[tuple[str, str]]:
+    """Where attention is that stayed as it is written, and why."""
+    return left_plain(graph, attentions(graph), lambda old: _OfAttention(old, for_kernels=False))
 
 
 class _OfAttention(Rewrite[Attention]):

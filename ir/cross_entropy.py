@@ -139,6 +139,8 @@ class _Search(Search):
         if keys is None or len(self.openings) != 1 or not self._is_loss(products, keys):
             return None
         if self.others:
+            if not self.links.takes_log((*self.made, *self.left)):
+                return None  # the weights of a router: no loss is made of them
             return Unfused(self.links.writer[self.exp].where, self.others[0])
         self._follow_tokens(keys)
         results, gradients = self._sides(products, keys)

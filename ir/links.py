@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import cached_property
 
 from .graph import Graph, Op
@@ -119,6 +120,11 @@ class Links:
             return True
         sums = [op.outputs[0] for _, op in readers if op.kind == "reduce_sum"]
         return any(self._divides(value) for total in sums for value in self.steps(total, _OF_SUMS))
+
+    def takes_log(self, values: Iterable[int]) -> bool:
+        """Whether a log is taken of values or of what cheap ops make of them."""
+        found = {v for value in values for v in self.steps(value, _OF_SUMS)}
+        return any(op.kind == "log" for v in found for op in self.readers[v])
 
     def _divides(self, value: int) -> bool:
         return any(

@@ -58,5 +58,5 @@ class _OfLosses(Rewrite[CrossEntropy]):
     def composite(self, kind: str, one: CrossEntropy, closings: Sequence[int]) -> Op:
         op = super().composite(kind, one, closings)
         if not self.step.after(closings).isdisjoint(op.inputs):
-            raise Refused  # it would wait for itself
+            raise Refused("it would wait for itself")
         return op

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from ..ir.attention_kernels import NAMES, products_made, reason_against
 from ..ir.batch_stats import statistics_of
 from ..ir.bodies import ATTENTION, BOTH, FORWARD, LOSS, LOSSES
-from ..ir.composites import AttentionKind
+from ..ir.composites import AttentionKind, plain_attention
 from ..ir.cross_entropy import Unfused, looked_at
 from ..ir.evenly import pairs_kept
 from ..ir.graph import Graph, Op, TensorType, Visit
@@ -187,8 +187,12 @@ def _fused(graph: Graph, kind: str, asked: AttentionKind) -> tuple[str, ...]:
     """What `attention="fused"` or `"ring"` found, and what runs it on devices of this kind."""
     found = [visit for visit in graph.visits if visit.op.kind == FORWARD]
     many = sum(visit.times for visit in found)
+    plain = tuple(
+        f"the attention at {where} stays plain: {why}"
+        for where, why in dict.fromkeys(plain_attention(graph))
+    )
     if not many:
-        return (f"attention={asked} changes nothing: no attention was found",)
+        return plain or (f"attention={asked} changes nothing: no attention was found",)
     kept = sum(visit.times * pairs_kept(visit.op) for visit in found) / many
     pairs = "all pairs" if kept == 1 else f"of all pairs {kept:.0%}, as masks leave them,"
     priced = f"{pairs} of queries and keys, priced as a fused kernel of these"
@@ -201,17 +205,16 @@ def _fused(graph: Graph, kind: str, asked: AttentionKind) -> tuple[str, ...]:
         f"{counted(many, 'attention')} of a step fused: scores are never whole; {how}; gradients make the weights again"
         + (_round(found, many) if asked == "ring" else "")
     )
-    return (told, *(_not_by_kernels(graph, kind) if asked == "fused" else ()))
+    return (told, *plain, *(_not_by_kernels(graph, kind) if asked == "fused" else ()))
 
 
 def _fused_losses(graph: Graph) -> tuple[str, ...]:
     """What `loss="fused"` found, and what stays as the step writes it."""
     runs = {kind: sum(v.times for v in graph.visits if v.op.kind == kind) for kind in (BOTH, LOSS)}
     many = sum(runs.values())
+    left = [one for one in looked_at(graph) if isinstance(one, Unfused)]
     kept = tuple(
-        f"the cross-entropy at {one.where} stays plain: {one.reason}"
-        for one in looked_at(graph)
-        if isinstance(one, Unfused)
+        f"the cross-entropy at {one.where} stays plain: {one.reason}" for one in dict.fromkeys(left)
     )
     if many:
         many_told = f"{many} cross-entropies" if many > 1 else "the cross-entropy"

@@ -59,6 +59,14 @@ def causal_grouped(params: Params, x: Array) -> Array:
     return x + jnp.einsum("btnh,nhd->btd", mixed, params["o"])
 
 
+def divided_late(params: Params, x: Array) -> Array:
+    """Weights are divided by their sum after the product with values: the sum is read outside."""
+    q, k, v = projected(params, x, x)
+    p = jnp.exp(jnp.einsum("btnh,bsnh->bnts", q, k))
+    mixed = jnp.einsum("bnts,bsnh->btnh", p, v) / p.sum(-1).swapaxes(1, 2)[..., None]
+    return x + jnp.einsum("btnh,nhd->btd", mixed, params["o"])
+
+
 def crossed(params: Params, x: Array, y: Array) -> Array:
     q, k, v = projected(params, x, y)
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) / H**0.5
@@ -102,6 +110,30 @@ def again(params: Params, x: Array) -> Array:
     return (jax.lax.scan(lambda x, p: (one(p, x), None), x, params)[0] ** 2).mean()
 
 
+def masked(params: Params, x: Array, y: Array, mask: Array) -> Array:
+    q, k, v = projected(params, x, y)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) + jnp.where(mask, 0.0, -1e9)
+    return x + jnp.einsum("bnts,bsnh,nhd->btd", jax.nn.softmax(scores), v, params["o"])
+
+
+def padded(params: Params, x: Array, length: Array) -> Array:
+    """The same mask in every layer, made of an input."""
+    mask = (jnp.arange(T) < length[:, None])[:, None, None]
+    return (jax.lax.scan(lambda x, p: (masked(p, x, x, mask), None), x, params)[0] ** 2).mean()
+
+
+def windows(params: Params, x: Array, wide: Array) -> Array:
+    """A mask of its own in every layer, which the backward pass is not handed; two loops, one in the other."""
+
+    def layer(x: Array, rows: Any) -> tuple[Array, None]:
+        layer, flag = rows
+        apart = jnp.arange(T)[:, None] - jnp.arange(T)
+        return masked(layer, x, x, (apart >= 0) & (flag | (apart < 3))), None
+
+    rows = jax.tree.map(lambda w: w.reshape(2, -1, *w.shape[1:]), (params, jnp.arange(4) >= wide))
+    return (jax.lax.scan(lambda x, two: jax.lax.scan(layer, x, two), x, rows)[0] ** 2).mean()
+
+
 def stacked(params: Params) -> Params:
     return jax.tree.map(lambda w: jnp.stack([w, 0.5 * w, -w]), params)
 
@@ -115,6 +147,11 @@ STEPS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (weights(b=normal(12, N, T, T)), X, jax.random.key(3)),
     ),
     "layers in a loop": (trained(layers), (stacked(weights(K)), X)),
+    "padded, in a loop": (trained(padded), (stacked(weights()), X, jnp.arange(B) + 9)),
+    "windows, in loops": (
+        trained(windows),
+        (jax.tree.map(lambda w: jnp.stack([w, -w, w, w]), weights()), X, jnp.asarray(2)),
+    ),
     "computed again": (trained(again), (stacked(weights(K)), X)),
 }
 
@@ -268,5 +305,15 @@ def test_what_cannot_be_fused_is_said():
         step, {"a": normal(1, D, D)}, X, cluster="8xcpu", request=Request(attention="fused")
     )
     assert any("no attention was found" in note for note in plan.notes)
+    late = mw.plan(
+        trained(squared(divided_late)),
+        weights(),
+        X,
+        cluster="8xcpu",
+        request=Request(attention="fused"),
+    )
+    told = [note for note in late.notes if "attention" in note]
+    assert len(told) == 1
+    assert "stays plain: `reduce_sum` reads what is as large as its scores" in told[0]
     with pytest.raises(PlanError, match="attention cannot be 'flash'"):
         Request(attention="flash")  # type: ignore[arg-type]

@@ -261,6 +261,18 @@ def test_attention_with_a_mask_of_data_is_no_cross_entropy():
     assert looked_at(graph) == () and len(attentions(graph)) == 1
 
 
+def test_the_weights_of_a_router_are_no_cross_entropy():
+    """Others read them too, but no log is taken of them: there is no loss that stays plain."""
+
+    def loss(params: Params, x: Array, y: Array) -> Array:
+        chances = jax.nn.softmax(x @ params["a"])
+        best, which = jax.lax.top_k(chances, 2)
+        return (params["b"][which] * best[..., None] * y[:, None]).sum()
+
+    args = {name: jnp.ones((D, D)) for name in "ab"}, jnp.ones((8, D)), jnp.ones((8, D))
+    assert looked_at(graph_of(loss, *args)) == ()
+
+
 def accuracy(logits: Array, y: Array) -> Array:
     return (logits.argmax(-1) == y).mean()
 
