@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from .search import Search
 
 TRIES = 3  # solves of a shape: the solver does not see all of the memory, so its limit is drawn in
+ORDER = 0.2  # of the time limit: the last part, in which whatever is best is tried in a better order at once
 BETTER = 0.002  # of a step: what meshes of more axes may win at least, to be solved
 
 
@@ -112,11 +113,13 @@ class Pipelines:
         return least if least < self._enough(cutoff) else inf
 
     def step(self, cutoff: float = inf) -> None:
-        """Look at the open family of the least bound, at first at the order of what was found to begin with."""
+        """Look at the open family of the least bound; at the order of passes of what was found to begin with, and of
+        whatever is best when time is nearly up."""
         if self._looked_at is None:
             self._look_for_order(cutoff)
-            if self.promises(cutoff) == inf:
-                return
+        self.hurry(cutoff)
+        if self.promises(cutoff) == inf:
+            return
         bound, _, _, family = heapq.heappop(self.open)
         try:
             self._advance(family, bound, cutoff)
@@ -387,24 +390,30 @@ class Pipelines:
 
     def _look_for_order(self, cutoff: float) -> None:
         """Look for one, where some order can be faster than what is known."""
-        best, request = self.best, self.search.request
-        if (
-            best is self._looked_at
-            or best.priced is None
-            or best.pricing is None
-            or self.search.late()
-        ):
+        best = self.best
+        if not self._order_is_open(cutoff) or self.search.late():
             return
-        if request.schedule is not None or request.program == "single":
-            return
-        if best.priced.in_any_order >= min(self.beat, cutoff):
-            return
+        assert best.pricing is not None and best.priced is not None
         self._looked_at, found = best, best.pricing.reordered(best.priced)
         if found is not None and found.seconds < self.beat:
             self.reordered = replace(best, priced=found)
             self.search.note(
                 f"{best.shape}, passes reordered: {format_seconds(found.seconds)}, {format_bytes(max(found.peaks))}"
             )
+
+    def hurry(self, cutoff: float) -> None:
+        """When time is nearly up, look for a better order of whatever is best by now: at the end it may be too late."""
+        if self.search.late(ORDER):
+            self._look_for_order(cutoff)
+
+    def _order_is_open(self, cutoff: float) -> bool:
+        """Whether the best passes were not looked at, and some order of them can be faster than what is known."""
+        best, request = self.best, self.search.request
+        if best is self._looked_at or best.priced is None or best.pricing is None:
+            return False
+        if request.schedule is not None or request.program == "single":
+            return False
+        return best.priced.in_any_order < min(self.beat, cutoff)
 
     _looked_at: Found | None = None  # whose passes were reordered
 

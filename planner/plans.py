@@ -137,6 +137,7 @@ def _explore(flat: Search, pipelines: Pipelines) -> None:
             return
         if without <= with_stages:
             flat.step()
+            pipelines.hurry(flat.best.seconds)
         else:
             pipelines.step(flat.best.seconds)
             flat.outside = pipelines.as_run()

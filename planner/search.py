@@ -102,8 +102,9 @@ class Search:
     def deadline(self) -> float:
         return self.started + self.request.time_limit
 
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
+    def late(self, share: float = 0.0) -> bool:
+        """Whether time is up, but for a share of all that is kept for something."""
+        return time.monotonic() > self.deadline - share * self.request.time_limit
 
     def note(self, line: str) -> None:
         self.log.append(line)

@@ -64,6 +64,8 @@ def test_a_step_is_work_of_the_busiest_rank_and_bubble():
         update={"estimate": plan.estimate.model_copy(update={"step_seconds": 0.011})}
     )
     parts = parts_of_step(plan)
+    rounded = plan.estimate.model_copy(update={"step_seconds": parts.passes + parts.update - 1e-16})
+    assert parts_of_step(plan.model_copy(update={"estimate": rounded})).bubble == 0.0
     assert (parts.passes, parts.update, parts.bubble) == pytest.approx((0.005, 0.001, 0.005))
     assert parts.sent == parts.exposed == 0
     slow = [each.model_copy(update={"send_seconds": 0.003}) for each in plan.pipeline.stages]

@@ -31,8 +31,9 @@ from meshwright.planner.pipeline.simulate import StageSeconds, pipeline_tasks, s
 from meshwright.planner.pipeline.stage_memory import Holdings, StageMemory
 from meshwright.planner.pipeline.unit_costs import unit_seconds
 from meshwright.planner.pipeline.units import Cut, find_units, runs_of
-from meshwright.planner.pipelines import Pipelines
+from meshwright.planner.pipelines import Found, Pipelines
 from meshwright.planner.request import Request
+from meshwright.planner.search import Search
 from meshwright.planner.solver.anytime import solve_live
 from meshwright.view.text import plan_head
 
@@ -226,6 +227,20 @@ def test_a_plan_of_stages():
         plan.proof.left_out[0]
         == "stages of unequal meshes, but for the most promising by an estimate"
     )
+
+
+def test_when_time_is_nearly_up_the_passes_of_a_later_best_pipeline_are_reordered(monkeypatch):
+    """Once it is up it is too late: on a slow network orders that hide what is sent would never be found."""
+    request = Request(pp=2, mesh=(4,), recompute="none", program="stages")
+    search = searched("gpt-tiny", "8xcpu", batch=16)
+    search.request = request
+    pipelines = Pipelines(search)
+    pipelines.begin()
+    pipelines.step()
+    pipelines.best, pipelines.reordered = replace(pipelines.best), Found()  # another one is best
+    monkeypatch.setattr(Search, "late", lambda self, share=0.0: share > 0)
+    pipelines.step()
+    assert pipelines.reordered.seconds < pipelines.best.seconds
 
 
 def test_the_passes_of_the_best_pipeline_are_reordered():

@@ -80,10 +80,9 @@ def parts_of_step(plan: Plan) -> StepParts:
     sent = schedule.microbatches * sum(
         stages[s].send + stages[s + 1].sending("backward") for s in between
     )
-    return StepParts(
-        rank, run.busy(rank), work[rank] - run.busy(rank), plan.estimate.step_seconds - work[rank], sent,
-        run.makespan - apart.makespan,
-    )  # fmt: skip
+    bubble = max(0.0, plan.estimate.step_seconds - work[rank])  # none, but for rounding
+    exposed = max(0.0, run.makespan - apart.makespan)
+    return StepParts(rank, run.busy(rank), work[rank] - run.busy(rank), bubble, sent, exposed)
 
 
 def measured(passes: Sequence[Passed]) -> Timeline:
