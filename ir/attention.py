@@ -21,9 +21,10 @@ from math import prod
 
 from .dealt import complete, followed
 from .graph import Graph, Op
-from .key_spans import EXPS, KeySpans, Scores
+from .key_spans import KeySpans, Scores
 from .links import Links
 from .masks import Kept, Masks, elsewhere, places
+from .ops import ADDITION, EXPONENTIAL
 from .softmax import Search, Softmax
 
 
@@ -53,7 +54,11 @@ def attentions(graph: Graph) -> tuple[Attention, ...]:
     links, taken, found = Links(graph), set[int](), []
     for visit in graph.visits:
         op = visit.op
-        if op.kind in EXPS and op.outputs[0] not in taken and links.is_divided(op.outputs[0]):
+        if (
+            op.kind in EXPONENTIAL
+            and op.outputs[0] not in taken
+            and links.is_divided(op.outputs[0])
+        ):
             one = _Search(links, op.outputs[0]).run()
             if one is not None:
                 found.append(one)
@@ -97,7 +102,7 @@ class _Search(Search):
                         elsewhere(known[value], at, self.kind),
                         k == 1,
                     )
-                elif op.kind in ("add", "add_any"):
+                elif op.kind in ADDITION:
                     kept.added(value, elsewhere(known[value], at, self.kind))
         return kept.share, kept.longest(keys)
 
@@ -108,7 +113,7 @@ class _Search(Search):
         masks = Masks(self.links.graph, self.links.writer, self.links.handed)
         at = max(rows, key=size), max(keys, key=size)
         scores = Scores(self.kind, *at, masks, self.parts, self.made)
-        exps = [v for v in self.made if (op := self.links.writer.get(v)) and op.kind in EXPS]
+        exps = [v for v in self.made if (op := self.links.writer.get(v)) and op.kind in EXPONENTIAL]
         return scores.spans(exps)
 
     def _between(self) -> list[Op]:

@@ -19,19 +19,15 @@ from .bodies import BACKWARD
 from .dealt import OTHER, complete, spread, whole
 from .graph import Graph, Op, TensorType
 from .intervals import Unknown
-from .key_spans import EXPS
 from .masks import LOW, Masks, elsewhere
+from .ops import ADDITION, EXPONENTIAL, FORWARDING
 from .text import parse, show
 
 LSE = "log_sum_exp"  # of sums of exponentials, and what was taken off before: log(sum) + shift
 FEATURE = -1  # a dim of queries, keys or values that is none of the scores
 SAMPLED = 192  # rows at which masks are looked at; of keys, those near them too
-_SAME = frozenset(
-    {"convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "copy",
-     "stop_gradient", "reduce_precision"}
-)  # fmt: skip
-_OF_GRADIENTS = _SAME | {
-    "mul", "div", "sub", "add", "add_any", "neg", "integer_pow", "reduce_sum", "select_n", "exp", "max", "reduce_max",
+_OF_GRADIENTS = FORWARDING | ADDITION | {
+    "mul", "div", "sub", "neg", "integer_pow", "reduce_sum", "select_n", "exp", "max", "reduce_max",
     "eq", "dot_general",
 }  # fmt: skip
 Mask = tuple[
@@ -140,7 +136,7 @@ class _Reader:
         self.graph, self.types, self.backward = graph, graph.types, backward
         self.told = operands
         self.writer = {v: op for op in graph.ops for v in op.outputs}
-        exps = [op for op in graph.ops if op.kind in EXPS]
+        exps = [op for op in graph.ops if op.kind in EXPONENTIAL]
         if len(exps) != 1 or exps[0].kind != "exp":
             raise Unreadable("exponentials other than one `exp`")
         self.exp = exps[0].outputs[0]
@@ -236,7 +232,7 @@ class _Reader:
 
     # ------------------------------------------------------------ softmax and scores
 
-    def _origin(self, value: int, kinds: frozenset[str] = _SAME) -> int:
+    def _origin(self, value: int, kinds: frozenset[str] = FORWARDING) -> int:
         """What a value shows in another form."""
         while (op := self.writer.get(value)) is not None and op.kind in kinds:
             value = op.inputs[0]
@@ -265,7 +261,7 @@ class _Reader:
         if op.kind == "sub":
             value, shift = op.inputs[0], self._taken_off(op.inputs[1])
         while (op := self.writer.get(value)) is not None and op.kind != "dot_general":
-            if op.kind in _SAME:
+            if op.kind in FORWARDING:
                 value = op.inputs[0]
             elif op.kind in ("mul", "div"):
                 number = [self._number(v) for v in op.inputs]
@@ -278,7 +274,7 @@ class _Reader:
                 k = next((k for k in (1, 2) if self._is_made(op.inputs[k])), 1)
                 masks.append(("chosen", op.inputs[0], op.inputs[3 - k], k == 2))
                 value = op.inputs[k]
-            elif op.kind in ("add", "add_any"):
+            elif op.kind in ADDITION:
                 k = next((k for k in (0, 1) if self._is_made(op.inputs[k])), 0)
                 masks.append(("added", op.inputs[1 - k], op.inputs[1 - k], True))
                 value = op.inputs[k]
@@ -300,7 +296,7 @@ class _Reader:
     def _taken_off(self, value: int) -> int:
         while self.keys in self._labels_in(value) or self.types[value].rank != self.kind.rank - 1:
             op = self.writer.get(value)
-            if op is None or op.kind not in _SAME:
+            if op is None or op.kind not in FORWARDING:
                 raise Unreadable("scores less something that differs from key to key")
             value = op.inputs[0]
         return value

@@ -24,10 +24,9 @@ import numpy as np
 from .batch import with_batch
 from .graph import Batch, Graph, Op, Region, TensorType
 from .keys_first import with_keys_first
+from .ops import CONTRACTIONS, CONTROL_FLOW
 
-HEAVY = frozenset(
-    {"dot_general", "conv_general_dilated", "ragged_dot_general", "scan", "while", "cond"}
-)
+HEAVY = CONTRACTIONS | CONTROL_FLOW
 FEWEST_SAVED = 4  # a repeat that saves fewer ops than this is left alone
 FEW = 64  # elements, as of keys and scalars
 MOST_PERIODS = 96  # candidate periods tried per round, the most promising first

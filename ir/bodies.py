@@ -9,8 +9,6 @@ from .text import parse
 
 FORWARD, BACKWARD = "attention", "attention_grad"
 LOSS, LOSS_GRAD, BOTH = "cross_entropy", "cross_entropy_grad", "cross_entropy_and_grad"
-ATTENTION, LOSSES = frozenset({FORWARD, BACKWARD}), frozenset({LOSS, LOSS_GRAD, BOTH})
-KINDS = ATTENTION | LOSSES
 
 
 @lru_cache(maxsize=256)

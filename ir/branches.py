@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from .graph import Op, Region, TensorType
-from .recompute import PRODUCTS
+from .ops import CONTRACTIONS
 from .rules import rule_of
 
 INTENSITY = (
@@ -27,6 +27,6 @@ def _of(op: Op, types: Mapping[int, TensorType]) -> float:
     if op.regions:
         return sum(op.runs(n) * _work(region.ops, types) for n, region in enumerate(op.regions))
     made = INTENSITY * sum(types[v].size for v in op.outputs)
-    if op.kind not in PRODUCTS:
+    if op.kind not in CONTRACTIONS:
         return made
     return made + 2.0 * prod(factor.size for factor in rule_of(op, types).factors)

@@ -17,7 +17,7 @@ from .dead import drop_dead_ops
 from .dealt import Parts, followed, spread
 from .graph import Attr, Constant, Graph, Op
 from .links import Links
-from .recompute import PRODUCTS
+from .ops import CONTRACTIONS
 from .softmax import Softmax
 from .text import show
 
@@ -154,7 +154,7 @@ class Rewrite(Generic[One]):
             new += [
                 v
                 for op in self.links.readers[value]
-                if not op.regions and op.kind not in PRODUCTS
+                if not op.regions and op.kind not in CONTRACTIONS
                 for v in op.outputs
             ]
             new = [v for v in new if v not in found and v not in ends]
@@ -200,7 +200,7 @@ class Rewrite(Generic[One]):
         added = self.added.setdefault(home, Added())
         if value in added.again:
             return added.again[value]
-        if op.regions or op.kind in PRODUCTS:
+        if op.regions or op.kind in CONTRACTIONS:
             raise Refused(NOT_HANDED)
         inputs = tuple(self.bring(v, home) for v in op.inputs)
         results = tuple(self._new(v, home) for v in op.outputs)

@@ -23,14 +23,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from .bodies import LOSSES
 from .graph import Graph, Op, Region
-from .recompute import PRODUCTS
+from .ops import ADDITION, CONTRACTIONS, CONTROL_FLOW, LOSSES
 from .values import Fresh
 
-HEAVY = PRODUCTS | LOSSES | {"gather", "scatter-add", "scan", "while", "cond"}
+HEAVY = CONTRACTIONS | LOSSES | CONTROL_FLOW | {"gather", "scatter-add"}
 SUMS = HEAVY | {"reduce_sum"}
-ADDS = frozenset({"add", "add_any"})
 SCALES = frozenset({"div", "mul", "neg", "convert_element_type", "reshape", "transpose"})
 LAYOUT_BOUND = HEAVY | {"scatter"}
 READING = (
@@ -42,7 +40,7 @@ SMALLEST = 2  # elements; scalars are not worth a decision of their own
 SETTLING = (
     "~settled~backward"  # ends the tag of a copy that may settle a gradient's sum or go on owing it
 )
-WEIGHING = PRODUCTS | LOSSES | {"scatter-add"}  # what makes gradients of weights and tables
+WEIGHING = CONTRACTIONS | LOSSES | {"scatter-add"}  # what makes gradients of weights and tables
 
 
 def settles(op: Op) -> bool:
@@ -177,7 +175,7 @@ class _Placer:
             others = [v in self.writer and self.fresh.types[v].size > 1 for v in op.inputs]
             if (
                 op.kind in SUMS
-                or (op.kind in ADDS and all(within))
+                or (op.kind in ADDITION and all(within))
                 or (op.kind in SCALES and others.count(True) == 1 and within[others.index(True)])
             ):
                 found.add(value)

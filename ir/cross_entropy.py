@@ -21,15 +21,11 @@ from functools import cached_property
 
 from .dealt import Parts, complete, followed
 from .graph import Graph, Op
-from .key_spans import EXPS
 from .links import Links
-from .recompute import PRODUCTS
+from .ops import CONTRACTIONS, EXPONENTIAL, FORWARDING
 from .softmax import SUMMED, Search, Softmax, shifted
 
-_MOVED = frozenset(
-    {"convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "copy", "stop_gradient",
-     "reduce_precision"}
-)  # fmt: skip
+_MOVED = FORWARDING - {"broadcast_in_dim"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,11 @@ def looked_at(graph: Graph) -> tuple[CrossEntropy | Unfused, ...]:
     within = Step(graph, links)
     for visit in graph.visits:
         op = visit.op
-        if op.kind in EXPS and op.outputs[0] not in taken and links.is_divided(op.outputs[0]):
+        if (
+            op.kind in EXPONENTIAL
+            and op.outputs[0] not in taken
+            and links.is_divided(op.outputs[0])
+        ):
             search = _Search(links, op.outputs[0], within)
             one = search.run()
             if one is not None:
@@ -221,7 +221,7 @@ class _Search(Search):
             value = waiting.pop()
             found = {other: shifted(self._parts(value), n) for other, n in self.links.down[value]}
             for op in self.links.readers[value]:
-                if not op.regions and op.kind not in PRODUCTS:
+                if not op.regions and op.kind not in CONTRACTIONS:
                     known = followed(op, self.links.types, self._known(op))
                     found |= {v: known[v] for v in op.outputs if v in known}
             for other, parts in found.items():

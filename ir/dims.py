@@ -17,11 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .graph import Graph, Op, Region, TensorType
+from .ops import ADDITION, INDEXED, RANDOM
 from .rule import Rule
 from .rules import rule_of
 
+LOOKED_UP = INDEXED | {"dynamic_slice", "dynamic_update_slice"}
 Parts = tuple[tuple[int, int], ...]  # (class, size) of the parts of a dim, major to minor
-_DRAWS = ("random_", "threefry", "rng_")
 
 
 @dataclass
@@ -165,9 +166,9 @@ class Classes:
                 (c, alive) for f in summed for c, _ in factors[f]
             )
         whole = [f for f in factors if rule.factors[f].kind in ("whole", "halo")]
-        looked_up = op.kind.startswith(("gather", "scatter", "dynamic"))
+        looked_up = op.kind in LOOKED_UP
         whole += [f for f in factors if looked_up and f not in kept]
-        marks = self.drawn if op.kind.startswith(_DRAWS) else self.handled
+        marks = self.drawn if op.kind in RANDOM else self.handled
         marks.update(c for f in whole for c, _ in factors[f])
 
     def _keep_places(self, op: Op, rule: Rule, result: int, told: Sequence[bool]) -> None:
@@ -186,7 +187,7 @@ class Classes:
         """No rule: a result's dim is the operand's of the same place and size."""
         known = [v for v in op.inputs if v in self.dims]
         for value in known:
-            marks = self.drawn if op.kind.startswith(_DRAWS) else self.handled
+            marks = self.drawn if op.kind in RANDOM else self.handled
             marks.update(parts[0][0] for parts in self.dims[value])
         for result in op.outputs:
             shape = self.types[result].shape
@@ -248,7 +249,7 @@ class Classes:
         if not self.types[value].is_float:
             return False
         readers = [op for op in region.ops if value in op.inputs]
-        while len(readers) == 1 and readers[0].kind in ("add", "add_any", "convert_element_type"):
+        while len(readers) == 1 and readers[0].kind in ADDITION | {"convert_element_type"}:
             value = readers[0].outputs[0]
             readers = [op for op in region.ops if value in op.inputs]
         return bool(readers) or value != region.outputs[end]

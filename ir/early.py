@@ -20,12 +20,12 @@ from dataclasses import dataclass, field, replace
 from .dead import drop_dead_ops, live_ops
 from .graph import Graph, Op, deciding
 from .microbatch import WHOLE, Refusal, TimeAxis, time_axis, totals_waited_for
-from .recompute import PRODUCTS
+from .ops import CONTRACTIONS
 from .values import Fresh
 
 EARLY = "~early"  # ends the tags of ops that run on the whole batch first
 # What is not run twice for a total: the total then waits for the last microbatch.
-DEAR = PRODUCTS | {
+DEAR = CONTRACTIONS | {
     "while",
     "cond",
     "custom_call",

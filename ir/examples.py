@@ -20,9 +20,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from .bodies import KINDS as COMPOSITES
 from .bodies import body_of
 from .graph import Op, Region, TensorType, deciding
+from .ops import COMPOSITES
 from .rule import Rule
 from .rules import rule_of
 

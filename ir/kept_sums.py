@@ -21,9 +21,10 @@ from functools import cached_property
 from itertools import count
 from typing import Any
 
-from .bodies import BACKWARD, KINDS, body_of
+from .bodies import BACKWARD, body_of
 from .graph import Attr, Graph, Op, TensorType
-from .online import SAME, Online, body_parts, online_body
+from .online import Online, body_parts, online_body
+from .ops import COMPOSITES, FORWARDING
 from .text import show
 
 
@@ -45,7 +46,7 @@ class _Keeping:
         for op in ops:
             regions = tuple(replace(r, ops=tuple(self.ops(r.ops))) for r in op.regions)
             op = replace(op, regions=regions) if regions else op
-            if op.kind in KINDS and "ring" in dict(op.attrs):
+            if op.kind in COMPOSITES and "ring" in dict(op.attrs):
                 op = replace(op, attrs=tuple(sorted({**dict(op.attrs), "round": True}.items())))
                 if op.kind == BACKWARD:
                     op = self._given(op, found, forwards)
@@ -141,7 +142,7 @@ class _Reading:
         op, found = self.makers.get(value), Counter[object]()
         if op is None:
             found[self.marks[value]] += 1
-        elif op.kind in SAME:
+        elif op.kind in FORWARDING:
             return self.factors(op.inputs[0])
         elif op.kind in ("mul", "div"):
             for v, sign in zip(op.inputs, (1, 1 if op.kind == "mul" else -1), strict=True):
@@ -157,7 +158,7 @@ class _Reading:
 
     def _bare(self, value: int) -> int:
         """The mark of a value, whatever it was spread or turned to."""
-        while (op := self.makers.get(value)) is not None and op.kind in SAME:
+        while (op := self.makers.get(value)) is not None and op.kind in FORWARDING:
             value = op.inputs[0]
         return self.marks[value]
 

@@ -18,15 +18,11 @@ from .dealt import Parts, followed
 from .graph import Op, TensorType
 from .intervals import Interval, Unknown
 from .masks import Index, Kept, Masks, elsewhere
+from .ops import ADDITION, EXPONENTIAL, FORWARDING
 from .rule import Rule, cuttable
 from .rules import rule_of
 
-EXPS = frozenset({"exp", "exp2"})
 BLOCKS = 64  # of rows and of keys, at most
-_SAME = frozenset(
-    {"convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "copy",
-     "stop_gradient", "reduce_precision"}
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ class _Chain:
             return None
         if op.kind == "optimization_barrier":
             return op.inputs[op.outputs.index(value)], False
-        if op.kind in _SAME or (op.kind == "sub" and self._is_even(op)):
+        if op.kind in FORWARDING or (op.kind == "sub" and self._is_even(op)):
             return op.inputs[0], False
         made = [k for k, v in enumerate(op.inputs) if v in self.scores.made]
         if len(made) != 1:
@@ -149,7 +145,7 @@ class _Chain:
         if op.kind == "select_n" and len(op.inputs) == 3 and made > 0:
             other = 3 - made
             return kept.chosen(op.inputs[0], there(0), op.inputs[other], there(other), made == 2)
-        if op.kind in ("add", "add_any") and self._lowers(op.inputs[1 - made], there(1 - made)):
+        if op.kind in ADDITION and self._lowers(op.inputs[1 - made], there(1 - made)):
             return kept.added(op.inputs[1 - made], there(1 - made))
         return False
 
@@ -165,7 +161,7 @@ class _Chain:
         known, value = followed(op, self.masks.types, self.scores.parts), op.inputs[1]
         while any(part[0] == self.scores.keys for dim in known.get(value, ()) for part in dim):
             maker = self.masks.writer.get(value)
-            if maker is None or maker.kind not in _SAME:
+            if maker is None or maker.kind not in FORWARDING:
                 return False
             known = followed(maker, self.masks.types, {value: known[value]})
             value = maker.inputs[0]
@@ -205,7 +201,7 @@ def may_leave_out(
         keyed = factor_of(op, parts, spans.keys, rule)
         if keyed is None:
             return False
-        empty = op.kind in EXPS or any(
+        empty = op.kind in EXPONENTIAL or any(
             group and nothing.issuperset(op.inputs[k] for k in group) for group in rule.linear
         )
         if keyed >= 0:

@@ -21,8 +21,8 @@ from dataclasses import replace
 from .dead import drop_dead_ops
 from .graph import Graph, Op, TensorType
 from .microbatch import Followed, Refusal, TimeAxis, follow, time_axis
+from .ops import ELEMENTWISE, linear_in
 from .rules import rule_of
-from .rules.elementwise import KINDS
 from .values import Fresh
 
 SCALED = "~scaled"  # within the tags of ops that are added
@@ -116,7 +116,7 @@ class _Late:
         if op.kind in ("broadcast_in_dim", "reshape", "squeeze"):
             found = self._number(sources[0], made)
         else:
-            self._check(op.kind in KINDS and not op.regions)
+            self._check(op.kind in ELEMENTWISE and not op.regions)
             inputs = tuple(self._number(v, made) for v in sources)
             found = self.fresh.value(TensorType(kind.dtype, ()))
             made.append(replace(op, inputs=inputs, outputs=(found,), tag=f"{op.tag}{SCALED}"))
@@ -183,7 +183,7 @@ class _Late:
             return False  # narrow floats overflow
         alternatives = rule_of(op, self.types).linear if not op.regions else ()
         if op.kind == "pad":  # whose rule leaves out what padding with zeros allows
-            alternatives = ((0, 1),)
+            alternatives = linear_in(op.kind, len(op.inputs))
         return any(
             owed <= set(each) and all(self._is_zero(op.inputs[k]) for k in each if k not in owed)
             for each in alternatives

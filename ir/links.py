@@ -7,19 +7,11 @@ from collections.abc import Iterable
 from functools import cached_property
 
 from .graph import Graph, Op
-from .key_spans import EXPS
+from .ops import ADDITION, EXPONENTIAL, FORWARDING
 
-PURE = frozenset(
-    {"convert_element_type", "select_n", "transpose", "reshape", "squeeze", "broadcast_in_dim", "copy", "expand_dims",
-     "optimization_barrier", "reduce_precision", "mul", "div"}
-)  # fmt: skip
-_OF_SUMS = PURE | {
-    "abs",
-    "log",
-    "max",
-    "add",
-    "add_any",
-}  # what a sum may go through before it divides
+# What a softmax's exponentials go through, unmixed with one another, on their way to products.
+PURE = FORWARDING | {"select_n", "optimization_barrier", "mul", "div"}
+_OF_SUMS = PURE | ADDITION | {"abs", "log", "max"}  # what a sum may go through before it divides
 
 
 class Links:
@@ -95,7 +87,7 @@ class Links:
     @cached_property
     def totals(self) -> dict[int, int | None]:
         """Sums of weights, and what cheap ops make of those: each with what it is made of, a sum with None."""
-        exps = [v.op.outputs[0] for v in self.graph.visits if v.op.kind in EXPS]
+        exps = [v.op.outputs[0] for v in self.graph.visits if v.op.kind in EXPONENTIAL]
         weights = {value for exp in exps for value in self.steps(exp, PURE)}
         found: dict[int, int | None] = {
             op.outputs[0]: None

@@ -31,7 +31,6 @@ from .sharding import Sharding
 COLLECTIVES = frozenset({"all_reduce", "all_gather", "reduce_scatter", "all_to_all"})
 ON_SHARDS = COLLECTIVES | {"local_slice", "keep_first", "take_microbatch", "join_microbatches"}
 MICROBATCHES, BARRIER = "microbatches", "optimization_barrier"
-LOOPS = frozenset({"scan", "while", "cond"})
 INDENT = "  "
 TIMED = "/m"  # stands behind the dim of which only one microbatch is there
 

@@ -19,7 +19,6 @@ from dataclasses import replace
 from .errors import GraphError
 from .local import (
     BARRIER,
-    LOOPS,
     MICROBATCHES,
     ON_SHARDS,
     LocalOp,
@@ -27,6 +26,7 @@ from .local import (
     LocalRegion,
     Shard,
 )
+from .ops import CONTROL_FLOW
 from .rule import Dim, Rule
 from .sharding import Sharding, Step, moved_to, replicated
 
@@ -112,7 +112,7 @@ class _Check:
         elif op.kind == BARRIER:
             if [self.shards[v] for v in op.inputs] != [self.shards[v] for v in op.outputs]:
                 raise _broken("moves", "a barrier changes nothing", op)
-        elif op.kind in LOOPS:
+        elif op.kind in CONTROL_FLOW:
             self._decides(op)
         elif op.kind != MICROBATCHES:
             self._follows(op)

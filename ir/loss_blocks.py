@@ -15,9 +15,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from .bodies import LOSSES, body_of
+from .bodies import body_of
 from .graph import Graph, Op
-from .key_spans import EXPS
+from .ops import EXPONENTIAL, LOSSES
 
 WIDE = 4
 LEAST = 1 << 18  # logits: fewer than these are not cut
@@ -26,7 +26,7 @@ LEAST = 1 << 18  # logits: fewer than these are not cut
 def logits_in(op: Op) -> int:
     """Of all tokens and classes."""
     graph = _body(op)
-    exps = [v for each in graph.ops if each.kind in EXPS for v in each.outputs]
+    exps = [v for each in graph.ops if each.kind in EXPONENTIAL for v in each.outputs]
     return max(graph.types[v].size for v in exps)
 
 

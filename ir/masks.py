@@ -99,7 +99,7 @@ class Masks:
         if op.kind == "transpose":
             order = _integers(op, "permutation")
             return self.at(op.inputs[0], tuple(places[order.index(d)] for d in range(source.rank)))
-        if op.kind in ("reshape", "squeeze", "expand_dims"):
+        if op.kind in ("reshape", "squeeze"):
             return self.at(
                 op.inputs[0], _reshaped(places, self.types[op.outputs[0]].shape, source.shape)
             )

@@ -25,12 +25,12 @@ from . import refusals
 from .copies import settles
 from .graph import Graph, Op, Region, deciding
 from .mesh import Mesh
+from .ops import ELEMENTWISE
 from .refusals import Refusal
 from .rule import Factor, Rule, cuttable
 from .rules import rule_of
-from .rules.elementwise import KINDS
 
-_MADE_ANYWHERE = KINDS - {"copy"} | {"broadcast_in_dim"}
+_MADE_ANYWHERE = ELEMENTWISE - {"copy"} | {"broadcast_in_dim"}
 ESTIMATED, AVERAGED = "estimated", "averaged"  # see `batch_stats.py`
 WHOLE = "~whole~prepare"  # ends the tag of a copy that shows all microbatches of an input at once
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .bodies import KINDS
 from .errors import LoweringError
 from .graph import Graph
+from .ops import COMPOSITES
 from .rules import rule_of
 
 
@@ -17,7 +17,7 @@ def check_one_program(graph: Graph, strategies: Mapping[str, tuple[int, ...]]) -
     Raises:
         LoweringError: devices exchange rows of an attention.
     """
-    for op in (visit.op for visit in graph.visits if visit.op.kind in KINDS):
+    for op in (visit.op for visit in graph.visits if visit.op.kind in COMPOSITES):
         rule = rule_of(op, graph.types)
         if any(rule.joint(code) is not None for code in strategies.get(op.tag, ())):
             raise LoweringError(

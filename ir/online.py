@@ -17,17 +17,14 @@ from dataclasses import dataclass, field
 
 from .dealt import OTHER, Parts, spread
 from .graph import Graph, Op, TensorType
-from .key_spans import EXPS, factor_of
+from .key_spans import factor_of
+from .ops import ADDITION, EXPONENTIAL, FORWARDING
 from .rules import rule_of
 from .rules.factors import FLOATS
 
 Degrees = tuple[tuple[int, int], ...]  # (a maximum or a sum, its power), in order; none: as it is
-SAME = frozenset(
-    {"convert_element_type", "reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "copy",
-     "stop_gradient", "reduce_precision"}
-)  # fmt: skip
-_LINEAR = SAME | {"neg", "reduce_sum"}
-_ALIKE = frozenset({"add", "sub", "add_any"})
+_LINEAR = FORWARDING | {"neg", "reduce_sum"}
+_ALIKE = ADDITION | {"sub"}
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ class _Reading:
         self.degrees.update(dict.fromkeys(op.outputs, self._degrees(op)))
         if lost:
             self._sum(op, rule.factors[keyed].reduction)
-        groups = [*rule.linear, *([range(len(op.inputs))] if op.kind in SAME else [])]
+        groups = [*rule.linear, *([range(len(op.inputs))] if op.kind in FORWARDING else [])]
         if any(group and self.nothing.issuperset(op.inputs[k] for k in group) for group in groups):
             self.nothing.update(op.outputs)
 
@@ -152,7 +149,7 @@ class _Reading:
     def _shifted(self, op: Op) -> None:
         """The maximum may be spread and subtracted from scores, no more."""
         others = [v for v in op.inputs if v not in self.shifts]
-        if op.kind in SAME or (op.kind == "max" and self._are_lowest(others)):
+        if op.kind in FORWARDING or (op.kind == "max" and self._are_lowest(others)):
             self.shifts.update(op.outputs)
         elif op.kind == "sub" and op.inputs[0] in others and not self.degrees.get(op.inputs[0], ()):
             self.lowered.update(op.outputs)
@@ -166,9 +163,9 @@ class _Reading:
 
     def _exponential(self, op: Op) -> None:
         assert self.maximum is not None
-        if op.kind in SAME:
+        if op.kind in FORWARDING:
             self.lowered.update(op.outputs)
-        elif op.kind in EXPS:
+        elif op.kind in EXPONENTIAL:
             self.exps.add(op.kind)
             self.degrees[op.outputs[0]] = ((self.maximum, 1),)
         else:

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 from .errors import GraphError, PlanError, did_you_mean
 from .graph import Graph, Op, TensorType
 from .mesh import STAGE, Mesh
+from .ops import CONTRACTIONS
 from .plan import Layout, Pipeline, Plan
-from .recompute import POLICIES, PRODUCTS
+from .recompute import POLICIES
 from .rule import cut_twice
 from .rules import rule_of
 from .schedule import check
@@ -264,7 +265,7 @@ def _check_strategy(op: Op, codes: tuple[int, ...] | None, types: Mapping[int, T
     if op.regions or op.kind in ("optimization_barrier", "copy"):
         return
     if codes is None:
-        if op.kind in PRODUCTS:
+        if op.kind in CONTRACTIONS:
             _refuse(f"strategies.{op.tag}", f"the plan has no strategy for {op.kind} `{op.tag}`")
         return
     rule = rule_of(op, types)

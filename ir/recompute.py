@@ -33,8 +33,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 from zlib import crc32
 
-from .bodies import KINDS
 from .graph import Graph, Op, Region, TensorType
+from .ops import COMPOSITES, CONTRACTIONS, CONTROL_FLOW
 from .values import Fresh, block_instances
 
 Policy = Literal[
@@ -55,9 +55,8 @@ POLICIES: tuple[Policy, ...] = (
 )  # what a plan may choose
 
 AGAIN = "~again"  # ends the tags of ops that are computed again
-PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
-COSTLY = PRODUCTS | KINDS | {
-    "scan", "while", "cond", "gather", "scatter", "scatter-add", "sort", "top_k",
+COSTLY = CONTRACTIONS | COMPOSITES | CONTROL_FLOW | {
+    "gather", "scatter", "scatter-add", "sort", "top_k",
     "user_kernel", "cumsum", "reduce_sum", "reduce_max", "reduce_min", "argmax", "random_bits", "threefry2x32",
 }  # fmt: skip
 
@@ -144,7 +143,7 @@ def _facts(graph: Graph, phases: Sequence[str], policy: Policy) -> _Flat:
                 _reached(graph, graph.ops[i], readers) & products
             )
             kept.update(() if within else _dropped(graph, graph.ops[i], writer))
-        if policy in ("fused", "fused-selective") and graph.ops[i].kind in PRODUCTS:
+        if policy in ("fused", "fused-selective") and graph.ops[i].kind in CONTRACTIONS:
             skip = policy == "fused-selective" and i in products
             kept.update(() if skip else (v for v in graph.ops[i].inputs if v in writer))
             kept -= {graph.ops[i].outputs[0]}
@@ -161,7 +160,7 @@ def _every_other(graph: Graph, forward: list[int], activations: set[int], group)
     count: dict[tuple[str, int] | None, int] = {}
     found = set()
     for i in forward:
-        if graph.ops[i].kind in PRODUCTS and i not in activations and group[i] is not None:
+        if graph.ops[i].kind in CONTRACTIONS and i not in activations and group[i] is not None:
             count[group[i]] = count.get(group[i], 0) + 1
             if count[group[i]] % 2 == 0:
                 found.add(i)
@@ -229,7 +228,7 @@ def _reached(graph: Graph, op: Op, readers: Mapping[int, list[int]]) -> set[int]
 
 def _stays(op: Op, policy: Policy, activations_only: bool, in_block: bool) -> bool:
     if policy in ("full", "fused-full") and in_block:
-        return op.kind in ("scan", "while", "cond")
+        return op.kind in CONTROL_FLOW
     if policy not in ("elementwise", "fused") and activations_only:
         return False
     return op.kind in COSTLY
@@ -241,7 +240,7 @@ def _activation_products(graph: Graph, forward: list[int]) -> set[int]:
     return {
         i
         for i in forward
-        if graph.ops[i].kind in PRODUCTS and all(v in made for v in graph.ops[i].inputs)
+        if graph.ops[i].kind in CONTRACTIONS and all(v in made for v in graph.ops[i].inputs)
     }
 
 
@@ -388,7 +387,7 @@ def _kept_in_loop(body: Region, policy: Policy) -> frozenset[int]:
     made = {v for op in body.ops for v in op.outputs}
     kept = set(body.inputs)
     for op in body.ops:
-        activations = op.kind in PRODUCTS and all(v in made for v in op.inputs)
+        activations = op.kind in CONTRACTIONS and all(v in made for v in op.inputs)
         if _stays(op, policy, activations, True):
             kept.update(op.outputs)
     return frozenset(kept)

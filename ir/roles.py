@@ -38,13 +38,13 @@ from .batch import batch_dims
 from .bodies import BOTH
 from .examples import Examples
 from .graph import Graph, Op, Region
-from .recompute import PRODUCTS
+from .ops import CONTRACTIONS
 from .rules import rule_of
 
 Role = Literal["parameter", "optimizer", "batch", "constant", "other state"]
 Phase = Literal["prepare", "forward", "backward", "update"]
 
-CONTRACTIONS = PRODUCTS | {"reduce_sum", "scatter-add"}
+_SUMS = CONTRACTIONS | {"reduce_sum", "scatter-add"}
 _SCALING = {"mul", "neg", "div", "dot_general", "convert_element_type", "reshape"}
 
 
@@ -187,7 +187,7 @@ class _Look:
     def _contracts(self, position: int, op: Op) -> bool:
         """Whether a gradient leaves here by a sum, though no dim shows it: of one sequence, what is dispatched to
         experts is in no order of its own."""
-        return position in self.gradients and op.kind in CONTRACTIONS
+        return position in self.gradients and op.kind in _SUMS
 
     @cached_property
     def reaches(self) -> set[int]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from .dealt import Parts, complete, followed, whole
 from .graph import Op
-from .key_spans import EXPS
 from .links import PURE, Links
+from .ops import EXPONENTIAL
 
 SUMMED = frozenset({"reduce_sum", "reduce_max", "reduce_min"})
 
@@ -163,7 +163,7 @@ class Search:
         found: set[int] = set()
         for value in self.made:
             op = self.links.writer.get(value)
-            if op is not None and op.kind in EXPS:
+            if op is not None and op.kind in EXPONENTIAL:
                 found.update(self._pure_from(value))
         return found
 
@@ -196,7 +196,9 @@ class Search:
                     found.add(self._lost(op, op.inputs[1]))
             op = self.links.writer.get(value)
             before = (
-                self.links.writer.get(op.inputs[0]) if op is not None and op.kind in EXPS else None
+                self.links.writer.get(op.inputs[0])
+                if op is not None and op.kind in EXPONENTIAL
+                else None
             )
             if (
                 before is not None

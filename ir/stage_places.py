@@ -26,8 +26,8 @@ from .copies import settles
 from .examples import Examples
 from .graph import Graph, Op
 from .microbatch import TimeAxis
+from .ops import CONTRACTIONS
 from .program import Program
-from .recompute import PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class Places:
             read = any(v in lowest for v in op.outputs)
             if (
                 not read
-                and op.kind not in PRODUCTS
+                and op.kind not in CONTRACTIONS
                 and all(self._from_above(v, level) for v in op.inputs)
             ):
                 sums.append(op)

@@ -21,8 +21,8 @@ from typing import Literal
 from .errors import PlanError
 from .graph import Graph, Op
 from .microbatch import Refusal, TimeAxis
+from .ops import CONTRACTIONS
 from .program import Program
-from .recompute import PRODUCTS
 from .stage_places import Classes, Places
 
 Pass = Literal["prepare", "forward", "backward", "weight", "update"]
@@ -200,7 +200,7 @@ class _Cutter:
         for placed in reversed(self.places.backward):
             here = {(placed.stage, v) for v in placed.op.outputs}
             product = (
-                placed.op.kind in PRODUCTS
+                placed.op.kind in CONTRACTIONS
                 and bool(totals)
                 and totals.keys().isdisjoint(placed.op.outputs)
             )

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 from ..ir.attention_kernels import NAMES, products_made, reason_against
 from ..ir.batch_stats import statistics_of
-from ..ir.bodies import ATTENTION, BOTH, FORWARD, LOSS, LOSSES
+from ..ir.bodies import BOTH, FORWARD, LOSS
 from ..ir.composites import AttentionKind, plain_attention
 from ..ir.cross_entropy import Unfused, looked_at
 from ..ir.evenly import pairs_kept
 from ..ir.graph import Graph, Op, TensorType, Visit
 from ..ir.microbatch import Refusal
+from ..ir.ops import ATTENTION, CONTRACTIONS, LOSSES
 from ..ir.plan import EXACT, Collective, Estimate, Layout, Plan, PlannedBatch, Proof, Tensor
 from ..ir.roles import roles
 from ..ir.rules import rule_of
@@ -23,7 +24,6 @@ from ..ir.units import counted
 from ..ir.version import VERSION
 from .assumptions import assumptions
 from .cost.flop import flop
-from .cost.kernels import CONTRACTIONS
 from .memory.ledger import Ledger
 from .meshes import some_groups
 from .moves import find_collectives, spoken

@@ -8,7 +8,7 @@ from ..ir.bodies import body_of
 from ..ir.evenly import pairs_kept
 from ..ir.graph import Op
 from ..ir.mesh import Mesh
-from ..ir.recompute import PRODUCTS
+from ..ir.ops import CONTRACTIONS
 from ..ir.ring import first_ops, passes
 from ..ir.rule import Rule, Strategy
 from ..ir.rules import rule_of
@@ -34,7 +34,7 @@ def ring_work(op: Op, rule: Rule, strategy: Strategy, mesh: Mesh) -> tuple[float
         return 1.0, 1
     often, graph = passes(op), body_of(str(op.attr("body")))
     found = [
-        sum(flop(o, rule_of(o, graph.types), graph.types) for o in ops if o.kind in PRODUCTS)
+        sum(flop(o, rule_of(o, graph.types), graph.types) for o in ops if o.kind in CONTRACTIONS)
         for ops in (graph.ops, first_ops(op) if often > 1 else ())
     ]
     more = sum(ring.work) * ring.ways / pairs_kept(op)

@@ -6,14 +6,13 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 from ..ir.batch import batch_dims
-from ..ir.bodies import LOSSES
 from ..ir.examples import Examples
 from ..ir.graph import Graph, Op
+from ..ir.ops import CONTRACTIONS, LOSSES
 from ..ir.plan import AxisUse
 from ..ir.rule import NONE, Rule
 from ..ir.rules import rule_of
 from .cost.flop import flop
-from .cost.kernels import CONTRACTIONS
 from .space import Space
 
 

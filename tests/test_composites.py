@@ -16,10 +16,11 @@ from meshwright.backends.xla import emit_composite, spmd
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.replay import replay
 from meshwright.ir.attention import attentions
-from meshwright.ir.bodies import ATTENTION, BACKWARD, FORWARD
+from meshwright.ir.bodies import BACKWARD, FORWARD
 from meshwright.ir.composites import with_attention
 from meshwright.ir.errors import PlanError
 from meshwright.ir.graph import Graph, Op
+from meshwright.ir.ops import ATTENTION
 from meshwright.ir.rules import rule_of
 from meshwright.ir.text import parse, show
 from meshwright.ir.verify import verify

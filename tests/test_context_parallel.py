@@ -18,12 +18,13 @@ from meshwright.backends.xla.audit import compare
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.hlo import collectives
 from meshwright.ir.blocks import fold
-from meshwright.ir.bodies import ATTENTION, FORWARD
+from meshwright.ir.bodies import FORWARD
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.composites import composed
 from meshwright.ir.errors import LoweringError
 from meshwright.ir.evenly import is_uneven, pairs_kept, partners
 from meshwright.ir.graph import Op
+from meshwright.ir.ops import ATTENTION
 from meshwright.ir.plan import Layout, Plan
 from meshwright.ir.program import Program, prepare
 from meshwright.ir.rule import NONE, cuttable

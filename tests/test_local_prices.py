@@ -17,7 +17,8 @@ from meshwright.ir.cluster import Cluster
 from meshwright.ir.composites import composed
 from meshwright.ir.errors import InfeasibleError
 from meshwright.ir.graph import Op
-from meshwright.ir.local import COLLECTIVES, LOOPS, MICROBATCHES, ON_SHARDS, LocalOp, LocalProgram
+from meshwright.ir.local import COLLECTIVES, MICROBATCHES, ON_SHARDS, LocalOp, LocalProgram
+from meshwright.ir.ops import CONTROL_FLOW
 from meshwright.ir.passes.localize import localize
 from meshwright.ir.plan import Plan
 from meshwright.ir.program import prepare
@@ -64,7 +65,7 @@ class Priced:
         for op, runs in runs_of(self.local, self.local.ops, self.graph_ops):
             if op.kind in ON_SHARDS:
                 moved += runs * self.move(op)
-            elif op.tag in self.space.own and op.kind not in LOOPS:
+            elif op.tag in self.space.own and op.kind not in CONTROL_FLOW:
                 inside = self.inside(op)
                 moved += runs * inside
                 computed += runs * self.compute(op)

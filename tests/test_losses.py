@@ -22,12 +22,13 @@ from meshwright.backends.xla.hlo import collectives
 from meshwright.backends.xla.replay import replay
 from meshwright.ir import loss_blocks
 from meshwright.ir.blocks import fold
-from meshwright.ir.bodies import BOTH, LOSS, LOSS_GRAD, LOSSES
+from meshwright.ir.bodies import BOTH, LOSS, LOSS_GRAD
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.errors import InfeasibleError, PlanError
 from meshwright.ir.graph import Graph, Op
 from meshwright.ir.loss_blocks import hidden_of
 from meshwright.ir.losses import with_losses
+from meshwright.ir.ops import LOSSES
 from meshwright.ir.plan import Plan
 from meshwright.ir.program import prepare
 from meshwright.ir.rule import NONE, Rule, cuttable

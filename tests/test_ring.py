@@ -16,11 +16,12 @@ from meshwright.backends.xla import emit_composite, emit_ring
 from meshwright.backends.xla.audit import compare
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.hlo import collectives
-from meshwright.ir.bodies import ATTENTION, BACKWARD, FORWARD
+from meshwright.ir.bodies import BACKWARD, FORWARD
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.composites import AttentionKind, composed
 from meshwright.ir.errors import PlanError
 from meshwright.ir.graph import Op
+from meshwright.ir.ops import ATTENTION
 from meshwright.ir.plan import Plan
 from meshwright.ir.program import Program
 from meshwright.ir.ring import given, passes, ring_of, travels

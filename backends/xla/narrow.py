@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...ir.graph import Op
+from ...ir.ops import ELEMENTWISE
 from ...ir.rule import Rule
-from ...ir.rules.elementwise import KINDS as ELEMENTWISE
 
 Params = dict[str, Any]
 Places = tuple[int | None, ...]  # per tensor, where the dim lies

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from ...ir.graph import Attr, Constant, Op, TensorType
-from ...ir.rules.elementwise import KINDS as ELEMENTWISE
+from ...ir.ops import ELEMENTWISE
 from ...ir.values import Fresh
 from .capture import Bound
 from .dtypes import jax_dtype

@@ -17,9 +17,10 @@ import numpy as np
 from jax import lax
 
 from ...ir.attention_form import LSE
-from ...ir.bodies import KINDS, body_of
+from ...ir.bodies import body_of
 from ...ir.errors import MismatchError
 from ...ir.graph import Constant, Graph, Op, Region, TensorType
+from ...ir.ops import COMPOSITES
 from ...ir.rules import rule_of
 from .capture import Bound, Captured
 from .dtypes import jax_dtype
@@ -76,7 +77,7 @@ class Walk:
             env.update(zip(op.outputs, results, strict=True))
 
     def op(self, op: Op, operands: Sequence[Any]) -> Sequence[Any]:
-        if op.kind in KINDS:
+        if op.kind in COMPOSITES:
             return replace(self, graph=body_of(str(op.attr("body"))), arrays={})(*operands)
         if op.kind == LSE:
             return [log_of_sum(*operands)]

@@ -26,14 +26,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...ir.bodies import KINDS
 from ...ir.graph import Graph, Op
 from ...ir.local import LocalOp
-from ...ir.recompute import PRODUCTS
+from ...ir.ops import COMPOSITES, CONTRACTIONS
 from .capture import Captured
 from .replay import Walk
 
-SUMS = PRODUCTS | KINDS | {"reduce_sum", "scatter-add", "cumsum"}
+SUMS = CONTRACTIONS | COMPOSITES | {"reduce_sum", "scatter-add", "cumsum"}
 NEAR, FAR = 2.0, 16.0  # units in the last place
 NEAR_RUNS, FAR_RUNS = 4, 8  # one in 2^12 numbers that are rounding alone seems to stand still
 CHOOSING_RUNS = 16  # near ones of a step that chooses

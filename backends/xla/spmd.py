@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...ir.bodies import KINDS, LOSSES
 from ...ir.graph import Constant, Graph, Op, TensorType
 from ...ir.local import ON_SHARDS, LocalOp, LocalProgram, LocalRegion
 from ...ir.mesh import Mesh
+from ...ir.ops import COMPOSITES, LOSSES
 from ...ir.passes.decisions import Decisions, stacked
 from ...ir.passes.localize import Localizer
 from ...ir.plan import Plan
@@ -193,7 +193,7 @@ class Running:
     def computed(self, op: LocalOp, operands: Sequence[Any]) -> Sequence[Any]:
         """Results of an op of the graph on these shards, or its contribution to them."""
         whole, rule, cuts = op.whole, self.program.rule(op), self._cuts(op)
-        if op.kind not in KINDS:
+        if op.kind not in COMPOSITES:
             return emit(whole, self._primitive(whole), operands, rule, cuts)
         joint = dict(op.joint)
         if op.kind in LOSSES:

@@ -28,7 +28,7 @@ import numpy as np
 
 from ...ir.errors import VerificationError
 from ...ir.graph import Graph
-from ...ir.recompute import PRODUCTS
+from ...ir.ops import CONTRACTIONS
 from ...ir.rules.user_kernel import KIND as USER_KERNEL
 from .by_microbatch import ByMicrobatch
 from .capture import Captured
@@ -81,7 +81,7 @@ def precision(graph: Graph) -> str:
     dtypes = {
         graph.types[value].dtype
         for visit in graph.visits
-        if visit.op.kind in PRODUCTS or visit.op.kind == USER_KERNEL
+        if visit.op.kind in CONTRACTIONS or visit.op.kind == USER_KERNEL
         for value in visit.op.inputs
     }
     known = [_NAMES[d] for d in dtypes if d in _NAMES]

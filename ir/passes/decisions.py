@@ -9,6 +9,7 @@ from ..errors import LoweringError
 from ..graph import Graph, Op
 from ..local import BARRIER
 from ..microbatch import TimeAxis, time_groups
+from ..ops import ADDITION
 from ..plan import Plan
 from ..program import Program
 from ..rule import NONE, Strategy, result_sharding
@@ -147,7 +148,7 @@ class Decisions:
         made = {
             v: group
             for op, group in zip(self.graph.ops, groups, strict=False)
-            if group and op.kind in ("add", "add_any")
+            if group and op.kind in ADDITION
             for v in op.outputs
         }
         return frozenset(

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from ..bodies import KINDS, LOSSES
 from ..graph import Attr, Op, Region, TensorType
 from ..local import BARRIER, MICROBATCHES, FactorCut, LocalOp, LocalProgram, LocalRegion, Shard
 from ..microbatch import AVERAGED, ESTIMATED, TimeAxis, time_factor
+from ..ops import COMPOSITES, LOSSES
 from ..rule import Rule, Strategy, operand_sharding, result_sharding, settled_axes
 from ..rules import rule_of
 from ..sharding import Sharding, Step, moved_to, replicated, reshard
@@ -255,7 +255,7 @@ class Writer:
         found: dict[str, tuple[str, ...]] = {}
         vocabulary = dict(op.attrs).get("vocabulary") if op.kind in LOSSES else None
         for name, code in zip(self.mesh.names, strategy.axes, strict=True):
-            if op.kind not in KINDS:
+            if op.kind not in COMPOSITES:
                 continue
             if (joint := rule.joint(code)) is not None:
                 found[joint.how] = (*found.get(joint.how, ()), name)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..bodies import KINDS, LOSS
+from ..bodies import LOSS
 from ..evenly import divides, is_uneven
+from ..ops import COMPOSITES
 from ..rule import Dim, Joint, Rule
 from .factors import Call, Dims, Factors, Reduction, attr_tuple, integers, rule_for
 
 
-@rule_for(*KINDS)
+@rule_for(*COMPOSITES)
 def composite(call: Call) -> Rule:
     """Attrs `operands` and `results` tell each dim as numbers of free dims, of these `sizes`; other dims are whole.
     So is one of keys, which is numbered after those where blocks of it are told apart.

@@ -23,7 +23,7 @@ def dot_general(call: Call) -> Rule:
     for i, j in zip(left_sum, right_sum, strict=True):
         left[i] = right[j] = factors.new(call.operands[0].shape[i], "sum")
     free = [*_rest(factors, call, 0, left), *_rest(factors, call, 1, right)]
-    return factors.rule([_ordered(left), _ordered(right)], [(*batch, *free)], [(0,), (1,)])
+    return factors.rule([_ordered(left), _ordered(right)], [(*batch, *free)], call.linear)
 
 
 def _rest(factors: Factors, call: Call, operand: int, known: dict[int, Dim]) -> list[Dim]:
@@ -66,7 +66,7 @@ def ragged_dot_general(call: Call) -> Rule:
     head = [group] if contracted else []
     result = (*head, *_rest(factors, call, 0, left), *_rest(factors, call, 1, right))
     sizes = (factors.whole(many),)
-    return factors.rule([_ordered(left), _ordered(right), sizes], [result], [(0,), (1,)])
+    return factors.rule([_ordered(left), _ordered(right), sizes], [result], call.linear)
 
 
 @rule_for("conv_general_dilated")
@@ -94,7 +94,7 @@ def conv_general_dilated(call: Call) -> Rule:
         sizes = x_shape[dims[0]], w_shape[dims[1]], y_shape[dims[2]]
         found = _spatial(factors, call, n, sizes)
         left[dims[0]], right[dims[1]], result[dims[2]] = found
-    return factors.rule([_ordered(left), _ordered(right)], [_ordered(result)], [(0,), (1,)])
+    return factors.rule([_ordered(left), _ordered(right)], [_ordered(result)], call.linear)
 
 
 def _spatial(

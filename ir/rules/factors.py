@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..graph import Attr, TensorType
+from ..ops import linear_in
 from ..rule import Dim, Factor, Rule
 
 Dims = tuple[Dim, ...]
@@ -32,6 +33,11 @@ class Call:
     attrs: Mapping[str, Attr]
     operands: tuple[TensorType, ...]
     results: tuple[TensorType, ...]
+
+    @property
+    def linear(self) -> tuple[tuple[int, ...], ...]:
+        """Groups of operands in which ops of this kind are linear."""
+        return linear_in(self.kind, len(self.operands))
 
     def integer(self, name: str) -> int:
         return _integer(self.attrs[name])

@@ -78,7 +78,9 @@ def gather(call: Call) -> Rule:
     looked_up: Reduction = "sum" if call.operands[0].dtype in NUMBERS else ""
     operand, result = _operand_dims(factors, call, window, index, call.results[0].shape, looked_up)
     columns = factors.whole(call.operands[1].shape[-1])
-    return factors.rule([operand, (*index, columns)], [result], [(0,)] if _fills_zero(call) else [])
+    return factors.rule(
+        [operand, (*index, columns)], [result], call.linear if _fills_zero(call) else ()
+    )
 
 
 def _fills_zero(call: Call) -> bool:
@@ -110,13 +112,7 @@ def scatter(call: Call) -> Rule:
         factors, call, window, index, call.operands[2].shape, "parallel"
     )
     columns = factors.whole(call.operands[1].shape[-1])
-    return factors.rule([operand, (*index, columns), updates], [operand], _linear(call.kind))
-
-
-def _linear(kind: str) -> list[tuple[int, ...]]:
-    if kind in ("scatter", "scatter-add", "scatter-sub"):
-        return [(0, 2)]
-    return [(0,)] if kind == "scatter-mul" else []
+    return factors.rule([operand, (*index, columns), updates], [operand], call.linear)
 
 
 def _operand_dims(

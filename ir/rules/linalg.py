@@ -25,8 +25,7 @@ def of_vectors(call: Call) -> Rule:
 
 @rule_for("fft")
 def fft(call: Call) -> Rule:
-    rule = batched(call, len(integers(call.attrs["fft_lengths"])))
-    return Rule(rule.factors, rule.operands, rule.results, ((0,),))
+    return batched(call, len(integers(call.attrs["fft_lengths"])))
 
 
 @rule_for("triangular_solve")
@@ -42,7 +41,7 @@ def triangular_solve(call: Call) -> Rule:
     left = call.attrs["left_side"] is True
     tail = (solved, factors.new(columns)) if left else (factors.new(rows), solved)
     side = (*batch, *tail)
-    return factors.rule([(*batch, *whole), side], [side], [(1,)])
+    return factors.rule([(*batch, *whole), side], [side], call.linear)
 
 
 def batched(call: Call, trailing: int) -> Rule:
@@ -57,4 +56,4 @@ def batched(call: Call, trailing: int) -> Rule:
         [(*shared, *factors.wholes(kind.shape[many:])) for kind in side]
         for side in (call.operands, call.results)
     )
-    return factors.rule(operands, results)
+    return factors.rule(operands, results, call.linear)

@@ -13,4 +13,4 @@ def identity(call: Call) -> Rule:
     require(devices == () or (isinstance(devices, tuple) and set(devices) == {None}))
     factors = Factors()
     dims = [factors.like(kind.shape) for kind in call.operands]
-    return factors.rule(dims, dims, [tuple(range(len(dims)))])
+    return factors.rule(dims, dims, call.linear)

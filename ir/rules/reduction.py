@@ -30,7 +30,7 @@ def reduce(call: Call) -> Rule:
         for d, size in enumerate(call.operands[0].shape)
     )
     result = tuple(dim for d, dim in enumerate(operand) if d not in axes)
-    return factors.rule([operand], [result], [(0,)] if call.kind == "reduce_sum" else [])
+    return factors.rule([operand], [result], call.linear)
 
 
 @rule_for("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
@@ -41,7 +41,7 @@ def running(call: Call) -> Rule:
         factors.whole(size) if d == axis else factors.new(size)
         for d, size in enumerate(call.operands[0].shape)
     )
-    return factors.rule([dims], [dims], [(0,)] if call.kind == "cumsum" else [])
+    return factors.rule([dims], [dims], call.linear)
 
 
 @rule_for("reduce_window_sum", "reduce_window_max", "reduce_window_min")
@@ -55,7 +55,7 @@ def reduce_window(call: Call) -> Rule:
         )
     ]
     operand, result = tuple(b for b, _ in dims), tuple(a for _, a in dims)
-    return factors.rule([operand], [result], [(0,)] if call.kind == "reduce_window_sum" else [])
+    return factors.rule([operand], [result], call.linear)
 
 
 @rule_for("select_and_scatter_add", "select_and_gather_add")
@@ -69,13 +69,13 @@ def select_in_window(call: Call) -> Rule:
     ]
     first, second = tuple(g for g, _ in dims), tuple(i for _, i in dims)
     if call.kind == "select_and_scatter_add":
-        return factors.rule([first, second], [second], [(0,)])
+        return factors.rule([first, second], [second], call.linear)
     pooled = call.results[0].shape
     result = tuple(
         dim if free else factors.whole(size)
         for free, dim, size in zip(_free(call), second, pooled, strict=True)
     )
-    return factors.rule([first, second], [result], [(0,)])
+    return factors.rule([first, second], [result], call.linear)
 
 
 def _free(call: Call) -> list[bool]:

@@ -24,7 +24,7 @@ def reshape(call: Call) -> Rule:
     read = tuple(shape[d] for d in order)
     before, after = common_factors(factors, read, call.results[0].shape)
     operand = tuple(dim for _, dim in sorted(zip(order, before, strict=True)))
-    return factors.rule([operand], [after], [(0,)])
+    return factors.rule([operand], [after], call.linear)
 
 
 def common_factors(
@@ -97,7 +97,7 @@ def broadcast_in_dim(call: Call) -> Rule:
         result[place] if size == shape[place] else ()
         for place, size in zip(places, call.operands[0].shape, strict=True)
     )
-    return factors.rule([operand], [result], [(0,)])
+    return factors.rule([operand], [result], call.linear)
 
 
 @rule_for("squeeze")
@@ -106,7 +106,7 @@ def squeeze(call: Call) -> Rule:
     operand = factors.like(call.operands[0].shape)
     gone = {d % len(operand) for d in call.integers("dimensions")}
     result = tuple(dim for d, dim in enumerate(operand) if d not in gone)
-    return factors.rule([operand], [result], [(0,)])
+    return factors.rule([operand], [result], call.linear)
 
 
 @rule_for("transpose")
@@ -114,7 +114,7 @@ def transpose(call: Call) -> Rule:
     factors = Factors()
     operand = factors.like(call.operands[0].shape)
     result = tuple(operand[d] for d in call.integers("permutation"))
-    return factors.rule([operand], [result], [(0,)])
+    return factors.rule([operand], [result], call.linear)
 
 
 @rule_for("rev")
@@ -125,7 +125,7 @@ def rev(call: Call) -> Rule:
         factors.whole(size) if d in reversed_dims else factors.new(size)
         for d, size in enumerate(call.operands[0].shape)
     )
-    return factors.rule([dims], [dims], [(0,)])
+    return factors.rule([dims], [dims], call.linear)
 
 
 @rule_for("concatenate")
@@ -133,7 +133,7 @@ def concatenate(call: Call) -> Rule:
     axis = call.integer("dimension")
     factors = Factors()
     *operands, result = _whole_along(factors, axis, [*call.operands, *call.results])
-    return factors.rule(operands, [result], [tuple(range(len(operands)))])
+    return factors.rule(operands, [result], call.linear)
 
 
 @rule_for("stack")
@@ -142,8 +142,7 @@ def stack(call: Call) -> Rule:
     factors = Factors()
     dims = factors.like(call.operands[0].shape)
     result = (*dims[:axis], factors.whole(len(call.operands)), *dims[axis:])
-    everyone = tuple(range(len(call.operands)))
-    return factors.rule([dims for _ in everyone], [result], [everyone])
+    return factors.rule([dims for _ in call.operands], [result], call.linear)
 
 
 @rule_for("unstack")
@@ -152,7 +151,7 @@ def unstack(call: Call) -> Rule:
     factors = Factors()
     dims = factors.like(call.results[0].shape)
     operand = (*dims[:axis], factors.whole(len(call.results)), *dims[axis:])
-    return factors.rule([operand], [dims for _ in call.results], [(0,)])
+    return factors.rule([operand], [dims for _ in call.results], call.linear)
 
 
 @rule_for("split")
@@ -160,7 +159,7 @@ def split(call: Call) -> Rule:
     axis = call.integer("axis")
     factors = Factors()
     operand, *results = _whole_along(factors, axis, [*call.operands, *call.results])
-    return factors.rule([operand], results, [(0,)])
+    return factors.rule([operand], results, call.linear)
 
 
 def _whole_along(factors: Factors, axis: int, kinds: Sequence[TensorType]) -> list[Dims]:
@@ -177,7 +176,7 @@ def tile(call: Call) -> Rule:
     result = tuple(
         factors.new(times) + dim for times, dim in zip(call.integers("reps"), operand, strict=True)
     )
-    return factors.rule([operand], [result], [(0,)])
+    return factors.rule([operand], [result], call.linear)
 
 
 @rule_for("slice")
@@ -213,13 +212,13 @@ def dynamic_update_slice(call: Call) -> Rule:
     factors = Factors()
     full = [before == after for before, after in zip(target, update, strict=True)]
     dims, part = _shared_where(factors, full, target, update)
-    return factors.rule([dims, part, *_scalars(call, 2)], [dims], [(0, 1)])
+    return factors.rule([dims, part, *_scalars(call, 2)], [dims], call.linear)
 
 
 def _window(call: Call, full: list[bool]) -> Rule:
     factors = Factors()
     before, after = _shared_where(factors, full, call.operands[0].shape, call.results[0].shape)
-    return factors.rule([before, *_scalars(call, 1)], [after], [(0,)])
+    return factors.rule([before, *_scalars(call, 1)], [after], call.linear)
 
 
 def _scalars(call: Call, first: int) -> list[Dims]:

@@ -19,7 +19,7 @@ from ...ir.bodies import body_of
 from ...ir.cluster import Device
 from ...ir.evenly import keys_at_most, pairs_kept
 from ...ir.graph import Op
-from ...ir.recompute import PRODUCTS
+from ...ir.ops import CONTRACTIONS
 
 ROWS = 128  # queries that one thread block of fused attention works on (Dao, arXiv 2307.08691, section 3.3)
 _REDUCED = frozenset({"reduce_sum", "reduce_max"})
@@ -55,13 +55,14 @@ def _scores_moved(body: str) -> float:
     graph = body_of(body)
     types = graph.types
     large = max(
-        (types[v].size for op in graph.ops if op.kind in PRODUCTS for v in op.outputs), default=0
+        (types[v].size for op in graph.ops if op.kind in CONTRACTIONS for v in op.outputs),
+        default=0,
     )
     return float(
         sum(
             types[v].nbytes
             for op in graph.ops
-            if op.kind in PRODUCTS | _REDUCED
+            if op.kind in CONTRACTIONS | _REDUCED
             for v in (*op.inputs, *op.outputs)
             if types[v].size == large
         )

@@ -15,15 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...ir.attention import Attention
-from ...ir.bodies import KINDS as COMPOSITES
-from ...ir.bodies import LOSSES
 from ...ir.cluster import Device
 from ...ir.graph import Op, TensorType
+from ...ir.ops import COMPOSITES, CONTRACTIONS, LOSSES
 from ...ir.rule import Rule
 from ...ir.rules.user_kernel import KIND as USERS
 from .attention import ROWS, attention_seconds, attention_tail
 from .flop import DECOMPOSITIONS, flop, told_cost
-from .kernels import CONTRACTIONS, FREE, Kernels, is_kernel, work
+from .kernels import FREE, Kernels, is_kernel, work
 from .loss import least_loss_seconds, loss_seconds
 from .products import ENDLESS, multiplied_as, peak_of, product_share
 from .ways import Ways

@@ -16,10 +16,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from math import log2, prod
 
-from ...ir.bodies import KINDS as COMPOSITES
 from ...ir.bodies import body_of
 from ...ir.graph import Op, TensorType
-from ...ir.recompute import PRODUCTS
+from ...ir.ops import COMPOSITES, CONTRACTIONS
 from ...ir.rule import Rule
 from ...ir.rules import rule_of, vocabulary
 from ...ir.rules.user_kernel import KIND as USERS
@@ -80,7 +79,9 @@ def is_counted(op: Op) -> bool:
 def _products_within(body: str) -> float:
     graph = body_of(body)
     return sum(
-        flop(op, rule_of(op, graph.types), graph.types) for op in graph.ops if op.kind in PRODUCTS
+        flop(op, rule_of(op, graph.types), graph.types)
+        for op in graph.ops
+        if op.kind in CONTRACTIONS
     )
 
 

@@ -27,26 +27,23 @@ from functools import lru_cache, partial
 from typing import Literal
 
 from ...ir.attention import Attention
-from ...ir.bodies import KINDS as COMPOSITES
 from ...ir.graph import Op, TensorType
+from ...ir.ops import ALIASES, COMPOSITES, CONTRACTIONS
 from ...ir.program import Program
-from ...ir.recompute import AGAIN, PRODUCTS
+from ...ir.recompute import AGAIN
 from ...ir.rules.user_kernel import KIND as USERS
 from .flop import DECOMPOSITIONS, KNOWN
 
 # Ops that start a kernel of their own and read and write memory.
 KERNELS = frozenset({
-    *PRODUCTS, *COMPOSITES, USERS, "gather", "scatter", "scatter-add", "sort", "top_k",
+    *CONTRACTIONS, *COMPOSITES, USERS, "gather", "scatter", "scatter-add", "sort", "top_k",
     "cumsum", "reduce_window_max", "reduce_window_sum", "select_and_scatter_add", "random_bits",
     "threefry2x32", "dynamic_update_slice",
 })  # fmt: skip
-CONTRACTIONS = PRODUCTS
-FREE = frozenset(
-    {"copy", "optimization_barrier", "reshape", "squeeze", "broadcast_in_dim"}
-)  # no kernel
+FREE = ALIASES | {"copy", "broadcast_in_dim"}  # no kernel
 # Ops that never follow another's layout: they do real work, or a layout of their own is the point.
 LEADERS = frozenset({
-    *PRODUCTS, *COMPOSITES, USERS, "copy", "gather", "scatter", "scatter-add", "sort",
+    *CONTRACTIONS, *COMPOSITES, USERS, "copy", "gather", "scatter", "scatter-add", "sort",
     "top_k", "cumsum", "dynamic_slice", "dynamic_update_slice", "concatenate",
     "select_and_scatter_add", "reduce_window_max", "reduce_window_sum", "random_bits", "threefry2x32",
 })  # fmt: skip

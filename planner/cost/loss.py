@@ -22,8 +22,8 @@ from ...ir.cluster import Device
 from ...ir.graph import ITEM_BYTES, Op, TensorType
 from ...ir.loss_blocks import hidden_in, hidden_of, logits_in, most_logits
 from ...ir.online import body_parts
+from ...ir.ops import CONTRACTIONS
 from ...ir.program import Program
-from ...ir.recompute import PRODUCTS
 from ...ir.refusals import Refusal
 from ...ir.rules import rule_of
 from .flop import flop
@@ -139,7 +139,7 @@ def _made(
             result in graph.outputs,
         )
 
-    products = tuple(product(op) for op in graph.ops if op.kind in PRODUCTS)
+    products = tuple(product(op) for op in graph.ops if op.kind in CONTRACTIONS)
     alone = Program(graph, ("forward",) * len(graph.ops), Refusal("", "", ""))
     kernels = kernels_of(alone)
     chains = {id(chain): chain for chain in kernels.chains.values()}.values()

@@ -17,14 +17,14 @@ from typing import Literal
 import numpy as np
 
 from ...ir.bodies import FORWARD
-from ...ir.bodies import KINDS as COMPOSITES
 from ...ir.graph import Op
+from ...ir.ops import COMPOSITES, CONTRACTIONS
 from ...ir.plan import Collective
 from ...ir.program import Program
 from ...ir.roles import Role, roles
 from ...ir.rules import rule_of
 from ..cost.flop import flop
-from ..cost.kernels import CONTRACTIONS, FREE, kernels_of
+from ..cost.kernels import FREE, kernels_of
 from ..cost.model import CostModel
 from ..layouts import Layouts
 from ..memory.ledger import Ledger

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from ...ir.bodies import ATTENTION
 from ...ir.copies import settles
 from ...ir.errors import PlanError, did_you_mean
 from ...ir.examples import Dims, Examples
 from ...ir.graph import Op
 from ...ir.mesh import Axis, Mesh
 from ...ir.mistakes import Mistakes
+from ...ir.ops import ADDITION, ATTENTION
 from ...ir.program import Program
 from ...ir.roles import roles
 from ...ir.rule import NONE, Rule, Strategy, cuttable, owing, result_sharding
@@ -51,7 +51,6 @@ LOOK_UPS = frozenset(
     {"gather", "scatter", "scatter-add"}
 )  # tokens are dispatched and combined on their own rank
 PASSING = frozenset({"copy", "reshape", "transpose", "convert_element_type"})
-SUMS = frozenset({"add", "add_any"})
 DEGREES = ("tp", "pp", "vpp", "dp", "cp", "ep")
 STATE_AXES = ("dp", "ep", "cp")  # ZeRO's shards of state are cut over these
 
@@ -214,7 +213,7 @@ class Pinned:
     def _owed(self, op: Op) -> frozenset[str]:
         """Of a sum of what products of tensor parallelism leave owing (of queries, keys and values; of a gate and
         what it gates): it owes as well, and is reduced once (Megatron-LM joins the products, DTensor adds partials)."""
-        makers = [self._makers.get(v) for v in op.inputs] if op.kind in SUMS else []
+        makers = [self._makers.get(v) for v in op.inputs] if op.kind in ADDITION else []
         found = [self._owed(m) | self._left(m) if m else frozenset[str]() for m in makers]
         return frozenset[str]({"tp"}).intersection(*found) if found else frozenset()
 

@@ -15,13 +15,13 @@ from collections.abc import Collection
 from functools import cached_property
 from itertools import product
 
-from ...ir.bodies import ATTENTION
 from ...ir.examples import Examples
 from ...ir.graph import Graph, Op
+from ...ir.ops import ATTENTION, CONTRACTIONS
 from ...ir.program import Program
 from ...ir.rule import Rule, cuttable
 from ...ir.rules import rule_of
-from ..cost.kernels import CONTRACTIONS, REDUCTIONS, attention_values
+from ..cost.kernels import REDUCTIONS, attention_values
 from ..usage import followed, sequence_dims
 
 

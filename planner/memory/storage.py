@@ -20,10 +20,10 @@ from typing import Any
 from ...ir.copies import settles
 from ...ir.graph import ITEM_BYTES, Graph, Op
 from ...ir.microbatch import TimeAxis
+from ...ir.ops import ALIASES, CONTRACTIONS
 from ...ir.program import Program
-from ..cost.kernels import CONTRACTIONS, REDUCTIONS, WEIGHTS, Kernels, is_kernel, kernels_of
+from ..cost.kernels import REDUCTIONS, WEIGHTS, Kernels, is_kernel, kernels_of
 
-ALIASES = frozenset({"reshape", "squeeze", "optimization_barrier"})
 DEAR = REDUCTIONS | WEIGHTS.keys() | {"copy"}
 
 # XLA's fusion on GPUs weighs an op against a pass through memory, and makes these again (priority_fusion.cc; seen in
