@@ -19,9 +19,9 @@ from typing import Any
 import jax
 
 from meshwright.ir.graph import Op
-from meshwright.ir.ops import CONTRACTIONS
+from meshwright.ir.ops import CONTRACTIONS, KERNELS
 from meshwright.ir.program import Program
-from meshwright.planner.cost.kernels import KERNELS, attention_values
+from meshwright.planner.cost.kernels import attention_values
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.layouts import Layouts
 from meshwright.planner.space import build

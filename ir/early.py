@@ -20,20 +20,12 @@ from dataclasses import dataclass, field, replace
 from .dead import drop_dead_ops, live_ops
 from .graph import Graph, Op, deciding
 from .microbatch import WHOLE, Refusal, TimeAxis, time_axis, totals_waited_for
-from .ops import CONTRACTIONS
+from .ops import COMPOSITES, CONTRACTIONS, DECOMPOSITIONS
 from .values import Fresh
 
 EARLY = "~early"  # ends the tags of ops that run on the whole batch first
 # What is not run twice for a total: the total then waits for the last microbatch.
-DEAR = CONTRACTIONS | {
-    "while",
-    "cond",
-    "custom_call",
-    "pallas_call",
-    "ragged_dot",
-    "ragged_dot_general",
-    "fft",
-}
+DEAR = CONTRACTIONS | COMPOSITES | DECOMPOSITIONS | {"while", "cond", "user_kernel", "pallas_call"}
 
 
 def with_early_totals(graph: Graph, batch: Mapping[int, int]) -> tuple[Graph, TimeAxis | Refusal]:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from .graph import Graph, Op, TensorType
+from .ops import KERNELS, RANDOM
 
-_DRAWS = frozenset({"random_bits", "random_gamma", "rng_bit_generator", "threefry2x32"})
+_DRAWS = RANDOM & KERNELS  # of numbers; other random kinds turn keys
 _WORDS = frozenset({"key", "s32", "u32", "s64", "u64"})
 _MOST = 4096  # elements: keys of many layers, not counters of many numbers
 

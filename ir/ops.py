@@ -115,8 +115,8 @@ _ROWS: tuple[tuple[str, str, Linear], ...] = (
     ("qr schur svd tridiagonal", "kernel decomposition", NONE),
     ("triangular_solve", "kernel decomposition", ((1,),)),
     ("fft", "kernel decomposition", FIRST),
-    ("lu_pivots_to_permutation symmetric_product", "", NONE),
-    ("tridiagonal_solve", "", ((3,),)),
+    ("lu_pivots_to_permutation symmetric_product", "kernel", NONE),
+    ("tridiagonal_solve", "kernel", ((3,),)),
     # random numbers
     ("random_bits random_gamma rng_bit_generator rng_uniform threefry2x32", "kernel random", NONE),
     ("random_clone random_fold_in random_seed random_split random_unwrap random_wrap", "random", NONE),

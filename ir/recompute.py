@@ -34,7 +34,7 @@ from typing import Literal
 from zlib import crc32
 
 from .graph import Graph, Op, Region, TensorType
-from .ops import COMPOSITES, CONTRACTIONS, CONTROL_FLOW
+from .ops import CONTRACTIONS, CONTROL_FLOW, KERNELS, MOVEMENT, REDUCTIONS
 from .values import Fresh, block_instances
 
 Policy = Literal[
@@ -55,10 +55,7 @@ POLICIES: tuple[Policy, ...] = (
 )  # what a plan may choose
 
 AGAIN = "~again"  # ends the tags of ops that are computed again
-COSTLY = CONTRACTIONS | COMPOSITES | CONTROL_FLOW | {
-    "gather", "scatter", "scatter-add", "sort", "top_k",
-    "user_kernel", "cumsum", "reduce_sum", "reduce_max", "reduce_min", "argmax", "random_bits", "threefry2x32",
-}  # fmt: skip
+COSTLY = (KERNELS - MOVEMENT) | REDUCTIONS | CONTROL_FLOW
 
 
 def recompute(

@@ -16,13 +16,11 @@ from ..ir.batch import batch_dims
 from ..ir.examples import Examples
 from ..ir.execution import OverlapKind
 from ..ir.graph import Op
+from ..ir.ops import KERNELS, MOVEMENT
 from ..ir.program import Program
-from .cost.kernels import LEADERS
 
-MOVERS = frozenset({"copy", "concatenate", "dynamic_slice", "dynamic_update_slice"})
-HEAVY = (
-    LEADERS - MOVERS
-)  # what a pass is made of: gradients of weights are not waited for until one reads them
+# What a pass is made of: gradients of weights are not waited for until one reads them.
+HEAVY = KERNELS - MOVEMENT
 
 
 @dataclass

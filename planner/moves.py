@@ -9,6 +9,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ..ir.graph import Op, Region
+from ..ir.ops import FORWARDING
 from ..ir.plan import Collective
 from ..ir.rule import Strategy, side_sharding
 from ..ir.sharding import Sharding, reshard
@@ -16,9 +17,7 @@ from .inside import Inside
 from .outline import Decides
 from .space import Space, Transfer
 
-SILENT = frozenset(
-    {"copy", "convert_element_type", "transpose", "reshape"}
-)  # named by what they read
+SILENT = FORWARDING - {"broadcast_in_dim"}  # named by what they read
 
 
 def spoken(space: Space) -> dict[str, str]:

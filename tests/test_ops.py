@@ -221,3 +221,21 @@ def test_rules_claim_no_more_than_the_table_says():
     for kind in sorted(vocabulary() & PRIMITIVES.keys()):
         for one in samples()[kind]:
             assert {*one.rule.linear} <= {*ops.linear_in(kind, len(one.operands))}, kind
+
+
+FAMILIES_OF_KINDS = {
+    "scatter": "indexed",
+    "cum": "kernel",
+    "reduce_window_": "kernel",
+    "arg": "choosing",
+    "random_": "random",
+    "rng_": "random",
+    "attention": "attention",
+    "cross_entropy": "loss",
+}
+
+
+@pytest.mark.parametrize("start, trait", FAMILIES_OF_KINDS.items())
+def test_kinds_that_are_named_alike_share_a_trait(start: str, trait: str):
+    for name, kind in ops.KINDS.items():
+        assert not name.startswith(start) or trait in kind.traits, name

@@ -28,15 +28,14 @@ import numpy as np
 
 from ...ir.graph import Graph, Op
 from ...ir.local import LocalOp
-from ...ir.ops import COMPOSITES, CONTRACTIONS
+from ...ir.ops import CHOOSING, COMPOSITES, SUMMING
 from .capture import Captured
 from .replay import Walk
 
-SUMS = CONTRACTIONS | COMPOSITES | {"reduce_sum", "scatter-add", "cumsum"}
+SUMS = SUMMING | COMPOSITES
 NEAR, FAR = 2.0, 16.0  # units in the last place
 NEAR_RUNS, FAR_RUNS = 4, 8  # one in 2^12 numbers that are rounding alone seems to stand still
 CHOOSING_RUNS = 16  # near ones of a step that chooses
-CHOOSING = frozenset({"top_k", "sort", "argmax", "argmin"})
 _BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
 
 

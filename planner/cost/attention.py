@@ -19,10 +19,9 @@ from ...ir.bodies import body_of
 from ...ir.cluster import Device
 from ...ir.evenly import keys_at_most, pairs_kept
 from ...ir.graph import Op
-from ...ir.ops import CONTRACTIONS
+from ...ir.ops import CONTRACTIONS, REDUCTIONS
 
 ROWS = 128  # queries that one thread block of fused attention works on (Dao, arXiv 2307.08691, section 3.3)
-_REDUCED = frozenset({"reduce_sum", "reduce_max"})
 
 
 def attention_seconds(op: Op, flop: float, peak: float, device: Device, by_xla: bool) -> float:
@@ -62,7 +61,7 @@ def _scores_moved(body: str) -> float:
         sum(
             types[v].nbytes
             for op in graph.ops
-            if op.kind in CONTRACTIONS | _REDUCED
+            if op.kind in CONTRACTIONS | REDUCTIONS
             for v in (*op.inputs, *op.outputs)
             if types[v].size == large
         )

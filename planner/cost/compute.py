@@ -17,11 +17,11 @@ import numpy as np
 from ...ir.attention import Attention
 from ...ir.cluster import Device
 from ...ir.graph import Op, TensorType
-from ...ir.ops import COMPOSITES, CONTRACTIONS, LOSSES
+from ...ir.ops import COMPOSITES, CONTRACTIONS, DECOMPOSITIONS, INDEXED, LOSSES
 from ...ir.rule import Rule
 from ...ir.rules.user_kernel import KIND as USERS
 from .attention import ROWS, attention_seconds, attention_tail
-from .flop import DECOMPOSITIONS, flop, told_cost
+from .flop import flop, told_cost
 from .kernels import FREE, Kernels, is_kernel, work
 from .loss import least_loss_seconds, loss_seconds
 from .products import ENDLESS, multiplied_as, peak_of, product_share
@@ -184,7 +184,7 @@ def _touched(op: Op, types: Mapping[int, TensorType], kernels: Kernels) -> dict[
         }
     if op.kind == "dynamic_update_slice":
         return {1: 2.0 * types[op.inputs[1]].nbytes}
-    if op.kind in ("scatter", "scatter-add"):
+    if op.kind in INDEXED:
         return {**results, 2: 2.0 * types[op.inputs[2]].nbytes}
     return _moved(op, types, kernels)
 

@@ -18,7 +18,7 @@ from math import log2, prod
 
 from ...ir.bodies import body_of
 from ...ir.graph import Op, TensorType
-from ...ir.ops import COMPOSITES, CONTRACTIONS
+from ...ir.ops import COMPOSITES, CONTRACTIONS, DECOMPOSITIONS
 from ...ir.rule import Rule
 from ...ir.rules import rule_of, vocabulary
 from ...ir.rules.user_kernel import KIND as USERS
@@ -33,7 +33,6 @@ SQUARE = {
     "tridiagonal": 4 / 3,
 }
 TALL = frozenset({"lu", "qr", "geqrf", "geqp3", "householder_product", "svd"})
-DECOMPOSITIONS = TALL | SQUARE.keys() | {"triangular_solve", "fft"}
 
 
 def flop(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> float:

@@ -28,57 +28,28 @@ from typing import Literal
 
 from ...ir.attention import Attention
 from ...ir.graph import Op, TensorType
-from ...ir.ops import ALIASES, COMPOSITES, CONTRACTIONS
+from ...ir.ops import ALIASES, DIVISION, KERNELS, MOVEMENT, REDUCTIONS, TRANSCENDENTAL, VIEWS
 from ...ir.program import Program
 from ...ir.recompute import AGAIN
-from ...ir.rules.user_kernel import KIND as USERS
-from .flop import DECOMPOSITIONS, KNOWN
+from .flop import KNOWN
 
-# Ops that start a kernel of their own and read and write memory.
-KERNELS = frozenset({
-    *CONTRACTIONS, *COMPOSITES, USERS, "gather", "scatter", "scatter-add", "sort", "top_k",
-    "cumsum", "reduce_window_max", "reduce_window_sum", "select_and_scatter_add", "random_bits",
-    "threefry2x32", "dynamic_update_slice",
-})  # fmt: skip
 FREE = ALIASES | {"copy", "broadcast_in_dim"}  # no kernel
 # Ops that never follow another's layout: they do real work, or a layout of their own is the point.
-LEADERS = frozenset({
-    *CONTRACTIONS, *COMPOSITES, USERS, "copy", "gather", "scatter", "scatter-add", "sort",
-    "top_k", "cumsum", "dynamic_slice", "dynamic_update_slice", "concatenate",
-    "select_and_scatter_add", "reduce_window_max", "reduce_window_sum", "random_bits", "threefry2x32",
-})  # fmt: skip
-REDUCTIONS = frozenset(
-    {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax"}
-)
-
+LEADERS = KERNELS | MOVEMENT
 
 Fusion = Literal[
     "all", "layers", "none"
 ]  # what a compiler fuses: all, repeated layers alone, nothing
 FUSIONS: tuple[Fusion, ...] = ("all", "layers", "none")
-VIEWS = FREE | {
-    "transpose",
-    "slice",
-    "split",
-    "rev",
-    "stop_gradient",
-}  # run by themselves they move nothing
-
 # Arithmetic per element of a fused op, in simple operations; one where not listed.
 # Measured on one x86 core with XLA's vectorised expansions: exp and tanh take 10 to
 # 20 times a multiplication, division and roots about 4 times.
-WEIGHTS = {
-    **dict.fromkeys(
-        ("exp", "exp2", "expm1", "log", "log1p", "logistic", "tanh", "sin", "cos", "erf", "pow"),
-        16.0,
-    ),
-    **dict.fromkeys(("div", "sqrt", "rsqrt", "cbrt", "rem"), 4.0),
-}
+WEIGHTS = dict.fromkeys(TRANSCENDENTAL, 16.0) | dict.fromkeys(DIVISION, 4.0)
 
 
 def is_kernel(op: Op) -> bool:
     """Whether an op runs by itself. What nobody describes (a kernel by hand, a custom call) does."""
-    return op.kind in KERNELS or op.kind in DECOMPOSITIONS or op.kind not in KNOWN
+    return op.kind in KERNELS or op.kind not in KNOWN
 
 
 @dataclass(slots=True)
@@ -148,7 +119,7 @@ def _written(program: Program, fusion: Fusion) -> frozenset[int]:
         for op, phase in zip(program.graph.ops, program.phases, strict=True)
         if phase in ("forward", "backward")
         and (fusion == "none" or not _in_block(op))
-        and op.kind not in VIEWS
+        and op.kind not in FREE | VIEWS  # run by themselves they move nothing
         for v in op.outputs
         if v not in free
     )

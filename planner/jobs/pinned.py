@@ -30,7 +30,7 @@ from ...ir.examples import Dims, Examples
 from ...ir.graph import Op
 from ...ir.mesh import Axis, Mesh
 from ...ir.mistakes import Mistakes
-from ...ir.ops import ADDITION, ATTENTION
+from ...ir.ops import ADDITION, ATTENTION, FORWARDING, INDEXED
 from ...ir.program import Program
 from ...ir.roles import roles
 from ...ir.rule import NONE, Rule, Strategy, cuttable, owing, result_sharding
@@ -47,10 +47,7 @@ from .positions import Attention, Positions
 CP_KINDS = ("all_gather", "p2p", "a2a")
 LETTERS = re.compile(r"_([A-Z0-9]+)\W*$")
 TENSOR, EXPERT = "NKFV", "E"
-LOOK_UPS = frozenset(
-    {"gather", "scatter", "scatter-add"}
-)  # tokens are dispatched and combined on their own rank
-PASSING = frozenset({"copy", "reshape", "transpose", "convert_element_type"})
+PASSING = FORWARDING - {"broadcast_in_dim"}
 DEGREES = ("tp", "pp", "vpp", "dp", "cp", "ep")
 STATE_AXES = ("dp", "ep", "cp")  # ZeRO's shards of state are cut over these
 
@@ -263,7 +260,7 @@ class Pinned:
             return found or ([] if whole else self.positions.factors(op, rule))
         if (
             axis == "ep"
-            and op.kind not in LOOK_UPS
+            and op.kind not in INDEXED  # tokens are dispatched and combined on their own rank
             and (found := self._shares(self.experts, op, rule))
         ):
             return found

@@ -17,11 +17,11 @@ from itertools import product
 
 from ...ir.examples import Examples
 from ...ir.graph import Graph, Op
-from ...ir.ops import ATTENTION, CONTRACTIONS
+from ...ir.ops import ATTENTION, CONTRACTIONS, REDUCTIONS
 from ...ir.program import Program
 from ...ir.rule import Rule, cuttable
 from ...ir.rules import rule_of
-from ..cost.kernels import REDUCTIONS, attention_values
+from ..cost.kernels import attention_values
 from ..usage import followed, sequence_dims
 
 

@@ -20,11 +20,11 @@ from typing import Any
 from ...ir.copies import settles
 from ...ir.graph import ITEM_BYTES, Graph, Op
 from ...ir.microbatch import TimeAxis
-from ...ir.ops import ALIASES, CONTRACTIONS
+from ...ir.ops import ALIASES, CONTRACTIONS, DIVISION, INDEXED, REDUCTIONS, TRANSCENDENTAL
 from ...ir.program import Program
-from ..cost.kernels import REDUCTIONS, WEIGHTS, Kernels, is_kernel, kernels_of
+from ..cost.kernels import Kernels, is_kernel, kernels_of
 
-DEAR = REDUCTIONS | WEIGHTS.keys() | {"copy"}
+DEAR = REDUCTIONS | TRANSCENDENTAL | DIVISION | {"copy"}
 
 # XLA's fusion on GPUs weighs an op against a pass through memory, and makes these again (priority_fusion.cc; seen in
 # the buffers of GPT-2 and Llama steps compiled for an H100: scores are stored, exponentials of them are not).
@@ -157,7 +157,7 @@ class _Analysis:
         return frozenset(
             op.outputs[0]
             for op in self.ops
-            if op.kind in ("scatter", "scatter-add") and not self.sources(op.inputs[0])
+            if op.kind in INDEXED - {"gather"} and not self.sources(op.inputs[0])
         )
 
     def _transposed(self, widths: dict[int, float]) -> dict[int, float]:

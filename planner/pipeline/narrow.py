@@ -19,9 +19,9 @@ from math import inf
 import numpy as np
 
 from ...ir.graph import Graph
+from ...ir.ops import KERNELS
 from ...ir.rules import rule_of
 from ..cost.flop import flop
-from ..cost.kernels import KERNELS
 
 INTENSITY = 200.0  # FLOP that devices do while they move a byte: A100 153, H100 295 (datasheets, bf16 dense)
 FINEST = 1 / 16  # share of the work that a part may have
