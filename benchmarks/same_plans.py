@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "llama-scan": ("llama3-8b-scan", {"batch": 256}, ("h32",)),
     "mixtral": ("mixtral-8x7b", {}, ("h32", "a128")),
     "vit": ("vit-l16", {}, ("h8", "a128")),
-    "resnet": ("wrn-101-2", {}, ("h8", "h32")),
+    "resnet": ("wrn-101-2", {}, ("h8",)),
     "dlrm": ("dlrm", {}, ("h8", "a128")),
 }
 JOBS = {

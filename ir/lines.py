@@ -6,6 +6,7 @@ import ast
 import re
 from dataclasses import dataclass
 
+from .attrs import read_all
 from .errors import GraphError
 from .graph import Attr
 
@@ -46,10 +47,8 @@ class Lines:
     def attrs(self, text: str) -> tuple[tuple[str, Attr], ...]:
         """Of `length=3, reverse=False`."""
         try:
-            call = ast.parse(f"_({text})", mode="eval").body
-            assert isinstance(call, ast.Call) and not call.args
-            return tuple((word.arg or "", ast.literal_eval(word.value)) for word in call.keywords)
-        except (SyntaxError, ValueError, AssertionError) as error:
+            return read_all(text)
+        except (SyntaxError, ValueError) as error:
             raise self.wrong() from error
 
     def literal(self, text: str) -> bool | int | float | str:

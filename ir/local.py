@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from .attrs import spelled_all
 from .graph import Attr, Constant, Op, TensorType
 from .mesh import Mesh
 from .rule import Rule
@@ -229,7 +230,7 @@ def _ops(program: LocalProgram, ops: tuple[LocalOp, ...], margin: str) -> Iterat
 
 def _call(op: LocalOp) -> str:
     operands = "".join(f" %{value}" for value in op.inputs)
-    attrs = ", ".join(f"{name}={value!r}" for name, value in op.attrs)
+    attrs = spelled_all(op.attrs)
     return op.kind + operands + (f" ({attrs})" if attrs else "")
 
 

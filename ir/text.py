@@ -22,6 +22,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from .attrs import spelled_all
 from .errors import GraphError
 from .graph import ITEM_BYTES, Batch, Constant, Graph, Op, Region, TensorType
 from .lines import TEXT, Lines
@@ -75,7 +76,7 @@ def _ops(graph: Graph, ops: tuple[Op, ...], margin: str) -> Iterator[str]:
     for op in ops:
         results = ", ".join(_typed(graph, value) for value in op.outputs)
         operands = "".join(f" %{value}" for value in op.inputs)
-        attrs = ", ".join(f"{name}={value!r}" for name, value in op.attrs)
+        attrs = spelled_all(op.attrs)
         line = f"{margin}{results} = {op.kind}{operands}" + (f" ({attrs})" if attrs else "")
         line += f" @ {op.where!r}" if op.where else ""
         line += f" {_tag(op.tag, op.count)}" if op.tag else ""

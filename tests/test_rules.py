@@ -26,7 +26,7 @@ from meshwright.ir.ops import COMPOSITES
 from meshwright.ir.rule import Rule, cuttable
 from meshwright.ir.rules import rule_of, vocabulary
 
-from .op_samples import FAMILIES, PRIMITIVES, Sample, family, normal, sample
+from .op_samples import FAMILIES, PRIMITIVES, Sample, family, lax_take, normal, sample
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -282,10 +282,24 @@ def test_an_unknown_primitive_is_opaque():
 
 def test_unusual_parameters_are_opaque():
     assert rule_of(Op("transpose", (0,), (1,)), MATRIX).opaque  # no permutation
-    mode = (("mode", "GatherScatterMode.ONE_HOT"),)
+    mode = (("mode", "one_hot"),)
     assert rule_of(Op("gather", (0, 1), (1,), mode), MATRIX).opaque
     pinned = (("new_dtype", "f32"), ("sharding", "<object>NamedSharding@1"))
     assert rule_of(Op("convert_element_type", (0,), (1,), pinned), MATRIX).opaque
+
+
+def test_look_ups_and_updates_say_in_plain_words_what_an_index_out_of_range_does():
+    told = {dict(one.op.attrs).get("mode") for one in family("indexing")}
+    assert told == {"clip", "fill_or_drop", "promise_in_bounds"}
+
+
+@pytest.mark.parametrize(
+    "fill, owes", [(None, True), (0.0, True), (-0.0, True), (float("nan"), True), (5.0, False)]
+)
+def test_a_look_up_that_fills_with_a_number_owes_no_sum(fill: float | None, owes: bool):
+    table, ids = np.ones((8, 4), np.float32), np.ones((2,), np.int32)
+    (eqn,) = jax.make_jaxpr(lambda t, i: lax_take(t, i, fill))(table, ids).eqns[-1:]
+    assert bool(sample(eqn, (table, ids[:, None])).rule.linear) == owes
 
 
 def test_integers_owe_no_sum():

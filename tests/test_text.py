@@ -5,12 +5,16 @@ import json
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from meshwright import models
 from meshwright.backends.xla.capture import capture
+from meshwright.ir.attrs import number, read_all, real, spelled_all
 from meshwright.ir.blocks import fold
 from meshwright.ir.codec import CHECKSUM, _digest, dump_graph, load_graph, load_plan, save_plan
 from meshwright.ir.errors import GraphError, MismatchError, PlanError
+from meshwright.ir.graph import Graph, Op, TensorType
 from meshwright.ir.rules import rule_of
 from meshwright.ir.text import parse, show
 from meshwright.ir.verify import verify, verify_rule
@@ -53,6 +57,30 @@ def test_captured_graphs_survive_text_and_json(name):
         verify(kept)
         assert parse(show(kept)) == kept
         assert load_graph(dump_graph(kept)) == kept
+
+
+attributes = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats().map(real) | st.text(),
+    lambda inner: st.lists(inner, max_size=3).map(tuple),
+    max_leaves=6,
+)
+
+
+@given(attributes)
+def test_attributes_survive_text_and_json(value):
+    """Numbers of both sorts keep apart, and what is not a number is itself."""
+    told = (("told", value),)
+    assert repr(read_all(spelled_all(told))) == repr(told)
+    graph = Graph(
+        {v: TensorType("f32", ()) for v in (0, 1)}, (0,), (Op("sin", (0,), (1,), told),), (1,)
+    )
+    assert load_graph(dump_graph(graph)).ops[0].attrs == told
+
+
+def test_numbers_are_written_as_numbers():
+    attrs = (("fill", real(float("nan"))), ("low", real(-2.0)), ("many", 2), ("part", real(0.5)))
+    assert spelled_all(attrs) == "fill=nan, low=-2.0, many=2, part=0.5"
+    assert [number(value) for _, value in attrs[1:]] == [-2.0, 2.0, 0.5]
 
 
 @pytest.mark.parametrize(

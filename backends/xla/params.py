@@ -5,7 +5,7 @@
 Equal attributes mean equal parameters, so a backend may key its binding by them:
 
     dtype                  its short name, "bf16"; "<key>key<fry>" for PRNG keys
-    enum                   "Class.NAME"
+    enum                   "Class.NAME"; what an index out of range does: "clip", "fill_or_drop", "promise_in_bounds"
     named tuple            a plain tuple of its fields
     float                  itself; integral, negative zero or not finite: "<float>2.0", "<float>nan"
                            (Python calls 2.0 == 2 == True equal; attributes must not)
@@ -29,7 +29,9 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from ...ir.attrs import real
 from ...ir.graph import Attr
+from ...ir.ops import INDEXED
 from ...ir.rules.random import DRAWN
 from .compat import is_vacant
 from .user_kernels import UserFunction
@@ -53,8 +55,16 @@ def dtype_name(dtype: Any) -> str:
 
 def attrs_of(primitive_name: str, params: Mapping[str, Any]) -> tuple[tuple[str, Attr], ...]:
     """The parameters of one equation of `primitive_name`, sorted by name."""
-    del primitive_name  # no primitive needs a special case today
-    return tuple(sorted((name, _attr(value)) for name, value in params.items()))
+    return tuple(
+        sorted((name, _field(primitive_name, name, value)) for name, value in params.items())
+    )
+
+
+def _field(kind: str, name: str, value: Any) -> Attr:
+    """A parameter in words of no framework, where there are some."""
+    if kind in INDEXED and isinstance(value, jax.lax.GatherScatterMode):
+        return value.name.lower()
+    return _attr(value)
 
 
 def marks_of(eqn: Any) -> tuple[tuple[str, Attr], ...]:
@@ -82,7 +92,7 @@ def _attr(value: Any) -> Attr:
         case int():
             return int(value)
         case float() if type(value) is float:
-            return _number(value)
+            return real(value)
         case str():
             return value if _is_plain(value) else f"<str>{value}"
         case np.integer():
@@ -97,10 +107,6 @@ def _is_plain(text: str) -> bool:
 
 
 _DTYPE_WORDS = {*_SHORT, *_SHORT.values(), "key"}
-
-
-def _number(value: float) -> Attr:
-    return value if np.isfinite(value) and value != int(value) else f"<float>{value!r}"
 
 
 def _container(value: Any) -> Attr:

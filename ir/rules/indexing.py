@@ -16,11 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan, nan
 
+from ..attrs import number
 from ..rule import Dim, Rule
 from .factors import INTEGERS, NUMBERS, Call, Factors, Reduction, require, rule_for
 
-_MODES = {"GatherScatterMode." + name for name in ("CLIP", "FILL_OR_DROP", "PROMISE_IN_BOUNDS")}
+# What an index out of range does: the nearest place is taken, nothing is (a look-up is filled), or there is none.
+_MODES = {"clip", "fill_or_drop", "promise_in_bounds"}
 _SCATTERED: dict[str, Reduction] = {
     "scatter-add": "sum",
     "scatter-sub": "sum",
@@ -85,8 +88,9 @@ def gather(call: Call) -> Rule:
 
 def _fills_zero(call: Call) -> bool:
     """Whether an id out of range yields something that adds up to itself over shards."""
-    filled = call.attrs["mode"] == "GatherScatterMode.FILL_OR_DROP"
-    return not filled or call.attrs["fill_value"] in (None, 0, "<float>0.0", "<float>nan")
+    given = call.attrs["fill_value"]
+    fill = nan if given is None else number(given)
+    return call.attrs["mode"] != "fill_or_drop" or (fill is not None and (fill == 0 or isnan(fill)))
 
 
 @rule_for("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-max", "scatter-min")
