@@ -50,6 +50,10 @@ if TYPE_CHECKING:
 
 TRIES = 3  # solves of a shape: the solver does not see all of the memory, so its limit is drawn in
 ORDER = 0.2  # of the time limit: the last part, in which whatever is best is tried in a better order at once
+MUCH, ORDERS = (
+    0.2,
+    8,
+)  # where another order may win so much of a step it is looked for at once, so often at most
 BETTER = 0.002  # of a step: what meshes of more axes may win at least, to be solved
 
 
@@ -68,6 +72,7 @@ class Pipelines:
     )  # bound, axes (finer first), number
     closed: float = inf  # least bound of the shapes looked at to their end
     looked: int = 0
+    orders: int = 0  # looked for at once
     outside: float = inf  # seconds of a plan found elsewhere
     first: float = inf  # of the best when the usual choices were looked at
     besides: Sequence[
@@ -115,8 +120,8 @@ class Pipelines:
     def step(self, cutoff: float = inf) -> None:
         """Look at the open family of the least bound; at the order of passes of what was found to begin with, and of
         whatever is best when time is nearly up."""
-        if self._looked_at is None:
-            self._look_for_order(cutoff)
+        if not self._looked_at:
+            self._look_for_order(self.best, cutoff)
         self.hurry(cutoff)
         if self.promises(cutoff) == inf:
             return
@@ -205,7 +210,8 @@ class Pipelines:
 
     def as_run(self) -> float:
         """Seconds of the best with the host's dispatch, as programs of its stages."""
-        return self.best.as_run(self.search.cluster.device.kind)
+        kind = self.search.cluster.device.kind
+        return min(self.best.as_run(kind), self.reordered.as_run(kind))
 
     @property
     def beat(self) -> float:
@@ -312,26 +318,40 @@ class Pipelines:
         pricing, work = Pricing(units, places, self.search.cluster), together(every, each)
         peak, left, _ = memory.parts(every)
         self.points.append(Point.of(space, choices, shape.policy, work, peak, left))
-        for schedule in self._promising(shape, work.passes):
-            best = min(self.best.seconds, self.outside)
+        much = shape.microbatches * work.passes / shape.stages < self._much(self.outside)
+        fastest: Priced | None = None
+        for schedule in self._promising(shape, work.passes, much):
+            best = fastest.seconds if fastest else inf if much else self.best.seconds
             if self.search.request.program == "single":
                 priced = self._single(pricing, shape.microbatches)
             else:
                 priced = pricing.price(schedule, best)
             if priced is not None and priced.seconds < best:
-                self.best = Found(shape, space, choices, pricing, priced)
+                fastest = priced
+        if fastest is not None:
+            found = Found(shape, space, choices, pricing, fastest)
+            if fastest.seconds < self.best.seconds:
+                self.best = found
                 self.search.note(
-                    f"{shape}, {schedule.name}: {format_seconds(priced.seconds)}, {format_bytes(max(priced.peaks))}"
+                    f"{shape}, {fastest.schedule.name}: {format_seconds(fastest.seconds)}, "
+                    f"{format_bytes(max(fastest.peaks))}"
                 )
+            if fastest.in_any_order < self._much(self.outside) and self.orders < ORDERS:
+                self.orders += 1
+                self._look_for_order(found, self.outside)
         return memory
 
-    def _promising(self, shape: Shape, passes: float) -> Iterator[Schedule]:
-        """Schedules that would be better than the best if stages were equal; `passes`: seconds of one microbatch
-        through all of them."""
+    def _much(self, cutoff: float) -> float:
+        """Seconds that would be much better than what is known."""
+        return min(self.beat, cutoff) * (1 - MUCH)
+
+    def _promising(self, shape: Shape, passes: float, all_: bool) -> Iterator[Schedule]:
+        """Schedules that would be better than the best if stages were equal, or all; `passes`: seconds of one
+        microbatch through all of them."""
         many, stages = shape.microbatches, shape.stages
         for schedule in self.choices.schedules_for(shape):
             waiting = (stages - 1) * stages / schedule.stages if schedule.stages > stages else 0.0
-            if (many + waiting) * passes / stages < min(self.best.seconds, self.outside):
+            if all_ or (many + waiting) * passes / stages < self.best.seconds:
                 yield schedule
 
     def refine(self) -> None:
@@ -384,38 +404,40 @@ class Pipelines:
 
     def reorder(self, cutoff: float = inf) -> None:
         """Keep the best pipeline's passes in a better order, if one is found and none was asked for."""
-        self._look_for_order(cutoff)
+        self._look_for_order(self.best, cutoff)
         if self.reordered.seconds < self.best.seconds:
             self.best = self.reordered
 
-    def _look_for_order(self, cutoff: float) -> None:
+    def _look_for_order(self, found: Found, cutoff: float) -> None:
         """Look for one, where some order can be faster than what is known."""
-        best = self.best
-        if not self._order_is_open(cutoff) or self.search.late():
+        if not self._order_is_open(found, cutoff) or self.search.late():
             return
-        assert best.pricing is not None and best.priced is not None
-        self._looked_at, found = best, best.pricing.reordered(best.priced)
-        if found is not None and found.seconds < self.beat:
-            self.reordered = replace(best, priced=found)
+        assert found.pricing is not None and found.priced is not None
+        self._looked_at.append(found)
+        better = found.pricing.reordered(found.priced)
+        if better is not None and better.seconds < self.beat:
+            self.reordered = replace(found, priced=better)
             self.search.note(
-                f"{best.shape}, passes reordered: {format_seconds(found.seconds)}, {format_bytes(max(found.peaks))}"
+                f"{found.shape}, passes reordered: {format_seconds(better.seconds)}, {format_bytes(max(better.peaks))}"
             )
 
     def hurry(self, cutoff: float) -> None:
         """When time is nearly up, look for a better order of whatever is best by now: at the end it may be too late."""
         if self.search.late(ORDER):
-            self._look_for_order(cutoff)
+            self._look_for_order(self.best, cutoff)
 
-    def _order_is_open(self, cutoff: float) -> bool:
-        """Whether the best passes were not looked at, and some order of them can be faster than what is known."""
-        best, request = self.best, self.search.request
-        if best is self._looked_at or best.priced is None or best.pricing is None:
+    def _order_is_open(self, found: Found, cutoff: float) -> bool:
+        """Whether its passes were not looked at, and some order of them can be faster than what is known."""
+        request = self.search.request
+        if found.priced is None or found.pricing is None:
+            return False
+        if any(found is each for each in self._looked_at):
             return False
         if request.schedule is not None or request.program == "single":
             return False
-        return best.priced.in_any_order < min(self.beat, cutoff)
+        return found.priced.in_any_order < min(self.beat, cutoff)
 
-    _looked_at: Found | None = None  # whose passes were reordered
+    _looked_at: list[Found] = field(default_factory=list)  # whose passes were reordered
 
     def _single(self, pricing: Pricing, microbatches: int) -> Priced | None:
         """A single program for all stages; None where it does not fit."""
