@@ -243,6 +243,15 @@ def test_when_time_is_nearly_up_the_passes_of_a_later_best_pipeline_are_reordere
     assert pipelines.reordered.seconds < pipelines.best.seconds
 
 
+def test_where_orders_of_passes_decide_they_are_looked_for_beside_plans_without_a_pipeline():
+    """On a slow network every schedule's own order is slower than the plan without a pipeline, another one is not."""
+    sizes = {"batch": 64, "layers": 8, "seq": 4096}
+    request = Request(pp="auto", recompute="none", time_limit=120)
+    plan = planned("llama3-8b", "2xa100x8@eth25", request, **sizes)
+    few = planned("llama3-8b", "2xa100x8@eth25", replace(request, pp=2, microbatches=8), **sizes)
+    assert plan.estimate.step_seconds < 1.01 * few.estimate.step_seconds
+
+
 def test_the_passes_of_the_best_pipeline_are_reordered():
     """Never where a schedule is asked for; the same stages, faster, within the same memory, and as simulated."""
     request = Request(pp=2, microbatches=4, mesh=(4,), recompute="none", program="stages")
