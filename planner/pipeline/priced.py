@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from math import inf
 
@@ -77,6 +77,16 @@ class Pricing:
     units: Units
     places: tuple[Place, ...]
     cluster: Cluster
+
+    @cached_property
+    def hosts(self) -> frozenset[frozenset[int]]:
+        """The ranks that have devices on a host, of all hosts; of hosts alike once."""
+        found: dict[int, set[int]] = {}
+        for rank, place in enumerate(self.places):
+            first, last = map(self.cluster.host_of, (place.first, place.end - 1))
+            for host in range(first, last + 1):
+                found.setdefault(host, set()).add(rank)
+        return frozenset(map(frozenset, found.values()))
 
     @property
     def serial(self) -> Pricing:

@@ -13,7 +13,7 @@ Leaves out: what both ways do once per step on the host, to place arrays and to 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from math import ceil
 from statistics import fmean
@@ -44,12 +44,12 @@ WHOLE = ("layer", *HALVES)  # what layers are made of
 def with_dispatch(pricing: Pricing, priced: Priced, kind: str) -> float:
     """Seconds of a step by programs of stages with the host's work, which runs beside that of accelerators, and before
     that of CPUs."""
-    host = dispatch_seconds(priced.schedule, shards_left(pricing, priced), hosts_of(pricing))
+    host = dispatch_seconds(priced.schedule, shards_left(pricing, priced), pricing.hosts)
     return priced.seconds + host if kind == "cpu" else max(priced.seconds, host)
 
 
 def dispatch_seconds(
-    schedule: Schedule, shards: Sequence[float], hosts: Sequence[frozenset[int]]
+    schedule: Schedule, shards: Sequence[float], hosts: Collection[frozenset[int]]
 ) -> float:
     """What the busiest host takes to dispatch the passes of a step, and the hand-overs that it takes part in.
 
@@ -66,15 +66,6 @@ def _dispatched_by(ranks: frozenset[int], schedule: Schedule, shards: Sequence[f
     moves = 2 * schedule.microbatches * sum(not ranks.isdisjoint(both) for both in neighbours)
     mean = fmean(shards[stage] for stage, rank in enumerate(schedule.homes) if rank in ranks)
     return (passes + moves) * (INSTRUCTION + mean * SHARD)
-
-
-def hosts_of(pricing: Pricing) -> list[frozenset[int]]:
-    """The ranks that have devices on each host."""
-    found: dict[int, set[int]] = {}
-    for rank, place in enumerate(pricing.places):
-        for host in {pricing.cluster.host_of(device) for device in range(place.first, place.end)}:
-            found.setdefault(host, set()).add(rank)
-    return [frozenset(ranks) for ranks in found.values()]
 
 
 def shards_left(pricing: Pricing, priced: Priced) -> list[float]:
