@@ -72,7 +72,6 @@ class Pipelines:
     )  # bound, axes (finer first), number
     closed: float = inf  # least bound of the shapes looked at to their end
     looked: int = 0
-    orders: int = 0  # looked for at once
     outside: float = inf  # seconds of a plan found elsewhere
     first: float = inf  # of the best when the usual choices were looked at
     besides: Sequence[
@@ -210,8 +209,13 @@ class Pipelines:
 
     def as_run(self) -> float:
         """Seconds of the best with the host's dispatch, as programs of its stages."""
-        kind = self.search.cluster.device.kind
-        return min(self.best.as_run(kind), self.reordered.as_run(kind))
+        return self._faster().as_run(self.search.cluster.device.kind)
+
+    def _faster(self) -> Found:
+        """The best pipeline, or one whose passes were reordered."""
+        kind, best, other = self.search.cluster.device.kind, self.best, self.reordered
+        slow = other.shape != best.shape and other.as_run(kind) >= best.as_run(kind)
+        return other if other.seconds < best.seconds and not slow else best
 
     @property
     def beat(self) -> float:
@@ -319,15 +323,14 @@ class Pipelines:
         peak, left, _ = memory.parts(every)
         self.points.append(Point.of(space, choices, shape.policy, work, peak, left))
         much = shape.microbatches * work.passes / shape.stages < self._much(self.outside)
-        fastest: Priced | None = None
-        for schedule in self._promising(shape, work.passes, much):
-            best = fastest.seconds if fastest else inf if much else self.best.seconds
+        best, fastest = inf if much else self.best.seconds, None
+        for schedule in self._promising(shape, work.passes, best):
             if self.search.request.program == "single":
                 priced = self._single(pricing, shape.microbatches)
             else:
                 priced = pricing.price(schedule, best)
             if priced is not None and priced.seconds < best:
-                fastest = priced
+                fastest, best = priced, priced.seconds
         if fastest is not None:
             found = Found(shape, space, choices, pricing, fastest)
             if fastest.seconds < self.best.seconds:
@@ -336,8 +339,7 @@ class Pipelines:
                     f"{shape}, {fastest.schedule.name}: {format_seconds(fastest.seconds)}, "
                     f"{format_bytes(max(fastest.peaks))}"
                 )
-            if fastest.in_any_order < self._much(self.outside) and self.orders < ORDERS:
-                self.orders += 1
+            if fastest.in_any_order < self._much(self.outside) and len(self._looked_at) < ORDERS:
                 self._look_for_order(found, self.outside)
         return memory
 
@@ -345,13 +347,13 @@ class Pipelines:
         """Seconds that would be much better than what is known."""
         return min(self.beat, cutoff) * (1 - MUCH)
 
-    def _promising(self, shape: Shape, passes: float, all_: bool) -> Iterator[Schedule]:
-        """Schedules that would be better than the best if stages were equal, or all; `passes`: seconds of one
-        microbatch through all of them."""
+    def _promising(self, shape: Shape, passes: float, best: float) -> Iterator[Schedule]:
+        """Schedules that would be better than the best if stages were equal; `passes`: seconds of one microbatch
+        through all of them."""
         many, stages = shape.microbatches, shape.stages
         for schedule in self.choices.schedules_for(shape):
             waiting = (stages - 1) * stages / schedule.stages if schedule.stages > stages else 0.0
-            if all_ or (many + waiting) * passes / stages < self.best.seconds:
+            if (many + waiting) * passes / stages < best:
                 yield schedule
 
     def refine(self) -> None:
@@ -403,10 +405,10 @@ class Pipelines:
             self.solve_shape(shape, beat=inf)
 
     def reorder(self, cutoff: float = inf) -> None:
-        """Keep the best pipeline's passes in a better order, if one is found and none was asked for."""
+        """Keep the best pipeline's passes in a better order, if one is found and none was asked for; that of another
+        pipeline only if the host's dispatch leaves it the faster one."""
         self._look_for_order(self.best, cutoff)
-        if self.reordered.seconds < self.best.seconds:
-            self.best = self.reordered
+        self.best = self._faster()
 
     def _look_for_order(self, found: Found, cutoff: float) -> None:
         """Look for one, where some order can be faster than what is known."""

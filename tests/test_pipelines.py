@@ -243,6 +243,28 @@ def test_when_time_is_nearly_up_the_passes_of_a_later_best_pipeline_are_reordere
     assert pipelines.reordered.seconds < pipelines.best.seconds
 
 
+@pytest.mark.parametrize(
+    "other_as_run, same, taken", [(6.0, False, 0), (4.0, False, 1), (6.0, True, 1)]
+)
+def test_a_reordered_pipeline_that_the_host_holds_up_is_not_taken_for_another(
+    monkeypatch, other_as_run, same, taken
+):
+    search = searched("gpt-tiny", "8xcpu", batch=16)
+    pipelines = Pipelines(search)
+    pipelines.begin()
+    best = pipelines.best
+    priced = replace(best.priced, seconds=0.9 * best.seconds)
+    other = replace(
+        best, priced=priced, shape=best.shape if same else replace(best.shape, stages=1)
+    )
+    pipelines.reordered = other
+    monkeypatch.setattr(Found, "as_run", lambda self, kind: 5.0 if self is best else other_as_run)
+    assert pipelines.as_run() == (5.0, other_as_run)[taken]
+    monkeypatch.setattr(pipelines, "_look_for_order", lambda found, cutoff: None)
+    pipelines.reorder()
+    assert pipelines.best is (best, other)[taken]
+
+
 def test_where_orders_of_passes_decide_they_are_looked_for_beside_plans_without_a_pipeline():
     """On a slow network every schedule's own order is slower than the plan without a pipeline, another one is not."""
     sizes = {"batch": 64, "layers": 8, "seq": 4096}
