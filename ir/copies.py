@@ -40,7 +40,9 @@ SMALLEST = 2  # elements; scalars are not worth a decision of their own
 SETTLING = (
     "~settled~backward"  # ends the tag of a copy that may settle a gradient's sum or go on owing it
 )
-WEIGHING = CONTRACTIONS | LOSSES | {"scatter-add"}  # what makes gradients of weights and tables
+WEIGHING = (
+    CONTRACTIONS | LOSSES | {"scatter-add", "reduce_sum"}
+)  # what makes gradients of weights and tables
 
 
 def settles(op: Op) -> bool:

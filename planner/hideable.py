@@ -25,8 +25,8 @@ HEAVY = KERNELS - MOVEMENT
 
 @dataclass
 class Flow:
-    """By tag: `batch` the values that examples reach, `updated` those made by the update, `held_up` the ops and slots
-    that a pass waits for."""
+    """By tag: `batch` the values that examples reach, `updated` those that the update makes of gradients, `held_up` the
+    ops and slots that a pass waits for."""
 
     batch: set[str] = field(default_factory=set)
     updated: set[str] = field(default_factory=set)
@@ -58,8 +58,11 @@ def flow_of(program: Program) -> Flow:
     for op, phase in zip(reversed(graph.ops), reversed(program.phases), strict=True):
         if phase != "update":
             waits.op(op)
-        else:
-            found.updated.update(tags[v] for v in _made(op))
+    late = set[int]()  # values that are not there before the last backward pass is over
+    for op, phase in zip(graph.ops, program.phases, strict=True):
+        if phase == "backward" or (phase == "update" and not late.isdisjoint(op.inputs)):
+            late.update(op.outputs)
+            found.updated.update(tags[v] for v in _made(op) if phase == "update")
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..ir.copies import settles
 from ..ir.graph import Op
 from ..ir.microbatch import WHOLE, TimeAxis, time_factor, timed_sides
 from ..ir.program import Program
@@ -321,9 +322,21 @@ class _Walk:
         return tuple(v in split for v in (*op.inputs, *op.outputs))
 
     def _by_size(self, op: Op) -> list[int]:
-        """Operands worth following: decided somewhere, the largest and latest first."""
-        decided = [i for i, v in enumerate(op.inputs) if not self.free[self.tags[v]]]
+        """Operands worth following: decided somewhere, the largest and latest first.
+
+        Gradients that microbatches add up may owe their sum as long as they do, and then be settled at once.
+        """
+        added = self.added if self.outline.cut else ()
+        decided = [
+            i for i, v in enumerate(op.inputs) if not self.free[self.tags[v]] and v not in added
+        ]
         return sorted(decided, key=lambda i: (-self.types[op.inputs[i]].size, -op.inputs[i]))
+
+    @cached_property
+    def added(self) -> frozenset[int]:
+        """Gradients of weights, behind the copies that may settle their sums."""
+        copies = (op for op in self.program.graph.ops if settles(op))
+        return frozenset(v for op in copies for v in op.outputs)
 
     # ------------------------------------------------------------ loops and outputs
 

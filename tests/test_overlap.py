@@ -294,12 +294,18 @@ def test_weights_come_early_gradients_leave_late_and_the_rest_is_of_its_pass(ste
     )
 
 
-def test_what_the_update_makes_waits():
+def test_what_the_update_makes_of_gradients_waits():
     found, program = kinds_of(mlp)
-    made = {program.value_tags[v] for op, phase in zip(program.graph.ops, program.phases, strict=True)
-            if phase == "update" for v in op.outputs}  # fmt: skip
-    late = {kind for (source, _), kind in found.items() if source in made}
-    assert late == {None}
+    loss, *_, last = (
+        op for op, phase in zip(program.graph.ops, program.phases, strict=True) if phase == "update"
+    )
+    assert loss.kind == "div" and last.kind == "sub"  # the mean of the loss; new weights
+    kinds = {
+        op: {kind for (source, _), kind in found.items() if source in tags}
+        for op, tags in ((op, {program.value_tags[v] for v in op.outputs}) for op in (loss, last))
+    }
+    assert kinds[last] == {None}
+    assert kinds[loss] == {"gradients"}  # which is there before the backward pass
 
 
 # ---------------------------------------------------------------- whole plans

@@ -175,13 +175,15 @@ def test_dealing_stages_that_overlap_equals_trying_every_cut(units, stages, shar
 
 def turn_by_turn(pricing: Pricing, priced: Priced, turns: int = 48) -> float:
     """The step in an event simulator: each pass in a few turns, what hides goes when its turn has been computed, the
-    turn after the next waits for it; sends and what is done once as the plan has them."""
+    turn after the next waits for it; so with what is gathered early, which waits for nothing, and what is reduced late,
+    for which nothing waits; sends and what else is done once as the plan has them."""
     schedule, tasks, ends = priced.schedule, list[Task](), {}
     units = [
         together(priced.runs(pricing.units, s), pricing.places[rank].each)
         for s, rank in enumerate(schedule.homes)
     ]
     left = [list(order) for order in schedule.orders]
+    reduced: list[tuple[int, float, list[int]]] = []
     before: dict[int, list[int]] = {rank: [] for rank in range(schedule.ranks)}
 
     def task(rank, stream, took, after, loose=False) -> int:
@@ -192,18 +194,24 @@ def turn_by_turn(pricing: Pricing, priced: Priced, turns: int = 48) -> float:
         work, many = units[step.stage], schedule.microbatches
         one = {"forward": work.forward, "backward": work.backward, "weight": work.weight}[step.kind]
         one = one + work.weight if schedule.whole(step) else one
-        once = work.early if step.kind == "forward" and step.microbatch == 0 else 0.0
-        once += work.late if step.kind == "backward" and step.microbatch == many - 1 else 0.0
+        early = work.early if step.kind == "forward" and step.microbatch == 0 else 0.0
+        late = work.late if step.kind == "backward" and step.microbatch == many - 1 else 0.0
         passing: list[int] = []
+        come: list[int] = []
         waits = [ends[needed] for needed in needs(schedule, step)]
         waits = [[*before[rank], *(n for each in waits for n in each)]]
         for turn in range(turns):
             if one.alone:
                 waits.append([task(rank, "alone", one.alone / turns, waits[-1])])
-            late = passing[-2:-1]
-            done = task(rank, COMPUTE, one.compute / turns, [*waits[-1], *late])
-            beside = (one.beside + once) / turns
-            passing.append(task(rank, "link", beside, [done] if turn else waits[0], loose=True))
+            done = task(
+                rank, COMPUTE, one.compute / turns, [*waits[-1], *passing[-2:-1], *come[-1:]]
+            )
+            start = [done] if turn else waits[0]
+            passing.append(task(rank, "link", one.beside / turns, start, loose=True))
+            if early:
+                come.append(task(rank, "link", early / turns, [], loose=True))
+            if late:
+                reduced.append((rank, late / turns, start))
             waits.append([done])
         before[rank] = waits[-1]
         ends[step] = [*waits[-1], passing[-1]]
@@ -215,6 +223,8 @@ def turn_by_turn(pricing: Pricing, priced: Priced, turns: int = 48) -> float:
         for rank, order in enumerate(left):
             while order and all(needed in ends for needed in needs(schedule, order[0])):
                 run(order.pop(0), rank)
+    for rank, took, start in reduced:  # after what is waited for, where both are ready
+        task(rank, "link", took, start, loose=True)
     tail = max(sum(units[s].apart for s in held) for held in schedule.held)
     return simulate(tasks, SLOWDOWN).makespan + tail
 

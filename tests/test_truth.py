@@ -23,8 +23,8 @@ RECOMPUTE = {"none": "everything", "full": "blocks"}  # words of plans, and of p
 
 
 @lru_cache(maxsize=16)
-def captured(model: str, batch: int, seq: int) -> Captured:
-    return make({"model": model, "batch": batch, "seq": seq}).capture(True)
+def captured(model: str, batch: int, seq: int, **more: int) -> Captured:
+    return make({"model": model, "batch": batch, "seq": seq, **more}).capture(True)
 
 
 def folded(model: str, batch: int, seq: int, attention: AttentionKind = "fused") -> Folded:
@@ -164,3 +164,53 @@ def test_no_layout_that_fits_is_priced_below_a_bound(model, cluster, batch, seq,
         )  # fmt: skip
         if price.peak <= where.memory_per_device * (1 - HEADROOM):
             assert plan.proof.lower_bound <= price.step, (layout, microbatch, recompute)
+
+
+JOB_OF = {
+    "llama3-8b": ("h200x8", 16, 4096),
+    "mixtral-8x7b": ("2xh200x8@roce400", 64, 4096),
+    "gpt2": ("2xa100x4@eth25", 64, 1024),
+}
+SLOW = pytest.mark.slow
+GIVEN = [
+    pytest.param("llama3-8b", {"dp": 8}, marks=SLOW),
+    ("mixtral-8x7b", {"dp": 16}),
+    ("gpt2", {"dp": 8}),
+    pytest.param("llama3-8b", {"dp": 4, "tp": 2}, marks=SLOW),
+    pytest.param("llama3-8b", {"dp": 4, "cp": 2}, marks=SLOW),
+    pytest.param("mixtral-8x7b", {"dp": 16, "ep": 8}, marks=SLOW),
+    pytest.param("gpt2", {"dp": 2, "tp": 4}, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize("overlap", [pytest.param("none", marks=SLOW), "all"])
+@pytest.mark.parametrize(
+    ("microbatches", "recompute"),
+    [
+        (2, "none"),
+        *(pytest.param(*each, marks=SLOW) for each in ((1, "none"), (4, "none"), (2, "full"))),
+    ],
+)
+@pytest.mark.parametrize(("model", "sizes"), GIVEN)
+def test_no_given_layout_is_faster_than_the_bound_of_its_mesh(
+    model, sizes, microbatches, recompute, overlap
+):
+    """Prices of one kind on both sides, so no layout may be faster at all: what it decides must be open to plans."""
+    cluster, batch, seq = JOB_OF[model]
+    where, cut = Cluster.parse(cluster), captured(model, batch, seq, layers=2)
+    graphs = fold(composed(cut.graph, "fused", where))
+    same = {
+        "microbatches": microbatches,
+        "recompute": recompute,
+        "attention": "fused",
+        "overlap": overlap,
+    }
+    outer = sizes["dp"] // sizes.get("ep", 1)
+    mesh = tuple(n for n in (outer, *(sizes.get(k, 1) for k in ("ep", "cp", "tp"))) if n > 1)
+    plan = plan_captured(cut, where, Request(mesh=mesh, gap=0.0, time_limit=20, **same), model)
+    for zero, sequence in product((0, 1, 2, 3), (False, True)[: 1 + ("tp" in sizes)]):
+        layout = Parallelism(**sizes, zero=zero, sequence_parallel=sequence)
+        given = fixed_plan(graphs, where, layout, **same, name=model, fingerprint="")
+        seconds = given.estimate.step_seconds
+        if given.estimate.peak_bytes <= where.memory_per_device * (1 - HEADROOM):
+            assert plan.proof.lower_bound <= seconds * (1 + 1e-9), (layout, seconds)
