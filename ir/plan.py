@@ -258,7 +258,7 @@ class Plan(_Part):
 
     `strategies[tag]` has one code per mesh axis (see `rule.Strategy`) for the ops
     of that tag (see `fold`); `slots[tag]` is the layout of an input of the step or
-    of a loop. Both speak of the graph after `program.prepare(graph, recompute)`.
+    of a loop. Both speak of the graph after `program.prepare(graph, recompute, in_stages)`.
     """
 
     version: int = PLAN_VERSION

@@ -22,6 +22,7 @@ from .microbatch import Refusal, TimeAxis, time_axis
 from .recompute import Policy, recompute
 from .refusals import BY_MICROBATCH
 from .roles import phases as find_phases
+from .saved import save_less
 from .told_apart import tell_apart
 from .verify import verify_time
 
@@ -44,8 +45,12 @@ class Program:
         return value_tags(self.graph)
 
 
-def prepare(graph: Graph, policy: Policy) -> Program:
-    """Apply a recompute policy and place copies, on a graph tagged by `fold`."""
+def prepare(graph: Graph, policy: Policy, in_stages: bool = False) -> Program:
+    """Apply a recompute policy and place copies, on a graph tagged by `fold`.
+
+    Args:
+        in_stages: the step is to run as a pipeline, whose passes save what they hand to each other.
+    """
     batch = batch_dims(graph)
     graph = hold_microbatches(graph, batch)
     base = find_phases(graph, batch)
@@ -55,7 +60,10 @@ def prepare(graph: Graph, policy: Policy) -> Program:
     if isinstance(axis, Refusal):
         graph, axis = _statistics_apart(graph, batch, phase_of)
     top = [phase_of[op.outputs[0]] for op in graph.ops]
-    again = recompute(graph, top, policy, None if isinstance(axis, Refusal) else axis.split.keys())
+    if in_stages and policy == "none":
+        again = save_less(graph, top)
+    else:
+        again = recompute(graph, top, policy, None if isinstance(axis, Refusal) else axis.split)
     again = tell_apart(hold_microbatches(again, batch))
     middle = [_phase(op, phase_of) for op in again.ops]
     phase_of |= {op.outputs[0]: phase for op, phase in zip(again.ops, middle, strict=True)}

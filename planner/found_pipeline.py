@@ -102,7 +102,7 @@ def _check_alike(found: Found, single: Priced, search: Search) -> None:
     folded = search.folded
     assert found.shape and found.space and found.pricing
     cuts = part_cuts(folded, [found.pricing.units.cuts[first] for first in single.firsts])
-    program = prepare(folded.whole, found.shape.policy)
+    program = prepare(folded.whole, found.shape.policy, in_stages=True)
     check_one_program(found.space.program.graph, found.space.codes(found.choices))
     layers = layered(program, cut_stages(program, folded.whole, cuts, found.shape.microbatches))
     name, tags = folded.whole.input_name, [program.value_tags[v] for v in program.graph.inputs]

@@ -222,9 +222,8 @@ class Islands:
             )
             for policy in search.policies:
                 of = pipelines.choices.cut(policy, 2).class_of
-                found[group, policy] = least_work(
-                    search.program(policy), search.cost, devices, self.counts, of
-                )
+                program = search.program(policy, in_stages=True)
+                found[group, policy] = least_work(program, search.cost, devices, self.counts, of)
         return found
 
     def _combinations(self) -> list[Combination]:

@@ -156,10 +156,12 @@ class Search:
             return (1,)
         return tuple(m for m in range(1, axis.parts + 1) if axis.parts % m == 0)
 
-    def program(self, policy: Policy) -> Program:
-        if policy not in self._programs:
-            self._programs[policy] = prepare(self.folded.small, policy)
-        return self._programs[policy]
+    def program(self, policy: Policy, in_stages: bool = False) -> Program:
+        """The step that recomputes so, to be run whole or by the stages of a pipeline."""
+        key = policy, in_stages
+        if key not in self._programs:
+            self._programs[key] = prepare(self.folded.small, policy, in_stages)
+        return self._programs[key]
 
     def over(self, cluster: Cluster, request: Request) -> Search:
         """A search for the same step on another cluster; programs and what their decisions may be are shared."""
@@ -172,9 +174,9 @@ class Search:
 
     def policy_of(self, program: Program) -> Policy:
         """By which policy a program of this search recomputes."""
-        return next(policy for policy, known in self._programs.items() if known is program)
+        return next(policy for (policy, _), known in self._programs.items() if known is program)
 
-    _programs: dict[Policy, Program] = field(default_factory=dict)
+    _programs: dict[tuple[Policy, bool], Program] = field(default_factory=dict)
     _spaces: dict[Candidate, Space] = field(default_factory=dict)
 
     def layouts_on(self, mesh: Mesh) -> Layouts:

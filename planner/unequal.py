@@ -249,8 +249,10 @@ class Unequal:
                     }
             rest = self.units.alike[0], False
             class_of = lambda tag, of=of, rest=rest: of.get(tag, rest)  # noqa: E731
-            program, sizes = self.search.program(policy), self.sizes
-            found[policy] = least_work(program, self.search.cost, sizes, self._counts, class_of)
+            program = self.search.program(policy, in_stages=True)
+            found[policy] = least_work(
+                program, self.search.cost, self.sizes, self._counts, class_of
+            )
         return found
 
     def _each(self, policy: Policy, count: int, passes: bool) -> np.ndarray:

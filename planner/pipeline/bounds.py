@@ -190,7 +190,8 @@ class Bounds:
 
     def weighted(self, shape: Shape, weights: Mapping[str, float]) -> Space:
         """The space of a shape where ops count so often by tag, in the windows of its stages."""
-        program, layouts = self.search.program(shape.policy), self.search.layouts_on(shape.mesh)
+        program = self.search.program(shape.policy, in_stages=True)
+        layouts = self.search.layouts_on(shape.mesh)
         space = build(program, shape.microbatches, self.search.cost, layouts, runs=weights)
         if overlap := self.search.request.execution.within:
             passes = self.choices.cut(shape.policy, shape.microbatches).passes

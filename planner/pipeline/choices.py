@@ -110,21 +110,22 @@ class Choices:
         return ((found.name, self._chunks),)
 
     def _loops(self, stages: int, microbatches: int) -> Iterator[int]:
-        """Stages per rank that may be worth while: up to a few each, then those that share layers out evenly; of
-        those, the ones that save something of the bubble."""
+        """Stages per rank that may be worth while: up to a few each, and those that share layers out evenly; of
+        those, the ones that save something of the bubble, the even ones beside the even ones before."""
         uneven = microbatches < stages or microbatches % (microbatches // stages)
         if microbatches and uneven and self.search.request.schedule is None:
             return
-        before = 1
+        before, even_before = 1, 1
         for chunks in range(2, len(self.units) // stages + 1):
             even = 0 in (
                 self.units.repeats % (chunks * stages),
                 len(self.units) % (chunks * stages),
             )
-            saved = (1 / before - 1 / chunks) * (stages - 1)
-            if (chunks <= ANY or even) and (before == 1 or saved >= SAVED * microbatches):
+            last = even_before if even else before
+            saved = (1 / last - 1 / chunks) * (stages - 1)
+            if (chunks <= ANY or even) and (last == 1 or saved >= SAVED * microbatches):
                 yield chunks
-                before = chunks
+                before, even_before = chunks, chunks if even else even_before
 
     @cached_property
     def _chunks(self) -> int:
@@ -268,7 +269,8 @@ class Choices:
     def _work_of(self, stages: int, policy: Policy) -> Mapping[Work, np.ndarray]:
         """Least seconds of one run of every class of ops, by microbatch count."""
         if policy not in self.sums:
-            program, known = self.search.program(policy), self.cut(policy, self.counts[-1])
+            program = self.search.program(policy, in_stages=True)
+            known = self.cut(policy, self.counts[-1])
             of = lambda tag: (known.passes.get(tag, "once"), known.kind_of(tag))  # noqa: E731
             self.sums[policy] = summed(program, self.search.cost, of)
         spread_out = spread(self.sums[policy], [self.search.cluster.size // stages], self.counts)
@@ -291,9 +293,8 @@ class Choices:
                 if key[1]
                 else 1
             )
-            self._cuts[key] = Cut.of(
-                self.units, self.search.program(policy), self.search.folded.small, many
-            )
+            program = self.search.program(policy, in_stages=True)
+            self._cuts[key] = Cut.of(self.units, program, self.search.folded.small, many)
         return self._cuts[key]
 
     _cuts: dict[tuple[Policy, bool], Cut] = field(default_factory=dict)
