@@ -24,7 +24,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from .graph import Graph, Op, Region
-from .ops import ADDITION, CONTRACTIONS, CONTROL_FLOW, LOSSES
+from .ops import ADDITION, ALIASES, CONTRACTIONS, CONTROL_FLOW, LOSSES
 from .values import Fresh
 
 HEAVY = CONTRACTIONS | LOSSES | CONTROL_FLOW | {"gather", "scatter-add"}
@@ -138,18 +138,27 @@ class _Placer:
         )
 
     def _shared_copies(self, ops, readers, before) -> dict[int, int]:
-        """One copy for the whole step of each prepared value that both passes read heavily."""
+        """One copy for both passes of each value that both read heavily: of what is prepared, for the whole step."""
         shared: dict[int, int] = {}
-        for value in self.prepared:
+        for value in dict.fromkeys(value for value, _ in readers):
+            if value not in self.prepared and not self._dispatched(value):
+                continue
             phases = [
                 p for p in ("forward", "backward") if self._heavy(ops, readers.get((value, p), []))
             ]
             if len(phases) == 2 and self._large(value):
                 first = min(found[0] for p in READING if (found := readers.get((value, p))))
-                copy = self._copy(value, f"{self._tag(value)}~step", self._count(value))
+                how = "step" if value in self.prepared else "both~forward"
+                copy = self._copy(value, f"{self._tag(value)}~{how}", self._count(value))
                 before[first].append(copy)
                 shared[value] = copy.outputs[0]
         return shared
+
+    def _dispatched(self, value: int) -> bool:
+        """Whether it was picked by indices, as what is sent to experts is."""
+        while (op := self.writer.get(value)) is not None and op.kind in ALIASES:
+            value = op.inputs[0]
+        return op is not None and op.kind == "gather"
 
     def _readers(self, ops, value: int, phase: str, positions: list[int]) -> list[int]:
         """Positions that should read a copy of the value in this phase."""

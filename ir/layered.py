@@ -142,12 +142,11 @@ class _Layering:
             ]
         for part in self.parts:
             mine = {v for ops in found for op in ops[part] for v in op.outputs}
-            copies = {
-                op.outputs[0]: op.inputs[0]
-                for ops in found
-                for op in ops[part]
-                if op.kind == "copy" and op.inputs[0] in self.maker and op.inputs[0] not in mine
-            }
+            copies: dict[int, int] = {}
+            for op in (op for ops in found for op in ops[part] if op.kind == "copy"):
+                source = copies.get(op.inputs[0], op.inputs[0])
+                if source in self.maker and source not in mine:
+                    copies[op.outputs[0]] = source
             for ops in found:
                 ops[part] = tuple(
                     _renamed(op, copies) for op in ops[part] if op.outputs[0] not in copies

@@ -23,11 +23,11 @@ import networkx
 
 from .graph import Graph, Op
 from .ops import CONTROL_FLOW, DIVISION, ELEMENTWISE, EXPONENTIAL, KERNELS, TRANSCENDENTAL, VIEWS
-from .recompute import AGAIN
 from .values import Fresh, block_instances
 
 DEAR = (TRANSCENDENTAL - EXPONENTIAL - {"logistic"}) | DIVISION | {"copy"}
 CHEAP = (ELEMENTWISE - DEAR) | (VIEWS - {"optimization_barrier"})
+WITHIN = "~within"  # ends the tags of ops that are made again within what reads them
 STORED = KERNELS | CONTROL_FLOW  # what reads its operands from memory
 
 Group = tuple[str, int] | None
@@ -45,7 +45,7 @@ def save_less(graph: Graph, phases: Sequence[str]) -> Graph:
         if position in starts:
             names: dict[int, int] = {}
             at = sorted(again[starts[position]])
-            ops += [fresh.clone(graph.ops[i], names, AGAIN, graph.ops[i].count) for i in at]
+            ops += [fresh.clone(graph.ops[i], names, WITHIN, graph.ops[i].count) for i in at]
             redirect |= {v: names[v] for i in at for v in graph.ops[i].outputs}
         if phases[position] == "backward":
             op = replace(op, inputs=tuple(redirect.get(v, v) for v in op.inputs))
@@ -86,15 +86,17 @@ class _Chosen:
         return {self.writer[value] for value in seen if (value, "made") in near}
 
     def _sources(self, value: int, group: Group) -> set[int] | None:
-        """What of the forward pass a value can be made of again; None if it can't, or another block or a kernel of the
-        backward pass reads it."""
+        """What of the forward pass a value can be made of again; None if it can't, or a kernel of the backward pass
+        reads it, or another block reads it or what it is made of, which then may lie on another stage."""
         at = self.writer[value]
         op = self.graph.ops[at]
         if self.groups[at] != group or op.kind not in CHEAP or op.regions:
             return None
         if value in self.stored or self.read_in[value] - {group}:
             return None
-        return {v for v in op.inputs if v in self.writer}
+        sources = {v for v in op.inputs if v in self.writer}
+        beside = {group} | {self.groups[self.writer[v]] for v in sources}
+        return sources if all(self.read_in[v] <= beside for v in sources) else None
 
     @cached_property
     def groups(self) -> list[Group]:

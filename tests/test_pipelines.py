@@ -304,8 +304,9 @@ def test_the_passes_of_the_best_pipeline_are_reordered():
     assert plan.estimate.peak_bytes <= plan.estimate.limit_bytes
     assert plan.proof.lower_bound <= plan.estimate.step_seconds
     least = min(each.estimate.peak_bytes for each in (asked, plan))
+    least *= 1.1  # layers share one layout: at the very edge a slower one is all that fits
     tight = planned("gpt-tiny", "8xcpu", replace(request, memory=least), batch=16)
-    assert tight.estimate.peak_bytes <= least
+    assert tight.estimate.peak_bytes <= least < plan.estimate.peak_bytes
     assert (
         plan.estimate.step_seconds <= 1.01 * tight.estimate.step_seconds
     )  # solves stop within their gap

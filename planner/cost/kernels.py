@@ -15,14 +15,15 @@ number (a norm): what follows needs all of it, so it cannot be the same pass. Wh
 again for the backward pass runs in kernels like those of the forward pass, and is written for its
 readers. Measured on an H100 (GPT-2, batch 32): recomputing all of each layer adds 39 ms to a step
 of 117; priced as one chain with what reads it, it saved 4. Fused kernels of frameworks make again
-inside what they need (`joined`).
+inside what they need (`joined`). What stages make again within their backward pass (`ir/saved.py`)
+takes as long as if it were written and read, as it would be priced in one program for both passes.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Literal
 
@@ -31,6 +32,7 @@ from ...ir.graph import Op, TensorType
 from ...ir.ops import ALIASES, DIVISION, KERNELS, MOVEMENT, REDUCTIONS, TRANSCENDENTAL, VIEWS
 from ...ir.program import Program
 from ...ir.recompute import AGAIN
+from ...ir.saved import WITHIN
 from .flop import KNOWN
 
 FREE = ALIASES | {"copy", "broadcast_in_dim"}  # no kernel
@@ -150,13 +152,34 @@ class _Analysis:
         self.phase_of: dict[int, str] = {}
         self.roots: dict[int, int] = {}  # alias -> the value it shows
         self.chains = _Chains()
+        self.ops = self._as_made_once()
         self.reads: dict[int, tuple[tuple[int, int], ...]] = {}
 
+    def _as_made_once(self) -> tuple[tuple[Op, str], ...]:
+        """The ops and their phases; what is made again within others is left out, for what was made before."""
+        pairs = zip(self.graph.ops, self.program.phases, strict=True)
+        if self.joined or not any(WITHIN in op.tag for op in self.graph.ops):
+            return tuple(pairs)
+        kept, first = list[tuple[Op, str]](), dict[tuple, Op]()
+        same, copied = dict[int, int](), dict[int, int]()  # clone, or copy -> what it equals
+        for op, phase in pairs:
+            op = replace(op, inputs=tuple(same.get(v, v) for v in op.inputs))
+            source = (op.tag.partition(WITHIN)[0], *(copied.get(v, v) for v in op.inputs))
+            if op.tag.endswith(WITHIN):
+                same |= dict(zip(op.outputs, first[source].outputs, strict=True))
+                continue
+            if op.kind == "copy":
+                copied[op.outputs[0]] = source[1]
+            kept.append((op, phase))
+            first[source] = op
+        return tuple(kept)
+
     def run(self) -> Kernels:
-        self._border(self.graph.ops, lambda i: self.program.phases[i])
-        self._join(self.graph.ops)
+        ops = [op for op, _ in self.ops]
+        self._border(ops, lambda i: self.ops[i][1])
+        self._join(ops)
         free = free_values(self.program)
-        self._read(self.graph.ops, free)
+        self._read(ops, free)
         kept = (self.found | self.waiting) - self.inside.keys()
         stores = kept | {self.roots.get(v, v) for v in kept}
         return Kernels(
@@ -168,12 +191,13 @@ class _Analysis:
         types, chains = self.graph.types, defaultdict[int, Chain](Chain)
         for visit in self.graph.visits:
             op = visit.op
-            if _is_fused(op):
+            if op.outputs and op.outputs[0] in self.chains.parent:
                 chain = chains[self.chains.of(op.outputs[0])]
                 chain.nbytes += sum(types[v].nbytes for v in op.outputs if v in stores)
                 chain.nbytes += sum(types[v].nbytes for _, v in self.reads.get(op.outputs[0], ()))
                 chain.work += work(op, types)
-        return {v: chains[self.chains.of(v)] for v in self.chains.parent}
+        nothing = {v: Chain() for op in self.graph.ops for v in op.outputs if WITHIN in op.tag}
+        return nothing | {v: chains[self.chains.of(v)] for v in self.chains.parent}
 
     def _border(self, ops: Iterable[Op], phase: Callable[[int], str]) -> None:
         for i, op in enumerate(ops):
