@@ -6,6 +6,7 @@ have a name and a lifetime, and a gradient is reduced once for clipping and for
 both moments. A copy that keeps the layout of its source costs nothing.
 
     prepared values (parameters, casts)   one copy for the step, then one per phase
+    what was picked by index              one copy for both passes: what is sent to experts may be kept by them
     sums (products, reductions)           one per phase with two or more readers,
     and what scales, reshapes or adds     as a mean does, which could owe the sum to each
     up such

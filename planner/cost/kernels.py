@@ -160,16 +160,17 @@ class _Analysis:
         pairs = zip(self.graph.ops, self.program.phases, strict=True)
         if self.joined or not any(WITHIN in op.tag for op in self.graph.ops):
             return tuple(pairs)
-        kept, first = list[tuple[Op, str]](), dict[tuple, Op]()
+        kept, first = list[tuple[Op, str]](), dict[tuple[str, tuple[int, ...]], Op]()
         same, copied = dict[int, int](), dict[int, int]()  # clone, or copy -> what it equals
         for op, phase in pairs:
             op = replace(op, inputs=tuple(same.get(v, v) for v in op.inputs))
-            source = (op.tag.partition(WITHIN)[0], *(copied.get(v, v) for v in op.inputs))
+            operands = tuple(copied.get(v, v) for v in op.inputs)
+            source = op.tag.partition(WITHIN)[0], operands
             if op.tag.endswith(WITHIN):
                 same |= dict(zip(op.outputs, first[source].outputs, strict=True))
                 continue
             if op.kind == "copy":
-                copied[op.outputs[0]] = source[1]
+                copied[op.outputs[0]] = operands[0]
             kept.append((op, phase))
             first[source] = op
         return tuple(kept)
