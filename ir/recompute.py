@@ -1,6 +1,6 @@
 """Recompute: drop forward values after use and compute them again in the backward pass.
 
-    none         keep everything the backward pass reads
+    none         keep everything the backward pass reads; stages of pipelines see to cheap values (`saved.py`)
     elementwise  keep results of heavy ops; redo elementwise chains
     selective    also redo products of activations with activations (attention scores)
     full         keep only what one block hands to the next
