@@ -129,6 +129,16 @@ class MissingDependencyError(MeshwrightError):
 
     exit_code = 6
 
+    @classmethod
+    def of(cls, error: ImportError) -> Self | None:
+        """That jax is not installed, if that is what could not be imported."""
+        if (error.name or "").partition(".")[0] not in ("jax", "jaxlib"):
+            return None
+        return cls(
+            "jax is not installed; steps written in it, those of the zoo too, are read and run with it.",
+            fix="pip install 'meshwright[jax]'",
+        )
+
 
 def did_you_mean(word: str, known: Iterable[str], what: str = "one of") -> str:
     """What to try instead of an unknown word.

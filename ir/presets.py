@@ -359,7 +359,9 @@ def detect(fabric: str | None = None) -> dict[str, Any]:
     try:
         jax = importlib.import_module("jax")
     except ImportError:
-        raise MissingDependencyError("jax is not installed.", fix="`pip install jax`") from None
+        raise MissingDependencyError(
+            "jax is not installed.", fix="pip install 'meshwright[jax]'"
+        ) from None
     devices = jax.devices()
     first, count, hosts = devices[0], len(devices), len({d.process_index for d in devices})
     name = _kind_name(first)

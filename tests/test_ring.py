@@ -13,9 +13,9 @@ import pytest
 import meshwright as mw
 from meshwright import pricing
 from meshwright.backends.xla import emit_composite, emit_ring
-from meshwright.backends.xla.audit import compare
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.hlo import collectives
+from meshwright.ir.audit import compare
 from meshwright.ir.bodies import BACKWARD, FORWARD
 from meshwright.ir.cluster import Cluster
 from meshwright.ir.composites import AttentionKind, composed

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from .audit import Audit, Part, compare, refused
+from ...ir.audit import Audit, Part, compare
+from .audit import refused
 from .fragments import Program
 from .handover import Handover
 from .hlo import Found, collectives

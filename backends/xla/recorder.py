@@ -28,20 +28,10 @@ from typing import Any
 
 import jax
 
-from ...ir.schedule import Step, needs
+from ...ir.schedule import Passed, Step, needs
 from .pipeline import LoweredPipeline
 
 SWITCH_SECONDS = 5e-5
-
-
-@dataclass(frozen=True, slots=True)
-class Passed:
-    """One pass of a microbatch through a stage; `start` is in seconds from the start of the record."""
-
-    rank: int
-    step: Step
-    start: float
-    seconds: float
 
 
 @dataclass

@@ -58,7 +58,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("Plan", "load_plan"):
         importlib.import_module(".view", __name__)  # gives plans their looks
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    try:
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    except ImportError as error:
+        from .ir.errors import MissingDependencyError
+
+        raise MissingDependencyError.of(error) or error from error
 
 
 def __dir__() -> list[str]:

@@ -22,7 +22,13 @@ import typer
 
 from . import launch, plan_cli, run_cli, schedule_cli, whatif  # noqa: F401  (they add their commands to the app)
 from .interrupts import heard
-from .ir.errors import LoweringError, MeshwrightError, ProcessError, UsageError
+from .ir.errors import (
+    LoweringError,
+    MeshwrightError,
+    MissingDependencyError,
+    ProcessError,
+    UsageError,
+)
 from .options import Format, FormatOption, PlanFile, app, finite
 from .output import ReaderGoneError, flush, say, silence, tolerant
 from .replan import print_plan
@@ -60,8 +66,9 @@ def main() -> NoReturn:
             5,
         )
     except Exception as error:
-        if hasattr(error, "format_message"):  # what typer says about options it does not know
-            _fail(_usage(error), 2)
+        if told := getattr(error, "format_message", None):  # of options that typer does not know
+            helped = type(error).__name__ == "NoArgsIsHelpError"
+            _fail(told() if helped else _usage(error), 2)
         if isinstance(error, OSError) and error.errno in FULL:  # help, which typer prints
             _fail(
                 UsageError(
@@ -69,6 +76,8 @@ def main() -> NoReturn:
                 ).report(),
                 2,
             )
+        if isinstance(error, ImportError) and (missing := MissingDependencyError.of(error)):
+            _fail(missing.report(), missing.exit_code)
         if os.environ.get("MESHWRIGHT_TRACEBACK"):
             raise
         _fail(_defect(error), 70)

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from .output import apart
+from .ir.version import VERSION
+from .output import apart, say
 
 
 class _Command(TyperCommand):
@@ -27,13 +28,28 @@ class _App(typer.Typer):
 
 app = _App(
     name="meshwright",
-    help="Plan, inspect and run parallel training steps.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        say(f"meshwright {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def meshwright(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Say which this is."),
+    ] = False,
+) -> None:
+    """Plan, inspect and run parallel training steps."""
 
 
 class Format(StrEnum):

@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from .backends.xla.recorder import Passed
 from .ir.plan import Plan
-from .ir.schedule import Schedule
+from .ir.schedule import Passed, Schedule
 from .planner.pipeline.simulate import COMPUTE, StageSeconds, pipeline_tasks, simulate
 from .planner.pipeline.timeline import Slice, Timeline
 

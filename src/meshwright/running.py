@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .backends.xla.audit import Audit, audit, audit_single
+from .backends.xla.audit import audit, audit_single
 from .backends.xla.audit_pipeline import audit_pipeline
 from .backends.xla.calls import Call, calling
 from .backends.xla.capture import Binding, Captured
@@ -19,6 +19,7 @@ from .backends.xla.lower import AnyLowered, Lowered, OtherShapes
 from .backends.xla.lower_single import LoweredSingle
 from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.steps import Step
+from .ir.audit import Audit
 from .ir.errors import LoweringError, MismatchError
 from .ir.local import LocalProgram
 from .ir.plan import Plan

@@ -17,12 +17,13 @@ from .backends.xla.by_microbatch import by_microbatch
 from .backends.xla.capture import Captured
 from .backends.xla.lower import AnyLowered, lower
 from .backends.xla.pipeline import LoweredPipeline
-from .backends.xla.recorder import Passed, Recorder
+from .backends.xla.recorder import Recorder
 from .backends.xla.unstack import Unstacked
 from .backends.xla.verify import Reference, reference, verify_outputs, verify_together
 from .ir.codec import write_whole
 from .ir.errors import UsageError, VerificationError
 from .ir.plan import Plan
+from .ir.schedule import Passed
 from .ir.schedule import Step as Pass
 from .output import say
 from .pipeline_view import both_text, both_trace

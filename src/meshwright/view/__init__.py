@@ -3,7 +3,7 @@
 Importing this gives `Plan` its looks: text in a terminal, printed too, HTML in a notebook.
 """
 
-from ..backends.xla.audit import Audit
+from ..ir.audit import Audit
 from ..ir.plan import Plan
 from .html import plan_html
 from .text import audit_text, plan_text

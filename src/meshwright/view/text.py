@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ..backends.xla.audit import Audit
+from ..ir.audit import Audit
 from ..ir.execution import Execution
 from ..ir.mesh import Mesh
 from ..ir.plan import Plan, Tensor
