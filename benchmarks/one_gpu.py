@@ -117,7 +117,7 @@ class Prepared:
 
     def predictions(self, preset: Cluster, profile: str | None) -> Row:
         """Seconds by the preset's rates and by those of a profile, in all and by part; bytes."""
-        plan, small = self.plan, prepare(fold(self.captured.graph).small, self.plan.recompute)  # type: ignore[arg-type]
+        plan, small = self.plan, prepare(fold(self.captured.graph).small, self.plan.recompute)
         clusters = {"preset": preset} | (
             {"profile": preset.with_profile(profile)} if profile else {}
         )
@@ -170,7 +170,7 @@ def _run(case: Case, made: Prepared, row: Row, clock: Clock) -> None:
     row["seconds"], row["waited_seconds"] = turn.groups(programs), turn.waited(planned)
     row["loss"] = turn.loss
     if case.kernels:
-        whole = prepare(fold(made.captured.graph).whole, made.plan.recompute)  # type: ignore[arg-type]
+        whole = prepare(fold(made.captured.graph).whole, made.plan.recompute)
         singly = lowered.compile(
             {"xla_gpu_enable_command_buffer": ""}
         )  # no CUDA graphs: they hide kernels' names

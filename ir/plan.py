@@ -18,6 +18,7 @@ from .execution import Execution, OverlapKind
 from .graph import Batch, Graph
 from .losses import LossKind
 from .mesh import Mesh
+from .recompute import Policy
 from .schedule import Schedule, read_schedule
 from .sharding import Sharding
 from .units import counted
@@ -268,7 +269,7 @@ class Plan(_Part):
     cluster: Cluster
     mesh: Mesh
     microbatches: int
-    recompute: str
+    recompute: Policy
     attention: AttentionKind = "plain"
     loss: LossKind = "plain"
     overlap: tuple[OverlapKind, ...] = ()

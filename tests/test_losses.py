@@ -144,7 +144,7 @@ def pinned(step: Any, args: Any, mesh: str, cut: str, **request: Any) -> Plan:
         step, *args, cluster=f"{prod(map(int, mesh.split('x')))}xcpu",
         request=Request(**{"loss": "fused", "mesh": parse_mesh(mesh), **request}),
     )  # fmt: skip
-    program = prepare(fold(with_losses(capture(step, *args).graph)).small, plan.recompute)  # type: ignore[arg-type]
+    program = prepare(fold(with_losses(capture(step, *args).graph)).small, plan.recompute)
     told = {}
     for op in (v.op for v in program.graph.visits if v.op.kind in LOSSES):
         factors = {"b": 0, "t": len(op.attr("sizes")) - 2, "v": op.attr("vocabulary"), "-": NONE}  # type: ignore[arg-type]
@@ -180,7 +180,7 @@ def test_what_devices_bring_together_is_what_was_planned(
     monkeypatch.setattr(loss_blocks, "WIDE", 0.25)
     step, args = STEPS["log_softmax, take_along_axis"]
     plan = pinned(step, args, mesh, cut)
-    program = prepare(fold(with_losses(capture(step, *args).graph)).small, plan.recompute)  # type: ignore[arg-type]
+    program = prepare(fold(with_losses(capture(step, *args).graph)).small, plan.recompute)
     space = priced(plan, program)
     moved = tuple(find_collectives(space, (0,) * len(space.nodes)))
     plan = plan.model_copy(update={"collectives": moved})

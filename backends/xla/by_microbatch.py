@@ -77,7 +77,7 @@ def by_microbatch(plan: Plan, captured: Captured) -> ByMicrobatch | None:
     """
     if plan.microbatches == 1 or plan.batch is None or plan.batch.statistics == "batch":
         return None
-    program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
+    program = prepare(fold(captured.graph).whole, plan.recompute)
     groups = LocalStep(
         plan, program, captured.binding.ops, captured.binding.arrays
     ).decisions.groups

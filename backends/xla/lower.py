@@ -171,7 +171,7 @@ def lower(plan: Plan, captured: Captured, devices: Sequence[Any] | None = None) 
         return lowered
     mesh = device_mesh(plan.mesh, used_devices(plan, devices, plan.mesh.size, f"mesh {plan.mesh}"))
     captured = _as_planned(plan, captured)
-    program = prepare(fold(captured.graph).whole, plan.recompute)  # type: ignore[arg-type]
+    program = prepare(fold(captured.graph).whole, plan.recompute)
     check_decisions(plan, program.graph, program.value_tags)
     local = LocalStep(
         plan,

@@ -40,7 +40,7 @@ def lower_pipeline(
     schedule = pipeline.read(plan.microbatches)
     check(schedule)
     whole = fold(captured.graph).whole
-    program = prepare(whole, plan.recompute, in_stages=True)  # type: ignore[arg-type]
+    program = prepare(whole, plan.recompute, in_stages=True)
     check_decisions(plan, program.graph, program.value_tags)
     cuts = [stage.cut for stage in pipeline.stages]
     cut = cut_stages(program, whole, cuts, plan.microbatches, schedule.splits)

@@ -217,7 +217,7 @@ def lower_single(
     assert pipeline is not None
     _check(plan, pipeline)
     folded = fold(captured.graph)
-    program = prepare(folded.whole, plan.recompute, in_stages=True)  # type: ignore[arg-type]
+    program = prepare(folded.whole, plan.recompute, in_stages=True)
     check_decisions(plan, program.graph, program.value_tags)
     cuts = part_cuts(folded, [stage.cut for stage in pipeline.stages])
     cut = cut_stages(program, folded.whole, cuts, plan.microbatches)

@@ -143,7 +143,7 @@ def prepared(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, An
             where="graph fingerprint", fix="plan again",
         )  # fmt: skip
     folded = fold(composed(captured.graph, plan.attention, plan.cluster, plan.loss))
-    program = prepare(folded.small, plan.recompute, plan.pipeline is not None)  # type: ignore[arg-type]
+    program = prepare(folded.small, plan.recompute, plan.pipeline is not None)
     check_decisions(plan, program.graph, program.value_tags)
     return program
 
