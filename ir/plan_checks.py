@@ -43,8 +43,8 @@ def check_plan(plan: Plan) -> None:
     if plan.recompute not in POLICIES:
         _refuse(
             "recompute",
-            f"`{plan.recompute:.80}` is no policy",
-            did_you_mean(plan.recompute[:80], POLICIES),
+            f"`{plan.recompute}` is no policy of plans",
+            did_you_mean(plan.recompute, POLICIES),
         )
     _check_mesh("mesh", plan.mesh)
     _check_layouts("", plan.mesh, plan.strategies, plan.slots)

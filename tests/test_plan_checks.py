@@ -61,7 +61,7 @@ FLAT = [
     ("graph", "abc", "`abc` is no fingerprint of a graph"),
     ("microbatches", 0, "a step of 0 microbatches cannot be"),
     ("microbatches", -3, "a step of -3 microbatches cannot be"),
-    ("recompute", "some", "`some` is no policy"),
+    ("recompute", "fused", "`fused` is no policy of plans"),
     ("mesh/axes", [], "with this number of axes cannot be: 0"),
     ("mesh/axes", [X, X], "two axes of mesh"),
     ("mesh/axes/0/size", 0, "axis `x` has 0 devices"),
@@ -102,6 +102,12 @@ def test_what_contradicts_itself_is_refused_by_name(small_plan, path, value, com
     with pytest.raises(PlanError, match="the plan contradicts itself") as caught:
         parse_plan(changed(small_plan, path, value), "p.json")
     assert complaint in str(caught.value) and "from   p.json" in str(caught.value)
+
+
+def test_a_policy_that_does_not_exist_is_refused_with_those_that_do(small_plan):
+    with pytest.raises(PlanError, match="this is no plan") as caught:
+        parse_plan(changed(small_plan, "recompute", "some"), "p.json")
+    assert "'selective'" in str(caught.value) and "where  recompute" in str(caught.value)
 
 
 PIPED = [
