@@ -41,9 +41,8 @@ SMALLEST = 2  # elements; scalars are not worth a decision of their own
 SETTLING = (
     "~settled~backward"  # ends the tag of a copy that may settle a gradient's sum or go on owing it
 )
-WEIGHING = (
-    CONTRACTIONS | LOSSES | {"scatter-add", "reduce_sum"}
-)  # what makes gradients of weights and tables
+# What makes gradients of weights, tables, and of what is added or scales.
+WEIGHING = CONTRACTIONS | LOSSES | {"scatter-add", "reduce_sum"}
 
 
 def settles(op: Op) -> bool:

@@ -166,7 +166,7 @@ class _Analysis:
             op = replace(op, inputs=tuple(same.get(v, v) for v in op.inputs))
             operands = tuple(copied.get(v, v) for v in op.inputs)
             source = op.tag.partition(WITHIN)[0], operands
-            if op.tag.endswith(WITHIN):
+            if op.tag.endswith(WITHIN) and source in first:  # which a part of a step may lack
                 same |= dict(zip(op.outputs, first[source].outputs, strict=True))
                 continue
             if op.kind == "copy":
