@@ -24,7 +24,7 @@ from meshwright.planner.intra import live_of
 from meshwright.planner.memory.ledger import Ledger
 from meshwright.planner.meshes import mesh_of
 from meshwright.planner.pipeline import priced
-from meshwright.planner.pipeline.choices import Shape
+from meshwright.planner.pipeline.choices import Choices, Shape
 from meshwright.planner.pipeline.dealing import deal
 from meshwright.planner.pipeline.limited import search_schedule
 from meshwright.planner.pipeline.simulate import StageSeconds, pipeline_tasks, simulate
@@ -76,6 +76,14 @@ def test_dealing_equals_trying_every_cut(units, slowness, room):
 
 
 # ---------------------------------------------------------------- units
+
+
+def test_stages_per_rank_that_share_layers_out_evenly_are_looked_at():
+    """Seven stages per rank may save a little more than six; eight of one layer each save less than that beside
+    seven, but leave no rank more layers than another."""
+    choices = Choices(searched("gpt-tiny", "h100x8", batch=64, layers=32))
+    chunks = [many for name, many in choices.schedules(4, 32) if name == "interleaved"]
+    assert {2, 4, 8} <= set(chunks) and 9 not in chunks
 
 
 @pytest.mark.parametrize("policy", ["none", "elementwise", "full"])
