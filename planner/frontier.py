@@ -282,7 +282,7 @@ class _Replanning:
                     folded, where, request, Roofline(where), name, mark, lambda line: None
                 )
             else:
-                search = known.search.over(where, request)
+                search = known.search.on_cluster(where, request)
             found = Pipelines(search)
             if known is None:
                 found.choices.units = Units(**self.frontier.units)  # type: ignore[arg-type]

@@ -141,7 +141,7 @@ class Islands:
                 time_limit=share * self.request.time_limit,
             )  # fmt: skip
             if found:
-                found.append(found[0].over(part, request))
+                found.append(found[0].on_cluster(part, request))
                 continue
             cost = Roofline(part)
             found.append(
@@ -194,7 +194,7 @@ class Islands:
         if not self.cluster.uniform:
             return []
         request = replace(self.request, time_limit=self.request.time_limit / 3)
-        return [self._head.over(self.cluster, request)]
+        return [self._head.on_cluster(self.cluster, request)]
 
     # ------------------------------------------------------------ what there is to choose
 
@@ -293,7 +293,9 @@ class Islands:
                 return
             self._look(each)
             left = sum(c.estimate < self.best for c in combinations[looked:])
-            self._head.stand(self.best, self.lower_bound(), looked, left, self.request.time_limit)
+            self._head.report_progress(
+                self.best, self.lower_bound(), looked, left, self.request.time_limit
+            )
 
     def _several_on_a_rank(self) -> bool:
         """Whether the schedule asked for is one that stages over several groups cannot have.

@@ -96,7 +96,7 @@ class Pipelines:
             cutoff: seconds of a plan that is known.
         """
         self.begin()
-        while self.promises(cutoff) < inf and not self.search.late():
+        while self.promises(cutoff) < inf and not self.search.past_deadline():
             self.step(cutoff)
 
     def begin(self) -> None:
@@ -104,10 +104,12 @@ class Pipelines:
         for family in self.choices.families():
             self._push(self.choices.floor(family), family)
         first = self._first()
-        while first and not self.search.late():
+        while first and not self.search.past_deadline():
             shape = first.pop(0)
-            hopeless = self.choices.floor(shape) >= self.best.seconds or self.bounds.hopeless(shape)
-            if not hopeless and self._bound(shape, first)[1] < self._enough(inf):
+            ruled_out = self.choices.floor(shape) >= self.best.seconds or self.bounds.cannot_fit(
+                shape
+            )
+            if not ruled_out and self._bound(shape, first)[1] < self._enough(inf):
                 self.solve_shape(shape)
         self.first = self.as_run()
 
@@ -130,7 +132,7 @@ class Pipelines:
         except KeyboardInterrupt:
             self._push(bound, family)  # what was left of it is open still
             raise
-        self.search.stand(self.beat, self.lower_bound(), self.looked, self._left(cutoff))
+        self.search.report_progress(self.beat, self.lower_bound(), self.looked, self._left(cutoff))
 
     def _advance(self, family: Shape, bound: float, cutoff: float) -> None:
         """Look at the family's microbatch counts, the least first; each bounds its multiples. A family whose
@@ -376,10 +378,12 @@ class Pipelines:
 
     def _try(self, shape: Shape) -> None:
         before, enough = self.best, self.best.seconds * (1 - BETTER)
-        hopeless = (
-            self.search.late() or self.choices.floor(shape) >= enough or self.bounds.hopeless(shape)
+        ruled_out = (
+            self.search.past_deadline()
+            or self.choices.floor(shape) >= enough
+            or self.bounds.cannot_fit(shape)
         )
-        if not hopeless and self.bounds.relaxed(shape, enough)[1] < enough:
+        if not ruled_out and self.bounds.relaxed(shape, enough)[1] < enough:
             self.solve_shape(shape)
         if self.best.seconds > enough:
             self.best = before
@@ -400,7 +404,7 @@ class Pipelines:
         for shape in (
             each for turn in zip_longest(*ranked.values()) for each in turn if each is not None
         ):
-            if len(self.points) >= points or self.search.late():
+            if len(self.points) >= points or self.search.past_deadline():
                 return
             self.solve_shape(shape, beat=inf)
 
@@ -412,7 +416,7 @@ class Pipelines:
 
     def _look_for_order(self, found: Found, cutoff: float) -> None:
         """Look for one, where some order can be faster than what is known."""
-        if not self._order_is_open(found, cutoff) or self.search.late():
+        if not self._order_is_open(found, cutoff) or self.search.past_deadline():
             return
         assert found.pricing is not None and found.priced is not None
         self._looked_at.append(found)
@@ -425,7 +429,7 @@ class Pipelines:
 
     def hurry(self, cutoff: float) -> None:
         """When time is nearly up, look for a better order of whatever is best by now: at the end it may be too late."""
-        if self.search.late(ORDER):
+        if self.search.past_deadline(ORDER):
             self._look_for_order(self.best, cutoff)
 
     def _order_is_open(self, found: Found, cutoff: float) -> bool:

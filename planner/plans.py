@@ -90,7 +90,7 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
         pipelines.choose_program()
         if both:
             flat.outside = pipelines.best.dispatched
-            while flat.promises() < inf and not flat.late():
+            while flat.promises() < inf and not flat.past_deadline():
                 flat.step()
             flat.end()
         slow = (
@@ -130,7 +130,7 @@ def _explore(flat: Search, pipelines: Pipelines) -> None:
     pipelines.begin()
     flat.outside = flat.aim = pipelines.first
     flat.begin(known=pipelines.first < inf)
-    while not flat.late():
+    while not flat.past_deadline():
         pipelines.outside = flat.best.seconds
         with_stages, without = pipelines.promises(flat.best.seconds), flat.promises()
         if min(with_stages, without) == inf:

@@ -23,7 +23,7 @@ MORE = "more devices, a smaller batch, or devices with more memory"
 def refusal(pipelines: Pipelines) -> PlanError:
     """Names the least that any pipeline asked for needs, memory with which one fits, and a pipeline not asked for."""
     search = pipelines.search
-    if search.stopped_by == "proof" and search.late():
+    if search.stopped_by == "proof" and search.past_deadline():
         search.stopped_by = "time"
     if search.stopped_by != "proof":
         return search.infeasible()
@@ -59,7 +59,7 @@ def _by_need(pipelines: Pipelines) -> list[tuple[float, Shape]]:
     most = pipelines.choices.counts[-1]
     shapes = (replace(family, microbatches=most) for family in pipelines.choices.families())
     return sorted(
-        ((pipelines.bounds.least(shape), shape) for shape in shapes), key=lambda pair: pair[0]
+        ((pipelines.bounds.least_bytes(shape), shape) for shape in shapes), key=lambda pair: pair[0]
     )
 
 
@@ -67,7 +67,9 @@ def _otherwise(pipelines: Pipelines, needed: float) -> str:
     """What may fit with fewer pins."""
     search, limit = pipelines.search, pipelines.search.limit
     free = dict.fromkeys(("mesh", "recompute", "microbatches", "schedule", "chunks"), None)
-    others = Pipelines(search.over(search.cluster, replace(search.request, pp="auto", **free)))
+    others = Pipelines(
+        search.on_cluster(search.cluster, replace(search.request, pp="auto", **free))
+    )
     found = _by_need(others)
     if not found or found[0][0] >= needed:
         return MORE
@@ -114,9 +116,9 @@ def _fitting(pipelines: Pipelines, shapes: Sequence[Shape], limit: float) -> Sha
     """The first of some shapes of which layouts are found that fit."""
     for shape in shapes:
         search = pipelines.search
-        if search.late():
+        if search.past_deadline():
             return None
-        tried = Pipelines(search.over(search.cluster, replace(search.request, memory=limit)))
+        tried = Pipelines(search.on_cluster(search.cluster, replace(search.request, memory=limit)))
         tried.search.tell = lambda line: None
         tried.choices.take_cuts_of(pipelines.choices)
         tried.solve_shape(shape)

@@ -163,7 +163,7 @@ def proof_of(
 def _stopped(search: Search) -> Literal["time", "interrupt", "end", "estimate"]:
     if search.stopped_by != "proof":
         return search.stopped_by
-    return "time" if search.late() else "end"
+    return "time" if search.past_deadline() else "end"
 
 
 def notes_of(search: Search) -> tuple[str, ...]:

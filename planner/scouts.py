@@ -224,7 +224,7 @@ def _worker(
         each.policy: each for each in choices.families()
     }.values():  # what all bounds begin with
         choices.floor(family)
-        bounds.hopeless(replace(family, microbatches=choices.counts[-1]))
+        bounds.cannot_fit(replace(family, microbatches=choices.counts[-1]))
 
     def work_out(key: Key) -> Any:
         what, seconds = key

@@ -102,7 +102,7 @@ class Search:
     def deadline(self) -> float:
         return self.started + self.request.time_limit
 
-    def late(self, share: float = 0.0) -> bool:
+    def past_deadline(self, share: float = 0.0) -> bool:
         """Whether time is up, but for a share of all that is kept for something."""
         return time.monotonic() > self.deadline - share * self.request.time_limit
 
@@ -110,7 +110,7 @@ class Search:
         self.log.append(line)
         self.tell(line)
 
-    def stand(
+    def report_progress(
         self, best: float, bound: float, looked: int, left: int, limit: float | None = None
     ) -> None:
         """Say where the search stands; `left` of what is looked at can still hold something better.
@@ -163,7 +163,7 @@ class Search:
             self._programs[key] = prepare(self.folded.small, policy, in_stages)
         return self._programs[key]
 
-    def over(self, cluster: Cluster, request: Request) -> Search:
+    def on_cluster(self, cluster: Cluster, request: Request) -> Search:
         """A search for the same step on another cluster; programs and what their decisions may be are shared."""
         cost = Roofline(cluster, exchanges=request.program != "single")
         found = Search(
@@ -209,7 +209,7 @@ class Search:
         searched for all. Where a plan is known, each begins with one microbatch, fit or not: that bounds all counts.
         """
         self.begin(self.outside < inf)
-        while self.promises() < inf and not self.late():
+        while self.promises() < inf and not self.past_deadline():
             self.step()
         self.end()
 
@@ -222,7 +222,7 @@ class Search:
         """Look at the most promising candidate."""
         self._advance(self._next())
         best, looked = min(self.best.seconds, self.outside), len(self._relaxed_bounds)
-        self.stand(best, self.lower_bound(), looked, len(self.open_bounds))
+        self.report_progress(best, self.lower_bound(), looked, len(self.open_bounds))
 
     def end(self) -> None:
         """Note why no more is looked at; groups of hosts of other sizes are tried where all else is done."""
@@ -237,10 +237,10 @@ class Search:
         if best is None or self.request.mesh is not None or self.best.seconds >= self.outside:
             return
         for mesh in other_groups(self.cluster, best.mesh):
-            if self.late():
+            if self.past_deadline():
                 return
             candidate = Candidate(mesh, best.policy, best.microbatches)
-            if self.least(candidate) <= self.limit:
+            if self.least_bytes(candidate) <= self.limit:
                 bound, fits = self.relaxed(candidate)
                 if not fits and bound < self.best.seconds:
                     self._solve(candidate)
@@ -262,7 +262,7 @@ class Search:
     def _next(self) -> Candidate:
         """The lowest bound; while nothing is found, the one with most room."""
         if self.best.answer is None and self.outside == inf:
-            return min(self.open_bounds, key=self.least)
+            return min(self.open_bounds, key=self.least_bytes)
         return min(self.open_bounds, key=lambda c: self.open_bounds[c])
 
     def _seed(self, mesh: Mesh) -> None:
@@ -273,7 +273,7 @@ class Search:
             if root is None:
                 continue
             _, fits = self.relaxed(root)
-            if self.late() or (fits and root.microbatches == first):
+            if self.past_deadline() or (fits and root.microbatches == first):
                 return
             if not fits:
                 self._solve(root)
@@ -299,7 +299,7 @@ class Search:
         self._probed.add(candidate)
         if candidate.microbatches > 1 or bound < self._enough():  # else it bounds all counts
             self._open(self.next_count(candidate))
-        if bound < self._enough() and self.least(candidate) > self.limit:
+        if bound < self._enough() and self.least_bytes(candidate) > self.limit:
             bound = inf
         if not fits and bound < self._enough():
             bound = self.open_bounds[candidate] = max(bound, self._solve(candidate, PROBE))
@@ -426,11 +426,11 @@ class Search:
     def _fit(self, family: Candidate, counts: Sequence[int]) -> Candidate | None:
         for count in counts:
             candidate = Candidate(family.mesh, family.policy, count)
-            if self.least(candidate) <= self.limit:
+            if self.least_bytes(candidate) <= self.limit:
                 return candidate
         return None
 
-    def least(self, candidate: Candidate) -> float:
+    def least_bytes(self, candidate: Candidate) -> float:
         """Bytes that no layout of this candidate can do without."""
         return least_peak(self._lives_of(candidate.policy, candidate.microbatches), candidate.mesh)
 
@@ -482,7 +482,7 @@ class Search:
                 where=f"stopped by {self.stopped_by} after {time.monotonic() - self.started:.1f} s",
                 fix="more time, fewer choices (pin the mesh or recompute), or more memory",
             )
-        needs = {c: self.least(c) for c in self._all_candidates()}
+        needs = {c: self.least_bytes(c) for c in self._all_candidates()}
         least = min(needs, key=lambda c: needs[c])
         return InfeasibleError(
             f"no plan fits: each needs at least {format_bytes(needs[least])} per device, "

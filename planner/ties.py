@@ -74,7 +74,7 @@ def naive(search: Search, root: Candidate) -> Best | None:
     """Data parallelism on the mesh of a candidate, with one microbatch and nothing recomputed, where the request
     allows it and it fits."""
     candidate = replace(root, policy="none", microbatches=1)
-    if not _allowed(search.request) or search.least(candidate) > search.limit:
+    if not _allowed(search.request) or search.least_bytes(candidate) > search.limit:
         return None
     space, lives = search.open(candidate)
     choices = data_parallel(space)

@@ -85,7 +85,7 @@ class Unequal:
         if not self._worth():
             self._refuse_rest()
             return
-        if self.search.late() and self.best < inf:
+        if self.search.past_deadline() and self.best < inf:
             return
         self.left_out = UNEQUAL
         good = self.best * (1 - self.search.request.good_enough)
@@ -95,7 +95,7 @@ class Unequal:
             if (
                 split.seconds < good
                 and split.pieces not in fitted
-                and not self.search.late()
+                and not self.search.past_deadline()
                 and self._look(split)
             ):
                 fitted.add(split.pieces)
@@ -109,7 +109,7 @@ class Unequal:
 
     def write(self, bound: float) -> Plan:
         assert self.found is not None
-        if self.search.stopped_by == "proof" and not self.search.late():
+        if self.search.stopped_by == "proof" and not self.search.past_deadline():
             self.search.stopped_by = "estimate"
         return write_pipeline(*self.found, self.search.cluster, bound, self.left_out, self._chosen)
 
@@ -361,7 +361,11 @@ class Unequal:
 
     def _reorder(self) -> None:
         """A better order of passes, if none was asked for."""
-        if self.found is None or self.search.request.schedule is not None or self.search.late():
+        if (
+            self.found is None
+            or self.search.request.schedule is not None
+            or self.search.past_deadline()
+        ):
             return
         ranks, pricing, priced = self.found
         better = pricing.reordered(priced)

@@ -23,7 +23,7 @@ def walk_families(search: Search) -> None:
 def _walk_family(search: Search, root: Candidate, seconds: float) -> None:
     """The smallest microbatch count at which a chain finds something that fits."""
     candidate = search.smallest_count(root)
-    while candidate is not None and not search.late():
+    while candidate is not None and not search.past_deadline():
         search.stopped_by = "time"  # it may fit, whatever the chains meet
         space, lives = search.open(candidate)
         seconds /= 2

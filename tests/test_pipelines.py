@@ -246,7 +246,7 @@ def test_when_time_is_nearly_up_the_passes_of_a_later_best_pipeline_are_reordere
     pipelines.begin()
     pipelines.step()
     pipelines.best, pipelines.reordered = replace(pipelines.best), Found()  # another one is best
-    monkeypatch.setattr(Search, "late", lambda self, share=0.0: share > 0)
+    monkeypatch.setattr(Search, "past_deadline", lambda self, share=0.0: share > 0)
     pipelines.step()
     assert pipelines.reordered.seconds < pipelines.best.seconds
 

@@ -222,12 +222,12 @@ class Bounds:
         enough = self.search.request.good_enough
         return solve_overlapped(space, solve, enough, cutoff, start)
 
-    def hopeless(self, shape: Shape) -> bool:
+    def cannot_fit(self, shape: Shape) -> bool:
         """Whether a shape fits in no way."""
         return self._crowded(shape, 1.0) or self._least_of_layers(shape) > self.search.limit
 
     def with_room(self, family: Shape) -> list[int]:
-        """The microbatch counts of a family that are not hopeless: more microbatches never need more."""
+        """The microbatch counts of a family that may fit: more microbatches never need more."""
         counts, limit = self.choices.counts, self.search.limit
         shapes = [replace(family, microbatches=many) for many in counts]
         first = bisect_left(shapes, True, key=lambda shape: not self._crowded(shape, 1.0))
@@ -237,7 +237,7 @@ class Bounds:
             )
         return list(counts[first:])
 
-    def least(self, shape: Shape) -> float:
+    def least_bytes(self, shape: Shape) -> float:
         """Bytes per device that a shape needs at least, however everything lies."""
         return max(self._least_of_all(shape, 1.0), self._least_of_layers(shape))
 

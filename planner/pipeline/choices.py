@@ -306,7 +306,7 @@ class Choices:
         return {**{tag: shares[cut.class_of(tag)] for tag in cut.passes}, "": 1 / shape.stages}
 
     def likely(self, shape: Shape) -> Mapping[str, float]:
-        """The same as it will be: the fullest stage has `crowd` times its share of layers or, where all have equally
+        """The same as it will be: the fullest stage has `imbalance` times its share of layers or, where all have equally
         many, the ends on top."""
         cut, single = (
             self.cut(shape.policy, shape.microbatches),
@@ -324,7 +324,7 @@ class Choices:
             if name == "once" or single:
                 continue
             if layer:
-                found[tag] *= self.crowd(shape.stages)
+                found[tag] *= self.imbalance(shape.stages)
             elif self.units.repeats_of(cut.kind_of(tag)) < shape.stages:
                 found[tag] += on_top
         return found
@@ -379,7 +379,7 @@ class Choices:
         """How often the seconds of a pass count in the step, at least.
 
             (microbatches + bubble) / stages                      if all stages took equally long
-            ((microbatches - 1) * crowd + 1 + bubble) / stages    for layers, if the ends took nothing but `more`
+            ((microbatches - 1) * imbalance + 1 + bubble) / stages    for layers, if the ends took nothing but `more`
 
         A step takes the longer of the two, so any mean of them is a bound. What is done once counts
         1 / stages. In a single program the ends are run side by side, for a share of the microbatches each.
@@ -402,7 +402,7 @@ class Choices:
         bubble = self.bubbles(stages, name)
         if self.search.request.program == "single":
             return (many + (bubble if layer else 0.0)) / stages
-        full = (many - 1) * self.crowd(stages) + 1 + bubble if layer else 0.0
+        full = (many - 1) * self.imbalance(stages) + 1 + bubble if layer else 0.0
         return np.maximum(1e-9, mean * (many + bubble) + (1 - mean) * full) / stages
 
     def bubbles(self, stages: int, name: str) -> np.ndarray:
@@ -416,6 +416,6 @@ class Choices:
 
     _known_bubbles: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
 
-    def crowd(self, stages: int) -> float:
+    def imbalance(self, stages: int) -> float:
         """How much more than its share of layers some stage has, as layers are not cut."""
         return self.fullest_at_least(stages) * stages / self.units.repeats
