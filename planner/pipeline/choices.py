@@ -306,8 +306,8 @@ class Choices:
         return {**{tag: shares[cut.class_of(tag)] for tag in cut.passes}, "": 1 / shape.stages}
 
     def likely(self, shape: Shape) -> Mapping[str, float]:
-        """The same as it will be: the fullest stage has `imbalance` times its share of layers or, where all have equally
-        many, the ends on top."""
+        """The same as it will be: the fullest stage has `imbalance` times its share of layers or, where all have
+        equally many, the ends on top."""
         cut, single = (
             self.cut(shape.policy, shape.microbatches),
             self.search.request.program == "single",
