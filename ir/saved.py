@@ -125,11 +125,8 @@ class _Chosen:
         """What kernels of the backward pass read, as it is or under another shape, and results of the step."""
         found = set(self.graph.outputs)
         for op, phase in zip(reversed(self.graph.ops), reversed(self.phases), strict=True):
-            if (
-                phase != "forward"
-                and (op.kind in STORED or op.kind in VIEWS)
-                and (op.kind in STORED or not found.isdisjoint(op.outputs))
-            ):
+            shows = op.kind in VIEWS and not found.isdisjoint(op.outputs)
+            if phase != "forward" and (op.kind in STORED or shows):
                 found.update(op.inputs)
         return frozenset(found)
 

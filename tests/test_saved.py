@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -15,6 +16,7 @@ from meshwright.ir.mesh import Mesh
 from meshwright.ir.ops import VIEWS
 from meshwright.ir.program import Program, prepare
 from meshwright.ir.saved import CHEAP, STORED, WITHIN, save_less
+from meshwright.planner.cost.kernels import kernels_of
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.layouts import Layouts
 from meshwright.planner.space import build
@@ -118,6 +120,22 @@ def test_a_layer_of_experts_saves_less_than_half():
     shape = {"batch": 8, "seq": 2048, "layers": 4}
     whole, stages = (prepared("mixtral-8x7b", each, **shape) for each in (False, True))
     assert 0 < of_layers(stages) < 0.5 * of_layers(whole)
+
+
+def test_a_pass_by_itself_has_clones_without_their_first_ops():
+    """They are ops as any others there."""
+    whole = prepared("gpt-tiny", True)
+    pairs = zip(whole.graph.ops, whole.phases, strict=True)
+    ops = tuple(op for op, phase in pairs if phase == "backward")
+    made = {v for op in ops for v in op.outputs}
+    read = dict.fromkeys(v for op in ops for v in op.inputs if v not in made)
+    graph = replace(
+        whole.graph, ops=ops, inputs=tuple(v for v in read if v not in whole.graph.constant_ids),
+        outputs=ops[-1].outputs, state=(), input_tags=(), input_counts=(), input_names=(), output_names=(),
+    )  # fmt: skip
+    kernels = kernels_of(Program(graph, ("backward",) * len(ops), whole.time))
+    clones = [op for op in ops if op.tag.endswith(WITHIN) and op.outputs[0] in kernels.chains]
+    assert any(kernels.chains[op.outputs[0]].work > 0 for op in clones)
 
 
 @pytest.mark.parametrize("model", ["gpt-tiny", "llama-tiny", "mixtral-tiny", "vit-tiny"])

@@ -47,8 +47,10 @@ def audit_pipeline(lowered: LoweredPipeline) -> Audit:
 
 
 def _part(shapes: _Shapes, rank: int, held: Sequence[int]) -> Part:
+    pipeline = shapes.plan.pipeline
+    assert pipeline is not None
     moved = sum(each.nbytes * each.count for stage in held for each in shapes.found(stage))
-    predicted = max(shapes.plan.pipeline.stages[stage].peak_bytes for stage in held)  # type: ignore[union-attr]
+    predicted = max(pipeline.stages[stage].peak_bytes for stage in held)
     return Part(rank, tuple(held), moved, predicted, shapes.most[rank])
 
 

@@ -70,7 +70,10 @@ class Branching:
             tell(min(parts[0].bound, closed))
             looked += 1
             if looked % LOOK == 0:
-                if parts[0].bound < before + MOVED * (self.target() - before):
+                stalled = before > -np.inf and parts[0].bound < before + MOVED * (
+                    self.target() - before
+                )
+                if stalled:
                     return
                 before = parts[0].bound
             part = heapq.heappop(parts)
