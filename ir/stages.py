@@ -13,7 +13,7 @@ gradients first, then what needs their sum.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -77,8 +77,9 @@ class Stages:
 
 
 def cut_stages(
-    program: Program, whole: Graph, cuts: Sequence[int], microbatches: int, splits: bool = False
-) -> Stages:
+    program: Program, whole: Graph, cuts: Sequence[int], microbatches: int,
+    splits: bool = False, folded: bool = False,
+) -> Stages:  # fmt: skip
     """Cut a step into stages.
 
     Args:
@@ -86,6 +87,7 @@ def cut_stages(
         whole: the graph before, folded; `cuts` are positions of its ops, where each stage begins.
         microbatches: how many; 1 needs no time axis.
         splits: give gradients of weights a fragment of their own.
+        folded: the program stands for a deeper one, in which more layers read what nobody reads in it.
 
     Raises:
         PlanError: stages without forward ops, or microbatches that cannot be.
@@ -94,7 +96,7 @@ def cut_stages(
     classes = Classes(program)
     places = Places(classes, whole, cuts)
     _check_cuts(places, cuts)
-    return _Cutter(classes, places, len(cuts), microbatches, splits).cut()
+    return _Cutter(classes, places, len(cuts), microbatches, splits, folded).cut()
 
 
 def _check_time(time: TimeAxis | Refusal, microbatches: int) -> None:
@@ -142,6 +144,7 @@ class _Cutter:
     count: int
     microbatches: int
     splits: bool
+    folded: bool
 
     def __post_init__(self) -> None:
         self.graph = self.classes.graph
@@ -268,10 +271,21 @@ class _Cutter:
             for o, v in enumerate(self.graph.outputs)
         )
         self.needs |= {(stage, v) for stage, v in zip(ends, self.graph.outputs, strict=True)}
+        self.needs |= {(self.late_at[v], v) for v in self._read_by_folded()}
         for op in reversed(self.classes.late):
             for stage in self._runs_on(op):
                 self.needs |= {(stage, v) for v in op.inputs if v not in self.classes.free}
         return ends
+
+    def _read_by_folded(self) -> Iterator[int]:
+        """What late ops make for layers that are folded away, or for scalars for those (norms of gradients)."""
+        read = set(self.graph.outputs)
+        for op in reversed(self.classes.late if self.folded else ()):
+            unread = read.isdisjoint(op.outputs)
+            if unread and self._floats(op):
+                continue
+            read.update(op.inputs)
+            yield from op.outputs if unread else ()
 
     def _runs_on(self, op: Op) -> list[int]:
         wanted = [s for s in range(self.count) if any((s, v) in self.needs for v in op.outputs)]

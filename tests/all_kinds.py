@@ -270,8 +270,9 @@ def _laid_out(drawn: Kind, captured: Captured) -> Plan:
                 **given,
             )
         )
+    given_cluster = Cluster.parse(cluster)
     return fixed_plan(
-        fold(composed(captured.graph, drawn.attention)), Cluster.parse(cluster), degrees(drawn.layout),
+        fold(composed(captured.graph, drawn.attention, given_cluster)), given_cluster, degrees(drawn.layout),
         microbatches=drawn.microbatches, name=drawn.model, fingerprint=fingerprint(captured.graph), **given,
         overlap="all" if drawn.overlap else "none",
     )  # type: ignore[arg-type] # fmt: skip
@@ -295,7 +296,8 @@ def _staged(drawn: Kind, captured: Captured, plan: Plan) -> Plan:
     if not drawn.schedule:
         return plan
     schedule = _schedule(drawn)
-    whole = replace(captured, graph=composed(captured.graph, drawn.attention))  # type: ignore[arg-type]
+    graph = composed(captured.graph, drawn.attention, plan.cluster)
+    whole = replace(captured, graph=graph)
     return pipelined(plan, captured, schedule, even_cuts(whole, schedule.stages))
 
 

@@ -35,7 +35,8 @@ def random_plans(
     found = plan_captured(captured, cluster, request, "random")
     mesh = Mesh(tuple(Axis(name, size) for name, size in zip(found.mesh.names, shape, strict=True)))
     cost = Roofline(Cluster.parse(cluster))
-    program = prepare(fold(composed(captured.graph, attention)).small, recompute)
+    graph = composed(captured.graph, attention, found.cluster)
+    program = prepare(fold(graph).small, recompute)
     space = build(program, microbatches, cost, Layouts(cost.collectives(mesh)))
     rng = np.random.default_rng(seed)
     for _ in range(count):

@@ -98,9 +98,12 @@ class Passes:
             else [(*stages.backward, *stages.weight)]
         )
         programs = (stages.prepare, stages.forward, *backward, *stages.updates)
-        tags = [{op.tag for f in program for op in f.ops} for program in programs]
-        tags[self._first_update] |= {op.tag for ops in self.cut.unread.values() for op in ops}
-        return [[k for k, op in enumerate(self.graph.ops) if op.tag in part] for part in tags]
+        made = [{v for f in program for op in f.ops for v in op.outputs} for program in programs]
+        made[self._first_update] |= {
+            v for ops in self.cut.unread.values() for op in ops for v in op.outputs
+        }
+        ops = list(enumerate(self.graph.ops))
+        return [[k for k, op in ops if not part.isdisjoint(op.outputs)] for part in made]
 
     @property
     def _first_update(self) -> int:

@@ -217,7 +217,8 @@ class Cut:
     @classmethod
     def of(cls, units: Units, program: Program, captured: Graph, microbatches: int) -> Cut:
         """Raises PlanError where the step cannot be pipelined."""
-        stages = cut_stages(program, captured, units.small_cuts, microbatches, splits=True)
+        cuts = units.small_cuts
+        stages = cut_stages(program, captured, cuts, microbatches, splits=True, folded=True)
         return cls(units, program, stages)
 
     def fragments(self, kind: int) -> Iterator[Fragment]:
