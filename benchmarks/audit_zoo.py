@@ -44,7 +44,7 @@ def audited(
     squeeze: float | None = None,
 ) -> dict[str, Any]:
     import meshwright as mw
-    from meshwright.api import capture
+    from meshwright.backends.xla.capture import capture
     from meshwright.backends.xla.lower import lower
     from meshwright.backends.xla.topology import name_of, topology_devices
     from meshwright.models import build

@@ -3,7 +3,7 @@
     python benchmarks/fidelity.py ../shared/data/measurements/published_training_runs.csv [--set NAME] [-o FILE]
 
 Every row is priced through the graph of the zoo's model of that shape. No constant is fitted
-to a row: they come from `ir/hardware.yaml`. What a row does not state is searched over, as its
+to a row: they come from `ir/cluster/hardware.yaml`. What a row does not state is searched over, as its
 set says, and the fastest choice that fits is taken.
 """
 

@@ -32,7 +32,7 @@ jax.config.update("jax_platforms", "cpu")
 
 from meshwright import pricing  # noqa: E402
 from meshwright.api import plan_captured  # noqa: E402
-from meshwright.ir.cluster import Cluster  # noqa: E402
+from meshwright.ir.cluster.cluster import Cluster  # noqa: E402
 from meshwright.ir.errors import MeshwrightError  # noqa: E402
 from meshwright.planner.jobs.pinned import Parallelism  # noqa: E402
 from meshwright.planner.request import HEADROOM, Request  # noqa: E402

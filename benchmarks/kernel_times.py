@@ -23,8 +23,8 @@ from meshwright.ir.ops import CONTRACTIONS, KERNELS
 from meshwright.ir.program import Program
 from meshwright.planner.cost.kernels import attention_values
 from meshwright.planner.cost.model import Roofline
-from meshwright.planner.layouts import Layouts
-from meshwright.planner.space import build
+from meshwright.planner.intra.layouts import Layouts
+from meshwright.planner.intra.space import build
 
 ITEM_BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
               "s8": 1, "u8": 1, "pred": 1}  # fmt: skip

@@ -36,9 +36,9 @@ emulate(DEVICES)
 from meshwright import api  # noqa: E402
 from meshwright.backends.xla.capture import Captured  # noqa: E402
 from meshwright.backends.xla.lower import lower  # noqa: E402
-from meshwright.ir.batch import batch_dims  # noqa: E402
-from meshwright.ir.blocks import fold  # noqa: E402
-from meshwright.ir.cluster import Cluster  # noqa: E402
+from meshwright.ir.analysis.batch import batch_dims  # noqa: E402
+from meshwright.ir.analysis.blocks import fold  # noqa: E402
+from meshwright.ir.cluster.cluster import Cluster  # noqa: E402
 from meshwright.ir.errors import MeshwrightError, PlanError  # noqa: E402
 from meshwright.ir.fingerprint import fingerprint  # noqa: E402
 from meshwright.ir.plan import Plan  # noqa: E402

@@ -34,8 +34,8 @@ from kernel_times import measured_parts, parts_by_tag, predicted_parts
 from meshwright.api import Options, plan_captured
 from meshwright.backends.xla.capture import Captured
 from meshwright.backends.xla.lower import lower
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.plan import Plan
 from meshwright.ir.program import prepare
 from meshwright.models import Example, build

@@ -23,7 +23,7 @@ import meshwright as mw
 from meshwright.api import plan_captured
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.pipeline import LoweredPipeline
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.planner.request import Request
 from meshwright.recipe import make
 from meshwright.training import start

@@ -84,13 +84,13 @@ def block_kinds(folded: Any) -> int:
 
 def searched(step: Any, cluster: str, name: str, **pins: Any) -> dict[str, Any]:
     """One search after capture; what it found, how sure it is, and the incumbent's size."""
-    from meshwright.ir.blocks import fold
-    from meshwright.ir.cluster import Cluster
+    from meshwright.ir.analysis.blocks import fold
+    from meshwright.ir.cluster.cluster import Cluster
     from meshwright.ir.errors import InfeasibleError, StoppedError
-    from meshwright.planner.candidates import Candidate
     from meshwright.planner.cost.model import Roofline
     from meshwright.planner.request import Request
-    from meshwright.planner.search import Search
+    from meshwright.planner.search.candidates import Candidate
+    from meshwright.planner.search.search import Search
 
     class Timed(Search):
         """Seconds spent on each combination: build, relax, solve."""
@@ -232,7 +232,7 @@ def depth(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _by_depth(layers: int, repeats: int = 2) -> dict[str, Any]:
     """With memory for everything, so that all depths do the same work; and one solve under a limit."""
     from meshwright.api import plan_captured
-    from meshwright.ir.cluster import Cluster
+    from meshwright.ir.cluster.cluster import Cluster
     from meshwright.planner.request import Request
 
     start = time.perf_counter()
@@ -259,17 +259,17 @@ def _by_depth(layers: int, repeats: int = 2) -> dict[str, Any]:
 
 def solve(options: argparse.Namespace) -> dict[str, Any]:
     """The ILP alone: build the space, then solve under memory to a proven gap."""
-    from meshwright.ir.blocks import fold
-    from meshwright.ir.cluster import Cluster
+    from meshwright.ir.analysis.blocks import fold
+    from meshwright.ir.analysis.roles import roles
+    from meshwright.ir.cluster.cluster import Cluster
     from meshwright.ir.program import prepare
-    from meshwright.ir.roles import roles
     from meshwright.planner.cost.model import Roofline
-    from meshwright.planner.intra import solve_space
-    from meshwright.planner.layouts import Layouts
+    from meshwright.planner.intra.layouts import Layouts
+    from meshwright.planner.intra.solve import solve_space
+    from meshwright.planner.intra.space import build
     from meshwright.planner.memory.lifetimes import lifetimes
     from meshwright.planner.memory.storage import as_xla
-    from meshwright.planner.meshes import mesh_of
-    from meshwright.planner.space import build
+    from meshwright.planner.search.meshes import mesh_of
 
     step = captured("gpt3-175b", batch=DEEP_BATCH)
     program, cost = prepare(fold(step.graph).small, "selective"), Roofline(Cluster.parse(DEEP))
@@ -303,7 +303,7 @@ def _pipelines_of(
 ) -> Iterator[dict[str, Any]]:
     from meshwright.api import plan_captured
     from meshwright.collector import paused
-    from meshwright.ir.cluster import Cluster
+    from meshwright.ir.cluster.cluster import Cluster
     from meshwright.planner.request import Request
     from meshwright.recipe import make
 

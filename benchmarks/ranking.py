@@ -36,8 +36,8 @@ from meshwright import api  # noqa: E402
 from meshwright.backends.xla.capture import Captured, capture  # noqa: E402
 from meshwright.backends.xla.lower import lower  # noqa: E402
 from meshwright.calibration import calibrate  # noqa: E402
-from meshwright.ir.blocks import fold  # noqa: E402
-from meshwright.ir.cluster import Cluster  # noqa: E402
+from meshwright.ir.analysis.blocks import fold  # noqa: E402
+from meshwright.ir.cluster.cluster import Cluster  # noqa: E402
 from meshwright.ir.fingerprint import fingerprint  # noqa: E402
 from meshwright.ir.plan import Plan  # noqa: E402
 from meshwright.models import Example, build  # noqa: E402

@@ -26,7 +26,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 
 from meshwright.api import plan_captured  # noqa: E402
-from meshwright.ir.cluster import Cluster  # noqa: E402
+from meshwright.ir.cluster.cluster import Cluster  # noqa: E402
 from meshwright.ir.errors import MeshwrightError  # noqa: E402
 from meshwright.ir.plan import Plan  # noqa: E402
 from meshwright.planner.request import Request  # noqa: E402

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.planner.cost.model import Roofline
-from meshwright.planner.pipelines import Pipelines
+from meshwright.planner.pipeline.search import Pipelines
+from meshwright.planner.pipeline.unequal import Unequal
 from meshwright.planner.request import Request
-from meshwright.planner.search import Search
-from meshwright.planner.unequal import Unequal
+from meshwright.planner.search.search import Search
 from meshwright.recipe import make
 
 CASES: tuple[tuple[str, int, str, int | Literal["auto"], int | None], ...] = (

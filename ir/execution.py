@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from .composites import AttentionKind
+from .composites.attention_op import AttentionKind
+from .composites.losses import LossKind
 from .errors import PlanError, did_you_mean
-from .losses import LossKind
 
 OverlapKind = Literal["parameters", "gradients", "tensor", "stages"]
 OVERLAPS: tuple[OverlapKind, ...] = get_args(OverlapKind)

@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
-from .batch import known_batch
-from .cluster import Cluster
-from .composites import AttentionKind
+from .analysis.batch import known_batch
+from .cluster.cluster import Cluster
+from .composites.attention_op import AttentionKind
+from .composites.losses import LossKind
 from .execution import Execution, OverlapKind
 from .graph import Batch, Graph
-from .losses import LossKind
 from .mesh import Mesh
-from .recompute import Policy
-from .schedule import Schedule, read_schedule
+from .passes.recompute import Policy
+from .pipeline.schedule import Schedule, read_schedule
 from .sharding import Sharding
 from .units import counted
 

@@ -18,11 +18,11 @@ from .errors import GraphError, PlanError, did_you_mean
 from .graph import Graph, Op, TensorType
 from .mesh import STAGE, Mesh
 from .ops import CONTRACTIONS
+from .passes.recompute import POLICIES
+from .pipeline.schedule import check
 from .plan import Layout, Pipeline, Plan
-from .recompute import POLICIES
-from .rule import cut_twice
 from .rules import rule_of
-from .schedule import check
+from .rules.rule import cut_twice
 from .units import counted
 
 MOST_AXES, MOST_MICROBATCHES = 8, 2**31

@@ -10,20 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from .attention import Attention, attentions
-from .batch import batch_dims
-from .batch_stats import with_statistics_apart
-from .copies import insert_copies
-from .early import with_early_totals
+from .analysis.attention import Attention, attentions
+from .analysis.batch import batch_dims
+from .analysis.refusals import BY_MICROBATCH
+from .analysis.roles import phases as find_phases
 from .graph import Graph, Op
-from .held import hold_microbatches
-from .late import with_late_factors
-from .microbatch import Refusal, TimeAxis, time_axis
-from .recompute import Policy, recompute
-from .refusals import BY_MICROBATCH
-from .roles import phases as find_phases
-from .saved import save_less
-from .told_apart import tell_apart
+from .passes.batch_stats import with_statistics_apart
+from .passes.copies import insert_copies
+from .passes.early import with_early_totals
+from .passes.held import hold_microbatches
+from .passes.late import with_late_factors
+from .passes.microbatch import Refusal, TimeAxis, time_axis
+from .passes.recompute import Policy, recompute
+from .passes.saved import save_less
+from .passes.told_apart import tell_apart
 from .verify import verify_time
 
 

@@ -23,8 +23,8 @@ from collections.abc import Iterable, Mapping
 
 from .errors import GraphError
 from .graph import Graph, Op, TensorType
-from .microbatch import TimeAxis
-from .rule import Rule
+from .passes.microbatch import TimeAxis
+from .rules.rule import Rule
 
 
 def verify(graph: Graph) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ..ir.graph import TURNS, Graph, Op
 from ..ir.rules.user_kernel import KIND as USERS
 from .cost.flop import is_counted, told_cost
-from .outline import SELDOM
+from .intra.outline import SELDOM
 
 
 def assumptions(graph: Graph) -> tuple[str, ...]:

@@ -1,27 +1,27 @@
 """Start here: from a folded graph, a cluster and a request to a proven plan: the best without a pipeline
-(`search.py`), with one (`pipelines.py`), or of both."""
+(`search/search.py`), with one (`pipeline/search.py`), or of both."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
 
-from ..ir.blocks import Folded
-from ..ir.cluster import Cluster
+from ..ir.analysis.blocks import Folded
+from ..ir.cluster.cluster import Cluster
 from ..ir.errors import PlanError
 from ..ir.plan import Plan
 from .cost.model import CostModel, Roofline
-from .frontier import WIDE, Frontier
-from .islands import Islands
-from .pipeline_report import Chosen, Way, passed_over
-from .pipelines import Pipelines
+from .pipeline.search import Pipelines
+from .pipeline.unequal import Unequal
 from .refusal import refusal
-from .report import BESIDES, write_plan
+from .report.of_pipeline import Chosen, Way, passed_over
+from .report.of_plan import BESIDES, write_plan
 from .request import Request, check
-from .scouts import Scouts
-from .search import Search
-from .ties import offer_naive
-from .unequal import Unequal
+from .search.frontier import WIDE, Frontier
+from .search.islands import Islands
+from .search.scouts import Scouts
+from .search.search import Search
+from .search.ties import offer_naive
 
 
 def search(

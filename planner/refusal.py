@@ -13,7 +13,7 @@ from math import inf, sqrt
 from ..ir.errors import InfeasibleError, PlanError
 from ..ir.units import counted, format_bytes, parse_bytes
 from .pipeline.choices import Shape
-from .pipelines import Pipelines
+from .pipeline.search import Pipelines
 
 TRIED = 3  # shapes, those that may need least, one of each recompute policy first
 DOUBLED, HALVED = 5, 2  # times at most

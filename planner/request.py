@@ -10,14 +10,14 @@ from numbers import Integral
 from sys import float_info
 from typing import Any, Literal, NoReturn, get_args
 
-from ..ir.cluster import Cluster
-from ..ir.composites import AttentionKind
+from ..ir.cluster.cluster import Cluster
+from ..ir.composites.attention_op import AttentionKind
+from ..ir.composites.losses import LossKind
 from ..ir.errors import PlanError, UsageError, did_you_mean
 from ..ir.execution import OVERLAPS, WITHIN, Execution, OverlapKind, parse_overlap, usual_execution
-from ..ir.losses import LossKind
-from ..ir.microbatch import Refusal, TimeAxis
 from ..ir.mistakes import Mistakes
-from ..ir.recompute import POLICIES, Policy
+from ..ir.passes.microbatch import Refusal, TimeAxis
+from ..ir.passes.recompute import POLICIES, Policy
 from ..ir.units import counted, format_bytes, parse_bytes, parse_count
 from .pipeline.schedules import entry, schedule_named
 

@@ -33,10 +33,10 @@ from .outcomes import (
 
 if TYPE_CHECKING:
     from meshwright.backends.xla.capture import Captured
-    from meshwright.ir.composites import AttentionKind
+    from meshwright.ir.composites.attention_op import AttentionKind
+    from meshwright.ir.passes.recompute import Policy
+    from meshwright.ir.pipeline.schedule import Schedule
     from meshwright.ir.plan import Plan
-    from meshwright.ir.recompute import Policy
-    from meshwright.ir.schedule import Schedule
 
 DEVICES = 16
 ROUNDING = 2e-4  # of what a step moves, in float32; what is farther off is measured
@@ -248,9 +248,9 @@ def _searched(drawn: Kind, captured: Captured) -> Plan:
 
 def _laid_out(drawn: Kind, captured: Captured) -> Plan:
     """One stage's devices, as degrees say or at random."""
-    from meshwright.ir.blocks import fold
-    from meshwright.ir.cluster import Cluster
-    from meshwright.ir.composites import composed
+    from meshwright.ir.analysis.blocks import fold
+    from meshwright.ir.cluster.cluster import Cluster
+    from meshwright.ir.composites.attention_op import composed
     from meshwright.ir.fingerprint import fingerprint
     from meshwright.planner.jobs.fixed import fixed_plan
 
@@ -289,7 +289,7 @@ def degrees(text: str):
 
 def _staged(drawn: Kind, captured: Captured, plan: Plan) -> Plan:
     """Every stage with the decisions of `plan`, in the order of the schedule."""
-    from meshwright.ir.composites import composed
+    from meshwright.ir.composites.attention_op import composed
 
     from .pipelines import even_cuts, pipelined
 

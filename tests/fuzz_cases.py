@@ -134,10 +134,10 @@ def make_valid(folder: Path) -> None:
     """One valid file of each kind."""
     from meshwright.api import plan_captured
     from meshwright.emulation import trace_on_cpu
-    from meshwright.ir.cluster import Cluster
+    from meshwright.ir.cluster.cluster import Cluster
     from meshwright.ir.codec import save_plan, sealed
+    from meshwright.ir.pipeline.torch_csv import to_torch_csv
     from meshwright.ir.profile import Profile
-    from meshwright.ir.torch_csv import to_torch_csv
     from meshwright.planner.pipeline.schedules import schedule_named
     from meshwright.planner.request import Request
     from meshwright.recipe import make

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.ir.graph import Graph, Op, TensorType
-from meshwright.ir.local import BARRIER, MICROBATCHES, ON_SHARDS, LocalOp, LocalProgram
+from meshwright.ir.local.program import BARRIER, MICROBATCHES, ON_SHARDS, LocalOp, LocalProgram
 from meshwright.ir.mesh import Mesh
 from meshwright.ir.sharding import Sharding
 

@@ -19,9 +19,9 @@ from meshwright.backends.xla.emit import Cut, emit
 from meshwright.backends.xla.params import attrs_of, dtype_name, marks_of
 from meshwright.backends.xla.user_kernels import kernel as by_hand
 from meshwright.ir.graph import Op, TensorType
-from meshwright.ir.rule import Rule
 from meshwright.ir.rules import rule_of
 from meshwright.ir.rules.factors import WRITERS
+from meshwright.ir.rules.rule import Rule
 
 PRIMITIVES = {p.name: p for p in gc.get_objects() if isinstance(p, Primitive)}
 

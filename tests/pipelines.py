@@ -13,15 +13,15 @@ from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import Captured, capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.verify import reference, verify_outputs
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
+from meshwright.ir.pipeline.schedule import Schedule, Step
 from meshwright.ir.plan import Pipeline, Plan, Stage
-from meshwright.ir.schedule import Schedule, Step
 from meshwright.models import build
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.pipeline.schedules import one_f_one_b
 from meshwright.planner.request import Request
-from meshwright.planner.search import Search
+from meshwright.planner.search.search import Search
 
 
 def some(schedules: dict[str, Schedule], *usual: str) -> list:

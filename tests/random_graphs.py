@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from meshwright.ir.blocks import fold
+from meshwright.ir.analysis.blocks import fold
 from meshwright.ir.graph import Batch, Constant, Graph, Op, TensorType
 from meshwright.ir.mesh import Mesh
 from meshwright.ir.program import Program, prepare
-from meshwright.ir.rule import NONE, cuttable, owing
 from meshwright.ir.rules import rule_of
+from meshwright.ir.rules.rule import NONE, cuttable, owing
 from meshwright.ir.sharding import Sharding
 
 SIZES = (8, 16)

@@ -8,18 +8,18 @@ import numpy as np
 
 from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import Captured
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
-from meshwright.ir.composites import AttentionKind, composed
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
+from meshwright.ir.composites.attention_op import AttentionKind, composed
 from meshwright.ir.mesh import Axis, Mesh
+from meshwright.ir.passes.recompute import Policy
 from meshwright.ir.plan import Plan
 from meshwright.ir.program import prepare
-from meshwright.ir.recompute import Policy
 from meshwright.planner.cost.model import Roofline
-from meshwright.planner.layouts import Layouts
-from meshwright.planner.report import slots_of
+from meshwright.planner.intra.layouts import Layouts
+from meshwright.planner.intra.space import Space, build
+from meshwright.planner.report.of_plan import slots_of
 from meshwright.planner.request import Request
-from meshwright.planner.space import Space, build
 
 CLUSTER = "8xcpu"
 

@@ -11,7 +11,7 @@ import pytest
 from flax import linen, nnx
 
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.attention import Attention, attentions
+from meshwright.ir.analysis.attention import Attention, attentions
 from meshwright.ir.graph import Graph
 
 B, T, S, D, N, H = 2, 16, 24, 32, 4, 8  # batch, queries, keys, width, heads, width of a head

@@ -21,10 +21,10 @@ from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.emit_composite import run_composite
 from meshwright.backends.xla.shard import Cut
 from meshwright.backends.xla.topology import topology_devices
-from meshwright.ir.attention_form import form_of
-from meshwright.ir.attention_kernels import products_made
-from meshwright.ir.cluster import Cluster
-from meshwright.ir.composites import composed, with_attention
+from meshwright.ir.cluster.cluster import Cluster
+from meshwright.ir.composites.attention_form import form_of
+from meshwright.ir.composites.attention_kernels import products_made
+from meshwright.ir.composites.attention_op import composed, with_attention
 from meshwright.ir.ops import ATTENTION
 from meshwright.ir.rules import rule_of
 from meshwright.planner.request import Request

@@ -6,13 +6,13 @@ import pytest
 
 import meshwright as mw
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.batch import batch_dims, infer_batch
-from meshwright.ir.blocks import fold
+from meshwright.ir.analysis.batch import batch_dims, infer_batch
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.analysis.roles import roles
+from meshwright.ir.analysis.told import tell_batch
 from meshwright.ir.errors import MeshwrightError, PlanError
 from meshwright.ir.graph import Graph
-from meshwright.ir.roles import roles
 from meshwright.ir.text import parse, show
-from meshwright.ir.told import tell_batch
 from meshwright.told import parse_batch_args
 
 B, T, F, H, O = 16, 12, 4, 8, 6  # batch, time, features, hidden, outputs

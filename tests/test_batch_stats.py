@@ -11,7 +11,7 @@ import pytest
 import meshwright as mw
 from meshwright.backends.xla import by_microbatch
 from meshwright.ir.errors import PlanError, VerificationError
-from meshwright.ir.microbatch import time_groups
+from meshwright.ir.passes.microbatch import time_groups
 
 LAYERS, WIDTH, ROWS = 3, 16, 32
 

@@ -4,9 +4,9 @@ import jax
 import pytest
 
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.blocks import fold
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.passes.recompute import POLICIES
 from meshwright.ir.program import prepare
-from meshwright.ir.recompute import POLICIES
 from meshwright.models import build
 
 

@@ -11,8 +11,8 @@ import meshwright as mw
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.replay import replay
-from meshwright.ir.batch import infer_batch
-from meshwright.ir.blocks import fold
+from meshwright.ir.analysis.batch import infer_batch
+from meshwright.ir.analysis.blocks import fold
 from meshwright.ir.text import parse, show
 from meshwright.ir.verify import verify
 from meshwright.planner.request import Request

@@ -12,9 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.ir.errors import PlanError
-from meshwright.ir.instructions import check_instructions, instructions
-from meshwright.ir.schedule import MARKS, Schedule, Step, check, needs, peak_held, read_schedule
-from meshwright.ir.torch_csv import from_torch_csv, to_torch_csv
+from meshwright.ir.pipeline.instructions import check_instructions, instructions
+from meshwright.ir.pipeline.schedule import (
+    MARKS,
+    Schedule,
+    Step,
+    check,
+    needs,
+    peak_held,
+    read_schedule,
+)
+from meshwright.ir.pipeline.torch_csv import from_torch_csv, to_torch_csv
 from meshwright.planner.pipeline.schedules import SCHEDULES, chimera, dualpipe, schedule_named
 from meshwright.planner.pipeline.simulate import Run, StageSeconds, pipeline_tasks, simulate
 

@@ -14,14 +14,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 import meshwright as mw
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.batch import batch_dims
-from meshwright.ir.blocks import fold
+from meshwright.ir.analysis.batch import batch_dims
+from meshwright.ir.analysis.blocks import fold
 from meshwright.ir.errors import GraphError
 from meshwright.ir.graph import Graph, Op, TensorType
-from meshwright.ir.held import hold_microbatches
-from meshwright.ir.microbatch import TimeAxis, time_axis
+from meshwright.ir.passes.held import hold_microbatches
+from meshwright.ir.passes.microbatch import TimeAxis, time_axis
+from meshwright.ir.passes.recompute import POLICIES
 from meshwright.ir.program import prepare
-from meshwright.ir.recompute import POLICIES
 from meshwright.ir.verify import verify, verify_time
 
 WIDTH, BATCH, LAYERS = 8, 8, 4

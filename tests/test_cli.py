@@ -11,8 +11,8 @@ import pytest
 
 from meshwright.cli import main
 from meshwright.ir.codec import load_plan, save_plan
-from meshwright.ir.local_checks import verify_local
-from meshwright.ir.local_text import parse_local
+from meshwright.ir.local.checks import verify_local
+from meshwright.ir.local.text import parse_local
 
 QUICK = ("--mesh", "8", "--microbatches", "1", "--time-limit", "20")
 

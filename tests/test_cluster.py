@@ -13,8 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.ir import presets
-from meshwright.ir.cluster import Cluster, Device, Group, Price, Tier
+from meshwright.ir.cluster.cluster import Cluster, Device, Group, Price, Tier, presets
 from meshwright.ir.errors import ClusterError, UsageError
 from meshwright.ir.units import parse_bandwidth
 
@@ -525,7 +524,7 @@ def test_a_cluster_is_described_without_jax():
     script = (
         "import sys, types; front = types.ModuleType('meshwright');"
         f"front.__path__ = [{str(package)!r}]; sys.modules['meshwright'] = front;"
-        "from meshwright.ir.cluster import Cluster; Cluster.parse('h100x8');"
+        "from meshwright.ir.cluster.cluster import Cluster; Cluster.parse('h100x8');"
         "sys.exit('jax' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

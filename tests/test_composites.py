@@ -15,9 +15,9 @@ import meshwright as mw
 from meshwright.backends.xla import emit_composite, spmd
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.replay import replay
-from meshwright.ir.attention import attentions
-from meshwright.ir.bodies import BACKWARD, FORWARD
-from meshwright.ir.composites import with_attention
+from meshwright.ir.analysis.attention import attentions
+from meshwright.ir.composites.attention_op import with_attention
+from meshwright.ir.composites.bodies import BACKWARD, FORWARD
 from meshwright.ir.errors import PlanError
 from meshwright.ir.graph import Graph, Op
 from meshwright.ir.ops import ATTENTION

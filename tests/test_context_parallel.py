@@ -16,25 +16,25 @@ import meshwright as mw
 from meshwright.backends.xla import emit_composite
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.hlo import collectives
+from meshwright.ir.analysis.blocks import fold
 from meshwright.ir.audit import compare
-from meshwright.ir.blocks import fold
-from meshwright.ir.bodies import FORWARD
-from meshwright.ir.cluster import Cluster
-from meshwright.ir.composites import composed
+from meshwright.ir.cluster.cluster import Cluster
+from meshwright.ir.composites.attention_op import composed
+from meshwright.ir.composites.bodies import FORWARD
+from meshwright.ir.composites.evenly import is_uneven, pairs_kept, partners
 from meshwright.ir.errors import LoweringError
-from meshwright.ir.evenly import is_uneven, pairs_kept, partners
 from meshwright.ir.graph import Op
 from meshwright.ir.ops import ATTENTION
 from meshwright.ir.plan import Layout, Plan
 from meshwright.ir.program import Program, prepare
-from meshwright.ir.rule import NONE, cuttable
 from meshwright.ir.rules import rule_of
+from meshwright.ir.rules.rule import NONE, cuttable
 from meshwright.planner.cost.model import Roofline
-from meshwright.planner.instructions import Chosen
-from meshwright.planner.layouts import Layouts
-from meshwright.planner.moves import find_collectives
+from meshwright.planner.intra.layouts import Layouts
+from meshwright.planner.intra.space import Space, build
+from meshwright.planner.report.instructions import Chosen
+from meshwright.planner.report.moves import find_collectives
 from meshwright.planner.request import Request, parse_mesh
-from meshwright.planner.space import Space, build
 
 B, T, N, K, H = 2, 32, 4, 2, 8  # batch, positions, heads, heads of keys, width of a head
 Array = jax.Array

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.attention import attentions
-from meshwright.ir.cross_entropy import CrossEntropy, Unfused, looked_at
+from meshwright.ir.analysis.attention import attentions
+from meshwright.ir.analysis.cross_entropy import CrossEntropy, Unfused, looked_at
 from meshwright.ir.graph import Graph
 
 B, T, D, V = 8, 8, 16, 96  # batch, tokens, width, vocabulary

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.blocks import fold
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.pipeline.stages import cut_stages
 from meshwright.ir.program import prepare
-from meshwright.ir.stages import cut_stages
 from meshwright.models import build
 from meshwright.planner.pipeline.passes import Passes
 from meshwright.planner.pipeline.units import Cut, find_units

@@ -11,9 +11,9 @@ import pytest
 import meshwright as mw
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.unstack import capture_unstacked
-from meshwright.ir.blocks import fold
-from meshwright.ir.early import EARLY
-from meshwright.ir.microbatch import Refusal, TimeAxis
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.passes.early import EARLY
+from meshwright.ir.passes.microbatch import Refusal, TimeAxis
 from meshwright.ir.program import prepare
 
 B, T, D, V, LAYERS = 16, 8, 32, 24, 4

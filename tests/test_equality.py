@@ -16,7 +16,7 @@ from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.verify import reference, verify_outputs
 from meshwright.ir.errors import InfeasibleError, PlanError, StoppedError
-from meshwright.ir.recompute import POLICIES
+from meshwright.ir.passes.recompute import POLICIES
 from meshwright.models import build
 from meshwright.planner.request import Request
 

@@ -10,12 +10,12 @@ from meshwright import api
 from meshwright.backends.xla import lower as lowering
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
-from meshwright.ir.composites import AttentionKind, composed
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
+from meshwright.ir.composites.attention_op import AttentionKind, composed
+from meshwright.ir.composites.losses import LossKind
 from meshwright.ir.errors import PlanError
 from meshwright.ir.fingerprint import fingerprint
-from meshwright.ir.losses import LossKind
 from meshwright.models import build
 from meshwright.planner.jobs.fixed import fixed_plan
 from meshwright.planner.jobs.pinned import Parallelism

@@ -16,12 +16,12 @@ from meshwright.api import plan_captured
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.verify import verify_outputs
 from meshwright.cli import app, main
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import sealed
 from meshwright.ir.errors import ClusterError, InfeasibleError, MismatchError, PlanError, UsageError
 from meshwright.ir.execution import OVERLAPS
-from meshwright.planner.frontier import Frontier, load_frontier
 from meshwright.planner.request import Request
+from meshwright.planner.search.frontier import Frontier, load_frontier
 from meshwright.recipe import make
 
 from .pipelines import case

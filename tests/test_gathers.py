@@ -9,7 +9,7 @@ from meshwright.api import plan_captured
 from meshwright.backends.xla.audit import audit
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
-from meshwright.ir.blocks import fold
+from meshwright.ir.analysis.blocks import fold
 from meshwright.ir.passes.gather_ties import ties
 from meshwright.ir.program import prepare
 from meshwright.models import build

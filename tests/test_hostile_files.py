@@ -9,12 +9,12 @@ import time
 
 import pytest
 
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import check_writable, load_plan, write_whole
 from meshwright.ir.errors import ClusterError, MeshwrightError, PlanError, UsageError
 from meshwright.ir.files import MIB, Kind, is_file, read_bytes, read_object, unpacked
 from meshwright.ir.profile import load_profile
-from meshwright.planner.frontier import load_frontier
+from meshwright.planner.search.frontier import load_frontier
 from meshwright.planner.solver import iopddl
 from meshwright.recipe import make
 from meshwright.scheduling import Memory, Seconds, Size, study

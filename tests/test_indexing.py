@@ -23,7 +23,7 @@ from meshwright.backends.xla.collectives import move, shard_index
 from meshwright.backends.xla.emit import Cut
 from meshwright.backends.xla.joins import settle
 from meshwright.ir.mesh import Mesh
-from meshwright.ir.rule import (
+from meshwright.ir.rules.rule import (
     NONE,
     Strategy,
     cuttable,

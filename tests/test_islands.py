@@ -11,13 +11,13 @@ import pytest
 import meshwright as mw
 from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.errors import InfeasibleError, PlanError
-from meshwright.ir.schedule import check
+from meshwright.ir.pipeline.schedule import check
 from meshwright.models import build
-from meshwright.planner.islands import Islands
 from meshwright.planner.request import Request
+from meshwright.planner.search.islands import Islands
 
 TWO_KINDS = """
 name: two-kinds

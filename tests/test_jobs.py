@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from meshwright import pricing
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.errors import PlanError, UsageError
 from meshwright.models import build
 from meshwright.planner.jobs.fixed import fixed_plan

@@ -6,15 +6,15 @@ import pytest
 
 import meshwright as mw
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.mesh import Mesh
 from meshwright.ir.program import prepare
 from meshwright.models import build
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.cost.products import multiplied_as
-from meshwright.planner.layouts import Layouts
-from meshwright.planner.space import build as build_space
+from meshwright.planner.intra.layouts import Layouts
+from meshwright.planner.intra.space import build as build_space
 
 
 @pytest.mark.parametrize(

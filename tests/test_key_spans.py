@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 import meshwright as mw
 from meshwright.backends.xla import emit_composite
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.attention import attentions
-from meshwright.ir.bodies import FORWARD
-from meshwright.ir.composites import with_attention
-from meshwright.ir.evenly import pairs_kept
-from meshwright.ir.intervals import Interval, Unknown, chosen
-from meshwright.ir.key_spans import KeySpans
+from meshwright.ir.analysis.attention import attentions
+from meshwright.ir.analysis.intervals import Interval, Unknown, chosen
+from meshwright.ir.analysis.key_spans import KeySpans
+from meshwright.ir.composites.attention_op import with_attention
+from meshwright.ir.composites.bodies import FORWARD
+from meshwright.ir.composites.evenly import pairs_kept
 
 B, T, N, H = 8, 128, 2, 8  # batch, positions, heads, width of a head
 Array = jax.Array

@@ -13,20 +13,20 @@ from jax import lax
 
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.rounding import chooses, moved_sums
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
-from meshwright.ir.early import dear_values
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.graph import Graph, Op
 from meshwright.ir.mesh import Mesh
 from meshwright.ir.ops import KINDS
+from meshwright.ir.passes.early import dear_values
+from meshwright.ir.passes.recompute import AGAIN
 from meshwright.ir.program import prepare
-from meshwright.ir.recompute import AGAIN
 from meshwright.planner.cost.kernels import LEADERS, kernels_of, work
 from meshwright.planner.cost.model import Roofline
-from meshwright.planner.layouts import Layouts
+from meshwright.planner.intra.layouts import Layouts
+from meshwright.planner.intra.space import build
 from meshwright.planner.memory.storage import is_fused
-from meshwright.planner.moves import spoken
-from meshwright.planner.space import build
+from meshwright.planner.report.moves import spoken
 
 N, D = 16, 8
 X, W = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((N, D, D), (D, D)))

@@ -10,9 +10,9 @@ import pytest
 
 import meshwright as mw
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.blocks import fold
-from meshwright.ir.late import SCALED
-from meshwright.ir.microbatch import Refusal, TimeAxis
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.passes.late import SCALED
+from meshwright.ir.passes.microbatch import Refusal, TimeAxis
 from meshwright.ir.program import prepare
 
 from .test_early_totals import inputs, layer

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from meshwright.cli import main
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import save_plan
 from meshwright.ir.errors import UsageError
 from meshwright.ir.mesh import Mesh

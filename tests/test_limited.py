@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.ir.errors import InfeasibleError, PlanError
-from meshwright.ir.instructions import check_instructions, instructions
-from meshwright.ir.schedule import check
+from meshwright.ir.pipeline.instructions import check_instructions, instructions
+from meshwright.ir.pipeline.schedule import check
 from meshwright.planner.pipeline.greedy import greedy, manners
 from meshwright.planner.pipeline.limited import search_schedule
 from meshwright.planner.pipeline.schedules import SCHEDULES, schedule_named

@@ -12,28 +12,28 @@ import pytest
 
 from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
-from meshwright.ir.composites import composed
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
+from meshwright.ir.composites.attention_op import composed
 from meshwright.ir.errors import InfeasibleError
 from meshwright.ir.graph import Op
-from meshwright.ir.local import COLLECTIVES, MICROBATCHES, ON_SHARDS, LocalOp, LocalProgram
+from meshwright.ir.local.program import COLLECTIVES, MICROBATCHES, ON_SHARDS, LocalOp, LocalProgram
 from meshwright.ir.ops import CONTROL_FLOW
 from meshwright.ir.passes.localize import localize
 from meshwright.ir.plan import Plan
 from meshwright.ir.program import prepare
-from meshwright.ir.rule import Strategy
+from meshwright.ir.rules.rule import Strategy
 from meshwright.models import build
 from meshwright.planner.cost.kernels import kernels_of
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.cost.ways import Ways
-from meshwright.planner.instructions import Chosen
-from meshwright.planner.layouts import Layouts
-from meshwright.planner.outline import often
+from meshwright.planner.intra.layouts import Layouts
+from meshwright.planner.intra.outline import often
+from meshwright.planner.intra.space import Space
+from meshwright.planner.intra.space import build as build_space
+from meshwright.planner.intra.uneven import ring_work, unevenness
+from meshwright.planner.report.instructions import Chosen
 from meshwright.planner.request import Request
-from meshwright.planner.space import Space
-from meshwright.planner.space import build as build_space
-from meshwright.planner.uneven import ring_work, unevenness
 
 
 def runs_of(

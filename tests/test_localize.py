@@ -10,16 +10,16 @@ import pytest
 
 from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.blocks import fold
-from meshwright.ir.composites import composed
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.composites.attention_op import composed
 from meshwright.ir.errors import GraphError, InfeasibleError
 from meshwright.ir.graph import TensorType
-from meshwright.ir.local import COLLECTIVES, FactorCut, LocalProgram, Shard
-from meshwright.ir.local_checks import verify_local
-from meshwright.ir.local_text import parse_local
+from meshwright.ir.local.checks import verify_local
+from meshwright.ir.local.program import COLLECTIVES, FactorCut, LocalProgram, Shard
+from meshwright.ir.local.text import parse_local
 from meshwright.ir.mesh import Mesh
-from meshwright.ir.microbatch import TimeAxis
 from meshwright.ir.passes.localize import localize
+from meshwright.ir.passes.microbatch import TimeAxis
 from meshwright.ir.program import prepare
 from meshwright.ir.sharding import Sharding
 from meshwright.models import build

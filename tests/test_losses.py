@@ -19,25 +19,25 @@ from meshwright.backends.xla import spmd
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.hlo import collectives
 from meshwright.backends.xla.replay import replay
-from meshwright.ir import loss_blocks
+from meshwright.ir.analysis.blocks import fold
 from meshwright.ir.audit import compare
-from meshwright.ir.blocks import fold
-from meshwright.ir.bodies import BOTH, LOSS, LOSS_GRAD
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.cluster.cluster import Cluster
+from meshwright.ir.composites import loss_blocks
+from meshwright.ir.composites.bodies import BOTH, LOSS, LOSS_GRAD
+from meshwright.ir.composites.loss_blocks import hidden_of
+from meshwright.ir.composites.losses import with_losses
 from meshwright.ir.errors import InfeasibleError, PlanError
 from meshwright.ir.graph import Graph, Op
-from meshwright.ir.loss_blocks import hidden_of
-from meshwright.ir.losses import with_losses
 from meshwright.ir.ops import LOSSES
 from meshwright.ir.plan import Plan
 from meshwright.ir.program import prepare
-from meshwright.ir.rule import NONE, Rule, cuttable
 from meshwright.ir.rules import rule_of
+from meshwright.ir.rules.rule import NONE, Rule, cuttable
 from meshwright.ir.text import parse, show
 from meshwright.ir.verify import verify
 from meshwright.planner.cost.loss import least_loss_seconds, loss_seconds
 from meshwright.planner.cost.ways import Ways
-from meshwright.planner.moves import find_collectives
+from meshwright.planner.report.moves import find_collectives
 from meshwright.planner.request import Request, parse_mesh
 
 from .test_context_parallel import priced

@@ -10,16 +10,16 @@ import pytest
 import meshwright as mw
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
-from meshwright.ir.blocks import fold
-from meshwright.ir.microbatch import TimeAxis
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.analysis.roles import roles
+from meshwright.ir.passes.microbatch import TimeAxis
+from meshwright.ir.passes.recompute import POLICIES
 from meshwright.ir.program import prepare
-from meshwright.ir.recompute import POLICIES
-from meshwright.ir.roles import roles
 from meshwright.models import build
 from meshwright.planner.memory.ledger import least_peak
 from meshwright.planner.memory.lifetimes import lifetimes
 from meshwright.planner.memory.storage import as_xla
-from meshwright.planner.meshes import mesh_of
+from meshwright.planner.search.meshes import mesh_of
 
 S = jax.ShapeDtypeStruct
 

@@ -9,9 +9,9 @@ import pytest
 
 import meshwright as mw
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.batch import batch_dims
+from meshwright.ir.analysis.batch import batch_dims
 from meshwright.ir.mesh import Mesh
-from meshwright.ir.microbatch import Refusal, TimeAxis, time_axis, time_groups
+from meshwright.ir.passes.microbatch import Refusal, TimeAxis, time_axis, time_groups
 from meshwright.models import build
 from meshwright.planner.request import Request
 

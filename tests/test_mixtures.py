@@ -11,8 +11,8 @@ from meshwright import api
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.lower_pipeline import lower_pipeline
 from meshwright.backends.xla.verify import verify_outputs
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.fingerprint import fingerprint
 from meshwright.models.experts import routed_experts
 from meshwright.planner.jobs.fixed import fixed_plan

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from meshwright.backends.xla import emit, narrow
-from meshwright.ir import bodies, masks, ops, refusals
+from meshwright.ir import ops
+from meshwright.ir.analysis import masks, refusals
+from meshwright.ir.composites import bodies
 from meshwright.ir.rules import random, user_kernel, vocabulary
 from meshwright.planner.cost import flop
 

@@ -18,31 +18,31 @@ from meshwright.api import plan
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.devices import options_for
 from meshwright.cli import app
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.analysis.roles import roles
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import load_plan, save_plan
 from meshwright.ir.errors import MeshwrightError, PlanError
 from meshwright.ir.execution import Execution, parse_overlap
 from meshwright.ir.fingerprint import fingerprint
 from meshwright.ir.plan import Plan
 from meshwright.ir.program import prepare
-from meshwright.ir.roles import roles
 from meshwright.models import build
 from meshwright.planner.cost.model import Roofline
-from meshwright.planner.hideable import flow_of
-from meshwright.planner.intra import live_of
+from meshwright.planner.intra.hideable import flow_of
+from meshwright.planner.intra.layouts import Layouts
+from meshwright.planner.intra.overlapped import solve_overlapped
+from meshwright.planner.intra.solve import live_of
+from meshwright.planner.intra.space import Space
+from meshwright.planner.intra.space import build as build_space
+from meshwright.planner.intra.windows import MANY, SHARE
 from meshwright.planner.jobs.fixed import fixed_plan
 from meshwright.planner.jobs.pinned import Parallelism
-from meshwright.planner.layouts import Layouts
 from meshwright.planner.memory.lifetimes import lifetimes
 from meshwright.planner.memory.storage import as_xla
-from meshwright.planner.meshes import mesh_of
-from meshwright.planner.overlapped import solve_overlapped
 from meshwright.planner.request import Request
+from meshwright.planner.search.meshes import mesh_of
 from meshwright.planner.solver.anytime import solve_live
-from meshwright.planner.space import Space
-from meshwright.planner.space import build as build_space
-from meshwright.planner.windows import MANY, SHARE
 from meshwright.view.html import plan_html
 from meshwright.view.text import plan_text
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.ir.errors import PlanError
-from meshwright.ir.schedule import check, in_flight
+from meshwright.ir.pipeline.schedule import check, in_flight
 from meshwright.planner.pipeline.ideals import closed_sets, members
 from meshwright.planner.pipeline.partition import Piece, best_cuts, halved, least_step
 from meshwright.planner.pipeline.schedules import one_f_one_b, round_robin

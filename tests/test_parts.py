@@ -13,18 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.program import prepare
 from meshwright.models import build
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.pipeline import narrow
 from meshwright.planner.pipeline.choices import Shape
 from meshwright.planner.pipeline.narrow import _least_across
+from meshwright.planner.pipeline.search import Found, Pipelines
 from meshwright.planner.pipeline.units import find_units
-from meshwright.planner.pipelines import Found, Pipelines
 from meshwright.planner.request import Request
-from meshwright.planner.search import Search
+from meshwright.planner.search.search import Search
 
 WIDTHS = (16, 64, 32, 96, 48, 128, 24, 80, 8)
 

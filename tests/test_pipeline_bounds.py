@@ -8,17 +8,17 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from meshwright.planner.intra import live_of
-from meshwright.planner.meshes import mesh_of
+from meshwright.planner.intra.solve import live_of
 from meshwright.planner.pipeline import priced
 from meshwright.planner.pipeline.choices import Shape
 from meshwright.planner.pipeline.priced import Place, Pricing
 from meshwright.planner.pipeline.schedules import SCHEDULES, schedule_named
+from meshwright.planner.pipeline.search import Pipelines
 from meshwright.planner.pipeline.simulate import StageSeconds, pipeline_tasks, simulate
 from meshwright.planner.pipeline.stage_memory import StageMemory
 from meshwright.planner.pipeline.unit_costs import unit_seconds
 from meshwright.planner.pipeline.units import runs_of
-from meshwright.planner.pipelines import Pipelines
+from meshwright.planner.search.meshes import mesh_of
 from meshwright.planner.solver.anytime import solve_live
 
 from .pipelines import searched

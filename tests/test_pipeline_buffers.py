@@ -14,7 +14,7 @@ from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.pipeline import LoweredPipeline
-from meshwright.ir.schedule import in_flight
+from meshwright.ir.pipeline.schedule import in_flight
 from meshwright.planner.pipeline.schedules import gpipe, interleaved, one_f_one_b
 from meshwright.planner.request import Request
 

@@ -21,12 +21,12 @@ from meshwright.api import Options, plan_captured
 from meshwright.backends.xla.lower_pipeline import lower_pipeline
 from meshwright.backends.xla.unstack import unstack
 from meshwright.backends.xla.verify import reference, verify_outputs
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.errors import InfeasibleError, PlanError
 from meshwright.ir.fingerprint import fingerprint
+from meshwright.ir.pipeline.schedule import Schedule
 from meshwright.ir.plan import Plan
-from meshwright.ir.schedule import Schedule
 from meshwright.models import build, wide_resnet
 from meshwright.planner.jobs.fixed import fixed_plan
 from meshwright.planner.jobs.pinned import Parallelism

@@ -10,9 +10,9 @@ import pytest
 
 from meshwright import cli
 from meshwright.backends.xla.recorder import Recorder
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import save_plan
-from meshwright.ir.schedule import Passed, Step, microbatches_held, needs
+from meshwright.ir.pipeline.schedule import Passed, Step, microbatches_held, needs
 from meshwright.pipeline_view import both_text, both_trace, measured, parts_of_step, simulated
 from meshwright.planner.pipeline.schedules import interleaved, one_f_one_b
 from meshwright.planner.pipeline.timeline import check_nested

@@ -15,7 +15,7 @@ from meshwright.api import parallelize
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.verify import verify_outputs
 from meshwright.ir.errors import PlanError
-from meshwright.ir.schedule import in_flight
+from meshwright.ir.pipeline.schedule import in_flight
 from meshwright.models import build
 from meshwright.planner.pipeline.limited import search_schedule
 from meshwright.planner.pipeline.schedules import gpipe, interleaved, one_f_one_b

@@ -14,22 +14,23 @@ from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import Captured, capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.verify import verify_outputs
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import load_plan, save_plan
 from meshwright.ir.execution import parse_overlap
+from meshwright.ir.pipeline.schedule import needs
 from meshwright.ir.plan import Plan
-from meshwright.ir.schedule import needs
 from meshwright.ir.sharding import Sharding
 from meshwright.models import build
 from meshwright.pipeline_view import simulated
 from meshwright.planner.cost.model import Roofline
-from meshwright.planner.intra import live_of
-from meshwright.planner.meshes import mesh_of
+from meshwright.planner.intra.solve import live_of
+from meshwright.planner.intra.windows import MANY
 from meshwright.planner.pipeline.choices import Shape
 from meshwright.planner.pipeline.dealing import deal_spans
 from meshwright.planner.pipeline.priced import Place, Priced, Pricing
 from meshwright.planner.pipeline.schedules import schedule_named
+from meshwright.planner.pipeline.search import Pipelines
 from meshwright.planner.pipeline.simulate import COMPUTE, SLOWDOWN, Task, simulate
 from meshwright.planner.pipeline.stage_memory import Holdings, StageMemory
 from meshwright.planner.pipeline.unit_costs import (
@@ -40,11 +41,10 @@ from meshwright.planner.pipeline.unit_costs import (
     unit_seconds,
 )
 from meshwright.planner.pipeline.units import runs_of
-from meshwright.planner.pipelines import Pipelines
 from meshwright.planner.request import Request
-from meshwright.planner.search import Search
+from meshwright.planner.search.meshes import mesh_of
+from meshwright.planner.search.search import Search
 from meshwright.planner.solver.anytime import solve_live
-from meshwright.planner.windows import MANY
 from meshwright.view.text import plan_text
 
 from .pipelines import case

@@ -15,25 +15,25 @@ from hypothesis import strategies as st
 
 import meshwright as mw
 from meshwright.ir.errors import InfeasibleError, PlanError
-from meshwright.ir.recompute import POLICIES
-from meshwright.ir.schedule import check, read_schedule
+from meshwright.ir.passes.recompute import POLICIES
+from meshwright.ir.pipeline.schedule import check, read_schedule
 from meshwright.ir.units import parse_bytes
 from meshwright.models import build
-from meshwright.planner.candidates import Candidate
-from meshwright.planner.intra import live_of
+from meshwright.planner.intra.solve import live_of
 from meshwright.planner.memory.ledger import Ledger
-from meshwright.planner.meshes import mesh_of
 from meshwright.planner.pipeline import priced
 from meshwright.planner.pipeline.choices import Choices, Shape
 from meshwright.planner.pipeline.dealing import deal
 from meshwright.planner.pipeline.limited import search_schedule
+from meshwright.planner.pipeline.search import Found, Pipelines
 from meshwright.planner.pipeline.simulate import StageSeconds, pipeline_tasks, simulate
 from meshwright.planner.pipeline.stage_memory import Holdings, StageMemory
 from meshwright.planner.pipeline.unit_costs import unit_seconds
 from meshwright.planner.pipeline.units import Cut, find_units, runs_of
-from meshwright.planner.pipelines import Found, Pipelines
 from meshwright.planner.request import Request
-from meshwright.planner.search import Search
+from meshwright.planner.search.candidates import Candidate
+from meshwright.planner.search.meshes import mesh_of
+from meshwright.planner.search.search import Search
 from meshwright.planner.solver.anytime import solve_live
 from meshwright.view.text import plan_head
 

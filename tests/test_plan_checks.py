@@ -11,11 +11,11 @@ import pytest
 
 from meshwright.api import plan_captured
 from meshwright.backends.xla.lower import lower
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import CHECKSUM, parse_plan, sealed
 from meshwright.ir.errors import MeshwrightError, PlanError
-from meshwright.planner.frontier import load_frontier
 from meshwright.planner.request import Request, check_early
+from meshwright.planner.search.frontier import load_frontier
 from meshwright.recipe import make
 from meshwright.simulation import simulate
 

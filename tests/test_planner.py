@@ -12,28 +12,28 @@ from hypothesis import strategies as st
 
 from meshwright.api import plan, plan_captured
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.analysis.roles import roles
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.errors import InfeasibleError, PlanError
 from meshwright.ir.mesh import Mesh
+from meshwright.ir.passes.recompute import POLICIES
 from meshwright.ir.program import prepare
-from meshwright.ir.recompute import POLICIES
-from meshwright.ir.roles import roles
 from meshwright.models import build
-from meshwright.planner.candidates import Candidate
-from meshwright.planner.catalogue import Catalogue
 from meshwright.planner.cost.model import Roofline
-from meshwright.planner.intra import data_parallel, live_of, solve_space
-from meshwright.planner.layouts import Layouts
+from meshwright.planner.intra.catalogue import Catalogue
+from meshwright.planner.intra.layouts import Layouts
+from meshwright.planner.intra.solve import data_parallel, live_of, solve_space
+from meshwright.planner.intra.space import Space
+from meshwright.planner.intra.space import build as build_space
 from meshwright.planner.memory.ledger import Ledger
 from meshwright.planner.memory.lifetimes import lifetimes
 from meshwright.planner.memory.storage import as_xla
-from meshwright.planner.meshes import finest, mesh_of, meshes, other_groups
-from meshwright.planner.moves import find_collectives
+from meshwright.planner.report.moves import find_collectives
 from meshwright.planner.request import Request
-from meshwright.planner.search import Search
-from meshwright.planner.space import Space
-from meshwright.planner.space import build as build_space
+from meshwright.planner.search.candidates import Candidate
+from meshwright.planner.search.meshes import finest, mesh_of, meshes, other_groups
+from meshwright.planner.search.search import Search
 from meshwright.view.text import proof_line
 from meshwright.view.words import words
 

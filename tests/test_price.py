@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from meshwright import pricing
 from meshwright.cli import app
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.errors import MeshwrightError, PlanError, UsageError
 from meshwright.ir.mesh import Mesh
 from meshwright.planner.cost.bands import BANDS, FEWEST, band_of, told

@@ -15,8 +15,8 @@ from jax.extend.random import threefry_2x32
 import meshwright as mw
 from meshwright.backends.xla import emit_random
 from meshwright.backends.xla.shard import Cut, Local, Moment
-from meshwright.ir.rule import cuttable
 from meshwright.ir.rules.factors import Factors
+from meshwright.ir.rules.rule import cuttable
 
 from .op_samples import samples
 

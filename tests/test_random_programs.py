@@ -13,9 +13,9 @@ from jax import lax
 
 import meshwright as mw
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.blocks import fold
+from meshwright.ir.analysis.blocks import fold
 from meshwright.ir.graph import Graph
-from meshwright.ir.microbatch import TimeAxis
+from meshwright.ir.passes.microbatch import TimeAxis
 from meshwright.ir.program import prepare
 
 from .outcomes import Outcome, summary

@@ -12,7 +12,7 @@ from meshwright.backends.xla.collectives import move
 from meshwright.backends.xla.devices import partition_spec
 from meshwright.ir.mesh import Mesh
 from meshwright.ir.sharding import Sharding, Step, reshard
-from meshwright.planner.strategies import layouts_of
+from meshwright.planner.intra.strategies import layouts_of
 
 MESH = Mesh.of(x=2, y=2, z=2)
 LAYOUTS = layouts_of((8, 8), MESH)

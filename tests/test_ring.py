@@ -16,15 +16,15 @@ from meshwright.backends.xla import emit_composite, emit_ring
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.hlo import collectives
 from meshwright.ir.audit import compare
-from meshwright.ir.bodies import BACKWARD, FORWARD
-from meshwright.ir.cluster import Cluster
-from meshwright.ir.composites import AttentionKind, composed
+from meshwright.ir.cluster.cluster import Cluster
+from meshwright.ir.composites.attention_op import AttentionKind, composed
+from meshwright.ir.composites.bodies import BACKWARD, FORWARD
+from meshwright.ir.composites.ring import given, passes, ring_of, travels
 from meshwright.ir.errors import PlanError
 from meshwright.ir.graph import Op
 from meshwright.ir.ops import ATTENTION
 from meshwright.ir.plan import Plan
 from meshwright.ir.program import Program
-from meshwright.ir.ring import given, passes, ring_of, travels
 from meshwright.ir.rules import rule_of
 from meshwright.planner.jobs.fixed import fixed_plan
 from meshwright.planner.jobs.pinned import Parallelism

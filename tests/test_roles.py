@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.batch import batch_dims
-from meshwright.ir.blocks import fold
+from meshwright.ir.analysis.batch import batch_dims
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.analysis.roles import phases, roles
 from meshwright.ir.graph import Graph
-from meshwright.ir.roles import phases, roles
 from meshwright.models import build
 
 WIDTHS = {"a": (4, 8), "b": (8, 4)}

@@ -23,8 +23,8 @@ from meshwright.backends.xla.emit import Cut
 from meshwright.backends.xla.params import attrs_of
 from meshwright.ir.graph import Op, TensorType
 from meshwright.ir.ops import COMPOSITES
-from meshwright.ir.rule import Rule, cuttable
 from meshwright.ir.rules import rule_of, vocabulary
+from meshwright.ir.rules.rule import Rule, cuttable
 
 from .op_samples import FAMILIES, PRIMITIVES, Sample, family, lax_take, normal, sample
 

@@ -8,18 +8,18 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
-from meshwright.ir.composites import composed
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
+from meshwright.ir.composites.attention_op import composed
 from meshwright.ir.graph import Graph
 from meshwright.ir.mesh import Mesh
 from meshwright.ir.ops import VIEWS
+from meshwright.ir.passes.saved import CHEAP, STORED, WITHIN, save_less
 from meshwright.ir.program import Program, prepare
-from meshwright.ir.saved import CHEAP, STORED, WITHIN, save_less
 from meshwright.planner.cost.kernels import kernels_of
 from meshwright.planner.cost.model import Roofline
-from meshwright.planner.layouts import Layouts
-from meshwright.planner.space import build
+from meshwright.planner.intra.layouts import Layouts
+from meshwright.planner.intra.space import build
 from meshwright.recipe import make
 
 from .local_interpreter import evaluate

@@ -10,7 +10,7 @@ import pytest
 
 from meshwright.cli import main
 from meshwright.ir.errors import PlanError
-from meshwright.ir.schedule import check, read_schedule
+from meshwright.ir.pipeline.schedule import check, read_schedule
 from meshwright.planner.pipeline.schedules import SCHEDULES
 from meshwright.planner.pipeline.schedules.closed_forms import FORMS, Case
 from meshwright.planner.pipeline.timeline import check_nested

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshwright.ir.errors import PlanError
-from meshwright.ir.schedule import MARKS, Schedule, Step, check, in_flight, read_schedule
+from meshwright.ir.pipeline.schedule import MARKS, Schedule, Step, check, in_flight, read_schedule
 from meshwright.planner.pipeline.schedules import gpipe, interleaved, one_f_one_b
 from meshwright.planner.pipeline.simulate import (
     COMPUTE,

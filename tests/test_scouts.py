@@ -13,13 +13,13 @@ import pytest
 
 from meshwright import api
 from meshwright.api import plan_captured
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
-from meshwright.planner import scouts
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.planner.cost.model import Roofline
-from meshwright.planner.pipelines import Pipelines
+from meshwright.planner.pipeline.search import Pipelines
 from meshwright.planner.request import Request
-from meshwright.planner.search import Search
+from meshwright.planner.search import scouts
+from meshwright.planner.search.search import Search
 from meshwright.recipe import make
 
 EIGHT = Cluster.parse("8xh100x1@ib100")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from meshwright.ir.cluster.host_lists import MOST, host_names, hosts_in
 from meshwright.ir.errors import UsageError
-from meshwright.ir.host_lists import MOST, host_names, hosts_in
 from meshwright.seats import Seat, first_host, seat
 
 SLURM = {

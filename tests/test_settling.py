@@ -14,19 +14,19 @@ from meshwright.backends.xla.audit import audit
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.verify import reference, verify_outputs
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
-from meshwright.ir.copies import SETTLING, settles
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.mesh import Axis, Mesh
+from meshwright.ir.passes.copies import SETTLING, settles
+from meshwright.ir.pipeline.stage_places import Classes, Places
 from meshwright.ir.plan import Plan
 from meshwright.ir.program import prepare
-from meshwright.ir.rule import NONE, Strategy, owing
-from meshwright.ir.stage_places import Classes, Places
+from meshwright.ir.rules.rule import NONE, Strategy, owing
 from meshwright.models import build
 from meshwright.planner.cost.model import Roofline
-from meshwright.planner.layouts import Layouts
+from meshwright.planner.intra.layouts import Layouts
+from meshwright.planner.intra.space import build as build_space
 from meshwright.planner.request import Request
-from meshwright.planner.space import build as build_space
 
 LAYERS, WIDTH, BATCH = 6, 256, 512
 WEIGHTS = 4 * LAYERS * WIDTH * WIDTH  # bytes

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from meshwright import pricing
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.errors import PlanError
 from meshwright.models import gpt, llama
 from meshwright.planner.jobs.pinned import Parallelism

@@ -23,12 +23,12 @@ from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.lower_single import LoweredSingle
 from meshwright.backends.xla.verify import verify_outputs
 from meshwright.cli import app
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import save_plan
 from meshwright.ir.errors import LoweringError, PlanError
 from meshwright.ir.plan import Plan
 from meshwright.ir.units import parse_seconds
-from meshwright.planner import found_pipeline
+from meshwright.planner.pipeline import found as found_pipeline
 from meshwright.planner.pipeline.schedules import gpipe, one_f_one_b
 from meshwright.planner.pipeline.single import INSTRUCTION, SHARD, dispatch_seconds
 from meshwright.planner.request import Request

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from meshwright import models
 from meshwright.backends.xla.capture import capture
+from meshwright.ir.analysis.blocks import fold
 from meshwright.ir.attrs import number, read_all, real, spelled_all
-from meshwright.ir.blocks import fold
 from meshwright.ir.codec import CHECKSUM, _digest, dump_graph, load_graph, load_plan, save_plan
 from meshwright.ir.errors import GraphError, MismatchError, PlanError
 from meshwright.ir.graph import Graph, Op, TensorType

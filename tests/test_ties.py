@@ -7,8 +7,8 @@ import pytest
 from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import Captured, capture
 from meshwright.backends.xla.lower import lower
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.fingerprint import fingerprint
 from meshwright.planner.jobs.fixed import fixed_plan
 from meshwright.planner.jobs.pinned import Parallelism

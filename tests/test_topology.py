@@ -8,7 +8,7 @@ import meshwright as mw
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.backends.xla.topology import name_of, topology_devices
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.errors import InfeasibleError, MismatchError, MissingDependencyError, UsageError
 from meshwright.models import build
 

@@ -10,9 +10,9 @@ import pytest
 from meshwright import pricing
 from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import Captured
-from meshwright.ir.blocks import Folded, fold
-from meshwright.ir.cluster import Cluster
-from meshwright.ir.composites import AttentionKind, composed
+from meshwright.ir.analysis.blocks import Folded, fold
+from meshwright.ir.cluster.cluster import Cluster
+from meshwright.ir.composites.attention_op import AttentionKind, composed
 from meshwright.ir.program import prepare
 from meshwright.planner.jobs.fixed import fixed_plan
 from meshwright.planner.jobs.pinned import Parallelism

@@ -17,17 +17,17 @@ from meshwright.api import plan_captured
 from meshwright.backends.xla.lower_pipeline import lower_pipeline
 from meshwright.backends.xla.verify import verify_outputs
 from meshwright.ir.errors import PlanError
-from meshwright.planner.meshes import plane_meshes
 from meshwright.planner.pipeline.choices import Shape
 from meshwright.planner.pipeline.partition import Pace, near_least_step
 from meshwright.planner.pipeline.priced import Pricing
 from meshwright.planner.pipeline.schedules import one_f_one_b
+from meshwright.planner.pipeline.search import Pipelines
+from meshwright.planner.pipeline.unequal import Unequal
 from meshwright.planner.pipeline.units import runs_of
 from meshwright.planner.pipeline.watched import Watched
-from meshwright.planner.pipelines import Pipelines
 from meshwright.planner.plans import drop_dispatched
 from meshwright.planner.request import Request
-from meshwright.planner.unequal import Unequal
+from meshwright.planner.search.meshes import plane_meshes
 from meshwright.view.text import plan_head
 from meshwright.view.words import duty
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.replay import Walk
 from meshwright.backends.xla.unstack import Unstacked, capture_unstacked
-from meshwright.ir.batch import batch_dims
-from meshwright.ir.blocks import fold
-from meshwright.ir.microbatch import TimeAxis, time_axis
+from meshwright.ir.analysis.batch import batch_dims
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.passes.microbatch import TimeAxis, time_axis
 from meshwright.ir.verify import verify
 from meshwright.models import build
 

@@ -13,12 +13,12 @@ from jax.experimental import pallas as pl
 
 import meshwright as mw
 from meshwright.backends.xla.capture import capture
-from meshwright.ir.blocks import fold
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.errors import UsageError, VerificationError
 from meshwright.ir.fingerprint import fingerprint
-from meshwright.ir.rule import cuttable
 from meshwright.ir.rules import rule_of
+from meshwright.ir.rules.rule import cuttable
 from meshwright.planner.cost.flop import flop
 
 B, H, T, D = 4, 8, 16, 8

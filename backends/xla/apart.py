@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...ir.graph import Graph, Op, Region, TensorType
-from ...ir.rule import Rule
 from ...ir.rules import rule_of
+from ...ir.rules.rule import Rule
 from ...ir.values import Fresh
 from . import narrow
 from .capture import Bound

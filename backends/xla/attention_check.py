@@ -2,7 +2,7 @@
 
     the last rows of the last head of the last example, with all keys      the body        softmax(scale q kᵀ, mask) v
 
-A body is read by its structure (`ir/attention_form.py`); this is the proof that it was read right.
+A body is read by its structure (`ir/composites/attention_form.py`); this is the proof that it was read right.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...ir.attention_form import FEATURE, Form, Labels
-from ...ir.bodies import body_of
+from ...ir.composites.attention_form import FEATURE, Form, Labels
+from ...ir.composites.bodies import body_of
 from ...ir.errors import LoweringError
 from ...ir.graph import Op
 from .dtypes import jax_dtype

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...ir.attention_form import FEATURE, Form, Labels
-from ...ir.attention_kernels import fits, kernel_of
+from ...ir.composites.attention_form import FEATURE, Form, Labels
+from ...ir.composites.attention_kernels import fits, kernel_of
 from ...ir.graph import Op
 
 Three = tuple[Any, Any, Any]  # queries, keys and values, or their gradients, as a kernel has them

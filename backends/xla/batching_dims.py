@@ -16,8 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ...ir.dead import drop_dead_ops
 from ...ir.graph import Attr, Graph, Op, Region, TensorType
+from ...ir.passes.dead import drop_dead_ops
 from ...ir.values import Fresh
 from .params import attrs_of
 

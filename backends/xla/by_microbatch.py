@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from ...ir.blocks import fold
-from ...ir.local import LocalOp, LocalProgram
+from ...ir.analysis.blocks import fold
+from ...ir.local.program import LocalOp, LocalProgram
 from ...ir.mesh import Mesh
 from ...ir.plan import Plan
 from ...ir.program import Program, prepare

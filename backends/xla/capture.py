@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ...ir.branches import dearest
-from ...ir.dead import drop_dead_ops
+from ...ir.analysis.branches import dearest
 from ...ir.errors import CaptureError
 from ...ir.fingerprint import digest_of
 from ...ir.graph import Attr, Constant, Graph, Op, Region, TensorType
+from ...ir.passes.dead import drop_dead_ops
 from . import compat
 from .batching_dims import with_batching_dims
 from .calls import Ends

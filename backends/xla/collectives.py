@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from ...ir.local import LocalOp
+from ...ir.local.program import LocalOp
 from ...ir.mesh import Mesh
 from ...ir.sharding import Step
 from .joins import settle

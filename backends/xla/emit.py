@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ...ir.graph import Op
-from ...ir.rule import Rule
+from ...ir.rules.rule import Rule
 from .compat import bind, is_vacant
 from .emit_grouped import ragged_dot
 from .emit_indexing import gather, scatter

@@ -5,9 +5,9 @@
 Scores exist for one block at a time. A block is a part of a free dim, like the part that a device has, so the body
 is run by the same emitters as any op; results that are summed over the dim are added up from block to block.
 
-Where masks leave keys out (`ir/key_spans.py`), runs of queries see only the keys that they look at. Devices that share
-the queries may exchange halves of them first, so that all have equal work (`ir/evenly.py`); a switch over which run
-a device has then picks its keys.
+Where masks leave keys out (`ir/analysis/key_spans.py`), runs of queries see only the keys that they look at. Devices
+that share the queries may exchange halves of them first, so that all have equal work (`ir/composites/evenly.py`); a
+switch over which run a device has then picks its keys.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...ir.attention_form import LSE
-from ...ir.bodies import body_of
-from ...ir.dealt import through
-from ...ir.evenly import partners
+from ...ir.analysis.dealt import through
+from ...ir.composites.attention_form import LSE
+from ...ir.composites.bodies import body_of
+from ...ir.composites.evenly import partners
+from ...ir.composites.online import body_parts
 from ...ir.graph import Op
-from ...ir.online import body_parts
-from ...ir.rule import Rule
 from ...ir.rules import rule_of
+from ...ir.rules.rule import Rule
 from .attention_check import check_form
 from .attention_kernels import attention_kernel
 from .dtypes import jax_dtype

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ...ir.rule import Dim
+from ...ir.rules.rule import Dim
 from .compat import bind
 from .shard import Arrays, Local, Params
 

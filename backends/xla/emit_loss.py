@@ -2,9 +2,9 @@
 
     for block of tokens:  logits = hidden[block] · weight;  ...;  loss[block];  dweight += hidden[block]ᵀ · dlogits
 
-Logits exist for one block at a time (`ir/loss_blocks.py`). Devices that share the vocabulary bring the maxima and
-sums of each block together; what gradients sum over it is owed. What is added up from block to block is multiplied and
-added in float32.
+Logits exist for one block at a time (`ir/composites/loss_blocks.py`). Devices that share the vocabulary bring the
+maxima and sums of each block together; what gradients sum over it is owed. What is added up from block to block is
+multiplied and added in float32.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
-from ...ir.bodies import LOSS
+from ...ir.composites.bodies import LOSS
+from ...ir.composites.loss_blocks import block_of, logits_in
 from ...ir.graph import Op
-from ...ir.loss_blocks import block_of, logits_in
-from ...ir.rule import Rule
 from ...ir.rules import rule_of
+from ...ir.rules.rule import Rule
 from .dtypes import jax_dtype
 from .emit import emit
 from .emit_composite import Loop, body_for, held_operands, place_of

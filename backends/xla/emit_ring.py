@@ -1,12 +1,12 @@
-"""Run attention whose keys go round a ring of devices on this shard's part (see `ir/ring.py`).
+"""Run attention whose keys go round a ring of devices on this shard's part (see `ir/composites/ring.py`).
 
     step 0   own rows with own keys                   send keys on
     step s   own rows with those s places before      send them on
              blocks come together by their maxima and sums; gradients of keys travel with them
 
-A pass works out the maximum and the sums of each row, of all keys together (`ir/online.py`): results come with them, or
-in a second pass, which is given both. What is sent on does not wait for what is worked on, so both may run at once;
-gradients of keys are sent in 32 bits, as each device adds to them.
+A pass works out the maximum and the sums of each row, of all keys together (`ir/composites/online.py`): results come
+with them, or in a second pass, which is given both. What is sent on does not wait for what is worked on, so both may
+run at once; gradients of keys are sent in 32 bits, as each device adds to them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ...ir.composites.online import Online, online_body
+from ...ir.composites.ring import Ring, first_reads, given, ring_of
 from ...ir.graph import Op
-from ...ir.online import Online, online_body
-from ...ir.ring import Ring, first_reads, given, ring_of
-from ...ir.rule import Rule
+from ...ir.rules.rule import Rule
 from .dtypes import jax_dtype
 from .emit_composite import Body, Dims, Halves, Loop, body_for, place_of, widened
 from .shard import Arrays, Cut, Window

@@ -18,11 +18,11 @@ from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ...ir.graph import Op
-from ...ir.local import LocalProgram
-from ...ir.rule import operand_sharding
+from ...ir.local.program import LocalProgram
+from ...ir.pipeline.stages import Fragment, Stages
 from ...ir.rules import rule_of
+from ...ir.rules.rule import operand_sharding
 from ...ir.sharding import Sharding, replicated
-from ...ir.stages import Fragment, Stages
 from .devices import options_for, partition_spec
 from .dtypes import jax_dtype
 from .joins import JOIN, start

@@ -12,8 +12,8 @@ import jax
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding
 
-from ...ir.blocks import fold
-from ...ir.composites import composed
+from ...ir.analysis.blocks import fold
+from ...ir.composites.attention_op import composed
 from ...ir.errors import MismatchError
 from ...ir.fingerprint import fingerprint
 from ...ir.plan import Plan

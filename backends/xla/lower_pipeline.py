@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...ir.blocks import fold
+from ...ir.analysis.blocks import fold
 from ...ir.errors import LoweringError
-from ...ir.microbatch import TimeAxis, time_groups
+from ...ir.passes.microbatch import TimeAxis, time_groups
+from ...ir.pipeline.schedule import Schedule, check
+from ...ir.pipeline.stages import cut_stages
 from ...ir.plan import Pipeline, Plan, Stage
 from ...ir.plan_checks import check_decisions
 from ...ir.program import Program as Prepared
 from ...ir.program import prepare
-from ...ir.schedule import Schedule, check
-from ...ir.stages import cut_stages
 from .capture import Captured
 from .devices import device_mesh, on_cpus, platform_of, used_devices
 from .fragments import StagePrograms, link

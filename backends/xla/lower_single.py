@@ -18,18 +18,18 @@ import numpy as np
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ...ir.blocks import fold
+from ...ir.analysis.blocks import fold
 from ...ir.errors import LoweringError
-from ...ir.layered import STAGES, layered
 from ...ir.mesh import STAGE
-from ...ir.microbatch import TimeAxis
-from ...ir.one_program import check_one_program
-from ...ir.part_cuts import part_cuts
+from ...ir.passes.microbatch import TimeAxis
+from ...ir.pipeline.layered import STAGES, layered
+from ...ir.pipeline.one_program import check_one_program
+from ...ir.pipeline.part_cuts import part_cuts
+from ...ir.pipeline.stages import cut_stages
 from ...ir.plan import Pipeline, Plan
 from ...ir.plan_checks import check_decisions
 from ...ir.program import prepare
 from ...ir.sharding import Sharding
-from ...ir.stages import cut_stages
 from .capture import Captured
 from .devices import (
     on_cpus,

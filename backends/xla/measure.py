@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ...ir.cluster import Cluster
+from ...ir.cluster.cluster import Cluster
 from .devices import on_cpus
 
 SIDE = 384  # of the square products per device

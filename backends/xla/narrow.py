@@ -14,7 +14,7 @@ from typing import Any
 
 from ...ir.graph import Op
 from ...ir.ops import ELEMENTWISE
-from ...ir.rule import Rule
+from ...ir.rules.rule import Rule
 
 Params = dict[str, Any]
 Places = tuple[int | None, ...]  # per tensor, where the dim lies

@@ -24,11 +24,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from ...ir.instructions import MOVES, PASSES, Event, Instruction, events
-from ...ir.local import LocalProgram
+from ...ir.local.program import LocalProgram
+from ...ir.pipeline.instructions import MOVES, PASSES, Event, Instruction, events
+from ...ir.pipeline.schedule import Kind, Schedule, Step
+from ...ir.pipeline.stages import Stages
 from ...ir.plan import Plan
-from ...ir.schedule import Kind, Schedule, Step
-from ...ir.stages import Stages
 from .capture import Captured
 from .devices import is_mine, nowhere, on_cpus, place, processes_of
 from .dtypes import jax_dtype

@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 
-from ...ir.schedule import Passed, Step, needs
+from ...ir.pipeline.schedule import Passed, Step, needs
 from .pipeline import LoweredPipeline
 
 SWITCH_SECONDS = 5e-5

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from jax import lax
 
-from ...ir.attention_form import LSE
-from ...ir.bodies import body_of
+from ...ir.composites.attention_form import LSE
+from ...ir.composites.bodies import body_of
 from ...ir.errors import MismatchError
 from ...ir.graph import Constant, Graph, Op, Region, TensorType
 from ...ir.ops import COMPOSITES

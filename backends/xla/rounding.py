@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...ir.graph import Graph, Op
-from ...ir.local import LocalOp
+from ...ir.local.program import LocalOp
 from ...ir.ops import CHOOSING, COMPOSITES, SUMMING
 from .capture import Captured
 from .replay import Walk

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...ir.rule import Dim, Rule
+from ...ir.rules.rule import Dim, Rule
 
 Params = dict[str, Any]
 Arrays = Sequence[jax.Array]

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...ir.graph import Op
-from ...ir.layered import Layered
 from ...ir.mesh import STAGE
-from ...ir.microbatch import TimeAxis
+from ...ir.passes.microbatch import TimeAxis
+from ...ir.pipeline.layered import Layered
 from ...ir.sharding import Sharding, replicated
 from .dtypes import jax_dtype
 from .joins import JOIN, settle, start

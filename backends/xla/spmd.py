@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...ir.graph import Constant, Graph, Op, TensorType
-from ...ir.local import ON_SHARDS, LocalOp, LocalProgram, LocalRegion
+from ...ir.local.program import ON_SHARDS, LocalOp, LocalProgram, LocalRegion
 from ...ir.mesh import Mesh
 from ...ir.ops import COMPOSITES, LOSSES
 from ...ir.passes.decisions import Decisions, stacked

@@ -12,7 +12,7 @@ import re
 from math import prod
 from typing import Any
 
-from ...ir.cluster import Cluster
+from ...ir.cluster.cluster import Cluster
 from ...ir.errors import MismatchError, MissingDependencyError, UsageError
 
 # libtpu looks for a TPU's host around it otherwise, complains that there is none, and refuses a second

@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ...ir.dead import drop_dead_ops
 from ...ir.graph import Batch, Graph
+from ...ir.passes.dead import drop_dead_ops
 from .apart import Place, take_apart
 from .capture import Captured, convert
 from .layer_axes import layer_axes, scans_left

@@ -8,7 +8,7 @@ states devices, sequence length, microbatch, accumulation and whether blocks are
 from __future__ import annotations
 
 from meshwright import pricing
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.planner.jobs.pinned import Parallelism
 
 from .case import Case, Row

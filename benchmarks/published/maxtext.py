@@ -22,8 +22,8 @@ import re
 from dataclasses import dataclass
 
 from meshwright import pricing
-from meshwright.ir.cluster import Cluster
-from meshwright.ir.composites import AttentionKind
+from meshwright.ir.cluster.cluster import Cluster
+from meshwright.ir.composites.attention_op import AttentionKind
 from meshwright.planner.jobs.pinned import Parallelism
 
 from .case import Case, Row

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from meshwright import pricing
-from meshwright.ir.cluster import Cluster
+from meshwright.ir.cluster.cluster import Cluster
 from meshwright.planner.jobs.pinned import Parallelism
 
 from .case import Case, Row, hosts, whole

@@ -7,16 +7,16 @@ from functools import cached_property
 
 from ..errors import LoweringError
 from ..graph import Graph, Op
-from ..local import BARRIER
-from ..microbatch import TimeAxis, time_groups
+from ..local.program import BARRIER
 from ..ops import ADDITION
 from ..plan import Plan
 from ..program import Program
-from ..rule import NONE, Strategy, result_sharding
 from ..rules import rule_of
+from ..rules.rule import NONE, Strategy, result_sharding
 from ..sharding import Sharding, replicated
 from ..values import block_instances
 from .gather_ties import Tie, ties
+from .microbatch import TimeAxis, time_groups
 
 
 def stacked(layout: Sharding) -> Sharding:

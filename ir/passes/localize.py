@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..graph import Op, TensorType
-from ..local import LocalOp, LocalProgram, Shard
+from ..local.program import LocalOp, LocalProgram, Shard
 from ..plan import Plan
 from ..program import Program
 from ..sharding import Sharding

@@ -7,13 +7,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from ..graph import Attr, Op, Region, TensorType
-from ..local import BARRIER, MICROBATCHES, FactorCut, LocalOp, LocalProgram, LocalRegion, Shard
-from ..microbatch import AVERAGED, ESTIMATED, TimeAxis, time_factor
+from ..local.program import (
+    BARRIER,
+    MICROBATCHES,
+    FactorCut,
+    LocalOp,
+    LocalProgram,
+    LocalRegion,
+    Shard,
+)
 from ..ops import COMPOSITES, LOSSES
-from ..rule import Rule, Strategy, operand_sharding, result_sharding, settled_axes
 from ..rules import rule_of
+from ..rules.rule import Rule, Strategy, operand_sharding, result_sharding, settled_axes
 from ..sharding import Sharding, Step, moved_to, replicated, reshard
 from .decisions import Decisions, end_tag, stacked
+from .microbatch import AVERAGED, ESTIMATED, TimeAxis, time_factor
 
 
 @dataclass

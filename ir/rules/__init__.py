@@ -12,7 +12,6 @@ from functools import lru_cache
 from math import prod
 
 from ..graph import Attr, Op, TensorType
-from ..rule import Rule
 from . import (
     composite,
     contraction,
@@ -27,6 +26,7 @@ from . import (
     user_kernel,
 )
 from .factors import NUMBERS, OWING, WRITERS, Call, Dims, Unusual, opaque_rule
+from .rule import Rule
 
 __all__ = ["rule_of", "vocabulary"]
 

@@ -1,14 +1,14 @@
-"""Composites: ops that stand for a graph, and say themselves what may be cut (see `ir/composites.py`)."""
+"""Composites: ops that stand for a graph, and say themselves what may be cut (see `ir/composites/attention_op.py`)."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from ..bodies import LOSS
-from ..evenly import divides, is_uneven
+from ..composites.bodies import LOSS
+from ..composites.evenly import divides, is_uneven
 from ..ops import COMPOSITES
-from ..rule import Dim, Joint, Rule
 from .factors import Call, Dims, Factors, Reduction, attr_tuple, integers, rule_for
+from .rule import Dim, Joint, Rule
 
 
 @rule_for(*COMPOSITES)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..graph import Attr
-from ..rule import Dim, Rule
 from .factors import Call, Dims, Factors, attr_tuple, integers, require, rule_for
+from .rule import Dim, Rule
 
 
 @rule_for("dot_general")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..ops import ELEMENTWISE
-from ..rule import Rule
 from .factors import Call, Dims, Factors, require, rule_for
+from .rule import Rule
 
 
 @rule_for(*ELEMENTWISE)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..graph import Attr, TensorType
 from ..ops import linear_in
-from ..rule import Dim, Factor, Rule
+from .rule import Dim, Factor, Rule
 
 Dims = tuple[Dim, ...]
 Reduction = Literal["", "sum", "max", "min", "and", "or", "inside"]

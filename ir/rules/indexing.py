@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from math import isnan, nan
 
 from ..attrs import number
-from ..rule import Dim, Rule
 from .factors import INTEGERS, NUMBERS, Call, Factors, Reduction, require, rule_for
+from .rule import Dim, Rule
 
 # What an index out of range does: the nearest place is taken, nothing is (a look-up is filled), or there is none.
 _MODES = {"clip", "fill_or_drop", "promise_in_bounds"}

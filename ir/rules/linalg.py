@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..rule import Rule
 from .factors import Call, Factors, integers, require, rule_for
+from .rule import Rule
 
 # Trailing dims of the first operand that one decomposition works on; of those before them all have the same.
 _OF_MATRICES = (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..rule import Rule
 from .factors import Call, Factors, require, rule_for
+from .rule import Rule
 
 
 @rule_for("optimization_barrier", "device_put")

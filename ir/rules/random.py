@@ -7,9 +7,9 @@ differ by platform, so what one key makes is whole there: drawn everywhere, then
 
 from __future__ import annotations
 
-from ..rule import Rule
 from .elementwise import elementwise
 from .factors import Call, Factors, require, rule_for
+from .rule import Rule
 
 # Of these the backend says in `drawn` what a number depends on: "by_place" its key and place, "by_key" all that
 # its key makes, "whole" all keys of a batch (XLA's generators under vmap).

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..rule import Rule
 from .factors import FLOATS, INTEGERS, NUMBERS, Call, Factors, Reduction, rule_for
+from .rule import Rule
 
 _ORDERED = (FLOATS | INTEGERS) - {"c64", "c128"}
 _COMBINED: dict[str, tuple[Reduction, frozenset[str]]] = {

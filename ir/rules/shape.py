@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from math import gcd
 
 from ..graph import TensorType
-from ..rule import Dim, Rule
 from .factors import Call, Dims, Factors, require, rule_for
+from .rule import Dim, Rule
 
 
 @rule_for("reshape")

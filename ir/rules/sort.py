@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..rule import Rule
 from .factors import Call, Factors, rule_for
+from .rule import Rule
 
 
 @rule_for("sort")

@@ -5,8 +5,8 @@ b h q d, b h k d, b h k d -> b h q d    cut b h      the gradient of an operand 
 
 from __future__ import annotations
 
-from ..rule import Dim, Rule
 from .factors import Call, Factors, attr_tuple, require, rule_for
+from .rule import Dim, Rule
 
 KIND = "user_kernel"
 

@@ -3,8 +3,8 @@
     kernel      products made / (peak * attention efficiency)
     blocks      products made / (peak * efficiency) + scores written and read between the products / memory bandwidth
 
-Which of both is `ir/attention_kernels.py`'s word. Frameworks are taken to have a kernel for every attention, and so are
-keys that may go round a ring, though XLA runs their blocks.
+Which of both is `ir/composites/attention_kernels.py`'s word. Frameworks are taken to have a kernel for every attention,
+and so are keys that may go round a ring, though XLA runs their blocks.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from math import prod
 
 import numpy as np
 
-from ...ir.attention_kernels import NAMES, products_made, reason_against
-from ...ir.bodies import body_of
-from ...ir.cluster import Device
-from ...ir.evenly import keys_at_most, pairs_kept
+from ...ir.cluster.cluster import Device
+from ...ir.composites.attention_kernels import NAMES, products_made, reason_against
+from ...ir.composites.bodies import body_of
+from ...ir.composites.evenly import keys_at_most, pairs_kept
 from ...ir.graph import Op
 from ...ir.ops import CONTRACTIONS, REDUCTIONS
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...ir.cluster import Cluster
+from ...ir.cluster.cluster import Cluster
 from ...ir.mesh import Mesh
 from ...ir.plan import Collective
 from .groups import levels_of

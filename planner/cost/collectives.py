@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, log2
 
-from ...ir.cluster import Cluster
+from ...ir.cluster.cluster import Cluster
 from ...ir.errors import PlanError, did_you_mean
 from ...ir.graph import TensorType
 from ...ir.mesh import Mesh

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...ir.attention import Attention
-from ...ir.cluster import Device
+from ...ir.analysis.attention import Attention
+from ...ir.cluster.cluster import Device
 from ...ir.graph import Op, TensorType
 from ...ir.ops import COMPOSITES, CONTRACTIONS, DECOMPOSITIONS, INDEXED, LOSSES
-from ...ir.rule import Rule
+from ...ir.rules.rule import Rule
 from ...ir.rules.user_kernel import KIND as USERS
 from .attention import ROWS, attention_seconds, attention_tail
 from .flop import flop, told_cost

@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from functools import lru_cache
 from math import log2, prod
 
-from ...ir.bodies import body_of
+from ...ir.composites.bodies import body_of
 from ...ir.graph import Op, TensorType
 from ...ir.ops import COMPOSITES, CONTRACTIONS, DECOMPOSITIONS
-from ...ir.rule import Rule
 from ...ir.rules import rule_of, vocabulary
+from ...ir.rules.rule import Rule
 from ...ir.rules.user_kernel import KIND as USERS
 
 KNOWN = vocabulary()

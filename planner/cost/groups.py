@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...ir.cluster import Cluster, Tier
+from ...ir.cluster.cluster import Cluster, Tier
 from ...ir.mesh import Mesh
 
 

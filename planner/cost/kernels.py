@@ -15,7 +15,7 @@ number (a norm): what follows needs all of it, so it cannot be the same pass. Wh
 again for the backward pass runs in kernels like those of the forward pass, and is written for its
 readers. Measured on an H100 (GPT-2, batch 32): recomputing all of each layer adds 39 ms to a step
 of 117; priced as one chain with what reads it, it saved 4. Fused kernels of frameworks make again
-inside what they need (`joined`). What stages make again within their backward pass (`ir/saved.py`)
+inside what they need (`joined`). What stages make again within their backward pass (`ir/passes/saved.py`)
 takes as long as if it were written and read, as it would be priced in one program for both passes.
 """
 
@@ -27,12 +27,12 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Literal
 
-from ...ir.attention import Attention
+from ...ir.analysis.attention import Attention
 from ...ir.graph import Op, TensorType
 from ...ir.ops import ALIASES, DIVISION, KERNELS, MOVEMENT, REDUCTIONS, TRANSCENDENTAL, VIEWS
+from ...ir.passes.recompute import AGAIN
+from ...ir.passes.saved import WITHIN
 from ...ir.program import Program
-from ...ir.recompute import AGAIN
-from ...ir.saved import WITHIN
 from .flop import KNOWN
 
 FREE = ALIASES | {"copy", "broadcast_in_dim"}  # no kernel
@@ -128,7 +128,7 @@ def _written(program: Program, fusion: Fusion) -> frozenset[int]:
 
 
 def _in_block(op: Op) -> bool:
-    """Whether an op, or the one it repeats, belongs to a repeated block (`ir/blocks.py` names them)."""
+    """Whether an op, or the one it repeats, belongs to a repeated block (`ir/analysis/blocks.py` names them)."""
     _, dot, offset = op.tag.partition("~")[0].partition(".")
     return bool(dot) and offset.isdigit()
 

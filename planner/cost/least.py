@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from ...ir.graph import Op
-from ...ir.microbatch import TimeAxis, timed_sides
+from ...ir.passes.microbatch import TimeAxis, timed_sides
 from ...ir.program import Program
 from ...ir.rules import rule_of
 from .kernels import free_values, kernels_of

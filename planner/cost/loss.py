@@ -17,14 +17,14 @@ from typing import cast
 
 import numpy as np
 
-from ...ir.bodies import body_of
-from ...ir.cluster import Device
+from ...ir.analysis.refusals import Refusal
+from ...ir.cluster.cluster import Device
+from ...ir.composites.bodies import body_of
+from ...ir.composites.loss_blocks import hidden_in, hidden_of, logits_in, most_logits
+from ...ir.composites.online import body_parts
 from ...ir.graph import ITEM_BYTES, Op, TensorType
-from ...ir.loss_blocks import hidden_in, hidden_of, logits_in, most_logits
-from ...ir.online import body_parts
 from ...ir.ops import CONTRACTIONS
 from ...ir.program import Program
-from ...ir.refusals import Refusal
 from ...ir.rules import rule_of
 from .flop import flop
 from .kernels import kernels_of

@@ -13,10 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
-from ...ir.cluster import Cluster, Device
+from ...ir.cluster.cluster import Cluster, Device
 from ...ir.graph import Op, TensorType
 from ...ir.mesh import Mesh
-from ...ir.rule import Rule
+from ...ir.rules.rule import Rule
 from .bands import told
 from .collectives import Collectives
 from .compute import Terms, fused_terms, least_terms, op_seconds

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ...ir.cluster import Device
+from ...ir.cluster.cluster import Device
 from ...ir.graph import Op, TensorType
 
 TILE = (128, 256)

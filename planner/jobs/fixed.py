@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from ...ir.blocks import Folded
-from ...ir.cluster import Cluster
-from ...ir.composites import AttentionKind
+from ...ir.analysis.blocks import Folded
+from ...ir.analysis.roles import roles
+from ...ir.cluster.cluster import Cluster
+from ...ir.composites.attention_op import AttentionKind
+from ...ir.composites.losses import LossKind
 from ...ir.errors import PlanError
 from ...ir.execution import OverlapKind
-from ...ir.losses import LossKind
+from ...ir.passes.recompute import Policy
 from ...ir.plan import Plan
-from ...ir.recompute import Policy
-from ...ir.roles import roles
-from ..candidates import Candidate
 from ..cost.model import Roofline
-from ..intra import Answer
-from ..layouts import Layouts
+from ..intra.layouts import Layouts
+from ..intra.solve import Answer
+from ..intra.space import build
 from ..memory.ledger import Ledger
 from ..memory.lifetimes import lifetimes
 from ..memory.storage import as_xla
-from ..report import write_plan
+from ..report.of_plan import write_plan
 from ..request import Request, check
-from ..search import Search
+from ..search.candidates import Candidate
+from ..search.search import Search
 from ..solver.onehot import Solution
-from ..space import build
 from .pinned import Parallelism, Pinned
 
 

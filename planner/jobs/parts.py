@@ -16,23 +16,23 @@ from typing import Literal
 
 import numpy as np
 
-from ...ir.bodies import FORWARD
+from ...ir.analysis.roles import Role, roles
+from ...ir.composites.bodies import FORWARD
 from ...ir.graph import Op
 from ...ir.ops import COMPOSITES, CONTRACTIONS
 from ...ir.plan import Collective
 from ...ir.program import Program
-from ...ir.roles import Role, roles
 from ...ir.rules import rule_of
 from ..cost.flop import flop
 from ..cost.kernels import FREE, kernels_of
 from ..cost.model import CostModel
-from ..layouts import Layouts
+from ..intra.layouts import Layouts
+from ..intra.space import Space, build
 from ..memory.ledger import Ledger
 from ..memory.lifetimes import lifetimes, ticks_of
 from ..memory.lives import Lifetimes
 from ..memory.storage import Storage, as_fused, as_xla
-from ..moves import moves, settlements, spoken
-from ..space import Space, build
+from ..report.moves import moves, settlements, spoken
 from .pinned import STATE_AXES, Parallelism, Pinned
 
 Place = Literal["embedding", "layer", "head"]

@@ -24,20 +24,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from ...ir.copies import settles
+from ...ir.analysis.examples import Dims, Examples
+from ...ir.analysis.roles import roles
 from ...ir.errors import PlanError, did_you_mean
-from ...ir.examples import Dims, Examples
 from ...ir.graph import Op
 from ...ir.mesh import Axis, Mesh
 from ...ir.mistakes import Mistakes
 from ...ir.ops import ADDITION, ATTENTION, FORWARDING, INDEXED
+from ...ir.passes.copies import settles
 from ...ir.program import Program
-from ...ir.roles import roles
-from ...ir.rule import NONE, Rule, Strategy, cuttable, owing, result_sharding
 from ...ir.rules import rule_of
+from ...ir.rules.rule import NONE, Rule, Strategy, cuttable, owing, result_sharding
 from ...ir.sharding import Sharding
-from ..strategies import follow
-from ..usage import example_dims, followed
+from ..intra.strategies import follow
+from ..report.usage import example_dims, followed
 from .positions import Attention, Positions
 
 # How attention under context parallelism meets the positions of other ranks: keys and values are

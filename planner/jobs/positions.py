@@ -15,14 +15,14 @@ from collections.abc import Collection
 from functools import cached_property
 from itertools import product
 
-from ...ir.examples import Examples
+from ...ir.analysis.examples import Examples
 from ...ir.graph import Graph, Op
 from ...ir.ops import ATTENTION, CONTRACTIONS, REDUCTIONS
 from ...ir.program import Program
-from ...ir.rule import Rule, cuttable
 from ...ir.rules import rule_of
+from ...ir.rules.rule import Rule, cuttable
 from ..cost.kernels import attention_values
-from ..usage import followed, sequence_dims
+from ..report.usage import followed, sequence_dims
 
 
 class Positions(Examples):

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...ir.cluster import Cluster
+from ...ir.cluster.cluster import Cluster
 from ...ir.errors import PlanError
-from ...ir.schedule import Schedule, in_flight
+from ...ir.pipeline.schedule import Schedule, in_flight
 from ..cost.collectives import Collectives
 from ..pipeline.schedules import schedule_of
 from ..pipeline.simulate import COMPUTE, SLOWDOWN, Run, StageSeconds, pipeline_tasks, simulate

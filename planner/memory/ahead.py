@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from ...ir.copies import settles
 from ...ir.execution import OverlapKind
 from ...ir.graph import Op
+from ...ir.passes.copies import settles
 from ...ir.program import Program
-from ..hideable import flow_of
+from ..intra.hideable import flow_of
 
 
 def early(program: Program, overlap: Sequence[OverlapKind]) -> dict[int, int]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..space import Space
+from ..intra.space import Space
 from .lives import Lifetimes
 
 

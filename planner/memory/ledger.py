@@ -11,13 +11,13 @@ from functools import lru_cache
 
 import numpy as np
 
-from ...ir.copies import settles
 from ...ir.graph import TensorType
 from ...ir.mesh import Mesh
-from ...ir.microbatch import TimeAxis
+from ...ir.passes.copies import settles
+from ...ir.passes.microbatch import TimeAxis
 from ..cost.kernels import free_values
+from ..intra.space import Space
 from ..solver.live import Demand
-from ..space import Space
 from .aliases import Alias
 from .lives import FIRST, LAST, Lifetimes
 

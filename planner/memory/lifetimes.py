@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import ceil
 
-from ...ir.bodies import body_of
-from ...ir.copies import settles
+from ...ir.analysis.refusals import Refusal
+from ...ir.composites.bodies import body_of
+from ...ir.composites.loss_blocks import hidden_in, is_of_tokens, logits_in, most_logits
 from ...ir.execution import OverlapKind
 from ...ir.graph import ITEM_BYTES, Graph, Op
-from ...ir.loss_blocks import hidden_in, is_of_tokens, logits_in, most_logits
-from ...ir.microbatch import TimeAxis
 from ...ir.ops import LOSSES
+from ...ir.passes.copies import settles
+from ...ir.passes.microbatch import TimeAxis
 from ...ir.program import Program
-from ...ir.refusals import Refusal
 from ...ir.values import block_instances
 from ..cost.kernels import kernels_of
 from ..cost.loss import SUM

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ...ir.microbatch import TimeAxis
+from ...ir.passes.microbatch import TimeAxis
 from ...ir.program import Program
 
 FIRST, LAST = 0, 1  # the two moments of a tick that stands for many layers

@@ -17,10 +17,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...ir.copies import settles
 from ...ir.graph import ITEM_BYTES, Graph, Op
-from ...ir.microbatch import TimeAxis
 from ...ir.ops import ALIASES, CONTRACTIONS, DIVISION, INDEXED, REDUCTIONS, TRANSCENDENTAL
+from ...ir.passes.copies import settles
+from ...ir.passes.microbatch import TimeAxis
 from ...ir.program import Program
 from ..cost.kernels import Kernels, is_kernel, kernels_of
 

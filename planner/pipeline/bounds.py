@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...ir.recompute import Policy
-from ..intra import live_of
+from ...ir.passes.recompute import Policy
+from ..intra.overlapped import solve_overlapped
+from ..intra.solve import live_of
+from ..intra.space import Space, build
 from ..memory.ledger import least_bytes, least_peak
 from ..memory.lives import Lifetimes
-from ..overlapped import solve_overlapped
 from ..solver.anytime import solve_live
 from ..solver.live import Demand, Live
 from ..solver.onehot import Solution
-from ..space import Space, build
 from .choices import Choices, Shape
 from .stage_memory import Holdings, Runs
 from .stage_windows import stage_windows
@@ -29,7 +29,7 @@ from .units import runs_of
 from .watched import Limited, Watched, limited
 
 if TYPE_CHECKING:
-    from ..search import Search
+    from ..search.search import Search
 
 Problem = Callable[[Space], Limited]  # what is asked of a space at given prices
 SOLVE_GAP = 0.5  # of the gap asked for: what one solve may leave open

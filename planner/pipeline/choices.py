@@ -12,17 +12,17 @@ import numpy as np
 
 from ...ir.errors import PlanError
 from ...ir.mesh import Mesh
-from ...ir.microbatch import Refusal
-from ...ir.recompute import Policy
-from ...ir.schedule import Schedule
+from ...ir.passes.microbatch import Refusal
+from ...ir.passes.recompute import Policy
+from ...ir.pipeline.schedule import Schedule
 from ..cost.least import spread, summed
-from ..meshes import mesh_of, plane_meshes, stage_sizes
+from ..search.meshes import mesh_of, plane_meshes, stage_sizes
 from .schedules import entry, schedule_named
 from .single import can_be_even, even_firsts
 from .units import Cut, Units, check_enough, find_units
 
 if TYPE_CHECKING:
-    from ..search import Search
+    from ..search.search import Search
 
 Choice = tuple[str, int]  # a schedule and its stages per rank
 Work = tuple[str, int | None]  # a pass and a kind of unit

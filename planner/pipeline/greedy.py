@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from ...ir.schedule import Kind, Schedule, Step
+from ...ir.pipeline.schedule import Kind, Schedule, Step
 from .simulate import StageSeconds
 from .tighten import SLACK, Held
 

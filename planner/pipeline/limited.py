@@ -17,7 +17,7 @@ from itertools import accumulate, pairwise, product
 from math import inf
 
 from ...ir.errors import InfeasibleError, PlanError
-from ...ir.schedule import Schedule
+from ...ir.pipeline.schedule import Schedule
 from ...ir.units import format_bytes
 from .greedy import greedy, manners
 from .schedules import SCHEDULES, schedule_named

@@ -20,12 +20,12 @@ from typing import Literal
 
 import numpy as np
 
-from ...ir.copies import settles
+from ...ir.analysis.roles import roles
 from ...ir.execution import OverlapKind
 from ...ir.graph import ITEM_BYTES, Graph
-from ...ir.microbatch import TimeAxis
+from ...ir.passes.copies import settles
+from ...ir.passes.microbatch import TimeAxis
 from ...ir.program import Program
-from ...ir.roles import roles
 from ..memory.lifetimes import Reading, lifetimes, readings
 from ..memory.lives import Lifetimes, Segment
 from ..memory.storage import NARROW, as_xla

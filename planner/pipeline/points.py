@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from ...ir.passes.recompute import Policy
 from ...ir.plan import Layout
-from ...ir.recompute import Policy
-from ...ir.rule import Strategy
+from ...ir.rules.rule import Strategy
 from ...ir.sharding import Sharding
-from ..space import Space
+from ..intra.space import Space
 from .unit_costs import UnitSeconds
 
 

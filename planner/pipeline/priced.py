@@ -14,9 +14,9 @@ from math import inf
 
 import numpy as np
 
-from ...ir.cluster import Cluster
+from ...ir.cluster.cluster import Cluster
 from ...ir.errors import InfeasibleError
-from ...ir.schedule import Schedule, peak_held
+from ...ir.pipeline.schedule import Schedule, peak_held
 from .dealing import ANYWHERE, Fits, Spans, added_up, deal_spans
 from .limited import search_schedule
 from .simulate import Run, StageSeconds, pipeline_tasks, simulate

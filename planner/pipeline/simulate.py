@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...ir.errors import PlanError
-from ...ir.schedule import Schedule, Step, needs
+from ...ir.pipeline.schedule import Schedule, Step, needs
 
 COMPUTE = "compute"
 Stream = tuple[int, str]  # of a device

@@ -21,8 +21,8 @@ from typing import Literal
 
 from ...ir.errors import InfeasibleError, PlanError
 from ...ir.mesh import STAGE
+from ...ir.pipeline.schedule import Schedule
 from ...ir.plan import Collective
-from ...ir.schedule import Schedule
 from ...ir.units import format_bytes
 from .priced import Place, Priced, Pricing
 from .schedules import gpipe

@@ -17,17 +17,17 @@ from functools import cached_property
 
 import numpy as np
 
-from ...ir.cluster import Cluster
+from ...ir.cluster.cluster import Cluster
 from ...ir.execution import OverlapKind
-from ...ir.microbatch import TimeAxis
+from ...ir.passes.microbatch import TimeAxis
+from ...ir.pipeline.schedule import Schedule
 from ...ir.program import Program
-from ...ir.schedule import Schedule
 from ...ir.sharding import reshard
-from ..hideable import flow_of
+from ..intra.hideable import flow_of
+from ..intra.space import Space, Transfer
 from ..memory.ledger import Ledger
 from ..memory.lives import Lifetimes, Segment
 from ..solver.live import Demand
-from ..space import Space, Transfer
 from .passes import Passes
 from .unit_costs import all_bytes, chosen_layouts, local_bytes
 from .units import MANY, Cut

@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ...ir.execution import OverlapKind
-from ..outline import Outline
-from ..windows import BACKWARDS, FIRST, FORWARDS, LAST, MANY, Windows, windows_by
+from ..intra.outline import Outline
+from ..intra.windows import BACKWARDS, FIRST, FORWARDS, LAST, MANY, Windows, windows_by
 
 OFTEN = {"forward": (FIRST, FORWARDS), "backward": (LAST, BACKWARDS), "weight": (LAST, BACKWARDS)}
 

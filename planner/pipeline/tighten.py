@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
 
-from ...ir.schedule import Schedule, Step, needs, peak_held
+from ...ir.pipeline.schedule import Schedule, Step, needs, peak_held
 from .simulate import StageSeconds
 
 SLACK = 1e-9  # of a limit, for sums of floats

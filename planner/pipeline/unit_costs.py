@@ -18,11 +18,11 @@ import numpy as np
 
 from ...ir.execution import OVERLAPS, OverlapKind
 from ...ir.graph import Op
-from ...ir.microbatch import TimeAxis
-from ..hideable import flow_of
-from ..outline import often
-from ..space import Space, Transfer
-from ..windows import SHARE
+from ...ir.passes.microbatch import TimeAxis
+from ..intra.hideable import flow_of
+from ..intra.outline import often
+from ..intra.space import Space, Transfer
+from ..intra.windows import SHARE
 from .units import Cut
 
 

@@ -18,12 +18,12 @@ from math import ceil
 
 import numpy as np
 
-from ...ir.blocks import HEAVY, Block, Folded
+from ...ir.analysis.blocks import HEAVY, Block, Folded
 from ...ir.errors import PlanError
 from ...ir.graph import Graph, Op
+from ...ir.pipeline.stage_places import Classes
+from ...ir.pipeline.stages import Fragment, Stages, cut_stages
 from ...ir.program import Program
-from ...ir.stage_places import Classes
-from ...ir.stages import Fragment, Stages, cut_stages
 from ...ir.units import counted
 from .dealing import deal
 from .narrow import Line

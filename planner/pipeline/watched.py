@@ -12,12 +12,12 @@ from itertools import accumulate
 
 import numpy as np
 
-from ...ir.schedule import Schedule, in_flight
+from ...ir.pipeline.schedule import Schedule, in_flight
+from ..intra.space import Space
 from ..memory.aliases import aliases, extended
 from ..memory.ledger import Ledger
 from ..solver.live import Demand, Live
 from ..solver.onehot import Edge
-from ..space import Space
 from .single import layer_runs, with_ends
 from .stage_memory import Holdings, Runs
 from .units import Units, runs_of

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .api import ParallelStep, RunningStep, lower, parallelize, plan
     from .backends.xla.user_kernels import kernel
     from .emulation import emulate
-    from .ir.cluster import Cluster
+    from .ir.cluster.cluster import Cluster
     from .ir.codec import load_plan, save_plan
     from .ir.errors import MeshwrightError
     from .ir.plan import Plan
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # name -> module that has it; imported when first asked for, so that `meshwright --help` stays quick
 _HOMES = {
-    "Cluster": "ir.cluster",
+    "Cluster": "ir.cluster.cluster",
     "MeshwrightError": "ir.errors",
     "ParallelStep": "api",
     "Plan": "ir.plan",

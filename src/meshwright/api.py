@@ -15,20 +15,20 @@ from .backends.xla.steps import step_name
 from .backends.xla.unstack import unstack
 from .collector import paused
 from .interrupts import heard
-from .ir.blocks import fold, told_statistics
-from .ir.cluster import Cluster
-from .ir.composites import composed
-from .ir.cross_entropy import cross_entropies
+from .ir.analysis.blocks import fold, told_statistics
+from .ir.analysis.cross_entropy import cross_entropies
+from .ir.cluster.cluster import Cluster
+from .ir.composites.attention_op import composed
 from .ir.errors import InfeasibleError, PlanError, UsageError
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan
 from .ir.units import format_bytes
 from .ir.verify import verify as verify_graph
 from .parallel import ParallelStep, place
-from .planner.frontier import Frontier
 from .planner.plans import search
 from .planner.request import Request
-from .planner.scouts import hired
+from .planner.search.frontier import Frontier
+from .planner.search.scouts import hired
 from .running import RunningStep
 from .told import BatchArgs, batch_told
 from .tracing import Options, capture_call

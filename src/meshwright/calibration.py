@@ -18,7 +18,7 @@ def calibrate(
 
     from .backends.xla import microbench
     from .backends.xla.measure import elementwise_rate, launch_seconds
-    from .ir.cluster import Cluster
+    from .ir.cluster.cluster import Cluster
     from .planner.cost.calibrate import fit_collectives, fit_copies, fit_products
     from .planner.cost.products import shape_share
 

@@ -265,8 +265,8 @@ def clusters(
     format: FormatOption = Format.text,
 ) -> None:
     """List device and fabric presets, or check and describe a cluster."""
-    from .ir import presets
-    from .ir.cluster import Cluster
+    from .ir.cluster import presets
+    from .ir.cluster.cluster import Cluster
 
     if measure and spec != "local":
         raise UsageError("only this machine can be measured.", fix="clusters local --measure")

@@ -15,7 +15,7 @@ from .api import RunningStep, plan_captured
 from .backends.xla.lower import lower
 from .backends.xla.measure import measured_cluster
 from .emulation import emulate
-from .ir.cluster import Cluster
+from .ir.cluster.cluster import Cluster
 from .ir.codec import save_plan
 from .ir.plan import Plan
 from .output import say

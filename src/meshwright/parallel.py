@@ -22,7 +22,7 @@ from .backends.xla.lower import lower as lower_plan
 from .backends.xla.steps import Step, is_nnx
 from .backends.xla.trace import check_static
 from .backends.xla.verify import reference, verify_outputs, verify_together
-from .ir.cluster import Cluster
+from .ir.cluster.cluster import Cluster
 from .ir.errors import UsageError
 from .ir.plan import Plan
 from .planner.request import Request, check_early

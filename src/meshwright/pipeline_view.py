@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+from .ir.pipeline.schedule import Passed, Schedule
 from .ir.plan import Plan
-from .ir.schedule import Passed, Schedule
 from .planner.pipeline.simulate import COMPUTE, StageSeconds, pipeline_tasks, simulate
 from .planner.pipeline.timeline import Slice, Timeline
 

@@ -116,7 +116,7 @@ def plan(
     Ctrl-C ends the search with the best plan so far and its gap.
     """
     from .emulation import trace_on_cpu
-    from .ir.cluster import Cluster
+    from .ir.cluster.cluster import Cluster
     from .ir.codec import check_writable, save_plan
     from .planner.request import Request, parse_mesh, parse_pp
     from .recipe import make

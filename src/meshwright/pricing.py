@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from .ir.cluster import Cluster
-from .ir.composites import AttentionKind, composed
+from .ir.cluster.cluster import Cluster
+from .ir.composites.attention_op import AttentionKind, composed
+from .ir.composites.losses import LossKind
 from .ir.errors import PlanError, UsageError, did_you_mean
 from .ir.execution import parse_attention, parse_loss, parse_overlap
-from .ir.losses import LossKind
 from .ir.mistakes import Mistakes
+from .ir.passes.recompute import Policy
 from .ir.program import Program, prepare
-from .ir.recompute import Policy
 from .planner.cost.kernels import FUSIONS, Fusion
 from .planner.cost.model import Roofline
 from .planner.jobs.parts import Parts, parts_of
@@ -420,7 +420,7 @@ def _program(
 @lru_cache(maxsize=64)
 def _folded(shape: Shape, batch: int, attention: AttentionKind, loss: LossKind) -> Any:
     from .backends.xla.capture import capture
-    from .ir.blocks import fold
+    from .ir.analysis.blocks import fold
 
     example = _example(shape, batch)
     captured = capture(example.step, example.state, example.batch, donate_argnums=0)

@@ -35,9 +35,9 @@ def replan(
     The solutions that a search met are dealt out anew to stages; hosts that do not divide stay spare.
     """
     from .collector import paused
-    from .ir.cluster import Cluster
+    from .ir.cluster.cluster import Cluster
     from .ir.codec import check_writable, save_plan
-    from .planner.frontier import load_frontier
+    from .planner.search.frontier import load_frontier
 
     known = load_frontier(frontier)
     place = output or Path(f"{known.name}.plan.json")

@@ -119,7 +119,7 @@ def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> 
     from dataclasses import replace
 
     from .emulation import check_room, emulate
-    from .ir.cluster import Cluster
+    from .ir.cluster.cluster import Cluster
     from .pins import request_of
     from .recipe import make
     from .view.text import plan_head

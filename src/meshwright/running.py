@@ -21,7 +21,7 @@ from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.steps import Step
 from .ir.audit import Audit
 from .ir.errors import LoweringError, MismatchError
-from .ir.local import LocalProgram
+from .ir.local.program import LocalProgram
 from .ir.plan import Plan
 from .together import same_start
 

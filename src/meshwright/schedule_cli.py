@@ -67,7 +67,7 @@ def schedule(
     The search finds the fastest order for these seconds under the memory limit.
     """
     from .ir.codec import check_writable, write_whole
-    from .ir.torch_csv import to_torch_csv
+    from .ir.pipeline.torch_csv import to_torch_csv
     from .schedule_view import catalogue, catalogue_text, data, text
     from .scheduling import Memory, Seconds, Size, study
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from .ir.errors import InfeasibleError, UsageError
 from .ir.files import MIB, Kind, is_file, read_text
-from .ir.schedule import Schedule, peak_held
-from .ir.torch_csv import from_torch_csv
+from .ir.pipeline.schedule import Schedule, peak_held
+from .ir.pipeline.torch_csv import from_torch_csv
 from .ir.units import format_bytes, parse_bytes, parse_seconds
 from .planner.pipeline.limited import Searched, search_schedule
 from .planner.pipeline.schedules import entry, schedule_named

@@ -13,8 +13,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .ir.cluster.host_lists import hosts_in
 from .ir.errors import UsageError
-from .ir.host_lists import hosts_in
 from .ir.units import parse_count
 
 PORTS, LEAST_PORT = (

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .ir.blocks import fold
-from .ir.cluster import Cluster
-from .ir.composites import composed
+from .ir.analysis.blocks import fold
+from .ir.cluster.cluster import Cluster
+from .ir.composites.attention_op import composed
 from .ir.errors import MismatchError, UsageError
 from .ir.execution import Execution
 from .ir.fingerprint import fingerprint
-from .ir.local import LocalProgram
+from .ir.local.program import LocalProgram
 from .ir.passes.localize import localize
 from .ir.plan import Plan
 from .ir.plan_checks import check_decisions
@@ -20,8 +20,8 @@ from .ir.program import Program, prepare
 from .ir.units import counted
 from .planner.cost.bands import band_of, told, weakest
 from .planner.cost.model import Roofline
-from .planner.instructions import Simulation, simulate_plan
 from .planner.pipeline.timeline import Timeline
+from .planner.report.instructions import Simulation, simulate_plan
 from .planner.request import Request, check_overlap
 from .tracing import Options
 

@@ -17,7 +17,7 @@ from .backends.xla.agreement import agree, arguments, constants, decisions, shor
 from .backends.xla.capture import Captured
 from .backends.xla.lower import AnyLowered
 from .backends.xla.meetings import Meetings
-from .ir.cluster import Cluster
+from .ir.cluster.cluster import Cluster
 from .ir.files import is_file
 from .ir.fingerprint import fingerprint
 from .ir.plan import Plan

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 
 from .backends.xla.capture import Captured
+from .ir.analysis.told import HOW, tell_batch
 from .ir.errors import UsageError, did_you_mean
-from .ir.told import HOW, tell_batch
 
 BatchArgs = int | str | Sequence[int | str] | Mapping[Any, Any] | None
 

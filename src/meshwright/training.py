@@ -22,9 +22,9 @@ from .backends.xla.unstack import Unstacked
 from .backends.xla.verify import Reference, reference, verify_outputs, verify_together
 from .ir.codec import write_whole
 from .ir.errors import UsageError, VerificationError
+from .ir.pipeline.schedule import Passed
+from .ir.pipeline.schedule import Step as Pass
 from .ir.plan import Plan
-from .ir.schedule import Passed
-from .ir.schedule import Step as Pass
 from .output import say
 from .pipeline_view import both_text, both_trace
 from .recipe import Made

@@ -250,9 +250,10 @@ def price(
 ) -> None:
     """Price a training job given as numbers: seconds per step and memory per stage."""
     from .emulation import trace_on_cpu
-    from .ir.cluster import Cluster
+    from .ir.cluster.cluster import Cluster
     from .ir.codec import check_writable, write_whole
-    from .ir.composites import AttentionKind
+    from .ir.composites.attention_op import AttentionKind
+    from .ir.composites.losses import LossKind
     from .ir.execution import (
         OVERLAPS,
         WITHIN,
@@ -262,7 +263,6 @@ def price(
         parse_overlap,
         usual_execution,
     )
-    from .ir.losses import LossKind
     from .planner.pipeline.timeline import Timeline
     from .planner.request import check_overlap
     from .pricing import Setting, check_batch, fusion_of, parallelism_on, price_job

@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from ....ir.errors import PlanError
-from ....ir.schedule import Kind, Schedule, Step
+from ....ir.pipeline.schedule import Kind, Schedule, Step
 from .classic import positive
 
 

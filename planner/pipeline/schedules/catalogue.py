@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ....ir.errors import PlanError, did_you_mean
-from ....ir.schedule import Schedule
+from ....ir.pipeline.schedule import Schedule
 from .bidirectional import chimera, dualpipe, dualpipe_v
 from .classic import gpipe, interleaved, looped_bfs, one_f_one_b
 from .v_shaped import v_half, v_min, zbv

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ....ir.errors import PlanError
-from ....ir.schedule import Kind, Schedule, Step
+from ....ir.pipeline.schedule import Kind, Schedule, Step
 
 
 def gpipe(ranks: int, microbatches: int) -> Schedule:

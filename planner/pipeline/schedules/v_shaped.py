@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from ....ir.schedule import MARKS, Schedule, Step
+from ....ir.pipeline.schedule import MARKS, Schedule, Step
 from ..simulate import StageSeconds
 from ..tighten import Held, Policy, tighten
 from .classic import positive

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ....ir.schedule import Schedule, Step
+from ....ir.pipeline.schedule import Schedule, Step
 from .classic import group_size, passes, positive
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from ..ir.audit import Audit
 from ..ir.execution import Execution
 from ..ir.mesh import Mesh
+from ..ir.pipeline.schedule import microbatches_held
 from ..ir.plan import Plan, Tensor
-from ..ir.schedule import microbatches_held
 from ..ir.units import counted, format_bytes, format_flops, format_seconds
 from ..pipeline_view import parts_of_step
 from .states import CAUSES

@@ -1,0 +1,1 @@
+"""What is true of a graph, found by dataflow and structure; no graph is changed here."""

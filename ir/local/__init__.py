@@ -1,0 +1,1 @@
+"""What one device runs of a plan, as data: its program, its text, its laws."""

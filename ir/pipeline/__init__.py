@@ -1,0 +1,1 @@
+"""A step cut into the stages of a pipeline, and who runs which pass when."""

@@ -1,0 +1,60 @@
+"""Layouts for the stages of a pipeline that share a mesh, where other stages have other meshes or devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..report.of_pipeline import Rank
+from .choices import Shape
+from .priced import Place
+from .search import Pipelines
+from .stage_memory import StageMemory
+from .unit_costs import UnitSeconds, together, unit_seconds
+from .watched import Watched, limited
+
+
+@dataclass
+class StageLayouts:
+    """What one kind of device can do; solutions are kept."""
+
+    pipelines: Pipelines
+    solved: dict[tuple[Shape, tuple[Watched, ...]], Rank | None] = field(default_factory=dict)
+    parts: dict[int, tuple[tuple[UnitSeconds, ...], StageMemory]] = field(default_factory=dict)
+
+    def fastest(self, shapes: Iterable[Shape], watched: tuple[Watched, ...]) -> Rank | None:
+        """The layouts with which the slowest of the watched stages, which all must fit, is fastest."""
+        best, least = None, float("inf")
+        for shape in shapes:
+            rank = self._on(shape, watched)
+            if rank is None:
+                continue
+            each = self.costs(rank)[0]
+            busy = max(together(stage.runs, each).passes for stage in watched)
+            if busy < least:
+                best, least = rank, busy
+        return best
+
+    def _on(self, shape: Shape, watched: tuple[Watched, ...]) -> Rank | None:
+        if (shape, watched) not in self.solved:
+            pipelines, search = self.pipelines, self.pipelines.search
+            space = pipelines.bounds.likely(shape)
+            holdings = pipelines.bounds.holdings(shape.policy, shape.microbatches)
+            problem = lambda priced: limited(priced, holdings, watched, search.limit)  # noqa: E731
+            found = pipelines.bounds.bound(space, problem)[0].choices
+            self.solved[shape, watched] = None if found is None else Rank(search, space, found)
+        return self.solved[shape, watched]
+
+    def costs(self, rank: Rank) -> tuple[tuple[UnitSeconds, ...], StageMemory]:
+        """Seconds and bytes of units on a rank."""
+        if id(rank) not in self.parts:
+            policy = rank.search.policy_of(rank.space.program)
+            holdings = self.pipelines.bounds.holdings(policy, rank.space.microbatches)
+            overlap = rank.search.request.execution.within
+            seconds = unit_seconds(holdings.cut, rank.space, rank.choices, overlap)
+            self.parts[id(rank)] = seconds, StageMemory(holdings, rank.space, rank.choices)
+        return self.parts[id(rank)]
+
+    def place(self, rank: Rank, first: int) -> Place:
+        """The rank on devices from `first` on."""
+        return Place(*self.costs(rank), rank.search.limit, first, rank.space.mesh.size)

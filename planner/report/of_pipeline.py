@@ -1,0 +1,195 @@
+"""Write down the best pipeline of a search as a `Plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from ...ir.cluster.cluster import Cluster
+from ...ir.plan import Estimate, Pipeline, Plan, PlannedBatch, Stage
+from ...ir.units import format_seconds
+from ...ir.version import VERSION
+from ..intra.space import Space, build
+from ..pipeline.priced import Priced, Pricing
+from ..pipeline.single import exchanges, memory_by_cause, once_alike, price_single, with_dispatch
+from ..request import ProgramKind
+from ..search.search import Search
+from .moves import find_collectives, repeated
+from .of_plan import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
+from .usage import axis_uses
+
+BESIDES = (  # whatever the meshes of stages
+    "other orders of passes than the schedules' own, but for the pipeline that was best with those",
+    "meshes of a stage with more than two axes, but for those that cut the best one further",
+    "a single program for all stages, but for the pipeline that was best without",
+    "offload to host memory",
+    "overlap of communication with compute",
+    "layouts that do not divide evenly, or cut a dim across a reshape's minor factor",
+    "different recompute for blocks of one step",
+)
+LEFT_OUT = ("stages of different meshes", *BESIDES)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What the devices of one rank do: the search that knows them, and a solution."""
+
+    search: Search
+    space: Space
+    choices: tuple[int, ...]
+
+    @property
+    def strategies(self) -> dict[str, tuple[int, ...]]:
+        return self.space.codes(self.choices)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Predicted seconds of a step by each kind of program that can be, and why there is no single one."""
+
+    programs: Mapping[str, float] = field(default_factory=dict)
+    why: str = ""
+
+    @property
+    def program(self) -> ProgramKind:
+        seconds = self.programs.get
+        return "single" if seconds("single", inf) < seconds("stages", inf) else "stages"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"no single program for all stages: {self.why}",) if self.why else ()
+
+
+@dataclass(frozen=True)
+class Way:
+    """A pipeline by programs of its stages, in words: seconds of a step by the devices alone, and with the host's
+    dispatch of the passes."""
+
+    words: str
+    seconds: float
+    dispatched: float
+
+    def __str__(self) -> str:
+        alone, together = format_seconds(self.seconds), format_seconds(self.dispatched)
+        return f"{self.words}: {alone} by the devices alone, {together} with the host's dispatch of its passes"
+
+
+def passed_over(taken: Plan, ways: Iterable[Way]) -> Plan:
+    """The plan, with a line for each pipeline that would take the devices less time but waits for the host."""
+    slow = [each for each in ways if each.seconds < taken.estimate.step_seconds <= each.dispatched]
+    return taken.model_copy(
+        update={"notes": (*taken.notes, *(f"not taken: {each}" for each in slow))}
+    )
+
+
+def by_stages(pricing: Pricing, priced: Priced, kind: str, why: str = "") -> Chosen:
+    """Programs of each stage, with what the host takes to dispatch them to devices of a kind."""
+    return Chosen({"stages": with_dispatch(pricing, priced, kind)}, why)
+
+
+def write_pipeline(
+    ranks: Sequence[Rank], pricing: Pricing, priced: Priced, cluster: Cluster, lower_bound: float,
+    left_out: tuple[str, ...] = LEFT_OUT, chosen: Chosen = Chosen(),
+) -> Plan:  # fmt: skip
+    """The plan of a pipeline; tables count all its stages together, as the rank with most memory lays them out."""
+    worst = max(range(len(ranks)), key=lambda rank: priced.peaks[rank] / pricing.places[rank].limit)
+    search, solved, choices = ranks[worst].search, ranks[worst].space, ranks[worst].choices
+    space = build(solved.program, solved.microbatches, search.cost, search.layouts_on(solved.mesh))
+    alike = dict.fromkeys(once_alike(pricing), len(ranks)) if chosen.program == "single" else {}
+    collectives = find_collectives(space, choices, alike)
+    if chosen.program == "single":
+        collectives += [
+            repeated(each, len(ranks)) for each in exchanges(pricing, space.microbatches)
+        ]
+    moving = sum(c.seconds for c in collectives) / len(ranks)
+    serial = _serial(pricing, priced, chosen)
+    unlike = len({id(rank.space) for rank in ranks}) > 1
+    as_laid = f", as rank {worst} lays them out" * unlike
+    return Plan(
+        meshwright=VERSION,
+        name=search.name,
+        graph=search.fingerprint,
+        cluster=cluster,
+        mesh=space.mesh,
+        microbatches=space.microbatches,
+        recompute=search.policy_of(space.program),
+        attention=search.request.execution.attention,
+        loss=search.request.loss,
+        overlap=search.request.execution.overlap,
+        strategies=ranks[worst].strategies,
+        slots=slots_of(space, choices),
+        uses=axis_uses(space, choices),
+        estimate=Estimate(
+            step_seconds=priced.seconds,
+            compute_seconds=serial - moving,
+            communication_seconds=moving,
+            hidden_seconds=serial - priced.seconds,
+            peak_bytes=priced.peaks[worst],
+            limit_bytes=pricing.places[worst].limit,
+            memory=_memory(pricing, priced, worst, chosen),
+            flop=flop_of(space),
+        ),
+        proof=proof_of(search, priced.seconds, lower_bound, left_out),
+        tensors=tuple(tensors_of(space, choices)),
+        collectives=tuple(sorted(collectives, key=lambda each: -each.seconds)),
+        opaque=opaque_of(space),
+        notes=(
+            *notes_of(search),
+            *chosen.notes,
+            f"tables count all stages together{as_laid}",
+        ),
+        batch=PlannedBatch.of(search.folded.whole),
+        pipeline=_pipeline(ranks, pricing, priced, unlike, chosen),
+    )
+
+
+def _serial(pricing: Pricing, priced: Priced, chosen: Chosen) -> float:
+    """Seconds of the same step if nothing overlapped within its stages."""
+    if not any(unit.hides for place in pricing.places for unit in place.each):
+        return priced.seconds
+    if chosen.program == "single":
+        return price_single(pricing.serial, priced.schedule.microbatches).seconds
+    found = pricing.serial.with_cut(priced.schedule, priced.firsts)
+    assert found is not None
+    return found.seconds
+
+
+def _pipeline(
+    ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: bool, chosen: Chosen
+) -> Pipeline:
+    units, schedule = pricing.units, priced.schedule
+    ends = (*priced.firsts[1:], len(units))
+    spaces = {id(rank.space): rank for rank in ranks} if unlike else {}
+    uses = {key: axis_uses(rank.space, rank.choices) for key, rank in spaces.items()}
+    stages = []
+    for number, (first, end) in enumerate(zip(priced.firsts, ends, strict=True)):
+        rank = schedule.homes[number]
+        mine, seconds = ranks[rank], priced.stages[number]
+        stages.append(
+            Stage(
+                cut=units.cuts[first], blocks=units.words(first, end), mesh=mine.space.mesh,
+                strategies=mine.strategies if unlike else {},
+                slots=slots_of(mine.space, mine.choices) if unlike else {}, uses=uses.get(id(mine.space), ()),
+                forward_seconds=seconds.forward, backward_seconds=seconds.backward + seconds.weight,
+                weight_seconds=seconds.weight, send_seconds=seconds.send, once_seconds=priced.once[number],
+                peak_bytes=priced.peaks[rank], held=priced.held[rank],
+                memory=_memory(pricing, priced, rank, chosen),
+            )
+        )  # fmt: skip
+    return Pipeline(
+        schedule=schedule.name,
+        stages=tuple(stages),
+        first=tuple(place.first for place in pricing.places),
+        orders=schedule.text(),
+        program=chosen.program,
+        programs=dict(chosen.programs),
+    )
+
+
+def _memory(pricing: Pricing, priced: Priced, rank: int, chosen: Chosen) -> dict[str, float]:
+    if chosen.program == "single":
+        return memory_by_cause(pricing, priced.schedule.microbatches, rank)
+    runs = [priced.runs(pricing.units, stage) for stage in priced.schedule.held[rank]]
+    memory = pricing.places[rank].memory.under(priced.schedule, rank)
+    return memory.by_cause(tuple(map(sum, zip(*runs, strict=True))), priced.held[rank])

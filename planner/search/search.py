@@ -1,0 +1,503 @@
+"""The search over plans without a pipeline.
+
+candidates   (mesh, recompute, microbatches)
+bound        each without a memory limit, from the smallest microbatch count that can fit:
+             the counts that it divides cost at least that
+solve        under the memory limit, in order of the bounds, until none beats the incumbent
+
+`Request(search="mcmc")` walks the same candidates by FlexFlow's chains instead, in equal
+shares of the time, and proves no more than the floor of all contractions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import floor, inf, log2
+from typing import Literal
+
+import numpy as np
+
+from ...ir.analysis.blocks import Folded
+from ...ir.analysis.roles import roles
+from ...ir.cluster.cluster import Cluster
+from ...ir.errors import InfeasibleError, PlanError, StoppedError
+from ...ir.mesh import Mesh
+from ...ir.passes.microbatch import Refusal, TimeAxis
+from ...ir.passes.recompute import POLICIES, Policy
+from ...ir.plan import Plan
+from ...ir.program import Program, prepare
+from ...ir.units import counted, format_bytes, format_seconds
+from ..cost.least import least_work
+from ..cost.model import CostModel, Roofline
+from ..intra.catalogue import Catalogue
+from ..intra.layouts import Layouts
+from ..intra.overlapped import solve_overlapped
+from ..intra.solve import Answer, answer_of, live_of, solve_space
+from ..intra.space import Space, build
+from ..memory.ledger import Ledger, least_peak
+from ..memory.lifetimes import lifetimes
+from ..memory.lives import Lifetimes
+from ..memory.storage import as_xla
+from ..report.of_plan import write_plan
+from ..request import Request, check
+from ..solver.anytime import solve_live
+from ..solver.onehot import Solution, Stop
+from .candidates import Best, Candidate
+from .meshes import finest, mesh_of, meshes, other_groups
+from .scouts import Scouts
+from .walks import walk_families
+
+ONE_SOLVE = 0.8  # of the gap asked for: what one solve may leave open
+OFTEN = 0.2  # seconds between two words on where the search stands
+PROBE = 1.0  # seconds' worth of work that a candidate gets at first
+
+
+@dataclass
+class Search:
+    """State of one search; `run` fills it. `tell` hears one line per event, `now` where the search stands."""
+
+    folded: Folded
+    cluster: Cluster
+    request: Request
+    cost: CostModel
+    name: str
+    fingerprint: str
+    tell: Callable[[str], None]
+    now: Callable[[str], None] = lambda line: None
+    started: float = field(default_factory=time.monotonic)
+    best: Best = field(default_factory=Best)
+    log: list[str] = field(default_factory=list)
+    stopped_by: Stop | Literal["estimate"] = "proof"
+    outside: float = inf  # seconds of a plan found elsewhere, to be beaten
+    aim: float = (
+        inf  # what bounds need not exceed: such seconds as known when others began to work them out
+    )
+    scouts: Scouts | None = None
+
+    # ------------------------------------------------------------ frame
+
+    def run(self) -> Plan:
+        check(self.request, self.cluster, self.program("none").time)
+        try:
+            if self.request.search == "mcmc":
+                walk_families(self)
+            else:
+                self.explore()
+        except KeyboardInterrupt:
+            self.stopped_by = "interrupt"
+        if self.best.answer is None:
+            raise self.infeasible()
+        return write_plan(self)
+
+    @property
+    def limit(self) -> float:
+        if self.request.memory is not None:
+            return self.request.memory
+        return self.cluster.memory_per_device * (1 - self.request.headroom)
+
+    @property
+    def deadline(self) -> float:
+        return self.started + self.request.time_limit
+
+    def past_deadline(self, share: float = 0.0) -> bool:
+        """Whether time is up, but for a share of all that is kept for something."""
+        return time.monotonic() > self.deadline - share * self.request.time_limit
+
+    def note(self, line: str) -> None:
+        self.log.append(line)
+        self.tell(line)
+
+    def report_progress(
+        self, best: float, bound: float, looked: int, left: int, limit: float | None = None
+    ) -> None:
+        """Say where the search stands; `left` of what is looked at can still hold something better.
+
+        `limit`: seconds that all may take, where this search is a part of another.
+        """
+        elapsed = time.monotonic() - self.started
+        if elapsed - self._stood < OFTEN:
+            return
+        self._stood = elapsed
+        ends = min(left * elapsed / max(1, looked), (limit or self.request.time_limit) - elapsed)
+        found = (
+            f"best {format_seconds(best)}, gap {1 - bound / (best or 1.0):.1%}, "
+            if best < inf
+            else "nothing yet, "
+        )
+        self.now(
+            f"{found}no plan under {format_seconds(bound)}; {left} left, about {max(0.0, ends):.0f} s"
+        )
+
+    _stood: float = 0.0
+
+    # ------------------------------------------------------------ candidates
+
+    @cached_property
+    def policies(self) -> tuple[Policy, ...]:
+        """What may be recomputed; of policies that make one program, as without scores, the first."""
+        if self.request.recompute is not None:
+            return (self.request.recompute,)
+        graphs = [self.program(policy).graph for policy in POLICIES]
+        return tuple(p for n, p in enumerate(POLICIES) if graphs[n] not in graphs[:n])
+
+    def _meshes(self) -> tuple[Mesh, ...]:
+        if self.request.mesh is None:
+            return meshes(self.cluster)
+        return (mesh_of(self.request.mesh),)
+
+    def _counts(self) -> tuple[int, ...]:
+        axis = self.program("none").time
+        if self.request.microbatches is not None:
+            return (self.request.microbatches,)
+        if isinstance(axis, Refusal):
+            return (1,)
+        return tuple(m for m in range(1, axis.parts + 1) if axis.parts % m == 0)
+
+    def program(self, policy: Policy, in_stages: bool = False) -> Program:
+        """The step that recomputes so, to be run whole or by the stages of a pipeline."""
+        key = policy, in_stages
+        if key not in self._programs:
+            self._programs[key] = prepare(self.folded.small, policy, in_stages)
+        return self._programs[key]
+
+    def on_cluster(self, cluster: Cluster, request: Request) -> Search:
+        """A search for the same step on another cluster; programs and what their decisions may be are shared."""
+        cost = Roofline(cluster, exchanges=request.program != "single")
+        found = Search(
+            self.folded, cluster, request, cost, self.name, self.fingerprint, self.tell, self.now
+        )  # fmt: skip
+        found._programs, found._catalogues = self._programs, self._catalogues
+        return found
+
+    def policy_of(self, program: Program) -> Policy:
+        """By which policy a program of this search recomputes."""
+        return next(policy for (policy, _), known in self._programs.items() if known is program)
+
+    _programs: dict[tuple[Policy, bool], Program] = field(default_factory=dict)
+    _spaces: dict[Candidate, Space] = field(default_factory=dict)
+
+    def layouts_on(self, mesh: Mesh) -> Layouts:
+        if mesh not in self._layouts:
+            shared = self._catalogues.setdefault(mesh.names, Catalogue(mesh))
+            self._layouts[mesh] = Layouts(self.cost.collectives(mesh), shared)
+        return self._layouts[mesh]
+
+    _layouts: dict[Mesh, Layouts] = field(default_factory=dict)
+    _catalogues: dict[tuple[str, ...], Catalogue] = field(default_factory=dict)
+
+    def space(self, candidate: Candidate) -> Space:
+        if candidate not in self._spaces:
+            program, layouts = self.program(candidate.policy), self.layouts_on(candidate.mesh)
+            overlap = self.request.execution.within
+            self._spaces[candidate] = build(
+                program, candidate.microbatches, self.cost, layouts, overlap=overlap
+            )
+        return self._spaces[candidate]
+
+    def open(self, candidate: Candidate) -> tuple[Space, Lifetimes]:
+        return self.space(candidate), self._lives_of(candidate.policy, candidate.microbatches)
+
+    # ------------------------------------------------------------ exploration
+
+    def explore(self) -> None:
+        """First an incumbent on a plain mesh, then best-first over the finest ones.
+
+        A mesh with more axes can do whatever a coarser one can (its axes used together), so the finest meshes are
+        searched for all. Where a plan is known, each begins with one microbatch, fit or not: that bounds all counts.
+        """
+        self.begin(self.outside < inf)
+        while self.promises() < inf and not self.past_deadline():
+            self.step()
+        self.end()
+
+    def promises(self) -> float:
+        """The least bound of the open candidates; inf where none is worth a look."""
+        least = min(self.open_bounds.values(), default=inf)
+        return least if least < self._enough() else inf
+
+    def step(self) -> None:
+        """Look at the most promising candidate."""
+        self._advance(self._next())
+        best, looked = min(self.best.seconds, self.outside), len(self._relaxed_bounds)
+        self.report_progress(best, self.lower_bound(), looked, len(self.open_bounds))
+
+    def end(self) -> None:
+        """Note why no more is looked at; groups of hosts of other sizes are tried where all else is done."""
+        if self.promises() < inf:
+            self.stopped_by = "time"
+        else:
+            self._regroup()
+
+    def _regroup(self) -> None:
+        """Try groups of hosts of other sizes than those searched, next to that of the best plan."""
+        best = self.best.candidate
+        if best is None or self.request.mesh is not None or self.best.seconds >= self.outside:
+            return
+        for mesh in other_groups(self.cluster, best.mesh):
+            if self.past_deadline():
+                return
+            candidate = Candidate(mesh, best.policy, best.microbatches)
+            if self.least_bytes(candidate) <= self.limit:
+                bound, fits = self.relaxed(candidate)
+                if not fits and bound < self.best.seconds:
+                    self._solve(candidate)
+            self.forget(keep=self.best.candidate)
+
+    def begin(self, known: bool) -> None:
+        """All candidates are open, from one microbatch on or, where nothing is known to beat, from what can fit."""
+        for root in self.roots():
+            self._open(root if known else self.smallest_count(root))
+        plain = min(self._meshes(), key=lambda m: (abs(len(m.axes) - 2), m.shape))
+        if plain not in finest(self._meshes()) and not known:
+            self._seed(plain)
+
+    def roots(self) -> list[Candidate]:
+        """The least microbatch count of every finest mesh and recompute policy."""
+        first, found = self._counts()[0], finest(self._meshes())
+        return [Candidate(mesh, policy, first) for policy in self.policies for mesh in found]
+
+    def _next(self) -> Candidate:
+        """The lowest bound; while nothing is found, the one with most room."""
+        if self.best.answer is None and self.outside == inf:
+            return min(self.open_bounds, key=self.least_bytes)
+        return min(self.open_bounds, key=lambda c: self.open_bounds[c])
+
+    def _seed(self, mesh: Mesh) -> None:
+        """Plans on one plain mesh, to have something to beat."""
+        first = self._counts()[0]
+        for policy in self.policies:
+            root = self.smallest_count(Candidate(mesh, policy, first))
+            if root is None:
+                continue
+            _, fits = self.relaxed(root)
+            if self.past_deadline() or (fits and root.microbatches == first):
+                return
+            if not fits:
+                self._solve(root)
+            self.forget(keep=self.best.candidate)
+
+    def _advance(self, candidate: Candidate) -> None:
+        """Look at one open candidate and replace it by what remains of it.
+
+        It is relaxed, then solved under the memory limit, first for a moment: its bound
+        then says when it is worth more time. The next count joins it. A candidate stays
+        open to its end, so that an interrupt never leaves a bound too high.
+        """
+        if candidate in self._probed:
+            self._close(candidate, self._solve(candidate))
+        else:
+            self._look(candidate)
+        self.forget(keep=self.best.candidate)
+
+    def _look(self, candidate: Candidate) -> None:
+        relaxed, fits = self._scouted(candidate) or self.relaxed(candidate)
+        self._relaxed_bounds[candidate] = relaxed
+        bound = self.open_bounds[candidate] = max(self.open_bounds[candidate], relaxed)
+        self._probed.add(candidate)
+        if candidate.microbatches > 1 or bound < self._enough():  # else it bounds all counts
+            self._open(self.next_count(candidate))
+        if bound < self._enough() and self.least_bytes(candidate) > self.limit:
+            bound = inf
+        if not fits and bound < self._enough():
+            bound = self.open_bounds[candidate] = max(bound, self._solve(candidate, PROBE))
+        if bound >= self._enough():
+            self._close(candidate, bound)
+
+    def _scouted(self, candidate: Candidate) -> tuple[float, bool] | None:
+        """What `relaxed` gives, if another process has worked it out; others begin with what comes next."""
+        if self.scouts is None:
+            return None
+        beat = min(self.best.seconds, self.aim)
+        soon = sorted(
+            self.open_bounds.keys() - self._probed - {candidate}, key=self.open_bounds.__getitem__
+        )
+        self.scouts.wish((each, beat) for each in soon)
+        return self.scouts.take((candidate, beat))
+
+    def _carried(self, candidate: Candidate) -> float:
+        """A bound for this microbatch count and all larger ones, from smaller ones without a memory limit.
+
+        Cutting microbatches into equal parts never makes a step faster in this model, so a count
+        is bounded by those that divide it.
+        """
+        counts = [c for c in self._counts() if c >= candidate.microbatches]
+        floors = self.floors(candidate.policy)
+        return min(max([floors[c], *self._divisor_bounds(candidate, c)]) for c in counts)
+
+    def _divisor_bounds(self, family: Candidate, count: int) -> list[float]:
+        smaller = (
+            Candidate(family.mesh, family.policy, c) for c in self._counts() if count % c == 0
+        )
+        return [self._relaxed_bounds[c] for c in smaller if c in self._relaxed_bounds]
+
+    def _close(self, candidate: Candidate, bound: float) -> None:
+        self.closed_bound = min(self.closed_bound, max(self.open_bounds[candidate], bound))
+        del self.open_bounds[candidate]
+
+    def _open(self, candidate: Candidate | None) -> None:
+        if candidate is not None:
+            self.open_bounds[candidate] = self._carried(candidate)
+
+    open_bounds: dict[Candidate, float] = field(default_factory=dict)
+    closed_bound: float = inf  # of all candidates that were looked at to their end
+    _relaxed_bounds: dict[Candidate, float] = field(default_factory=dict)  # without a memory limit
+    _probed: set[Candidate] = field(default_factory=set)
+
+    def lower_bound(self) -> float:
+        """No plan of any candidate is faster than this."""
+        return min([self.best.seconds, self.closed_bound, *self.open_bounds.values()])
+
+    def _enough(self) -> float:
+        """A bound this high cannot improve the incumbent by more than the gap asked for."""
+        return min(self.best.seconds, self.outside) * (1 - self.request.good_enough)
+
+    def floors(self, policy: Policy) -> Mapping[int, float]:
+        """By microbatch count: no plan is faster than every op cut evenly over all devices, nothing sent."""
+        if policy not in self._floors:
+            program, counts = self.program(policy), self._counts()
+            body = program.time.body if isinstance(program.time, TimeAxis) else frozenset()
+            inside = {program.graph.ops[i].tag for i in body}
+            found = least_work(program, self.cost, [self.cluster.size], counts, inside.__contains__)
+            once, each = (found.get(key, np.zeros((1, len(counts))))[0] for key in (False, True))
+            self._floors[policy] = {m: float(once[i] + m * each[i]) for i, m in enumerate(counts)}
+        return self._floors[policy]
+
+    _floors: dict[Policy, Mapping[int, float]] = field(default_factory=dict)
+
+    def forget(self, keep: Candidate | None) -> None:
+        """Spaces are large; keep only the incumbent's."""
+        self._spaces = {c: s for c, s in self._spaces.items() if c == keep}
+
+    def relaxed(self, candidate: Candidate) -> tuple[float, bool]:
+        """Solve without a memory limit: a bound, and whether the answer fits all the same."""
+        space, cutoff = self.space(candidate), min(self.best.seconds, self.aim)
+        gap = ONE_SOLVE * self.request.good_enough
+
+        def solve(priced: Space) -> Solution:
+            left = min(10.0, max(1.0, self.deadline - time.monotonic()))
+            live = live_of(priced)
+            return solve_live(live, time_limit=left, gap=gap, seed=self.request.seed, cutoff=cutoff)
+
+        solution = self._overlapped(candidate, space, solve, cutoff)
+        if solution.stopped_by == "interrupt":
+            raise KeyboardInterrupt
+        if solution.choices is None:
+            return solution.lower_bound, False
+        ledger = Ledger(space, self._lives_of(candidate.policy, candidate.microbatches))
+        peak, moment = ledger.peak(ledger.local_bytes(solution.choices))
+        if peak <= self.limit:
+            self.offer(candidate, Answer(solution, peak, moment))
+        return solution.lower_bound, peak <= self.limit
+
+    def _overlapped(
+        self, candidate: Candidate, space: Space, solve: Callable[[Space], Solution], cutoff: float
+    ) -> Solution:
+        """The answer of as many solves as overlap asks for, beginning where the last ones of a candidate ended."""
+        gap, start = self.request.good_enough, self._multipliers.get(candidate)
+        enough = cutoff * (1 - gap)
+        found, self._multipliers[candidate] = solve_overlapped(space, solve, gap, enough, start)
+        return found
+
+    _multipliers: dict[Candidate, np.ndarray] = field(default_factory=dict)
+
+    def offer(self, candidate: Candidate, answer: Answer) -> None:
+        objective = answer.solution.objective
+        if objective is None or objective >= self.best.seconds:
+            return
+        space, lives = self.open(candidate)
+        self.best = Best(candidate, space, lives, answer)
+        self.note(f"{candidate}: {format_seconds(objective)}, {format_bytes(answer.peak)}")
+
+    def smallest_count(self, root: Candidate) -> Candidate | None:
+        """The first microbatch count that is not ruled out by memory."""
+        following = self._fit(root, self._counts())
+        if following is None:
+            self.note(f"{root.family}: does not fit")
+        return following
+
+    def next_count(self, candidate: Candidate) -> Candidate | None:
+        return self._fit(
+            candidate, [count for count in self._counts() if count > candidate.microbatches]
+        )
+
+    def _fit(self, family: Candidate, counts: Sequence[int]) -> Candidate | None:
+        for count in counts:
+            candidate = Candidate(family.mesh, family.policy, count)
+            if self.least_bytes(candidate) <= self.limit:
+                return candidate
+        return None
+
+    def least_bytes(self, candidate: Candidate) -> float:
+        """Bytes that no layout of this candidate can do without."""
+        return least_peak(self._lives_of(candidate.policy, candidate.microbatches), candidate.mesh)
+
+    def _lives_of(self, policy: Policy, count: int) -> Lifetimes:
+        """Lives differ between one microbatch and several; between several only in size."""
+        if (policy, count) not in self._lives:
+            known = next((c for p, c in self._lives if p == policy and c > 1), None)
+            if known is not None and count > 1:
+                found = self._lives[policy, known].counted(count)
+            else:
+                program = self.program(policy)
+                storage = as_xla(program, self.cluster.device.kind)
+                overlap = self.request.execution.within
+                found = lifetimes(program, count, roles(program.graph), storage, overlap)
+            self._lives[policy, count] = found
+        return self._lives[policy, count]
+
+    _lives: dict[tuple[Policy, int], Lifetimes] = field(default_factory=dict)
+
+    def _solve(self, candidate: Candidate, probe: float | None = None) -> float:
+        """Solve one candidate under the memory limit; returns its own lower bound."""
+        space, lives = self.open(candidate)
+        cutoff = min(self.best.seconds, self.outside)
+
+        def solve(priced: Space) -> Solution:
+            left = max(1.0, self.deadline - time.monotonic())
+            share = 2.0 ** floor(log2(left / 2))  # rough, so that equal requests get equal shares
+            return solve_space(
+                priced, lives, self.limit, time_limit=share, gap=ONE_SOLVE * self.request.good_enough,
+                seed=self.request.seed, cutoff=cutoff, probe=probe,
+            ).solution  # fmt: skip
+
+        answer = answer_of(space, lives, self._overlapped(candidate, space, solve, cutoff))
+        if answer.solution.status == "infeasible":
+            self.note(f"{candidate}: does not fit ({answer.solution.reason})")
+            return inf
+        if answer.solution.choices is not None:
+            self.offer(candidate, answer)
+        if answer.solution.stopped_by == "interrupt":
+            raise KeyboardInterrupt
+        return answer.solution.lower_bound
+
+    # ------------------------------------------------------------ refusals
+
+    def infeasible(self) -> PlanError:
+        if self.stopped_by != "proof":
+            return StoppedError(
+                "no plan was found before the search was stopped.",
+                where=f"stopped by {self.stopped_by} after {time.monotonic() - self.started:.1f} s",
+                fix="more time, fewer choices (pin the mesh or recompute), or more memory",
+            )
+        needs = {c: self.least_bytes(c) for c in self._all_candidates()}
+        least = min(needs, key=lambda c: needs[c])
+        return InfeasibleError(
+            f"no plan fits: each needs at least {format_bytes(needs[least])} per device, "
+            f"{format_bytes(self.limit)} may be used.",
+            where=f"the least is with {least}",
+            origin=f"cluster {self.cluster.name}: {counted(self.cluster.size, 'device')}",
+            fix="more devices, a smaller batch, or devices with more memory",
+            needed_bytes=needs[least],
+            limit_bytes=self.limit,
+        )
+
+    def _all_candidates(self) -> list[Candidate]:
+        return [
+            Candidate(m, p, k)
+            for m in self._meshes()
+            for p in self.policies
+            for k in self._counts()
+        ]
