@@ -11,10 +11,11 @@ import meshwright as mw
 
 FOLDER = Path(__file__).parents[1] / "examples"
 NEEDS = {"haiku_transform": "haiku"}  # the others need what the zoo needs
+WAYS = ("command_line", "decorate", "pipeline")  # to use meshwright; the others are of libraries
 HERE = [
     f.stem
     for f in sorted(FOLDER.glob("*.py"))
-    if importlib.util.find_spec(NEEDS.get(f.stem, "jax"))
+    if f.stem not in WAYS and importlib.util.find_spec(NEEDS.get(f.stem, "jax"))
 ]
 
 
@@ -42,6 +43,22 @@ def test_an_example_trains_as_its_library_does(name):
         map(plain, jax.tree.leaves(state)), map(plain, jax.tree.leaves(wanted)), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["decorate", "pipeline"])
+def test_a_program_trains_and_prints_its_plan(name, capsys):
+    assert len(jax.devices()) == 8  # it emulates as many or fewer
+    losses = load(name).main(steps=2)
+    assert losses[1] < losses[0]
+    assert "predicted" in capsys.readouterr().out
+
+
+def test_lines_for_the_command_line_are_tested_ones():
+    lines = [
+        x for x in (load("command_line").__doc__ or "").splitlines() if "--" in x or "run" in x
+    ]
+    pages = (FOLDER.parent / "docs" / "commands.md").read_text()
+    assert len(lines) == 2 and all(f"$ {line}\n" in pages for line in lines)
 
 
 def plain(leaf):
