@@ -17,11 +17,14 @@ from pathlib import Path
 import jax
 import pytest
 
+from meshwright import Cluster
 from meshwright.cli import main
-from meshwright.ir.cluster import Cluster
 
 ROOT = Path(__file__).parents[1]
-PAGES = {page.stem: page.read_text() for page in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+PAGES = {
+    page.stem: page.read_text()
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"))
+}
 GRAPH = {
     "problem": {
         "name": "two nodes",
@@ -186,3 +189,11 @@ def test_pages_that_are_to_be_short_are():
     assert len(PAGES["README"].split()) <= 700
     for record in ROOT.glob("docs/adr/0*.md"):
         assert len(record.read_text().split()) <= 200, record.name
+
+
+def test_files_that_pages_name_exist():
+    files = [file.as_posix() for file in ROOT.glob("[!.]*/**/*.py")]
+    pages = [ROOT / "CONTRIBUTING.md", *ROOT.glob("*/README.md"), *ROOT.glob("docs/**/*.md")]
+    for page in pages:
+        for name in re.findall(r"\b[a-z]\w*(?:/\w+)*\.py\b", page.read_text()):
+            assert any(file.endswith(f"/{name}") for file in files), f"{page.name}: {name}"
