@@ -113,7 +113,7 @@ class _Running:
             elif op.kind == BARRIER:
                 found = operands
             elif op.kind in ON_SHARDS:
-                found = [self.moved(op, operands[0])]
+                found = [self.moved(op, each) for each in operands]
             else:
                 found = self.computed(op, operands)
             for value, ranks in zip(op.outputs, found, strict=True):

@@ -13,6 +13,7 @@ from meshwright.cli import main
 from meshwright.ir.codec import load_plan, save_plan
 from meshwright.ir.local.checks import verify_local
 from meshwright.ir.local.text import parse_local
+from meshwright.ir.passes.coalesce import Coalesce
 
 QUICK = ("--mesh", "8", "--microbatches", "1", "--time-limit", "20")
 
@@ -92,6 +93,28 @@ def test_show_prints_what_each_device_runs(run, plan_file):
     verify_local(program)
     assert program.mesh == load_plan(plan_file).mesh and len(program.ops) > 20
     assert run("show", plan_file, "--program", "--all")[0] == 2
+
+
+def test_a_pass_is_printed_by_its_name(run, plan_file, monkeypatch):
+    """Before and after, each a program that can be read back."""
+    monkeypatch.setenv("MESHWRIGHT_DUMP", "coalesce")
+    code, out, err = run("audit", plan_file)
+    assert code == 0 and "all_reduce" in out and "pass coalesce" not in out
+    before, _, rest = err.partition("before pass coalesce\n")[2].partition("after pass coalesce\n")
+    after = rest[: rest.index("\n}\n") + 3]
+    assert str(Coalesce().run(parse_local(before))) == after
+    assert 0 < after.count("= all_reduce") < before.count("= all_reduce")
+
+
+def test_a_pass_that_does_not_exist_is_told_whatever_the_command(run, monkeypatch):
+    monkeypatch.setenv("MESHWRIGHT_DUMP", "coalesce,colaesce")
+    code, out, err = run("models")
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        "UsageError: `colaesce` is no pass.",
+        "  where  MESHWRIGHT_DUMP",
+        "  try    one of coalesce, or all",
+    ]
 
 
 def test_run_trains_and_agrees_with_one_device(run, plan_file):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -22,10 +23,22 @@ def shard_index(axes: Sequence[str], mesh: Mesh) -> jax.Array | int:
     return index
 
 
-def run_on_shard(
+def run_on_shards(
+    op: LocalOp, operands: Sequence[jax.Array], mesh: Mesh, microbatches: int, moment: Any
+) -> list[jax.Array]:
+    """What is no op of the graph: collectives, slices, and cuts of the batch over time. Several operands travel end to
+    end, as one array: devices meet once for it, and once for each operand of an op of XLA's that has several."""
+    if len(operands) == 1:
+        return [_run_on_shard(op, operands[0], mesh, microbatches, moment)]
+    line = jax.numpy.concatenate([x.reshape(-1) for x in operands])
+    ends = list(accumulate(x.size for x in operands))
+    parts = jax.numpy.split(_run_on_shard(op, line, mesh, microbatches, moment), ends[:-1])
+    return [part.reshape(x.shape) for part, x in zip(parts, operands, strict=True)]
+
+
+def _run_on_shard(
     op: LocalOp, x: jax.Array, mesh: Mesh, microbatches: int, moment: Any
 ) -> jax.Array:
-    """What is no op of the graph: collectives, slices, and cuts of the batch over time."""
     match op.kind:
         case "all_reduce" if op.attr("reduction") != "sum":
             return settle(x, str(op.attr("reduction")), op.axes)

@@ -126,7 +126,7 @@ class StagePrograms:
         given = {v: self.layouts[v] for v in fragment.takes}
         timed = local.time is not None and fragment.kind in PER_MICROBATCH
         left = (*fragment.totals, *fragment.gives, *(v for v, _ in fragment.sends))
-        return local.localizer.piece(fragment.ops, given, timed, dict.fromkeys(left)).program
+        return local.piece(fragment.ops, given, timed, dict.fromkeys(left)).program
 
     def build(
         self, fragment: Fragment, donated: frozenset[int], stages: Sequence[StagePrograms]

@@ -7,8 +7,8 @@ Shardy sees one manual computation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,12 +20,14 @@ from ...ir.graph import Constant, Graph, Op, TensorType
 from ...ir.local.program import ON_SHARDS, LocalOp, LocalProgram, LocalRegion
 from ...ir.mesh import Mesh
 from ...ir.ops import COMPOSITES, LOSSES
+from ...ir.passes.contract import run_passes
 from ...ir.passes.decisions import Decisions, stacked
-from ...ir.passes.localize import Localizer
+from ...ir.passes.localize import Localizer, Piece
+from ...ir.passes.order import PASSES
 from ...ir.plan import Plan
 from ...ir.program import Program
 from ...ir.sharding import Sharding
-from .collectives import run_on_shard, shard_index
+from .collectives import run_on_shards, shard_index
 from .dtypes import jax_dtype
 from .emit import Cut, emit
 from .emit_composite import run_composite
@@ -77,8 +79,8 @@ class LocalStep:
 
     @cached_property
     def program(self) -> LocalProgram:
-        """The whole step's."""
-        return self.localizer.whole()
+        """The whole step's, as it runs."""
+        return run_passes(self.localizer.whole(), PASSES)
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         return self._results(self.program, inputs, None)
@@ -114,12 +116,23 @@ class LocalStep:
         given = {v: scope.values[v] for v in sorted(read & scope.values.keys())}
         given = {v: held for v, held in given.items() if v not in self.graph.constant_ids}
         layouts = {v: held.layout for v, held in given.items()}
-        piece = self.localizer.piece(ops, layouts, scope.moment is not None)
+        piece = self.piece(ops, layouts, scope.moment is not None)
         found = self._run(piece.program, [held.array for held in given.values()], scope.moment)
         shards = piece.program.shards
         scope.values |= {
             v: Held(found[local], shards[local].sharding) for v, local in piece.names.items()
         }
+
+    def piece(
+        self,
+        ops: Sequence[Op],
+        given: Mapping[int, Sharding],
+        timed: bool,
+        outputs: Iterable[int] = (),
+    ) -> Piece:
+        """Some ops of the step as they run (see `Localizer.piece`)."""
+        piece = self.localizer.piece(ops, given, timed, outputs)
+        return replace(piece, program=run_passes(piece.program, PASSES, whole=False))
 
     def bring(self, held: Held, target: Sharding) -> Any:
         """A value in another layout."""
@@ -167,7 +180,8 @@ class Running:
     def _op(self, op: LocalOp, operands: list[Any], values: dict[int, Any]) -> Sequence[Any]:
         match op.kind:
             case kind if kind in ON_SHARDS:
-                return [run_on_shard(op, operands[0], self.step.mesh, self._many, self.moment)]
+                found = run_on_shards(op, operands, self.step.mesh, self._many, self.moment)
+                return self._apart(found)
             case "optimization_barrier":
                 return lax.optimization_barrier(tuple(operands))
             case "microbatches":
@@ -185,6 +199,14 @@ class Running:
             case "averaged":
                 return [operands[0] / op.number("microbatches")]
         return self.computed(op, operands)
+
+    def _apart(self, found: list[Any]) -> list[Any]:
+        """Results of one collective, cut out before they are read where XLA would be slow. Its CPU backend takes each
+        cut into the fusion that reads it, so that layers alike share no kernel: gpt-tiny over 8 devices, 40 gradients
+        in one all-reduce, takes 1.3 times as long to compile as before, 1.05 with the barrier (2 cores, jax 0.10.2).
+        """
+        several = len(found) > 1 and self.step.decisions.holds
+        return list(lax.optimization_barrier(tuple(found))) if several else found
 
     @property
     def _many(self) -> int:

@@ -4,7 +4,8 @@ fits                every value's dims divide over the axes that cut them, all o
                     the microbatches
 defined-once        no value is defined twice
 defined-before-use  an op reads only earlier values: of its own region, constants, and around `microbatches` all
-moves               a collective or slice leaves its operand's shard as its kind says
+moves               a collective or slice leaves its operand's shard as its kind says; an all-reduce may have several
+                    operands, of one element type
 follows-rule        operands and results of an op lie as its cuts and its rule say, and share their partial sums
 in-time             only inside `microbatches` is there a current microbatch
 same-branch         what decides a branch or whether a loop goes on is whole, so that collectives inside meet
@@ -112,10 +113,15 @@ class _Check:
     # ------------------------------------------------------------ what travels
 
     def _moves(self, op: LocalOp) -> None:
-        [before], [after] = op.inputs, op.outputs
-        held, found = self.shards[before], self.shards[after]
-        if found != self._moved(op, held):
-            raise _broken("moves", f"%{after} does not lie as {op.kind} of %{before} leaves it", op)
+        many, kinds = len(op.inputs), {self.shards[v].whole.dtype for v in op.inputs}
+        if many != len(op.outputs) or not many or (many > 1 and op.kind != "all_reduce"):
+            raise _broken("moves", f"{op.kind} of {many} values gives {len(op.outputs)}", op)
+        if len(kinds) > 1:
+            raise _broken("moves", f"one {op.kind} of {' and '.join(sorted(kinds))}", op)
+        for before, after in zip(op.inputs, op.outputs, strict=True):
+            if self.shards[after] != self._moved(op, self.shards[before]):
+                what = f"%{after} does not lie as {op.kind} of %{before} leaves it"
+                raise _broken("moves", what, op)
 
     def _moved(self, op: LocalOp, held: Shard) -> Shard | None:
         """The operand afterwards; None if the op cannot take it."""

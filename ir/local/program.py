@@ -88,6 +88,8 @@ class LocalOp:
         microbatches       groups, joins: its region, once per microbatch; its results are totals, one for each of
                            `joins`, then stacks of what each microbatch leaves
 
+    An all_reduce may have several operands of one element type, each with its own result: one collective for all.
+
     `tag` is that of the op of the graph, `reader` of what a collective brings its operand to: an op or a slot of the
     plan.
     """

@@ -29,6 +29,8 @@ from .ir.errors import (
     ProcessError,
     UsageError,
 )
+from .ir.passes.contract import dumped_passes
+from .ir.passes.order import PASSES
 from .options import Format, FormatOption, PlanFile, app, finite
 from .output import ReaderGoneError, flush, say, silence, tolerant
 from .replan import print_plan
@@ -43,6 +45,7 @@ def main() -> NoReturn:
     tolerant()
     try:
         with heard():
+            dumped_passes(each.name for each in PASSES)  # a wrong name is told whatever the command
             code = app(standalone_mode=False)
         flush()  # what help printed
     except ProcessError as error:
