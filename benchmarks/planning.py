@@ -88,9 +88,13 @@ def searched(step: Any, cluster: str, name: str, **pins: Any) -> dict[str, Any]:
     from meshwright.ir.cluster.cluster import Cluster
     from meshwright.ir.errors import InfeasibleError, StoppedError
     from meshwright.planner.cost.model import Roofline
+    from meshwright.planner.plans import without_stages
+    from meshwright.planner.problem import Problem
+    from meshwright.planner.report.of_plan import write_plan
     from meshwright.planner.request import Request
     from meshwright.planner.search.candidates import Candidate
     from meshwright.planner.search.search import Search
+    from meshwright.planner.trace import Trace
 
     class Timed(Search):
         """Seconds spent on each combination: build, relax, solve."""
@@ -104,10 +108,11 @@ def searched(step: Any, cluster: str, name: str, **pins: Any) -> dict[str, Any]:
     where, start, busy = Cluster.parse(cluster), time.perf_counter(), time.process_time()
     folded = fold(step.graph)
     request = Request(**{"time_limit": 60, "gap": GAP, **pins})
-    search = Timed(folded, where, request, Roofline(where), name, "", lambda line: None)
+    problem = Problem(folded, where, request, Roofline(where), name, "")
+    search = Timed(problem, Trace(request.time_limit))
     row: dict[str, Any] = {"model": name, "cluster": cluster, "mesh": list(pins.get("mesh", ()))}
     try:
-        row |= _told(search.run())
+        row |= _told(write_plan(without_stages(search)))
     except (InfeasibleError, StoppedError) as error:
         fate = "does not fit" if isinstance(error, InfeasibleError) else "nothing found"
         row |= {"status": fate, "gap": None, "step_seconds": None, "plan": error.what}

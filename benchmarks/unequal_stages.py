@@ -17,8 +17,9 @@ from meshwright.ir.cluster.cluster import Cluster
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.pipeline.search import Pipelines
 from meshwright.planner.pipeline.unequal import Unequal
+from meshwright.planner.problem import Problem
 from meshwright.planner.request import Request
-from meshwright.planner.search.search import Search
+from meshwright.planner.trace import Trace
 from meshwright.recipe import make
 
 CASES: tuple[tuple[str, int, str, int | Literal["auto"], int | None], ...] = (
@@ -53,9 +54,8 @@ def row(
     made, where = make({"model": model, "batch": batch}), Cluster.parse(cluster)
     request, graph = Request(pp=stages, microbatches=microbatches), fold(made.capture(True).graph)
     started = time.process_time()
-    pipelines = Pipelines(
-        Search(graph, where, request, Roofline(where), model, "", lambda line: None)
-    )
+    problem = Problem(graph, where, request, Roofline(where), model, "")
+    pipelines = Pipelines(problem, Trace(request.time_limit))
     pipelines.explore()
     pipelines.reorder()
     between = time.process_time()

@@ -13,15 +13,19 @@ from ..ir.plan import Plan
 from .cost.model import CostModel, Roofline
 from .pipeline.search import Pipelines
 from .pipeline.unequal import Unequal
+from .problem import Problem
 from .refusal import refusal
 from .report.of_pipeline import Chosen, Way, passed_over
 from .report.of_plan import BESIDES, write_plan
 from .request import Request, check
+from .search.candidates import SearchResult
 from .search.frontier import WIDE, Frontier
 from .search.islands import Islands
 from .search.scouts import Scouts
 from .search.search import Search
-from .search.ties import offer_naive
+from .search.ties import offer_naive, settled
+from .search.walks import walk_families
+from .trace import Trace
 
 
 def search(
@@ -54,30 +58,28 @@ def search(
                 origin=f"cluster {cluster.name}", fix="program=stages",
             )  # fmt: skip
         islands = Islands(folded, cluster, request, name, fingerprint, tell, now)
-        return islands.run(_homogeneous)
+        return islands.run(_on_equal_devices)
     cost = cost or Roofline(cluster, exchanges=request.program != "single")
-    flat = Search(folded, cluster, request, cost, name, fingerprint, tell, now)
-    flat.scouts = scouts
-    return _homogeneous(flat, keep)
+    problem = Problem(folded, cluster, request, cost, name, fingerprint)
+    return _on_equal_devices(problem, Trace(request.time_limit, tell, now), keep, scouts)
 
 
-def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -> Plan:
+def _on_equal_devices(
+    problem: Problem, trace: Trace, keep: Callable[[Frontier], None] | None = None,
+    scouts: Scouts | None = None,
+) -> Plan:  # fmt: skip
     """The best of all pipelines, of unequal stages too, and, where their number is open, of plans without one."""
-    if flat.request.pp == 1:
-        check(flat.request, flat.cluster, flat.program("none").time)
-        offer_naive(flat)
-        return flat.run()
-    check(flat.request, flat.cluster, flat.program("none").time)
-    pipelines = Pipelines(flat)
+    request = problem.request
+    check(request, problem.cluster, problem.program("none").time)
+    flat = Search(problem, trace, scouts=scouts)
+    if request.pp == 1:
+        return write_plan(without_stages(flat))
+    pipelines = Pipelines(problem, trace, scouts)
     unequal = Unequal(pipelines)
-    both = (
-        flat.request.pp == "auto"
-        and flat.request.schedule is None
-        and flat.request.program != "single"
-    )
+    both = request.pp == "auto" and request.schedule is None and request.program != "single"
     ways: list[Way] = []
-    if flat.scouts is not None:
-        flat.scouts.brief(flat, pipelines.choices.units)
+    if scouts is not None:
+        scouts.brief(problem, pipelines.choices.units)
     try:
         if both:
             _explore(flat, pipelines)
@@ -90,17 +92,17 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
         pipelines.choose_program()
         if both:
             flat.outside = pipelines.best.dispatched
-            while flat.promises() < inf and not flat.past_deadline():
+            while flat.promises() < inf and not trace.past_deadline():
                 flat.step()
             flat.end()
         slow = (
             pipelines.best.seconds < flat.best.seconds <= pipelines.best.dispatched
         )  # of dispatch alone
-        if not slow and flat.request.program != "single":
+        if not slow and request.program != "single":
             unequal.explore(min(pipelines.best.seconds, flat.best.seconds))
             ways += drop_dispatched(unequal, flat.best.seconds if both else inf)
     except KeyboardInterrupt:
-        flat.stopped_by = "interrupt"
+        trace.stopped_by = "interrupt"
         if both and flat.best.answer is None and not flat.open_bounds:
             flat.begin(
                 known=True
@@ -118,10 +120,25 @@ def _homogeneous(flat: Search, keep: Callable[[Frontier], None] | None = None) -
         if flat.best.answer is None:
             least = lambda refusal: getattr(refusal, "needed_bytes", None) or inf  # noqa: E731
             raise min(flat.infeasible(), refusal(pipelines), key=least)
-        found = write_plan(flat, bound, tuple(dict.fromkeys((*BESIDES, *unequal.left_out))))
+        found = write_plan(
+            settled(flat), bound, tuple(dict.fromkeys((*BESIDES, *unequal.left_out)))
+        )
     else:
         found = pipelines.write(bound, unequal.left_out)
     return passed_over(found, (*pipelines.best.by_stages, *ways))
+
+
+def without_stages(flat: Search) -> SearchResult:
+    """The best plan without a pipeline."""
+    offer_naive(flat)
+    try:
+        if flat.problem.request.search == "mcmc":
+            walk_families(flat)
+        else:
+            flat.explore()
+    except KeyboardInterrupt:
+        flat.trace.stopped_by = "interrupt"
+    return settled(flat)
 
 
 def _explore(flat: Search, pipelines: Pipelines) -> None:
@@ -130,7 +147,7 @@ def _explore(flat: Search, pipelines: Pipelines) -> None:
     pipelines.begin()
     flat.outside = flat.aim = pipelines.first
     flat.begin(known=pipelines.first < inf)
-    while not flat.past_deadline():
+    while not flat.trace.past_deadline():
         pipelines.outside = flat.best.seconds
         with_stages, without = pipelines.promises(flat.best.seconds), flat.promises()
         if min(with_stages, without) == inf:

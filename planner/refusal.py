@@ -14,6 +14,7 @@ from ..ir.errors import InfeasibleError, PlanError
 from ..ir.units import counted, format_bytes, parse_bytes
 from .pipeline.choices import Shape
 from .pipeline.search import Pipelines
+from .trace import Trace
 
 TRIED = 3  # shapes, those that may need least, one of each recompute policy first
 DOUBLED, HALVED = 5, 2  # times at most
@@ -22,15 +23,15 @@ MORE = "more devices, a smaller batch, or devices with more memory"
 
 def refusal(pipelines: Pipelines) -> PlanError:
     """Names the least that any pipeline asked for needs, memory with which one fits, and a pipeline not asked for."""
-    search = pipelines.search
-    if search.stopped_by == "proof" and search.past_deadline():
-        search.stopped_by = "time"
-    if search.stopped_by != "proof":
-        return search.infeasible()
-    asked, limit, origin = _by_need(pipelines), search.limit, f"cluster {search.cluster.name}: "
-    origin += counted(search.cluster.size, "device")
+    problem, trace = pipelines.problem, pipelines.trace
+    if trace.stopped_by == "proof" and trace.past_deadline():
+        trace.stopped_by = "time"
+    if trace.stopped_by != "proof":
+        return trace.nothing_found()
+    asked, limit, origin = _by_need(pipelines), problem.limit, f"cluster {problem.cluster.name}: "
+    origin += counted(problem.cluster.size, "device")
     if not asked:
-        pp = search.request.pp
+        pp = problem.request.pp
         of = f" of {pp} stages" if isinstance(pp, int) else ""
         return InfeasibleError(
             f"no pipeline{of} was found that fits: {format_bytes(limit)} per device may be used.",
@@ -43,7 +44,7 @@ def refusal(pipelines: Pipelines) -> PlanError:
         what = f"no pipeline fits: each needs at least {known} per device, {may} may be used."
     else:
         what = f"no pipeline was found that fits: {may} per device may be used; each needs {known} at least."
-    search.now("nothing fits; looking for what would")
+    trace.now("nothing fits; looking for what would")
     enough = least_room(pipelines, asked)
     fits = (
         f"{format_bytes(enough[0])} per device, with which {enough[1]} fits; or " if enough else ""
@@ -65,11 +66,10 @@ def _by_need(pipelines: Pipelines) -> list[tuple[float, Shape]]:
 
 def _otherwise(pipelines: Pipelines, needed: float) -> str:
     """What may fit with fewer pins."""
-    search, limit = pipelines.search, pipelines.search.limit
+    problem, limit = pipelines.problem, pipelines.problem.limit
     free = dict.fromkeys(("mesh", "recompute", "microbatches", "schedule", "chunks"), None)
-    others = Pipelines(
-        search.on_cluster(search.cluster, replace(search.request, pp="auto", **free))
-    )
+    freer = problem.asking(pp="auto", **free)
+    others = Pipelines(freer, Trace(freer.request.time_limit))
     found = _by_need(others)
     if not found or found[0][0] >= needed:
         return MORE
@@ -87,7 +87,7 @@ def least_room(
 ) -> tuple[float, Shape] | None:
     """About the least memory with which layouts of the most frugal shapes are found, and the shape. Limits are tried
     as they print, so that what is told is what was tried."""
-    low, found = max(asked[0][0], pipelines.search.limit), None
+    low, found = max(asked[0][0], pipelines.problem.limit), None
     for _ in range(DOUBLED):
         high = _as_printed(2 * low)
         shape = _fitting(pipelines, _first(asked, high), high)
@@ -115,11 +115,10 @@ def _first(
 def _fitting(pipelines: Pipelines, shapes: Sequence[Shape], limit: float) -> Shape | None:
     """The first of some shapes of which layouts are found that fit."""
     for shape in shapes:
-        search = pipelines.search
-        if search.past_deadline():
+        if pipelines.trace.past_deadline():
             return None
-        tried = Pipelines(search.on_cluster(search.cluster, replace(search.request, memory=limit)))
-        tried.search.tell = lambda line: None
+        roomier = pipelines.problem.asking(memory=limit)
+        tried = Pipelines(roomier, Trace(roomier.request.time_limit))
         tried.choices.take_cuts_of(pipelines.choices)
         tried.solve_shape(shape)
         if tried.best.priced is not None:

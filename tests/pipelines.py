@@ -20,8 +20,11 @@ from meshwright.ir.plan import Pipeline, Plan, Stage
 from meshwright.models import build
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.pipeline.schedules import one_f_one_b
+from meshwright.planner.pipeline.search import Pipelines
+from meshwright.planner.problem import Problem
 from meshwright.planner.request import Request
 from meshwright.planner.search.search import Search
+from meshwright.planner.trace import Trace
 
 
 def some(schedules: dict[str, Schedule], *usual: str) -> list:
@@ -160,19 +163,22 @@ def timed(plan: Plan, forward: float, backward: float, weight: float, once: floa
     return plan.model_copy(update={"pipeline": plan.pipeline.model_copy(update={"stages": stages})})
 
 
-def searched(name: str, cluster: str, **options) -> Search:
+def problem_of(name: str, cluster: str, **options) -> Problem:
+    """A model of the zoo to be planned with a pipeline."""
     example = build(name, **options)
     captured = capture(example.step, example.state, example.batch, donate_argnums=0)
     where = Cluster.parse(cluster)
-    return Search(
-        fold(captured.graph),
-        where,
-        Request(pp="auto"),
-        Roofline(where),
-        name,
-        "x",
-        lambda line: None,
-    )
+    return Problem(fold(captured.graph), where, Request(pp="auto"), Roofline(where), name, "x")
+
+
+def pipelines_on(problem: Problem) -> Pipelines:
+    """A search over its pipelines that begins now."""
+    return Pipelines(problem, Trace(problem.request.time_limit))
+
+
+def flat_on(problem: Problem) -> Search:
+    """A search over its plans without a pipeline that begins now."""
+    return Search(problem, Trace(problem.request.time_limit))
 
 
 def planned(name: str, cluster: str, request: Request, **options) -> Plan:

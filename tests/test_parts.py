@@ -21,10 +21,12 @@ from meshwright.planner.cost.model import Roofline
 from meshwright.planner.pipeline import narrow
 from meshwright.planner.pipeline.choices import Shape
 from meshwright.planner.pipeline.narrow import _least_across
-from meshwright.planner.pipeline.search import Found, Pipelines
+from meshwright.planner.pipeline.search import Found
 from meshwright.planner.pipeline.units import find_units
+from meshwright.planner.problem import Problem
 from meshwright.planner.request import Request
-from meshwright.planner.search.search import Search
+
+from .pipelines import pipelines_on
 
 WIDTHS = (16, 64, 32, 96, 48, 128, 24, 80, 8)
 
@@ -42,9 +44,9 @@ def unlike_chain(params, batch):
     return [p - 0.1 * g for p, g in zip(params, gradients, strict=True)], {"loss": value}
 
 
-def chain_search(
+def chain_problem(
     cluster: str, request: Request, batch: int = 1024, widths: Sequence[int] = WIDTHS
-) -> Search:
+) -> Problem:
     shape = jax.ShapeDtypeStruct
     params = [shape(pair, jnp.float32) for pair in pairwise(widths)]
     data = {
@@ -53,7 +55,7 @@ def chain_search(
     }
     graph = fold(capture(unlike_chain, params, data, donate_argnums=0).graph)
     where = Cluster.parse(cluster)
-    return Search(graph, where, request, Roofline(where), "chain", "x", lambda line: None)
+    return Problem(graph, where, request, Roofline(where), "chain", "x")
 
 
 def units_of(name: str, stages: int = 0):
@@ -121,10 +123,10 @@ def test_logits_are_no_place_to_cut():
 def test_parts_lose_little_against_every_cut_of_every_op(monkeypatch):
     """Oracle: every op a part, every cut of them on every mesh priced, one by one."""
     request = Request(pp="auto", microbatches=4, recompute="none", schedule="1f1b", gap=0.0)
-    coarse = Pipelines(chain_search("4xcpu", request))
+    coarse = pipelines_on(chain_problem("4xcpu", request))
     coarse.explore()
     monkeypatch.setattr(narrow, "FINEST", 1e-9)
-    fine = Pipelines(chain_search("4xcpu", request))
+    fine = pipelines_on(chain_problem("4xcpu", request))
     count, best = len(fine.choices.units), inf
     assert len(coarse.choices.units) == 8 and count == 28
     for family in fine.choices.families():

@@ -13,7 +13,6 @@ from meshwright.planner.pipeline import priced
 from meshwright.planner.pipeline.choices import Shape
 from meshwright.planner.pipeline.priced import Place, Pricing
 from meshwright.planner.pipeline.schedules import SCHEDULES, schedule_named
-from meshwright.planner.pipeline.search import Pipelines
 from meshwright.planner.pipeline.simulate import StageSeconds, pipeline_tasks, simulate
 from meshwright.planner.pipeline.stage_memory import StageMemory
 from meshwright.planner.pipeline.unit_costs import unit_seconds
@@ -21,30 +20,30 @@ from meshwright.planner.pipeline.units import runs_of
 from meshwright.planner.search.meshes import mesh_of
 from meshwright.planner.solver.anytime import solve_live
 
-from .pipelines import searched
+from .pipelines import pipelines_on, problem_of
 
 
 def test_no_pipeline_is_faster_than_the_bound():
     """Oracle: every shape of the space solved and priced, one by one."""
-    search = searched("llama-tiny", "4xcpu", batch=8)
-    pipelines = Pipelines(search)
+    problem = problem_of("llama-tiny", "4xcpu", batch=8)
+    pipelines = pipelines_on(problem)
     pipelines.explore()
     bound, best = pipelines.lower_bound(), pipelines.best.seconds
     assert 0 < bound <= best < float("inf")
-    every = Pipelines(search)
+    every = pipelines_on(problem)
     for family in every.choices.families():
         for many in every.choices.counts:
             every.solve_shape(type(family)(family.stages, family.mesh, family.policy, many))
     assert bound <= every.best.seconds * (1 + 1e-9)
-    assert best <= every.best.seconds * (1 + search.request.good_enough)
+    assert best <= every.best.seconds * (1 + problem.request.good_enough)
 
 
 @pytest.mark.parametrize(("layers", "stages"), [(16, 2), (16, 4), (18, 4)])
 def test_no_cut_of_any_layouts_is_faster_than_the_bounds(layers, stages):
     """Every cut into stages, with layouts that are solved for and near them. Where all stages have equally many layers,
     an end comes on top of one of them, and the bound counts it: so it is close to the best cut."""
-    search = searched("gpt-tiny", "8xh100x1@ib100", batch=16, layers=layers)
-    pipelines, rng, many = Pipelines(search), np.random.default_rng(layers * stages), 8
+    problem = problem_of("gpt-tiny", "8xh100x1@ib100", batch=16, layers=layers)
+    pipelines, rng, many = pipelines_on(problem), np.random.default_rng(layers * stages), 8
     shape = Shape(stages, mesh_of((8 // stages,)), "none", many)
     space, units = pipelines.bounds.likely(shape), pipelines.choices.units
     bound, live = pipelines.bounds.relaxed(shape, 1e9)[1], live_of(space)
@@ -67,7 +66,7 @@ def test_no_cut_of_any_layouts_is_faster_than_the_bounds(layers, stages):
             Place(each, memory, 1e15, r * shape.mesh.size, shape.mesh.size) for r in range(stages)
         )
         pricing, one = (
-            Pricing(units, places, search.cluster),
+            Pricing(units, places, problem.cluster),
             schedule_named("1f1b", stages, many, None),
         )
         for cut in combinations(range(1, len(units)), stages - 1):
@@ -84,17 +83,17 @@ def test_no_cut_of_any_layouts_is_faster_than_the_bounds(layers, stages):
 )
 def test_no_cut_that_fits_is_faster_than_the_bound_by_cases(layers, stages, overlap):
     """Every cut, with layouts that are solved for under ever less memory; the bound tells what memory rules out."""
-    search = searched("gpt-tiny", "8xh100x1@ib100", batch=16, layers=layers)
-    search.request = replace(search.request, schedule="1f1b", overlap=overlap)
+    problem = problem_of("gpt-tiny", "8xh100x1@ib100", batch=16, layers=layers)
+    problem = replace(problem, request=replace(problem.request, schedule="1f1b", overlap=overlap))
     shape, told = Shape(stages, mesh_of((8 // stages,)), "none", 8), 0
-    free = Pipelines(search)
+    free = pipelines_on(problem)
     free.solve_shape(shape)
     assert free.best.priced is not None
     roomy, peak = free.bounds.by_cases(shape, 2 * free.best.seconds)[0], max(free.best.priced.peaks)
     one, units = schedule_named("1f1b", stages, 8), free.choices.units
     for share in (1.0, 0.8, 0.65, 0.5, 0.4, 0.33, 0.28, 0.24):
-        search.request = replace(search.request, memory=share * peak)
-        pipelines = Pipelines(search)
+        problem = replace(problem, request=replace(problem.request, memory=share * peak))
+        pipelines = pipelines_on(problem)
         pipelines.solve_shape(shape)
         if (pricing := pipelines.best.pricing) is None:
             continue
@@ -110,17 +109,17 @@ def test_no_cut_that_fits_is_faster_than_the_bound_by_cases(layers, stages, over
 
 def test_bounds_with_overlap_read_choices_as_the_space_numbers_them():
     """Copies that share memory double the choices of their nodes in the solver's problem alone."""
-    search, shape = (
-        searched("llama-tiny", "2xh100x8@ib400", batch=64, layers=16),
+    problem, shape = (
+        problem_of("llama-tiny", "2xh100x8@ib400", batch=64, layers=16),
         Shape(2, mesh_of((4, 2)), "none", 8),
     )
-    search.request = replace(search.request, overlap="all")
+    problem = replace(problem, request=replace(problem.request, overlap="all"))
     for memory in (1e15, 30e6, 20e6, 15e6, 12e6, 10e6):
-        search.request = replace(search.request, memory=memory)
-        bounds = Pipelines(search).bounds
-        space, problem = bounds.space(shape), bounds._within(shape, 8, 8)
-        assert problem is not None and problem(space).origins
-        found, _ = bounds.bound(space, problem)
+        problem = replace(problem, request=replace(problem.request, memory=memory))
+        bounds = pipelines_on(problem).bounds
+        space, limiting = bounds.space(shape), bounds._within(shape, 8, 8)
+        assert limiting is not None and limiting(space).origins
+        found, _ = bounds.bound(space, limiting)
         if found.choices is not None:
             timed = space.timed(found.choices)
             assert timed is not None and found.lower_bound <= timed.seconds * (1 + 1e-9)
@@ -128,21 +127,23 @@ def test_bounds_with_overlap_read_choices_as_the_space_numbers_them():
 
 def test_what_does_not_fit_says_nothing_of_more_microbatches():
     """Oracle: every count by itself. Four microbatches of this fit on no mesh, sixteen do and are faster than all."""
-    search = searched("gpt3-1.3b", "8xh100x8@ib400", batch=512)
-    search.request = replace(search.request, pp=4, schedule="1f1b", recompute="none")
-    whole, every = Pipelines(search), Pipelines(search)
+    problem = problem_of("gpt3-1.3b", "8xh100x8@ib400", batch=512)
+    problem = replace(
+        problem, request=replace(problem.request, pp=4, schedule="1f1b", recompute="none")
+    )
+    whole, every = pipelines_on(problem), pipelines_on(problem)
     whole.explore()
     for many in (16, 32, 64):
         every.solve_shape(Shape(4, mesh_of((8, 2)), "none", many))
-    assert whole.best.seconds <= every.best.seconds * (1 + search.request.good_enough)
+    assert whole.best.seconds <= every.best.seconds * (1 + problem.request.good_enough)
     assert whole.lower_bound() <= every.best.seconds
 
 
 @pytest.mark.parametrize(("layers", "stages"), [(8, 4), (9, 2), (16, 4), (19, 3)])
 def test_stages_that_a_bound_watches_are_within_those_of_every_cut(layers, stages):
     """Every cut whose fullest stage has from `low` to `high` layers, halves of layers too where these are few."""
-    search = searched("gpt-tiny", "8xcpu", batch=16, layers=layers)
-    bounds = Pipelines(search).bounds
+    problem = problem_of("gpt-tiny", "8xcpu", batch=16, layers=layers)
+    bounds = pipelines_on(problem).bounds
     units, shape, met = bounds.choices.units, Shape(stages, mesh_of((2,)), "none", 8), 0
     least, holds = (
         bounds.choices.fullest_at_least(stages),

@@ -41,13 +41,13 @@ from meshwright.planner.pipeline.unit_costs import (
     unit_seconds,
 )
 from meshwright.planner.pipeline.units import runs_of
+from meshwright.planner.problem import Problem
 from meshwright.planner.request import Request
 from meshwright.planner.search.meshes import mesh_of
-from meshwright.planner.search.search import Search
 from meshwright.planner.solver.anytime import solve_live
 from meshwright.view.text import plan_text
 
-from .pipelines import case
+from .pipelines import case, pipelines_on
 
 SLOW = Cluster.parse("2xh100x8@ib100").with_("fabric.nvlink4.bandwidth", "60GB/s")
 ALL = ("parameters", "gradients", "tensor", "stages")
@@ -59,17 +59,17 @@ def captured(layers: int = 8, batch: int = 32) -> Captured:
     return capture(example.step, example.state, example.batch, donate_argnums=0)
 
 
-def searched(overlap: str, layers: int = 8, **pins) -> Search:
+def problem_on(overlap: str, layers: int = 8, **pins) -> Problem:
     request = Request(pp="auto", overlap=overlap, **pins)
     small = fold(captured(layers).graph)
-    return Search(small, SLOW, request, Roofline(SLOW), "gpt2", "x", lambda line: None)
+    return Problem(small, SLOW, request, Roofline(SLOW), "gpt2", "x")
 
 
 def pricings(pipelines: Pipelines, shape: Shape, how_many: int):
     """Layouts that are solved for under several multipliers, and some near them, priced."""
     space, rng = pipelines.bounds.likely(shape), np.random.default_rng(0)
     holdings = pipelines.bounds.holdings(shape.policy, shape.microbatches)
-    overlap, tried = pipelines.search.request.execution.within, []
+    overlap, tried = pipelines.problem.request.execution.within, []
     for share in (0.0, 0.5, 1.0):
         live = live_of(space.bounding(np.full(MANY, share)) if overlap else space)
         found = solve_live(live, time_limit=5).choices
@@ -94,7 +94,7 @@ def pricings(pipelines: Pipelines, shape: Shape, how_many: int):
     [("all", (2, 2), 8, 4), ("all", (8,), 2, 2), ("parameters,gradients", (4, 2), 1, 2)],
 )
 def test_no_cut_of_any_layouts_is_faster_than_the_bounds(overlap, mesh, many, stages):
-    pipelines = Pipelines(searched(overlap))
+    pipelines = pipelines_on(problem_on(overlap))
     shape, units = Shape(stages, mesh_of(mesh), "none", many), pipelines.choices.units
     bound = pipelines.bounds.relaxed(shape, 1e9)[1]
     assert pipelines.choices.floor(shape) <= bound * (1 + 1e-9)
@@ -118,7 +118,9 @@ def test_no_cut_of_any_layouts_is_faster_than_the_bounds(overlap, mesh, many, st
 
 def test_overlap_bounds_no_higher_than_none():
     shape = Shape(2, mesh_of((4, 2)), "none", 4)
-    bounds = [Pipelines(searched(each)).bounds.relaxed(shape, 1e9)[0] for each in ("none", "all")]
+    bounds = [
+        pipelines_on(problem_on(each)).bounds.relaxed(shape, 1e9)[0] for each in ("none", "all")
+    ]
     assert bounds[1] < bounds[0]
 
 
@@ -232,7 +234,7 @@ def turn_by_turn(pricing: Pricing, priced: Priced, turns: int = 48) -> float:
 @pytest.mark.parametrize("overlap", ["tensor", "all"])
 @pytest.mark.parametrize("name", ["1f1b", "zb-h1"])
 def test_windows_and_an_event_simulator_agree(overlap, name):
-    pipelines = Pipelines(searched(overlap, layers=24))
+    pipelines = pipelines_on(problem_on(overlap, layers=24))
     shape = Shape(2, mesh_of((2, 4)), "none", 16)
     pricing = next(pricings(pipelines, shape, 0))
     priced = pricing.price(schedule_named(name, 2, 16))
@@ -247,7 +249,7 @@ def test_windows_and_an_event_simulator_agree(overlap, name):
 
 def test_what_comes_early_and_what_leaves_late_takes_memory():
     """Weights gathered for each microbatch, where sharding them cuts the step's bytes: of two layers' at once."""
-    alone = Pipelines(searched("none"))
+    alone = pipelines_on(problem_on("none"))
     shape, peaks = Shape(2, mesh_of((8,)), "none", 4), []
     space, cut = alone.bounds.likely(shape), alone.choices.cut("none", 4)
     runs = runs_of(alone.choices.units, 0, len(alone.choices.units) // 2)

@@ -33,11 +33,11 @@ from meshwright.planner.pipeline.units import Cut, find_units, runs_of
 from meshwright.planner.request import Request
 from meshwright.planner.search.candidates import Candidate
 from meshwright.planner.search.meshes import mesh_of
-from meshwright.planner.search.search import Search
 from meshwright.planner.solver.anytime import solve_live
+from meshwright.planner.trace import Trace
 from meshwright.view.text import plan_head
 
-from .pipelines import planned, searched
+from .pipelines import flat_on, pipelines_on, planned, problem_of
 
 # ---------------------------------------------------------------- dealing
 
@@ -81,7 +81,7 @@ def test_dealing_equals_trying_every_cut(units, slowness, room):
 def test_stages_per_rank_that_share_layers_out_evenly_are_looked_at():
     """Seven stages per rank may save a little more than six; eight of one layer each save less than that beside
     seven, but leave no rank more layers than another."""
-    choices = Choices(searched("gpt-tiny", "h100x8", batch=64, layers=32))
+    choices = Choices(problem_of("gpt-tiny", "h100x8", batch=64, layers=32))
     chunks = [many for name, many in choices.schedules(4, 32) if name == "interleaved"]
     assert {2, 4, 8} <= set(chunks) and 9 not in chunks
 
@@ -92,17 +92,17 @@ def test_all_units_together_cost_what_the_step_costs(name, policy):
     """Seconds within the scalars that each stage works out for itself; bytes but for what passes hand over whole or
     bring to another layout, and for weights that both passes read in one layout, which programs of stages hold once
     (some thousandths aside: the two order small values differently)."""
-    search = searched(name, "h100x8", batch=64)
+    problem = problem_of(name, "h100x8", batch=64)
     candidate = Candidate(mesh_of((4, 2)), policy, 8)
-    space, lives = search.open(candidate)
+    space, lives = flat_on(problem).open(candidate)
     solution = solve_live(live_of(space), gap=0.01)
     assert solution.choices is not None and solution.objective is not None
-    units = find_units(search.folded, search.program("none"))
-    cut = Cut.of(units, space.program, search.folded.small, 8)
+    units = find_units(problem.folded, problem.program("none"))
+    cut = Cut.of(units, space.program, problem.folded.small, 8)
     each = unit_seconds(cut, space, solution.choices)
     whole = sum(8 * u.passes + u.once for u in (each[k] for k in units.kinds))
     assert whole == pytest.approx(solution.objective, rel=3e-3)
-    memory = StageMemory(Holdings.of(cut, 8, search.cluster), space, solution.choices)
+    memory = StageMemory(Holdings.of(cut, 8, problem.cluster), space, solution.choices)
     ledger = Ledger(space, lives)
     nbytes = ledger.local_bytes(solution.choices)
     peak, at = ledger.peak(nbytes)
@@ -122,11 +122,11 @@ def test_all_units_together_cost_what_the_step_costs(name, policy):
 
 
 def test_units_of_folded_layers():
-    search = searched("gpt2", "8xcpu")
-    units = find_units(search.folded, search.program("none"))
+    problem = problem_of("gpt2", "8xcpu")
+    units = find_units(problem.folded, problem.program("none"))
     assert [units.names[k] for k in units.kinds] == ["start", *["layer"] * 12, "end"]
     assert units.words(0, 4) == "start, layers 1-3" and units.words(12, 14) == "layer 12, end"
-    whole = search.folded.whole.ops
+    whole = problem.folded.whole.ops
     assert {whole[at].tag for at in units.cuts[1:13]} == {whole[units.cuts[1]].tag}
 
 
@@ -189,7 +189,8 @@ def test_a_schedule_for_some_numbers_of_stages_alone_is_searched_on_those():
 def test_a_search_that_is_interrupted_leaves_no_bound_too_high(monkeypatch):
     """Plans without a pipeline, which are looked at last, may be as good as their floor."""
     floors = [
-        min(searched("gpt-tiny", "4xcpu", batch=16).floors(policy).values()) for policy in POLICIES
+        min(flat_on(problem_of("gpt-tiny", "4xcpu", batch=16)).floors(policy).values())
+        for policy in POLICIES
     ]
     solve = Pipelines.solve_shape
 
@@ -208,8 +209,8 @@ def test_a_finer_mesh_can_do_what_a_coarser_one_can():
     assert not mesh_of((4, 2)).refines(mesh_of((2, 4))) and not mesh_of((8,)).refines(
         mesh_of((4, 2))
     )
-    search = searched("gpt-tiny", "2xh100x8@ib100", batch=16)
-    bounds = Pipelines(search).bounds
+    problem = problem_of("gpt-tiny", "2xh100x8@ib100", batch=16)
+    bounds = pipelines_on(problem).bounds
     coarse, fine = (
         bounds.relaxed(Shape(2, mesh_of(each), "none", 4), 1e9)[1] for each in ((8,), (2, 4))
     )
@@ -240,13 +241,12 @@ def test_a_plan_of_stages():
 def test_when_time_is_nearly_up_the_passes_of_a_later_best_pipeline_are_reordered(monkeypatch):
     """Once it is up it is too late: on a slow network orders that hide what is sent would never be found."""
     request = Request(pp=2, mesh=(4,), recompute="none", program="stages")
-    search = searched("gpt-tiny", "8xcpu", batch=16)
-    search.request = request
-    pipelines = Pipelines(search)
+    problem = replace(problem_of("gpt-tiny", "8xcpu", batch=16), request=request)
+    pipelines = pipelines_on(problem)
     pipelines.begin()
     pipelines.step()
     pipelines.best, pipelines.reordered = replace(pipelines.best), Found()  # another one is best
-    monkeypatch.setattr(Search, "past_deadline", lambda self, share=0.0: share > 0)
+    monkeypatch.setattr(Trace, "past_deadline", lambda self, share=0.0: share > 0)
     pipelines.step()
     assert pipelines.reordered.seconds < pipelines.best.seconds
 
@@ -257,8 +257,8 @@ def test_when_time_is_nearly_up_the_passes_of_a_later_best_pipeline_are_reordere
 def test_a_reordered_pipeline_that_the_host_holds_up_is_not_taken_for_another(
     monkeypatch, other_as_run, same, taken
 ):
-    search = searched("gpt-tiny", "8xcpu", batch=16)
-    pipelines = Pipelines(search)
+    problem = problem_of("gpt-tiny", "8xcpu", batch=16)
+    pipelines = pipelines_on(problem)
     pipelines.begin()
     best = pipelines.best
     priced = replace(best.priced, seconds=0.9 * best.seconds)
@@ -442,11 +442,11 @@ def test_a_stage_may_have_three_axes():
 
 
 def test_any_number_of_microbatches_that_divides_the_batch_is_searched():
-    search = searched("gpt-tiny", "4xcpu", batch=60)
+    problem = problem_of("gpt-tiny", "4xcpu", batch=60)
     assert (
-        Pipelines(search).choices.counts
+        pipelines_on(problem).choices.counts
         == (1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60)
-        == search._counts()
+        == flat_on(problem)._counts()
     )
 
 

@@ -29,11 +29,13 @@ from meshwright.planner.intra.space import build as build_space
 from meshwright.planner.memory.ledger import Ledger
 from meshwright.planner.memory.lifetimes import lifetimes
 from meshwright.planner.memory.storage import as_xla
+from meshwright.planner.problem import Problem
 from meshwright.planner.report.moves import find_collectives
 from meshwright.planner.request import Request
 from meshwright.planner.search.candidates import Candidate
 from meshwright.planner.search.meshes import finest, mesh_of, meshes, other_groups
 from meshwright.planner.search.search import Search
+from meshwright.planner.trace import Trace
 from meshwright.view.text import proof_line
 from meshwright.view.words import words
 
@@ -264,7 +266,8 @@ def test_groups_of_hosts_of_other_sizes_are_tried_next_to_the_best():
     assert other_groups(cluster, mesh_of((32, 2))) == ()
 
     def searched(shape):
-        search = Search(graph, cluster, Request(), Roofline(cluster), "mlp", "x", lambda line: None)
+        problem = Problem(graph, cluster, Request(), Roofline(cluster), "mlp", "x")
+        search = Search(problem, Trace(problem.request.time_limit))
         search.relaxed(Candidate(mesh_of(shape), "none", 1))
         return search
 

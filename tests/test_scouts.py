@@ -16,11 +16,12 @@ from meshwright.api import plan_captured
 from meshwright.ir.analysis.blocks import fold
 from meshwright.ir.cluster.cluster import Cluster
 from meshwright.planner.cost.model import Roofline
-from meshwright.planner.pipeline.search import Pipelines
+from meshwright.planner.problem import Problem
 from meshwright.planner.request import Request
-from meshwright.planner.search import scouts
-from meshwright.planner.search.search import Search
+from meshwright.planner.search import scout, scouts
 from meshwright.recipe import make
+
+from .pipelines import pipelines_on
 
 EIGHT = Cluster.parse("8xh100x1@ib100")
 
@@ -31,10 +32,8 @@ def step():
     return made.capture(True)
 
 
-def searching(step) -> Search:
-    return Search(
-        fold(step.graph), EIGHT, Request(pp="auto"), Roofline(EIGHT), "", "", lambda line: None
-    )
+def problem_of(step) -> Problem:
+    return Problem(fold(step.graph), EIGHT, Request(pp="auto"), Roofline(EIGHT), "", "")
 
 
 def gone(found: scouts.Scouts) -> bool:
@@ -97,9 +96,9 @@ def test_a_scout_starts_whatever_lies_beside_the_users_file(monkeypatch, tmp_pat
 
 
 def test_bounds_of_a_scout_are_those_of_the_search(step):
-    search = searching(step)
-    pipelines, folded = Pipelines(search), replace(search.folded, whole=search.folded.small)
-    work_out = scouts._worker(folded, EIGHT, search.request, search.cost, pipelines.choices.units)
+    problem = problem_of(step)
+    pipelines, folded = pipelines_on(problem), replace(problem.folded, whole=problem.folded.small)
+    work_out = scout._worker(folded, EIGHT, problem.request, problem.cost, pipelines.choices.units)
     shapes = [shape for shape in pipelines.choices.families() if shape.stages in (2, 4)][::2]
     assert len(shapes) > 3
     for family in shapes:
@@ -109,13 +108,13 @@ def test_bounds_of_a_scout_are_those_of_the_search(step):
 
 
 def test_a_scout_that_dies_leaves_the_work_to_the_search(step):
-    search = searching(step)
-    pipelines = Pipelines(search)
+    problem = problem_of(step)
+    pipelines = pipelines_on(problem)
     found = scouts.Scouts(1)
     try:
         key = (next(pipelines.choices.families()), inf)
         found.processes[0].kill()
-        found.brief(search, pipelines.choices.units)
+        found.brief(problem, pipelines.choices.units)
         found.wish([key])
         assert found.take(key) is None
     finally:

@@ -31,8 +31,8 @@ from meshwright.planner.search.meshes import plane_meshes
 from meshwright.view.text import plan_head
 from meshwright.view.words import duty
 
-from .pipelines import case
-from .test_parts import chain_search
+from .pipelines import case, pipelines_on
+from .test_parts import chain_problem
 
 UNLIKE = (512, 128, 48, 64, 128)  # four products: about 4, 1, 1, 2 parts of the time
 
@@ -90,7 +90,7 @@ REQUEST = Request(pp=4, microbatches=8, recompute="none", schedule="1f1b", gap=0
 
 
 def explored(request: Request, widths=UNLIKE, cluster: str = "8xcpu") -> tuple[Pipelines, Unequal]:
-    pipelines = Pipelines(chain_search(cluster, request, 8192, widths))
+    pipelines = pipelines_on(chain_problem(cluster, request, 8192, widths))
     pipelines.explore()
     unequal = Unequal(pipelines)
     unequal.explore(pipelines.best.seconds)
@@ -104,12 +104,12 @@ def test_unequal_stages_equal_trying_every_split():
     ranks = {}
     for size in (1, 2, 4):
         whole = Watched(runs_of(units, 0, len(units)), 1.0)
-        shapes = [Shape(4, mesh, "none", 8) for mesh in plane_meshes(unequal.search.cluster, size)]
+        shapes = [Shape(4, mesh, "none", 8) for mesh in plane_meshes(unequal.problem.cluster, size)]
         ranks[size] = layouts.fastest(shapes, (whole,))
     best, at = inf, ()
     for sizes in (each for each in deals(8, (1, 2, 4)) if len(each) == 4):
         pricing = Pricing(
-            units, unequal._places([ranks[size] for size in sizes]), unequal.search.cluster
+            units, unequal._places([ranks[size] for size in sizes]), unequal.problem.cluster
         )
         for cut in combinations(range(1, len(units)), 3):
             priced = pricing.with_cut(one_f_one_b(4, 8), (0, *cut))
@@ -124,7 +124,7 @@ def test_unequal_stages_equal_trying_every_split():
 def test_layouts_of_unequal_stages_are_found_with_overlap():
     _, unequal = explored(replace(REQUEST, overlap="all"), cluster="8xh100x1@ib400")
     whole = Watched(runs_of(unequal.units, 0, len(unequal.units)), 1.0)
-    shapes = [Shape(4, mesh, "none", 8) for mesh in plane_meshes(unequal.search.cluster, 4)]
+    shapes = [Shape(4, mesh, "none", 8) for mesh in plane_meshes(unequal.problem.cluster, 4)]
     rank = unequal.layouts.fastest(shapes, (whole,))
     assert rank is not None
     each, _ = unequal.layouts.costs(rank)

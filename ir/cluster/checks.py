@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from ..errors import ClusterError
 from ..units import counted, format_bandwidth
 from . import presets
-from .parts import Tier, near
-
-if TYPE_CHECKING:
-    from .cluster import Cluster
+from .parts import Device, Group, Tier, near
 
 
-def check_fabric(cluster: Cluster) -> None:
+class Connected(Protocol):
+    """A cluster, as far as its fabric is concerned."""
+
+    @property
+    def devices(self) -> Mapping[str, Device]: ...
+    @property
+    def groups(self) -> Sequence[Group]: ...
+    @property
+    def fabric(self) -> Sequence[Tier]: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def hosts(self) -> int: ...
+
+
+def check_fabric(cluster: Connected) -> None:
     """Names, shapes, reach and order of the tiers, closest first; raises ClusterError."""
     names = [tier.name for tier in cluster.fabric]
     for tier in cluster.fabric:
@@ -53,7 +66,7 @@ def _check_order(near: Tier, far: Tier) -> None:
         )
 
 
-def _check_shape(cluster: Cluster, tier: Tier) -> None:
+def _check_shape(cluster: Connected, tier: Tier) -> None:
     if tier.shape is None:
         return
     product = 1
@@ -72,7 +85,7 @@ def _check_shape(cluster: Cluster, tier: Tier) -> None:
         )
 
 
-def _check_one_way(cluster: Cluster, tier: Tier) -> None:
+def _check_one_way(cluster: Connected, tier: Tier) -> None:
     """Vendors quote NVLink as the sum of both directions; we count one."""
     for device in cluster.devices.values():
         inside = presets.inside_bandwidth(presets.family(device.name))

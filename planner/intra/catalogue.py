@@ -7,7 +7,7 @@ many microbatch counts works each of these out once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +15,6 @@ from ...ir.mesh import Axis, Mesh
 from ...ir.rules.rule import Rule, Strategy, cuttable, operand_sharding, result_sharding
 from ...ir.sharding import Sharding, Step, reshard
 from .strategies import Splits, divides, follow, layouts_by, strategies
-
-if TYPE_CHECKING:
-    from .frame import Frame
-    from .outline import Outline
 
 UNKNOWN, IMPOSSIBLE = -1, 0  # numbers of moves
 
@@ -55,7 +51,7 @@ class Catalogue:
         self.mesh = mesh  # only the names of its axes count
         self.known: list[Sharding] = []
         self.moves: list[Move | None] = [None]
-        self.frames: dict[Outline, dict[tuple[int, ...], Frame]] = {}  # kept by `frame_of`
+        self.memo: dict[object, Any] = {}  # what others work out once for all meshes that share it
         self._numbers: dict[Sharding, int] = {}
         self._move_of = np.full((64, 64), UNKNOWN, np.int32)  # source, target -> number in `moves`
         self._move_numbers: dict[tuple, int] = {}

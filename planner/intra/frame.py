@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,9 +25,6 @@ from .catalogue import Taken
 from .layouts import Layouts
 from .outline import Decides, Free, How, Named, Outline, Reading, Slot, outline_of
 from .strategies import Splits
-
-if TYPE_CHECKING:
-    from .fused import Fused
 
 
 @dataclass
@@ -143,7 +140,7 @@ class Frame:
     taken: dict[str, Taken] = field(default_factory=dict)
     op_node: dict[str, int] = field(default_factory=dict)
     wants: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
-    fused: dict[tuple[Kernels, int], Fused] = field(default_factory=dict)  # kept by `fused_of`
+    memo: dict[object, Any] = field(default_factory=dict)  # what others work out once of it
     _alike: dict[Kernels, list[Alike]] = field(default_factory=dict)
 
     @cached_property
@@ -234,7 +231,7 @@ def frame_of(
     )
     if decided is not None:
         return _Deciding(outline, splits, layouts, decided).run()
-    known = layouts.catalogue.frames.setdefault(outline, {})
+    known: dict[tuple[int, ...], Frame] = layouts.catalogue.memo.setdefault(outline, {})
     if splits not in known:
         known[splits] = _Deciding(outline, splits, layouts, None).run()
     return known[splits]

@@ -42,9 +42,9 @@ class Fused:
 
 def fused_of(frame: Frame, kernels: Kernels, cost: CostModel) -> Fused:
     """Lay out the ops of a frame; kept in it, as meshes and microbatch counts share it."""
-    known = frame.fused.get((kernels, id(cost)))
+    known: Fused | None = frame.memo.get((kernels, id(cost)))
     if known is None:
-        known = frame.fused[kernels, id(cost)] = _laid_out(frame, kernels, cost)
+        known = frame.memo[kernels, id(cost)] = _laid_out(frame, kernels, cost)
     return known
 
 

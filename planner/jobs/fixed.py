@@ -18,11 +18,13 @@ from ..intra.space import build
 from ..memory.ledger import Ledger
 from ..memory.lifetimes import lifetimes
 from ..memory.storage import as_xla
+from ..problem import Problem
 from ..report.of_plan import write_plan
 from ..request import Request, check
-from ..search.candidates import Candidate
-from ..search.search import Search
+from ..search.candidates import Best, Candidate, SearchResult
+from ..search.ties import in_fewest_bytes
 from ..solver.onehot import Solution
+from ..trace import Trace
 from .pinned import Parallelism, Pinned
 
 
@@ -57,22 +59,18 @@ def fixed_plan(
         loss=loss,
         overlap=overlap,
     )
-    found = Search(
-        folded, cluster, request, Roofline(cluster), name, fingerprint, lambda line: None
-    )
-    program = found.program(recompute)
+    problem = Problem(folded, cluster, request, Roofline(cluster), name, fingerprint)
+    program, trace = problem.program(recompute), Trace(request.time_limit)
     check(request, cluster, program.time)
     pinned = Pinned(program, parallelism, runs=True)
-    beside, layouts = request.execution.overlap, Layouts(found.cost.collectives(pinned.mesh))
-    space = build(program, microbatches, found.cost, layouts, pinned, overlap=beside)
+    beside, layouts = request.execution.overlap, Layouts(problem.cost.collectives(pinned.mesh))
+    space = build(program, microbatches, problem.cost, layouts, pinned, overlap=beside)
     storage = as_xla(program, cluster.device.kind)
     lives = lifetimes(program, microbatches, roles(program.graph), storage, beside)
     choices = (0,) * len(space.nodes)
     ledger = Ledger(space, lives)
     solution = Solution("feasible", "proof", choices, space.seconds(choices), 0.0)
-    found.best.candidate = Candidate(pinned.mesh, recompute, microbatches)
-    found.best.space, found.best.lives = space, lives
-    found.best.answer = Answer(solution, *ledger.peak(ledger.local_bytes(choices)))
-    found.closed_bound = 0.0
-    found.log.append(f"{parallelism}: given, not searched")
-    return write_plan(found)
+    answer = Answer(solution, *ledger.peak(ledger.local_bytes(choices)))
+    best = Best(Candidate(pinned.mesh, recompute, microbatches), space, lives, answer)
+    trace.log.append(f"{parallelism}: given, not searched")
+    return write_plan(in_fewest_bytes(SearchResult(problem, best, 0.0, trace)))

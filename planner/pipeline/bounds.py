@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import inf
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +17,11 @@ from ..intra.solve import live_of
 from ..intra.space import Space, build
 from ..memory.ledger import least_bytes, least_peak
 from ..memory.lives import Lifetimes
+from ..problem import Problem
 from ..solver.anytime import solve_live
 from ..solver.live import Demand, Live
 from ..solver.onehot import Solution
+from ..trace import Trace
 from .choices import Choices, Shape
 from .stage_memory import Holdings, Runs
 from .stage_windows import stage_windows
@@ -28,10 +29,7 @@ from .unit_costs import all_bytes
 from .units import runs_of
 from .watched import Limited, Watched, limited
 
-if TYPE_CHECKING:
-    from ..search.search import Search
-
-Problem = Callable[[Space], Limited]  # what is asked of a space at given prices
+Limiting = Callable[[Space], Limited]  # a space at given prices, under limits of memory
 SOLVE_GAP = 0.5  # of the gap asked for: what one solve may leave open
 ONE_SOLVE = 1.0  # seconds
 ENOUGH = 1.1  # times what is to be beaten: bounds above say no more
@@ -41,12 +39,13 @@ ENOUGH = 1.1  # times what is to be beaten: bounds above say no more
 class Bounds:
     """Bounds of one search, and what they share with its solves: spaces, and what units hold."""
 
-    search: Search
+    problem: Problem
+    trace: Trace
     choices: Choices
     spaces: dict[Shape, Space] = field(default_factory=dict)
 
     def holdings(self, policy: Policy, microbatches: int) -> Holdings:
-        overlap = self.search.request.execution.within
+        overlap = self.problem.request.execution.within
         key: tuple[Policy, int] = policy, microbatches
         if key not in self._holdings:
             alike = (
@@ -54,7 +53,7 @@ class Bounds:
                 for (p, m), h in self._holdings.items()
                 if p == policy and (m > 1) == (microbatches > 1)
             )
-            cut, cluster = self.choices.cut(policy, microbatches), self.search.cluster
+            cut, cluster = self.choices.cut(policy, microbatches), self.problem.cluster
             self._holdings[key] = (
                 next(alike, None) or Holdings.of(cut, microbatches, cluster, overlap)
             ).counted(microbatches)
@@ -84,7 +83,7 @@ class Bounds:
         the fullest has: the more, the longer it takes, and the fewer the first one can have, which holds most
         microbatches. Of cases that bound below `enough` the lowest are told apart to a single number of layers, which
         is given too."""
-        if self.search.request.program == "single" or not self._plain(shape):
+        if self.problem.request.program == "single" or not self._plain(shape):
             return 0.0, 0
         least, most = self.choices.fullest(shape, enough)
         cases = [self._case(shape, least, least, enough)]
@@ -115,7 +114,7 @@ class Bounds:
             least = max(least, inf if found.status == "infeasible" else found.lower_bound + more)
         return least, low, high
 
-    def _within(self, shape: Shape, low: int, high: int) -> Problem | None:
+    def _within(self, shape: Shape, low: int, high: int) -> Limiting | None:
         """Seconds under the memory of stages at any moment, where the fullest has so many layers. None where gradients
         of weights may wait for passes of their own."""
         if any(
@@ -124,7 +123,7 @@ class Bounds:
             return None
         watched = [*self._fullest(low), *self._ends(shape, high), *self._together(shape, high)]
         holdings = self.holdings(shape.policy, shape.microbatches)
-        return lambda space: limited(space, holdings, watched, self.search.limit)
+        return lambda space: limited(space, holdings, watched, self.problem.limit)
 
     def _fullest(self, layers: int) -> Iterator[Watched]:
         """The stage with so many layers, wherever it is."""
@@ -190,10 +189,10 @@ class Bounds:
 
     def weighted(self, shape: Shape, weights: Mapping[str, float]) -> Space:
         """The space of a shape where ops count so often by tag, in the windows of its stages."""
-        program = self.search.program(shape.policy, in_stages=True)
-        layouts = self.search.layouts_on(shape.mesh)
-        space = build(program, shape.microbatches, self.search.cost, layouts, runs=weights)
-        if overlap := self.search.request.execution.within:
+        program = self.problem.program(shape.policy, in_stages=True)
+        layouts = self.problem.layouts_on(shape.mesh)
+        space = build(program, shape.microbatches, self.problem.cost, layouts, runs=weights)
+        if overlap := self.problem.request.execution.within:
             passes = self.choices.cut(shape.policy, shape.microbatches).passes
             outline = space.frame.outline
             space.windows = stage_windows(outline, passes, weights, shape.stages, overlap)
@@ -202,7 +201,7 @@ class Bounds:
     def bound(
         self,
         space: Space,
-        problem: Problem,
+        problem: Limiting,
         cutoff: float = inf,
         start: np.ndarray | None = None,
     ) -> tuple[Solution, np.ndarray]:
@@ -219,16 +218,16 @@ class Bounds:
             return replace(found, choices=chosen)
 
         # so near its bound, a shape slower than the best is ruled out
-        enough = self.search.request.good_enough
+        enough = self.problem.request.good_enough
         return solve_overlapped(space, solve, enough, cutoff, start)
 
     def cannot_fit(self, shape: Shape) -> bool:
         """Whether a shape fits in no way."""
-        return self._crowded(shape, 1.0) or self._least_of_layers(shape) > self.search.limit
+        return self._crowded(shape, 1.0) or self._least_of_layers(shape) > self.problem.limit
 
     def with_room(self, family: Shape) -> list[int]:
         """The microbatch counts of a family that may fit: more microbatches never need more."""
-        counts, limit = self.choices.counts, self.search.limit
+        counts, limit = self.choices.counts, self.problem.limit
         shapes = [replace(family, microbatches=many) for many in counts]
         first = bisect_left(shapes, True, key=lambda shape: not self._crowded(shape, 1.0))
         if first < len(counts) and self._least_of_layers(shapes[first]) > limit:
@@ -257,7 +256,7 @@ class Bounds:
 
     def _crowded(self, shape: Shape, held: float) -> bool:
         """Whether all stages together have no room for so many microbatches, however everything lies."""
-        return self._least_of_all(shape, held) > self.search.limit
+        return self._least_of_all(shape, held) > self.problem.limit
 
     def _least_of_all(self, shape: Shape, held: float) -> float:
         """Of all stages together with so many microbatches, shared out evenly."""
@@ -294,7 +293,7 @@ class Bounds:
         }
         weights |= {v: float(many) for v, many in inputs.items()}
         demands, fixed = self._demands(space, weights)
-        limit = np.array([shape.stages * self.search.limit - fixed])
+        limit = np.array([shape.stages * self.problem.limit - fixed])
         return Live(base.costs, base.edges, demands, limit)
 
     def _least_held(self, shape: Shape, beat: float) -> float:
@@ -316,12 +315,12 @@ class Bounds:
         )
 
     def solve(self, live: Live, cutoff: float = inf) -> Solution:
-        left = max(0.5, min(ONE_SOLVE, self.search.deadline - time.monotonic()))
+        left = max(0.5, min(ONE_SOLVE, self.trace.deadline - time.monotonic()))
         solution = solve_live(
             live,
             time_limit=left,
-            gap=SOLVE_GAP * self.search.request.good_enough,
-            seed=self.search.request.seed,
+            gap=SOLVE_GAP * self.problem.request.good_enough,
+            seed=self.problem.request.seed,
             cutoff=cutoff,
         )
         if solution.stopped_by == "interrupt":

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,13 +15,11 @@ from ...ir.passes.microbatch import Refusal
 from ...ir.passes.recompute import Policy
 from ...ir.pipeline.schedule import Schedule
 from ..cost.least import spread, summed
+from ..problem import Problem
 from ..search.meshes import mesh_of, plane_meshes, stage_sizes
 from .schedules import entry, schedule_named
 from .single import can_be_even, even_firsts
 from .units import Cut, Units, check_enough, find_units
-
-if TYPE_CHECKING:
-    from ..search.search import Search
 
 Choice = tuple[str, int]  # a schedule and its stages per rank
 Work = tuple[str, int | None]  # a pass and a kind of unit
@@ -60,45 +57,45 @@ class Floor:
 class Choices:
     """The space of one search."""
 
-    search: Search
+    problem: Problem
 
     @cached_property
     def units(self) -> Units:
-        wanted = self.search.request.pp
+        wanted = self.problem.request.pp
         stages = wanted * self._chunks if isinstance(wanted, int) else FEW
-        return find_units(self.search.folded, self.search.program("none"), stages)
+        return find_units(self.problem.folded, self.problem.program("none"), stages)
 
     @cached_property
     def batch(self) -> int:
-        axis = self.search.program("none").time
+        axis = self.problem.program("none").time
         return 1 if isinstance(axis, Refusal) else axis.parts
 
     @cached_property
     def stage_counts(self) -> tuple[int, ...]:
-        cluster, wanted = self.search.cluster, self.search.request.pp
+        cluster, wanted = self.problem.cluster, self.problem.request.pp
         if isinstance(wanted, int):
             check_enough(self.units, wanted, cluster.size)
-            if self.search.request.program == "single":
+            if self.problem.request.program == "single":
                 even_firsts(self.units, wanted)
             return self._with_schedule([wanted] if cluster.size % wanted == 0 else [])
         found = sorted(
             cluster.size // n for n in stage_sizes(cluster) if cluster.size // n <= len(self.units)
         )
-        if self.search.request.program == "single":
+        if self.problem.request.program == "single":
             found = [stages for stages in found if can_be_even(self.units, stages)]
         return self._with_schedule(found)
 
     @cached_property
     def counts(self) -> tuple[int, ...]:
         """Microbatches: divisors of the batch."""
-        if self.search.request.microbatches is not None:
-            return (self.search.request.microbatches,)
-        least = 2 if self.search.request.program == "single" and self.batch > 1 else 1
+        if self.problem.request.microbatches is not None:
+            return (self.problem.request.microbatches,)
+        least = 2 if self.problem.request.program == "single" and self.batch > 1 else 1
         return tuple(m for m in range(least, self.batch + 1) if self.batch % m == 0)
 
     def schedules(self, stages: int, microbatches: int = 0) -> tuple[Choice, ...]:
         """What may be tried for so many stages: interleaving where there are layers enough, else zero bubble."""
-        request = self.search.request
+        request = self.problem.request
         if request.program == "single":
             return (("gpipe", 1),)
         if request.schedule is None:
@@ -113,7 +110,7 @@ class Choices:
         """Stages per rank that may be worth while: up to a few each, and those that share layers out evenly; of
         those, the ones that save something of the bubble, the even ones beside the even ones before."""
         uneven = microbatches < stages or microbatches % (microbatches // stages)
-        if microbatches and uneven and self.search.request.schedule is None:
+        if microbatches and uneven and self.problem.request.schedule is None:
             return
         before, even_before = 1, 1
         for chunks in range(2, len(self.units) // stages + 1):
@@ -130,7 +127,7 @@ class Choices:
     @cached_property
     def _chunks(self) -> int:
         """Stages per rank of the schedule that is asked for, at least."""
-        request = self.search.request
+        request = self.problem.request
         return (
             1 if request.schedule is None else entry(request.schedule).chunks or request.chunks or 2
         )
@@ -149,7 +146,7 @@ class Choices:
 
     def _lacking(self, stages: int) -> PlanError | None:
         """Why the schedule that is asked for cannot be for so many ranks; None where it can, or none is."""
-        request, chunks = self.search.request, self._chunks
+        request, chunks = self.problem.request, self._chunks
         if request.schedule is None:
             return None
         name = entry(request.schedule).name
@@ -194,13 +191,13 @@ class Choices:
 
     def meshes(self, stages: int) -> tuple[Mesh, ...]:
         return plane_meshes(
-            self.search.cluster, self.search.cluster.size // stages, self.search.request.mesh
+            self.problem.cluster, self.problem.cluster.size // stages, self.problem.request.mesh
         )
 
     def families(self) -> Iterator[Shape]:
         for stages in self.stage_counts:
             for mesh in self.meshes(stages):
-                for policy in self.search.policies:
+                for policy in self.problem.policies:
                     yield Shape(stages, mesh, policy)
 
     def bubble(self, shape: Shape, name: str) -> float:
@@ -234,7 +231,7 @@ class Choices:
         """By microbatch count, that which says most."""
         if (stages, policy) not in self._known_floors:
             work, found = self._work_of(stages, policy), []
-            for mean in (1.0,) if self.search.request.program == "single" else (1.0, ENDS):
+            for mean in (1.0,) if self.problem.request.program == "single" else (1.0, ENDS):
                 shares = {
                     key: self._shares(stages, key[0], key[1] == self.units.middle, mean)
                     for key in work
@@ -269,11 +266,11 @@ class Choices:
     def _work_of(self, stages: int, policy: Policy) -> Mapping[Work, np.ndarray]:
         """Least seconds of one run of every class of ops, by microbatch count."""
         if policy not in self.sums:
-            program = self.search.program(policy, in_stages=True)
+            program = self.problem.program(policy, in_stages=True)
             known = self.cut(policy, self.counts[-1])
             of = lambda tag: (known.passes.get(tag, "once"), known.kind_of(tag))  # noqa: E731
-            self.sums[policy] = summed(program, self.search.cost, of)
-        spread_out = spread(self.sums[policy], [self.search.cluster.size // stages], self.counts)
+            self.sums[policy] = summed(program, self.problem.cost, of)
+        spread_out = spread(self.sums[policy], [self.problem.cluster.size // stages], self.counts)
         return {key: seconds[0] for key, seconds in spread_out.items()}
 
     sums: dict[Policy, Mapping[Work, np.ndarray]] = field(default_factory=dict)  # `summed`
@@ -281,7 +278,7 @@ class Choices:
     def take_cuts_of(self, other: Choices) -> None:
         """Use the cuts of another cluster's search for the same step, and the work where devices are alike."""
         self.units, self._cuts = other.units, other._cuts
-        if self.search.cluster.device == other.search.cluster.device:
+        if self.problem.cluster.device == other.problem.cluster.device:
             self.sums = other.sums
 
     def cut(self, policy: Policy, microbatches: int) -> Cut:
@@ -293,8 +290,8 @@ class Choices:
                 if key[1]
                 else 1
             )
-            program = self.search.program(policy, in_stages=True)
-            self._cuts[key] = Cut.of(self.units, program, self.search.folded.small, many)
+            program = self.problem.program(policy, in_stages=True)
+            self._cuts[key] = Cut.of(self.units, program, self.problem.folded.small, many)
         return self._cuts[key]
 
     _cuts: dict[tuple[Policy, bool], Cut] = field(default_factory=dict)
@@ -310,7 +307,7 @@ class Choices:
         equally many, the ends on top."""
         cut, single = (
             self.cut(shape.policy, shape.microbatches),
-            self.search.request.program == "single",
+            self.problem.request.program == "single",
         )
         on_top = (
             (shape.microbatches - 1)
@@ -400,7 +397,7 @@ class Choices:
         if name == "once":
             return np.full(len(many), 1 / stages)
         bubble = self.bubbles(stages, name)
-        if self.search.request.program == "single":
+        if self.problem.request.program == "single":
             return (many + (bubble if layer else 0.0)) / stages
         full = (many - 1) * self.imbalance(stages) + 1 + bubble if layer else 0.0
         return np.maximum(1e-9, mean * (many + bubble) + (1 - mean) * full) / stages

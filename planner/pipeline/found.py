@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import TYPE_CHECKING
 
+from ...ir.analysis.blocks import Folded
 from ...ir.errors import LoweringError, MeshwrightError, PlanError
 from ...ir.pipeline.layered import layered
 from ...ir.pipeline.one_program import check_one_program
@@ -15,13 +15,12 @@ from ...ir.pipeline.stages import cut_stages
 from ...ir.program import prepare
 from ...ir.units import format_seconds
 from ..intra.space import Space
+from ..problem import Problem
 from ..report.of_pipeline import Way
+from ..trace import Trace
 from .choices import Shape
 from .priced import Priced, Pricing
 from .single import price_single, with_dispatch
-
-if TYPE_CHECKING:
-    from ..search.search import Search
 
 
 @dataclass
@@ -65,7 +64,7 @@ class Found:
         return with_dispatch(self.pricing, self.priced, kind)
 
 
-def with_program(found: Found, search: Search) -> Found:
+def with_program(found: Found, problem: Problem, trace: Trace) -> Found:
     """The same with seconds by each kind of program, as the faster of them.
 
     Raises:
@@ -73,16 +72,16 @@ def with_program(found: Found, search: Search) -> Found:
     """
     if found.priced is None or found.pricing is None or found.shape is None:
         return found
-    wanted, programs = search.request.program, {}
+    wanted, programs = problem.request.program, {}
     if wanted != "single":
-        programs["stages"] = found.as_run(search.cluster.device.kind)
+        programs["stages"] = found.as_run(problem.cluster.device.kind)
     single, why = None, ""
     try:
-        if wanted != "stages" and search.request.schedule in (None, "gpipe"):
+        if wanted != "stages" and problem.request.schedule in (None, "gpipe"):
             single = price_single(found.pricing, found.shape.microbatches)
             programs["single"] = single.seconds
             if single.seconds < programs.get("stages", inf):
-                _check_alike(found, single, search)
+                _check_alike(found, single, problem.folded)
     except MeshwrightError as error:
         if wanted == "single" and isinstance(error, LoweringError):
             raise PlanError.at(error, None, None) from error
@@ -91,15 +90,14 @@ def with_program(found: Found, search: Search) -> Found:
         single, why = None, error.what
         programs.pop("single", None)
     if single is not None and single.seconds < programs.get("stages", inf):
-        search.note(f"{found.shape}, a single program: {format_seconds(single.seconds)}")
+        trace.note(f"{found.shape}, a single program: {format_seconds(single.seconds)}")
         found = replace(found, priced=single, apart=found.priced)
     return replace(found, programs=programs, why=why)
 
 
-def _check_alike(found: Found, single: Priced, search: Search) -> None:
+def _check_alike(found: Found, single: Priced, folded: Folded) -> None:
     """Raises LoweringError where the layers of the whole step are not one program on other values, or what
     they hold does not lie alike."""
-    folded = search.folded
     assert found.shape and found.space and found.pricing
     cuts = part_cuts(folded, [found.pricing.units.cuts[first] for first in single.firsts])
     program = prepare(folded.whole, found.shape.policy, in_stages=True)

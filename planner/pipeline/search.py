@@ -29,9 +29,12 @@ from ...ir.plan import Plan
 from ...ir.units import format_bytes, format_seconds
 from ..intra.overlapped import solve_overlapped
 from ..intra.space import Space
+from ..problem import Problem
 from ..report.of_pipeline import LEFT_OUT, Chosen, Rank, write_pipeline
 from ..search.meshes import finer_stages
+from ..search.search import Ahead
 from ..solver.onehot import Solution
+from ..trace import Trace
 from .bounds import SOLVE_GAP, Bounds
 from .carried import Carried
 from .choices import Choices, Shape
@@ -46,7 +49,6 @@ from .watched import Watched, crowded_stages, limited, watched_stages
 
 if TYPE_CHECKING:
     from ..search.candidates import Candidate
-    from ..search.search import Search
 
 TRIES = 3  # solves of a shape: the solver does not see all of the memory, so its limit is drawn in
 ORDER = 0.2  # of the time limit: the last part, in which whatever is best is tried in a better order at once
@@ -59,9 +61,11 @@ BETTER = 0.002  # of a step: what meshes of more axes may win at least, to be so
 
 @dataclass
 class Pipelines:
-    """Explores pipelines on behalf of a search, whose request, prices and clock it uses."""
+    """Explores pipelines; `scouts` work out bounds ahead."""
 
-    search: Search
+    problem: Problem
+    trace: Trace
+    scouts: Ahead | None = None
     choices: Choices = field(init=False)
     bounds: Bounds = field(init=False)
     # with passes in the order of a schedule, until `reorder`; and the best of some time, in a better one
@@ -84,8 +88,9 @@ class Pipelines:
     carried: Carried = field(init=False)
 
     def __post_init__(self) -> None:
-        self.choices = Choices(self.search)
-        self.bounds, self.carried = Bounds(self.search, self.choices), Carried(self.choices)
+        self.choices = Choices(self.problem)
+        self.bounds = Bounds(self.problem, self.trace, self.choices)
+        self.carried = Carried(self.choices)
 
     # ------------------------------------------------------------ the search
 
@@ -96,7 +101,7 @@ class Pipelines:
             cutoff: seconds of a plan that is known.
         """
         self.begin()
-        while self.promises(cutoff) < inf and not self.search.past_deadline():
+        while self.promises(cutoff) < inf and not self.trace.past_deadline():
             self.step(cutoff)
 
     def begin(self) -> None:
@@ -104,7 +109,7 @@ class Pipelines:
         for family in self.choices.families():
             self._push(self.choices.floor(family), family)
         first = self._first()
-        while first and not self.search.past_deadline():
+        while first and not self.trace.past_deadline():
             shape = first.pop(0)
             ruled_out = self.choices.floor(shape) >= self.best.seconds or self.bounds.cannot_fit(
                 shape
@@ -132,7 +137,7 @@ class Pipelines:
         except KeyboardInterrupt:
             self._push(bound, family)  # what was left of it is open still
             raise
-        self.search.report_progress(self.beat, self.lower_bound(), self.looked, self._left(cutoff))
+        self.trace.report_progress(self.beat, self.lower_bound(), self.looked, self._left(cutoff))
 
     def _advance(self, family: Shape, bound: float, cutoff: float) -> None:
         """Look at the family's microbatch counts, the least first; each bounds its multiples. A family whose
@@ -169,7 +174,7 @@ class Pipelines:
 
     def _bound(self, shape: Shape, soon: Iterable[Shape]) -> tuple[float, float]:
         """What `relaxed` gives; other processes begin with what comes soon."""
-        scouts = self.search.scouts
+        scouts = self.scouts
         beat, found = self.beat, None
         if scouts is not None:
             scouts.wish(
@@ -211,11 +216,11 @@ class Pipelines:
 
     def as_run(self) -> float:
         """Seconds of the best with the host's dispatch, as programs of its stages."""
-        return self._faster().as_run(self.search.cluster.device.kind)
+        return self._faster().as_run(self.problem.cluster.device.kind)
 
     def _faster(self) -> Found:
         """The best pipeline, or one whose passes were reordered."""
-        kind, best, other = self.search.cluster.device.kind, self.best, self.reordered
+        kind, best, other = self.problem.cluster.device.kind, self.best, self.reordered
         slow = other.shape != best.shape and other.as_run(kind) >= best.as_run(kind)
         return other if other.seconds < best.seconds and not slow else best
 
@@ -225,7 +230,7 @@ class Pipelines:
         return min(self.best.seconds, self.reordered.seconds)
 
     def _enough(self, cutoff: float) -> float:
-        return min(self.beat, cutoff) * (1 - self.search.request.good_enough)
+        return min(self.beat, cutoff) * (1 - self.problem.request.good_enough)
 
     def _push(self, bound: float, shape: Shape) -> None:
         if bound < inf:
@@ -235,7 +240,7 @@ class Pipelines:
 
     def _first(self) -> list[Shape]:
         """For each number of stages a usual choice, to have something to beat."""
-        policy = self.search.policies[-2:][0]  # "selective", or what makes the same program
+        policy = self.problem.policies[-2:][0]  # "selective", or what makes the same program
         pairs = [(n, mesh) for n in self.choices.stage_counts for mesh in self.choices.meshes(n)]
         usual = [
             (n, mesh) for n, mesh in pairs if mesh.shape[-1] > 2 or len(self.choices.meshes(n)) == 1
@@ -256,7 +261,7 @@ class Pipelines:
         """Offer what fits of one shape; `beat`: seconds that it has to beat, by default those of the best; `layers`: of
         the fullest stage where the step may be fastest, if known."""
         space, beat = self.bounds.likely(shape), self.best.seconds if beat is None else beat
-        single, schedules = self.search.request.program == "single", self.choices.schedules_for
+        single, schedules = self.problem.request.program == "single", self.choices.schedules_for
         most_to_least = list(schedules(shape))  # stages per rank, of which few hold more
         ends = dict.fromkeys((*most_to_least[:1], *most_to_least[-1:]))
         uneven = layers > self.choices.fullest_at_least(shape.stages)
@@ -276,7 +281,7 @@ class Pipelines:
             first, *_ = self._fitting(shape, space, priced, watched, beat, found)
             return first
 
-        solve_overlapped(space, solve, SOLVE_GAP * self.search.request.good_enough, beat)
+        solve_overlapped(space, solve, SOLVE_GAP * self.problem.request.good_enough, beat)
         return bool(found)
 
     def _fitting(
@@ -286,7 +291,7 @@ class Pipelines:
         """Solutions at given prices, the limit drawn in until one fits or is the best, or there is none; what they
         hold is `known` then."""
         holdings, before = self.bounds.holdings(shape.policy, shape.microbatches), self.best
-        problem = limited(priced, holdings, watched, self.search.limit)
+        problem = limited(priced, holdings, watched, self.problem.limit)
         live = problem.live
         for _ in range(TRIES):
             solution = self.bounds.solve(live, beat)
@@ -299,7 +304,7 @@ class Pipelines:
             yield replace(solution, choices=choices)
             excess = (
                 np.array([memory.held(each.runs, each.held) for each in watched])
-                - self.search.limit
+                - self.problem.limit
             )
             if excess.max() <= 0 or self.best is not before:
                 return
@@ -314,20 +319,20 @@ class Pipelines:
     def offer(self, shape: Shape, space: Space, choices: tuple[int, ...]) -> StageMemory:
         """Price layouts with every schedule, to be the best if they are; gives back what they hold."""
         holdings = self.bounds.holdings(shape.policy, shape.microbatches)
-        units, overlap = self.choices.units, self.search.request.execution.within
+        units, overlap = self.choices.units, self.problem.request.execution.within
         each = unit_seconds(holdings.cut, space, choices, overlap)
         memory, every = StageMemory(holdings, space, choices), runs_of(units, 0, len(units))
-        size, limit = shape.mesh.size, self.search.limit
+        size, limit = shape.mesh.size, self.problem.limit
         places = tuple(
             Place(each, memory, limit, rank * size, size) for rank in range(shape.stages)
         )
-        pricing, work = Pricing(units, places, self.search.cluster), together(every, each)
+        pricing, work = Pricing(units, places, self.problem.cluster), together(every, each)
         peak, left, _ = memory.parts(every)
         self.points.append(Point.of(space, choices, shape.policy, work, peak, left))
         much = shape.microbatches * work.passes / shape.stages < self._much(self.outside)
         best, fastest = inf if much else self.best.seconds, None
         for schedule in self._promising(shape, work.passes, best):
-            if self.search.request.program == "single":
+            if self.problem.request.program == "single":
                 priced = self._single(pricing, shape.microbatches)
             else:
                 priced = pricing.price(schedule, best)
@@ -337,7 +342,7 @@ class Pipelines:
             found = Found(shape, space, choices, pricing, fastest)
             if fastest.seconds < self.best.seconds:
                 self.best = found
-                self.search.note(
+                self.trace.note(
                     f"{shape}, {fastest.schedule.name}: {format_seconds(fastest.seconds)}, "
                     f"{format_bytes(max(fastest.peaks))}"
                 )
@@ -364,11 +369,11 @@ class Pipelines:
         first, counts = self.best.shape, self.choices.counts
         if (
             first is None
-            or self.search.request.mesh is not None
-            or self.search.request.program == "single"
+            or self.problem.request.mesh is not None
+            or self.problem.request.program == "single"
         ):
             return
-        for mesh in finer_stages(self.search.cluster, first.mesh):
+        for mesh in finer_stages(self.problem.cluster, first.mesh):
             self._try(replace(first, mesh=mesh))
         best = self.best.shape
         if best is not None and best != first:
@@ -379,7 +384,7 @@ class Pipelines:
     def _try(self, shape: Shape) -> None:
         before, enough = self.best, self.best.seconds * (1 - BETTER)
         ruled_out = (
-            self.search.past_deadline()
+            self.trace.past_deadline()
             or self.choices.floor(shape) >= enough
             or self.bounds.cannot_fit(shape)
         )
@@ -404,7 +409,7 @@ class Pipelines:
         for shape in (
             each for turn in zip_longest(*ranked.values()) for each in turn if each is not None
         ):
-            if len(self.points) >= points or self.search.past_deadline():
+            if len(self.points) >= points or self.trace.past_deadline():
                 return
             self.solve_shape(shape, beat=inf)
 
@@ -416,25 +421,25 @@ class Pipelines:
 
     def _look_for_order(self, found: Found, cutoff: float) -> None:
         """Look for one, where some order can be faster than what is known."""
-        if not self._order_is_open(found, cutoff) or self.search.past_deadline():
+        if not self._order_is_open(found, cutoff) or self.trace.past_deadline():
             return
         assert found.pricing is not None and found.priced is not None
         self._looked_at.append(found)
         better = found.pricing.reordered(found.priced)
         if better is not None and better.seconds < self.beat:
             self.reordered = replace(found, priced=better)
-            self.search.note(
+            self.trace.note(
                 f"{found.shape}, passes reordered: {format_seconds(better.seconds)}, {format_bytes(max(better.peaks))}"
             )
 
     def hurry(self, cutoff: float) -> None:
         """When time is nearly up, look for a better order of whatever is best by now: at the end it may be too late."""
-        if self.search.past_deadline(ORDER):
+        if self.trace.past_deadline(ORDER):
             self._look_for_order(self.best, cutoff)
 
     def _order_is_open(self, found: Found, cutoff: float) -> bool:
         """Whether its passes were not looked at, and some order of them can be faster than what is known."""
-        request = self.search.request
+        request = self.problem.request
         if found.priced is None or found.pricing is None:
             return False
         if any(found is each for each in self._looked_at):
@@ -458,14 +463,21 @@ class Pipelines:
         Raises:
             PlanError: a single program was asked for, and the stages are not equal.
         """
-        self.best = with_program(self.best, self.search)
+        self.best = with_program(self.best, self.problem, self.trace)
 
     def write(self, bound: float, left_out: tuple[str, ...] = LEFT_OUT) -> Plan:
         """The plan of the best pipeline."""
         best = self.best
         assert best.space and best.pricing and best.priced
-        ranks = [Rank(self.search, best.space, best.choices)] * best.priced.schedule.ranks
+        ranks = [Rank(self.problem, best.space, best.choices)] * best.priced.schedule.ranks
         chosen = Chosen(best.programs, best.why)
         return write_pipeline(
-            ranks, best.pricing, best.priced, self.search.cluster, bound, left_out, chosen
+            ranks,
+            best.pricing,
+            best.priced,
+            self.problem.cluster,
+            bound,
+            self.trace,
+            left_out,
+            chosen,
         )

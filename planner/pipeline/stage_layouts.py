@@ -37,24 +37,24 @@ class StageLayouts:
 
     def _on(self, shape: Shape, watched: tuple[Watched, ...]) -> Rank | None:
         if (shape, watched) not in self.solved:
-            pipelines, search = self.pipelines, self.pipelines.search
+            pipelines, problem = self.pipelines, self.pipelines.problem
             space = pipelines.bounds.likely(shape)
             holdings = pipelines.bounds.holdings(shape.policy, shape.microbatches)
-            problem = lambda priced: limited(priced, holdings, watched, search.limit)  # noqa: E731
-            found = pipelines.bounds.bound(space, problem)[0].choices
-            self.solved[shape, watched] = None if found is None else Rank(search, space, found)
+            under = lambda priced: limited(priced, holdings, watched, problem.limit)  # noqa: E731
+            found = pipelines.bounds.bound(space, under)[0].choices
+            self.solved[shape, watched] = None if found is None else Rank(problem, space, found)
         return self.solved[shape, watched]
 
     def costs(self, rank: Rank) -> tuple[tuple[UnitSeconds, ...], StageMemory]:
         """Seconds and bytes of units on a rank."""
         if id(rank) not in self.parts:
-            policy = rank.search.policy_of(rank.space.program)
+            policy = rank.problem.policy_of(rank.space.program)
             holdings = self.pipelines.bounds.holdings(policy, rank.space.microbatches)
-            overlap = rank.search.request.execution.within
+            overlap = rank.problem.request.execution.within
             seconds = unit_seconds(holdings.cut, rank.space, rank.choices, overlap)
             self.parts[id(rank)] = seconds, StageMemory(holdings, rank.space, rank.choices)
         return self.parts[id(rank)]
 
     def place(self, rank: Rank, first: int) -> Place:
         """The rank on devices from `first` on."""
-        return Place(*self.costs(rank), rank.search.limit, first, rank.space.mesh.size)
+        return Place(*self.costs(rank), rank.problem.limit, first, rank.space.mesh.size)

@@ -73,7 +73,8 @@ class Unequal:
     layouts: StageLayouts = field(init=False)
 
     def __post_init__(self) -> None:
-        self.search, self.choices = self.pipelines.search, self.pipelines.choices
+        self.problem, self.trace = self.pipelines.problem, self.pipelines.trace
+        self.choices = self.pipelines.choices
         self.layouts = StageLayouts(self.pipelines)
 
     @property
@@ -85,17 +86,17 @@ class Unequal:
         if not self._worth():
             self._refuse_rest()
             return
-        if self.search.past_deadline() and self.best < inf:
+        if self.trace.past_deadline() and self.best < inf:
             return
         self.left_out = UNEQUAL
-        good = self.best * (1 - self.search.request.good_enough)
+        good = self.best * (1 - self.problem.request.good_enough)
         splits = sorted(self._splits(), key=lambda split: split.seconds)
         fitted = set[tuple[Piece, ...]]()  # and more recomputation only makes room
         for split in splits[:LOOKS]:
             if (
                 split.seconds < good
                 and split.pieces not in fitted
-                and not self.search.past_deadline()
+                and not self.trace.past_deadline()
                 and self._look(split)
             ):
                 fitted.add(split.pieces)
@@ -109,9 +110,11 @@ class Unequal:
 
     def write(self, bound: float) -> Plan:
         assert self.found is not None
-        if self.search.stopped_by == "proof" and not self.search.past_deadline():
-            self.search.stopped_by = "estimate"
-        return write_pipeline(*self.found, self.search.cluster, bound, self.left_out, self._chosen)
+        if self.trace.stopped_by == "proof" and not self.trace.past_deadline():
+            self.trace.stopped_by = "estimate"
+        return write_pipeline(
+            *self.found, self.problem.cluster, bound, self.trace, self.left_out, self._chosen
+        )
 
     @property
     def dispatched(self) -> float:
@@ -131,33 +134,35 @@ class Unequal:
     def _chosen(self) -> Chosen:
         assert self.found is not None
         why = (
-            "stages have unequal numbers of devices." if self.search.request.program is None else ""
+            "stages have unequal numbers of devices."
+            if self.problem.request.program is None
+            else ""
         )
-        return by_stages(*self.found[1:], self.search.cluster.device.kind, why)
+        return by_stages(*self.found[1:], self.problem.cluster.device.kind, why)
 
     # ------------------------------------------------------------ whether, and which
 
     def _worth(self) -> bool:
         if (
-            self.search.request.mesh is not None
+            self.problem.request.mesh is not None
             or len(self.units) < 2
             or not self._names
             or not self.sizes
         ):
             return False
-        return self.search.cluster.size <= SMALL or self._alone or self._uneven > UNEVEN
+        return self.problem.cluster.size <= SMALL or self._alone or self._uneven > UNEVEN
 
     @property
     def _alone(self) -> bool:
         """Whether so many stages are asked for that they cannot be equal."""
-        wanted = self.search.request.pp
-        return isinstance(wanted, int) and self.search.cluster.size % wanted > 0
+        wanted = self.problem.request.pp
+        return isinstance(wanted, int) and self.problem.cluster.size % wanted > 0
 
     def _refuse_rest(self) -> None:
         if self._alone:
-            pp, schedule = self.search.request.pp, self.search.request.schedule
+            pp, schedule = self.problem.request.pp, self.problem.request.schedule
             raise PlanError(
-                f"{self.search.cluster.size} devices cannot be cut into {pp} equal stages, and {schedule} has several"
+                f"{self.problem.cluster.size} devices cannot be cut into {pp} equal stages, and {schedule} has several"
                 " stages on a rank, which unequal ones cannot.",
                 where="request: pp", fix="stages that divide the devices, or 1f1b, zb-h1, gpipe",
             )  # fmt: skip
@@ -180,7 +185,7 @@ class Unequal:
     @cached_property
     def _names(self) -> tuple[str, ...]:
         """Schedules with one stage per rank."""
-        wanted = self.search.request.schedule
+        wanted = self.problem.request.schedule
         if wanted is None:
             return ("1f1b", "zb-h1")
         try:
@@ -192,7 +197,7 @@ class Unequal:
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Numbers of devices that a stage may have."""
-        cluster = self.search.cluster
+        cluster = self.problem.cluster
         inside = [
             2**k for k in range(cluster.per_host.bit_length()) if cluster.per_host % 2**k == 0
         ]
@@ -203,7 +208,7 @@ class Unequal:
 
     def _splits(self) -> Iterator[Split]:
         """The best by estimate of each pair of recompute and microbatch count."""
-        grain, wanted = self.sizes[0], self.search.request.pp
+        grain, wanted = self.sizes[0], self.problem.request.pp
         pairs: list[tuple[Policy, int]] = [
             (policy, i) for policy in self._policies for i in range(len(self._counts))
         ]
@@ -212,7 +217,7 @@ class Unequal:
                 return
             stages = wanted if isinstance(wanted, int) else None
             found = near_least_step(
-                self._paces(policy, i), self.search.cluster.size // grain, stages
+                self._paces(policy, i), self.problem.cluster.size // grain, stages
             )
             if found is not None and len({piece.devices for piece in found[1]}) > 1:
                 pieces = tuple(piece._replace(devices=piece.devices * grain) for piece in found[1])
@@ -222,8 +227,8 @@ class Unequal:
     def _policies(self) -> tuple[Policy, ...]:
         best = self.pipelines.best.shape
         return (
-            self.search.policies
-            if best is None or self.search.cluster.size <= SMALL
+            self.problem.policies
+            if best is None or self.problem.cluster.size <= SMALL
             else (best.policy,)
         )
 
@@ -249,9 +254,9 @@ class Unequal:
                     }
             rest = self.units.alike[0], False
             class_of = lambda tag, of=of, rest=rest: of.get(tag, rest)  # noqa: E731
-            program = self.search.program(policy, in_stages=True)
+            program = self.problem.program(policy, in_stages=True)
             found[policy] = least_work(
-                program, self.search.cost, self.sizes, self._counts, class_of
+                program, self.problem.cost, self.sizes, self._counts, class_of
             )
         return found
 
@@ -274,7 +279,7 @@ class Unequal:
         lasting = _runs(self._lasting(policy, many))
         found = {}
         for size, way, update in zip(self.sizes, passes, once, strict=True):
-            first = np.where(lasting <= size * self.search.limit, _runs(way), inf)
+            first = np.where(lasting <= size * self.problem.limit, _runs(way), inf)
             found[size // self.sizes[0]] = Pace(first, _runs((many - 1) * way + update))
         return found
 
@@ -291,7 +296,7 @@ class Unequal:
     def _floor(self, policy: Policy, count: int) -> float:
         """Seconds of a step if all devices were busy with all of it evenly, by the speed of the smallest stage."""
         passes, once = (float(self._each(policy, count, each)[0].sum()) for each in (True, False))
-        return (self._counts[count] * passes + once) * self.sizes[0] / self.search.cluster.size
+        return (self._counts[count] * passes + once) * self.sizes[0] / self.problem.cluster.size
 
     @cached_property
     def _off(self) -> float:
@@ -324,14 +329,14 @@ class Unequal:
         ranks: dict[int, Rank] = {}
         for size in set(sizes):
             mine = [each for each, own in zip(watched, sizes, strict=True) if own == size]
-            meshes = plane_meshes(self.search.cluster, size)
+            meshes = plane_meshes(self.problem.cluster, size)
             shapes = (Shape(len(sizes), mesh, split.policy, split.microbatches) for mesh in meshes)
             rank = self.layouts.fastest(shapes, tuple(dict.fromkeys((mine[0], mine[-1]))))
             if rank is None:
                 return False
             ranks[size] = rank
         pricing = Pricing(
-            self.units, self._places([ranks[size] for size in sizes]), self.search.cluster
+            self.units, self._places([ranks[size] for size in sizes]), self.problem.cluster
         )
         for name in self._names:
             schedule = schedule_named(name, len(sizes), split.microbatches)
@@ -345,7 +350,7 @@ class Unequal:
                         priced.seconds,
                         ([ranks[size] for size in sizes], pricing, priced),
                     )
-                    self.search.note(
+                    self.trace.note(
                         f"{split}, {name}: {format_seconds(self.best)}, {format_bytes(max(priced.peaks))}"
                     )
         return True
@@ -363,15 +368,15 @@ class Unequal:
         """A better order of passes, if none was asked for."""
         if (
             self.found is None
-            or self.search.request.schedule is not None
-            or self.search.past_deadline()
+            or self.problem.request.schedule is not None
+            or self.trace.past_deadline()
         ):
             return
         ranks, pricing, priced = self.found
         better = pricing.reordered(priced)
         if better is not None and better.seconds < self.best:
             self.best, self.found = better.seconds, (ranks, pricing, better)
-            self.search.note(
+            self.trace.note(
                 f"passes reordered: {format_seconds(self.best)}, {format_bytes(max(better.peaks))}"
             )
 

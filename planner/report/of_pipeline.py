@@ -13,8 +13,9 @@ from ...ir.version import VERSION
 from ..intra.space import Space, build
 from ..pipeline.priced import Priced, Pricing
 from ..pipeline.single import exchanges, memory_by_cause, once_alike, price_single, with_dispatch
+from ..problem import Problem
 from ..request import ProgramKind
-from ..search.search import Search
+from ..trace import Trace
 from .moves import find_collectives, repeated
 from .of_plan import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
 from .usage import axis_uses
@@ -33,9 +34,9 @@ LEFT_OUT = ("stages of different meshes", *BESIDES)
 
 @dataclass(frozen=True)
 class Rank:
-    """What the devices of one rank do: the search that knows them, and a solution."""
+    """What the devices of one rank do: a solution for them."""
 
-    search: Search
+    problem: Problem
     space: Space
     choices: tuple[int, ...]
 
@@ -90,12 +91,14 @@ def by_stages(pricing: Pricing, priced: Priced, kind: str, why: str = "") -> Cho
 
 def write_pipeline(
     ranks: Sequence[Rank], pricing: Pricing, priced: Priced, cluster: Cluster, lower_bound: float,
-    left_out: tuple[str, ...] = LEFT_OUT, chosen: Chosen = Chosen(),
+    trace: Trace, left_out: tuple[str, ...] = LEFT_OUT, chosen: Chosen = Chosen(),
 ) -> Plan:  # fmt: skip
     """The plan of a pipeline; tables count all its stages together, as the rank with most memory lays them out."""
     worst = max(range(len(ranks)), key=lambda rank: priced.peaks[rank] / pricing.places[rank].limit)
-    search, solved, choices = ranks[worst].search, ranks[worst].space, ranks[worst].choices
-    space = build(solved.program, solved.microbatches, search.cost, search.layouts_on(solved.mesh))
+    problem, solved, choices = ranks[worst].problem, ranks[worst].space, ranks[worst].choices
+    space = build(
+        solved.program, solved.microbatches, problem.cost, problem.layouts_on(solved.mesh)
+    )
     alike = dict.fromkeys(once_alike(pricing), len(ranks)) if chosen.program == "single" else {}
     collectives = find_collectives(space, choices, alike)
     if chosen.program == "single":
@@ -108,15 +111,15 @@ def write_pipeline(
     as_laid = f", as rank {worst} lays them out" * unlike
     return Plan(
         meshwright=VERSION,
-        name=search.name,
-        graph=search.fingerprint,
+        name=problem.name,
+        graph=problem.fingerprint,
         cluster=cluster,
         mesh=space.mesh,
         microbatches=space.microbatches,
-        recompute=search.policy_of(space.program),
-        attention=search.request.execution.attention,
-        loss=search.request.loss,
-        overlap=search.request.execution.overlap,
+        recompute=problem.policy_of(space.program),
+        attention=problem.request.execution.attention,
+        loss=problem.request.loss,
+        overlap=problem.request.execution.overlap,
         strategies=ranks[worst].strategies,
         slots=slots_of(space, choices),
         uses=axis_uses(space, choices),
@@ -130,16 +133,16 @@ def write_pipeline(
             memory=_memory(pricing, priced, worst, chosen),
             flop=flop_of(space),
         ),
-        proof=proof_of(search, priced.seconds, lower_bound, left_out),
+        proof=proof_of(problem, trace, priced.seconds, lower_bound, left_out),
         tensors=tuple(tensors_of(space, choices)),
         collectives=tuple(sorted(collectives, key=lambda each: -each.seconds)),
         opaque=opaque_of(space),
         notes=(
-            *notes_of(search),
+            *notes_of(problem, None),
             *chosen.notes,
             f"tables count all stages together{as_laid}",
         ),
-        batch=PlannedBatch.of(search.folded.whole),
+        batch=PlannedBatch.of(problem.folded.whole),
         pipeline=_pipeline(ranks, pricing, priced, unlike, chosen),
     )
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ...ir.analysis.cross_entropy import Unfused, looked_at
 from ...ir.analysis.roles import roles
@@ -26,15 +25,13 @@ from ..assumptions import assumptions
 from ..cost.flop import flop
 from ..intra.space import Space
 from ..memory.ledger import Ledger
+from ..problem import Problem
+from ..search.candidates import Candidate, SearchResult
 from ..search.meshes import some_groups
-from ..search.ties import settled
 from ..solver.onehot import relative_gap
+from ..trace import Trace
 from .moves import find_collectives, spoken
 from .usage import axis_uses
-
-if TYPE_CHECKING:
-    from ..search.candidates import Candidate
-    from ..search.search import Search
 
 OVERLAP = "overlap of communication with compute"
 OVERLAP_WITHIN = "overlap of exchanges within layers"
@@ -50,10 +47,10 @@ GROUPS = "groups of hosts that each hold all state, but for three sizes and thos
 
 
 def write_plan(
-    search: Search, bound: float | None = None, left_out: tuple[str, ...] = LEFT_OUT
+    found: SearchResult, bound: float | None = None, left_out: tuple[str, ...] = LEFT_OUT
 ) -> Plan:
-    """The plan of the search's incumbent; `bound` and `left_out` may be of more than its own space."""
-    best = search.best = settled(search)
+    """The plan that a search has found; `bound` and `left_out` may be of more than its own space."""
+    problem, best = found.problem, found.best
     assert (
         best.candidate
         and best.space
@@ -65,27 +62,31 @@ def write_plan(
     collectives = find_collectives(space, choices)
     return Plan(
         meshwright=VERSION,
-        name=search.name,
-        graph=search.fingerprint,
-        cluster=search.cluster,
+        name=problem.name,
+        graph=problem.fingerprint,
+        cluster=problem.cluster,
         mesh=space.mesh,
         microbatches=best.candidate.microbatches,
         recompute=best.candidate.policy,
-        attention=search.request.execution.attention,
-        loss=search.request.loss,
-        overlap=search.request.execution.within,
+        attention=problem.request.execution.attention,
+        loss=problem.request.loss,
+        overlap=problem.request.execution.within,
         strategies=space.codes(choices),
         slots=slots_of(space, choices),
         uses=axis_uses(space, choices),
-        estimate=_estimate(search, collectives),
+        estimate=_estimate(found, collectives),
         proof=proof_of(
-            search, search.best.seconds, search.lower_bound() if bound is None else bound, left_out
+            problem,
+            found.trace,
+            best.seconds,
+            found.lower_bound if bound is None else bound,
+            left_out,
         ),
         tensors=tuple(tensors_of(space, choices)),
         collectives=tuple(collectives),
         opaque=opaque_of(space),
-        notes=notes_of(search),
-        batch=PlannedBatch.of(search.folded.whole),
+        notes=notes_of(problem, best.candidate),
+        batch=PlannedBatch.of(problem.folded.whole),
     )
 
 
@@ -97,8 +98,8 @@ def slots_of(space: Space, choices: tuple[int, ...]) -> dict[str, Layout]:
     }
 
 
-def _estimate(search: Search, collectives: list[Collective]) -> Estimate:
-    best = search.best
+def _estimate(found: SearchResult, collectives: list[Collective]) -> Estimate:
+    best = found.best
     assert best.space and best.lives and best.answer and best.answer.solution.choices is not None
     total, choices = best.seconds, best.answer.solution.choices
     serial = total if best.space.windows is None else best.space.serial(choices)
@@ -110,7 +111,7 @@ def _estimate(search: Search, collectives: list[Collective]) -> Estimate:
         communication_seconds=communication,
         hidden_seconds=max(0.0, serial - total),
         peak_bytes=best.answer.peak,
-        limit_bytes=search.limit,
+        limit_bytes=found.problem.limit,
         memory=ledger.by_cause(choices, best.answer.moment),
         flop=flop_of(best.space),
     )
@@ -127,21 +128,25 @@ def flop_of(space: Space) -> float:
 
 
 def proof_of(
-    search: Search, objective: float, bound: float, left_out: tuple[str, ...] = LEFT_OUT
+    problem: Problem,
+    trace: Trace,
+    objective: float,
+    bound: float,
+    left_out: tuple[str, ...] = LEFT_OUT,
 ) -> Proof:
     """What the search can claim of a plan of so many seconds."""
     bound = min(bound, objective)
-    gap, good_enough = relative_gap(objective, bound), search.request.good_enough
+    gap, good_enough = relative_gap(objective, bound), problem.request.good_enough
     proven = gap <= max(EXACT, good_enough)
     status: Literal["within_gap", "feasible"] = "within_gap" if proven else "feasible"
-    stopped = "proof" if proven else _stopped(search)
+    stopped = "proof" if proven else _stopped(trace)
     if (
-        search.request.pp in (1, "auto")
-        and search.request.mesh is None
-        and some_groups(search.cluster)
+        problem.request.pp in (1, "auto")
+        and problem.request.mesh is None
+        and some_groups(problem.cluster)
     ):
         left_out = (*left_out, GROUPS)
-    execution = search.request.execution
+    execution = problem.request.execution
     if execution.within:
         rest = (OVERLAP_WITHIN,) if "tensor" not in execution.overlap else ()
         left_out = (*rest, *(each for each in left_out if each != OVERLAP))
@@ -150,30 +155,30 @@ def proof_of(
         stopped_by=stopped,
         objective=objective,
         lower_bound=bound,
-        seed=search.request.seed,
-        cost_model=search.cost.name,
-        band=f"{search.cost.band}; {execution.beside}",
+        seed=problem.request.seed,
+        cost_model=problem.cost.name,
+        band=f"{problem.cost.band}; {execution.beside}",
         left_out=left_out,
-        searched=tuple(search.log),
-        seconds=round(time.monotonic() - search.started, 3),
+        searched=tuple(trace.log),
+        seconds=round(trace.elapsed, 3),
         good_enough=good_enough,
     )
 
 
-def _stopped(search: Search) -> Literal["time", "interrupt", "end", "estimate"]:
-    if search.stopped_by != "proof":
-        return search.stopped_by
-    return "time" if search.past_deadline() else "end"
+def _stopped(trace: Trace) -> Literal["time", "interrupt", "end", "estimate"]:
+    if trace.stopped_by != "proof":
+        return trace.stopped_by
+    return "time" if trace.past_deadline() else "end"
 
 
-def notes_of(search: Search) -> tuple[str, ...]:
-    program, devices = search.program("none"), search.cluster.size
+def notes_of(problem: Problem, candidate: Candidate | None) -> tuple[str, ...]:
+    program, devices = problem.program("none"), problem.cluster.size
     axis, told = program.time, assumptions(program.graph)
     if where := statistics_of(program.graph):
-        told = (_own_statistics(where, search.best.candidate), *told)
-    if (asked := search.request.execution.attention) != "plain":
-        told = (*_fused(program.graph, search.cluster.device.kind, asked), *told)
-    if search.request.loss == "fused":
+        told = (_own_statistics(where, candidate), *told)
+    if (asked := problem.request.execution.attention) != "plain":
+        told = (*_fused(program.graph, problem.cluster.device.kind, asked), *told)
+    if problem.request.loss == "fused":
         told = (*_fused_losses(program.graph), *told)
     if isinstance(axis, Refusal):
         return (f"microbatches are not possible: {axis.reason} ({axis.where})", *told)

@@ -10,6 +10,8 @@ from ...ir.passes.recompute import Policy
 from ..intra.solve import Answer
 from ..intra.space import Space
 from ..memory.lives import Lifetimes
+from ..problem import Problem
+from ..trace import Trace
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,13 @@ class Best:
     def seconds(self) -> float:
         objective = self.answer.solution.objective if self.answer else None
         return inf if objective is None else objective
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search has found: the plan of `best`, and that none of its candidates is faster than `lower_bound`."""
+
+    problem: Problem
+    best: Best
+    lower_bound: float  # seconds
+    trace: Trace

@@ -36,11 +36,12 @@ from ..pipeline.choices import Choices, Shape
 from ..pipeline.points import Point
 from ..pipeline.search import Pipelines
 from ..pipeline.units import Units
+from ..problem import Problem
 from ..report.of_pipeline import LEFT_OUT
 from ..request import Request, check_overlap
+from ..trace import Trace
 from .frontier_checks import check_frontier
 from .meshes import mesh_of
-from .search import Search
 
 LOOKS = (
     2  # candidates priced as they are, and half as many solved anew; more only while nothing fits
@@ -82,12 +83,12 @@ class Frontier(BaseModel):
         points = sorted(
             pipelines.points, key=lambda point: point.passes * point.microbatches * prod(point.mesh)
         )
-        search = pipelines.search
+        problem = pipelines.problem
         return cls(
-            meshwright=VERSION, name=search.name, fingerprint=search.fingerprint, request=asdict(search.request),
-            graph=dump_graph(search.folded.small), batch=PlannedBatch.of(search.folded.whole),
+            meshwright=VERSION, name=problem.name, fingerprint=problem.fingerprint, request=asdict(problem.request),
+            graph=dump_graph(problem.folded.small), batch=PlannedBatch.of(problem.folded.whole),
             units=asdict(pipelines.choices.units), points=tuple(points[:POINTS]),
-            device=_mark(search.cluster.device), work={
+            device=_mark(problem.cluster.device), work={
                 policy: tuple((*key, *seconds.tolist()) for key, seconds in sums.items())
                 for policy, sums in pipelines.choices.sums.items()
             },
@@ -186,7 +187,7 @@ class _Replanning:
 
     def run(self) -> Plan:
         whole = self._on(self.cluster.hosts)
-        limit = whole.search.limit
+        limit = whole.problem.limit
         candidates = sorted(
             self._candidates(whole), key=lambda each: (each.held > limit, each.estimate)
         )
@@ -199,12 +200,12 @@ class _Replanning:
 
     def _refusal(self, whole: Pipelines, dealt: bool) -> InfeasibleError:
         """Memory is the reason only where some known solution can be dealt out to the devices."""
-        pins = {name: getattr(whole.search.request, name) for name in PINS}
+        pins = {name: getattr(whole.problem.request, name) for name in PINS}
         pins["mesh"] = pins["mesh"] and "x".join(map(str, pins["mesh"]))
         told = [f"{name}={value}" for name, value in pins.items() if value not in (None, "auto")]
         if dealt:
             what = f"fits {counted(self.cluster.size, 'device')}"
-            told.append(f"{format_bytes(whole.search.limit)} per device may be used")
+            told.append(f"{format_bytes(whole.problem.limit)} per device may be used")
         else:
             what = f"can be dealt out to {counted(self.cluster.size, 'device')}"
             told.append(
@@ -221,7 +222,7 @@ class _Replanning:
 
     def _written(self, whole: Pipelines) -> Plan:
         assert self.best is not None
-        self.best.search.stopped_by = "estimate"
+        self.best.trace.stopped_by = "estimate"
         self.best.choose_program()
         left_out = (each.split(", but for th")[0] for each in LEFT_OUT)  # neither is tried here
         found = self.best.write(min(self._bound(whole), self.seconds), (*left_out, KNOWN))
@@ -242,12 +243,12 @@ class _Replanning:
 
     def _bound(self, whole: Pipelines) -> float:
         """No pipeline of equal stages is faster, whatever their number, which need not divide the devices."""
-        choices, pinned = Choices(whole.search), whole.search.request.pp
+        choices, pinned = Choices(whole.problem), whole.problem.request.pp
         choices.take_cuts_of(whole.choices)
         most = min(len(choices.units), self.cluster.size)
         choices.stage_counts = (pinned,) if isinstance(pinned, int) else tuple(range(2, most + 1))
         one = mesh_of((1,))
-        policies = whole.search.policies
+        policies = whole.problem.policies
         return min(
             choices.floor(Shape(stages, one, policy))
             for stages in choices.stage_counts
@@ -256,7 +257,7 @@ class _Replanning:
 
     def _used(self, best: Pipelines) -> str:
         """Which hosts, or which devices of one host, take part."""
-        shape, hosts = best.best.shape, best.search.cluster.hosts
+        shape, hosts = best.best.shape, best.problem.cluster.hosts
         assert shape is not None
         size, all_hosts = shape.stages * shape.mesh.size, self.cluster.hosts
         if size < hosts * self.cluster.per_host:
@@ -278,12 +279,10 @@ class _Replanning:
                 check_overlap(request.execution.overlap, where)
                 folded = Folded(self.small, self.small, ())
                 name, mark = self.frontier.name, self.frontier.fingerprint
-                search = Search(
-                    folded, where, request, Roofline(where), name, mark, lambda line: None
-                )
+                problem = Problem(folded, where, request, Roofline(where), name, mark)
             else:
-                search = known.search.on_cluster(where, request)
-            found = Pipelines(search)
+                problem = known.problem.on_cluster(where, request)
+            found = Pipelines(problem, Trace(request.time_limit))
             if known is None:
                 found.choices.units = Units(**self.frontier.units)  # type: ignore[arg-type]
                 if self.frontier.device == _mark(where.device):
@@ -302,7 +301,7 @@ class _Replanning:
             whole.choices.batch,
             self.cluster.per_host,
         )
-        pinned, pinned_mesh = whole.search.request.pp, whole.search.request.mesh
+        pinned, pinned_mesh = whole.problem.request.pp, whole.problem.request.mesh
         for point in self.frontier.points:
             size = prod(point.mesh[1:])
             for first in range(1, self.cluster.size // size + 1):
@@ -331,7 +330,7 @@ class _Replanning:
     def _look_at_more_devices(self, candidates: list[Candidate]) -> None:
         """Where the best leaves devices spare, the most promising of those that leave fewest: estimates take units
         as equal, so that 18 on 6 stages seem as good as on 8."""
-        limit, best = self._on(self.cluster.hosts).search.limit, self.best and self.best.best.shape
+        limit, best = self._on(self.cluster.hosts).problem.limit, self.best and self.best.best.shape
         if best is None:
             return
         fitting = [each for each in candidates if each.held <= limit]

@@ -5,19 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from math import isfinite
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from ...ir.errors import PlanError
 from ..request import Request
-
-if TYPE_CHECKING:
-    from .frontier import Frontier
 
 PER_UNIT, PER_KIND = ("kinds", "cuts"), ("small_cuts", "names", "alike", "work")
 PASSES = ("forward", "backward", "weight", "once")
 
 
-def check_frontier(frontier: Frontier) -> None:
+class Parts(Protocol):
+    """The fields of a frontier that can contradict each other."""
+
+    @property
+    def request(self) -> Mapping[str, Any]: ...
+    @property
+    def units(self) -> Mapping[str, Sequence[Any]]: ...
+    @property
+    def points(self) -> Sequence[Any]: ...
+    @property
+    def work(self) -> Mapping[Any, Sequence[Any]]: ...
+
+
+def check_frontier(frontier: Parts) -> None:
     """Refuse a frontier that contradicts itself.
 
     Raises:

@@ -41,10 +41,11 @@ from ..pipeline.search import Pipelines
 from ..pipeline.stage_layouts import StageLayouts
 from ..pipeline.units import Units, runs_of
 from ..pipeline.watched import Watched
+from ..problem import Problem
 from ..report.of_pipeline import BESIDES, Rank, by_stages, write_pipeline
 from ..request import Request, check
+from ..trace import Trace
 from .meshes import plane_meshes
-from .search import Search
 
 ORDERS = 12  # of so many groups that are tried: all of three
 UNLIKE = (
@@ -52,6 +53,8 @@ UNLIKE = (
     "several stages on one rank, where groups are unlike",
     "different recompute, or meshes, for stages of one group",
 )
+
+Alone = Callable[[Problem, Trace], Plan]  # plans one group of equal devices
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Combination:
 
 @dataclass
 class Islands:
-    """The search over one cluster of several groups. `alone` plans one group."""
+    """The search over one cluster of several groups."""
 
     folded: Folded
     cluster: Cluster
@@ -80,9 +83,9 @@ class Islands:
     best: float = inf
     found: tuple[list[Rank], Pricing, Priced] | None = None
 
-    def run(self, alone: Callable[[Search], Plan]) -> Plan:
-        """The best of all: never worse than any group by itself."""
-        roomy = max(self.searches, key=lambda search: search.cluster.device.memory)
+    def run(self, alone: Alone) -> Plan:
+        """The best of all: never worse than any group by itself, which `alone` plans."""
+        roomy = max(self.problems, key=lambda problem: problem.cluster.device.memory)
         open_ = (
             self.request
             if self.request.pp == "auto"
@@ -96,10 +99,11 @@ class Islands:
             self._explore()
             self._reorder()
         except KeyboardInterrupt:
-            self._head.stopped_by = "interrupt"
+            self._trace.stopped_by = "interrupt"
         if self.found is not None:
-            chosen = by_stages(*self.found[1:], self._head.cluster.device.kind)
-            return write_pipeline(*self.found, self.cluster, self.lower_bound(), UNLIKE, chosen)
+            chosen = by_stages(*self.found[1:], self.problems[0].cluster.device.kind)
+            bound = self.lower_bound()
+            return write_pipeline(*self.found, self.cluster, bound, self._trace, UNLIKE, chosen)
         if single is None:
             raise InfeasibleError(
                 "no plan fits, neither on one group of devices nor on all.", where=f"cluster {self.cluster.name}",
@@ -114,7 +118,7 @@ class Islands:
             "lower_bound": bound,
             "left_out": UNLIKE,
             "status": "feasible",
-            "searched": tuple(self._head.log),
+            "searched": tuple(self._trace.log),
         }
         return single.model_copy(
             update={"notes": (*single.notes, note), "proof": single.proof.model_copy(update=proof)}
@@ -127,9 +131,9 @@ class Islands:
         )
 
     @cached_property
-    def searches(self) -> list[Search]:
+    def problems(self) -> list[Problem]:
         """One per group; they share the prepared programs."""
-        found = []
+        found: list[Problem] = []
         for index in range(len(self.cluster.groups)):
             part = self.cluster.only(index)
             most = part.device.memory
@@ -144,57 +148,56 @@ class Islands:
                 found.append(found[0].on_cluster(part, request))
                 continue
             cost = Roofline(part)
-            found.append(
-                Search(
-                    self.folded,
-                    part,
-                    request,
-                    cost,
-                    self.name,
-                    self.fingerprint,
-                    self.tell,
-                    self.now,
-                )
-            )
+            found.append(Problem(self.folded, part, request, cost, self.name, self.fingerprint))
         return found
 
     @cached_property
+    def traces(self) -> list[Trace]:
+        """Of each group."""
+        return [
+            Trace(problem.request.time_limit, self.tell, self.now, self.started)
+            for problem in self.problems
+        ]
+
+    @cached_property
     def pipelines(self) -> list[Pipelines]:
-        return [Pipelines(search) for search in self.searches]
+        return list(map(Pipelines, self.problems, self.traces))
 
     @cached_property
     def layouts(self) -> list[StageLayouts]:
         return list(map(StageLayouts, self.pipelines))
 
     @property
-    def _head(self) -> Search:
-        return self.searches[0]
+    def _trace(self) -> Trace:
+        """Of the search over all groups together, which goes on where that of the first group ends."""
+        return self.traces[0]
 
     @cached_property
     def units(self) -> Units:
         return self.pipelines[0].choices.units
 
-    def _alone(self, alone: Callable[[Search], Plan]) -> Iterator[Plan]:
+    def _alone(self, alone: Alone) -> Iterator[Plan]:
         seen = set()
-        for search in [*self._equal(), *self.searches]:
-            key = search.cluster.fingerprint()
+        for problem, trace in [*self._equal(), *zip(self.problems, self.traces, strict=True)]:
+            key = problem.cluster.fingerprint()
             if key in seen:
                 continue
             seen.add(key)
-            search.note(f"on {search.cluster.size} {search.cluster.device.name} alone:")
+            trace.note(f"on {problem.cluster.size} {problem.cluster.device.name} alone:")
             try:
-                yield alone(search)
+                yield alone(problem, trace)
             except InfeasibleError:
-                search.note("no plan fits")
+                trace.note("no plan fits")
             except PlanError:
-                search.note("not with what is asked for")
+                trace.note("not with what is asked for")
 
-    def _equal(self) -> list[Search]:
+    def _equal(self) -> list[tuple[Problem, Trace]]:
         """The whole cluster, where all its hosts are equal."""
         if not self.cluster.uniform:
             return []
         request = replace(self.request, time_limit=self.request.time_limit / 3)
-        return [self._head.on_cluster(self.cluster, request)]
+        problem = self.problems[0].on_cluster(self.cluster, request)
+        return [(problem, Trace(request.time_limit, self.tell, self.now))]
 
     # ------------------------------------------------------------ what there is to choose
 
@@ -204,7 +207,7 @@ class Islands:
 
     def _options(self, group: int) -> list[int]:
         """Numbers of stages that a group may hold."""
-        part = self.searches[group].cluster
+        part = self.problems[group].cluster
         sizes = [d for d in range(1, part.per_host + 1) if part.per_host % d == 0]
         sizes += [part.per_host * h for h in range(2, part.hosts + 1) if part.hosts % h == 0]
         if self.request.mesh is not None:
@@ -216,14 +219,14 @@ class Islands:
         """Least seconds of one run, by (stages - option, microbatch count), of each class of ops."""
         found = {}
         for group, pipelines in enumerate(self.pipelines):
-            search, devices = (
-                pipelines.search,
-                [pipelines.search.cluster.size // n for n in self._options(group)],
+            problem, devices = (
+                pipelines.problem,
+                [pipelines.problem.cluster.size // n for n in self._options(group)],
             )
-            for policy in search.policies:
+            for policy in problem.policies:
                 of = pipelines.choices.cut(policy, 2).class_of
-                program = search.program(policy, in_stages=True)
-                found[group, policy] = least_work(program, search.cost, devices, self.counts, of)
+                program = problem.program(policy, in_stages=True)
+                found[group, policy] = least_work(program, problem.cost, devices, self.counts, of)
         return found
 
     def _combinations(self) -> list[Combination]:
@@ -240,7 +243,7 @@ class Islands:
             if not 1 < total <= len(self.units) or self.request.pp not in ("auto", total):
                 continue
             rows = [self._options(group).index(n) for group, n in zip(order, stages, strict=True)]
-            for policy in self._head.policies:
+            for policy in self.problems[0].policies:
                 one = [
                     passes[group, policy][row] for group, row in zip(order, rows, strict=True)
                 ]  # by count
@@ -261,7 +264,7 @@ class Islands:
     def lower_bound(self) -> float:
         """No plan on any of the groups together is faster."""
         found = []
-        for policy in self._head.policies:
+        for policy in self.problems[0].policies:
             for i, many in enumerate(self.counts):
                 each = []  # by group: seconds of each class with all devices of the group
                 for group in range(len(self.cluster.groups)):
@@ -289,11 +292,11 @@ class Islands:
             if each.estimate >= self.best * (1 - self.request.good_enough):
                 return
             if time.monotonic() - self.started > self.request.time_limit:
-                self._head.stopped_by = "time"
+                self._trace.stopped_by = "time"
                 return
             self._look(each)
             left = sum(c.estimate < self.best for c in combinations[looked:])
-            self._head.report_progress(
+            self._trace.report_progress(
                 self.best, self.lower_bound(), looked, left, self.request.time_limit
             )
 
@@ -347,11 +350,11 @@ class Islands:
         self, each: Combination, ranks: list[Rank], pricing: Pricing, priced: Priced
     ) -> None:
         self.best, self.found = priced.seconds, (ranks, pricing, priced)
-        devices = [self.searches[group].cluster.device.name for group in each.order]
+        devices = [self.problems[group].cluster.device.name for group in each.order]
         where = " then ".join(
             f"{n} on {device}" for n, device in zip(each.stages, devices, strict=True)
         )
-        self._head.note(
+        self._trace.note(
             f"stages {where}, recompute {each.policy}, microbatches {each.microbatches}, {priced.schedule.name}: "
             f"{format_seconds(priced.seconds)}, {format_bytes(max(priced.peaks))}"
         )
@@ -364,7 +367,7 @@ class Islands:
         better = pricing.reordered(priced)
         if better is not None and better.seconds < priced.seconds:
             self.best, self.found = better.seconds, (ranks, pricing, better)
-            self._head.note(
+            self._trace.note(
                 f"passes reordered: {format_seconds(better.seconds)}, {format_bytes(max(better.peaks))}"
             )
 
@@ -383,7 +386,7 @@ class Islands:
 
     def _places(self, ranks: Sequence[Rank], homes: Sequence[int]) -> Iterator[Place]:
         """Groups are numbered as the cluster lists them, whatever their order in the pipeline."""
-        sizes = [search.cluster.size for search in self.searches]
+        sizes = [problem.cluster.size for problem in self.problems]
         free = [sum(sizes[:group]) for group in range(len(sizes))]
         for rank, group in zip(ranks, homes, strict=True):
             yield self.layouts[group].place(rank, free[group])
@@ -393,7 +396,7 @@ class Islands:
         self, group: int, stages: int, each: Combination, watched: tuple[Watched, ...]
     ) -> Rank | None:
         """The fastest layouts of a group's stages that fit, over its meshes."""
-        cluster = self.searches[group].cluster
+        cluster = self.problems[group].cluster
         meshes = plane_meshes(cluster, cluster.size // stages, self.request.mesh)
         shapes = (Shape(stages, mesh, each.policy, each.microbatches) for mesh in meshes)
         return self.layouts[group].fastest(shapes, watched)

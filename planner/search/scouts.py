@@ -1,7 +1,7 @@
 """Other processes that work out bounds ahead of a search, one per spare core.
 
     search   wishes: what it is likely to look at soon, the last first, so that they meet in the middle
-    scout    takes the first wish, sends back its bound
+    scout    takes the first wish, sends back its bound (`scout.py`)
     search   takes what is there, waits for what a scout is at, works out the rest itself
 
 A bound depends on what is asked alone, so a search with scouts makes the same choices as one without.
@@ -11,41 +11,32 @@ It is started before the graph is folded, as its start takes about as long as th
 
 from __future__ import annotations
 
-import gc
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO
+from typing import IO, Any
 
-import numpy as np
-
-from ...ir.analysis.blocks import Folded
 from ...ir.cluster.cluster import Cluster
 from ...ir.passes.recompute import POLICIES
-from ..cost.model import CostModel
+from ..pipeline.choices import Shape
+from ..pipeline.units import Units
+from ..problem import Problem
 from ..request import Request
+from .candidates import Candidate
 from .meshes import plane_meshes, stage_sizes
 
-if TYPE_CHECKING:
-    from ..pipeline.choices import Shape
-    from ..pipeline.units import Units
-    from .candidates import Candidate
-    from .search import Search
-
-Key = tuple["Shape | Candidate", float]  # what is looked at, and the seconds to beat
+Key = tuple[Shape | Candidate, float]  # what is looked at, and the seconds to beat
 MOST = 3  # scouts: more would wait for the search
 WINDOW = 6  # wishes: what is worked out but never asked for is lost
 WORTH = 32  # families from which on starting one pays: it takes about a second
-FOREVER = 1e9  # seconds: the search has the clock
 # Our own code and what Python has come first: the folder of a user's file may hold a json.py.
 START = """import sys
 sys.path.insert(0, {home!r})
@@ -96,10 +87,10 @@ class Scouts:
         self.closed = False
         self.processes = [_start(errors) for _ in range(count)]
 
-    def brief(self, search: Search, units: Units) -> None:
+    def brief(self, problem: Problem, units: Units) -> None:
         """Say what is searched. Of the step only the small graph counts, with the units of the whole one."""
-        folded = replace(search.folded, whole=search.folded.small)
-        payload = pickle.dumps((folded, search.cluster, search.request, search.cost, units))
+        folded = replace(problem.folded, whole=problem.folded.small)
+        payload = pickle.dumps((folded, problem.cluster, problem.request, problem.cost, units))
         for process in self.processes:
             threading.Thread(target=self._keep_busy, args=(process, payload), daemon=True).start()
 
@@ -162,7 +153,7 @@ def _cores() -> int:
 
 def _start(errors: int | IO[bytes]) -> subprocess.Popen[bytes]:
     home = str(Path(__file__).parents[3])
-    start = START.format(home=home, path=sys.path, module=__name__)
+    start = START.format(home=home, path=sys.path, module=f"{__package__}.scout")
     command = [sys.executable, "-P", "-c", start]
     return subprocess.Popen(
         command,
@@ -171,67 +162,3 @@ def _start(errors: int | IO[bytes]) -> subprocess.Popen[bytes]:
         stderr=errors,
         start_new_session=True,
     )
-
-
-def serve() -> None:
-    """What a scout does, until its search is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    gc.disable()  # as in the search: hardly a cycle is made, and looking for them takes long
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever prints must not disturb the answers
-    asked: BinaryIO = sys.stdin.buffer
-    try:
-        _warm_up()
-        work_out = _worker(*pickle.load(asked))
-        pickle.dump(True, answers)
-        answers.flush()
-        while True:
-            pickle.dump(work_out(pickle.load(asked)), answers)
-            answers.flush()
-    except (EOFError, BrokenPipeError):
-        return
-
-
-def _warm_up() -> None:
-    """Load all code, compiled functions included, before there is something to do."""
-    from ..pipeline import bounds
-    from ..solver.onehot import Edge
-
-    free = np.zeros(2)
-    rows = (
-        bounds.Demand(0, 0, 1, np.array([2.0, 1.0])),
-        bounds.Demand(1, 0, 1, np.array([1.0, 2.0])),
-    )
-    table = Edge(0, 1, np.array([[0.0, 1.0], [2.0, 0.0]]))
-    bounds.solve_live(bounds.Live((free, free), (table,), rows, np.array([3.0])), time_limit=1.0)
-
-
-def _worker(
-    folded: Folded, cluster: Cluster, request: Request, cost: CostModel, units: Units
-) -> Callable[[Key], Any]:
-    from ..pipeline.bounds import Bounds
-    from ..pipeline.choices import Choices
-    from .candidates import Best, Candidate
-    from .search import Search
-
-    flat = Search(
-        folded, cluster, replace(request, time_limit=FOREVER), cost, "", "", lambda line: None
-    )
-    choices = Choices(flat)
-    choices.units = units
-    bounds = Bounds(flat, choices)
-    for family in {
-        each.policy: each for each in choices.families()
-    }.values():  # what all bounds begin with
-        choices.floor(family)
-        bounds.cannot_fit(replace(family, microbatches=choices.counts[-1]))
-
-    def work_out(key: Key) -> Any:
-        what, seconds = key
-        if isinstance(what, Candidate):
-            flat.aim, flat.best = seconds, Best()
-            found = flat.relaxed(what)
-            return None if flat.best.answer else found  # a plan was met: the search should see it
-        return bounds.relaxed(what, seconds)
-
-    return work_out

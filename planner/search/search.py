@@ -6,34 +6,26 @@ bound        each without a memory limit, from the smallest microbatch count tha
 solve        under the memory limit, in order of the bounds, until none beats the incumbent
 
 `Request(search="mcmc")` walks the same candidates by FlexFlow's chains instead, in equal
-shares of the time, and proves no more than the floor of all contractions.
+shares of the time, and proves no more than the floor of all contractions (`walks.py`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import floor, inf, log2
-from typing import Literal
+from typing import Any, Protocol
 
 import numpy as np
 
-from ...ir.analysis.blocks import Folded
 from ...ir.analysis.roles import roles
-from ...ir.cluster.cluster import Cluster
-from ...ir.errors import InfeasibleError, PlanError, StoppedError
+from ...ir.errors import InfeasibleError, PlanError
 from ...ir.mesh import Mesh
 from ...ir.passes.microbatch import Refusal, TimeAxis
-from ...ir.passes.recompute import POLICIES, Policy
-from ...ir.plan import Plan
-from ...ir.program import Program, prepare
+from ...ir.passes.recompute import Policy
 from ...ir.units import counted, format_bytes, format_seconds
 from ..cost.least import least_work
-from ..cost.model import CostModel, Roofline
-from ..intra.catalogue import Catalogue
-from ..intra.layouts import Layouts
 from ..intra.overlapped import solve_overlapped
 from ..intra.solve import Answer, answer_of, live_of, solve_space
 from ..intra.space import Space, build
@@ -41,159 +33,74 @@ from ..memory.ledger import Ledger, least_peak
 from ..memory.lifetimes import lifetimes
 from ..memory.lives import Lifetimes
 from ..memory.storage import as_xla
-from ..report.of_plan import write_plan
-from ..request import Request, check
+from ..problem import Problem
 from ..solver.anytime import solve_live
-from ..solver.onehot import Solution, Stop
-from .candidates import Best, Candidate
+from ..solver.onehot import Solution
+from ..trace import Trace
+from .candidates import Best, Candidate, SearchResult
 from .meshes import finest, mesh_of, meshes, other_groups
-from .scouts import Scouts
-from .walks import walk_families
 
 ONE_SOLVE = 0.8  # of the gap asked for: what one solve may leave open
-OFTEN = 0.2  # seconds between two words on where the search stands
 PROBE = 1.0  # seconds' worth of work that a candidate gets at first
+
+
+class Ahead(Protocol):
+    """Other processes that work out bounds ahead (`scouts.py`)."""
+
+    def wish(self, keys: Iterable[tuple[Any, float]]) -> None: ...
+    def take(self, key: tuple[Any, float]) -> Any: ...
 
 
 @dataclass
 class Search:
-    """State of one search; `run` fills it. `tell` hears one line per event, `now` where the search stands."""
+    """State of one search over plans without a pipeline; `explore` fills it."""
 
-    folded: Folded
-    cluster: Cluster
-    request: Request
-    cost: CostModel
-    name: str
-    fingerprint: str
-    tell: Callable[[str], None]
-    now: Callable[[str], None] = lambda line: None
-    started: float = field(default_factory=time.monotonic)
+    problem: Problem
+    trace: Trace
     best: Best = field(default_factory=Best)
-    log: list[str] = field(default_factory=list)
-    stopped_by: Stop | Literal["estimate"] = "proof"
     outside: float = inf  # seconds of a plan found elsewhere, to be beaten
     aim: float = (
         inf  # what bounds need not exceed: such seconds as known when others began to work them out
     )
-    scouts: Scouts | None = None
+    scouts: Ahead | None = None
 
-    # ------------------------------------------------------------ frame
+    def result(self) -> SearchResult:
+        """What was found, and what is proven of it.
 
-    def run(self) -> Plan:
-        check(self.request, self.cluster, self.program("none").time)
-        try:
-            if self.request.search == "mcmc":
-                walk_families(self)
-            else:
-                self.explore()
-        except KeyboardInterrupt:
-            self.stopped_by = "interrupt"
+        Raises:
+            InfeasibleError: nothing fits.
+            StoppedError: nothing was found before the search was stopped.
+        """
         if self.best.answer is None:
             raise self.infeasible()
-        return write_plan(self)
-
-    @property
-    def limit(self) -> float:
-        if self.request.memory is not None:
-            return self.request.memory
-        return self.cluster.memory_per_device * (1 - self.request.headroom)
-
-    @property
-    def deadline(self) -> float:
-        return self.started + self.request.time_limit
-
-    def past_deadline(self, share: float = 0.0) -> bool:
-        """Whether time is up, but for a share of all that is kept for something."""
-        return time.monotonic() > self.deadline - share * self.request.time_limit
-
-    def note(self, line: str) -> None:
-        self.log.append(line)
-        self.tell(line)
-
-    def report_progress(
-        self, best: float, bound: float, looked: int, left: int, limit: float | None = None
-    ) -> None:
-        """Say where the search stands; `left` of what is looked at can still hold something better.
-
-        `limit`: seconds that all may take, where this search is a part of another.
-        """
-        elapsed = time.monotonic() - self.started
-        if elapsed - self._stood < OFTEN:
-            return
-        self._stood = elapsed
-        ends = min(left * elapsed / max(1, looked), (limit or self.request.time_limit) - elapsed)
-        found = (
-            f"best {format_seconds(best)}, gap {1 - bound / (best or 1.0):.1%}, "
-            if best < inf
-            else "nothing yet, "
-        )
-        self.now(
-            f"{found}no plan under {format_seconds(bound)}; {left} left, about {max(0.0, ends):.0f} s"
-        )
-
-    _stood: float = 0.0
+        return SearchResult(self.problem, self.best, self.lower_bound(), self.trace)
 
     # ------------------------------------------------------------ candidates
 
-    @cached_property
-    def policies(self) -> tuple[Policy, ...]:
-        """What may be recomputed; of policies that make one program, as without scores, the first."""
-        if self.request.recompute is not None:
-            return (self.request.recompute,)
-        graphs = [self.program(policy).graph for policy in POLICIES]
-        return tuple(p for n, p in enumerate(POLICIES) if graphs[n] not in graphs[:n])
-
     def _meshes(self) -> tuple[Mesh, ...]:
-        if self.request.mesh is None:
-            return meshes(self.cluster)
-        return (mesh_of(self.request.mesh),)
+        if self.problem.request.mesh is None:
+            return meshes(self.problem.cluster)
+        return (mesh_of(self.problem.request.mesh),)
 
     def _counts(self) -> tuple[int, ...]:
-        axis = self.program("none").time
-        if self.request.microbatches is not None:
-            return (self.request.microbatches,)
+        axis = self.problem.program("none").time
+        if self.problem.request.microbatches is not None:
+            return (self.problem.request.microbatches,)
         if isinstance(axis, Refusal):
             return (1,)
         return tuple(m for m in range(1, axis.parts + 1) if axis.parts % m == 0)
 
-    def program(self, policy: Policy, in_stages: bool = False) -> Program:
-        """The step that recomputes so, to be run whole or by the stages of a pipeline."""
-        key = policy, in_stages
-        if key not in self._programs:
-            self._programs[key] = prepare(self.folded.small, policy, in_stages)
-        return self._programs[key]
-
-    def on_cluster(self, cluster: Cluster, request: Request) -> Search:
-        """A search for the same step on another cluster; programs and what their decisions may be are shared."""
-        cost = Roofline(cluster, exchanges=request.program != "single")
-        found = Search(
-            self.folded, cluster, request, cost, self.name, self.fingerprint, self.tell, self.now
-        )  # fmt: skip
-        found._programs, found._catalogues = self._programs, self._catalogues
-        return found
-
-    def policy_of(self, program: Program) -> Policy:
-        """By which policy a program of this search recomputes."""
-        return next(policy for (policy, _), known in self._programs.items() if known is program)
-
-    _programs: dict[tuple[Policy, bool], Program] = field(default_factory=dict)
     _spaces: dict[Candidate, Space] = field(default_factory=dict)
-
-    def layouts_on(self, mesh: Mesh) -> Layouts:
-        if mesh not in self._layouts:
-            shared = self._catalogues.setdefault(mesh.names, Catalogue(mesh))
-            self._layouts[mesh] = Layouts(self.cost.collectives(mesh), shared)
-        return self._layouts[mesh]
-
-    _layouts: dict[Mesh, Layouts] = field(default_factory=dict)
-    _catalogues: dict[tuple[str, ...], Catalogue] = field(default_factory=dict)
 
     def space(self, candidate: Candidate) -> Space:
         if candidate not in self._spaces:
-            program, layouts = self.program(candidate.policy), self.layouts_on(candidate.mesh)
-            overlap = self.request.execution.within
+            program, layouts = (
+                self.problem.program(candidate.policy),
+                self.problem.layouts_on(candidate.mesh),
+            )
+            overlap = self.problem.request.execution.within
             self._spaces[candidate] = build(
-                program, candidate.microbatches, self.cost, layouts, overlap=overlap
+                program, candidate.microbatches, self.problem.cost, layouts, overlap=overlap
             )
         return self._spaces[candidate]
 
@@ -209,7 +116,7 @@ class Search:
         searched for all. Where a plan is known, each begins with one microbatch, fit or not: that bounds all counts.
         """
         self.begin(self.outside < inf)
-        while self.promises() < inf and not self.past_deadline():
+        while self.promises() < inf and not self.trace.past_deadline():
             self.step()
         self.end()
 
@@ -222,25 +129,29 @@ class Search:
         """Look at the most promising candidate."""
         self._advance(self._next())
         best, looked = min(self.best.seconds, self.outside), len(self._relaxed_bounds)
-        self.report_progress(best, self.lower_bound(), looked, len(self.open_bounds))
+        self.trace.report_progress(best, self.lower_bound(), looked, len(self.open_bounds))
 
     def end(self) -> None:
         """Note why no more is looked at; groups of hosts of other sizes are tried where all else is done."""
         if self.promises() < inf:
-            self.stopped_by = "time"
+            self.trace.stopped_by = "time"
         else:
             self._regroup()
 
     def _regroup(self) -> None:
         """Try groups of hosts of other sizes than those searched, next to that of the best plan."""
         best = self.best.candidate
-        if best is None or self.request.mesh is not None or self.best.seconds >= self.outside:
+        if (
+            best is None
+            or self.problem.request.mesh is not None
+            or self.best.seconds >= self.outside
+        ):
             return
-        for mesh in other_groups(self.cluster, best.mesh):
-            if self.past_deadline():
+        for mesh in other_groups(self.problem.cluster, best.mesh):
+            if self.trace.past_deadline():
                 return
             candidate = Candidate(mesh, best.policy, best.microbatches)
-            if self.least_bytes(candidate) <= self.limit:
+            if self.least_bytes(candidate) <= self.problem.limit:
                 bound, fits = self.relaxed(candidate)
                 if not fits and bound < self.best.seconds:
                     self._solve(candidate)
@@ -257,7 +168,9 @@ class Search:
     def roots(self) -> list[Candidate]:
         """The least microbatch count of every finest mesh and recompute policy."""
         first, found = self._counts()[0], finest(self._meshes())
-        return [Candidate(mesh, policy, first) for policy in self.policies for mesh in found]
+        return [
+            Candidate(mesh, policy, first) for policy in self.problem.policies for mesh in found
+        ]
 
     def _next(self) -> Candidate:
         """The lowest bound; while nothing is found, the one with most room."""
@@ -268,12 +181,12 @@ class Search:
     def _seed(self, mesh: Mesh) -> None:
         """Plans on one plain mesh, to have something to beat."""
         first = self._counts()[0]
-        for policy in self.policies:
+        for policy in self.problem.policies:
             root = self.smallest_count(Candidate(mesh, policy, first))
             if root is None:
                 continue
             _, fits = self.relaxed(root)
-            if self.past_deadline() or (fits and root.microbatches == first):
+            if self.trace.past_deadline() or (fits and root.microbatches == first):
                 return
             if not fits:
                 self._solve(root)
@@ -299,7 +212,7 @@ class Search:
         self._probed.add(candidate)
         if candidate.microbatches > 1 or bound < self._enough():  # else it bounds all counts
             self._open(self.next_count(candidate))
-        if bound < self._enough() and self.least_bytes(candidate) > self.limit:
+        if bound < self._enough() and self.least_bytes(candidate) > self.problem.limit:
             bound = inf
         if not fits and bound < self._enough():
             bound = self.open_bounds[candidate] = max(bound, self._solve(candidate, PROBE))
@@ -352,15 +265,17 @@ class Search:
 
     def _enough(self) -> float:
         """A bound this high cannot improve the incumbent by more than the gap asked for."""
-        return min(self.best.seconds, self.outside) * (1 - self.request.good_enough)
+        return min(self.best.seconds, self.outside) * (1 - self.problem.request.good_enough)
 
     def floors(self, policy: Policy) -> Mapping[int, float]:
         """By microbatch count: no plan is faster than every op cut evenly over all devices, nothing sent."""
         if policy not in self._floors:
-            program, counts = self.program(policy), self._counts()
+            program, counts = self.problem.program(policy), self._counts()
             body = program.time.body if isinstance(program.time, TimeAxis) else frozenset()
             inside = {program.graph.ops[i].tag for i in body}
-            found = least_work(program, self.cost, [self.cluster.size], counts, inside.__contains__)
+            found = least_work(
+                program, self.problem.cost, [self.problem.cluster.size], counts, inside.__contains__
+            )
             once, each = (found.get(key, np.zeros((1, len(counts))))[0] for key in (False, True))
             self._floors[policy] = {m: float(once[i] + m * each[i]) for i, m in enumerate(counts)}
         return self._floors[policy]
@@ -374,12 +289,14 @@ class Search:
     def relaxed(self, candidate: Candidate) -> tuple[float, bool]:
         """Solve without a memory limit: a bound, and whether the answer fits all the same."""
         space, cutoff = self.space(candidate), min(self.best.seconds, self.aim)
-        gap = ONE_SOLVE * self.request.good_enough
+        gap = ONE_SOLVE * self.problem.request.good_enough
 
         def solve(priced: Space) -> Solution:
-            left = min(10.0, max(1.0, self.deadline - time.monotonic()))
+            left = min(10.0, max(1.0, self.trace.deadline - time.monotonic()))
             live = live_of(priced)
-            return solve_live(live, time_limit=left, gap=gap, seed=self.request.seed, cutoff=cutoff)
+            return solve_live(
+                live, time_limit=left, gap=gap, seed=self.problem.request.seed, cutoff=cutoff
+            )
 
         solution = self._overlapped(candidate, space, solve, cutoff)
         if solution.stopped_by == "interrupt":
@@ -388,15 +305,15 @@ class Search:
             return solution.lower_bound, False
         ledger = Ledger(space, self._lives_of(candidate.policy, candidate.microbatches))
         peak, moment = ledger.peak(ledger.local_bytes(solution.choices))
-        if peak <= self.limit:
+        if peak <= self.problem.limit:
             self.offer(candidate, Answer(solution, peak, moment))
-        return solution.lower_bound, peak <= self.limit
+        return solution.lower_bound, peak <= self.problem.limit
 
     def _overlapped(
         self, candidate: Candidate, space: Space, solve: Callable[[Space], Solution], cutoff: float
     ) -> Solution:
         """The answer of as many solves as overlap asks for, beginning where the last ones of a candidate ended."""
-        gap, start = self.request.good_enough, self._multipliers.get(candidate)
+        gap, start = self.problem.request.good_enough, self._multipliers.get(candidate)
         enough = cutoff * (1 - gap)
         found, self._multipliers[candidate] = solve_overlapped(space, solve, gap, enough, start)
         return found
@@ -409,13 +326,13 @@ class Search:
             return
         space, lives = self.open(candidate)
         self.best = Best(candidate, space, lives, answer)
-        self.note(f"{candidate}: {format_seconds(objective)}, {format_bytes(answer.peak)}")
+        self.trace.note(f"{candidate}: {format_seconds(objective)}, {format_bytes(answer.peak)}")
 
     def smallest_count(self, root: Candidate) -> Candidate | None:
         """The first microbatch count that is not ruled out by memory."""
         following = self._fit(root, self._counts())
         if following is None:
-            self.note(f"{root.family}: does not fit")
+            self.trace.note(f"{root.family}: does not fit")
         return following
 
     def next_count(self, candidate: Candidate) -> Candidate | None:
@@ -426,7 +343,7 @@ class Search:
     def _fit(self, family: Candidate, counts: Sequence[int]) -> Candidate | None:
         for count in counts:
             candidate = Candidate(family.mesh, family.policy, count)
-            if self.least_bytes(candidate) <= self.limit:
+            if self.least_bytes(candidate) <= self.problem.limit:
                 return candidate
         return None
 
@@ -441,9 +358,9 @@ class Search:
             if known is not None and count > 1:
                 found = self._lives[policy, known].counted(count)
             else:
-                program = self.program(policy)
-                storage = as_xla(program, self.cluster.device.kind)
-                overlap = self.request.execution.within
+                program = self.problem.program(policy)
+                storage = as_xla(program, self.problem.cluster.device.kind)
+                overlap = self.problem.request.execution.within
                 found = lifetimes(program, count, roles(program.graph), storage, overlap)
             self._lives[policy, count] = found
         return self._lives[policy, count]
@@ -456,16 +373,16 @@ class Search:
         cutoff = min(self.best.seconds, self.outside)
 
         def solve(priced: Space) -> Solution:
-            left = max(1.0, self.deadline - time.monotonic())
+            left = max(1.0, self.trace.deadline - time.monotonic())
             share = 2.0 ** floor(log2(left / 2))  # rough, so that equal requests get equal shares
             return solve_space(
-                priced, lives, self.limit, time_limit=share, gap=ONE_SOLVE * self.request.good_enough,
-                seed=self.request.seed, cutoff=cutoff, probe=probe,
+                priced, lives, self.problem.limit, time_limit=share, gap=ONE_SOLVE * self.problem.request.good_enough,
+                seed=self.problem.request.seed, cutoff=cutoff, probe=probe,
             ).solution  # fmt: skip
 
         answer = answer_of(space, lives, self._overlapped(candidate, space, solve, cutoff))
         if answer.solution.status == "infeasible":
-            self.note(f"{candidate}: does not fit ({answer.solution.reason})")
+            self.trace.note(f"{candidate}: does not fit ({answer.solution.reason})")
             return inf
         if answer.solution.choices is not None:
             self.offer(candidate, answer)
@@ -473,31 +390,25 @@ class Search:
             raise KeyboardInterrupt
         return answer.solution.lower_bound
 
-    # ------------------------------------------------------------ refusals
-
     def infeasible(self) -> PlanError:
-        if self.stopped_by != "proof":
-            return StoppedError(
-                "no plan was found before the search was stopped.",
-                where=f"stopped by {self.stopped_by} after {time.monotonic() - self.started:.1f} s",
-                fix="more time, fewer choices (pin the mesh or recompute), or more memory",
-            )
+        if self.trace.stopped_by != "proof":
+            return self.trace.nothing_found()
         needs = {c: self.least_bytes(c) for c in self._all_candidates()}
         least = min(needs, key=lambda c: needs[c])
         return InfeasibleError(
             f"no plan fits: each needs at least {format_bytes(needs[least])} per device, "
-            f"{format_bytes(self.limit)} may be used.",
+            f"{format_bytes(self.problem.limit)} may be used.",
             where=f"the least is with {least}",
-            origin=f"cluster {self.cluster.name}: {counted(self.cluster.size, 'device')}",
+            origin=f"cluster {self.problem.cluster.name}: {counted(self.problem.cluster.size, 'device')}",
             fix="more devices, a smaller batch, or devices with more memory",
             needed_bytes=needs[least],
-            limit_bytes=self.limit,
+            limit_bytes=self.problem.limit,
         )
 
     def _all_candidates(self) -> list[Candidate]:
         return [
             Candidate(m, p, k)
             for m in self._meshes()
-            for p in self.policies
+            for p in self.problem.policies
             for k in self._counts()
         ]

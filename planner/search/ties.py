@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from math import inf, prod
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,30 +22,38 @@ from ...ir.sharding import Sharding
 from ..intra.solve import Answer, answer_of, data_parallel
 from ..intra.space import Space
 from ..memory.lives import Lifetimes
+from ..request import Request
 from ..solver.onehot import Choices, Solution, relative_gap
-
-if TYPE_CHECKING:
-    from ..request import Request
-    from .candidates import Best, Candidate
-    from .search import Search
+from .candidates import Best, Candidate, SearchResult
+from .search import Search
 
 NEAR = 3  # how far from a batch input its readers are looked at
 ALL_THE_SAME = 1e-6  # of a step: what all such layouts together may add
 SAME = 1e-9  # seconds of two layouts that differ by less than this share of a step are the same
 
 
-def settled(search: Search) -> Best:
-    """The search's incumbent, or what is as good and plainer."""
-    best = _plainer(search) or search.best
+def settled(search: Search) -> SearchResult:
+    """What the search has found, or what is as good and plainer, in the fewest bytes.
+
+    Raises:
+        PlanError: it has found nothing.
+    """
+    found = search.result()
+    return in_fewest_bytes(replace(found, best=_plainer(search) or found.best))
+
+
+def in_fewest_bytes(found: SearchResult) -> SearchResult:
+    """The same plan with inputs in the fewest bytes that cost no more seconds."""
+    best = found.best
     assert best.answer is not None and best.space is not None and best.lives is not None
     choices = best.answer.solution.choices
     assert choices is not None
     leaner = fewer_bytes(_priced_at(best.space, choices), choices)
-    found = _answer(best.space, best.lives, best.answer.solution, leaner)
-    seconds = found.solution.objective or 0.0
-    fits = leaner != choices and found.peak <= max(best.answer.peak, search.limit)
+    answer = _answer(best.space, best.lives, best.answer.solution, leaner)
+    seconds = answer.solution.objective or 0.0
+    fits = leaner != choices and answer.peak <= max(best.answer.peak, found.problem.limit)
     fits &= seconds <= best.seconds * (1 + ALL_THE_SAME)
-    return replace(best, answer=found) if fits else best
+    return replace(found, best=replace(best, answer=answer)) if fits else found
 
 
 def _priced_at(space: Space, choices: Choices) -> Space:
@@ -66,7 +73,7 @@ def offer_naive(search: Search) -> None:
     found = naive(search, search.roots()[0])
     if found is not None:
         assert found.candidate is not None and found.answer is not None
-        search.note("naive data parallelism is to be beaten:")
+        search.trace.note("naive data parallelism is to be beaten:")
         search.offer(found.candidate, found.answer)
 
 
@@ -74,13 +81,13 @@ def naive(search: Search, root: Candidate) -> Best | None:
     """Data parallelism on the mesh of a candidate, with one microbatch and nothing recomputed, where the request
     allows it and it fits."""
     candidate = replace(root, policy="none", microbatches=1)
-    if not _allowed(search.request) or search.least_bytes(candidate) > search.limit:
+    if not _allowed(search.problem.request) or search.least_bytes(candidate) > search.problem.limit:
         return None
     space, lives = search.open(candidate)
     choices = data_parallel(space)
     seconds = space.seconds(choices)
     answer = _answer(space, lives, Solution("feasible", "proof", choices, seconds, 0.0), choices)
-    fits = seconds < inf and answer.peak <= search.limit
+    fits = seconds < inf and answer.peak <= search.problem.limit
     return (
         replace(search.best, candidate=candidate, space=space, lives=lives, answer=answer)
         if fits
@@ -91,12 +98,15 @@ def naive(search: Search, root: Candidate) -> Best | None:
 def _plainer(search: Search) -> Best | None:
     """Data parallelism on the incumbent's mesh, where it is as good as was asked for."""
     best, bound = search.best, search.lower_bound()
-    if best.candidate is None or not _allowed(search.request):
+    if best.candidate is None or not _allowed(search.problem.request):
         return None
-    if search.floors("none")[1] * (1 - search.request.good_enough) > bound:
+    if search.floors("none")[1] * (1 - search.problem.request.good_enough) > bound:
         return None
     found = naive(search, best.candidate)
-    good = found is not None and relative_gap(found.seconds, bound) <= search.request.good_enough
+    good = (
+        found is not None
+        and relative_gap(found.seconds, bound) <= search.problem.request.good_enough
+    )
     return found if good else None
 
 

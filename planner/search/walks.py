@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..intra.solve import walk_space
 from .candidates import Candidate
-
-if TYPE_CHECKING:
-    from .search import Search
+from .search import Search
 
 
 def walk_families(search: Search) -> None:
@@ -16,19 +12,19 @@ def walk_families(search: Search) -> None:
     roots = search.roots()
     search.open_bounds = {root: min(search.floors(root.policy).values()) for root in roots}
     for root in roots:
-        _walk_family(search, root, search.request.time_limit / len(roots))
+        _walk_family(search, root, search.problem.request.time_limit / len(roots))
         search.forget(keep=search.best.candidate)
 
 
 def _walk_family(search: Search, root: Candidate, seconds: float) -> None:
     """The smallest microbatch count at which a chain finds something that fits."""
     candidate = search.smallest_count(root)
-    while candidate is not None and not search.past_deadline():
-        search.stopped_by = "time"  # it may fit, whatever the chains meet
+    while candidate is not None and not search.trace.past_deadline():
+        search.trace.stopped_by = "time"  # it may fit, whatever the chains meet
         space, lives = search.open(candidate)
         seconds /= 2
         answer = walk_space(
-            space, lives, search.limit, time_limit=seconds, seed=search.request.seed
+            space, lives, search.problem.limit, time_limit=seconds, seed=search.problem.request.seed
         )
         if answer.solution.choices is not None:
             search.offer(candidate, answer)
