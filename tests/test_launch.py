@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from meshwright.cli import main
+from meshwright.cli.launch import Launcher, job, lines
 from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import save_plan
 from meshwright.ir.errors import UsageError
 from meshwright.ir.mesh import Mesh
-from meshwright.launch import Launcher, job, lines
 
 
 def on(plan, cluster: str, devices: int):

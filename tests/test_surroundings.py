@@ -11,9 +11,9 @@ import jax
 import pytest
 
 from meshwright.cli import main
+from meshwright.cli.run import running
 from meshwright.ir.codec import load_plan, save_plan
 from meshwright.ir.errors import LoweringError
-from meshwright.run_cli import _running
 
 from .processes import ROOT
 
@@ -133,7 +133,7 @@ def make():
 
 def test_what_fails_in_a_running_step_is_no_defect_of_ours(small_plan):
     refused = pytest.raises(LoweringError, match="the step cannot run here, or failed as it ran")
-    with refused as caught, _running(small_plan):
+    with refused as caught, running(small_plan):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 7 bytes")
     assert caught.value.exit_code == 5 and "Out of memory allocating 7 bytes" in str(caught.value)
 

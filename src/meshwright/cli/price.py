@@ -1,139 +1,23 @@
-"""The commands that predict without planning, and measure what predictions rest on."""
+"""`meshwright price`: a training job given as numbers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .ir.errors import UsageError
-from .ir.mistakes import Mistakes
-from .ir.units import format_bytes, format_seconds
-from .options import Format, FormatOption, PlanFile, app
-from .output import say
+from ..ir.errors import UsageError
+from ..ir.mistakes import Mistakes
+from ..ir.units import format_bytes, format_seconds
+from ..output import say
+from .figures import Changes, Trace, changes_of, likely, memory_words
+from .options import Format, FormatOption, app
 
 if TYPE_CHECKING:
-    from .pricing import Shape
-
-Changes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="Change a field of the cluster first: fabric.ib400.bandwidth=100GB/s. May be repeated.",
-    ),
-]
-Trace = Annotated[
-    Path | None, typer.Option(help="Also write the timeline for Perfetto (ui.perfetto.dev).")
-]
-
-
-@app.command()
-def simulate(
-    plan: PlanFile,
-    changes: Changes = None,
-    trace: Trace = None,
-    overlap: Annotated[
-        str | None,
-        typer.Option(
-            help="What runs beside computation: parameters,gradients,tensor; all; none; as the plan says if not given."
-        ),
-    ] = None,
-    format: FormatOption = Format.text,
-) -> None:
-    """Simulate a step of a saved plan, with communication beside computation where the plan assumes it."""
-    from .ir.codec import check_writable, load_plan, write_whole
-    from .simulation import simulate as run
-
-    if trace is not None:
-        check_writable(trace)
-    loaded, asked = load_plan(plan), _changes(changes)
-    if loaded.pipeline is not None and not asked and overlap is None:
-        _simulate_pipeline(loaded, trace, format)
-        return
-    found = run(loaded, changes=asked, overlap=overlap)
-    if trace is not None:
-        write_whole(trace, json.dumps(found.timeline.perfetto()))
-    if format is Format.json:
-        say(json.dumps(_simulated(found), indent=1))
-        return
-    result, between = found.result, found.between
-    ran = result.run.makespan
-    say(f"step           {format_seconds(found.seconds)}" + _likely(between))
-    say(
-        f"simulated      {format_seconds(ran)} ({ran / (found.seconds or 1.0) - 1:+.1%}); {found.execution.beside}"
-    )
-    say(f"compute        {format_seconds(result.compute)}")
-    hidden = result.communication - result.exposed
-    say(
-        f"communication  {format_seconds(result.communication)}, {format_seconds(max(0.0, hidden))} hidden,"
-        f" {format_seconds(result.exposed)} exposed"
-    )
-    planned = format_seconds(found.plan.estimate.step_seconds)
-    say(f"unoverlapped   {format_seconds(result.serial)}; the plan says {planned}")
-    say(f"memory         {_memory(result.memory)} of {format_bytes(found.limit)}")
-    say(f"error          {found.band}; {found.hangs_on}")
-    say(found.timeline.text())
-
-
-OF_LAYERS = (
-    "the plan runs a single program for all stages; simulated are the passes of its layers, as if each stage had\n"
-    "         programs of its own. The plan's figure adds embedding and head, which all stages share, the exchanges\n"
-    "         around them, and that in the single program stages wait for each other at every microbatch"
-)
-
-
-def _simulate_pipeline(plan: Any, trace: Path | None, format: Format) -> None:
-    """The schedule of a plan's pipeline, with the seconds that the plan gives its stages."""
-    from .ir.codec import write_whole
-    from .pipeline_view import LEGEND, figures, parts_of_step, simulated
-
-    line, rows, parts = simulated(plan), figures(plan), parts_of_step(plan)
-    if trace is not None:
-        write_whole(trace, json.dumps(line.perfetto()))
-    if format is Format.json:
-        data = {
-            "seconds": line.seconds,
-            "planned": plan.estimate.step_seconds,
-            "ranks": rows,
-            "sent": parts.sent,
-            "exposed": parts.exposed,
-            "program": plan.pipeline.program,
-            "simulated": "stages",
-        }
-        say(json.dumps(data, indent=1))
-        return
-    say(
-        f"step     {format_seconds(line.seconds)}; the plan says {format_seconds(plan.estimate.step_seconds)}"
-    )
-    if plan.pipeline.program == "single":
-        say(f"beware   {OF_LAYERS}")
-    say(
-        f"between  stages {format_seconds(parts.sent)}, {format_seconds(max(0.0, parts.sent - parts.exposed))} hidden, "
-        f"{format_seconds(parts.exposed)} exposed"
-    )
-    say(f"error    {plan.proof.band}")
-    say(line.text())
-    say(LEGEND)
-    for row in rows:
-        say(
-            f"rank {row['rank']:<3} busy {format_seconds(row['busy'])}, span {format_seconds(row['span'])}, "
-            f"idle in it {row['idle']:.1%}, memory {format_bytes(row['peak_bytes'])}"
-        )
-
-
-def _simulated(found: Any) -> dict[str, Any]:
-    result = found.result
-    return {
-        "seconds": found.seconds, "simulated": result.run.makespan, "overlap": found.execution.overlap,
-        "between": found.between, "serial": result.serial, "compute": result.compute,
-        "communication": result.communication, "exposed": result.exposed, "memory": result.memory,
-        "peak_bytes": result.peak, "limit_bytes": found.limit, "planned": found.plan.estimate.step_seconds,
-        "band": found.band, "hangs_on": found.hangs_on,
-    }  # fmt: skip
+    from ..pricing import Shape
 
 
 @app.command()
@@ -249,12 +133,12 @@ def price(
     format: FormatOption = Format.text,
 ) -> None:
     """Price a training job given as numbers: seconds per step and memory per stage."""
-    from .emulation import trace_on_cpu
-    from .ir.cluster.cluster import Cluster
-    from .ir.codec import check_writable, write_whole
-    from .ir.composites.attention_op import AttentionKind
-    from .ir.composites.losses import LossKind
-    from .ir.execution import (
+    from ..emulation import trace_on_cpu
+    from ..ir.cluster.cluster import Cluster
+    from ..ir.codec import check_writable, write_whole
+    from ..ir.composites.attention_op import AttentionKind
+    from ..ir.composites.losses import LossKind
+    from ..ir.execution import (
         OVERLAPS,
         WITHIN,
         Execution,
@@ -263,15 +147,15 @@ def price(
         parse_overlap,
         usual_execution,
     )
-    from .planner.pipeline.timeline import Timeline
-    from .planner.request import check_overlap
-    from .pricing import Setting, check_batch, fusion_of, parallelism_on, price_job
+    from ..planner.pipeline.timeline import Timeline
+    from ..planner.request import check_overlap
+    from ..pricing import Setting, check_batch, fusion_of, parallelism_on, price_job
 
     if trace is not None:
         check_writable(trace)
     trace_on_cpu()
     where = Cluster.parse(cluster)
-    for path, value in _changes(changes).items():
+    for path, value in changes_of(changes).items():
         where = where.with_(path, value)
     wrong = Mistakes()
     usual = usual_execution(device.kind for device in where.devices.values())
@@ -347,39 +231,11 @@ def price(
     _print_price(found, where, beyond, job | {"assumes": str(assumed)}, format)
 
 
-@app.command()
-def calibrate(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to save the profile.")],
-    devices: Annotated[
-        int | None,
-        typer.Option(min=1, help="Emulate so many CPU devices; this process's own if not given."),
-    ] = None,
-    format: FormatOption = Format.text,
-) -> None:
-    """Measure this machine's devices and write a profile that a cluster file can name.
-
-    Takes tens of seconds; nothing else should run meanwhile.
-    """
-    from .calibration import calibrate as measure
-    from .calibration import profile_text
-    from .emulation import emulate
-    from .ir.codec import check_writable, write_whole
-    from .progress import Progress
-
-    check_writable(output)
-    if devices is not None:
-        emulate(devices)
-    with Progress() as progress:
-        found = measure(tell=progress.say)
-    write_whole(output, found.dump())
-    say(found.dump() if format is Format.json else profile_text(found))
-
-
 def _named(
     model: str, layers: int | None, seq: int | None, numbers: Mapping[str, int | None]
 ) -> Shape:
     """A model of the zoo."""
-    from .pricing import shape_of
+    from ..pricing import shape_of
 
     for name, number in numbers.items():
         if number is not None:
@@ -395,7 +251,7 @@ def _shape(
     family: str, layers: int | None, seq: int | None, numbers: Mapping[str, int | None]
 ) -> Shape:
     """A model given as numbers."""
-    from .pricing import Experts, Shape
+    from ..pricing import Experts, Shape
 
     hidden, heads, kv_heads, head_dim, ffn, vocab, experts, choices = numbers.values()
     if layers is None or hidden is None or heads is None:
@@ -436,7 +292,7 @@ def _no_idle_options(*options: tuple[str, bool, bool, str]) -> None:
 
 
 def _print_price(found: Any, where: Any, beyond: str, job: dict[str, Any], format: Format) -> None:
-    from .planner.cost.bands import NONE, band_of, told
+    from ..planner.cost.bands import NONE, band_of, told
 
     band, words = (None, f"{NONE} with {beyond}") if beyond else (band_of(where), told(where))
     between = band.around(found.step) if band else None
@@ -450,13 +306,13 @@ def _print_price(found: Any, where: Any, beyond: str, job: dict[str, Any], forma
         }  # fmt: skip
         say(json.dumps(data, indent=1))
         return
-    say(f"step    {format_seconds(found.step)}" + _likely(between))
+    say(f"step    {format_seconds(found.step)}" + likely(between))
     say(
         "        "
         + ", ".join(f"{cause} {format_seconds(s)}" for cause, s in found.seconds.items() if s > 0)
     )
     say(
-        f"memory  {_memory(found.memory[worst])} of {format_bytes(where.memory_per_device)} (stage {worst})"
+        f"memory  {memory_words(found.memory[worst])} of {format_bytes(where.memory_per_device)} (stage {worst})"
     )
     if not fits:
         say(f"        does not fit: {format_bytes(found.peak - where.memory_per_device)} too much")
@@ -464,35 +320,3 @@ def _print_price(found: Any, where: Any, beyond: str, job: dict[str, Any], forma
         say("        above 90 % of the memory; measured runs lose much of their speed there")
     say(f"assumes {job['assumes']}")
     say(f"error   {words}")
-
-
-def _changes(pairs: list[str] | None) -> dict[str, str]:
-    found = {}
-    for pair in pairs or []:
-        field, equals, value = pair.partition("=")
-        if not equals or not field or not value:
-            raise UsageError(
-                f"`{pair}` changes nothing.",
-                where="--set",
-                fix="--set fabric.ib400.bandwidth=100GB/s",
-            )
-        if field in found:
-            raise UsageError(f"`{field}` is set twice.", where="--set", fix="once")
-        found[field] = value
-    return found
-
-
-def _likely(between: tuple[float, float] | None) -> str:
-    """Where nine in ten published runs would put a predicted step; the prediction itself may lie outside."""
-    if between is None:
-        return ""
-    return f" predicted; {format_seconds(between[0])} to {format_seconds(between[1])} by how such runs went"
-
-
-def _memory(causes: dict[str, float]) -> str:
-    rows = [
-        f"{cause} {format_bytes(held)}"
-        for cause, held in sorted(causes.items(), key=lambda c: -c[1])
-        if held > 0
-    ]
-    return f"{format_bytes(sum(causes.values()))}: {', '.join(rows)};"

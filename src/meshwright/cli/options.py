@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from .ir.version import VERSION
-from .output import apart, say
+from ..ir.version import VERSION
+from ..output import apart, say
 
 
 class _Command(TyperCommand):

@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
-from .ir.errors import UsageError
-from .ir.plan import Plan
+from ..ir.errors import UsageError
+from ..ir.plan import Plan
+from ..output import say
 from .options import PlanFile, app
-from .output import say
 
 PORT = (
     8476  # of the coordinator, if no other is asked for; the one that jax's documents use for TPUs
@@ -145,7 +145,7 @@ def launch(
     ] = "",
 ) -> None:
     """Print the lines that run a saved plan on the hosts of its cluster."""
-    from .ir.codec import load_plan
+    from ..ir.codec import load_plan
 
     for line in lines(
         job(load_plan(plan), per_host), launcher, _command(plan, shlex.split(more)), port

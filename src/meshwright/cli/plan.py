@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from .ir.units import counted, parse_bytes
+from ..ir.units import counted, parse_bytes
 from .options import Format, FormatOption, app
 from .replan import print_plan, save_frontier
 
@@ -115,11 +115,11 @@ def plan(
 
     Ctrl-C ends the search with the best plan so far and its gap.
     """
-    from .emulation import trace_on_cpu
-    from .ir.cluster.cluster import Cluster
-    from .ir.codec import check_writable, save_plan
-    from .planner.request import Request, parse_mesh, parse_pp
-    from .recipe import make
+    from ..emulation import trace_on_cpu
+    from ..ir.cluster.cluster import Cluster
+    from ..ir.codec import check_writable, save_plan
+    from ..planner.request import Request, parse_mesh, parse_pp
+    from ..recipe import make
 
     options = {
         "batch": global_batch, "seq": seq, "layers": layers, "optimizer": optimizer, "dtype": dtype,
@@ -165,9 +165,9 @@ def plan(
 
 def searched(made: Any, where: Any, request: Any, keep: Any = None) -> Any:
     """Trace and plan, telling stderr what happens."""
-    from .api import plan_captured
-    from .planner.request import check_early
-    from .progress import Progress
+    from ..api import plan_captured
+    from ..planner.request import check_early
+    from ..progress import Progress
 
     check_early(request, where)
     with Progress() as progress:

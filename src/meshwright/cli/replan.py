@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..output import say
 from .options import Format, FormatOption, app
-from .output import say
 
 
 @app.command()
@@ -34,10 +34,10 @@ def replan(
 
     The solutions that a search met are dealt out anew to stages; hosts that do not divide stay spare.
     """
-    from .collector import paused
-    from .ir.cluster.cluster import Cluster
-    from .ir.codec import check_writable, save_plan
-    from .planner.search.frontier import load_frontier
+    from ..collector import paused
+    from ..ir.cluster.cluster import Cluster
+    from ..ir.codec import check_writable, save_plan
+    from ..planner.search.frontier import load_frontier
 
     known = load_frontier(frontier)
     place = output or Path(f"{known.name}.plan.json")
@@ -56,8 +56,8 @@ def save_frontier(kept: Sequence[Any], recipe: Mapping[str, str | int | bool], p
     Raises:
         PlanError: there is nothing to keep, or the file cannot be written.
     """
-    from .ir.codec import sealed, write_whole
-    from .ir.errors import PlanError
+    from ..ir.codec import sealed, write_whole
+    from ..ir.errors import PlanError
 
     if not kept:
         raise PlanError(
@@ -69,8 +69,8 @@ def save_frontier(kept: Sequence[Any], recipe: Mapping[str, str | int | bool], p
 
 
 def print_plan(found: Any, format: Format, everything: bool) -> None:
-    from .view import plan_text
-    from .view.words import words
+    from ..view import plan_text
+    from ..view.words import words
 
     if format is Format.text:
         say(plan_text(found, everything))

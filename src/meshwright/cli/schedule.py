@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from ..output import say
 from .options import Format, FormatOption, app
-from .output import say
 
 
 @app.command()
@@ -66,10 +66,10 @@ def schedule(
 
     The search finds the fastest order for these seconds under the memory limit.
     """
-    from .ir.codec import check_writable, write_whole
-    from .ir.pipeline.torch_csv import to_torch_csv
-    from .schedule_view import catalogue, catalogue_text, data, text
-    from .scheduling import Memory, Seconds, Size, study
+    from ..ir.codec import check_writable, write_whole
+    from ..ir.pipeline.torch_csv import to_torch_csv
+    from ..schedule_view import catalogue, catalogue_text, data, text
+    from ..scheduling import Memory, Seconds, Size, study
 
     if name is None:
         say(json.dumps(catalogue(), indent=1) if format is Format.json else catalogue_text())

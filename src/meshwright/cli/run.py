@@ -1,8 +1,7 @@
-"""The commands that compile a plan here: train with it, or compare it with the compiled program."""
+"""`meshwright run`: train a model of the zoo with a plan."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .ir.errors import LoweringError, UsageError
-from .options import Emulate, Format, FormatOption, PlanFile, app, finite
-from .output import say
-from .plan_cli import searched
+from ..ir.errors import LoweringError, UsageError
+from .options import Emulate, Format, FormatOption, app
+from .plan import searched
 
 
 @app.command()
@@ -74,11 +72,11 @@ def run(
     With --model the plan is made on the spot: meshwright run --model gpt-tiny --devices 8 --pin pp=4
     Its stages have programs of their own, whose passes have a timeline; --pin program=single for one of all stages.
     """
-    from .ir.codec import check_writable, load_plan
-    from .processes import take_devices
-    from .seats import seat
-    from .together import same_command
-    from .training import show, train
+    from ..ir.codec import check_writable, load_plan
+    from ..processes import take_devices
+    from ..seats import seat
+    from ..together import same_command
+    from ..training import show, train
 
     if trace is not None:
         check_writable(trace)
@@ -96,13 +94,13 @@ def run(
             "a plan or --model is needed; --pin and --global-batch go with --model.",
             fix="one of them",
         )
-    with _running(found):
-        trained = train(found, _made(found), steps, data, verify, seed)
+    with running(found):
+        trained = train(found, step_of(found), steps, data, verify, seed)
     show(found, trained, trace, format is Format.json)
 
 
 @contextmanager
-def _running(plan: Any) -> Iterator[None]:
+def running(plan: Any) -> Iterator[None]:
     """What XLA refuses, compiling or running: too little memory, or a call of the step's own that failed."""
     from jax.errors import JaxRuntimeError
 
@@ -118,11 +116,11 @@ def _running(plan: Any) -> Iterator[None]:
 def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> Any:
     from dataclasses import replace
 
-    from .emulation import check_room, emulate
-    from .ir.cluster.cluster import Cluster
-    from .pins import request_of
-    from .recipe import make
-    from .view.text import plan_head
+    from ..emulation import check_room, emulate
+    from ..ir.cluster.cluster import Cluster
+    from ..pins import request_of
+    from ..recipe import make
+    from ..view.text import plan_head
 
     request = request_of(pins)
     if request.pp != 1 and request.program is None:
@@ -137,59 +135,9 @@ def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> 
     return found
 
 
-@app.command()
-def audit(
-    plan: PlanFile,
-    emulate: Emulate = False,
-    topology: Annotated[
-        str | None, typer.Option(help="Compile for this TPU slice, as v5e:2x4; no TPU is needed.")
-    ] = None,
-    format: FormatOption = Format.text,
-) -> None:
-    """Compile a saved plan and compare its communication and memory with the prediction."""
-    from dataclasses import asdict
-
-    from .api import RunningStep
-    from .backends.xla.lower import lower
-    from .backends.xla.topology import topology_devices
-    from .ir.codec import load_plan
-    from .processes import take_devices
-    from .view import audit_text
-
-    found = load_plan(plan)
-    if topology is None:
-        take_devices(found, emulate)
-        devices = None
-    else:
-        if emulate:
-            raise UsageError("--emulate and --topology are two machines.", fix="one of them")
-        devices = topology_devices(topology, found.cluster)
-    made = _made(found)
-    with _running(found):
-        report = RunningStep(
-            lower(found, made.capture(found.pipeline is not None), devices)
-        ).audit()
-    if format is Format.json:
-        lines = [{**asdict(line), "difference": finite(line.difference)} for line in report.lines]
-        totals = {
-            "predicted_bytes": report.predicted_bytes, "compiled_bytes": report.compiled_bytes, "lines": lines,
-            "difference": finite(report.difference), "predicted_peak": report.predicted_peak,
-            "compiled_peak": report.compiled_peak, "compiled_parts": report.parts, "limit": report.limit,
-        }  # fmt: skip
-        full, ranks = report.fullest, [*map(asdict, report.ranks)]
-        say(
-            json.dumps(
-                totals | ({"fullest_rank": full[0].rank, "ranks": ranks} if full else {}), indent=1
-            )
-        )
-    else:
-        say(audit_text(report))
-    if report.compiled_peak > report.limit:
-        raise typer.Exit(3)
-
-
-def _made(found: Any) -> Any:
-    from .recipe import make
+def step_of(found: Any) -> Any:
+    """The model of the zoo that a plan was made for."""
+    from ..recipe import make
 
     if not found.recipe:
         raise UsageError(
