@@ -33,7 +33,7 @@ from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra.layouts import Layouts
 from meshwright.planner.intra.space import Space, build
 from meshwright.planner.report.instructions import Chosen
-from meshwright.planner.report.moves import find_collectives
+from meshwright.planner.report.of_plan import collectives_of
 from meshwright.planner.request import Request, parse_mesh
 
 B, T, N, K, H = 2, 32, 4, 2, 8  # batch, positions, heads, heads of keys, width of a head
@@ -153,8 +153,7 @@ def pinned(
         return plan.model_copy(
             update={"pipeline": plan.pipeline.model_copy(update={"stages": stages})}
         )
-    space = priced(plan, program)
-    moved = find_collectives(space, (0,) * len(space.nodes))
+    moved = collectives_of(plan, priced(plan, program), Roofline(plan.cluster))
     return plan.model_copy(update={"collectives": tuple(moved)})
 
 

@@ -36,8 +36,9 @@ from meshwright.ir.rules.rule import NONE, Rule, cuttable
 from meshwright.ir.text import parse, show
 from meshwright.ir.verify import verify
 from meshwright.planner.cost.loss import least_loss_seconds, loss_seconds
+from meshwright.planner.cost.model import Roofline
 from meshwright.planner.cost.ways import Ways
-from meshwright.planner.report.moves import find_collectives
+from meshwright.planner.report.of_plan import collectives_of
 from meshwright.planner.request import Request, parse_mesh
 
 from .test_context_parallel import priced
@@ -181,8 +182,7 @@ def test_what_devices_bring_together_is_what_was_planned(
     step, args = STEPS["log_softmax, take_along_axis"]
     plan = pinned(step, args, mesh, cut)
     program = prepare(fold(with_losses(capture(step, *args).graph)).small, plan.recompute)
-    space = priced(plan, program)
-    moved = tuple(find_collectives(space, (0,) * len(space.nodes)))
+    moved = tuple(collectives_of(plan, priced(plan, program), Roofline(plan.cluster)))
     plan = plan.model_copy(update={"collectives": moved})
     lines = compare(plan, collectives(mw.lower(plan, step, *args).hlo(), plan.mesh))
     found = [line for line in lines if line.kind == "all_reduce"]

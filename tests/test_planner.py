@@ -30,7 +30,7 @@ from meshwright.planner.memory.ledger import Ledger
 from meshwright.planner.memory.lifetimes import lifetimes
 from meshwright.planner.memory.storage import as_xla
 from meshwright.planner.problem import Problem
-from meshwright.planner.report.moves import find_collectives
+from meshwright.planner.report.moves import moves, settlements
 from meshwright.planner.request import Request
 from meshwright.planner.search.candidates import Candidate
 from meshwright.planner.search.meshes import finest, mesh_of, meshes, other_groups
@@ -220,7 +220,7 @@ def test_flexflows_search_starts_at_data_parallelism_and_proves_nothing():
 
 
 def test_the_estimate_is_the_sum_of_its_parts():
-    """Communication listed in the plan plus every op's own time is the objective."""
+    """All that travels plus every op's own time is the objective."""
     space, _ = space_of(mlp, *mlp_arguments(), mesh_of((2, 2)))
     rng, problem = np.random.default_rng(0), live_of(space)
     for _ in range(200):
@@ -228,7 +228,9 @@ def test_the_estimate_is_the_sum_of_its_parts():
         total = problem.cost(choices)
         if np.isinf(total):
             continue
-        moved = sum(c.seconds for c in find_collectives(space, choices))
+        entries = [each for item in space.transfers for each in moves(space, choices, item, {})]
+        entries += [each for _, each in settlements(space, choices)]
+        moved = sum(each.seconds for each in entries)
         alone = live_of(_without_links(choices)).cost(choices)
         assert total - moved == pytest.approx(alone, rel=1e-6, abs=1e-12)
 

@@ -2,7 +2,7 @@
 
     local gpt-tiny on x=2 × y=4, 4 microbatches {
       in %0: f32[64, 64] @ [x·y, -] 'params.up'
-      %1: f32[512, 64] @ [-, -] = all_gather %0 (axes=('x', 'y'), dim=0) in prepare for 'b0.3~step' x1
+      %1: f32[512, 64] @ [-, -] = all_gather %0 (axes=('x', 'y'), dim=0) in prepare of 'params.up' for 'b0.3~step' x1
       %9: f32[64, 64] @ [-, -] partial x = microbatches (groups=8, joins=('sum',)) {
         %2: f32[8, 64] @ [x/m, -] = take_microbatch %7 (dim=0, groups=1)
         %3: f32[8, 256] @ [x/m, y] = dot_general %2 %1 (...) cut 0=x/m 1=y in forward tag 'b0.3' x1
@@ -90,8 +90,8 @@ class LocalOp:
 
     An all_reduce may have several operands of one element type, each with its own result: one collective for all.
 
-    `tag` is that of the op of the graph, `reader` of what a collective brings its operand to: an op or a slot of the
-    plan.
+    `tag` is that of the op of the graph; `source` of the value that a collective brings, `reader` of what it brings it
+    to: an op or a slot of the plan.
     """
 
     kind: str
@@ -104,6 +104,7 @@ class LocalOp:
     phase: str = ""
     where: str = ""
     tag: str = ""
+    source: str = ""
     reader: str = ""
     count: int = 1
 
@@ -134,7 +135,7 @@ class LocalOp:
 class LocalProgram:
     """One device's program, the same on all of a mesh.
 
-    Invariants (`local_checks.verify_local` holds them): every value is defined once and before its use, and has a
+    Invariants (`checks.verify_local` holds them): every value is defined once and before its use, and has a
     shard; what ops say of layouts agrees with their rules; axes belong to the mesh; nothing is partial at the end.
     """
 
@@ -241,7 +242,7 @@ def _told(op: LocalOp) -> str:
     joint = " ".join(f"{how}={'·'.join(axes)}" for how, axes in op.joint)
     told = [
         f"cut {cuts}" * bool(cuts), f"joint {joint}" * bool(joint), f"in {op.phase}" * bool(op.phase),
-        f"for {op.reader!r} x{op.count}" * bool(op.reader), f"at {op.where!r}" * bool(op.where),
-        f"tag {op.tag!r} x{op.count}" * bool(op.tag),
+        f"of {op.source!r}" * bool(op.source), f"for {op.reader!r} x{op.count}" * bool(op.reader),
+        f"at {op.where!r}" * bool(op.where), f"tag {op.tag!r} x{op.count}" * bool(op.tag),
     ]  # fmt: skip
     return "".join(f" {each}" for each in told if each)

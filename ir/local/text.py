@@ -30,8 +30,8 @@ _OUT = re.compile(rf"out %(?P<id>\d+)(?: (?P<name>{TEXT}))?")
 _OP = re.compile(
     rf"\s?= (?P<kind>[\w.-]+)(?P<operands>(?: %\d+)*)(?: \((?P<attrs>.*)\))?"
     rf"(?: cut (?P<cuts>\d+=\S+(?: \d+=\S+)*))?(?: joint (?P<joint>[a-z]+=\S+(?: [a-z]+=\S+)*))?"
-    rf"(?: in (?P<phase>\w+))?(?: for (?P<reader>{TEXT}) x(?P<times>\d+))?(?: at (?P<where>{TEXT}))?"
-    rf"(?: tag (?P<tag>{TEXT}) x(?P<count>\d+))?(?P<open> {{)?"
+    rf"(?: in (?P<phase>\w+))?(?: of (?P<source>{TEXT}))?(?: for (?P<reader>{TEXT}) x(?P<times>\d+))?"
+    rf"(?: at (?P<where>{TEXT}))?(?: tag (?P<tag>{TEXT}) x(?P<count>\d+))?(?P<open> {{)?"
 )
 
 
@@ -117,6 +117,7 @@ class _Reader(Lines):
             phase=found["phase"] or "",
             where=ast.literal_eval(found["where"]) if found["where"] else "",
             tag=ast.literal_eval(found["tag"]) if found["tag"] else "",
+            source=ast.literal_eval(found["source"]) if found["source"] else "",
             reader=ast.literal_eval(found["reader"]) if found["reader"] else "",
             count=int(found["count"] or found["times"] or 1),
         )

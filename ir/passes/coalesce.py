@@ -95,12 +95,13 @@ def _reads(op: LocalOp) -> set[int]:
 
 def _one(ops: Sequence[LocalOp]) -> LocalOp:
     """In the order of their first readers, named after the first."""
-    name = ops[0].reader or ops[0].tag
+    first, more = ops[0], f" and {len(ops) - 1} more"
     return replace(
-        ops[0],
+        first,
         inputs=tuple(v for op in ops for v in op.inputs),
         outputs=tuple(v for op in ops for v in op.outputs),
         where="",
         tag="",
-        reader=f"{name} and {len(ops) - 1} more",
+        source=first.source and first.source + more,
+        reader=(first.reader or first.tag) + more,
     )

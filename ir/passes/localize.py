@@ -76,11 +76,12 @@ class Localizer:
     def _leaving(self, position: int) -> LocalOp:
         """Who reads an output: carried state goes back to the slot of its input."""
         graph, entries = self.graph, {o: i for i, o in self.graph.state}
+        source = self.decisions.tags[graph.outputs[position]]
         if position not in entries:
-            return for_reader(graph.output_name(position), "update")
+            return for_reader(graph.output_name(position), "update", source=source)
         entry = entries[position]
         count = graph.input_counts[entry] if graph.input_counts else 1
-        return for_reader(self.decisions.tags[graph.inputs[entry]], "update", count)
+        return for_reader(self.decisions.tags[graph.inputs[entry]], "update", count, source)
 
     def piece(
         self,

@@ -220,12 +220,15 @@ class Writer:
         tied = self.tied(op, dict(zip(op.inputs, wanted, strict=True)), scope, phase)
         found, why = list[int](), for_reader(op.tag, phase, op.count)
         for k, value in enumerate(op.inputs):
-            local = tied.get(value, scope.names[value])
+            local, told = (
+                tied.get(value, scope.names[value]),
+                replace(why, source=self.of.tags[value]),
+            )
             if now is None or value in self.split:
-                found.append(self.bring(local, wanted[k], why))
+                found.append(self.bring(local, wanted[k], told))
             else:
                 dim = next((d for d, each in enumerate(rule.operands[k]) if now in each), None)
-                found.append(self.now(local, wanted[k], dim, why))
+                found.append(self.now(local, wanted[k], dim, told))
         return found
 
     def tied(
@@ -290,7 +293,7 @@ class Writer:
                 if value in time.split:
                     held = inner.names[value]
                     layout = self.shards[held].sharding
-                    why = for_reader(self.of.tags[value], "forward")
+                    why = for_reader(tag := self.of.tags[value], "forward", source=tag)
                     inner.names[value] = self.now(held, layout, time.split[value], why)
             self.run(body, inner)
         left = [inner.names[v] for v in (*totals, *parts)]
@@ -304,7 +307,7 @@ class Writer:
         results = self.put(MICROBATCHES, [], shards, attrs, LocalOp("", (), (), regions=(whole,)))
         scope.names |= zip((*totals, *parts), results, strict=True)
         for value in parts:
-            why = for_reader(self.of.tags[value], "update")
+            why = for_reader(tag := self.of.tags[value], "update", source=tag)
             scope.names[value] = self.joined(scope.names[value], time.split[value], why)
         self.run([op for i, op in enumerate(ops) if i in late], scope)
 
@@ -367,7 +370,12 @@ class _Loop:
         """An operand as regions want it; in a microbatch, its part."""
         split, why = (
             self.writer.split,
-            for_reader(f"{self.op.tag}/in{i}", self.phase, self.op.count),
+            for_reader(
+                f"{self.op.tag}/in{i}",
+                self.phase,
+                self.op.count,
+                self.writer.of.tags[self.op.inputs[i]],
+            ),
         )
         outside, inside, row = self.op.inputs[i], self.op.regions[0].inputs[i], self._is_row(i)
         held = tied.get(outside, self.scope.names[outside])
@@ -398,7 +406,7 @@ class _Loop:
         value = region.outputs[k]
         returning = region in op.returning
         result, slot = (op.outputs[k], end_tag(op, k)) if returning else (value, f"{op.tag}/on")
-        local, why = inner.names[value], for_reader(slot, self.phase)
+        local, why = inner.names[value], for_reader(slot, self.phase, 1, self.writer.of.tags[value])
         if not inner.timed or value in split or op.kind != "cond" or result not in split:
             return self.writer.bring(local, end, why)
         return self.writer.now(local, end, split[result], why)
@@ -409,9 +417,9 @@ def _told(op: Op, phase: str) -> LocalOp:
     return LocalOp("", (), (), phase=phase, where=op.where, tag=op.tag, count=op.count)
 
 
-def for_reader(reader: str, phase: str, count: int = 1) -> LocalOp:
+def for_reader(reader: str, phase: str, count: int = 1, source: str = "") -> LocalOp:
     """What a collective says of itself."""
-    return LocalOp("", (), (), phase=phase, reader=reader, count=count)
+    return LocalOp("", (), (), phase=phase, source=source, reader=reader, count=count)
 
 
 def _partial(shard: Shard, settled: Mapping[str, tuple[str, ...]]) -> Shard:

@@ -1,14 +1,19 @@
-"""The collectives of a solution: what travels between ops, over which axes, how often."""
+"""The collectives of a plan, read off its local program: what travels between ops, over which axes, how often.
+
+`moves` and `settlements` say the same from the search's tables, for those who need them by reading (`price`, the
+simulator).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
 import numpy as np
 
 from ...ir.graph import Op, Region
+from ...ir.local.program import COLLECTIVES, ON_SHARDS, LocalOp
 from ...ir.ops import FORWARDING
 from ...ir.plan import Collective
 from ...ir.rules.rule import Strategy, side_sharding
@@ -16,6 +21,7 @@ from ...ir.sharding import Sharding, reshard
 from ..intra.inside import Inside
 from ..intra.outline import Decides
 from ..intra.space import Space, Transfer
+from .local_prices import LocalPrices
 
 SILENT = FORWARDING - {"broadcast_in_dim"}  # named by what they read
 
@@ -53,21 +59,46 @@ def _say(names: Mapping[str, str], tag: str) -> str:
 
 
 def find_collectives(
-    space: Space, choices: tuple[int, ...], often: Mapping[str, int] = MappingProxyType({})
+    prices: LocalPrices, often: Mapping[str, int] = MappingProxyType({})
 ) -> list[Collective]:
-    """Every communication that the chosen layouts imply, equal ones added up.
+    """Every communication of a local program, equal ones added up.
 
     Args:
         often: op tag -> on how many stages alike what it reads is brought and what it makes is settled.
     """
     found: dict[tuple, Collective] = {}
-    names = spoken(space)
-    for item in space.transfers:
-        for entry in moves(space, choices, item, names):
-            _count(found, repeated(entry, often.get(item.reader, 1)))
-    for op, entry in settlements(space, choices):
-        _count(found, repeated(entry, often.get(op.tag, 1)))
+    names = spoken(prices.space)
+    for op, runs in prices.runs():
+        for entry in _sent(prices, op, runs, names):
+            _count(found, repeated(entry, often.get(op.reader or op.tag, 1)))
     return sorted(found.values(), key=lambda c: -c.seconds)
+
+
+def _sent(
+    prices: LocalPrices, op: LocalOp, runs: float, names: Mapping[str, str]
+) -> Iterator[Collective]:
+    """What one op is, or sends while it runs."""
+    many = max(1, round(runs))  # a branch seldom taken is there once
+    if op.kind in ON_SHARDS:
+        seconds = prices.move(op)
+        if op.kind in COLLECTIVES and (nbytes := prices.nbytes(op)):
+            what = f"{_say(names, op.source)} -> {_say(names, op.reader)}"
+            yield Collective(
+                kind=op.kind, axes=op.axes, nbytes=nbytes, count=many, seconds=runs * seconds,  # type: ignore[arg-type]
+                what=what if op.reader else _own(prices, op), phase=op.phase,
+            )  # fmt: skip
+    elif prices.computes(op):
+        for sent, nbytes, seconds in prices.inside(op):
+            yield Collective(
+                kind=sent.kind, axes=sent.axes, nbytes=nbytes, count=max(1, round(runs * sent.times)),
+                seconds=runs * seconds, what=_own(prices, op), phase=op.phase,
+            )  # fmt: skip
+
+
+def _own(prices: LocalPrices, op: LocalOp) -> str:
+    """Of what an op sends by itself."""
+    whole = prices.graph_ops[op.tag]
+    return f"{whole.kind} {whole.where}".strip()
 
 
 def repeated(entry: Collective, times: int) -> Collective:

@@ -16,8 +16,8 @@ from ..pipeline.single import exchanges, memory_by_cause, once_alike, price_sing
 from ..problem import Problem
 from ..request import ProgramKind
 from ..trace import Trace
-from .moves import find_collectives, repeated
-from .of_plan import flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
+from .moves import repeated
+from .of_plan import collectives_of, flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
 from .usage import axis_uses
 
 BESIDES = (  # whatever the meshes of stages
@@ -100,16 +100,10 @@ def write_pipeline(
         solved.program, solved.microbatches, problem.cost, problem.layouts_on(solved.mesh)
     )
     alike = dict.fromkeys(once_alike(pricing), len(ranks)) if chosen.program == "single" else {}
-    collectives = find_collectives(space, choices, alike)
-    if chosen.program == "single":
-        collectives += [
-            repeated(each, len(ranks)) for each in exchanges(pricing, space.microbatches)
-        ]
-    moving = sum(c.seconds for c in collectives) / len(ranks)
     serial = _serial(pricing, priced, chosen)
     unlike = len({id(rank.space) for rank in ranks}) > 1
     as_laid = f", as rank {worst} lays them out" * unlike
-    return Plan(
+    plan = Plan(
         meshwright=VERSION,
         name=problem.name,
         graph=problem.fingerprint,
@@ -125,8 +119,8 @@ def write_pipeline(
         uses=axis_uses(space, choices),
         estimate=Estimate(
             step_seconds=priced.seconds,
-            compute_seconds=serial - moving,
-            communication_seconds=moving,
+            compute_seconds=serial,
+            communication_seconds=0.0,
             hidden_seconds=serial - priced.seconds,
             peak_bytes=priced.peaks[worst],
             limit_bytes=pricing.places[worst].limit,
@@ -135,7 +129,7 @@ def write_pipeline(
         ),
         proof=proof_of(problem, trace, priced.seconds, lower_bound, left_out),
         tensors=tuple(tensors_of(space, choices)),
-        collectives=tuple(sorted(collectives, key=lambda each: -each.seconds)),
+        collectives=(),
         opaque=opaque_of(space),
         notes=(
             *notes_of(problem, None),
@@ -145,6 +139,18 @@ def write_pipeline(
         batch=PlannedBatch.of(problem.folded.whole),
         pipeline=_pipeline(ranks, pricing, priced, unlike, chosen),
     )
+    collectives = collectives_of(plan, space, problem.cost, alike)
+    if chosen.program == "single":
+        collectives += [
+            repeated(each, len(ranks)) for each in exchanges(pricing, space.microbatches)
+        ]
+    moving = sum(each.seconds for each in collectives) / len(ranks)
+    parts = {"compute_seconds": serial - moving, "communication_seconds": moving}
+    update = {
+        "collectives": tuple(sorted(collectives, key=lambda each: -each.seconds)),
+        "estimate": plan.estimate.model_copy(update=parts),
+    }
+    return plan.model_copy(update=update)
 
 
 def _serial(pricing: Pricing, priced: Priced, chosen: Chosen) -> float:

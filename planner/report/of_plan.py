@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 from ...ir.analysis.cross_entropy import Unfused, looked_at
@@ -15,6 +16,7 @@ from ...ir.composites.evenly import pairs_kept
 from ...ir.graph import Graph, Op, TensorType, Visit
 from ...ir.ops import ATTENTION, CONTRACTIONS, LOSSES
 from ...ir.passes.batch_stats import statistics_of
+from ...ir.passes.localize import localize
 from ...ir.passes.microbatch import Refusal
 from ...ir.plan import EXACT, Collective, Estimate, Layout, Plan, PlannedBatch, Proof, Tensor
 from ...ir.rules import rule_of
@@ -23,6 +25,7 @@ from ...ir.units import counted
 from ...ir.version import VERSION
 from ..assumptions import assumptions
 from ..cost.flop import flop
+from ..cost.model import CostModel
 from ..intra.space import Space
 from ..memory.ledger import Ledger
 from ..problem import Problem
@@ -30,6 +33,7 @@ from ..search.candidates import Candidate, SearchResult
 from ..search.meshes import some_groups
 from ..solver.onehot import relative_gap
 from ..trace import Trace
+from .local_prices import LocalPrices
 from .moves import find_collectives, spoken
 from .usage import axis_uses
 
@@ -59,8 +63,7 @@ def write_plan(
         and best.answer.solution.choices is not None
     )
     space, choices = best.space, best.answer.solution.choices
-    collectives = find_collectives(space, choices)
-    return Plan(
+    plan = Plan(
         meshwright=VERSION,
         name=problem.name,
         graph=problem.fingerprint,
@@ -74,7 +77,7 @@ def write_plan(
         strategies=space.codes(choices),
         slots=slots_of(space, choices),
         uses=axis_uses(space, choices),
-        estimate=_estimate(found, collectives),
+        estimate=_estimate(found, 0.0),
         proof=proof_of(
             problem,
             found.trace,
@@ -83,11 +86,23 @@ def write_plan(
             left_out,
         ),
         tensors=tuple(tensors_of(space, choices)),
-        collectives=tuple(collectives),
+        collectives=(),
         opaque=opaque_of(space),
         notes=notes_of(problem, best.candidate),
         batch=PlannedBatch.of(problem.folded.whole),
     )
+    collectives = collectives_of(plan, space, problem.cost)
+    moving = sum(each.seconds for each in collectives)
+    update = {"collectives": tuple(collectives), "estimate": _estimate(found, moving)}
+    return plan.model_copy(update=update)
+
+
+def collectives_of(
+    plan: Plan, space: Space, cost: CostModel, often: Mapping[str, int] = MappingProxyType({})
+) -> list[Collective]:
+    """All that a plan sends, whose layouts were chosen from a space; `often` as `find_collectives` takes it."""
+    local = localize(space.program, plan)
+    return find_collectives(LocalPrices(local, space, cost, plan.strategies), often)
 
 
 def slots_of(space: Space, choices: tuple[int, ...]) -> dict[str, Layout]:
@@ -98,12 +113,11 @@ def slots_of(space: Space, choices: tuple[int, ...]) -> dict[str, Layout]:
     }
 
 
-def _estimate(found: SearchResult, collectives: list[Collective]) -> Estimate:
+def _estimate(found: SearchResult, communication: float) -> Estimate:
     best = found.best
     assert best.space and best.lives and best.answer and best.answer.solution.choices is not None
     total, choices = best.seconds, best.answer.solution.choices
     serial = total if best.space.windows is None else best.space.serial(choices)
-    communication = sum(c.seconds for c in collectives)
     ledger = Ledger(best.space, best.lives)
     return Estimate(
         step_seconds=total,
