@@ -87,3 +87,30 @@ def test_tables_and_programs_cost_the_same(name, mesh, microbatches, squeezed):
     moved, computed = seconds(prices)
     assert isclose(computed, by_tables, rel_tol=1e-9)
     assert isclose(moved + computed, space.serial(choices), rel_tol=1e-9)
+
+
+ALIKE = ("gpt-tiny", "llama-tiny", "mixtral-tiny", "deepseek-tiny")
+
+
+@pytest.mark.parametrize(
+    "name, microbatches",
+    [
+        ("llama-tiny", 4),
+        *(pytest.param(n, m, marks=pytest.mark.slow) for n in ALIKE for m in (1, 4)),
+    ],
+)
+def test_tables_and_programs_of_stages_cost_the_same(name, microbatches):
+    """Passes of stages save less (`saved.py`): what is made again is in both."""
+    example = build(name)
+    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
+    request = Request(pp=2, microbatches=microbatches, recompute="none", overlap="none")
+    plan = plan_captured(captured, "8xh100", request, name)
+    assert plan.pipeline is not None
+    cost = Roofline(Cluster.parse("8xh100"))
+    folded = fold(composed(captured.graph, plan.attention, plan.cluster))
+    program = prepare(folded.small, plan.recompute, in_stages=True)
+    layouts = Layouts(cost.collectives(plan.mesh))
+    space = build_space(program, plan.microbatches, cost, layouts, Chosen(plan))
+    choices = (0,) * len(space.nodes)
+    prices = LocalPrices(localize(program, plan), space, cost, plan.strategies)
+    assert isclose(sum(seconds(prices)), space.serial(choices), rel_tol=1e-9)
