@@ -8,7 +8,7 @@ from dataclasses import replace
 from .graph import Graph, Op, Region, TensorType
 
 
-class Fresh:
+class FreshIds:
     """Hands out new value ids and keeps their types: `types` grows as a pass adds values."""
 
     def __init__(self, graph: Graph):

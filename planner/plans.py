@@ -21,10 +21,10 @@ from .request import Request, check
 from .search.candidates import SearchResult
 from .search.frontier import WIDE, Frontier
 from .search.islands import Islands
-from .search.scouts import Scouts
 from .search.search import Search
 from .search.ties import offer_naive, settled
 from .search.walks import walk_families
+from .search.workers import Workers
 from .trace import Trace
 
 
@@ -32,7 +32,7 @@ def search(
     folded: Folded, cluster: Cluster, request: Request, *, name: str, fingerprint: str,
     cost: CostModel | None = None, tell: Callable[[str], None] = lambda line: None,
     now: Callable[[str], None] = lambda line: None, keep: Callable[[Frontier], None] | None = None,
-    scouts: Scouts | None = None,
+    workers: Workers | None = None,
 ) -> Plan:  # fmt: skip
     """Plan one step.
 
@@ -45,7 +45,7 @@ def search(
         tell: hears one line per event of the search.
         now: hears where the search stands, a few times a second.
         keep: is given what planning for other numbers of devices needs, if a pipeline was found on equal devices.
-        scouts: other processes that help; without them the plan is the same.
+        workers: other processes that help; without them the plan is the same.
 
     Raises:
         InfeasibleError: nothing fits, with the least memory any layout needs.
@@ -61,25 +61,25 @@ def search(
         return islands.run(_on_equal_devices)
     cost = cost or Roofline(cluster, exchanges=request.program != "single")
     problem = Problem(folded, cluster, request, cost, name, fingerprint)
-    return _on_equal_devices(problem, Trace(request.time_limit, tell, now), keep, scouts)
+    return _on_equal_devices(problem, Trace(request.time_limit, tell, now), keep, workers)
 
 
 def _on_equal_devices(
     problem: Problem, trace: Trace, keep: Callable[[Frontier], None] | None = None,
-    scouts: Scouts | None = None,
+    workers: Workers | None = None,
 ) -> Plan:  # fmt: skip
     """The best of all pipelines, of unequal stages too, and, where their number is open, of plans without one."""
     request = problem.request
     check(request, problem.cluster, problem.program("none").time)
-    flat = Search(problem, trace, scouts=scouts)
+    flat = Search(problem, trace, workers=workers)
     if request.pp == 1:
         return write_plan(without_stages(flat))
-    pipelines = Pipelines(problem, trace, scouts)
+    pipelines = Pipelines(problem, trace, workers)
     unequal = Unequal(pipelines)
     both = request.pp == "auto" and request.schedule is None and request.program != "single"
     ways: list[Way] = []
-    if scouts is not None:
-        scouts.brief(problem, pipelines.choices.units)
+    if workers is not None:
+        workers.start(problem, pipelines.choices.units)
     try:
         if both:
             _explore(flat, pipelines)
@@ -91,7 +91,7 @@ def _on_equal_devices(
         pipelines.reorder(flat.best.seconds)
         pipelines.choose_program()
         if both:
-            flat.outside = pipelines.best.dispatched
+            flat.cutoff = pipelines.best.dispatched
             while flat.promises() < inf and not trace.past_deadline():
                 flat.step()
             flat.end()
@@ -145,10 +145,10 @@ def _explore(flat: Search, pipelines: Pipelines) -> None:
     """Plans with and without a pipeline, whichever may be faster first."""
     pipelines.besides = flat.roots()
     pipelines.begin()
-    flat.outside = flat.aim = pipelines.first
+    flat.cutoff = flat.bound_cutoff = pipelines.first
     flat.begin(known=pipelines.first < inf)
     while not flat.trace.past_deadline():
-        pipelines.outside = flat.best.seconds
+        pipelines.cutoff = flat.best.seconds
         with_stages, without = pipelines.promises(flat.best.seconds), flat.promises()
         if min(with_stages, without) == inf:
             return
@@ -157,7 +157,7 @@ def _explore(flat: Search, pipelines: Pipelines) -> None:
             pipelines.hurry(flat.best.seconds)
         else:
             pipelines.step(flat.best.seconds)
-            flat.outside = pipelines.as_run()
+            flat.cutoff = pipelines.as_run()
 
 
 def drop_dispatched(unequal: Unequal, flat: float) -> list[Way]:

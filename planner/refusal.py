@@ -12,7 +12,7 @@ from math import inf, sqrt
 
 from ..ir.errors import InfeasibleError, PlanError
 from ..ir.units import counted, format_bytes, parse_bytes
-from .pipeline.choices import Shape
+from .pipeline.choices import PipelineConfig
 from .pipeline.search import Pipelines
 from .trace import Trace
 
@@ -55,7 +55,7 @@ def refusal(pipelines: Pipelines) -> PlanError:
     )  # fmt: skip
 
 
-def _by_need(pipelines: Pipelines) -> list[tuple[float, Shape]]:
+def _by_need(pipelines: Pipelines) -> list[tuple[float, PipelineConfig]]:
     """Shapes by the least bytes that they may need; more microbatches never need more."""
     most = pipelines.choices.counts[-1]
     shapes = (replace(family, microbatches=most) for family in pipelines.choices.families())
@@ -83,8 +83,8 @@ def _otherwise(pipelines: Pipelines, needed: float) -> str:
 
 
 def least_room(
-    pipelines: Pipelines, asked: Sequence[tuple[float, Shape]]
-) -> tuple[float, Shape] | None:
+    pipelines: Pipelines, asked: Sequence[tuple[float, PipelineConfig]]
+) -> tuple[float, PipelineConfig] | None:
     """About the least memory with which layouts of the most frugal shapes are found, and the shape. Limits are tried
     as they print, so that what is told is what was tried."""
     low, found = max(asked[0][0], pipelines.problem.limit), None
@@ -104,15 +104,17 @@ def least_room(
 
 
 def _first(
-    asked: Sequence[tuple[float, Shape]], limit: float, best: Shape | None = None
-) -> list[Shape]:
+    asked: Sequence[tuple[float, PipelineConfig]], limit: float, best: PipelineConfig | None = None
+) -> list[PipelineConfig]:
     """A few that may fit: what is known to need little, then the most frugal of each recompute policy."""
     frugal = {shape.policy: shape for needed, shape in reversed(asked) if needed <= limit}
     order = [shape for _, shape in asked if frugal.get(shape.policy) == shape and shape != best]
     return [*([best] if best else []), *order][:TRIED]
 
 
-def _fitting(pipelines: Pipelines, shapes: Sequence[Shape], limit: float) -> Shape | None:
+def _fitting(
+    pipelines: Pipelines, shapes: Sequence[PipelineConfig], limit: float
+) -> PipelineConfig | None:
     """The first of some shapes of which layouts are found that fit."""
     for shape in shapes:
         if pipelines.trace.past_deadline():

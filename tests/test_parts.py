@@ -19,7 +19,7 @@ from meshwright.ir.program import prepare
 from meshwright.models import build
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.pipeline import narrow
-from meshwright.planner.pipeline.choices import Shape
+from meshwright.planner.pipeline.choices import PipelineConfig
 from meshwright.planner.pipeline.narrow import _least_across
 from meshwright.planner.pipeline.search import Found
 from meshwright.planner.pipeline.units import find_units
@@ -130,7 +130,7 @@ def test_parts_lose_little_against_every_cut_of_every_op(monkeypatch):
     count, best = len(fine.choices.units), inf
     assert len(coarse.choices.units) == 8 and count == 28
     for family in fine.choices.families():
-        shape, fine.best = Shape(family.stages, family.mesh, family.policy, 4), Found()
+        shape, fine.best = PipelineConfig(family.stages, family.mesh, family.policy, 4), Found()
         fine.solve_shape(shape)
         pricing, (schedule,) = fine.best.pricing, fine.choices.schedules_for(shape)
         assert pricing is not None

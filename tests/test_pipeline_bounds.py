@@ -10,7 +10,7 @@ import pytest
 
 from meshwright.planner.intra.solve import live_of
 from meshwright.planner.pipeline import priced
-from meshwright.planner.pipeline.choices import Shape
+from meshwright.planner.pipeline.choices import PipelineConfig
 from meshwright.planner.pipeline.priced import Place, Pricing
 from meshwright.planner.pipeline.schedules import SCHEDULES, schedule_named
 from meshwright.planner.pipeline.simulate import StageSeconds, pipeline_tasks, simulate
@@ -44,7 +44,7 @@ def test_no_cut_of_any_layouts_is_faster_than_the_bounds(layers, stages):
     an end comes on top of one of them, and the bound counts it: so it is close to the best cut."""
     problem = problem_of("gpt-tiny", "8xh100x1@ib100", batch=16, layers=layers)
     pipelines, rng, many = pipelines_on(problem), np.random.default_rng(layers * stages), 8
-    shape = Shape(stages, mesh_of((8 // stages,)), "none", many)
+    shape = PipelineConfig(stages, mesh_of((8 // stages,)), "none", many)
     space, units = pipelines.bounds.likely(shape), pipelines.choices.units
     bound, live = pipelines.bounds.relaxed(shape, 1e9)[1], live_of(space)
     assert 0 < pipelines.choices.floor(shape) <= bound * (1 + 1e-9)
@@ -85,7 +85,7 @@ def test_no_cut_that_fits_is_faster_than_the_bound_by_cases(layers, stages, over
     """Every cut, with layouts that are solved for under ever less memory; the bound tells what memory rules out."""
     problem = problem_of("gpt-tiny", "8xh100x1@ib100", batch=16, layers=layers)
     problem = replace(problem, request=replace(problem.request, schedule="1f1b", overlap=overlap))
-    shape, told = Shape(stages, mesh_of((8 // stages,)), "none", 8), 0
+    shape, told = PipelineConfig(stages, mesh_of((8 // stages,)), "none", 8), 0
     free = pipelines_on(problem)
     free.solve_shape(shape)
     assert free.best.priced is not None
@@ -111,7 +111,7 @@ def test_bounds_with_overlap_read_choices_as_the_space_numbers_them():
     """Copies that share memory double the choices of their nodes in the solver's problem alone."""
     problem, shape = (
         problem_of("llama-tiny", "2xh100x8@ib400", batch=64, layers=16),
-        Shape(2, mesh_of((4, 2)), "none", 8),
+        PipelineConfig(2, mesh_of((4, 2)), "none", 8),
     )
     problem = replace(problem, request=replace(problem.request, overlap="all"))
     for memory in (1e15, 30e6, 20e6, 15e6, 12e6, 10e6):
@@ -134,7 +134,7 @@ def test_what_does_not_fit_says_nothing_of_more_microbatches():
     whole, every = pipelines_on(problem), pipelines_on(problem)
     whole.explore()
     for many in (16, 32, 64):
-        every.solve_shape(Shape(4, mesh_of((8, 2)), "none", many))
+        every.solve_shape(PipelineConfig(4, mesh_of((8, 2)), "none", many))
     assert whole.best.seconds <= every.best.seconds * (1 + problem.request.good_enough)
     assert whole.lower_bound() <= every.best.seconds
 
@@ -144,7 +144,7 @@ def test_stages_that_a_bound_watches_are_within_those_of_every_cut(layers, stage
     """Every cut whose fullest stage has from `low` to `high` layers, halves of layers too where these are few."""
     problem = problem_of("gpt-tiny", "8xcpu", batch=16, layers=layers)
     bounds = pipelines_on(problem).bounds
-    units, shape, met = bounds.choices.units, Shape(stages, mesh_of((2,)), "none", 8), 0
+    units, shape, met = bounds.choices.units, PipelineConfig(stages, mesh_of((2,)), "none", 8), 0
     least, holds = (
         bounds.choices.fullest_at_least(stages),
         lambda a, b: all(x >= y for x, y in zip(a, b, strict=True)),

@@ -26,7 +26,7 @@ from meshwright.pipeline_view import simulated
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra.solve import live_of
 from meshwright.planner.intra.windows import MANY
-from meshwright.planner.pipeline.choices import Shape
+from meshwright.planner.pipeline.choices import PipelineConfig
 from meshwright.planner.pipeline.dealing import deal_spans
 from meshwright.planner.pipeline.priced import Place, Priced, Pricing
 from meshwright.planner.pipeline.schedules import schedule_named
@@ -65,7 +65,7 @@ def problem_on(overlap: str, layers: int = 8, **pins) -> Problem:
     return Problem(small, SLOW, request, Roofline(SLOW), "gpt2", "x")
 
 
-def pricings(pipelines: Pipelines, shape: Shape, how_many: int):
+def pricings(pipelines: Pipelines, shape: PipelineConfig, how_many: int):
     """Layouts that are solved for under several multipliers, and some near them, priced."""
     space, rng = pipelines.bounds.likely(shape), np.random.default_rng(0)
     holdings = pipelines.bounds.holdings(shape.policy, shape.microbatches)
@@ -95,7 +95,7 @@ def pricings(pipelines: Pipelines, shape: Shape, how_many: int):
 )
 def test_no_cut_of_any_layouts_is_faster_than_the_bounds(overlap, mesh, many, stages):
     pipelines = pipelines_on(problem_on(overlap))
-    shape, units = Shape(stages, mesh_of(mesh), "none", many), pipelines.choices.units
+    shape, units = PipelineConfig(stages, mesh_of(mesh), "none", many), pipelines.choices.units
     bound = pipelines.bounds.relaxed(shape, 1e9)[1]
     assert pipelines.choices.floor(shape) <= bound * (1 + 1e-9)
     least, hidden = float("inf"), 0.0
@@ -117,7 +117,7 @@ def test_no_cut_of_any_layouts_is_faster_than_the_bounds(overlap, mesh, many, st
 
 
 def test_overlap_bounds_no_higher_than_none():
-    shape = Shape(2, mesh_of((4, 2)), "none", 4)
+    shape = PipelineConfig(2, mesh_of((4, 2)), "none", 4)
     bounds = [
         pipelines_on(problem_on(each)).bounds.relaxed(shape, 1e9)[0] for each in ("none", "all")
     ]
@@ -235,7 +235,7 @@ def turn_by_turn(pricing: Pricing, priced: Priced, turns: int = 48) -> float:
 @pytest.mark.parametrize("name", ["1f1b", "zb-h1"])
 def test_windows_and_an_event_simulator_agree(overlap, name):
     pipelines = pipelines_on(problem_on(overlap, layers=24))
-    shape = Shape(2, mesh_of((2, 4)), "none", 16)
+    shape = PipelineConfig(2, mesh_of((2, 4)), "none", 16)
     pricing = next(pricings(pipelines, shape, 0))
     priced = pricing.price(schedule_named(name, 2, 16))
     assert priced is not None
@@ -250,7 +250,7 @@ def test_windows_and_an_event_simulator_agree(overlap, name):
 def test_what_comes_early_and_what_leaves_late_takes_memory():
     """Weights gathered for each microbatch, where sharding them cuts the step's bytes: of two layers' at once."""
     alone = pipelines_on(problem_on("none"))
-    shape, peaks = Shape(2, mesh_of((8,)), "none", 4), []
+    shape, peaks = PipelineConfig(2, mesh_of((8,)), "none", 4), []
     space, cut = alone.bounds.likely(shape), alone.choices.cut("none", 4)
     runs = runs_of(alone.choices.units, 0, len(alone.choices.units) // 2)
     ways = lambda each: each.ways(space.mesh) if isinstance(each, Sharding) else 0  # noqa: E731

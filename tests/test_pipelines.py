@@ -22,7 +22,7 @@ from meshwright.models import build
 from meshwright.planner.intra.solve import live_of
 from meshwright.planner.memory.ledger import Ledger
 from meshwright.planner.pipeline import priced
-from meshwright.planner.pipeline.choices import Choices, Shape
+from meshwright.planner.pipeline.choices import Choices, PipelineConfig
 from meshwright.planner.pipeline.dealing import deal
 from meshwright.planner.pipeline.limited import search_schedule
 from meshwright.planner.pipeline.search import Found, Pipelines
@@ -212,7 +212,8 @@ def test_a_finer_mesh_can_do_what_a_coarser_one_can():
     problem = problem_of("gpt-tiny", "2xh100x8@ib100", batch=16)
     bounds = pipelines_on(problem).bounds
     coarse, fine = (
-        bounds.relaxed(Shape(2, mesh_of(each), "none", 4), 1e9)[1] for each in ((8,), (2, 4))
+        bounds.relaxed(PipelineConfig(2, mesh_of(each), "none", 4), 1e9)[1]
+        for each in ((8,), (2, 4))
     )
     assert fine <= coarse * (1 + 0.03)  # solves stop within their gap
 

@@ -17,7 +17,7 @@ from meshwright.api import plan_captured
 from meshwright.backends.xla.lower_pipeline import lower_pipeline
 from meshwright.backends.xla.verify import verify_outputs
 from meshwright.ir.errors import PlanError
-from meshwright.planner.pipeline.choices import Shape
+from meshwright.planner.pipeline.choices import PipelineConfig
 from meshwright.planner.pipeline.partition import Pace, near_least_step
 from meshwright.planner.pipeline.priced import Pricing
 from meshwright.planner.pipeline.schedules import one_f_one_b
@@ -104,7 +104,10 @@ def test_unequal_stages_equal_trying_every_split():
     ranks = {}
     for size in (1, 2, 4):
         whole = Watched(runs_of(units, 0, len(units)), 1.0)
-        shapes = [Shape(4, mesh, "none", 8) for mesh in plane_meshes(unequal.problem.cluster, size)]
+        shapes = [
+            PipelineConfig(4, mesh, "none", 8)
+            for mesh in plane_meshes(unequal.problem.cluster, size)
+        ]
         ranks[size] = layouts.fastest(shapes, (whole,))
     best, at = inf, ()
     for sizes in (each for each in deals(8, (1, 2, 4)) if len(each) == 4):
@@ -124,7 +127,9 @@ def test_unequal_stages_equal_trying_every_split():
 def test_layouts_of_unequal_stages_are_found_with_overlap():
     _, unequal = explored(replace(REQUEST, overlap="all"), cluster="8xh100x1@ib400")
     whole = Watched(runs_of(unequal.units, 0, len(unequal.units)), 1.0)
-    shapes = [Shape(4, mesh, "none", 8) for mesh in plane_meshes(unequal.problem.cluster, 4)]
+    shapes = [
+        PipelineConfig(4, mesh, "none", 8) for mesh in plane_meshes(unequal.problem.cluster, 4)
+    ]
     rank = unequal.layouts.fastest(shapes, (whole,))
     assert rank is not None
     each, _ = unequal.layouts.costs(rank)

@@ -18,7 +18,7 @@ from typing import Any
 from ...ir.graph import Graph, Op, Region, TensorType
 from ...ir.rules import rule_of
 from ...ir.rules.rule import Rule
-from ...ir.values import Fresh
+from ...ir.values import FreshIds
 from . import narrow
 from .capture import Bound
 from .pieces import Scope, Shared, Stack
@@ -44,7 +44,7 @@ class Apart:
 
 def take_apart(graph: Graph, bound: Mapping[Any, Bound], axes: Mapping[int, int]) -> Apart:
     """Take input p apart along dim `axes[p]`, and unroll every scan over it or of one turn."""
-    shared = Shared(Fresh(graph), dict(bound), list(graph.constants))
+    shared = Shared(FreshIds(graph), dict(bound), list(graph.constants))
     walk = _Walk(graph, Scope(shared))
     env: Env = {}
     for position, dim in axes.items():

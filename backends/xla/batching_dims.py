@@ -18,7 +18,7 @@ import numpy as np
 
 from ...ir.graph import Attr, Graph, Op, Region, TensorType
 from ...ir.passes.dead import drop_dead_ops
-from ...ir.values import Fresh
+from ...ir.values import FreshIds
 from .params import attrs_of
 
 _Bound = dict[tuple[str, tuple[tuple[str, Attr], ...]], tuple[Any, dict[str, Any]]]
@@ -44,7 +44,7 @@ class _Rewrite:
     """`along`: value -> the dim along which it counts: 0, 1, 2, ... from one end to the other."""
 
     def __init__(self, graph: Graph, bound: _Bound, arrays: Mapping[int, Any]):
-        self.bound, self.fresh, self.changed = bound, Fresh(graph), False
+        self.bound, self.fresh, self.changed = bound, FreshIds(graph), False
         self.types = self.fresh.types
         self.numbers = {c.value: c.data for c in graph.constants if c.value not in arrays}
         found = ((value, _counting(array)) for value, array in arrays.items())

@@ -20,7 +20,7 @@ from jax import lax
 
 from ...ir.graph import Attr, Constant, Op, TensorType
 from ...ir.ops import ELEMENTWISE
-from ...ir.values import Fresh
+from ...ir.values import FreshIds
 from .capture import Bound
 from .dtypes import jax_dtype
 from .params import attrs_of
@@ -57,7 +57,7 @@ class _Waiting:
 class Shared:
     """What all scopes of a graph have in common: values, constants, and jax's side of the ops."""
 
-    fresh: Fresh
+    fresh: FreshIds
     bound: dict[Any, Bound]
     constants: list[Constant]
     notes: dict[str, None] = field(default_factory=dict)

@@ -28,7 +28,7 @@ from functools import cached_property
 from ..graph import Graph, Op
 from ..rules import rule_of
 from ..rules.factors import FLOATS
-from ..values import Fresh
+from ..values import FreshIds
 from .early import dear_values, with_totals_early
 from .microbatch import (
     AVERAGED,
@@ -136,7 +136,7 @@ class _Apart:
     """One walk. `own`: total -> what a microbatch takes it for; `means`: value of a microbatch -> its mean over all."""
 
     def __init__(self, graph: Graph, flow: Followed, totals: Collection[int]):
-        self.graph, self.flow, self.fresh = graph, flow, Fresh(graph)
+        self.graph, self.flow, self.fresh = graph, flow, FreshIds(graph)
         between = _between(graph, flow, totals)
         products = _products(graph, flow, between)
         self.between = between | _made_of_totals(graph, flow, products)

@@ -26,7 +26,7 @@ from functools import cached_property
 
 from ..graph import Graph, Op, Region
 from ..ops import ADDITION, ALIASES, CONTRACTIONS, CONTROL_FLOW, LOSSES
-from ..values import Fresh
+from ..values import FreshIds
 
 HEAVY = CONTRACTIONS | LOSSES | CONTROL_FLOW | {"gather", "scatter-add"}
 SUMS = HEAVY | {"reduce_sum"}
@@ -52,7 +52,7 @@ def settles(op: Op) -> bool:
 
 def insert_copies(graph: Graph, phases: Sequence[str]) -> Graph:
     """Give the planner its layout changes; `phases` has one entry per top-level op."""
-    fresh = Fresh(graph)
+    fresh = FreshIds(graph)
     ops = tuple(_inside(op, phase, fresh) for op, phase in zip(graph.ops, phases, strict=True))
     tags = dict(zip(graph.inputs, graph.input_tags, strict=True)) if graph.input_tags else {}
     writer = {v: (op, phase) for op, phase in zip(ops, phases, strict=True) for v in op.outputs}
@@ -75,12 +75,12 @@ def _made_anywhere(graph: Graph) -> set[int]:
     return known
 
 
-def _inside(op: Op, phase: str, fresh: Fresh) -> Op:
+def _inside(op: Op, phase: str, fresh: FreshIds) -> Op:
     regions = tuple(_region(op, number, phase, fresh) for number in range(len(op.regions)))
     return replace(op, regions=regions) if regions else op
 
 
-def _region(op: Op, number: int, phase: str, fresh: Fresh) -> Region:
+def _region(op: Op, number: int, phase: str, fresh: FreshIds) -> Region:
     region, (consts, carry) = op.regions[number], op.loop_inputs
     body = tuple(_inside(o, phase, fresh) for o in region.ops)
     tags = {v: f"{op.tag}/{f'{number}-' * (number > 0)}in{i}" for i, v in enumerate(region.inputs)}
@@ -94,7 +94,7 @@ class _Placer:
 
     def __init__(
         self,
-        fresh: Fresh,
+        fresh: FreshIds,
         writer: dict[int, Op],
         prepared: set[int],
         tags: dict[int, str],

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 from ..graph import Graph, Op, deciding
 from ..ops import COMPOSITES, CONTRACTIONS, DECOMPOSITIONS
-from ..values import Fresh
+from ..values import FreshIds
 from .dead import drop_dead_ops, live_ops
 from .microbatch import WHOLE, Refusal, TimeAxis, time_axis, totals_waited_for
 
@@ -101,7 +101,7 @@ class _Early:
     """The ops that totals are made of, run on the whole batch too, each beside the op it repeats."""
 
     def __init__(self, graph: Graph, batch: Collection[int], totals: Collection[int]):
-        self.graph, self.totals, self.fresh = graph, totals, Fresh(graph)
+        self.graph, self.totals, self.fresh = graph, totals, FreshIds(graph)
         self.tags = dict(zip(graph.inputs, graph.input_tags or map(str, graph.inputs), strict=True))
         self.counts = dict(
             zip(graph.inputs, graph.input_counts or (1,) * len(graph.inputs), strict=True)

@@ -21,7 +21,7 @@ from dataclasses import replace
 from ..graph import Graph, Op, TensorType
 from ..ops import ELEMENTWISE, linear_in
 from ..rules import rule_of
-from ..values import Fresh
+from ..values import FreshIds
 from .dead import drop_dead_ops
 from .microbatch import Followed, Refusal, TimeAxis, follow, time_axis
 
@@ -51,7 +51,7 @@ class _Late:
     """One walk. `owed`: value -> the value without its factors, and these."""
 
     def __init__(self, graph: Graph, flow: Followed):
-        self.graph, self.flow, self.fresh = graph, flow, Fresh(graph)
+        self.graph, self.flow, self.fresh = graph, flow, FreshIds(graph)
         self.types = self.fresh.types
         self.writer = {v: visit.op for visit in graph.visits for v in visit.op.outputs}
         self.zeros = {c.value for c in graph.constants if c.data == 0}

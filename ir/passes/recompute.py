@@ -35,7 +35,7 @@ from zlib import crc32
 
 from ..graph import Graph, Op, Region, TensorType
 from ..ops import CONTRACTIONS, CONTROL_FLOW, KERNELS, MOVEMENT, REDUCTIONS
-from ..values import Fresh, block_instances
+from ..values import FreshIds, block_instances
 
 Policy = Literal[
     "none",
@@ -70,7 +70,7 @@ def recompute(
     """
     if policy == "none":
         return graph
-    fresh = Fresh(graph)
+    fresh = FreshIds(graph)
     gates = graph.types.keys() if per_example is None else per_example
     graph = _recompute_loops(graph, phases, policy, gates, fresh)
     graph = _recompute_flat(graph, phases, policy, gates, fresh)
@@ -90,7 +90,7 @@ class _Flat:
 
 
 def _recompute_flat(
-    graph: Graph, phases: Sequence[str], policy: Policy, gates: Collection[int], fresh: Fresh
+    graph: Graph, phases: Sequence[str], policy: Policy, gates: Collection[int], fresh: FreshIds
 ) -> Graph:
     facts = _facts(graph, phases, policy)
     wanted: dict[tuple[str, int] | None, list[int]] = {}
@@ -242,7 +242,14 @@ def _activation_products(graph: Graph, forward: list[int]) -> set[int]:
 
 
 def _splice(
-    graph: Graph, phases, facts: _Flat, wanted, whole, readers, gates: Collection[int], fresh: Fresh
+    graph: Graph,
+    phases,
+    facts: _Flat,
+    wanted,
+    whole,
+    readers,
+    gates: Collection[int],
+    fresh: FreshIds,
 ) -> Graph:
     """Put each group's copies before its first backward reader and redirect the readers."""
     starts = {position: group for group, position in readers.items()}
@@ -275,7 +282,7 @@ def _again(
     gate: int | None,
     redirect: Mapping[int, int],
     reader: Op,
-    fresh: Fresh,
+    fresh: FreshIds,
 ) -> tuple[list[Op], dict[int, int]]:
     """The copies, and by what the backward pass reads from here on: dropped values, and the gate."""
     needed: set[int] = set(whole)
@@ -317,7 +324,7 @@ def _digest(graph: Graph, facts: _Flat, held: Iterable[int]) -> str:
 
 
 def _recompute_loops(
-    graph: Graph, phases: Sequence[str], policy: Policy, gates: Collection[int], fresh: Fresh
+    graph: Graph, phases: Sequence[str], policy: Policy, gates: Collection[int], fresh: FreshIds
 ) -> Graph:
     ops = list(graph.ops)
     writer = {v: i for i, op in enumerate(ops) for v in op.outputs}
@@ -353,7 +360,7 @@ def _redo_loop(
     read_elsewhere: set[int],
     policy: Policy,
     gates: Collection[int],
-    fresh: Fresh,
+    fresh: FreshIds,
 ) -> tuple[Op, Op]:
     body, (_, carry) = forward.regions[0], forward.loop_inputs
     handed = dict(
@@ -419,7 +426,7 @@ def _given(loop: Op) -> dict[int, tuple[str, int]]:
 
 def _redo_in_backward(
     forward: Op, backward: Op, dropped: dict[int, int], needed: list[Op], frontier: list[int],
-    stacks: dict[int, int], gates: Collection[int], fresh: Fresh,
+    stacks: dict[int, int], gates: Collection[int], fresh: FreshIds,
 ) -> Op:  # fmt: skip
     given, body = _given(forward), backward.regions[0]
     consts, first_xs = backward.loop_inputs[0], sum(backward.loop_inputs)

@@ -21,7 +21,7 @@ from functools import cached_property
 
 from ..graph import Graph, Op
 from ..ops import CONTROL_FLOW, DIVISION, ELEMENTWISE, EXPONENTIAL, KERNELS, TRANSCENDENTAL, VIEWS
-from ..values import Fresh, block_instances
+from ..values import FreshIds, block_instances
 
 DEAR = (TRANSCENDENTAL - EXPONENTIAL - {"logistic"}) | DIVISION | {"copy"}
 CHEAP = (ELEMENTWISE - DEAR) | (VIEWS - {"optimization_barrier"})
@@ -37,7 +37,7 @@ def save_less(graph: Graph, phases: Sequence[str]) -> Graph:
     again = {group: found for group in chosen.wanted if (found := chosen.again(group))}
     if not again:
         return graph
-    fresh, redirect, ops = Fresh(graph), dict[int, int](), list[Op]()
+    fresh, redirect, ops = FreshIds(graph), dict[int, int](), list[Op]()
     starts = {chosen.first[group]: group for group in again}
     for position, op in enumerate(graph.ops):
         if position in starts:

@@ -20,7 +20,7 @@ UNKNOWN, IMPOSSIBLE = -1, 0  # numbers of moves
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class StrategyTable:
     """Strategies of one op and what each implies; shared, so nothing here changes.
 
     `numbers[k]` are the layouts of operand k by strategy, then of the results; `cuts[i]` are
@@ -31,9 +31,9 @@ class Taken:
     numbers: np.ndarray
     cuts: np.ndarray
 
-    def at(self, keep: np.ndarray) -> Taken:
+    def at(self, keep: np.ndarray) -> StrategyTable:
         chosen = [s for s, k in zip(self.strategies, keep, strict=True) if k]
-        return Taken(chosen, self.numbers[:, keep], self.cuts[keep])
+        return StrategyTable(chosen, self.numbers[:, keep], self.cuts[keep])
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ class Catalogue:
         self._by_dims: dict[tuple, int] = {}
         self._rules: dict[int, tuple[Rule, int]] = {}  # kept alive, so that an id names one rule
         self._forms: dict[tuple, int] = {}
-        self._taken: dict[tuple, Taken] = {}
-        self._followed: dict[tuple, tuple[Taken, np.ndarray]] = {}
+        self._taken: dict[tuple, StrategyTable] = {}
+        self._followed: dict[tuple, tuple[StrategyTable, np.ndarray]] = {}
         self._follows: dict[tuple[int, int, int], Strategy | None] = {}
         self._rows: dict[tuple, list[int]] = {}
         self._slots: dict[tuple, tuple[list[Sharding], np.ndarray]] = {}
@@ -84,7 +84,7 @@ class Catalogue:
 
     # ------------------------------------------------------------ ops
 
-    def taken(self, rule: Rule, splits: Splits) -> Taken:
+    def taken(self, rule: Rule, splits: Splits) -> StrategyTable:
         """All strategies of an op; ops of equal form share the answer."""
         key = (self._form(rule), *splits.items())
         if key not in self._taken:
@@ -93,7 +93,7 @@ class Catalogue:
 
     def followed(
         self, rule: Rule, operand: int, numbers: np.ndarray, splits: Splits
-    ) -> tuple[Taken, np.ndarray]:
+    ) -> tuple[StrategyTable, np.ndarray]:
         """The strategies that take an operand as it lies, and which layouts have one."""
         key = (self._form(rule), operand, numbers.tobytes(), *splits.items())
         if key not in self._followed:
@@ -110,7 +110,9 @@ class Catalogue:
             self._follows[key] = follow(rule, operand, self.known[number], self.mesh.names)
         return self._follows[key]
 
-    def around(self, rule: Rule, chosen: list[Strategy], order: tuple[str, ...] = ()) -> Taken:
+    def around(
+        self, rule: Rule, chosen: list[Strategy], order: tuple[str, ...] = ()
+    ) -> StrategyTable:
         """Given strategies of an op; `order` names the axes of one dim, major to minor, if not the mesh's."""
         form, names = self._form(rule), order or self.mesh.names
         mesh = (
@@ -134,7 +136,7 @@ class Catalogue:
             len(rows), len(rule.operands) + len(rule.results)
         )
         codes = np.array([s.axes for s in chosen], np.int64).reshape(len(rows), len(self.mesh.axes))
-        return Taken(chosen, np.ascontiguousarray(numbers.T), codes >= 0)
+        return StrategyTable(chosen, np.ascontiguousarray(numbers.T), codes >= 0)
 
     def _form(self, rule: Rule) -> int:
         """Rules of one form have the same strategies wherever their factors divide alike."""

@@ -21,7 +21,7 @@ from ...ir.program import Program
 from ...ir.rules.rule import NONE, Rule, Strategy
 from ...ir.sharding import Sharding, replicated
 from ..cost.kernels import Kernels
-from .catalogue import Taken
+from .catalogue import StrategyTable
 from .layouts import Layouts
 from .outline import Decides, Free, How, Named, Outline, Reading, Slot, outline_of
 from .strategies import Splits
@@ -37,7 +37,7 @@ class Decision:
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
+class LayoutVariable:
     """Where the layout of a value is decided: layout numbers per choice of a node.
 
     `node` is None for values that any device can make for itself (constants,
@@ -49,7 +49,7 @@ class Home:
 
 
 @dataclass(frozen=True, slots=True)
-class Alike:
+class CostClass:
     """Tags of ops of equal cost and form, and one of the ops: by choice, how its operands and results lie (`sides`,
     a row each; `timed` where microbatches cut them) and which axes cut its work; whether it `settles` reductions."""
 
@@ -136,12 +136,12 @@ class Frame:
     outline: Outline
     splits: tuple[int, ...]
     nodes: list[Decision] = field(default_factory=list)
-    homes: dict[str, Home] = field(default_factory=dict)
-    taken: dict[str, Taken] = field(default_factory=dict)
+    homes: dict[str, LayoutVariable] = field(default_factory=dict)
+    taken: dict[str, StrategyTable] = field(default_factory=dict)
     op_node: dict[str, int] = field(default_factory=dict)
     wants: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
     memo: dict[object, Any] = field(default_factory=dict)  # what others work out once of it
-    _alike: dict[Kernels, list[Alike]] = field(default_factory=dict)
+    _alike: dict[Kernels, list[CostClass]] = field(default_factory=dict)
 
     @cached_property
     def strategies(self) -> dict[str, list[Strategy]]:
@@ -152,7 +152,7 @@ class Frame:
         """The node that reads."""
         return self.homes[reading.at].node
 
-    def alike(self, kernels: Kernels) -> list[Alike]:
+    def alike(self, kernels: Kernels) -> list[CostClass]:
         """Ops that cost the same, choice by choice, on any mesh."""
         if kernels not in self._alike:
             forms, found = self.outline.forms(kernels), defaultdict[tuple, list[Decides]](list)
@@ -166,12 +166,12 @@ class Frame:
             ]
         return self._alike[kernels]
 
-    def _one_of(self, form: int, group: list[Decides]) -> Alike:
+    def _one_of(self, form: int, group: list[Decides]) -> CostClass:
         op, rule, taken = group[0].op, group[0].rule, self.taken[group[0].op.tag]
         timed = np.array(group[0].timed)
         settles = any(factor.reduction not in ("", "sum") for factor in rule.factors)
         settles = settles or bool(rule.joints) or "joined" in dict(op.attrs)
-        return Alike(
+        return CostClass(
             [s.op.tag for s in group],
             form,
             op,
@@ -254,15 +254,17 @@ class _Deciding:
                 case Slot():
                     self._slot(step)
                 case Free(tag, rank):
-                    self.frame.homes[tag] = Home(None, self.catalogue.numbers([replicated(rank)]))
+                    self.frame.homes[tag] = LayoutVariable(
+                        None, self.catalogue.numbers([replicated(rank)])
+                    )
                 case Named(tag, source, how):
                     home = self.frame.homes[source]
-                    self.frame.homes[tag] = Home(home.node, self._seen(home, how))
+                    self.frame.homes[tag] = LayoutVariable(home.node, self._seen(home, how))
         for (reader, k), (source, how) in self.outline.wanted.items():
             self.frame.wants[reader, k] = self._seen(self.frame.homes[source], how)
         return self.frame
 
-    def _seen(self, home: Home, how: How) -> np.ndarray:
+    def _seen(self, home: LayoutVariable, how: How) -> np.ndarray:
         """The layouts of a value, or of what is made of it without moving anything but sums."""
         if how == "as it lies":
             return home.layouts
@@ -283,7 +285,9 @@ class _Deciding:
         if self.decided:
             choices = [self.decided.layout(step.tag, step.value)]
             numbers = self.catalogue.numbers(choices)
-        self.frame.homes[step.tag] = Home(self._node(Decision(step.tag, choices)), numbers)
+        self.frame.homes[step.tag] = LayoutVariable(
+            self._node(Decision(step.tag, choices)), numbers
+        )
 
     def _node(self, node: Decision) -> int:
         self.frame.nodes.append(node)
@@ -307,7 +311,7 @@ class _Deciding:
                 taken = taken.at(np.array([min(s.axes) >= NONE for s in taken.strategies]))
         self._settle(step, self._node(Decision(op.tag, taken.strategies)), taken)
 
-    def _open(self, step: Decides, operand: int, taken: Taken) -> bool:
+    def _open(self, step: Decides, operand: int, taken: StrategyTable) -> bool:
         """Whether following this operand leaves something to choose, where the op has a choice.
 
         Random bits that every device draws whole would keep whole whatever a mask of them meets.
@@ -334,19 +338,19 @@ class _Deciding:
         node.choices = [c for c, k in zip(node.choices, keep, strict=True) if k]  # type: ignore[assignment]
         for tag, home in frame.homes.items():
             if home.node == number:
-                frame.homes[tag] = Home(number, home.layouts[keep])
+                frame.homes[tag] = LayoutVariable(number, home.layouts[keep])
         for tag in node.members:
             frame.taken[tag] = frame.taken[tag].at(keep)
             for k in range(len(frame.taken[tag].numbers)):
                 if (tag, k) in frame.wants:
                     frame.wants[tag, k] = frame.taken[tag].numbers[k]
 
-    def _settle(self, step: Decides, node: int, taken: Taken) -> None:
+    def _settle(self, step: Decides, node: int, taken: StrategyTable) -> None:
         frame, tag, many = self.frame, step.op.tag, len(step.operands)
         frame.taken[tag], frame.op_node[tag] = taken, node
         frame.nodes[node].members.append(tag)
         for k, result in enumerate(step.results):
-            frame.homes[result] = Home(node, taken.numbers[many + k])
+            frame.homes[result] = LayoutVariable(node, taken.numbers[many + k])
         for k in range(many):
             frame.wants[tag, k] = taken.numbers[k]
 

@@ -14,7 +14,7 @@ import numpy as np
 from ..cost.compute import Terms
 from ..cost.kernels import Kernels
 from ..cost.model import CostModel
-from .frame import Alike, Frame
+from .frame import CostClass, Frame
 from .layouts import Layouts
 
 
@@ -23,8 +23,8 @@ class Fused:
     """`alikes` run within chains, `others` are kernels of their own. Row k of `sides`, `timed` and `each` is the
     k-th side that costs something: its layout per choice, whether microbatches cut it, its seconds uncut."""
 
-    alikes: list[Alike]
-    others: list[Alike]
+    alikes: list[CostClass]
+    others: list[CostClass]
     ends: np.ndarray
     fixed: np.ndarray
     sides: np.ndarray
@@ -74,7 +74,12 @@ def _laid_out(frame: Frame, kernels: Kernels, cost: CostModel) -> Fused:
 
 
 def _fill(
-    alike: Alike, terms: Terms, where: slice, sides: np.ndarray, timed: np.ndarray, each: np.ndarray
+    alike: CostClass,
+    terms: Terms,
+    where: slice,
+    sides: np.ndarray,
+    timed: np.ndarray,
+    each: np.ndarray,
 ) -> None:
     for row, (side, seconds) in enumerate(terms.sides.items()):
         sides[row, where], timed[row, where], each[row, where] = (

@@ -14,7 +14,7 @@ from ...ir.mesh import Mesh
 from ...ir.rules.rule import Rule, Strategy
 from ...ir.sharding import Sharding
 from ..cost.collectives import Collectives
-from .catalogue import Catalogue, Move, Taken
+from .catalogue import Catalogue, Move, StrategyTable
 from .strategies import splits_of
 
 NO_LINE = (inf, 0.0)
@@ -53,7 +53,7 @@ class Layouts:
         """Into how many parts each strategy cuts the op's work; `cuts[i]` says which axes do."""
         return np.multiply.reduce(np.where(cuts, self._shape, 1), axis=1)
 
-    def only(self, rule: Rule, strategy: Strategy, order: tuple[str, ...] = ()) -> Taken:
+    def only(self, rule: Rule, strategy: Strategy, order: tuple[str, ...] = ()) -> StrategyTable:
         """One given strategy of an op; `order` names axes as they cut one dim, major to minor, if
         not in the mesh's order."""
         return self.catalogue.around(rule, [strategy], order)

@@ -26,7 +26,7 @@ from ...ir.rules.rule import Rule, Strategy
 from ..cost.kernels import kernels_of
 from ..cost.model import CostModel
 from ..cost.ways import Ways
-from .frame import Alike, Decided, Decision, Frame, Home, Place, frame_of
+from .frame import CostClass, Decided, Decision, Frame, LayoutVariable, Place, frame_of
 from .fused import fused_of
 from .inside import Inside
 from .layouts import Layouts
@@ -66,7 +66,7 @@ class Space:
     overlap: tuple[OverlapKind, ...] = ()
 
     @property
-    def homes(self) -> Mapping[str, Home]:
+    def homes(self) -> Mapping[str, LayoutVariable]:
         """By value tag."""
         return self.frame.homes
 
@@ -249,7 +249,7 @@ class _Prices:
             return self.weights.get(tag, self.weights[""])
         return self.space.microbatches if split else 1
 
-    def _owns(self) -> Iterator[tuple[Alike, np.ndarray, np.ndarray | None]]:
+    def _owns(self) -> Iterator[tuple[CostClass, np.ndarray, np.ndarray | None]]:
         """Seconds of one run of each op, per choice, and of these what it sends meanwhile, if anything."""
         fused = fused_of(self.frame, self.kernels, self.cost)
         found = [
@@ -260,12 +260,12 @@ class _Prices:
             settled = self._settled(alike, seconds) if alike.settles else None
             yield alike, seconds if settled is None else seconds + settled, settled
 
-    def _ways(self, alike: Alike) -> np.ndarray:
+    def _ways(self, alike: CostClass) -> np.ndarray:
         """Into how many parts each side is cut, per choice."""
         sides, many = self.layouts.ways(alike.sides), self.space.microbatches
         return np.where(alike.timed, many, 1) * sides if many > 1 and alike.timed.any() else sides
 
-    def _kernel_seconds(self, alike: Alike) -> np.ndarray:
+    def _kernel_seconds(self, alike: CostClass) -> np.ndarray:
         """Of an op that is a kernel of its own."""
         op, sides, work = alike.op, self._ways(alike), self.layouts.cut_ways(alike.cuts)
         if self.space.microbatches > 1 and alike.timed.any():
@@ -281,7 +281,7 @@ class _Prices:
         seconds = self.cost.op_seconds(op, alike.rule, self.types, ways, self.kernels)
         return seconds + np.zeros(len(work))
 
-    def _settled(self, alike: Alike, compute: np.ndarray) -> np.ndarray:
+    def _settled(self, alike: CostClass, compute: np.ndarray) -> np.ndarray:
         """Seconds of what an op sends while it runs, per choice."""
         op, ways = alike.op, self._ways(alike)
         chosen = self.space.strategies[op.tag]

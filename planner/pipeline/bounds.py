@@ -22,7 +22,7 @@ from ..solver.anytime import solve_live
 from ..solver.live import Demand, Live
 from ..solver.onehot import Solution
 from ..trace import Trace
-from .choices import Choices, Shape
+from .choices import Choices, PipelineConfig
 from .stage_memory import Holdings, Runs
 from .stage_windows import stage_windows
 from .unit_costs import all_bytes
@@ -42,7 +42,7 @@ class Bounds:
     problem: Problem
     trace: Trace
     choices: Choices
-    spaces: dict[Shape, Space] = field(default_factory=dict)
+    spaces: dict[PipelineConfig, Space] = field(default_factory=dict)
 
     def holdings(self, policy: Policy, microbatches: int) -> Holdings:
         overlap = self.problem.request.execution.within
@@ -61,7 +61,7 @@ class Bounds:
 
     _holdings: dict[tuple[Policy, int], Holdings] = field(default_factory=dict)
 
-    def relaxed(self, shape: Shape, beat: float) -> tuple[float, float]:
+    def relaxed(self, shape: PipelineConfig, beat: float) -> tuple[float, float]:
         """The least seconds with any memory, which bound the count's multiples too, and those with no more than all
         stages have together; `beat`: of the best plan known. More microbatches need less memory, so the second say
         nothing of other counts."""
@@ -78,7 +78,7 @@ class Bounds:
             free, solution.lower_bound + more
         )
 
-    def by_cases(self, shape: Shape, enough: float) -> tuple[float, int]:
+    def by_cases(self, shape: PipelineConfig, enough: float) -> tuple[float, int]:
         """The least seconds where stages have room for what they hold, which is more than the mean, by how many layers
         the fullest has: the more, the longer it takes, and the fewer the first one can have, which holds most
         microbatches. Of cases that bound below `enough` the lowest are told apart to a single number of layers, which
@@ -99,7 +99,9 @@ class Bounds:
                 self._case(shape, *part, enough) for part in ((low, middle), (middle + 1, high))
             ]
 
-    def _case(self, shape: Shape, low: int, high: int, enough: float) -> tuple[float, int, int]:
+    def _case(
+        self, shape: PipelineConfig, low: int, high: int, enough: float
+    ) -> tuple[float, int, int]:
         """The least seconds where the fullest stage has so many layers, first by time alone."""
         even = low == self.choices.fullest_at_least(shape.stages)
         least, start = 0.0, None
@@ -114,7 +116,7 @@ class Bounds:
             least = max(least, inf if found.status == "infeasible" else found.lower_bound + more)
         return least, low, high
 
-    def _within(self, shape: Shape, low: int, high: int) -> Limiting | None:
+    def _within(self, shape: PipelineConfig, low: int, high: int) -> Limiting | None:
         """Seconds under the memory of stages at any moment, where the fullest has so many layers. None where gradients
         of weights may wait for passes of their own."""
         if any(
@@ -130,7 +132,7 @@ class Bounds:
         if middle := self._middle(layers):
             yield Watched(self._layers(middle), 1.0)
 
-    def _ends(self, shape: Shape, high: int) -> Iterator[Watched]:
+    def _ends(self, shape: PipelineConfig, high: int) -> Iterator[Watched]:
         """The first and the last stage, with the layers that the others have no room for."""
         units, (layers,) = self.choices.units, self._first_layers(shape, high, 1)
         if layers:
@@ -141,7 +143,7 @@ class Bounds:
         )  # the stage may begin at the unit before
         yield Watched(runs_of(units, last - 1, len(units)), 1.0)
 
-    def _together(self, shape: Shape, high: int) -> Iterator[Watched]:
+    def _together(self, shape: PipelineConfig, high: int) -> Iterator[Watched]:
         """All stages, each with layers: rank r holds as many microbatches as there are ranks from r on."""
         layers, most = self._first_layers(shape, high, shape.stages), shape.microbatches
         if layers[0] and (middle := self._middle(sum(layers))):
@@ -159,7 +161,7 @@ class Bounds:
         units = self.choices.units
         return tuple(many * (kind == units.middle) for kind in range(len(units.names)))
 
-    def _first_layers(self, shape: Shape, high: int, stages: int) -> list[int]:
+    def _first_layers(self, shape: PipelineConfig, high: int, stages: int) -> list[int]:
         """How many more layers each of the first so many stages adds at least, where none has more than `high`."""
         repeats = self.choices.units.repeats
         have = [max(0, repeats - (shape.stages - s) * high) for s in range(1, stages + 1)]
@@ -178,16 +180,16 @@ class Bounds:
                 demands.append(Demand(node, 0, 1, weight * sizes))
         return tuple(demands), fixed
 
-    def space(self, shape: Shape) -> Space:
+    def space(self, shape: PipelineConfig) -> Space:
         if shape not in self.spaces:
             self.spaces[shape] = self.weighted(shape, self.choices.weights(shape))
         return self.spaces[shape]
 
-    def likely(self, shape: Shape) -> Space:
+    def likely(self, shape: PipelineConfig) -> Space:
         """Not to bound a shape but to choose in it."""
         return self.weighted(shape, self.choices.likely(shape))
 
-    def weighted(self, shape: Shape, weights: Mapping[str, float]) -> Space:
+    def weighted(self, shape: PipelineConfig, weights: Mapping[str, float]) -> Space:
         """The space of a shape where ops count so often by tag, in the windows of its stages."""
         program = self.problem.program(shape.policy, in_stages=True)
         layouts = self.problem.layouts_on(shape.mesh)
@@ -221,11 +223,11 @@ class Bounds:
         enough = self.problem.request.good_enough
         return solve_overlapped(space, solve, enough, cutoff, start)
 
-    def cannot_fit(self, shape: Shape) -> bool:
+    def cannot_fit(self, shape: PipelineConfig) -> bool:
         """Whether a shape fits in no way."""
         return self._crowded(shape, 1.0) or self._least_of_layers(shape) > self.problem.limit
 
-    def with_room(self, family: Shape) -> list[int]:
+    def with_room(self, family: PipelineConfig) -> list[int]:
         """The microbatch counts of a family that may fit: more microbatches never need more."""
         counts, limit = self.choices.counts, self.problem.limit
         shapes = [replace(family, microbatches=many) for many in counts]
@@ -236,11 +238,11 @@ class Bounds:
             )
         return list(counts[first:])
 
-    def least_bytes(self, shape: Shape) -> float:
+    def least_bytes(self, shape: PipelineConfig) -> float:
         """Bytes per device that a shape needs at least, however everything lies."""
         return max(self._least_of_all(shape, 1.0), self._least_of_layers(shape))
 
-    def _least_of_layers(self, shape: Shape) -> float:
+    def _least_of_layers(self, shape: PipelineConfig) -> float:
         """Of the stage with most layers, which has at least its share of them."""
         middle = self.choices.units.middle
         layers = self.choices.units.kinds.count(middle)
@@ -254,11 +256,11 @@ class Bounds:
 
     _stages: dict[tuple[Policy, int, Runs], Lifetimes] = field(default_factory=dict)
 
-    def _crowded(self, shape: Shape, held: float) -> bool:
+    def _crowded(self, shape: PipelineConfig, held: float) -> bool:
         """Whether all stages together have no room for so many microbatches, however everything lies."""
         return self._least_of_all(shape, held) > self.problem.limit
 
-    def _least_of_all(self, shape: Shape, held: float) -> float:
+    def _least_of_all(self, shape: PipelineConfig, held: float) -> float:
         """Of all stages together with so many microbatches, shared out evenly."""
         key = replace(shape, stages=1)
         if key not in self._leasts:
@@ -266,9 +268,9 @@ class Bounds:
         lasting, flying = self._leasts[key]
         return (lasting + held * flying) / shape.stages
 
-    _leasts: dict[Shape, tuple[float, float]] = field(default_factory=dict)
+    _leasts: dict[PipelineConfig, tuple[float, float]] = field(default_factory=dict)
 
-    def _lasting_and_flying(self, shape: Shape) -> tuple[float, float]:
+    def _lasting_and_flying(self, shape: PipelineConfig) -> tuple[float, float]:
         """Least bytes of the step's inputs, and of what one microbatch leaves, in all stages."""
         holdings, mesh = self.holdings(shape.policy, shape.microbatches), shape.mesh
         graph, split = holdings.cut.program.graph, holdings.split if shape.microbatches > 1 else {}
@@ -280,7 +282,7 @@ class Bounds:
         flying = holdings.left(runs_of(self.choices.units, 0, len(self.choices.units))).items()
         return lasting, sum(n * least(v) for v, n in flying)
 
-    def _shared_memory(self, space: Space, shape: Shape, beat: float) -> Live:
+    def _shared_memory(self, space: Space, shape: PipelineConfig, beat: float) -> Live:
         """Parameters, sums and results in flight of all stages within the memory of all stages."""
         base, holdings = live_of(space), self.holdings(shape.policy, shape.microbatches)
         everything = runs_of(self.choices.units, 0, len(self.choices.units))
@@ -296,7 +298,7 @@ class Bounds:
         limit = np.array([shape.stages * self.problem.limit - fixed])
         return Live(base.costs, base.edges, demands, limit)
 
-    def _least_held(self, shape: Shape, beat: float) -> float:
+    def _least_held(self, shape: PipelineConfig, beat: float) -> float:
         """Microbatches in flight of an average layer, at least, in any pipeline better than `beat`.
 
         With 1F1B the stages hold p, p - 1, ... 1. A stage with more layers than its share takes so much
@@ -307,7 +309,7 @@ class Bounds:
         crowd = max(1.0, beat / max(self.choices.floor(shape), 1e-30))
         return (min(shape.stages, shape.microbatches) / crowd + 1) / 2
 
-    def _plain(self, shape: Shape) -> bool:
+    def _plain(self, shape: PipelineConfig) -> bool:
         """Whether ranks hold as much as with 1F1B at least."""
         known = ("1f1b", "gpipe", "interleaved", "looped-bfs", "zb-h1")
         return all(

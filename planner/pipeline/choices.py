@@ -30,7 +30,7 @@ ENDS = 0.1  # weight of what is not layers in a bound that counts the layers of 
 
 
 @dataclass(frozen=True)
-class Shape:
+class PipelineConfig:
     """One combination of discrete choices; `microbatches` 0: any, the family as a whole."""
 
     stages: int
@@ -170,7 +170,7 @@ class Choices:
             return error
         return None
 
-    def schedules_for(self, shape: Shape) -> Iterator[Schedule]:
+    def schedules_for(self, shape: PipelineConfig) -> Iterator[Schedule]:
         """Those with most stages per rank first."""
         for name, chunks in sorted(
             self.schedules(shape.stages, shape.microbatches), key=lambda each: -each[1]
@@ -178,7 +178,7 @@ class Choices:
             if found := self.schedule(shape, name, chunks):
                 yield found
 
-    def schedule(self, shape: Shape, name: str, chunks: int) -> Schedule | None:
+    def schedule(self, shape: PipelineConfig, name: str, chunks: int) -> Schedule | None:
         """None where there is none of so many microbatches, or there are too few layers."""
         if chunks * shape.stages > len(self.units):
             return None
@@ -194,13 +194,13 @@ class Choices:
             self.problem.cluster, self.problem.cluster.size // stages, self.problem.request.mesh
         )
 
-    def families(self) -> Iterator[Shape]:
+    def families(self) -> Iterator[PipelineConfig]:
         for stages in self.stage_counts:
             for mesh in self.meshes(stages):
                 for policy in self.problem.policies:
-                    yield Shape(stages, mesh, policy)
+                    yield PipelineConfig(stages, mesh, policy)
 
-    def bubble(self, shape: Shape, name: str) -> float:
+    def bubble(self, shape: PipelineConfig, name: str) -> float:
         """How many passes of one kind ("forward", "backward", "weight") of the slowest stage the best schedule
         waits for at least. Zero-bubble ones fill what is idle with gradients of weights."""
         shares = []
@@ -211,19 +211,19 @@ class Choices:
                 shares.append(1.0 if chunks == 1 or schedule == "gpipe" else 1 / chunks)
         return (shape.stages - 1) * min(shares, default=0.0)
 
-    def floor(self, shape: Shape) -> float:
+    def floor(self, shape: PipelineConfig) -> float:
         """No layouts of a shape take less: every op cut evenly over the devices of a stage, nothing sent."""
         if shape.microbatches:
             return self._floors(shape.stages, shape.policy)[shape.microbatches].seconds
         return float(self.floors(shape).min())
 
-    def floors(self, family: Shape) -> np.ndarray:
+    def floors(self, family: PipelineConfig) -> np.ndarray:
         """The same by microbatch count."""
         return np.array(
             [floor.seconds for floor in self._floors(family.stages, family.policy).values()]
         )
 
-    def more(self, shape: Shape) -> float:
+    def more(self, shape: PipelineConfig) -> float:
         """Seconds of a step beyond those that ops take as often as `share` says, at least."""
         return self._floors(shape.stages, shape.policy)[shape.microbatches].more
 
@@ -296,13 +296,13 @@ class Choices:
 
     _cuts: dict[tuple[Policy, bool], Cut] = field(default_factory=dict)
 
-    def weights(self, shape: Shape) -> Mapping[str, float]:
+    def weights(self, shape: PipelineConfig) -> Mapping[str, float]:
         """By op tag, how often the seconds of an op of one layer count in the step, at least; "" for results."""
         cut = self.cut(shape.policy, shape.microbatches)
         shares = {each: self.share(shape, *each) for each in set(map(cut.class_of, cut.passes))}
         return {**{tag: shares[cut.class_of(tag)] for tag in cut.passes}, "": 1 / shape.stages}
 
-    def likely(self, shape: Shape) -> Mapping[str, float]:
+    def likely(self, shape: PipelineConfig) -> Mapping[str, float]:
         """The same as it will be: the fullest stage has `imbalance` times its share of layers or, where all have
         equally many, the ends on top."""
         cut, single = (
@@ -326,7 +326,7 @@ class Choices:
                 found[tag] += on_top
         return found
 
-    def crowded(self, shape: Shape, layers: int) -> Mapping[str, float]:
+    def crowded(self, shape: PipelineConfig, layers: int) -> Mapping[str, float]:
         """As `weights`, where some stage has so many layers, wherever the ends are: of that stage, or the mean of all
         where that says more."""
         cut, found = self.cut(shape.policy, shape.microbatches), {"": 1 / shape.stages}
@@ -339,13 +339,13 @@ class Choices:
             found[tag] = self._share(shape, name, layer, mean) + on_top * (layer and name != "once")
         return found
 
-    def fullest(self, shape: Shape, enough: float) -> tuple[int, int]:
+    def fullest(self, shape: PipelineConfig, enough: float) -> tuple[int, int]:
         """How many layers the fullest stage has at least, and at most where a step takes less than `enough` seconds."""
         least, more = self.fullest_at_least(shape.stages), self._least_seconds_more(shape)
         room = (enough - self._least_seconds(shape, 0.0)) / max(more, 1e-30)
         return least, least + int(min(max(room, 0.0), self.units.repeats - least))
 
-    def _least_seconds(self, shape: Shape, mean: float) -> float:
+    def _least_seconds(self, shape: PipelineConfig, mean: float) -> float:
         """Of a step, nothing sent, with shares of this `mean`."""
         work, at = self._work_of(shape.stages, shape.policy), self.counts.index(shape.microbatches)
         shares = (
@@ -354,7 +354,7 @@ class Choices:
         )
         return sum(share * seconds for share, seconds in shares)
 
-    def _least_seconds_more(self, shape: Shape) -> float:
+    def _least_seconds_more(self, shape: PipelineConfig) -> float:
         """Of a step, for every layer more in the fullest stage."""
         work, at = self._work_of(shape.stages, shape.policy), self.counts.index(shape.microbatches)
         passes = (
@@ -364,7 +364,7 @@ class Choices:
         )
         return self._extra(shape) * sum(passes)
 
-    def _extra(self, shape: Shape) -> float:
+    def _extra(self, shape: PipelineConfig) -> float:
         """How often more the seconds of layers' passes count with every layer more in the fullest stage."""
         return (shape.microbatches - 1) / self.units.repeats
 
@@ -372,7 +372,7 @@ class Choices:
         """How many layers some stage has at least, as layers are not cut."""
         return ceil(self.units.repeats / stages)
 
-    def share(self, shape: Shape, name: str, layer: bool) -> float:
+    def share(self, shape: PipelineConfig, name: str, layer: bool) -> float:
         """How often the seconds of a pass count in the step, at least.
 
             (microbatches + bubble) / stages                      if all stages took equally long
@@ -385,7 +385,7 @@ class Choices:
             shape, name, layer, self._floors(shape.stages, shape.policy)[shape.microbatches].mean
         )
 
-    def _share(self, shape: Shape, name: str, layer: bool, mean: float) -> float:
+    def _share(self, shape: PipelineConfig, name: str, layer: bool, mean: float) -> float:
         """`mean`: weight of what all stages would take if equally long."""
         return float(
             self._shares(shape.stages, name, layer, mean)[self.counts.index(shape.microbatches)]
@@ -405,7 +405,7 @@ class Choices:
     def bubbles(self, stages: int, name: str) -> np.ndarray:
         """`bubble` by microbatch count, on any mesh."""
         if (stages, name) not in self._known_bubbles:
-            shapes = (Shape(stages, mesh_of((1,)), "none", many) for many in self.counts)
+            shapes = (PipelineConfig(stages, mesh_of((1,)), "none", many) for many in self.counts)
             self._known_bubbles[stages, name] = np.array(
                 [self.bubble(shape, name) for shape in shapes]
             )

@@ -18,7 +18,7 @@ from ..intra.space import Space
 from ..problem import Problem
 from ..report.of_pipeline import Way
 from ..trace import Trace
-from .choices import Shape
+from .choices import PipelineConfig
 from .priced import Priced, Pricing
 from .single import price_single, with_dispatch
 
@@ -27,7 +27,7 @@ from .single import price_single, with_dispatch
 class Found:
     """The best pipeline so far."""
 
-    shape: Shape | None = None
+    shape: PipelineConfig | None = None
     space: Space | None = None
     choices: tuple[int, ...] = ()
     pricing: Pricing | None = None

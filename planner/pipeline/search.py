@@ -32,13 +32,13 @@ from ..intra.space import Space
 from ..problem import Problem
 from ..report.of_pipeline import LEFT_OUT, Chosen, Rank, write_pipeline
 from ..search.meshes import finer_stages
-from ..search.search import Ahead
+from ..search.search import Prefetching
 from ..solver.onehot import Solution
 from ..trace import Trace
 from .bounds import SOLVE_GAP, Bounds
-from .carried import Carried
-from .choices import Choices, Shape
+from .choices import Choices, PipelineConfig
 from .found import Found, with_program
+from .inherited import InheritedBounds
 from .points import Point
 from .priced import Place, Priced, Pricing
 from .single import price_single
@@ -61,36 +61,36 @@ BETTER = 0.002  # of a step: what meshes of more axes may win at least, to be so
 
 @dataclass
 class Pipelines:
-    """Explores pipelines; `scouts` work out bounds ahead."""
+    """Explores pipelines; `workers` work out bounds ahead."""
 
     problem: Problem
     trace: Trace
-    scouts: Ahead | None = None
+    workers: Prefetching | None = None
     choices: Choices = field(init=False)
     bounds: Bounds = field(init=False)
     # with passes in the order of a schedule, until `reorder`; and the best of some time, in a better one
     best: Found = field(default_factory=Found)
     reordered: Found = field(default_factory=Found)
-    open: list[tuple[float, int, int, Shape]] = field(
+    open: list[tuple[float, int, int, PipelineConfig]] = field(
         default_factory=list
     )  # bound, axes (finer first), number
     closed: float = inf  # least bound of the shapes looked at to their end
     looked: int = 0
-    outside: float = inf  # seconds of a plan found elsewhere
+    cutoff: float = inf  # seconds of a plan found elsewhere
     first: float = inf  # of the best when the usual choices were looked at
     besides: Sequence[
         Candidate
     ] = ()  # what else is looked at, which other processes may begin with
     points: list[Point] = field(default_factory=list)
-    counts_left: dict[Shape, list[int]] = field(
+    counts_left: dict[PipelineConfig, list[int]] = field(
         default_factory=dict
     )  # of families that were looked at
-    carried: Carried = field(init=False)
+    inherited: InheritedBounds = field(init=False)
 
     def __post_init__(self) -> None:
         self.choices = Choices(self.problem)
         self.bounds = Bounds(self.problem, self.trace, self.choices)
-        self.carried = Carried(self.choices)
+        self.inherited = InheritedBounds(self.choices)
 
     # ------------------------------------------------------------ the search
 
@@ -139,10 +139,10 @@ class Pipelines:
             raise
         self.trace.report_progress(self.beat, self.lower_bound(), self.looked, self._left(cutoff))
 
-    def _advance(self, family: Shape, bound: float, cutoff: float) -> None:
+    def _advance(self, family: PipelineConfig, bound: float, cutoff: float) -> None:
         """Look at the family's microbatch counts, the least first; each bounds its multiples. A family whose
         bound has risen since it was pushed waits for its turn."""
-        left, carried = self._counts_of(family), self._carried(family)
+        left, carried = self._counts_of(family), self._inherited(family)
         for many in list(left):
             if carried[many] >= self._enough(cutoff):
                 left.remove(many)
@@ -157,7 +157,7 @@ class Pipelines:
                 self._bound(shape, self._soon(cutoff)),
             )
             self.looked += 1
-            self.carried.add(family, shape.microbatches, max(before, free))
+            self.inherited.add(family, shape.microbatches, max(before, free))
             own, layers = max(before, own), 0
             if own < self._enough(cutoff):
                 by_cases, layers = self.bounds.by_cases(shape, self._enough(cutoff))
@@ -165,33 +165,33 @@ class Pipelines:
             if own < self._enough(cutoff):
                 self.solve_shape(shape, layers=layers)
             self.bounds.spaces.pop(shape, None)
-            self.closed, carried = min(self.closed, own), self._carried(family)
+            self.closed, carried = min(self.closed, own), self._inherited(family)
             self._push(min((carried[many] for many in left), default=inf), family)
 
-    def _carried(self, family: Shape) -> dict[int, float]:
+    def _inherited(self, family: PipelineConfig) -> dict[int, float]:
         """By microbatch count, what is known of the family before any is looked at."""
-        return dict(zip(self.choices.counts, self.carried.bounds(family).tolist(), strict=True))
+        return dict(zip(self.choices.counts, self.inherited.bounds(family).tolist(), strict=True))
 
-    def _bound(self, shape: Shape, soon: Iterable[Shape]) -> tuple[float, float]:
+    def _bound(self, shape: PipelineConfig, soon: Iterable[PipelineConfig]) -> tuple[float, float]:
         """What `relaxed` gives; other processes begin with what comes soon."""
-        scouts = self.scouts
+        workers = self.workers
         beat, found = self.beat, None
-        if scouts is not None:
-            scouts.wish(
+        if workers is not None:
+            workers.prefetch(
                 chain(
                     ((each, beat) for each in soon),
                     ((each, self.first) for each in self.besides),
                 )
             )
-            found = scouts.take((shape, beat))
+            found = workers.result((shape, beat))
         return self.bounds.relaxed(shape, beat) if found is None else found
 
-    def _soon(self, cutoff: float) -> Iterator[Shape]:
+    def _soon(self, cutoff: float) -> Iterator[PipelineConfig]:
         """What will be looked at next if nothing better is found."""
         enough = self._enough(cutoff)
         for bound, _, _, family in sorted(self.open):
-            if bound < enough and not self.carried.finer(family):
-                carried = self._carried(family)
+            if bound < enough and not self.inherited.finer(family):
+                carried = self._inherited(family)
                 left = (many for many in self._counts_of(family) if carried[many] < enough)
                 yield from (replace(family, microbatches=many) for many in islice(left, 1))
 
@@ -204,7 +204,7 @@ class Pipelines:
             if bound < enough
         )
 
-    def _counts_of(self, family: Shape) -> list[int]:
+    def _counts_of(self, family: PipelineConfig) -> list[int]:
         """Those not looked at yet, of counts with room."""
         if family not in self.counts_left:
             self.counts_left[family] = self.bounds.with_room(family)
@@ -232,32 +232,38 @@ class Pipelines:
     def _enough(self, cutoff: float) -> float:
         return min(self.beat, cutoff) * (1 - self.problem.request.good_enough)
 
-    def _push(self, bound: float, shape: Shape) -> None:
+    def _push(self, bound: float, shape: PipelineConfig) -> None:
         if bound < inf:
             heapq.heappush(self.open, (bound, -len(shape.mesh.axes), next(self._numbers), shape))
 
     _numbers: Iterator[int] = field(default_factory=count)
 
-    def _first(self) -> list[Shape]:
+    def _first(self) -> list[PipelineConfig]:
         """For each number of stages a usual choice, to have something to beat."""
         policy = self.problem.policies[-2:][0]  # "selective", or what makes the same program
         pairs = [(n, mesh) for n in self.choices.stage_counts for mesh in self.choices.meshes(n)]
         usual = [
             (n, mesh) for n, mesh in pairs if mesh.shape[-1] > 2 or len(self.choices.meshes(n)) == 1
         ]
-        usual = [(n, mesh) for n, mesh in usual if not self.carried.finer(Shape(n, mesh, policy))]
+        usual = [
+            (n, mesh)
+            for n, mesh in usual
+            if not self.inherited.finer(PipelineConfig(n, mesh, policy))
+        ]
         found = []
         for stages, mesh in sorted(usual, key=lambda pair: abs(pair[0] - 8)):
             wanted = max(1, self.choices.batch // mesh.shape[0])
             many = max(
                 (c for c in self.choices.counts if c <= wanted), default=self.choices.counts[0]
             )
-            found.append(Shape(stages, mesh, policy, many))
+            found.append(PipelineConfig(stages, mesh, policy, many))
         return found
 
     # ------------------------------------------------------------ solving
 
-    def solve_shape(self, shape: Shape, beat: float | None = None, layers: int = 0) -> None:
+    def solve_shape(
+        self, shape: PipelineConfig, beat: float | None = None, layers: int = 0
+    ) -> None:
         """Offer what fits of one shape; `beat`: seconds that it has to beat, by default those of the best; `layers`: of
         the fullest stage where the step may be fastest, if known."""
         space, beat = self.bounds.likely(shape), self.best.seconds if beat is None else beat
@@ -272,7 +278,9 @@ class Pipelines:
             if self._solved(shape, space, watched, beat):
                 return
 
-    def _solved(self, shape: Shape, space: Space, watched: list[Watched], beat: float) -> bool:
+    def _solved(
+        self, shape: PipelineConfig, space: Space, watched: list[Watched], beat: float
+    ) -> bool:
         """Offer layouts with which the watched stages fit or, on the way there, nearly fit: with stages cut otherwise
         or another schedule they may. Whether there are any."""
         found: dict[tuple[int, ...], StageMemory] = {}
@@ -285,7 +293,7 @@ class Pipelines:
         return bool(found)
 
     def _fitting(
-        self, shape: Shape, space: Space, priced: Space, watched: list[Watched], beat: float,
+        self, shape: PipelineConfig, space: Space, priced: Space, watched: list[Watched], beat: float,
         known: dict[tuple[int, ...], StageMemory],
     ) -> Iterator[Solution]:  # fmt: skip
         """Solutions at given prices, the limit drawn in until one fits or is the best, or there is none; what they
@@ -316,7 +324,7 @@ class Pipelines:
                 live, limits=live.limits - drawn.repeat(live.limits.size // len(watched))
             )
 
-    def offer(self, shape: Shape, space: Space, choices: tuple[int, ...]) -> StageMemory:
+    def offer(self, shape: PipelineConfig, space: Space, choices: tuple[int, ...]) -> StageMemory:
         """Price layouts with every schedule, to be the best if they are; gives back what they hold."""
         holdings = self.bounds.holdings(shape.policy, shape.microbatches)
         units, overlap = self.choices.units, self.problem.request.execution.within
@@ -329,7 +337,7 @@ class Pipelines:
         pricing, work = Pricing(units, places, self.problem.cluster), together(every, each)
         peak, left, _ = memory.parts(every)
         self.points.append(Point.of(space, choices, shape.policy, work, peak, left))
-        much = shape.microbatches * work.passes / shape.stages < self._much(self.outside)
+        much = shape.microbatches * work.passes / shape.stages < self._much(self.cutoff)
         best, fastest = inf if much else self.best.seconds, None
         for schedule in self._promising(shape, work.passes, best):
             if self.problem.request.program == "single":
@@ -346,15 +354,15 @@ class Pipelines:
                     f"{shape}, {fastest.schedule.name}: {format_seconds(fastest.seconds)}, "
                     f"{format_bytes(max(fastest.peaks))}"
                 )
-            if fastest.in_any_order < self._much(self.outside) and len(self._looked_at) < ORDERS:
-                self._look_for_order(found, self.outside)
+            if fastest.in_any_order < self._much(self.cutoff) and len(self._looked_at) < ORDERS:
+                self._look_for_order(found, self.cutoff)
         return memory
 
     def _much(self, cutoff: float) -> float:
         """Seconds that would be much better than what is known."""
         return min(self.beat, cutoff) * (1 - MUCH)
 
-    def _promising(self, shape: Shape, passes: float, best: float) -> Iterator[Schedule]:
+    def _promising(self, shape: PipelineConfig, passes: float, best: float) -> Iterator[Schedule]:
         """Schedules that would be better than the best if stages were equal; `passes`: seconds of one microbatch
         through all of them."""
         many, stages = shape.microbatches, shape.stages
@@ -381,7 +389,7 @@ class Pipelines:
             for many in (*counts[max(0, at - 1) : at], *counts[at + 1 : at + 2]):
                 self._try(replace(best, microbatches=many))
 
-    def _try(self, shape: Shape) -> None:
+    def _try(self, shape: PipelineConfig) -> None:
         before, enough = self.best, self.best.seconds * (1 - BETTER)
         ruled_out = (
             self.trace.past_deadline()
@@ -399,10 +407,10 @@ class Pipelines:
         for other numbers of devices they may be the best."""
         bounds = {
             replace(family, microbatches=many): bound
-            for family, known in self.carried.found.items() for many, bound in known.items() if bound < inf
+            for family, known in self.inherited.found.items() for many, bound in known.items() if bound < inf
         }  # fmt: skip
         solved = {(point.mesh, point.policy, point.microbatches) for point in self.points}
-        ranked: dict[tuple[int, ...], list[Shape]] = {}
+        ranked: dict[tuple[int, ...], list[PipelineConfig]] = {}
         for shape in sorted(bounds, key=bounds.__getitem__):
             if (shape.mesh.shape, shape.policy, shape.microbatches) not in solved:
                 ranked.setdefault(shape.mesh.shape, []).append(shape)

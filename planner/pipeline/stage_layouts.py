@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..report.of_pipeline import Rank
-from .choices import Shape
+from .choices import PipelineConfig
 from .priced import Place
 from .search import Pipelines
 from .stage_memory import StageMemory
@@ -19,10 +19,14 @@ class StageLayouts:
     """What one kind of device can do; solutions are kept."""
 
     pipelines: Pipelines
-    solved: dict[tuple[Shape, tuple[Watched, ...]], Rank | None] = field(default_factory=dict)
+    solved: dict[tuple[PipelineConfig, tuple[Watched, ...]], Rank | None] = field(
+        default_factory=dict
+    )
     parts: dict[int, tuple[tuple[UnitSeconds, ...], StageMemory]] = field(default_factory=dict)
 
-    def fastest(self, shapes: Iterable[Shape], watched: tuple[Watched, ...]) -> Rank | None:
+    def fastest(
+        self, shapes: Iterable[PipelineConfig], watched: tuple[Watched, ...]
+    ) -> Rank | None:
         """The layouts with which the slowest of the watched stages, which all must fit, is fastest."""
         best, least = None, float("inf")
         for shape in shapes:
@@ -35,7 +39,7 @@ class StageLayouts:
                 best, least = rank, busy
         return best
 
-    def _on(self, shape: Shape, watched: tuple[Watched, ...]) -> Rank | None:
+    def _on(self, shape: PipelineConfig, watched: tuple[Watched, ...]) -> Rank | None:
         if (shape, watched) not in self.solved:
             pipelines, problem = self.pipelines, self.pipelines.problem
             space = pipelines.bounds.likely(shape)

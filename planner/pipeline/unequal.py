@@ -27,7 +27,7 @@ from ...ir.units import format_bytes, format_seconds
 from ..cost.least import least_work
 from ..report.of_pipeline import BESIDES, LEFT_OUT, Chosen, Rank, Way, by_stages, write_pipeline
 from ..search.meshes import plane_meshes
-from .choices import Shape
+from .choices import PipelineConfig
 from .partition import Pace, Piece, near_least_step
 from .priced import Place, Priced, Pricing
 from .schedules import schedule_named
@@ -330,7 +330,10 @@ class Unequal:
         for size in set(sizes):
             mine = [each for each, own in zip(watched, sizes, strict=True) if own == size]
             meshes = plane_meshes(self.problem.cluster, size)
-            shapes = (Shape(len(sizes), mesh, split.policy, split.microbatches) for mesh in meshes)
+            shapes = (
+                PipelineConfig(len(sizes), mesh, split.policy, split.microbatches)
+                for mesh in meshes
+            )
             rank = self.layouts.fastest(shapes, tuple(dict.fromkeys((mine[0], mine[-1]))))
             if rank is None:
                 return False

@@ -32,7 +32,7 @@ from ...ir.plan import Plan, PlannedBatch
 from ...ir.units import counted, format_bytes
 from ...ir.version import VERSION
 from ..cost.model import Roofline
-from ..pipeline.choices import Choices, Shape
+from ..pipeline.choices import Choices, PipelineConfig
 from ..pipeline.points import Point
 from ..pipeline.search import Pipelines
 from ..pipeline.units import Units
@@ -158,7 +158,7 @@ class Candidate:
     `held`: bytes that the first stage's devices hold, about."""
 
     point: Point
-    shape: Shape
+    shape: PipelineConfig
     hosts: int
     estimate: float
     held: float
@@ -250,7 +250,7 @@ class _Replanning:
         one = mesh_of((1,))
         policies = whole.problem.policies
         return min(
-            choices.floor(Shape(stages, one, policy))
+            choices.floor(PipelineConfig(stages, one, policy))
             for stages in choices.stage_counts
             for policy in policies
         )
@@ -321,7 +321,7 @@ class _Replanning:
                             continue
                         if isinstance(pinned, int) and stages != pinned:
                             continue
-                        shape = Shape(stages, mesh, point.policy, many)
+                        shape = PipelineConfig(stages, mesh, point.policy, many)
                         hosts = ceil(stages * devices / per_host)
                         yield Candidate(
                             point, shape, hosts, _estimate(point, shape, units), _held(point, shape)
@@ -350,7 +350,7 @@ class _Replanning:
     ) -> None:
         """Price so many candidates as they are, or solve anew on their meshes, the most promising first; with
         `hopeful` whatever the estimate."""
-        seen: set[Shape] = set()
+        seen: set[PipelineConfig] = set()
         before = self.tried
         for candidate in candidates:
             if (self.tried - before >= looks and self.best) or (
@@ -364,7 +364,7 @@ class _Replanning:
             except MeshwrightError:  # the fabric has no place for so few hosts
                 continue
             self.tried += 1
-            pipelines.outside = self.seconds
+            pipelines.cutoff = self.seconds
             if solve:
                 seen.add(candidate.shape)
                 pipelines.solve_shape(candidate.shape)
@@ -377,7 +377,7 @@ class _Replanning:
                 self.best = pipelines
 
 
-def _estimate(point: Point, shape: Shape, units: int) -> float:
+def _estimate(point: Point, shape: PipelineConfig, units: int) -> float:
     """Work shared out evenly, half the bubble of 1F1B (others have less), and that units are not cut."""
     devices = prod(point.mesh) / shape.mesh.size
     passes = (
@@ -388,7 +388,7 @@ def _estimate(point: Point, shape: Shape, units: int) -> float:
     )
 
 
-def _held(point: Point, shape: Shape) -> float:
+def _held(point: Point, shape: PipelineConfig) -> float:
     """As 1F1B's first stage, with layouts like the point's: state lies in as many parts or, on a smaller first axis,
     at most so many times fewer; results are cut by it and by the microbatches."""
     first, many = point.mesh[0] / shape.mesh.shape[0], point.microbatches / shape.microbatches

@@ -33,7 +33,7 @@ from ...ir.plan import Plan
 from ...ir.units import counted, format_bytes, format_seconds
 from ..cost.least import least_work
 from ..cost.model import Roofline
-from ..pipeline.choices import Shape
+from ..pipeline.choices import PipelineConfig
 from ..pipeline.dealing import deal
 from ..pipeline.priced import Place, Priced, Pricing
 from ..pipeline.schedules import entry, schedule_named
@@ -398,7 +398,7 @@ class Islands:
         """The fastest layouts of a group's stages that fit, over its meshes."""
         cluster = self.problems[group].cluster
         meshes = plane_meshes(cluster, cluster.size // stages, self.request.mesh)
-        shapes = (Shape(stages, mesh, each.policy, each.microbatches) for mesh in meshes)
+        shapes = (PipelineConfig(stages, mesh, each.policy, each.microbatches) for mesh in meshes)
         return self.layouts[group].fastest(shapes, watched)
 
 

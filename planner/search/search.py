@@ -44,11 +44,11 @@ ONE_SOLVE = 0.8  # of the gap asked for: what one solve may leave open
 PROBE = 1.0  # seconds' worth of work that a candidate gets at first
 
 
-class Ahead(Protocol):
-    """Other processes that work out bounds ahead (`scouts.py`)."""
+class Prefetching(Protocol):
+    """Other processes that work out bounds ahead (`workers.py`)."""
 
-    def wish(self, keys: Iterable[tuple[Any, float]]) -> None: ...
-    def take(self, key: tuple[Any, float]) -> Any: ...
+    def prefetch(self, keys: Iterable[tuple[Any, float]]) -> None: ...
+    def result(self, key: tuple[Any, float]) -> Any: ...
 
 
 @dataclass
@@ -58,11 +58,11 @@ class Search:
     problem: Problem
     trace: Trace
     best: Best = field(default_factory=Best)
-    outside: float = inf  # seconds of a plan found elsewhere, to be beaten
-    aim: float = (
+    cutoff: float = inf  # seconds of a plan found elsewhere, to be beaten
+    bound_cutoff: float = (
         inf  # what bounds need not exceed: such seconds as known when others began to work them out
     )
-    scouts: Ahead | None = None
+    workers: Prefetching | None = None
 
     def result(self) -> SearchResult:
         """What was found, and what is proven of it.
@@ -115,7 +115,7 @@ class Search:
         A mesh with more axes can do whatever a coarser one can (its axes used together), so the finest meshes are
         searched for all. Where a plan is known, each begins with one microbatch, fit or not: that bounds all counts.
         """
-        self.begin(self.outside < inf)
+        self.begin(self.cutoff < inf)
         while self.promises() < inf and not self.trace.past_deadline():
             self.step()
         self.end()
@@ -128,7 +128,7 @@ class Search:
     def step(self) -> None:
         """Look at the most promising candidate."""
         self._advance(self._next())
-        best, looked = min(self.best.seconds, self.outside), len(self._relaxed_bounds)
+        best, looked = min(self.best.seconds, self.cutoff), len(self._relaxed_bounds)
         self.trace.report_progress(best, self.lower_bound(), looked, len(self.open_bounds))
 
     def end(self) -> None:
@@ -144,7 +144,7 @@ class Search:
         if (
             best is None
             or self.problem.request.mesh is not None
-            or self.best.seconds >= self.outside
+            or self.best.seconds >= self.cutoff
         ):
             return
         for mesh in other_groups(self.problem.cluster, best.mesh):
@@ -174,7 +174,7 @@ class Search:
 
     def _next(self) -> Candidate:
         """The lowest bound; while nothing is found, the one with most room."""
-        if self.best.answer is None and self.outside == inf:
+        if self.best.answer is None and self.cutoff == inf:
             return min(self.open_bounds, key=self.least_bytes)
         return min(self.open_bounds, key=lambda c: self.open_bounds[c])
 
@@ -206,7 +206,7 @@ class Search:
         self.forget(keep=self.best.candidate)
 
     def _look(self, candidate: Candidate) -> None:
-        relaxed, fits = self._scouted(candidate) or self.relaxed(candidate)
+        relaxed, fits = self._worked_out(candidate) or self.relaxed(candidate)
         self._relaxed_bounds[candidate] = relaxed
         bound = self.open_bounds[candidate] = max(self.open_bounds[candidate], relaxed)
         self._probed.add(candidate)
@@ -219,18 +219,18 @@ class Search:
         if bound >= self._enough():
             self._close(candidate, bound)
 
-    def _scouted(self, candidate: Candidate) -> tuple[float, bool] | None:
+    def _worked_out(self, candidate: Candidate) -> tuple[float, bool] | None:
         """What `relaxed` gives, if another process has worked it out; others begin with what comes next."""
-        if self.scouts is None:
+        if self.workers is None:
             return None
-        beat = min(self.best.seconds, self.aim)
+        beat = min(self.best.seconds, self.bound_cutoff)
         soon = sorted(
             self.open_bounds.keys() - self._probed - {candidate}, key=self.open_bounds.__getitem__
         )
-        self.scouts.wish((each, beat) for each in soon)
-        return self.scouts.take((candidate, beat))
+        self.workers.prefetch((each, beat) for each in soon)
+        return self.workers.result((candidate, beat))
 
-    def _carried(self, candidate: Candidate) -> float:
+    def _inherited(self, candidate: Candidate) -> float:
         """A bound for this microbatch count and all larger ones, from smaller ones without a memory limit.
 
         Cutting microbatches into equal parts never makes a step faster in this model, so a count
@@ -252,7 +252,7 @@ class Search:
 
     def _open(self, candidate: Candidate | None) -> None:
         if candidate is not None:
-            self.open_bounds[candidate] = self._carried(candidate)
+            self.open_bounds[candidate] = self._inherited(candidate)
 
     open_bounds: dict[Candidate, float] = field(default_factory=dict)
     closed_bound: float = inf  # of all candidates that were looked at to their end
@@ -265,7 +265,7 @@ class Search:
 
     def _enough(self) -> float:
         """A bound this high cannot improve the incumbent by more than the gap asked for."""
-        return min(self.best.seconds, self.outside) * (1 - self.problem.request.good_enough)
+        return min(self.best.seconds, self.cutoff) * (1 - self.problem.request.good_enough)
 
     def floors(self, policy: Policy) -> Mapping[int, float]:
         """By microbatch count: no plan is faster than every op cut evenly over all devices, nothing sent."""
@@ -288,7 +288,7 @@ class Search:
 
     def relaxed(self, candidate: Candidate) -> tuple[float, bool]:
         """Solve without a memory limit: a bound, and whether the answer fits all the same."""
-        space, cutoff = self.space(candidate), min(self.best.seconds, self.aim)
+        space, cutoff = self.space(candidate), min(self.best.seconds, self.bound_cutoff)
         gap = ONE_SOLVE * self.problem.request.good_enough
 
         def solve(priced: Space) -> Solution:
@@ -370,7 +370,7 @@ class Search:
     def _solve(self, candidate: Candidate, probe: float | None = None) -> float:
         """Solve one candidate under the memory limit; returns its own lower bound."""
         space, lives = self.open(candidate)
-        cutoff = min(self.best.seconds, self.outside)
+        cutoff = min(self.best.seconds, self.cutoff)
 
         def solve(priced: Space) -> Solution:
             left = max(1.0, self.trace.deadline - time.monotonic())

@@ -28,7 +28,7 @@ from .parallel import ParallelStep, place
 from .planner.plans import search
 from .planner.request import Request
 from .planner.search.frontier import Frontier
-from .planner.search.scouts import hired
+from .planner.search.workers import worker_pool
 from .running import RunningStep
 from .told import BatchArgs, batch_told
 from .tracing import Options, capture_call
@@ -120,7 +120,7 @@ def _planned(
     tell: Callable[[str], None] = lambda line: None, now: Callable[[str], None] = lambda line: None,
     keep: Callable[[Frontier], None] | None = None,
 ) -> Plan:  # fmt: skip
-    with hired(where, request) as scouts:
+    with worker_pool(where, request) as workers:
         layers = unstack(captured) if request.pp != 1 else None
         if layers is not None and len(layers.inputs) == len(captured.graph.inputs):
             layers = None  # loops of one turn alone, which run as they are
@@ -136,7 +136,7 @@ def _planned(
 
         same = {"name": name, "fingerprint": known, "tell": tell, "now": now}
         folded = told_statistics(fold(graph), request.batch_stats)
-        found = search(folded, where, request, **same, keep=kept if keep else None, scouts=scouts)
+        found = search(folded, where, request, **same, keep=kept if keep else None, workers=workers)
     if not apart:
         return found
     if found.pipeline is None:

@@ -1,4 +1,4 @@
-"""What a scout does (`scouts.py`): a process that works out bounds, one after another, as it is asked for them."""
+"""What a worker does (`workers.py`): a process that works out bounds, one after another, as it is asked for them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ..solver.live import Demand, Live
 from ..solver.onehot import Edge
 from ..trace import Trace
 from .candidates import Best, Candidate
-from .scouts import Key
 from .search import Search
+from .workers import Key
 
 FOREVER = 1e9  # seconds: the search has the clock
 
@@ -76,7 +76,7 @@ def _worker(
     def work_out(key: Key) -> Any:
         what, seconds = key
         if isinstance(what, Candidate):
-            flat.aim, flat.best = seconds, Best()
+            flat.bound_cutoff, flat.best = seconds, Best()
             found = flat.relaxed(what)
             return None if flat.best.answer else found  # a plan was met: the search should see it
         return bounds.relaxed(what, seconds)

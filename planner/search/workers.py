@@ -1,11 +1,11 @@
 """Other processes that work out bounds ahead of a search, one per spare core.
 
-    search   wishes: what it is likely to look at soon, the last first, so that they meet in the middle
-    scout    takes the first wish, sends back its bound (`scout.py`)
-    search   takes what is there, waits for what a scout is at, works out the rest itself
+    search   asks for what it is likely to look at soon, the last first, so that they meet in the middle
+    worker   takes the first of that, sends back its bound (`worker.py`)
+    search   takes what is there, waits for what a worker is at, works out the rest itself
 
-A bound depends on what is asked alone, so a search with scouts makes the same choices as one without.
-A scout is a Python of its own that imports no jax, not a fork: nothing of the caller's program runs in it.
+A bound depends on what is asked alone, so a search with workers makes the same choices as one without.
+A worker is a Python of its own that imports no jax, not a fork: nothing of the caller's program runs in it.
 It is started before the graph is folded, as its start takes about as long as that.
 """
 
@@ -26,16 +26,16 @@ from typing import IO, Any
 
 from ...ir.cluster.cluster import Cluster
 from ...ir.passes.recompute import POLICIES
-from ..pipeline.choices import Shape
+from ..pipeline.choices import PipelineConfig
 from ..pipeline.units import Units
 from ..problem import Problem
 from ..request import Request
 from .candidates import Candidate
 from .meshes import plane_meshes, stage_sizes
 
-Key = tuple[Shape | Candidate, float]  # what is looked at, and the seconds to beat
-MOST = 3  # scouts: more would wait for the search
-WINDOW = 6  # wishes: what is worked out but never asked for is lost
+Key = tuple[PipelineConfig | Candidate, float]  # what is looked at, and the seconds to beat
+MOST = 3  # workers: more would wait for the search
+WINDOW = 6  # wanted: what is worked out but never asked for is lost
 WORTH = 32  # families from which on starting one pays: it takes about a second
 # Our own code and what Python has come first: the folder of a user's file may hold a json.py.
 START = """import sys
@@ -46,7 +46,7 @@ serve()"""
 
 
 @contextmanager
-def hired(cluster: Cluster, request: Request) -> Iterator[Scouts | None]:
+def worker_pool(cluster: Cluster, request: Request) -> Iterator[Workers | None]:
     """As many as there are cores to spare, for a search large enough; they are gone afterwards."""
     spare = min(MOST, _cores() - 1)
     if (
@@ -57,11 +57,11 @@ def hired(cluster: Cluster, request: Request) -> Iterator[Scouts | None]:
     ):
         yield None
         return
-    scouts = Scouts(spare)
+    workers = Workers(spare)
     try:
-        yield scouts
+        yield workers
     finally:
-        scouts.close()
+        workers.close()
 
 
 def _families(cluster: Cluster, request: Request) -> int:
@@ -76,41 +76,41 @@ def _families(cluster: Cluster, request: Request) -> int:
     )
 
 
-class Scouts:
-    """Bounds by key, worked out elsewhere once they are briefed."""
+class Workers:
+    """Bounds by key, worked out elsewhere once they have started."""
 
     def __init__(self, count: int, errors: int | IO[bytes] = subprocess.DEVNULL):
         self.change = threading.Condition()
-        self.wishes: list[Key] = []
+        self.wanted: list[Key] = []
         self.doing: set[Key] = set()
         self.found: dict[Key, Any] = {}
         self.closed = False
         self.processes = [_start(errors) for _ in range(count)]
 
-    def brief(self, problem: Problem, units: Units) -> None:
+    def start(self, problem: Problem, units: Units) -> None:
         """Say what is searched. Of the step only the small graph counts, with the units of the whole one."""
         folded = replace(problem.folded, whole=problem.folded.small)
         payload = pickle.dumps((folded, problem.cluster, problem.request, problem.cost, units))
         for process in self.processes:
             threading.Thread(target=self._keep_busy, args=(process, payload), daemon=True).start()
 
-    def wish(self, keys: Iterable[Key]) -> None:
-        """What will be looked at soon, in this order; replaces earlier wishes."""
+    def prefetch(self, keys: Iterable[Key]) -> None:
+        """What will be looked at soon, in this order; replaces what was asked for before."""
         with self.change:
             known = self.found.keys() | self.doing
-            self.wishes = [key for key in islice(keys, WINDOW) if key not in known][::-1]
+            self.wanted = [key for key in islice(keys, WINDOW) if key not in known][::-1]
             self.change.notify_all()
 
-    def take(self, key: Key) -> Any:
-        """What was found for a key, waited for where a scout is at it; None where it is left to the caller."""
+    def result(self, key: Key) -> Any:
+        """What was found for a key, waited for where a worker is at it; None where it is left to the caller."""
         with self.change:
-            if key in self.wishes:
-                self.wishes.remove(key)
+            if key in self.wanted:
+                self.wanted.remove(key)
             self.change.wait_for(lambda: key not in self.doing)
             return self.found.pop(key, None)
 
     def _keep_busy(self, process: subprocess.Popen[bytes], payload: bytes) -> None:
-        """One thread per scout. Whatever ends a scout, the search goes on without it."""
+        """One thread per worker. Whatever ends a worker, the search goes on without it."""
         key: Key | None = None
         assert process.stdin and process.stdout
         try:
@@ -119,10 +119,10 @@ class Scouts:
             pickle.load(process.stdout)  # it is ready
             while True:
                 with self.change:
-                    self.change.wait_for(lambda: self.wishes or self.closed)
+                    self.change.wait_for(lambda: self.wanted or self.closed)
                     if self.closed:
                         return
-                    key = self.wishes.pop(0)
+                    key = self.wanted.pop(0)
                     self.doing.add(key)
                 pickle.dump(key, process.stdin)
                 process.stdin.flush()
@@ -153,7 +153,7 @@ def _cores() -> int:
 
 def _start(errors: int | IO[bytes]) -> subprocess.Popen[bytes]:
     home = str(Path(__file__).parents[3])
-    start = START.format(home=home, path=sys.path, module=f"{__package__}.scout")
+    start = START.format(home=home, path=sys.path, module=f"{__package__}.worker")
     command = [sys.executable, "-P", "-c", start]
     return subprocess.Popen(
         command,

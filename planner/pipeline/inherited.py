@@ -11,24 +11,24 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .choices import Choices, Shape
+from .choices import Choices, PipelineConfig
 
 
 @dataclass
-class Carried:
+class InheritedBounds:
     """By family (a shape without a count): bounds by `choices.counts`."""
 
     choices: Choices
-    found: dict[Shape, dict[int, float]] = field(
+    found: dict[PipelineConfig, dict[int, float]] = field(
         default_factory=lambda: defaultdict(dict)
     )  # as they were added
-    _even: dict[Shape, np.ndarray] = field(
+    _even: dict[PipelineConfig, np.ndarray] = field(
         default_factory=dict
     )  # of each count, were there no bubble
-    _finer: dict[Shape, list[Shape]] = field(default_factory=dict)
+    _finer: dict[PipelineConfig, list[PipelineConfig]] = field(default_factory=dict)
     _waits: dict[int, np.ndarray] = field(default_factory=dict)
 
-    def add(self, family: Shape, many: int, bound: float) -> None:
+    def add(self, family: PipelineConfig, many: int, bound: float) -> None:
         """`bound` holds with any memory."""
         self.found[family][many] = bound
         counts = np.array(self.choices.counts)
@@ -36,13 +36,13 @@ class Carried:
         here = self._even.setdefault(family, np.zeros(len(counts)))
         here[counts % many == 0] = np.maximum(here[counts % many == 0], even)
 
-    def bounds(self, family: Shape) -> np.ndarray:
+    def bounds(self, family: PipelineConfig) -> np.ndarray:
         """The most that is known of each count."""
         rows = [self._even[each] for each in (family, *self.finer(family)) if each in self._even]
         floors = self.choices.floors(family)
         return np.maximum.reduce([floors, *(row * self._waiting(family.stages) for row in rows)])
 
-    def finer(self, family: Shape) -> list[Shape]:
+    def finer(self, family: PipelineConfig) -> list[PipelineConfig]:
         """The same on finer meshes."""
         if family not in self._finer:
             meshes = [mesh for mesh in self.choices.meshes(family.stages) if mesh != family.mesh]

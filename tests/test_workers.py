@@ -18,7 +18,7 @@ from meshwright.ir.cluster.cluster import Cluster
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.problem import Problem
 from meshwright.planner.request import Request
-from meshwright.planner.search import scout, scouts
+from meshwright.planner.search import worker, workers
 from meshwright.recipe import make
 
 from .pipelines import pipelines_on
@@ -36,22 +36,22 @@ def problem_of(step) -> Problem:
     return Problem(fold(step.graph), EIGHT, Request(pp="auto"), Roofline(EIGHT), "", "")
 
 
-def gone(found: scouts.Scouts) -> bool:
+def gone(found: workers.Workers) -> bool:
     return any(process.poll() is not None for process in found.processes)
 
 
 def planned(step, monkeypatch: pytest.MonkeyPatch, count: int, errors: Path):
-    kept: list[scouts.Scouts] = []
+    kept: list[workers.Workers] = []
 
     @contextmanager
-    def hired(cluster: Cluster, request: Request) -> Iterator[scouts.Scouts | None]:
+    def worker_pool(cluster: Cluster, request: Request) -> Iterator[workers.Workers | None]:
         with errors.open("wb") as file:
-            kept.extend([scouts.Scouts(count, file)] * bool(count))
+            kept.extend([workers.Workers(count, file)] * bool(count))
         yield kept[0] if kept else None
         for each in kept:
             each.close()
 
-    monkeypatch.setattr(api, "hired", hired)
+    monkeypatch.setattr(api, "worker_pool", worker_pool)
     told: list[str] = []
     plan = plan_captured(
         step, EIGHT, Request(pp="auto", gap=0.001, time_limit=1e4), "gpt-tiny", told.append
@@ -59,23 +59,23 @@ def planned(step, monkeypatch: pytest.MonkeyPatch, count: int, errors: Path):
     return plan, told, kept
 
 
-def test_a_search_with_scouts_makes_the_same_choices(step, monkeypatch, tmp_path):
+def test_a_search_with_workers_makes_the_same_choices(step, monkeypatch, tmp_path):
     taken, errors = [], tmp_path / "errors"
-    take, wish = scouts.Scouts.take, scouts.Scouts.wish
+    result, prefetch = workers.Workers.result, workers.Workers.prefetch
     monkeypatch.setattr(
-        scouts.Scouts, "take", lambda self, key: taken.append(take(self, key)) or taken[-1]
+        workers.Workers, "result", lambda self, key: taken.append(result(self, key)) or taken[-1]
     )
 
-    def waiting(self: scouts.Scouts, keys) -> None:
-        """What is wished for first is waited for, however slow the scout's start."""
-        wish(self, keys)
+    def waiting(self: workers.Workers, keys) -> None:
+        """What is asked for first is waited for, however slow the worker's start."""
+        prefetch(self, keys)
         with self.change:
             if not any(found is not None for found in taken):
                 self.change.wait_for(
-                    lambda: not (self.wishes or self.doing) or gone(self), timeout=60
+                    lambda: not (self.wanted or self.doing) or gone(self), timeout=60
                 )
 
-    monkeypatch.setattr(scouts.Scouts, "wish", waiting)
+    monkeypatch.setattr(workers.Workers, "prefetch", waiting)
     alone, told_alone, _ = planned(step, monkeypatch, 0, errors)
     assert not taken
     helped, told, kept = planned(step, monkeypatch, 1, errors)
@@ -85,20 +85,20 @@ def test_a_search_with_scouts_makes_the_same_choices(step, monkeypatch, tmp_path
     assert all(process.poll() is not None for process in kept[0].processes), "left behind"
 
 
-def test_a_scout_starts_whatever_lies_beside_the_users_file(monkeypatch, tmp_path):
+def test_a_worker_starts_whatever_lies_beside_the_users_file(monkeypatch, tmp_path):
     """A file called as one of Python's modules is, where the user's own files are looked for."""
     (tmp_path / "json.py").write_text("raise SystemExit(3)\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    process = scouts._start(subprocess.PIPE)
+    process = workers._start(subprocess.PIPE)
     _, told = process.communicate(timeout=120)  # nothing to do: it ends
     assert process.returncode == 0, told.decode()
 
 
-def test_bounds_of_a_scout_are_those_of_the_search(step):
+def test_bounds_of_a_worker_are_those_of_the_search(step):
     problem = problem_of(step)
     pipelines, folded = pipelines_on(problem), replace(problem.folded, whole=problem.folded.small)
-    work_out = scout._worker(folded, EIGHT, problem.request, problem.cost, pipelines.choices.units)
+    work_out = worker._worker(folded, EIGHT, problem.request, problem.cost, pipelines.choices.units)
     shapes = [shape for shape in pipelines.choices.families() if shape.stages in (2, 4)][::2]
     assert len(shapes) > 3
     for family in shapes:
@@ -107,28 +107,28 @@ def test_bounds_of_a_scout_are_those_of_the_search(step):
             assert work_out((shape, beat)) == pipelines.bounds.relaxed(shape, beat)
 
 
-def test_a_scout_that_dies_leaves_the_work_to_the_search(step):
+def test_a_worker_that_dies_leaves_the_work_to_the_search(step):
     problem = problem_of(step)
     pipelines = pipelines_on(problem)
-    found = scouts.Scouts(1)
+    found = workers.Workers(1)
     try:
         key = (next(pipelines.choices.families()), inf)
         found.processes[0].kill()
-        found.brief(problem, pipelines.choices.units)
-        found.wish([key])
-        assert found.take(key) is None
+        found.start(problem, pipelines.choices.units)
+        found.prefetch([key])
+        assert found.result(key) is None
     finally:
         found.close()
 
 
-def test_scouts_are_gone_whatever_happens(monkeypatch):
-    monkeypatch.setattr(scouts, "_cores", lambda: 2)
+def test_workers_are_gone_whatever_happens(monkeypatch):
+    monkeypatch.setattr(workers, "_cores", lambda: 2)
     kept = []
     with (
         pytest.raises(RuntimeError),
-        scouts.hired(Cluster.parse("8xh100x8@ib400"), Request(pp="auto")) as hired,
+        workers.worker_pool(Cluster.parse("8xh100x8@ib400"), Request(pp="auto")) as worker_pool,
     ):
-        kept.append(hired)
+        kept.append(worker_pool)
         raise RuntimeError
     assert [process.poll() is not None for process in kept[0].processes] == [True]
 
@@ -142,6 +142,6 @@ def test_scouts_are_gone_whatever_happens(monkeypatch):
     ],
 )
 def test_small_searches_have_none(cluster, request_, monkeypatch):
-    monkeypatch.setattr(scouts, "_cores", lambda: 2)
-    with scouts.hired(Cluster.parse(cluster), request_) as hired:
-        assert hired is None
+    monkeypatch.setattr(workers, "_cores", lambda: 2)
+    with workers.worker_pool(Cluster.parse(cluster), request_) as worker_pool:
+        assert worker_pool is None
