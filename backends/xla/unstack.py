@@ -21,11 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...ir.analysis.layer_axes import layer_axes, scans_left
 from ...ir.graph import Batch, Graph
 from ...ir.passes.dead import drop_dead_ops
 from .apart import Place, take_apart
 from .capture import Captured, convert
-from .layer_axes import layer_axes, scans_left
 from .stacked import Row, StackedArray, join, stacked
 from .trace import trace
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 
-from ...ir.graph import Graph, Op, Region
-from ...ir.rules import rule_of
+from ..graph import Graph, Op, Region
+from ..rules import rule_of
 
 
 def layer_axes(graph: Graph) -> dict[int, int]:
