@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from copy import copy
 from functools import lru_cache
 
 import numpy as np
@@ -38,6 +39,12 @@ class Ledger:
                 home.node,
                 full / space.layouts.ways(home.layouts) * ~self._unmoved(value),
             )
+
+    def over(self, lives: Lifetimes) -> Ledger:
+        """The same bytes over other lives of the same values."""
+        found = copy(self)
+        found.lives = lives
+        return found
 
     def local_bytes(self, choices: tuple[int, ...]) -> dict[int, float]:
         """Bytes of every value; a copy that changes nothing has none."""

@@ -27,9 +27,9 @@ from .stage_memory import Holdings, Runs
 from .stage_windows import stage_windows
 from .unit_costs import all_bytes
 from .units import runs_of
-from .watched import Limited, Watched, limited
+from .watched import Limited, Limiting, Watched
 
-Limiting = Callable[[Space], Limited]  # a space at given prices, under limits of memory
+Asked = Callable[[Space], Limited]  # of a space at given prices
 SOLVE_GAP = 0.5  # of the gap asked for: what one solve may leave open
 ONE_SOLVE = 1.0  # seconds
 ENOUGH = 1.1  # times what is to be beaten: bounds above say no more
@@ -125,7 +125,7 @@ class Bounds:
             return None
         watched = [*self._fullest(low), *self._ends(shape, high), *self._together(shape, high)]
         holdings = self.holdings(shape.policy, shape.microbatches)
-        return lambda space: limited(space, holdings, watched, self.problem.limit)
+        return Limiting(holdings, watched, self.problem.limit)
 
     def _fullest(self, layers: int) -> Iterator[Watched]:
         """The stage with so many layers, wherever it is."""
@@ -203,7 +203,7 @@ class Bounds:
     def bound(
         self,
         space: Space,
-        problem: Limiting,
+        problem: Asked,
         cutoff: float = inf,
         start: np.ndarray | None = None,
     ) -> tuple[Solution, np.ndarray]:

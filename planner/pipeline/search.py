@@ -45,7 +45,7 @@ from .single import price_single
 from .stage_memory import StageMemory
 from .unit_costs import together, unit_seconds
 from .units import runs_of
-from .watched import Watched, crowded_stages, limited, watched_stages
+from .watched import Limited, Limiting, Watched, crowded_stages, watched_stages
 
 if TYPE_CHECKING:
     from ..search.candidates import Candidate
@@ -284,23 +284,23 @@ class Pipelines:
         """Offer layouts with which the watched stages fit or, on the way there, nearly fit: with stages cut otherwise
         or another schedule they may. Whether there are any."""
         found: dict[tuple[int, ...], StageMemory] = {}
+        holdings = self.bounds.holdings(shape.policy, shape.microbatches)
+        limiting = Limiting(holdings, watched, self.problem.limit)
 
         def solve(priced: Space) -> Solution:
-            first, *_ = self._fitting(shape, space, priced, watched, beat, found)
+            first, *_ = self._fitting(shape, space, limiting(priced), watched, beat, found)
             return first
 
         solve_overlapped(space, solve, SOLVE_GAP * self.problem.request.good_enough, beat)
         return bool(found)
 
     def _fitting(
-        self, shape: PipelineConfig, space: Space, priced: Space, watched: list[Watched], beat: float,
+        self, shape: PipelineConfig, space: Space, problem: Limited, watched: list[Watched], beat: float,
         known: dict[tuple[int, ...], StageMemory],
     ) -> Iterator[Solution]:  # fmt: skip
         """Solutions at given prices, the limit drawn in until one fits or is the best, or there is none; what they
         hold is `known` then."""
-        holdings, before = self.bounds.holdings(shape.policy, shape.microbatches), self.best
-        problem = limited(priced, holdings, watched, self.problem.limit)
-        live = problem.live
+        before, live = self.best, problem.live
         for _ in range(TRIES):
             solution = self.bounds.solve(live, beat)
             if solution.choices is None:

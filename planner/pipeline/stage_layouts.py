@@ -11,7 +11,7 @@ from .priced import Place
 from .search import Pipelines
 from .stage_memory import StageMemory
 from .unit_costs import UnitSeconds, together, unit_seconds
-from .watched import Watched, limited
+from .watched import Limiting, Watched
 
 
 @dataclass
@@ -44,7 +44,7 @@ class StageLayouts:
             pipelines, problem = self.pipelines, self.pipelines.problem
             space = pipelines.bounds.likely(shape)
             holdings = pipelines.bounds.holdings(shape.policy, shape.microbatches)
-            under = lambda priced: limited(priced, holdings, watched, problem.limit)  # noqa: E731
+            under = Limiting(holdings, watched, problem.limit)
             found = pipelines.bounds.bound(space, under)[0].choices
             self.solved[shape, watched] = None if found is None else Rank(problem, space, found)
         return self.solved[shape, watched]

@@ -13,8 +13,10 @@ from itertools import accumulate
 import numpy as np
 
 from ...ir.pipeline.schedule import Schedule, in_flight
+from ..intra.frame import Frame
+from ..intra.layouts import Layouts
 from ..intra.space import Space
-from ..memory.aliases import aliases, extended
+from ..memory.aliases import Alias, aliases, extended
 from ..memory.ledger import Ledger
 from ..solver.live import Demand, Live
 from ..solver.onehot import Edge
@@ -78,27 +80,57 @@ def crowded_stages(units: Units, schedule: Schedule, layers: int) -> list[Watche
     return [Watched(runs_of(units, ends[s], ends[s + 1]), flying[s]) for s in watched]
 
 
-def limited(space: Space, holdings: Holdings, watched: Sequence[Watched], limit: float) -> Limited:
-    """Seconds of a space, under the memory of each watched stage."""
-    found = aliases(space, holdings.lives)
-    demands: list[Demand] = []
-    limits: list[np.ndarray] = []
-    for stage in watched:
-        ledger = Ledger(space, holdings.in_programs(stage.runs, stage.stages))
-        shift = sum(each.size for each in limits)
-        demands += [
-            replace(d, first=d.first + shift, last=d.last + shift) for d in ledger.demands(found)
-        ]
-        flying = holdings.demands(space, stage.runs, stage.held, shift)
-        demands += [
-            replace(d, nbytes=d.nbytes[found[d.node].choices()]) if d.node in found else d
-            for d in flying
-        ]
-        limits.append(stage.stages * limit - ledger.fixed())
-    origins = {node: alias.choices() for node, alias in found.items()}
-    costs = tuple(
-        node.seconds[origins[n]] if n in origins else node.seconds
-        for n, node in enumerate(space.nodes)
-    )
-    edges = tuple(Edge(a, b, table) for a, b, table in extended(space, found))
-    return Limited(Live(costs, edges, tuple(demands), np.concatenate(limits)), origins)
+class Limiting:
+    """Puts spaces under the memory of watched stages, each of `limit` bytes.
+
+    Spaces of one frame differ in seconds alone, so rows of memory are worked out once for all that come one after
+    another.
+    """
+
+    def __init__(self, holdings: Holdings, watched: Sequence[Watched], limit: float):
+        self.holdings, self.watched, self.limit = holdings, watched, limit
+        self._known: _Rows | None = None
+
+    def __call__(self, space: Space) -> Limited:
+        """Seconds of a space, under that memory."""
+        rows = self._known
+        if rows is None or rows.frame is not space.frame or rows.layouts is not space.layouts:
+            rows = self._known = self._rows(space)
+        origins = {node: alias.choices() for node, alias in rows.copies.items()}
+        costs = tuple(
+            node.seconds[origins[n]] if n in origins else node.seconds
+            for n, node in enumerate(space.nodes)
+        )
+        edges = tuple(Edge(a, b, table) for a, b, table in extended(space, rows.copies))
+        return Limited(Live(costs, edges, rows.demands, rows.limits), origins)
+
+    def _rows(self, space: Space) -> _Rows:
+        found = aliases(space, self.holdings.lives)
+        whole = Ledger(space, self.holdings.lives)
+        demands: list[Demand] = []
+        limits: list[np.ndarray] = []
+        for stage in self.watched:
+            ledger = whole.over(self.holdings.in_programs(stage.runs, stage.stages))
+            shift = sum(each.size for each in limits)
+            demands += [
+                replace(d, first=d.first + shift, last=d.last + shift)
+                for d in ledger.demands(found)
+            ]
+            flying = self.holdings.demands(space, stage.runs, stage.held, shift)
+            demands += [
+                replace(d, nbytes=d.nbytes[found[d.node].choices()]) if d.node in found else d
+                for d in flying
+            ]
+            limits.append(stage.stages * self.limit - ledger.fixed())
+        return _Rows(space.frame, space.layouts, found, tuple(demands), np.concatenate(limits))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Memory of all spaces that have this frame on this mesh; `copies` may share that of what they are of."""
+
+    frame: Frame
+    layouts: Layouts
+    copies: dict[int, Alias]
+    demands: tuple[Demand, ...]
+    limits: np.ndarray
