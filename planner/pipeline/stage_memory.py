@@ -43,6 +43,7 @@ class Holdings:
     cut: Cut
     microbatches: int
     passes: Passes
+    _left: dict[tuple[Runs, bool], dict[int, int]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -107,10 +108,15 @@ class Holdings:
             lives, segments=tuple(s for s in lives.segments if (s.start, s.end) != waits)
         )
 
-    def left(self, runs: Runs, late: bool = False) -> dict[int, int]:
+    def left(self, runs: Runs, late: bool = False) -> Mapping[int, int]:
         """Value -> how many of it one microbatch leaves on a stage; with `late`, of what waits for weight passes."""
+        if (runs, late) not in self._left:
+            self._left[runs, late] = self._left_by(runs, late)
+        return self._left[runs, late]
+
+    def _left_by(self, runs: Runs, late: bool) -> dict[int, int]:
         found: dict[int, int] = {}
-        inputs = self.cut.program.graph.inputs
+        inputs = set(self.cut.program.graph.inputs)
         for kind, many in enumerate(runs):
             for value in (self.cut.kept(kind) if late else self.cut.saved(kind)) if many else ():
                 if value not in inputs:
