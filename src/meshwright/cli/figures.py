@@ -17,14 +17,13 @@ Changes = Annotated[
         help="Change a field of the cluster first: fabric.ib400.bandwidth=100GB/s. May be repeated.",
     ),
 ]
-
-
-Trace = Annotated[
+TraceFile = Annotated[
     Path | None, typer.Option(help="Also write the timeline for Perfetto (ui.perfetto.dev).")
 ]
 
 
 def changes_of(pairs: list[str] | None) -> dict[str, str]:
+    """Dotted path -> value, as `--set` gives them."""
     found = {}
     for pair in pairs or []:
         field, equals, value = pair.partition("=")
@@ -48,6 +47,7 @@ def likely(between: tuple[float, float] | None) -> str:
 
 
 def memory_words(causes: dict[str, float]) -> str:
+    """Bytes by cause, the most first."""
     rows = [
         f"{cause} {format_bytes(held)}"
         for cause, held in sorted(causes.items(), key=lambda c: -c[1])

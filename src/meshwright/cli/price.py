@@ -13,7 +13,7 @@ from ..ir.errors import UsageError
 from ..ir.mistakes import Mistakes
 from ..ir.units import format_bytes, format_seconds
 from ..output import say
-from .figures import Changes, Trace, changes_of, likely, memory_words
+from .figures import Changes, TraceFile, changes_of, likely, memory_words
 from .options import Format, FormatOption, app
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def price(
         ),
     ] = False,
     changes: Changes = None,
-    trace: Trace = None,
+    trace: TraceFile = None,
     format: FormatOption = Format.text,
 ) -> None:
     """Price a training job given as numbers: seconds per step and memory per stage."""

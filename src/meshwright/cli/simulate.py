@@ -10,7 +10,7 @@ import typer
 
 from ..ir.units import format_bytes, format_seconds
 from ..output import say
-from .figures import Changes, Trace, changes_of, likely, memory_words
+from .figures import Changes, TraceFile, changes_of, likely, memory_words
 from .options import Format, FormatOption, PlanFile, app
 
 
@@ -18,7 +18,7 @@ from .options import Format, FormatOption, PlanFile, app
 def simulate(
     plan: PlanFile,
     changes: Changes = None,
-    trace: Trace = None,
+    trace: TraceFile = None,
     overlap: Annotated[
         str | None,
         typer.Option(
