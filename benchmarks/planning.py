@@ -273,7 +273,7 @@ def solve(options: argparse.Namespace) -> dict[str, Any]:
     from meshwright.planner.intra.solve import solve_space
     from meshwright.planner.intra.space import build
     from meshwright.planner.memory.lifetimes import lifetimes
-    from meshwright.planner.memory.storage import as_xla
+    from meshwright.planner.memory.storage import storage_of
     from meshwright.planner.search.meshes import mesh_of
 
     step = captured("gpt3-175b", batch=DEEP_BATCH)
@@ -281,7 +281,7 @@ def solve(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     space = build(program, 3, cost, Layouts(cost.collectives(mesh_of(DEEP_MESH))))
     built = time.perf_counter() - start
-    lives = lifetimes(program, 3, roles(program.graph), as_xla(program, cost.device.kind))
+    lives = lifetimes(program, 3, roles(program.graph), storage_of(program, cost.execution_model))
     start = time.perf_counter()
     answer = solve_space(space, lives, 70.2 * GIB, time_limit=16, gap=GAP)
     seconds, solution = time.perf_counter() - start, answer.solution

@@ -1,4 +1,7 @@
-"""What a plan's seconds assume of the runtime: how attention and losses run, which communication runs beside."""
+"""How a plan is executed, as far as it may be chosen: how attention and losses run, which communication runs beside.
+
+What nobody chooses is the backend's `ExecutionModel`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Literal, get_args
 from .composites.attention_op import AttentionKind
 from .composites.losses import LossKind
 from .errors import PlanError, did_you_mean
+from .execution_model import execution_model
 
 OverlapKind = Literal["parameters", "gradients", "tensor", "stages"]
 OVERLAPS: tuple[OverlapKind, ...] = get_args(OverlapKind)
@@ -30,7 +34,7 @@ USUAL: tuple[OverlapKind, ...] = ("parameters", "gradients", "stages")
 
 @dataclass(frozen=True)
 class Execution:
-    """The execution model of a plan: `Execution("fused", ("parameters",))` prints
+    """What is chosen of a plan's execution: `Execution("fused", ("parameters",))` prints
     `attention fused; gathers of weights run beside computation, all else waits`.
 
     `overlap` names kinds of communication that may hide behind computation, in the order of `OVERLAPS`. `loss` tells
@@ -63,12 +67,15 @@ class Execution:
 def usual_execution(kinds: Iterable[str]) -> Execution:
     """What is assumed of the runtime unless said otherwise, by the kinds of a cluster's devices.
 
-    GPUs and TPUs have kernels of attention that keep no scores, and XLA's latency-hiding scheduler for them, which our
-    programs turn on, moves what does not wait for a layer beside it: gathers of weights, reductions of gradients, and
-    sends. Exchanges within layers wait for products and products for them; they hide where these are cut in chunks,
-    which XLA does for some only, so they are not counted on. XLA's CPU backend runs one after the other.
+    A scheduler that overlaps moves what does not wait for a layer beside it: gathers of weights, reductions of
+    gradients, and sends. Exchanges within layers wait for products and products for them; they hide where these are cut
+    in chunks, which XLA does for some only, so they are not counted on.
     """
-    return Execution() if "cpu" in set(kinds) else Execution("fused", USUAL)
+    models = [execution_model(kind) for kind in kinds]
+    fused = all(model.fuses_attention for model in models)
+    return Execution(
+        "fused" if fused else "plain", USUAL if all(model.overlaps for model in models) else ()
+    )
 
 
 def parse_attention(

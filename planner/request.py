@@ -15,6 +15,7 @@ from ..ir.composites.attention_op import AttentionKind
 from ..ir.composites.losses import LossKind
 from ..ir.errors import PlanError, UsageError, did_you_mean
 from ..ir.execution import OVERLAPS, WITHIN, Execution, OverlapKind, parse_overlap, usual_execution
+from ..ir.execution_model import execution_model
 from ..ir.mistakes import Mistakes
 from ..ir.passes.microbatch import Refusal, TimeAxis
 from ..ir.passes.recompute import POLICIES, Policy
@@ -192,11 +193,8 @@ def check_early(request: Request, cluster: Cluster) -> None:
 
 
 def check_overlap(overlap: Sequence[OverlapKind], cluster: Cluster) -> None:
-    """Refuse communication beside computation on devices that do one after the other.
-
-    Source: XLA's CPU thunks run in order, and its latency-hiding scheduler is of GPUs and TPUs alone (jax 0.10.2).
-    """
-    if overlap and any(device.kind == "cpu" for device in cluster.devices.values()):
+    """Refuse communication beside computation on devices that do one after the other."""
+    if overlap and not all(execution_model(d.kind).overlaps for d in cluster.devices.values()):
         what = f"{'+'.join(overlap)} on {cluster.name}, as XLA's CPU backend computes and communicates in turn"
         _refuse("overlap", what, "overlap=none, or a cluster of GPUs or TPUs")
 

@@ -32,7 +32,9 @@ def test_f32_products_are_multiplied_as_xla_does(precision, cluster, dtype):
         lambda a, b: jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision), square, square
     ).graph
     (product,) = (op for op in graph.ops if op.kind == "dot_general")
-    assert multiplied_as(product, graph.types, Cluster.parse(cluster).device) == dtype
+    cost = Roofline(Cluster.parse(cluster))
+    found = multiplied_as(product, graph.types, cost.device, cost.execution_model)
+    assert found == dtype
 
 
 def test_the_more_is_recomputed_the_longer_a_step_takes():

@@ -27,6 +27,7 @@ from meshwright.ir.composites.bodies import BOTH, LOSS, LOSS_GRAD
 from meshwright.ir.composites.loss_blocks import hidden_of
 from meshwright.ir.composites.losses import with_losses
 from meshwright.ir.errors import InfeasibleError, PlanError
+from meshwright.ir.execution_model import execution_model
 from meshwright.ir.graph import Graph, Op
 from meshwright.ir.ops import LOSSES
 from meshwright.ir.plan import Plan
@@ -241,13 +242,14 @@ def test_no_way_to_cut_a_loss_takes_less_than_the_bound():
     for op in composites(graph).values():
         for name in ("h100x8", "8xcpu"):
             device = Cluster.parse(name).device
-            least = least_loss_seconds(op, device, None)
+            model = execution_model(device.kind)
+            least = least_loss_seconds(op, device, model, None)
             for tokens, classes in product_of((1, 2, 8, 64), (1, 3, 8)):
                 cut = np.array([float(tokens)]), np.array([float(classes)])
                 hidden = hidden_of(op)
                 operands = [cut[0] if k == hidden else cut[1] for k in range(len(op.inputs))]
                 ways = Ways(operands, [np.ones(1)] * len(op.outputs), cut[0] * cut[1])
-                assert loss_seconds(op, device, ways, None) >= least / ways.work
+                assert loss_seconds(op, device, ways, model, None) >= least / ways.work
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.lower import lower
 from meshwright.ir.analysis.blocks import fold
 from meshwright.ir.analysis.roles import roles
+from meshwright.ir.execution_model import execution_model
 from meshwright.ir.passes.microbatch import TimeAxis
 from meshwright.ir.passes.recompute import POLICIES
 from meshwright.ir.program import prepare
 from meshwright.models import build
 from meshwright.planner.memory.ledger import least_peak
 from meshwright.planner.memory.lifetimes import lifetimes
-from meshwright.planner.memory.storage import as_xla
+from meshwright.planner.memory.storage import storage_of
 from meshwright.planner.search.meshes import mesh_of
 
 S = jax.ShapeDtypeStruct
@@ -34,7 +35,9 @@ def peak(graph, policy: str, count: int, kind: str = "tpu") -> float | None:
     program = prepare(graph, policy)
     if count > 1 and not isinstance(program.time, TimeAxis):
         return None
-    lives = lifetimes(program, count, roles(program.graph), as_xla(program, kind))
+    lives = lifetimes(
+        program, count, roles(program.graph), storage_of(program, execution_model(kind))
+    )
     return least_peak(lives, mesh_of((1,)))
 
 
@@ -90,7 +93,9 @@ def test_a_70b_model_fits_on_128_tpus_of_16_gib():
     example = build("llama3-70b", batch=1024)
     found = fold(capture(example.step, example.state, example.batch, donate_argnums=0).graph)
     program = prepare(found.small, "full")
-    lives = lifetimes(program, 64, roles(program.graph), as_xla(program, "tpu"))
+    lives = lifetimes(
+        program, 64, roles(program.graph), storage_of(program, execution_model("tpu"))
+    )
     assert least_peak(lives, mesh_of((128,))) < 16 * 2.0**30
 
 

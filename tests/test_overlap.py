@@ -24,6 +24,7 @@ from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import load_plan, save_plan
 from meshwright.ir.errors import MeshwrightError, PlanError
 from meshwright.ir.execution import Execution, parse_overlap
+from meshwright.ir.execution_model import execution_model
 from meshwright.ir.fingerprint import fingerprint
 from meshwright.ir.plan import Plan
 from meshwright.ir.program import prepare
@@ -39,7 +40,7 @@ from meshwright.planner.intra.windows import MANY, SHARE
 from meshwright.planner.jobs.fixed import fixed_plan
 from meshwright.planner.jobs.pinned import Parallelism
 from meshwright.planner.memory.lifetimes import lifetimes
-from meshwright.planner.memory.storage import as_xla
+from meshwright.planner.memory.storage import storage_of
 from meshwright.planner.request import Request
 from meshwright.planner.search.meshes import mesh_of
 from meshwright.planner.solver.anytime import solve_live
@@ -507,7 +508,7 @@ def test_what_comes_early_and_what_leaves_late_takes_memory():
         fold(capture(example.step, example.state, example.batch, donate_argnums=0).graph).small,
         "none",
     )
-    known, storage = roles(program.graph), as_xla(program, "cuda")
+    known, storage = roles(program.graph), storage_of(program, execution_model("cuda"))
 
     def held(overlap):
         lives = lifetimes(program, 1, known, storage, overlap)

@@ -28,7 +28,7 @@ from meshwright.planner.intra.space import Space
 from meshwright.planner.intra.space import build as build_space
 from meshwright.planner.memory.ledger import Ledger
 from meshwright.planner.memory.lifetimes import lifetimes
-from meshwright.planner.memory.storage import as_xla
+from meshwright.planner.memory.storage import storage_of
 from meshwright.planner.problem import Problem
 from meshwright.planner.report.moves import moves, settlements
 from meshwright.planner.request import Request
@@ -74,7 +74,7 @@ def space_of(step, params, x, mesh: Mesh) -> tuple[Space, Ledger]:
     program = prepare(fold(capture(step, params, x).graph).small, "none")
     cost = Roofline(CLUSTER)
     space = build_space(program, 1, cost, Layouts(cost.collectives(mesh)))
-    lives = lifetimes(program, 1, roles(program.graph), as_xla(program, cost.device.kind))
+    lives = lifetimes(program, 1, roles(program.graph), storage_of(program, cost.execution_model))
     return space, Ledger(space, lives)
 
 

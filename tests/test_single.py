@@ -26,11 +26,12 @@ from meshwright.cli import app
 from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import save_plan
 from meshwright.ir.errors import LoweringError, PlanError
+from meshwright.ir.execution_model import execution_model
 from meshwright.ir.plan import Plan
 from meshwright.ir.units import parse_seconds
 from meshwright.planner.pipeline import found as found_pipeline
 from meshwright.planner.pipeline.schedules import gpipe, one_f_one_b
-from meshwright.planner.pipeline.single import INSTRUCTION, SHARD, dispatch_seconds
+from meshwright.planner.pipeline.single import dispatch_seconds
 from meshwright.planner.request import Request
 from meshwright.recipe import make
 from meshwright.view import plan_html, plan_text
@@ -403,7 +404,8 @@ def test_a_simulation_says_that_it_is_of_programs_of_stages(tmp_path, program):
 
 def test_each_host_dispatches_the_passes_of_its_ranks():
     """Four stages of eight microbatches: 16 passes each, and 16 hand-overs between neighbours."""
-    schedule, each = gpipe(4, 8), INSTRUCTION + 100 * SHARD
+    schedule, model = gpipe(4, 8), execution_model("cpu")
+    each = model.instruction_seconds + 100 * model.shard_seconds
     hosts = {
         1: [range(4)],
         2: [{0, 1}, {2, 3}],
@@ -411,7 +413,7 @@ def test_each_host_dispatches_the_passes_of_its_ranks():
         "wide": [{0, 1, 2, 3}] * 2,
     }
     found = {
-        key: dispatch_seconds(schedule, [100] * 4, [frozenset(ranks) for ranks in sets])
+        key: dispatch_seconds(schedule, [100] * 4, [frozenset(ranks) for ranks in sets], model)
         for key, sets in hosts.items()
     }
     assert found[1] == found["wide"] == pytest.approx((4 * 16 + 3 * 16) * each)
@@ -422,8 +424,10 @@ def test_each_host_dispatches_the_passes_of_its_ranks():
 def test_the_busiest_host_has_the_stages_that_leave_most():
     schedule = one_f_one_b(2, 8)
     hosts = [frozenset({0}), frozenset({1})]
-    found = dispatch_seconds(schedule, [1000, 10], hosts)
-    assert found == pytest.approx((16 + 16) * (INSTRUCTION + 1000 * SHARD))
+    model = execution_model("cpu")
+    found = dispatch_seconds(schedule, [1000, 10], hosts, model)
+    each = model.instruction_seconds + 1000 * model.shard_seconds
+    assert found == pytest.approx((16 + 16) * each)
 
 
 def test_hosts_dispatch_side_by_side_beside_accelerators_and_before_cpus():

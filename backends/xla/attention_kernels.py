@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...ir.composites.attention_form import FEATURE, Form, Labels
-from ...ir.composites.attention_kernels import fits, kernel_of
+from ...ir.composites.attention_kernels import fits, form_for
+from ...ir.execution_model import execution_model
 from ...ir.graph import Op
 
 Three = tuple[Any, Any, Any]  # queries, keys and values, or their gradients, as a kernel has them
@@ -37,17 +38,18 @@ def attention_kernel(
     Args:
         cuts: by free dim of the composite. With `even`, devices work on two halves of as many rows.
     """
-    form = kernel_of(op, platform)
-    if form is None:
+    kernel = execution_model(platform).attention_kernel
+    form = form_for(op, kernel)
+    if kernel is None or form is None:
         return None
     ways = {label: cuts[d].ways for label, d in form.free.items() if d in cuts}
     if form.window is not None and ways.get(form.rows, 1) > 1:  # type: ignore[arg-type]
         return None
     sizes = tuple(n // ways.get(d, 1) for d, n in enumerate(form.sizes))
     at_a_time = 1 if form.rows is None else sizes[form.rows] // (2 if even else 1)
-    if not fits(form, platform, at_a_time, sizes[form.keys]):
+    if not fits(kernel, at_a_time, sizes[form.keys]):
         return None
-    return Kernel(form, sizes, _LIBRARIES[platform])
+    return Kernel(form, sizes, _LIBRARIES[kernel])
 
 
 @dataclass(frozen=True)
@@ -309,4 +311,4 @@ class Library:
         return (lse.swapaxes(1, 2) if self.apart else lse)[..., None]
 
 
-_LIBRARIES = {"cuda": Library(_cudnn, True), "tpu": Library(_splash, False)}
+_LIBRARIES = {"cuDNN": Library(_cudnn, True), "splash attention": Library(_splash, False)}

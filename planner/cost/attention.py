@@ -3,8 +3,8 @@
     kernel      products made / (peak * attention efficiency)
     blocks      products made / (peak * efficiency) + scores written and read between the products / memory bandwidth
 
-Which of both is `ir/composites/attention_kernels.py`'s word. Frameworks are taken to have a kernel for every attention,
-and so are keys that may go round a ring, though XLA runs their blocks.
+Which of both is `ir/composites/attention_kernels.py`'s word. Keys that may go round a ring are priced as by a kernel,
+though XLA runs their blocks.
 """
 
 from __future__ import annotations
@@ -15,29 +15,31 @@ from math import prod
 import numpy as np
 
 from ...ir.cluster.cluster import Device
-from ...ir.composites.attention_kernels import NAMES, products_made, reason_against
+from ...ir.composites.attention_kernels import products_made, reason_against
 from ...ir.composites.bodies import body_of
 from ...ir.composites.evenly import keys_at_most, pairs_kept
+from ...ir.execution_model import ExecutionModel
 from ...ir.graph import Op
 from ...ir.ops import CONTRACTIONS, REDUCTIONS
 
 ROWS = 128  # queries that one thread block of fused attention works on (Dao, arXiv 2307.08691, section 3.3)
 
 
-def attention_seconds(op: Op, flop: float, peak: float, device: Device, by_xla: bool) -> float:
+def attention_seconds(
+    op: Op, flop: float, peak: float, device: Device, model: ExecutionModel
+) -> float:
     """Of the whole op on one device; keys that masks leave out are not multiplied.
 
     Args:
         flop: of the products that its body writes, `peak` FLOP/s.
-        by_xla: what XLA runs, not a framework's kernels.
+        model: has the kernel, if one.
     """
     pairs = pairs_kept(op) * flop
-    by_xla = by_xla and "round" not in dict(op.attrs)
-    if by_xla and device.kind in NAMES and reason_against(op, device.kind):
+    kernel = None if "round" in dict(op.attrs) else model.attention_kernel
+    if kernel and reason_against(op, kernel):
         moved = device.stream_seconds(pairs_kept(op) * _scores_moved(str(op.attr("body"))))
         return pairs / (peak * device.efficiency) + moved
-    again = products_made(op, device.kind) if by_xla else 1.0
-    return again * pairs / (peak * device.attention_efficiency)
+    return products_made(op, kernel) * pairs / (peak * device.attention_efficiency)
 
 
 def attention_tail(op: Op, device: Device, work: np.ndarray) -> np.ndarray | float:

@@ -9,7 +9,7 @@ of all tiers add up to its fixed part.
     all_to_all                   every rank sends to every other, each over its own link
     permute                      every rank sends to one other, over the farthest tier: its own link
 
-Devices emulated in one process meet once for a collective of any kind (`_in_one_process`).
+Devices that are threads of one process meet once for a collective of any kind (`_in_one_process`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from math import ceil, log2
 
 from ...ir.cluster.cluster import Cluster
 from ...ir.errors import PlanError, did_you_mean
-from ...ir.graph import TensorType
+from ...ir.execution_model import Backend, ExecutionModel, execution_model
+from ...ir.graph import ITEM_BYTES, TensorType
 from ...ir.mesh import Mesh
 from ...ir.sharding import Sharding, Step
 from .groups import Level, levels_of
@@ -56,26 +57,24 @@ class Collectives:
 
     mesh: Mesh
     cluster: Cluster
+    backend: Backend = "xla"
+
+    @property
+    def execution_model(self) -> ExecutionModel:
+        return execution_model(self.cluster.device.kind, self.backend)
 
     def wire_bytes(self, kind: TensorType) -> int:
-        """Bytes of a whole tensor when it travels.
-
-        XLA's CPU backend carries out collectives of 16-bit floats in 32 bits: every
-        bf16 collective of the zoo's compiled programs is f32 (jax 0.10.2, `meshwright audit`).
-        """
-        widened = self.cluster.device.kind == "cpu" and kind.dtype in ("bf16", "f16")
-        return kind.nbytes * (2 if widened else 1)
+        """Bytes of a whole tensor when it travels, be it as f32."""
+        widened = kind.dtype in self.execution_model.widened
+        return kind.nbytes * (4 // ITEM_BYTES[kind.dtype] if widened else 1)
 
     def joins(self, kind: str, phase: str, source: Sharding) -> bool:
         """Whether many collectives of this kind become one, and so have no latency of their own.
 
         A single number (a loss, a norm) comes after the gradients and pays its own.
-
-        XLA's CPU backend joins the all-reduces of gradients and metrics: 29 to 97 of
-        them are 1 in each compiled program of the zoo (jax 0.10.2, `meshwright audit`).
         """
         gradients = kind == "all_reduce" and phase == "update" and bool(source.dims)
-        return gradients and self.cluster.device.kind == "cpu"
+        return gradients and self.execution_model.joins_all_reduces
 
     def line(self, kind: str, axes: tuple[str, ...]) -> Line:
         """Seconds of one collective, as a line in the bytes of the larger local side."""
@@ -98,7 +97,7 @@ class Collectives:
         levels = levels_of(axes, self.mesh, self.cluster)
         if not levels:
             return FREE
-        if self.cluster.device.kind == "cpu" and self.cluster.hosts == 1:
+        if self.execution_model.one_process and self.cluster.hosts == 1:
             return _in_one_process(kind, levels)
         prices = {
             "all_reduce": self._all_reduce, "all_to_all": _all_to_all, "permute": _permute
@@ -126,7 +125,7 @@ class Collectives:
         """
         n = levels[-1].inside
         slope = max((n - 1) / n / level.bandwidth for level in levels)
-        hops = _ring_hops if self._on_gpus else _tree_hops
+        hops = _ring_hops if self.execution_model.ring_latency else _tree_hops
         return Line(hops(levels), slope)
 
     def _all_reduce(self, levels: tuple[Level, ...]) -> Line:
@@ -145,10 +144,6 @@ class Collectives:
                 ring = min(ring, share / (level.tier.achieved * level.tier.nvls))
             slopes.append(ring)
         return Line(2 * _tree_hops(levels), max(slopes))
-
-    @property
-    def _on_gpus(self) -> bool:
-        return self.cluster.device.kind in ("cuda", "rocm")
 
     def hop(self, stride: int, nbytes: float) -> float:
         """Seconds of sending from every rank to the one `stride` ranks on (pipeline neighbours)."""

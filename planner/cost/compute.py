@@ -16,6 +16,7 @@ import numpy as np
 
 from ...ir.analysis.attention import Attention
 from ...ir.cluster.cluster import Device
+from ...ir.execution_model import ExecutionModel
 from ...ir.graph import Op, TensorType
 from ...ir.ops import COMPOSITES, CONTRACTIONS, DECOMPOSITIONS, INDEXED, LOSSES
 from ...ir.rules.rule import Rule
@@ -35,13 +36,13 @@ def op_seconds(
     device: Device,
     ways: Ways,
     kernels: Kernels,
+    model: ExecutionModel,
     products: str | None = None,
-    by_xla: bool = True,
 ) -> np.ndarray | float:
     """Seconds on one device for every choice; `kernels` says what the op reads and writes.
 
     `products` is an element type to which the operands of products outside attention are
-    cast first ("f8e4m3fn"). `by_xla`: attention that is one op runs as XLA runs it, not by a framework's kernel.
+    cast first ("f8e4m3fn").
 
     A fused op pays for what its chain first reads at it and for what it writes. Of its
     arithmetic it pays the part by which the chain's arithmetic exceeds the chain's memory
@@ -54,37 +55,41 @@ def op_seconds(
         narrow = None if kernels.attention(op) else products
         seconds = device.launch + np.maximum(
             device.stream_seconds(_cut(_moved(op, types, kernels), ways)),
-            _product_seconds(op, rule, types, device, ways, kernels, narrow),
+            _product_seconds(op, rule, types, device, ways, kernels, model, narrow),
         )
         return seconds + (_cast_seconds(op, types, device, ways) if narrow else 0.0)
     if op.kind in LOSSES:
-        return loss_seconds(op, device, ways, products)
+        return loss_seconds(op, device, ways, model, products)
     if op.kind in COMPOSITES:
         moved = device.stream_seconds(_cut(_moved(op, types, kernels), ways))
-        seconds = _composite_seconds(op, rule, types, device, by_xla) / ways.work
+        seconds = _composite_seconds(op, rule, types, device, model) / ways.work
         launch = device.launch * ways.launches
         return launch + np.maximum(moved, seconds * attention_tail(op, device, ways.work))
-    arithmetic = _beside_products(op, rule, types, device) / ways.work
+    arithmetic = _beside_products(op, rule, types, device, model) / ways.work
     return device.launch + np.maximum(
         device.stream_seconds(_cut(_touched(op, types, kernels), ways)), arithmetic
     )
 
 
-def _beside_products(op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device) -> float:
+def _beside_products(
+    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, model: ExecutionModel
+) -> float:
     """Seconds of arithmetic of a kernel that is no product and does more than move: a decomposition, one whose author
     says so. A user's kernel is taken to multiply as fused attention does."""
     if op.kind == USERS:
-        rate = peak_of(device, multiplied_as(op, types, device)) * device.attention_efficiency
+        rate = (
+            peak_of(device, multiplied_as(op, types, device, model)) * device.attention_efficiency
+        )
         return flop(op, rule, types) / rate
     counted = op.kind in DECOMPOSITIONS or told_cost(op)
     return flop(op, rule, types) / device.vector_flops if counted else 0.0
 
 
 def _composite_seconds(
-    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, by_xla: bool
+    op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, model: ExecutionModel
 ) -> float:
-    peak = peak_of(device, multiplied_as(op, types, device))
-    return attention_seconds(op, flop(op, rule, types), peak, device, by_xla)
+    peak = peak_of(device, multiplied_as(op, types, device, model))
+    return attention_seconds(op, flop(op, rule, types), peak, device, model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +130,8 @@ def least_terms(
     types: Mapping[int, TensorType],
     device: Device,
     kernels: Kernels,
+    model: ExecutionModel,
     products: str | None = None,
-    by_xla: bool = True,
 ) -> Terms:
     """No layout that cuts everything into at most so many parts runs the op in less.
 
@@ -137,13 +142,13 @@ def least_terms(
     if fused is not None:
         return fused
     if op.kind in LOSSES:
-        return Terms(device.launch, {}, least_loss_seconds(op, device, products))
+        return Terms(device.launch, {}, least_loss_seconds(op, device, model, products))
     if op.kind in COMPOSITES:
-        return Terms(device.launch, {}, _composite_seconds(op, rule, types, device, by_xla))
+        return Terms(device.launch, {}, _composite_seconds(op, rule, types, device, model))
     if op.kind not in CONTRACTIONS:
         touched, arithmetic = (
             _touched(op, types, kernels),
-            _beside_products(op, rule, types, device),
+            _beside_products(op, rule, types, device, model),
         )
         if arithmetic > device.stream_seconds(sum(touched.values())):
             return Terms(device.launch, {}, arithmetic)
@@ -151,7 +156,9 @@ def least_terms(
             device.launch, {k: device.stream_seconds(nbytes) for k, nbytes in touched.items()}
         )
     if (within := kernels.attention(op)) is not None:
-        rate = peak_of(device, multiplied_as(op, types, device)) * device.attention_efficiency
+        rate = (
+            peak_of(device, multiplied_as(op, types, device, model)) * device.attention_efficiency
+        )
         return Terms(device.launch, {}, flop(op, rule, types) * within.share / rate)
     share, total = device.efficiency, flop(op, rule, types)
     if op.kind != "conv_general_dilated":
@@ -161,7 +168,7 @@ def least_terms(
     return Terms(
         device.launch,
         {},
-        total / (peak_of(device, products or multiplied_as(op, types, device)) * share),
+        total / (peak_of(device, products or multiplied_as(op, types, device, model)) * share),
     )
 
 
@@ -197,11 +204,11 @@ def _cut(sides: Mapping[int, float], ways: Ways) -> np.ndarray | float:
 
 def _product_seconds(
     op: Op, rule: Rule, types: Mapping[int, TensorType], device: Device, ways: Ways, kernels: Kernels,
-    narrow: str | None,
+    model: ExecutionModel, narrow: str | None,
 ) -> np.ndarray | float:  # fmt: skip
     """Seconds of a contraction's arithmetic at the rate that its shape achieves."""
     peak, total = (
-        peak_of(device, narrow or multiplied_as(op, types, device)),
+        peak_of(device, narrow or multiplied_as(op, types, device, model)),
         flop(op, rule, types) / ways.work,
     )
     if (within := kernels.attention(op)) is not None:

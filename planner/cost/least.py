@@ -60,7 +60,9 @@ def spread(
 @lru_cache(maxsize=16)
 def _pieces(program: Program, cost: CostModel) -> list[tuple[str, np.ndarray]]:
     """The same of each op, with the tag that decides its runs."""
-    kernels = kernels_of(program, cost.fused_attention, cost.fusion, cost.redone_inside)
+    kernels = kernels_of(
+        program, cost.fused_attention, cost.fusion, cost.execution_model.redone_inside
+    )
     types, time = program.graph.types, program.time
     cut = time.split if isinstance(time, TimeAxis) else {}
     found = []

@@ -22,6 +22,7 @@ from ...ir.cluster.cluster import Device
 from ...ir.composites.bodies import body_of
 from ...ir.composites.loss_blocks import hidden_in, hidden_of, logits_in, most_logits
 from ...ir.composites.online import body_parts
+from ...ir.execution_model import ExecutionModel
 from ...ir.graph import ITEM_BYTES, Op, TensorType
 from ...ir.ops import CONTRACTIONS
 from ...ir.program import Program
@@ -59,7 +60,9 @@ class _Body:
     kernels: int
 
 
-def loss_seconds(op: Op, device: Device, ways: Ways, products: str | None) -> np.ndarray:
+def loss_seconds(
+    op: Op, device: Device, ways: Ways, model: ExecutionModel, products: str | None
+) -> np.ndarray:
     """Of the whole op on one device, for every choice.
 
     Args:
@@ -86,12 +89,14 @@ def loss_seconds(op: Op, device: Device, ways: Ways, products: str | None) -> np
         summed = product.leaves and not product.tokens[2]
         moved = left * widths[0] + right * widths[1]
         moved = moved + result * np.where(summed & (blocks > 1), 2.0 * SUM, widths[2])
-        rate = _peak(product, body, device, products) * share
+        rate = _peak(product, body, device, model, products) * share
         seconds = seconds + blocks * np.maximum(2 * terms / rate, device.stream_seconds(moved))
     return seconds + device.launch * body.kernels * blocks
 
 
-def least_loss_seconds(op: Op, device: Device, products: str | None) -> float:
+def least_loss_seconds(
+    op: Op, device: Device, model: ExecutionModel, products: str | None
+) -> float:
     """No layout that cuts everything into at most so many parts takes less, divided by these."""
     body = _body_of(op)
     seconds = max(device.stream_seconds(body.nbytes), body.work / device.vector_flops)
@@ -99,12 +104,14 @@ def least_loss_seconds(op: Op, device: Device, products: str | None) -> float:
         terms = product.flop / 2
         left, right, result = product.elements
         share = product_share(terms / right, terms / left, terms / result, ENDLESS, device)
-        seconds += product.flop / (_peak(product, body, device, products) * float(share))
+        seconds += product.flop / (_peak(product, body, device, model, products) * float(share))
     return seconds
 
 
-def _peak(product: _Product, body: _Body, device: Device, products: str | None) -> float:
-    return peak_of(device, products or multiplied_as(product.op, body.types, device))
+def _peak(
+    product: _Product, body: _Body, device: Device, model: ExecutionModel, products: str | None
+) -> float:
+    return peak_of(device, products or multiplied_as(product.op, body.types, device, model))
 
 
 def _body_of(op: Op) -> _Body:

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from ...ir.cluster.cluster import Cluster, Device
+from ...ir.execution_model import Backend, ExecutionModel, execution_model
 from ...ir.graph import Op, TensorType
 from ...ir.mesh import Mesh
 from ...ir.rules.rule import Rule
@@ -40,7 +41,7 @@ class CostModel(Protocol):
     def fusion(self) -> Fusion: ...
 
     @property
-    def redone_inside(self) -> bool: ...
+    def execution_model(self) -> ExecutionModel: ...
 
     @property
     def exchanges(self) -> bool: ...
@@ -75,8 +76,8 @@ class Roofline:
     products: str | None = (
         None  # element type to which products outside attention cast their operands
     )
-    redone_inside: bool = False  # kernels make what they need again, as fused ones of frameworks do
     exchanges: bool = True  # devices may exchange rows of attention for equal work
+    backend: Backend = "xla"
 
     @property
     def name(self) -> str:
@@ -90,8 +91,12 @@ class Roofline:
     def device(self) -> Device:
         return self.cluster.device
 
+    @property
+    def execution_model(self) -> ExecutionModel:
+        return execution_model(self.device.kind, self.backend)
+
     def collectives(self, mesh: Mesh) -> Collectives:
-        return Collectives(mesh, self.cluster)
+        return Collectives(mesh, self.cluster, self.backend)
 
     def op_seconds(
         self,
@@ -103,7 +108,7 @@ class Roofline:
     ) -> np.ndarray | float:
         """Seconds of one run on one device, for every choice."""
         return op_seconds(
-            op, rule, types, self.device, ways, kernels, self.products, not self.redone_inside
+            op, rule, types, self.device, ways, kernels, self.execution_model, self.products
         )
 
     def fused_terms(
@@ -117,5 +122,5 @@ class Roofline:
     ) -> Terms:
         """No layout that cuts everything into at most so many parts takes less."""
         return least_terms(
-            op, rule, types, self.device, kernels, self.products, not self.redone_inside
+            op, rule, types, self.device, kernels, self.execution_model, self.products
         )

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ...ir.cluster.cluster import Device
+from ...ir.execution_model import ExecutionModel
 from ...ir.graph import Op, TensorType
 
 TILE = (128, 256)
@@ -57,19 +58,19 @@ def shape_share(
     return TYPICAL * useful * filled * np.divide(k, np.add(k, DEPTH))
 
 
-def multiplied_as(op: Op, types: Mapping[int, TensorType], device: Device) -> str:
+def multiplied_as(
+    op: Op, types: Mapping[int, TensorType], device: Device, model: ExecutionModel
+) -> str:
     """The element type in which a contraction's operands are multiplied.
 
-    One that names an algorithm says it: BF16_BF16_F32 is bf16. On a CUDA device that has tf32, f32
-    is multiplied so unless a higher precision is asked for: XLA's default there, as jax documents
-    it (`jax.default_matmul_precision`), and measured: 400 TFLOP/s in f32 on an H100, whose units
-    reach 67 without tf32.
+    One that names an algorithm says it: BF16_BF16_F32 is bf16. Where the backend multiplies f32 in tf32, it does on
+    devices that have that, unless a higher precision is asked for.
     """
     dtype, asked = types[op.inputs[0]].dtype, str(dict(op.attrs).get("precision"))
     if "DotAlgorithmPreset." in asked:
         named = asked.rpartition("DotAlgorithmPreset.")[2].partition("_")[0].lower()
         return named if named in ("bf16", "f16", "tf32", "f32") else dtype
-    default = dtype == "f32" and device.kind == "cuda" and "HIGH" not in asked
+    default = dtype == "f32" and model.f32_as_tf32 and "HIGH" not in asked
     return "tf32" if default and "tf32" in device.peak_flops else dtype
 
 

@@ -225,7 +225,7 @@ class _Prices:
         self.dealt = dealt
         self.layouts, self.types = space.layouts, space.program.graph.types
         self.kernels = kernels_of(
-            space.program, cost.fused_attention, cost.fusion, cost.redone_inside
+            space.program, cost.fused_attention, cost.fusion, cost.execution_model.redone_inside
         )
 
     def fill(self) -> None:

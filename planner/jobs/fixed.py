@@ -17,7 +17,7 @@ from ..intra.solve import Answer
 from ..intra.space import build
 from ..memory.ledger import Ledger
 from ..memory.lifetimes import lifetimes
-from ..memory.storage import as_xla
+from ..memory.storage import storage_of
 from ..problem import Problem
 from ..report.of_plan import write_plan
 from ..request import Request, check
@@ -65,7 +65,7 @@ def fixed_plan(
     pinned = Pinned(program, parallelism, runs=True)
     beside, layouts = request.execution.overlap, Layouts(problem.cost.collectives(pinned.mesh))
     space = build(program, microbatches, problem.cost, layouts, pinned, overlap=beside)
-    storage = as_xla(program, cluster.device.kind)
+    storage = storage_of(program, problem.cost.execution_model)
     lives = lifetimes(program, microbatches, roles(program.graph), storage, beside)
     choices = (0,) * len(space.nodes)
     ledger = Ledger(space, lives)

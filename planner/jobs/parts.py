@@ -31,7 +31,7 @@ from ..intra.space import Space, build
 from ..memory.ledger import Ledger
 from ..memory.lifetimes import lifetimes, ticks_of
 from ..memory.lives import Lifetimes
-from ..memory.storage import Storage, as_fused, as_xla
+from ..memory.storage import storage_of
 from ..report.moves import moves, settlements, spoken
 from .pinned import STATE_AXES, Parallelism, Pinned
 
@@ -121,7 +121,7 @@ class _Sorting:
         self.space, self.layers, self.cost, self.pinned = space, layers, cost, pinned
         self.program, self.graph = space.program, space.program.graph
         self.kernels = kernels_of(
-            self.program, cost.fused_attention, cost.fusion, cost.redone_inside
+            self.program, cost.fused_attention, cost.fusion, cost.execution_model.redone_inside
         )
         self.tags = self.program.value_tags
         self.choices = (0,) * len(space.nodes)
@@ -277,24 +277,16 @@ class _Sorting:
     def _hold(self) -> float:
         """Fill in bytes held by each part; returns bytes beside them at the worst moment."""
         known = self._roles()
-        lives = lifetimes(self.program, 1, known, self._storage())
+        model = self.cost.execution_model
+        lives = lifetimes(self.program, 1, known, storage_of(self.program, model, self.kernels))
         local = Ledger(self.space, lives).local_bytes(self.choices)
         self._inputs(local, known)
-        saved = self._kept(lives, local) if self.as_xla else self._counted(local)
+        saved = self._kept(lives, local) if model.fuses_into_readers else self._counted(local)
         for value, nbytes in saved.items():
             place = self.place[self._maker(value)]
             self.parts[place].saved += nbytes / (self.layers if place == "layer" else 1)
         peak = float(_passing(lives, self.gradients).profile(self._moving(local)).max())
         return max(0.0, peak - sum(saved.values()))
-
-    @property
-    def as_xla(self) -> bool:
-        """Whether kernels are those of XLA, as plans have them, or those of frameworks."""
-        return not self.cost.redone_inside
-
-    def _storage(self) -> Storage:
-        device = self.space.layouts.collectives.cluster.device
-        return as_xla(self.program, device.kind) if self.as_xla else as_fused(self.kernels)
 
     def _counted(self, local: Mapping[int, float]) -> dict[int, float]:
         """Bytes of what is saved, of all layers."""
@@ -302,7 +294,8 @@ class _Sorting:
         return {value: nbytes * self._counts[value] for value, nbytes in saved.items()}
 
     def _kept(self, lives: Lifetimes, local: Mapping[int, float]) -> dict[int, float]:
-        """The same as XLA stores it: what the backward pass finds of the forward pass, when most of that is alive."""
+        """The same where readers make values again: what the backward pass finds of the forward pass, when most of that
+        is alive."""
         pairs = list(zip(self.graph.ops, self.program.phases, strict=True))
         begins = accumulate((ticks_of(op) for op in self.graph.ops), initial=1)
         back = min(

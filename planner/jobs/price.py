@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from ...ir.cluster.cluster import Cluster
 from ...ir.errors import PlanError
+from ...ir.execution_model import Backend, execution_model
 from ...ir.pipeline.schedule import Schedule, in_flight
 from ..cost.collectives import Collectives
 from ..pipeline.schedules import schedule_of
@@ -41,7 +42,7 @@ class Job:
     fused_accumulation: bool = True  # weight gradients are added up by the products that make them
     narrow_gathers: bool = False  # gathers in layers carry one byte in place of two
     lead: int = 0  # layers of another kind, priced with the embedding: the first ones
-    as_xla: bool = False  # gradients lie where the backward pass makes them, not in buffers that the step begins with
+    backend: Backend = "framework"
 
     def __post_init__(self) -> None:
         for name in ("layers", "microbatch", "microbatches"):
@@ -66,16 +67,6 @@ class Job:
                 f"interleaving needs microbatches in groups of {self.parallelism.pp}, got {self.microbatches}.",
                 where="vpp", fix="another microbatch size, or vpp=1",
             )  # fmt: skip
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Of one element of the sum of gradients. Programs of XLA add those of several microbatches up in fp32."""
-        return 4 if self.reduce_in_fp32 or (self.as_xla and self.microbatches > 1) else 2
-
-    @property
-    def drains(self) -> bool:
-        """Whether activations and casts of weights go, layer by layer, as gradients come: the more counts."""
-        return self.as_xla and self.microbatches == 1
 
 
 @dataclass(frozen=True)
@@ -104,6 +95,22 @@ class _Pricing:
     job: Job
     cluster: Cluster
     boundary: float
+
+    @property
+    def buffers(self) -> bool:
+        """Whether gradients lie in buffers that the step begins with."""
+        return execution_model(self.cluster.device.kind, self.job.backend).gradient_buffers
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of one element of the sum of gradients. Without buffers several microbatches are added up in fp32."""
+        added_up = not self.buffers and self.job.microbatches > 1
+        return 4 if self.job.reduce_in_fp32 or added_up else 2
+
+    @property
+    def drains(self) -> bool:
+        """Whether activations and casts of weights go, layer by layer, as gradients come: the more counts."""
+        return not self.buffers and self.job.microbatches == 1
 
     def run(self) -> Price:
         pp, vpp = self.job.parallelism.pp, self.job.parallelism.vpp
@@ -188,7 +195,7 @@ class _Pricing:
     def _add_up(self, part: Part) -> float:
         """Seconds of adding one microbatch's gradients to the sum in a pass of its own: the gradient in 16
         bits is read, the sum read and written. A product that adds does that while it multiplies."""
-        return self.cluster.device.stream_seconds((2 + 2 * self.job.gradient_bytes) * part.weights)
+        return self.cluster.device.stream_seconds((2 + 2 * self.gradient_bytes) * part.weights)
 
     def _reduce(self, part: Part) -> float:
         wide = (
@@ -207,7 +214,9 @@ class _Pricing:
         tier = self.cluster.tier_for(par.devices // par.pp * 2)
         seconds = tier.latency + self.boundary / tier.achieved
         if par.tp > 1 and not par.sequence_parallel:
-            whole = Collectives(par.mesh, self.cluster).line("all_gather", ("tp",))
+            whole = Collectives(par.mesh, self.cluster, self.job.backend).line(
+                "all_gather", ("tp",)
+            )
             seconds += whole(self.boundary * par.tp)
         return seconds
 
@@ -232,13 +241,12 @@ class _Pricing:
 
     def _buffers(self, part: Part) -> float:
         """Seconds of setting the step's gradients to zero, and of scaling them before they are reduced:
-        a write, a read and a write (Megatron-LM, param_and_grad_buffer.py). ZeRO-2 and 3 keep shards alone; XLA adds
-        up in the products' kernels."""
+        a write, a read and a write (Megatron-LM, param_and_grad_buffer.py). ZeRO-2 and 3 keep shards alone."""
         par = self.job.parallelism
-        if par.zero >= 2 or self.job.as_xla:
+        if par.zero >= 2 or not self.buffers:
             return 0.0
         passes = 3 if par.dp * par.cp > 1 else 1
-        return self.cluster.device.stream_seconds(passes * self.job.gradient_bytes * part.weights)
+        return self.cluster.device.stream_seconds(passes * self.gradient_bytes * part.weights)
 
     def _memory(
         self, schedule: Schedule, rank: int, stages: list[dict[Place, int]]
@@ -252,14 +260,14 @@ class _Pricing:
             found["state"] += n * part.state
             found["parameters"] += n * (part.casts if par.zero < 3 else 0.0)
             found["gradients"] += (
-                n * self.job.gradient_bytes * (part.weights if par.zero < 2 else part.shard)
+                n * self.gradient_bytes * (part.weights if par.zero < 2 else part.shard)
             )
         saved = [sum(n * self.parts[place].saved for place, n in stage.items()) for stage in stages]
         found["activations"] = in_flight(schedule, rank) * sum(saved) / len(saved)
         found["transient"] = self.parts.transient
         if par.zero == 3:
             found["parameters"] = self._gathered()
-        return self._drained(found) if self.job.drains else found
+        return self._drained(found) if self.drains else found
 
     def _drained(self, found: dict[str, float]) -> dict[str, float]:
         """Where the backward pass begins, or where it ends."""

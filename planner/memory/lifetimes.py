@@ -20,17 +20,17 @@ from ...ir.analysis.refusals import Refusal
 from ...ir.composites.bodies import body_of
 from ...ir.composites.loss_blocks import hidden_in, is_of_tokens, logits_in, most_logits
 from ...ir.execution import OverlapKind
+from ...ir.execution_model import ExecutionModel
 from ...ir.graph import ITEM_BYTES, Graph, Op
 from ...ir.ops import LOSSES
 from ...ir.passes.copies import settles
 from ...ir.passes.microbatch import TimeAxis
 from ...ir.program import Program
 from ...ir.values import block_instances
-from ..cost.kernels import kernels_of
 from ..cost.loss import SUM
 from .ahead import early, late
 from .lives import Lifetimes, Segment, Span
-from .storage import Storage, as_fused, as_xla, is_fused
+from .storage import Storage, is_fused, storage_of
 
 
 def lifetimes(
@@ -66,13 +66,9 @@ class Reading:
     lives: tuple[Segment, ...]
 
 
-def readings(program: Program, storage: Storage, early: bool) -> list[Reading]:
-    """What top-level ops read.
-
-    Args:
-        early: copies of the program's inputs are made at its start.
-    """
-    return list(_Analysis(program, 1, {}, storage).readings(early))
+def readings(program: Program, storage: Storage) -> list[Reading]:
+    """What top-level ops read; a schedule that is eager makes copies of the program's inputs at its start."""
+    return list(_Analysis(program, 1, {}, storage).readings())
 
 
 class _Analysis:
@@ -120,9 +116,9 @@ class _Analysis:
             self.program, self.microbatches, tuple(segments), ticks, causes, scale, copies
         )
 
-    def readings(self, early: bool) -> Iterator[Reading]:
+    def readings(self) -> Iterator[Reading]:
         self._tick()
-        inputs = set(self.graph.inputs) if early else set[int]()
+        inputs = set(self.graph.inputs) if self.storage.model.eager_schedule else set[int]()
         for op, (start, end) in zip(self.graph.ops, self.bounds, strict=True):
             result = op.outputs[0]
             for v in dict.fromkeys(op.inputs):
@@ -298,7 +294,7 @@ class _Analysis:
     def _blocks(self) -> Iterator[Segment]:
         """What losses hold while they run, told as so many of their results."""
         for op, start, end in self.losses:
-            for result, many in _held_within(op, self.storage.kind):
+            for result, many in _held_within(op, self.storage.model):
                 yield Segment(op.outputs[result], start, end, many, many)
 
     def _until_read(self, value: int, start: int, end: int, many: int) -> Iterator[Segment]:
@@ -451,17 +447,16 @@ def ticks_of(op: Op) -> int:
 
 
 @lru_cache(maxsize=64)
-def _held_within(op: Op, kind: str) -> tuple[tuple[int, int], ...]:
+def _held_within(op: Op, model: ExecutionModel) -> tuple[tuple[int, int], ...]:
     """What a loss holds beside its operands and results: a block of what its body stores for each logit, as so many
-    times a result that has all tokens; the sum so far of a weight's gradient, in fp32, and on CPUs what one block adds,
-    which products add themselves elsewhere.
+    times a result that has all tokens; the sum so far of a weight's gradient, in fp32, and what one block adds unless
+    products add that themselves.
 
     Leaves out: devices that share so much of the vocabulary that one block has all their logits hold less.
     """
     graph, logits, hidden = body_of(str(op.attr("body"))), logits_in(op), hidden_in(op)
     alone = Program(graph, ("forward",) * len(graph.ops), Refusal("a body", op.where))
-    stored = as_xla(alone, kind) if kind else as_fused(kernels_of(alone))
-    lives = lifetimes(alone, 1, {}, stored)
+    lives = lifetimes(alone, 1, {}, storage_of(alone, model))
     large = [v for v in lives.causes if graph.types[v].size >= logits and v not in graph.inputs]
     sizes = {v: lives.scale[v] * graph.types[v].nbytes * (v in large) for v in lives.causes}
     share = min(1.0, float(most_logits(hidden)) / logits)
@@ -472,5 +467,5 @@ def _held_within(op: Op, kind: str) -> tuple[tuple[int, int], ...]:
         largest = max(of_tokens, key=lambda k: results[k].size)
         found.append((largest, ceil(block / results[largest].nbytes)))
     sums = [k for k, v in enumerate(graph.outputs) if k not in of_tokens and share < 1]
-    each = SUM * (2 if kind == "cpu" else 1)
+    each = SUM * (1 if model.adds_in_products else 2)
     return (*found, *((k, ceil(each * results[k].size / results[k].nbytes)) for k in sums))

@@ -1,4 +1,4 @@
-"""Which values XLA writes to memory for later, and what it makes again from others.
+"""Which values are written to memory for later, and which are made again from others, by a backend's execution model.
 
 XLA fuses a cheap op into every one of its readers, those of the backward pass too, and then never
 stores its result: the readers make it again from what it was made of.
@@ -7,16 +7,16 @@ stores its result: the readers make it again from what it was made of.
              └─────── mul ────┘               and tanh, which is dear; `add` is made again
 
 Stored are borders of kernels, results of dear ops and reductions, and what a barrier holds; a
-reshape shows its operand. Source: XLA's rule of fusing a producer into all of its readers or into
-none (instruction_fusion.h), seen in compiled programs on CPUs and TPUs.
+reshape shows its operand. A backend that does not fuse so stores whatever a kernel leaves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+from ...ir.execution_model import ExecutionModel
 from ...ir.graph import ITEM_BYTES, Graph, Op
 from ...ir.ops import ALIASES, CONTRACTIONS, DIVISION, INDEXED, REDUCTIONS, TRANSCENDENTAL
 from ...ir.passes.copies import settles
@@ -26,15 +26,9 @@ from ..cost.kernels import Kernels, is_kernel, kernels_of
 
 DEAR = REDUCTIONS | TRANSCENDENTAL | DIVISION | {"copy"}
 
-# XLA's fusion on GPUs weighs an op against a pass through memory, and makes these again (priority_fusion.cc; seen in
-# the buffers of GPT-2 and Llama steps compiled for an H100: scores are stored, exponentials of them are not).
-CHEAP_ON_GPUS = frozenset({"exp", "logistic"})
-
-NARROW = frozenset({"bf16", "f16"})
-
 
 def is_fused(op: Op) -> bool:
-    """Whether XLA makes it a part of its readers, and makes its own operands again for it."""
+    """Whether it may be a part of its readers, which make its own operands again for it."""
     return not is_kernel(op) and op.kind not in DEAR and op.kind not in ALIASES
 
 
@@ -45,39 +39,31 @@ class Storage:
     `kept` are stored. Whoever reads a value of `made` reads its sources instead. A value of
     `twice` is stored for kernels that read it, while fused readers make it again. `widths` are
     factors on bytes, of values that are stored in a wider type or more than once. `early` are
-    stored from the start of the step. `kind` of devices run XLA's kernels; "": a framework's.
+    stored from the start of the step.
     """
 
+    model: ExecutionModel
     kept: frozenset[int]
     made: Mapping[int, frozenset[int]]
     twice: Mapping[int, frozenset[int]]
     widths: Mapping[int, float]
     early: frozenset[int] = frozenset()
-    kind: str = ""
 
 
-def as_fused(kernels: Kernels) -> Storage:
-    """Whatever a kernel leaves is stored, as frameworks do that run op by op."""
-    return Storage(kernels.kept, {}, {}, {})
+def storage_of(program: Program, model: ExecutionModel, kernels: Kernels | None = None) -> Storage:
+    """What of a program is stored.
 
-
-def as_xla(program: Program, kind: str) -> Storage:
-    """What XLA stores on a kind of device: cpu, cuda, rocm or tpu.
-
-    On CPUs a reduction is a kernel of its own, which reads its operand from memory (or the two
-    factors of it), and narrow floats are widened: products read copies in f32, and what is made
-    in between is rounded and stored instead of made again. Their scheduler goes breadth first:
-    what needs only inputs and constants is made at once, such as the zeros that a scatter adds
-    to, and transposed inputs for gradients of convolutions.
+    Args:
+        kernels: of the program, where they are not fused into their readers; as they are by default if None.
     """
-    cheap = CHEAP_ON_GPUS if kind in ("cuda", "rocm") else frozenset[str]()
-    found = _Analysis(program, kernels_of(program, joined=True), kind == "cpu", cheap).run()
-    return replace(found, kind=kind)
+    if not model.fuses_into_readers:
+        return Storage(model, (kernels or kernels_of(program)).kept, {}, {}, {})
+    return _Analysis(program, kernels_of(program, joined=True), model).run()
 
 
 class _Analysis:
-    def __init__(self, program: Program, kernels: Kernels, cpu: bool, cheap: frozenset[str]):
-        self.kernels, self.cpu, self.cheap, self.types = kernels, cpu, cheap, program.graph.types
+    def __init__(self, program: Program, kernels: Kernels, model: ExecutionModel):
+        self.kernels, self.model, self.types = kernels, model, program.graph.types
         self.ops = [visit.op for visit in program.graph.visits]
         self.maker = {v: op for op in self.ops for v in op.outputs}
         phases = zip(program.graph.ops, program.phases, strict=True)
@@ -87,7 +73,8 @@ class _Analysis:
         for op in self.ops:
             self._join(op)
         totals = program.time.totals if isinstance(program.time, TimeAxis) else ()
-        borders = (*self._borders(program.graph), *totals, *(self._reduced() if cpu else ()))
+        reduced = self._reduced() if model.lone_reductions else ()
+        borders = (*self._borders(program.graph), *totals, *reduced)
         self.stored = frozenset(map(self.root, borders))
         self.known = frozenset(program.graph.constant_ids)
         self.inputs = frozenset(program.graph.inputs)
@@ -148,9 +135,11 @@ class _Analysis:
                 made[value] = sources
         twice = {v: found for v in kept if (found := self._remakes(v))}
         stored = frozenset(kept) - self.kernels.inside.keys()
-        if not self.cpu:
-            return Storage(stored, made, twice, {})
-        return Storage(stored, made, twice, self._transposed(self._widths()), self._early())
+        widths, eager = self._widths(), self.model.eager_schedule
+        if eager:
+            widths = self._transposed(widths)
+        early = self._early() if eager else frozenset[int]()
+        return Storage(self.model, stored, made, twice, widths, early)
 
     def _early(self) -> frozenset[int]:
         """Results of scatters that add to zeros."""
@@ -213,7 +202,7 @@ class _Analysis:
         return not self._is_fused(op) or self._rounded(root)
 
     def _is_fused(self, op: Op) -> bool:
-        return is_fused(op) or op.kind in self.cheap
+        return is_fused(op) or op.kind in self.model.fused_dear
 
     def _is_plain(self, root: int) -> bool:
         """Whether it is constant if its operands are."""
@@ -226,7 +215,7 @@ class _Analysis:
         return frozenset().union(*map(self.sources, operands))
 
     def _rounded(self, value: int) -> bool:
-        return self.cpu and self.types[value].dtype in NARROW
+        return self.types[value].dtype in self.model.widened
 
     def _widths(self) -> dict[int, float]:
         """An operand of products alone is stored as f32; one that others read too, or that comes in or goes out, as
@@ -235,6 +224,8 @@ class _Analysis:
         What was gathered for products is widened at once, for all copies made of it, and what a
         loop takes slices of before the loop.
         """
+        if not self.model.widened:
+            return {}
         products, others = set[int](), {*map(self.root, self.borders)}
         for op in reversed(self.ops):
             gathered = op.kind == "copy" and self.maker.get(op.inputs[0], op).kind == "copy"
@@ -249,7 +240,7 @@ class _Analysis:
         return {
             v: 4 / ITEM_BYTES[self.types[v].dtype] + (v in others)
             for v in products
-            if self.types[v].dtype in NARROW
+            if self.types[v].dtype in self.model.widened
         }
 
     def _reduced(self) -> Iterator[int]:

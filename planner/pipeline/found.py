@@ -8,6 +8,7 @@ from math import inf
 
 from ...ir.analysis.blocks import Folded
 from ...ir.errors import LoweringError, MeshwrightError, PlanError
+from ...ir.execution_model import ExecutionModel
 from ...ir.pipeline.layered import layered
 from ...ir.pipeline.one_program import check_one_program
 from ...ir.pipeline.part_cuts import part_cuts
@@ -57,11 +58,11 @@ class Found:
             Way(f"{self.shape}, {priced.schedule.name}", priced.seconds, self.programs["stages"])
         ]
 
-    def as_run(self, kind: str) -> float:
-        """Seconds with the host's dispatch, as programs of its stages on devices of a kind; inf if none was found."""
+    def as_run(self, model: ExecutionModel) -> float:
+        """Seconds with the host's dispatch, as programs of its stages; inf if none was found."""
         if self.priced is None or self.pricing is None:
             return inf
-        return with_dispatch(self.pricing, self.priced, kind)
+        return with_dispatch(self.pricing, self.priced, model)
 
 
 def with_program(found: Found, problem: Problem, trace: Trace) -> Found:
@@ -74,7 +75,7 @@ def with_program(found: Found, problem: Problem, trace: Trace) -> Found:
         return found
     wanted, programs = problem.request.program, {}
     if wanted != "single":
-        programs["stages"] = found.as_run(problem.cluster.device.kind)
+        programs["stages"] = found.as_run(problem.cost.execution_model)
     single, why = None, ""
     try:
         if wanted != "stages" and problem.request.schedule in (None, "gpipe"):

@@ -22,13 +22,14 @@ import numpy as np
 
 from ...ir.analysis.roles import roles
 from ...ir.execution import OverlapKind
+from ...ir.execution_model import ExecutionModel, execution_model
 from ...ir.graph import ITEM_BYTES, Graph
 from ...ir.passes.copies import settles
 from ...ir.passes.microbatch import TimeAxis
 from ...ir.program import Program
 from ..memory.lifetimes import Reading, lifetimes, readings
 from ..memory.lives import Lifetimes, Segment
-from ..memory.storage import NARROW, as_xla
+from ..memory.storage import storage_of
 from .units import Cut, counted_as_many
 
 
@@ -66,6 +67,10 @@ class Passes:
         self.time = time if isinstance(time, TimeAxis) and self.microbatches > 1 else None
         self.totals = frozenset(self.time.totals if self.time else ()) & self._read_after
         self.many = {v: op.count for op in self.graph.ops for v in op.outputs}
+
+    @property
+    def execution_model(self) -> ExecutionModel:
+        return execution_model(self.kind)
 
     @cached_property
     def apart(self) -> Passes:
@@ -144,9 +149,9 @@ class Passes:
         found: list[_Pass] = []
         for number, positions in enumerate(self._ops):
             program = self._program(number, positions)
-            storage = as_xla(program, self.kind)
+            storage = storage_of(program, self.execution_model)
             start = found[-1].end + 1 if found else 0
-            reads = readings(program, storage, self.kind == "cpu")
+            reads = readings(program, storage)
             lives = lifetimes(program, 1, {}, storage, self.overlap, self.cut.program)
             found.append(_Pass(program, lives, reads, start))
         return found
@@ -181,7 +186,7 @@ class Passes:
 
     def border(self, kind: int, name: Literal["forward", "backward"]) -> Iterator[Segment]:
         """What the first unit of a stage takes from the stage before, and hands on to it in the backward pass; or the
-        last unit, the other way round. A program has what it takes to its end, and on CPUs narrow floats as f32 too.
+        last unit, the other way round. A program has what it takes to its end, and what is widened as f32 too.
         """
         number = 1 if name == "forward" else 2
         here = self.parts[number]
@@ -193,10 +198,10 @@ class Passes:
             v: self.parts[self._last_read(v)].end if v in again else here.end
             for v in (*taken, *given)
         }
-        wide = self.kind == "cpu"
+        widened = self.execution_model.widened
         for v, end in ends.items():
             yield Segment(v, here.start, end, 1, 1)
-            if wide and v in taken and self.graph.types[v].dtype in NARROW:
+            if v in taken and self.graph.types[v].dtype in widened:
                 yield from [Segment(v, here.start, here.end, 1, 1)] * 2
 
     @property

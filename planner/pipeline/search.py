@@ -216,12 +216,12 @@ class Pipelines:
 
     def as_run(self) -> float:
         """Seconds of the best with the host's dispatch, as programs of its stages."""
-        return self._faster().as_run(self.problem.cluster.device.kind)
+        return self._faster().as_run(self.problem.cost.execution_model)
 
     def _faster(self) -> Found:
         """The best pipeline, or one whose passes were reordered."""
-        kind, best, other = self.problem.cluster.device.kind, self.best, self.reordered
-        slow = other.shape != best.shape and other.as_run(kind) >= best.as_run(kind)
+        model, best, other = self.problem.cost.execution_model, self.best, self.reordered
+        slow = other.shape != best.shape and other.as_run(model) >= best.as_run(model)
         return other if other.seconds < best.seconds and not slow else best
 
     @property

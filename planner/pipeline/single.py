@@ -20,6 +20,7 @@ from statistics import fmean
 from typing import Literal
 
 from ...ir.errors import InfeasibleError, PlanError
+from ...ir.execution_model import ExecutionModel
 from ...ir.mesh import STAGE
 from ...ir.pipeline.schedule import Schedule
 from ...ir.plan import Collective
@@ -31,41 +32,37 @@ from .stage_memory import Runs
 from .unit_costs import UnitSeconds, together
 from .units import HALVES, Units, runs_of
 
-# Seconds of the host per instruction (a pass, or a send with its receive), and per shard of what a forward pass leaves
-# for later, which passes give and take: processor time of the dispatching thread, what 16 microbatches take it more
-# than 4, over their instructions. gpt-tiny, 2 stages: 332 us with 52 such values on 1 device, 640 us on 4 devices; 4
-# stages, 26 values on 2 devices: 277 us, 334 by this. A later run of the benchmark, on the same shared machine, had 332
-# in place of 640 and 113 of 277 (benchmarks/pipeline_programs.py, 2 cores of a cloud host, jax 0.10.2, 2026-11-26).
-INSTRUCTION, SHARD = 230e-6, 2e-6
 _Kind = Literal["all_reduce", "all_gather", "all_to_all", "permute"]
 WHOLE = ("layer", *HALVES)  # what layers are made of
 
 
-def with_dispatch(pricing: Pricing, priced: Priced, kind: str) -> float:
-    """Seconds of a step by programs of stages with the host's work, which runs beside that of accelerators, and before
-    that of CPUs."""
-    host = dispatch_seconds(priced.schedule, shards_left(pricing, priced), pricing.hosts)
-    return priced.seconds + host if kind == "cpu" else max(priced.seconds, host)
+def with_dispatch(pricing: Pricing, priced: Priced, model: ExecutionModel) -> float:
+    """Seconds of a step by programs of stages with the host's work, beside that of devices or before it."""
+    host = dispatch_seconds(priced.schedule, shards_left(pricing, priced), pricing.hosts, model)
+    return max(priced.seconds, host) if model.dispatches_beside else priced.seconds + host
 
 
 def dispatch_seconds(
-    schedule: Schedule, shards: Sequence[float], hosts: Collection[frozenset[int]]
-) -> float:
+    schedule: Schedule, shards: Sequence[float], hosts: Collection[frozenset[int]],
+    model: ExecutionModel,
+) -> float:  # fmt: skip
     """What the busiest host takes to dispatch the passes of a step, and the hand-overs that it takes part in.
 
     Args:
         shards: by stage, what its forward pass leaves, on all its devices of one host.
         hosts: the ranks that have devices on each host; one process runs all of them.
     """
-    return max(_dispatched_by(ranks, schedule, shards) for ranks in hosts)
+    return max(_dispatched_by(ranks, schedule, shards, model) for ranks in hosts)
 
 
-def _dispatched_by(ranks: frozenset[int], schedule: Schedule, shards: Sequence[float]) -> float:
+def _dispatched_by(
+    ranks: frozenset[int], schedule: Schedule, shards: Sequence[float], model: ExecutionModel
+) -> float:
     passes = sum(len(schedule.orders[rank]) for rank in ranks)
     neighbours = [{a, b} for a, b in pairwise(schedule.homes) if a != b]
     moves = 2 * schedule.microbatches * sum(not ranks.isdisjoint(both) for both in neighbours)
     mean = fmean(shards[stage] for stage, rank in enumerate(schedule.homes) if rank in ranks)
-    return (passes + moves) * (INSTRUCTION + mean * SHARD)
+    return (passes + moves) * (model.instruction_seconds + mean * model.shard_seconds)
 
 
 def shards_left(pricing: Pricing, priced: Priced) -> list[float]:

@@ -138,7 +138,7 @@ class Unequal:
             if self.problem.request.program is None
             else ""
         )
-        return by_stages(*self.found[1:], self.problem.cluster.device.kind, why)
+        return by_stages(*self.found[1:], self.problem.cost.execution_model, why)
 
     # ------------------------------------------------------------ whether, and which
 

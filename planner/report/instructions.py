@@ -33,7 +33,7 @@ from ..intra.space import Space, build
 from ..intra.windows import MANY, phases_of, windows_of
 from ..memory.ledger import Ledger
 from ..memory.lifetimes import lifetimes
-from ..memory.storage import as_xla
+from ..memory.storage import storage_of
 from ..pipeline.simulate import COMPUTE, SLOWDOWN, Run, Task, simulate
 from .moves import moves, settlements, spoken
 
@@ -107,7 +107,7 @@ def simulate_plan(
     compute = sum(task.seconds for task in tasks if task.stream == COMPUTE)
     moving = sum(task.seconds for task in tasks if task.stream != COMPUTE)
     choices = (0,) * len(space.nodes)
-    storage = as_xla(program, plan.cluster.device.kind)
+    storage = storage_of(program, cost.execution_model)
     known = roles(program.graph)
     ledger = Ledger(space, lifetimes(program, plan.microbatches, known, storage, overlap))
     _, moment = ledger.peak(ledger.local_bytes(choices))

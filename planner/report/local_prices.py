@@ -36,7 +36,9 @@ class LocalPrices:
         program = space.program
         self.graph_ops = {visit.op.tag: visit.op for visit in reversed(program.graph.visits)}
         self.types, self.prices = program.graph.types, space.layouts.collectives
-        self.kernels = kernels_of(program, cost.fused_attention, cost.fusion, cost.redone_inside)
+        self.kernels = kernels_of(
+            program, cost.fused_attention, cost.fusion, cost.execution_model.redone_inside
+        )
         self.first: dict[int, int] = {}  # of what a resharding moves, what it began with
 
     def runs(self) -> Iterator[tuple[LocalOp, float]]:

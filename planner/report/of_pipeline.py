@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from ...ir.cluster.cluster import Cluster
+from ...ir.execution_model import ExecutionModel
 from ...ir.plan import Estimate, Pipeline, Plan, PlannedBatch, Stage
 from ...ir.units import format_seconds
 from ...ir.version import VERSION
@@ -84,9 +85,9 @@ def passed_over(taken: Plan, ways: Iterable[Way]) -> Plan:
     )
 
 
-def by_stages(pricing: Pricing, priced: Priced, kind: str, why: str = "") -> Chosen:
-    """Programs of each stage, with what the host takes to dispatch them to devices of a kind."""
-    return Chosen({"stages": with_dispatch(pricing, priced, kind)}, why)
+def by_stages(pricing: Pricing, priced: Priced, model: ExecutionModel, why: str = "") -> Chosen:
+    """Programs of each stage, with what the host takes to dispatch them."""
+    return Chosen({"stages": with_dispatch(pricing, priced, model)}, why)
 
 
 def write_pipeline(

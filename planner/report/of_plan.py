@@ -9,10 +9,11 @@ from typing import Literal
 
 from ...ir.analysis.cross_entropy import Unfused, looked_at
 from ...ir.analysis.roles import roles
-from ...ir.composites.attention_kernels import NAMES, products_made, reason_against
+from ...ir.composites.attention_kernels import products_made, reason_against
 from ...ir.composites.attention_op import AttentionKind, plain_attention
 from ...ir.composites.bodies import BOTH, FORWARD, LOSS
 from ...ir.composites.evenly import pairs_kept
+from ...ir.execution_model import AttentionKernel
 from ...ir.graph import Graph, Op, TensorType, Visit
 from ...ir.ops import ATTENTION, CONTRACTIONS, LOSSES
 from ...ir.passes.batch_stats import statistics_of
@@ -191,7 +192,7 @@ def notes_of(problem: Problem, candidate: Candidate | None) -> tuple[str, ...]:
     if where := statistics_of(program.graph):
         told = (_own_statistics(where, candidate), *told)
     if (asked := problem.request.execution.attention) != "plain":
-        told = (*_fused(program.graph, problem.cluster.device.kind, asked), *told)
+        told = (*_fused(program.graph, problem.cost.execution_model.attention_kernel, asked), *told)
     if problem.request.loss == "fused":
         told = (*_fused_losses(program.graph), *told)
     if isinstance(axis, Refusal):
@@ -202,8 +203,8 @@ def notes_of(problem: Problem, candidate: Candidate | None) -> tuple[str, ...]:
     return told
 
 
-def _fused(graph: Graph, kind: str, asked: AttentionKind) -> tuple[str, ...]:
-    """What `attention="fused"` or `"ring"` found, and what runs it on devices of this kind."""
+def _fused(graph: Graph, kernel: AttentionKernel | None, asked: AttentionKind) -> tuple[str, ...]:
+    """What `attention="fused"` or `"ring"` found, and what runs it."""
     found = [visit for visit in graph.visits if visit.op.kind == FORWARD]
     many = sum(visit.times for visit in found)
     plain = tuple(
@@ -216,15 +217,15 @@ def _fused(graph: Graph, kind: str, asked: AttentionKind) -> tuple[str, ...]:
     pairs = "all pairs" if kept == 1 else f"of all pairs {kept:.0%}, as masks leave them,"
     priced = f"{pairs} of queries and keys, priced as a fused kernel of these"
     how = f"run block by block, {priced}"
-    if kind in NAMES and asked == "fused":
-        by_kernel = sum(visit.times for visit in found if not reason_against(visit.op, kind))
+    if kernel and asked == "fused":
+        by_kernel = sum(visit.times for visit in found if not reason_against(visit.op, kernel))
         which = "" if by_kernel == many else f"{by_kernel} of them "
-        how = f"{which}run by {NAMES[kind]}, {priced}" if by_kernel else "run block by block"
+        how = f"{which}run by {kernel}, {priced}" if by_kernel else "run block by block"
     told = (
         f"{counted(many, 'attention')} of a step fused: scores are never whole; {how}; gradients make the weights again"
         + (_round(found, many) if asked == "ring" else "")
     )
-    return (told, *plain, *(_not_by_kernels(graph, kind) if asked == "fused" else ()))
+    return (told, *plain, *(_not_by_kernel(graph, kernel) if asked == "fused" else ()))
 
 
 def _fused_losses(graph: Graph) -> tuple[str, ...]:
@@ -243,16 +244,16 @@ def _fused_losses(graph: Graph) -> tuple[str, ...]:
     return kept or ("loss=fused changes nothing: no cross-entropy was found",)
 
 
-def _not_by_kernels(graph: Graph, kind: str) -> tuple[str, ...]:
-    """Attention that no kernel runs though the devices have one, and gradients that make the forward pass again."""
-    if kind not in NAMES:
+def _not_by_kernel(graph: Graph, kernel: AttentionKernel | None) -> tuple[str, ...]:
+    """Attention that the kernel does not run, and gradients that make the forward pass again."""
+    if kernel is None:
         return ()
     visits = [visit for visit in graph.visits if visit.op.kind in ATTENTION]
     why: dict[str, list[str]] = {}
     for visit in visits:
-        if reason := reason_against(visit.op, kind):
+        if reason := reason_against(visit.op, kernel):
             why.setdefault(reason, []).append(visit.op.where)
-    again = [visit.op.where for visit in visits if products_made(visit.op, kind) > 1]
+    again = [visit.op.where for visit in visits if products_made(visit.op, kernel) > 1]
     told = [
         f"no kernel runs the attention at {', '.join(dict.fromkeys(places))} ({reason}): it runs block by block, "
         f"priced with the scores that blocks write and read"
@@ -260,7 +261,7 @@ def _not_by_kernels(graph: Graph, kind: str) -> tuple[str, ...]:
     ]
     if again:
         told.append(
-            f"{NAMES[kind]} makes the attention at {again[0]} again for its gradient, seven products for five: "
+            f"{kernel} makes the attention at {again[0]} again for its gradient, seven products for five: "
             f"the loop over layers keeps no results for it"
         )
     return tuple(told)

@@ -101,7 +101,7 @@ class Islands:
         except KeyboardInterrupt:
             self._trace.stopped_by = "interrupt"
         if self.found is not None:
-            chosen = by_stages(*self.found[1:], self.problems[0].cluster.device.kind)
+            chosen = by_stages(*self.found[1:], self.problems[0].cost.execution_model)
             bound = self.lower_bound()
             return write_pipeline(*self.found, self.cluster, bound, self._trace, UNLIKE, chosen)
         if single is None:

@@ -32,7 +32,7 @@ from ..intra.space import Space, build
 from ..memory.ledger import Ledger, least_peak
 from ..memory.lifetimes import lifetimes
 from ..memory.lives import Lifetimes
-from ..memory.storage import as_xla
+from ..memory.storage import storage_of
 from ..problem import Problem
 from ..solver.anytime import solve_live
 from ..solver.onehot import Solution
@@ -359,7 +359,7 @@ class Search:
                 found = self._lives[policy, known].counted(count)
             else:
                 program = self.problem.program(policy)
-                storage = as_xla(program, self.problem.cluster.device.kind)
+                storage = storage_of(program, self.problem.cost.execution_model)
                 overlap = self.problem.request.execution.within
                 found = lifetimes(program, count, roles(program.graph), storage, overlap)
             self._lives[policy, count] = found

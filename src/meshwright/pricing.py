@@ -15,6 +15,7 @@ from .ir.composites.attention_op import AttentionKind, composed
 from .ir.composites.losses import LossKind
 from .ir.errors import PlanError, UsageError, did_you_mean
 from .ir.execution import parse_attention, parse_loss, parse_overlap
+from .ir.execution_model import Backend
 from .ir.mistakes import Mistakes
 from .ir.passes.recompute import Policy
 from .ir.program import Program, prepare
@@ -230,6 +231,10 @@ class Setting:
     )
     loss: LossKind = "plain"  # "fused": logits are made block by block, again for gradients
 
+    @property
+    def backend(self) -> Backend:
+        return "framework" if self.redone_inside else "xla"
+
     def __post_init__(self) -> None:
         parse_attention(self.attention, ("fused", "plain"))
         parse_loss(self.loss)
@@ -338,7 +343,7 @@ def price_job(
         layers=shape.layers, lead=lead, parallelism=parallelism, microbatch=microbatch,
         microbatches=global_batch // (microbatch * parallelism.dp),
         overlap=setting.overlap, narrow_gathers=setting.gathers == "fp8", reduce_in_fp32=setting.reduce_in_fp32,
-        fused_accumulation=setting.fused_accumulation, as_xla=not setting.redone_inside,
+        fused_accumulation=setting.fused_accumulation, backend=setting.backend,
     )  # fmt: skip
     boundary = 2.0 * microbatch * shape.seq * shape.hidden / parallelism.cp / parallelism.tp
     return price(parts, job, cluster, boundary)
@@ -403,7 +408,7 @@ def _parts(
         setting.attention == "fused",
         setting.fusion,
         PRODUCTS[setting.products],
-        redone_inside=setting.redone_inside,
+        backend=setting.backend,
     )
     return parts_of(
         program, shape.layers - (shape.experts.dense if shape.experts else 0), parallelism, cost
