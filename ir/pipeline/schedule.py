@@ -94,7 +94,10 @@ class Schedule:
 
     def whole(self, step: Step) -> bool:
         """Whether a backward step makes the gradients of weights too."""
-        return step.kind == "backward" and step._replace(kind="weight") not in self.rank_of
+        kind, stage, microbatch = step
+        return kind == "backward" and not (
+            self.splits and Step("weight", stage, microbatch) in self.rank_of
+        )
 
     @cached_property
     def flying(self) -> tuple[tuple[tuple[int, ...], np.ndarray, np.ndarray], ...]:
@@ -156,16 +159,16 @@ def _step(word: str) -> Step:
 
 def needs(schedule: Schedule, step: Step) -> list[Step]:
     """The steps whose results a step takes."""
-    match step.kind:
+    kind, stage, microbatch = step
+    match kind:
         case "forward":
-            return [step._replace(stage=step.stage - 1)] if step.stage else []
+            return [Step("forward", stage - 1, microbatch)] if stage else []
         case "weight":
-            return [step._replace(kind="backward")]
+            return [Step("backward", stage, microbatch)]
         case _:
-            after = step.stage + 1 < schedule.stages
-            return [step._replace(kind="forward")] + (
-                [step._replace(stage=step.stage + 1)] if after else []
-            )
+            own = Step("forward", stage, microbatch)
+            after = stage + 1 < schedule.stages
+            return [own, Step("backward", stage + 1, microbatch)] if after else [own]
 
 
 def peak_held(

@@ -118,12 +118,9 @@ class Space:
         """Seconds of a step under choices by window; None where nothing overlaps."""
         if self.windows is None:
             return None
-        compute, beside, exposed = np.zeros(MANY + 1), np.zeros(MANY + 1), 0.0
-        for tag, often in zip(self.frame.outline.runs, self.windows.ops, strict=True):
-            own, x = self.own[tag], choices[self.op_node[tag]]
-            inside = float(self.settled[tag][x]) if tag in self.settled else 0.0
-            compute += often * (float(own[x]) - inside)
-            exposed += float(often.sum()) * inside
+        own, inside = self._ops.of(choices)
+        compute, beside = (own - inside) @ self.windows.ops, np.zeros(MANY + 1)
+        exposed = float(inside @ self.windows.ops.sum(axis=1))
         hides, waits = self._hides
         for ((a, b), number), often, runs in zip(
             self.frame.changes.sums, hides, waits, strict=True
@@ -142,13 +139,38 @@ class Space:
     def bounding(self, multipliers: np.ndarray) -> Space:
         """The same decisions at prices whose sum no step is faster than, by one multiplier per window."""
         assert self.windows is not None
-        found = replace(
-            self, nodes=[replace(n, seconds=np.zeros(len(n.choices))) for n in self.nodes], edges={}
+        return self.counting(
+            self.windows.op_runs(multipliers), self.windows.reading_runs(multipliers)
         )
-        tags, scaled = self.frame.outline.runs, self.windows.op_runs(multipliers)
-        runs = dict(zip(tags, scaled.tolist(), strict=True))
-        _add_up(found, runs, self.windows.reading_runs(multipliers))
+
+    def counting(self, runs: np.ndarray, read: np.ndarray) -> Space:
+        """The same decisions where ops count so often, in the outline's order, and so often readings."""
+        seconds = self._ops.by_node(runs)
+        nodes = [
+            Node(node.tag, node.choices, node.members, seconds=each)
+            for node, each in zip(self.nodes, seconds, strict=True)
+        ]
+        found = replace(self, nodes=nodes, edges={})
+        sums = self.frame.changes
+        for (place, number), many in zip(sums.sums, sums.runs(read).tolist(), strict=True):
+            _add(found, place, many * self.moved[number])
         return found
+
+    @cached_property
+    def _ops(self) -> _Ops:
+        tags = self.frame.outline.runs
+        nodes = np.array([self.op_node[tag] for tag in tags], np.int64)
+        choices = np.array([len(node.choices) for node in self.nodes], np.int64)
+        starts = np.concatenate([[0], np.cumsum(choices)])
+        sizes = choices[nodes]
+        first = np.concatenate([[0], np.cumsum(sizes)])[:-1]
+        own = np.concatenate([np.zeros(0), *(self.own[tag] for tag in tags)])
+        settled = np.zeros(own.size)
+        for tag, start, size in zip(tags, first, sizes, strict=True):
+            if tag in self.settled:
+                settled[start : start + size] = self.settled[tag]
+        slot = np.arange(own.size) + np.repeat(starts[nodes] - first, sizes)
+        return _Ops(nodes, first, sizes, own, settled, slot, starts)
 
     @cached_property
     def transfers(self) -> list[Transfer]:
@@ -231,7 +253,8 @@ class _Prices:
     def fill(self) -> None:
         space, frame, outline = self.space, self.frame, self.frame.outline
         often = np.array([self._often(outer) for outer in outline.outers])
-        space.runs = dict(zip(outline.runs, outline.op_runs(often).tolist(), strict=True))
+        runs = outline.op_runs(often)
+        space.runs = dict(zip(outline.runs, runs.tolist(), strict=True))
         for alike, own, settled in self._owns():
             space.own.update(dict.fromkeys(alike.tags, own))
             if settled is not None:
@@ -240,7 +263,8 @@ class _Prices:
         space.moved = frame.changes.seconds(
             self.layouts, [space.bytes_of(each.value) for each in frame.changes.changes]
         )
-        _add_up(space, space.runs, space.read)
+        counted = space.counting(runs, space.read)
+        space.nodes, space.edges = counted.nodes, counted.edges
 
     def _often(self, outer: Outer) -> float:
         """How often in a step what runs once in this loop counts."""
@@ -299,13 +323,32 @@ def _at(node: int | None, choices: Sequence[int]) -> int:
     return 0 if node is None else choices[node]
 
 
-def _add_up(space: Space, runs: Mapping[str, float], read: np.ndarray) -> None:
-    """Fill nodes and edges: ops and readings as often as they count."""
-    for tag, own in space.own.items():
-        space.nodes[space.op_node[tag]].seconds += runs[tag] * own
-    sums = space.frame.changes
-    for (place, number), many in zip(sums.sums, sums.runs(read).tolist(), strict=True):
-        _add(space, place, many * space.moved[number])
+@dataclass(frozen=True)
+class _Ops:
+    """Seconds of one run of every op at every choice of its node: of op i from `first[i]` on, `sizes[i]` of them.
+
+    node: of each op.
+    settled: the part of `own` in which an op communicates.
+    slot: of each entry, the choice it is at, counted through all nodes, of which node n has those from `starts[n]` on.
+    """
+
+    node: np.ndarray
+    first: np.ndarray
+    sizes: np.ndarray
+    own: np.ndarray
+    settled: np.ndarray
+    slot: np.ndarray
+    starts: np.ndarray
+
+    def of(self, choices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Of each op under choices, its seconds and the part in which it communicates."""
+        at = self.first + np.asarray(choices, np.int64)[self.node]
+        return self.own[at], self.settled[at]
+
+    def by_node(self, runs: np.ndarray) -> list[np.ndarray]:
+        """Seconds of each choice of each node, where ops run so often."""
+        total = np.bincount(self.slot, np.repeat(runs, self.sizes) * self.own, int(self.starts[-1]))
+        return np.split(total, self.starts[1:-1])
 
 
 def _add(space: Space, place: Place, matrix: np.ndarray) -> None:

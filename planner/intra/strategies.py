@@ -53,10 +53,10 @@ def _carried(rule: Rule) -> list[int]:
 
 def divides(codes: tuple[int, ...], splits: Splits) -> bool:
     """Whether every factor divides over the axes that cut it."""
-    cut = dict.fromkeys(splits, 0)
+    cut: dict[int, int] = {}
     for i, code in enumerate(codes):
         if code >= 0:
-            cut[code] |= 1 << i
+            cut[code] = cut.get(code, 0) | 1 << i
     return all(splits[factor] >> axes & 1 for factor, axes in cut.items())
 
 

@@ -73,7 +73,7 @@ def _fill(
     The farther a stage begins, the farther it reaches, so an end is looked up from the least
     beginning that reaches it.
     """
-    stages, farther = len(spans), inf
+    stages, farther, most = len(spans), inf, most * (1 + SLACK)
     begins: list[dict[int, int]] = []  # of each stage: end -> beginning
     starts: list[int] = [0]
     for stage, each in enumerate(spans):
@@ -81,11 +81,12 @@ def _fill(
         last = units - (stages - stage - 1)
         end = 0
         for at in starts:
-            end = max(end, at)
+            if at > end:
+                end = at
             row = each[at]
-            reach = bisect_right(row, most * (1 + SLACK), end, last + 1) - 1
-            if reach < last:
-                farther = min(farther, row[reach + 1])
+            reach = bisect_right(row, most, end, last + 1) - 1
+            if reach < last and row[reach + 1] < farther:
+                farther = row[reach + 1]
             while end < reach and (fits is ANYWHERE or fits(stage, at, end + 1)):
                 end += 1
                 found[end] = at

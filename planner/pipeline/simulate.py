@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from ...ir.errors import PlanError
@@ -279,7 +279,8 @@ def pipeline_tasks(
         together: two steps that run as one take this part of the sum of their seconds.
     """
     tasks: list[Task] = []
-    first = _positions(schedule, stages)
+    sends = {step for step in schedule.rank_of if _sends(schedule, stages, step)}
+    first = _positions(schedule, sends)
     for rank, slots in enumerate(schedule.slots):
         for slot in slots:
             at = len(tasks)
@@ -297,7 +298,7 @@ def pipeline_tasks(
                 )
             )
             for step in slot:
-                if _sends(schedule, stages, step):
+                if step in sends:
                     stream, took = (
                         COMPUTE if blocking else "send",
                         stages[step.stage].sending(step.kind),
@@ -310,20 +311,22 @@ def pipeline_tasks(
 
 def _sends(schedule: Schedule, stages: Sequence[StageSeconds], step: Step) -> bool:
     """Whether another rank waits for the result of this step."""
-    if stages[step.stage].sending(step.kind) == 0 or step.kind == "weight":
+    kind, stage, microbatch = step
+    if kind == "weight" or stages[stage].sending(kind) == 0:
         return False
-    to = step._replace(stage=step.stage + (1 if step.kind == "forward" else -1))
-    return schedule.rank_of.get(to, schedule.rank_of[step]) != schedule.rank_of[step]
+    to = Step(kind, stage + (1 if kind == "forward" else -1), microbatch)
+    here = schedule.rank_of[step]
+    return schedule.rank_of.get(to, here) != here
 
 
-def _positions(schedule: Schedule, stages: Sequence[StageSeconds]) -> dict[Step, tuple[int, int]]:
+def _positions(schedule: Schedule, sends: Set[Step]) -> dict[Step, tuple[int, int]]:
     """Where each pass will stand among the tasks, and its send, if it has one."""
     found, at = {}, 0
     for slots in schedule.slots:
         for slot in slots:
             send = at
             for step in slot:
-                send += (extra := int(_sends(schedule, stages, step)))
+                send += (extra := int(step in sends))
                 found[step] = (at, send if extra else at)
             at = send + 1
     return found

@@ -94,7 +94,7 @@ class Holdings:
         weights = zip(*self.weights(runs, stages), strict=True)
         pairs = zip(self.lives.segments, weights, strict=True)
         kept = [
-            replace(s, first=int(first), last=int(last))
+            Segment(s.value, s.start, s.end, int(first), int(last))
             for s, (first, last) in pairs
             if first or last
         ]
@@ -190,6 +190,7 @@ class StageMemory:
     choices: Sequence[int]
     _peaks: dict[Runs, tuple[float, float, float]] = field(default_factory=dict)
     _borders: dict[int, np.ndarray] = field(default_factory=dict)
+    _local: dict[int, float] = field(default_factory=dict)
 
     @cached_property
     def _apart(self) -> StageMemory:
@@ -209,7 +210,7 @@ class StageMemory:
         causes = *(self._cause(each.value) for each in lives.segments), *names
         columns = [(each.start, each.end, each.first, each.last) for each in segments]
         sizes = [*self._sizes(), *(size for _, size in moved)]
-        sizes += [local_bytes(self.space, self.choices, each.value) for each, _ in handed]
+        sizes += [self._local_bytes(each.value) for each, _ in handed]
         owned = holdings.passes.owners(each.value for each in segments)
         for row, (_, kind) in enumerate(handed, start=len(segments) - len(handed)):
             owned[row] = np.arange(owned.shape[1]) == kind
@@ -238,7 +239,7 @@ class StageMemory:
             if v in passes.copies and key in seen:
                 yield 0.0
             elif v in lives.copies and (held or v in passes.copies):
-                yield local_bytes(self.space, self.choices, v)
+                yield self._local_bytes(v)
             else:
                 yield nbytes[v]
             seen.update([key] if held else [])
@@ -310,7 +311,13 @@ class StageMemory:
 
     def held_bytes(self, value: int) -> float:
         """Bytes of one device's part of what microbatches add up."""
-        return local_bytes(self.space, self.choices, value) * self.holdings.lives.scale[value]
+        return self._local_bytes(value) * self.holdings.lives.scale[value]
+
+    def _local_bytes(self, value: int) -> float:
+        """Of one microbatch's part of a value on one device."""
+        if value not in self._local:
+            self._local[value] = local_bytes(self.space, self.choices, value)
+        return self._local[value]
 
     def _profiles(self, runs: Runs) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """As the first and as the last of a stage's layers runs: bytes of each row, and at each tick all of them, and
@@ -324,7 +331,7 @@ class StageMemory:
             if kind not in self._borders:
                 passes, found = self.holdings.passes, np.zeros(total.size)
                 for each in (*passes.border(kind, "forward"), *passes.border(kind, "backward")):
-                    size = local_bytes(self.space, self.choices, each.value)
+                    size = self._local_bytes(each.value)
                     found[each.start] += size
                     found[each.end + 1] -= size
                 self._borders[kind] = found
@@ -336,10 +343,7 @@ class StageMemory:
         if runs not in self._peaks:
             most = max(float(total.max()) for _, total, _ in self._profiles(runs))
             left, late = (
-                sum(
-                    n * local_bytes(self.space, self.choices, v)
-                    for v, n in self.holdings.left(runs, when).items()
-                )
+                sum(n * self._local_bytes(v) for v, n in self.holdings.left(runs, when).items())
                 for when in (False, True)
             )
             self._peaks[runs] = most, left, late

@@ -8,6 +8,8 @@ always a way to finish, and the check of memory on what remains keeps every rank
 from __future__ import annotations
 
 import heapq
+from bisect import insort
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -82,15 +84,19 @@ class _Ranks:
     stages: Sequence[StageSeconds]
     held: Held
     policy: Policy
-    left: list[list[Step]] = field(init=False)
+    left: list[dict[Step, None]] = field(init=False)  # per rank, in order
     done: list[list[Step]] = field(init=False)
     holds: list[float] = field(init=False)
     end: dict[Step, float] = field(default_factory=dict)
     changes: dict[Step, float] = field(init=False)  # what each step adds to what its rank holds
-    kinds: list[int] = field(init=False)  # per rank, of pairs of kind and stage
+    queues: dict[tuple[str, int, int], list[tuple[int, Step]]] = field(
+        init=False
+    )  # per kind, stage and rank: steps left with their places in the order, the first one last
+    heads: list[list[tuple[int, Step]]] = field(init=False)  # per rank: the first of each queue
     sources: dict[Step, list[tuple[Step, float]]] = field(
         init=False
     )  # what each step takes, and the seconds that it travels
+    arrived: dict[Step, float] = field(default_factory=dict)  # when a step has all that it takes
 
     def __post_init__(self) -> None:
         whole = self.schedule.whole
@@ -99,8 +105,13 @@ class _Ranks:
             step: [(need, self._sending(need, rank)) for need in needs(self.schedule, step)]
             for step, rank in self.schedule.rank_of.items()
         }
-        self.kinds = [len({step[:2] for step in order}) for order in self.schedule.orders]
-        self.left = [list(order) for order in self.schedule.orders]
+        self.left = [dict.fromkeys(order) for order in self.schedule.orders]
+        self.queues, self.heads = defaultdict(list), [[] for _ in self.left]
+        for rank, order in enumerate(self.schedule.orders):
+            for place, step in reversed(list(enumerate(order))):
+                self.queues[step.kind, step.stage, rank].append((place, step))
+        for key, queue in self.queues.items():
+            insort(self.heads[key[-1]], queue[-1])
         self.done = [[] for _ in self.left]
         self.holds = [0.0] * len(self.left)
 
@@ -122,7 +133,11 @@ class _Ranks:
         return replace(self.schedule, orders=tuple(map(tuple, self.done)))
 
     def _start(self, rank: int, step: Step, now: float) -> float:
-        self.left[rank].remove(step)
+        del self.left[rank][step]
+        queue = self.queues[step.kind, step.stage, rank]
+        self.heads[rank].remove(queue.pop())
+        if queue:
+            insort(self.heads[rank], queue[-1])
         self.done[rank].append(step)
         self.holds[rank] += self.changes[step]
         self.end[step] = now + self.stages[step.stage].of(self.schedule, step)
@@ -135,7 +150,14 @@ class _Ranks:
 
     def _ready(self, step: Step) -> float:
         """When the rank of a step has all that it takes; inf where something is not made yet."""
-        return max((self.end.get(s, inf) + sent for s, sent in self.sources[step]), default=0.0)
+        if step not in self.arrived:
+            latest = 0.0
+            for source, sent in self.sources[step]:
+                if source not in self.end:
+                    return inf
+                latest = max(latest, self.end[source] + sent)
+            self.arrived[step] = latest
+        return self.arrived[step]
 
     def _choose(self, rank: int, now: float) -> Step | None:
         """The first step that is ready, fits, and does not hold up a better one."""
@@ -159,11 +181,7 @@ class _Ranks:
 
     def _candidates(self, rank: int) -> tuple[list[Step], list[Step]]:
         """The first step left of each kind and stage, weight passes apart."""
-        first: dict[tuple[str, int], Step] = {}
-        for step in self.left[rank]:
-            if first.setdefault(step[:2], step) is step and len(first) == self.kinds[rank]:
-                break
-        found = list(first.values())
+        found = [step for _, step in self.heads[rank]]
         return [s for s in found if s.kind != "weight"], [s for s in found if s.kind == "weight"]
 
     def _fits(self, rank: int, step: Step) -> bool:
@@ -186,11 +204,12 @@ class _Ranks:
 
 def _followers(schedule: Schedule, step: Step) -> list[Step]:
     """The steps that take a step's result."""
-    match step.kind:
+    kind, stage, microbatch = step
+    match kind:
         case "forward":
-            found = [step._replace(kind="backward"), step._replace(stage=step.stage + 1)]
+            found = [Step("backward", stage, microbatch), Step("forward", stage + 1, microbatch)]
         case "backward":
-            found = [step._replace(kind="weight"), step._replace(stage=step.stage - 1)]
+            found = [Step("weight", stage, microbatch), Step("backward", stage - 1, microbatch)]
         case _:
             found = []
     return [s for s in found if s in schedule.rank_of]

@@ -112,10 +112,7 @@ class Limiting:
         for stage in self.watched:
             ledger = whole.over(self.holdings.in_programs(stage.runs, stage.stages))
             shift = sum(each.size for each in limits)
-            demands += [
-                replace(d, first=d.first + shift, last=d.last + shift)
-                for d in ledger.demands(found)
-            ]
+            demands += [demand.later(shift) for demand in ledger.demands(found)]
             flying = self.holdings.demands(space, stage.runs, stage.held, shift)
             demands += [
                 replace(d, nbytes=d.nbytes[found[d.node].choices()]) if d.node in found else d

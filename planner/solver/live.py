@@ -13,6 +13,7 @@ from math import inf
 
 import numpy as np
 
+from .compiled import compiled
 from .onehot import Edge, MemoryRow
 
 
@@ -28,6 +29,10 @@ class Demand:
     first: int
     last: int
     nbytes: np.ndarray
+
+    def later(self, moments: int) -> Demand:
+        """The same, so many moments later."""
+        return Demand(self.node, self.first + moments, self.last + moments, self.nbytes)
 
 
 @dataclass(frozen=True)
@@ -120,9 +125,9 @@ class DemandTable:
 
     def used(self, choices: np.ndarray) -> np.ndarray:
         held = self.nbytes[self.offset + choices[self.node]]
-        return self._summed(held)
+        return self.summed(held)
 
-    def _summed(self, held: np.ndarray) -> np.ndarray:
+    def summed(self, held: np.ndarray) -> np.ndarray:
         """Sums over time of one number per demand."""
         count = self.moments + 1
         change = np.bincount(self.first, held, count) - np.bincount(self.last, held, count)
@@ -130,11 +135,15 @@ class DemandTable:
 
     def extremes(self) -> tuple[np.ndarray, np.ndarray]:
         """The least and the most bytes that each moment could see, node by node."""
+        least, most = self.ranges()
+        return self.summed(least), self.summed(most)
+
+    def ranges(self) -> tuple[np.ndarray, np.ndarray]:
+        """The least and the most bytes of each demand."""
         if not self.node.size:
-            return np.zeros(self.moments), np.zeros(self.moments)
+            return np.zeros(0), np.zeros(0)
         least = np.minimum.reduceat(self.nbytes, self.offset)
-        most = np.maximum.reduceat(self.nbytes, self.offset)
-        return self._summed(least), self._summed(most)
+        return least, np.maximum.reduceat(self.nbytes, self.offset)
 
     def priced(self, prices: np.ndarray) -> np.ndarray:
         """What every choice of every node pays at these prices per byte and moment."""
@@ -150,30 +159,34 @@ def tighten(live: Live) -> Live:
     only those stay at which nothing more is about to start before something ends;
     moments that hold whatever is chosen go.
     """
-    demands, limits = [], live.limits.astype(float)
-    change = np.zeros(limits.size + 1)
-    for d in live.demands:
-        least = float(d.nbytes.min())
-        change[d.first] += least
-        change[d.last] -= least
-        if float(d.nbytes.max()) > least and d.last > d.first:
-            demands.append(replace(d, nbytes=d.nbytes - least))
-    rest = replace(live, demands=tuple(demands), limits=limits - np.cumsum(change)[:-1])
-    most = rest.table.extremes()[1]
-    return _at_moments(rest, _peaks(rest) & (most > rest.limits))
+    table = live.table
+    least, most = table.ranges()
+    varies = (most > least) & (table.last > table.first)
+    limits = live.limits - table.summed(least)
+    tight = table.summed(np.where(varies, most - least, 0.0)) > limits
+    keep = _peaks(limits.astype(float), table.first[varies], table.last[varies]) & tight
+    place = np.concatenate([[0], np.cumsum(keep)])
+    first, last = place[table.first], place[table.last]
+    rest = np.split(table.nbytes - least[table.owner], table.offset[1:])
+    demands = tuple(
+        Demand(int(table.node[d]), int(first[d]), int(last[d]), rest[d])
+        for d in np.flatnonzero(varies & (last > first))
+    )
+    return Live(live.costs, live.edges, demands, limits[keep], live.moments[keep])
 
 
-def _peaks(live: Live) -> np.ndarray:
+@compiled
+def _peaks(limits: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
     """Moments that no neighbouring moment covers: one per run between an end and the next start.
 
     Within a run of starts the last moment holds all of them, so the earlier ones are
     covered when their limit is no less.
     """
-    count = live.limits.size
-    starts, ends = np.zeros(count + 1, bool), np.zeros(count + 1, bool)
-    starts[live.table.first] = True
-    ends[live.table.last] = True
-    keep = np.zeros(count, bool)
+    count = limits.size
+    starts, ends = np.zeros(count + 1, dtype=np.bool_), np.zeros(count + 1, dtype=np.bool_)
+    starts[first] = True
+    ends[last] = True
+    keep = np.zeros(count, dtype=np.bool_)
     best = -1  # the tightest moment since the last end, among those holding the same demands
     for t in range(count):
         if ends[t] and best >= 0:
@@ -182,23 +195,14 @@ def _peaks(live: Live) -> np.ndarray:
         if best < 0:
             best = t
         elif starts[t]:
-            keep[best] |= live.limits[best] < live.limits[t]
+            if limits[best] < limits[t]:
+                keep[best] = True
             best = t
-        elif live.limits[t] < live.limits[best]:
+        elif limits[t] < limits[best]:
             best = t
     if best >= 0:
         keep[best] = True
     return keep
-
-
-def _at_moments(live: Live, keep: np.ndarray) -> Live:
-    place = np.concatenate([[0], np.cumsum(keep)])
-    demands = tuple(
-        replace(d, first=int(place[d.first]), last=int(place[d.last]))
-        for d in live.demands
-        if place[d.last] > place[d.first]
-    )
-    return Live(live.costs, live.edges, demands, live.limits[keep], live.moments[keep])
 
 
 def restrict(live: Live, masks: Sequence[np.ndarray]) -> Live:
@@ -207,7 +211,7 @@ def restrict(live: Live, masks: Sequence[np.ndarray]) -> Live:
     return Live(
         tuple(cost[i] for cost, i in zip(live.costs, index, strict=True)),
         tuple(Edge(e.a, e.b, e.costs[np.ix_(index[e.a], index[e.b])]) for e in live.edges),
-        tuple(replace(d, nbytes=d.nbytes[index[d.node]]) for d in live.demands),
+        tuple(Demand(d.node, d.first, d.last, d.nbytes[index[d.node]]) for d in live.demands),
         live.limits,
         live.when,
     )

@@ -53,11 +53,7 @@ class Messages:
         self.flat = flat = flatten(sizes, edges)
         self.push_a = np.zeros(flat.at_a[-1])
         self.push_b = np.zeros(flat.at_b[-1])
-        for e, edge in enumerate(edges):  # as after a backward pass: collected at the lower end
-            if edge.a < edge.b:
-                self.push_a[flat.at_a[e] : flat.at_a[e + 1]] = edge.costs.min(axis=1)
-            else:
-                self.push_b[flat.at_b[e] : flat.at_b[e + 1]] = edge.costs.min(axis=0)
+        _begin(flat, self.push_a, self.push_b)
         self.constants = np.zeros(len(flat.starts) - 1)
         self.rest = np.zeros(flat.starts[-1])
         self.reduced = np.zeros(flat.starts[-1])
@@ -90,6 +86,21 @@ class Messages:
         left = self.rest[flat.starts[edge.a] : flat.starts[edge.a + 1]] - push_a
         right = self.rest[flat.starts[edge.b] : flat.starts[edge.b + 1]] - push_b
         return edge.costs + left[:, None] + right[None, :]
+
+
+@compiled
+def _begin(flat: Flat, push_a: np.ndarray, push_b: np.ndarray) -> None:
+    """As after a backward pass: the least of each row, or column, is collected at the lower end of an edge."""
+    for e in range(flat.a.size):
+        rows = flat.at_a[e + 1] - flat.at_a[e]
+        columns = flat.at_b[e + 1] - flat.at_b[e]
+        table = flat.tables[flat.at[e] : flat.at[e + 1]].reshape((rows, columns))
+        if flat.a[e] < flat.b[e]:
+            for p in range(rows):
+                push_a[flat.at_a[e] + p] = table[p].min()
+        else:
+            for q in range(columns):
+                push_b[flat.at_b[e] + q] = table[:, q].min()
 
 
 @compiled
