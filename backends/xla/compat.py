@@ -20,12 +20,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax.core import Tracer
+from jax.core import Trace, Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, Var
 
 __all__ = [
-    "CALLS", "IDENTITIES", "PLACEMENTS", "ClosedJaxpr", "Coordination", "Jaxpr", "Literal", "Primitive", "Tracer",
-    "Var", "as_arrays", "barrier_primitive", "bind", "call_body", "coordination", "held_back", "is_jitted",
+    "CALLS", "IDENTITIES", "PLACEMENTS", "ClosedJaxpr", "Coordination", "Jaxpr", "Literal", "Primitive", "Trace",
+    "Tracer", "Var", "as_arrays", "barrier_primitive", "bind", "call_body", "coordination", "held_back", "is_jitted",
     "is_library", "is_vacant", "line_in_code", "scan_counts", "under_trace", "user_line", "weakened",
 ]  # fmt: skip
 

@@ -38,7 +38,7 @@ def watched(flat: Callable[..., Any], traces: list[Any]) -> Callable[..., Any]:
 
 def check_leaks(traces: Sequence[Any], call: Call) -> None:
     """Raise where something of the user's still holds a value of a trace that is over."""
-    if not any(trace() is not None for trace in traces):
+    if not _suspected(traces):
         return
     gc.collect()
     # By type: `isinstance` asks an object for its class, which one that stands for another that is gone cannot give.
@@ -52,6 +52,23 @@ def check_leaks(traces: Sequence[Any], call: Call) -> None:
             where=f"step `{call.step.name}`",
             fix="return the value from the step, and store it where the step is called",
         )
+
+
+def _suspected(traces: Sequence[Any]) -> bool:
+    """Whether a value may be left of these traces, or of a trace inside one: what keeps a trace alive is mostly a
+    function that jax keeps. Values that are over, but not collected yet, count too."""
+    level = [trace for each in traces if (trace := each()) is not None]
+    seen = set(map(id, level))
+    while level:
+        holders = gc.get_referrers(*level)
+        if any(issubclass(type(holder), compat.Tracer) for holder in holders):
+            return True
+        # A trace inside holds this one itself, or by the dictionary of its attributes.
+        level = [
+            x for x in holders if issubclass(type(x), compat.Trace | dict) and id(x) not in seen
+        ]
+        seen.update(map(id, level))
+    return False
 
 
 def _is_of(tracer: Any, traces: Sequence[Any]) -> bool:
