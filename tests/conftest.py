@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -23,6 +24,10 @@ import pytest
 from hypothesis import settings
 
 from .selected import SELECTED
+
+# What lives grows with each test, and a full collection looks at all of it: fewer of them, and none of the libraries.
+gc.freeze()
+gc.set_threshold(50_000, 20, 100)
 
 jax.config.update("jax_num_cpu_devices", 8)
 settings.register_profile("ci", derandomize=True, deadline=None)

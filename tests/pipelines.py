@@ -163,12 +163,17 @@ def timed(plan: Plan, forward: float, backward: float, weight: float, once: floa
     return plan.model_copy(update={"pipeline": plan.pipeline.model_copy(update={"stages": stages})})
 
 
+@functools.lru_cache(maxsize=8)
+def captured_of(name: str, **options) -> Captured:
+    """A model of the zoo, traced once for the tests that follow each other."""
+    example = build(name, **options)
+    return capture(example.step, example.state, example.batch, donate_argnums=0)
+
+
 def problem_of(name: str, cluster: str, **options) -> Problem:
     """A model of the zoo to be planned with a pipeline."""
-    example = build(name, **options)
-    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
-    where = Cluster.parse(cluster)
-    return Problem(fold(captured.graph), where, Request(pp="auto"), Roofline(where), name, "x")
+    folded, where = fold(captured_of(name, **options).graph), Cluster.parse(cluster)
+    return Problem(folded, where, Request(pp="auto"), Roofline(where), name, "x")
 
 
 def pipelines_on(problem: Problem) -> Pipelines:
@@ -182,6 +187,4 @@ def flat_on(problem: Problem) -> Search:
 
 
 def planned(name: str, cluster: str, request: Request, **options) -> Plan:
-    example = build(name, **options)
-    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
-    return plan_captured(captured, cluster, request, name)
+    return plan_captured(captured_of(name, **options), cluster, request, name)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from meshwright import demo
 from meshwright.cli import main
 from meshwright.ir.codec import load_plan, save_plan
 from meshwright.ir.local.checks import verify_local
@@ -33,10 +34,22 @@ def run(monkeypatch, capsys, tmp_path):
     return call
 
 
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory) -> str:
+    """The file that `plan` writes."""
+    place = tmp_path_factory.mktemp("planned") / "p.json"
+    words = ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", *QUICK, "-o", str(place))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["meshwright", *words])
+        with pytest.raises(SystemExit) as done:
+            main()
+    assert not done.value.code
+    return place.read_text()
+
+
 @pytest.fixture
-def plan_file(run):
-    code, _, err = run("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", *QUICK, "-o", "p.json")
-    assert code == 0, err
+def plan_file(run, planned, tmp_path):
+    (tmp_path / "p.json").write_text(planned)
     return "p.json"
 
 
@@ -381,6 +394,8 @@ def test_an_interrupt_returns_the_best_plan_so_far(tmp_path):
         "gpt3-13b",
         "--cluster",
         "16xa100x8@hdr200",
+        "--layers",
+        "4",
         "--time-limit",
         "300",
         "--gap",
@@ -422,7 +437,9 @@ def test_an_interrupt_before_any_plan_exits_130(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_the_demo_shows_plan_losses_and_audit(run, tmp_path):
+@pytest.mark.parametrize("model", ["gpt-tiny", pytest.param("gpt-bytes", marks=pytest.mark.slow)])
+def test_the_demo_shows_plan_losses_and_audit(run, tmp_path, monkeypatch, model):
+    monkeypatch.setattr(demo, "MODEL", model)
     (tmp_path / "text.txt").write_text("so much depends upon a red wheel barrow " * 500)
     code, out, err = run("demo", "--steps", "3", "--no-large", "--data", "text.txt")
     assert code == 0, err

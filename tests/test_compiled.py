@@ -14,7 +14,7 @@ from numba.core.caching import IndexDataCacheFile
 
 from meshwright.planner.solver.compiled import compiled
 
-PATIENCE = 8.0  # seconds
+PATIENCE = 3.0  # seconds that each waits for the other, where a lock lets only one of them in
 SOURCE = """
 def total(x):
     s = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -309,6 +310,7 @@ def test_layers_that_differ_in_a_constant_are_refused():
 # ---------------------------------------------------------------- the planner's choice
 
 
+@cache
 def chosen(**request) -> Plan:
     options = {"pp": 2, "microbatches": 8, "recompute": "none", "mesh": (1,), **request}
     return plan_captured(case("gpt-tiny", "adamw")[0], "2xcpu", Request(**options), "gpt-tiny")

@@ -58,10 +58,16 @@ def step(state, batch):
     return update(state, grads, loss)
 
 
-def in_microbatches(mistake, state, batch):
-    """The same step, its batch in parts; `mistake` spoils the gradients of the parts, or what they add up to."""
+@jax.jit
+def of_parts(params, batch):
+    """Losses and gradients of the batch in parts."""
     parts = [tuple(each[k::MICROBATCHES] for each in batch) for k in range(MICROBATCHES)]
-    found = [jax.value_and_grad(loss_of)(state[0], *part) for part in parts]
+    return [jax.value_and_grad(loss_of)(params, *part) for part in parts]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def updated(mistake, state, found):
+    """The rest of the step; `mistake` spoils the gradients of the parts, or what they add up to."""
     loss = sum(loss for loss, _ in found) / MICROBATCHES
     found = [
         jax.tree.map(lambda g: (g / MICROBATCHES).astype(jnp.bfloat16), grads) for _, grads in found
@@ -108,15 +114,22 @@ def truth(experts=False):
     return reference(flat, captured, leaves), captured.graph.output_names, args
 
 
+@functools.cache
+def in_microbatches(mistake: str, experts: bool = False):
+    """The same step, its batch in parts, with a mistake."""
+    _, _, (state, batch) = truth(experts)
+    return updated(mistake, state, of_parts(state[0], batch))
+
+
 def check(mistake: str, experts: bool = False) -> None:
-    expected, names, args = truth(experts)
-    verify_outputs(expected, jax.jit(functools.partial(in_microbatches, mistake))(*args), names)
+    expected, names, _ = truth(experts)
+    verify_outputs(expected, in_microbatches(mistake, experts), names)
 
 
 def test_rounding_that_adam_magnifies_is_no_alarm():
     check("none")
-    expected, _, args = truth()
-    found = jax.tree.leaves(jax.jit(functools.partial(in_microbatches, "none"))(*args))
+    expected, _, _ = truth()
+    found = jax.tree.leaves(in_microbatches("none"))
     far = [
         np.max(np.abs(np.asarray(f) - w))
         for f, w in zip(found, jax.tree.leaves(expected.results), strict=True)
