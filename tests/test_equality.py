@@ -24,7 +24,7 @@ ZOO = (
     "gpt-tiny", "gpt-tiny-scan", "llama-tiny", "llama-tiny-scan", "mixtral-tiny", "vit-tiny", "wrn-tiny", "dlrm-tiny",
 )  # fmt: skip
 MESHES = ((8,), (4, 2), (2, 2, 2))
-QUICK = {("gpt-tiny-scan", (8,)), ("mixtral-tiny", (4, 2))}
+QUICK = {("gpt-tiny-scan", (4, 2))}
 RECOMPUTED = {("gpt-tiny", "full"), ("gpt-tiny-scan", "selective")}
 
 

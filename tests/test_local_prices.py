@@ -25,6 +25,8 @@ from meshwright.planner.report.instructions import Chosen
 from meshwright.planner.report.local_prices import LocalPrices
 from meshwright.planner.request import Request
 
+from .pipelines import captured_of
+
 
 def seconds(prices: LocalPrices) -> tuple[float, float]:
     """Of communication, and of computation."""
@@ -64,8 +66,7 @@ CASES = [
 
 @pytest.mark.parametrize("name, mesh, microbatches, squeezed", CASES)
 def test_tables_and_programs_cost_the_same(name, mesh, microbatches, squeezed):
-    example = build(name)
-    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
+    captured = captured_of(name)
     attention = "fused" if squeezed else "plain"
     request = Request(mesh=mesh, microbatches=microbatches, attention=attention, overlap="none")
     plan = plan_captured(captured, "8xh100", request, name)

@@ -27,7 +27,7 @@ from meshwright.planner.pipeline.schedules import one_f_one_b
 from meshwright.planner.request import Request
 
 from .local_interpreter import evaluate, interpret
-from .pipelines import lowered, zero_bubble
+from .pipelines import captured_of, lowered, zero_bubble
 from .random_graphs import random_graph, random_layouts
 
 MESHES = (Mesh.of(x=2), Mesh.of(x=2, y=2), Mesh.of(x=4, y=2), Mesh.of(x=2, y=2, z=2))
@@ -79,8 +79,7 @@ def test_microbatches_together_give_what_the_whole_batch_gives():
 )
 def test_programs_of_plans_keep_every_law(name, mesh, microbatches, attention):
     """Folded and whole, squeezed so that layouts are mixed; the text of each is read back."""
-    example = build(name)
-    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
+    captured = captured_of(name)
     request = Request(mesh=mesh, microbatches=microbatches, attention=attention)
     plan = plan_captured(captured, "8xcpu", request, name)
     tight = replace(request, memory=0.6 * plan.estimate.peak_bytes)

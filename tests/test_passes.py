@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from meshwright.api import plan_captured
 from meshwright.backends.xla import spmd
 from meshwright.backends.xla.audit import audit
-from meshwright.backends.xla.capture import capture
+from meshwright.backends.xla.capture import Captured
 from meshwright.backends.xla.collectives import run_on_shards
 from meshwright.backends.xla.hlo import collectives
 from meshwright.backends.xla.lower import lower
@@ -30,10 +31,11 @@ from meshwright.ir.mesh import Mesh
 from meshwright.ir.passes.coalesce import SMALL, Coalesce
 from meshwright.ir.passes.contract import DUMP, Pass, run_passes
 from meshwright.ir.passes.localize import localize
-from meshwright.models import build
+from meshwright.ir.plan import Plan
 from meshwright.planner.request import Request
 
 from .local_interpreter import interpret
+from .pipelines import captured_of
 from .random_graphs import random_graph, random_layouts
 
 MESHES = (Mesh.of(x=2), Mesh.of(x=2, y=2), Mesh.of(x=4, y=2))
@@ -278,12 +280,17 @@ def test_operands_that_travel_together_arrive_as_they_would_alone(reduction, dty
 # ---------------------------------------------------------------- in XLA
 
 
+@cache
+def two_layers() -> tuple[Captured, Plan]:
+    """gpt-tiny over eight devices."""
+    captured = captured_of("gpt-tiny", layers=2)
+    return captured, plan_captured(captured, "8xcpu", Request(mesh=(8,)), "gpt-tiny")
+
+
 def test_a_data_parallel_step_has_fewer_collectives_and_equal_results(monkeypatch):
     """gpt-tiny over eight devices: gradients of biases and norms, and the loss, in one all-reduce. The program handed
     to XLA has it; what its own combiner leaves, one op for all, has fewer operands. Bytes and results stay."""
-    example = build("gpt-tiny", layers=2)
-    captured = capture(example.step, example.state, example.batch, donate_argnums=0)
-    plan = plan_captured(captured, "8xcpu", Request(mesh=(8,)), "gpt-tiny")
+    captured, plan = two_layers()
     rng = np.random.default_rng(0)
     leaves = [
         np.asarray(0.02 * rng.standard_normal(a.shape) if jnp.issubdtype(a.dtype, jnp.floating)
@@ -315,9 +322,7 @@ def test_a_data_parallel_step_has_fewer_collectives_and_equal_results(monkeypatc
 
 
 def test_where_xla_joins_nothing_the_step_has_fewer(monkeypatch):
-    example = build("gpt-tiny", layers=2)
-    captured = capture(example.step, example.state, example.batch)
-    plan = plan_captured(captured, "8xcpu", Request(mesh=(8,)), "gpt-tiny")
+    captured, plan = two_layers()
     counts, nbytes = [], []
     for passes in ((), (Coalesce(),)):
         monkeypatch.setattr(spmd, "PASSES", passes)

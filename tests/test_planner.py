@@ -98,7 +98,7 @@ def test_a_solve_under_memory_matches_brute_force(case, shape, share):
     assume(1 < np.prod([float(len(node.choices)) for node in space.nodes]) <= MOST)
     most = ledger.peak(ledger.local_bytes((0,) * len(space.nodes)))[0]
     limit = share * most
-    answer = solve_space(space, ledger.lives, limit, time_limit=60.0, gap=1e-9)
+    answer = solve_space(space, ledger.lives, limit, time_limit=20.0, gap=1e-9)
     best = cheapest(space, ledger, limit)
     if np.isinf(best):
         assert answer.solution.status == "infeasible"
@@ -307,7 +307,8 @@ def gpt2():
 
 
 def squeezed(memory: float | None):
-    return plan_captured(gpt2(), "h100x8", Request(memory=memory, mesh=(8,), gap=0.005), "gpt2")
+    request = Request(memory=memory, mesh=(8,), gap=0.005, time_limit=30)
+    return plan_captured(gpt2(), "h100x8", request, "gpt2")
 
 
 @cache

@@ -297,13 +297,13 @@ def test_a_search_lets_keys_go_round_where_that_is_asked_for():
 def test_a_ring_costs_the_same_as_a_plan_and_as_a_job(overlap: str):
     layout = Parallelism(cp=8, zero=3, cp_kind="p2p")
     plan = fixed_plan(
-        folded("llama3-8b", 1, 65536, "ring"), Cluster.parse("h100x8"), layout, recompute="full", attention="ring",
-        overlap=overlap or (), name="llama3-8b", fingerprint="",
+        folded("llama3-8b", 1, 65536, "ring", layers=8), Cluster.parse("h100x8"), layout, recompute="full",
+        attention="ring", overlap=overlap or (), name="llama3-8b", fingerprint="",
     )  # fmt: skip
     beside = frozenset(pricing.overlaps(overlap)) if overlap else frozenset[str]()
     setting = pricing.Setting("blocks", reduce_in_fp32=False, redone_inside=False, overlap=beside)
     price = pricing.price_job(
-        pricing.shape_of("llama3-8b", 65536), layout, Cluster.parse("h100x8"), global_batch=1, microbatch=1,
+        pricing.shape_of("llama3-8b", 65536, 8), layout, Cluster.parse("h100x8"), global_batch=1, microbatch=1,
         setting=setting,
     )  # fmt: skip
     assert price.step == pytest.approx(plan.estimate.step_seconds, rel=0.05)

@@ -67,7 +67,7 @@ CASES = [
     for name in ("gpt-tiny", "gpt-tiny-scan", "llama-tied-tiny")
     for stages, layout, devices in ((4, "dp", 2), (4, "tp", 2), (2, "fsdp", 4), (2, "tp", 4))
 ]
-FEW = [CASES[1], CASES[10]]
+FEW = [CASES[10]]
 
 
 @pytest.mark.parametrize("name, stages, microbatches, layout, devices", FEW)
@@ -101,9 +101,9 @@ def test_norms_of_all_stages_meet_where_gradients_are_clipped(name):
 @pytest.mark.parametrize(
     ("name", "policy"),
     [
-        ("llama-tiny", "full"),
+        ("gpt-tiny", "full"),
         pytest.param("gpt-tiny", "selective", marks=pytest.mark.slow),
-        pytest.param("gpt-tiny", "full", marks=pytest.mark.slow),
+        pytest.param("llama-tiny", "full", marks=pytest.mark.slow),
     ],
 )
 def test_recomputing_changes_no_gradient(name, policy):

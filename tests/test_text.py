@@ -19,6 +19,8 @@ from meshwright.ir.rules import rule_of
 from meshwright.ir.text import parse, show
 from meshwright.ir.verify import verify, verify_rule
 
+from .pipelines import captured_of
+
 TEXT = """\
 in %0: f32[16, 4] 'w' donated
 in %1: f32[8, 16] 'x'
@@ -136,8 +138,7 @@ def test_a_rule_that_does_not_fit_its_op_is_named():
 
 def test_every_rule_of_the_zoo_fits():
     for name in ("gpt-tiny", "mixtral-tiny", "wrn-tiny", "dlrm-tiny", "vit-tiny"):
-        example = models.build(name)
-        graph = capture(example.step, example.state, example.batch).graph
+        graph = captured_of(name).graph
         for visit in graph.visits:
             if not visit.op.regions:
                 verify_rule(visit.op, rule_of(visit.op, graph.types), graph.types)

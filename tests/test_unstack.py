@@ -390,7 +390,7 @@ BODIES = [
 ]
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     bodies=st.lists(st.sampled_from(range(len(BODIES))), min_size=1, max_size=2),
     layers=st.integers(1, 5), unroll=st.integers(1, 3), reverse=st.booleans(), tied=st.booleans(),
