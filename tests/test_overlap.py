@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from functools import cache
 from types import SimpleNamespace
 
@@ -405,6 +406,22 @@ def test_without_overlap_everything_waits():
         == pytest.approx(found.result.serial)
         == pytest.approx(found.seconds)
     )
+
+
+@pytest.mark.parametrize("overlap", ["none", "all"])
+def test_the_simulator_runs_every_collective_of_the_plan(overlap):
+    """Of the loss too, which only the user reads: the same kinds, axes and seconds as the plan's table."""
+    example, made = build("gpt2", layers=4, batch=32), planned("all")
+    found = mw.simulate(
+        made, example.step, example.state, example.batch, donate_argnums=0, overlap=overlap
+    )
+    ran, told = Counter(), Counter()
+    for task in found.result.run.tasks:
+        if task.kind == "communication":
+            ran[task.name] += task.seconds
+    for each in made.collectives:
+        told[f"{each.kind} {each.what}"] += each.seconds
+    assert len(told) > 5 and dict(ran) == pytest.approx(dict(told), rel=1e-6)
 
 
 def test_what_may_hide_alone_hides():

@@ -26,11 +26,11 @@ from meshwright.planner.intra.layouts import Layouts
 from meshwright.planner.intra.solve import data_parallel, live_of, solve_space
 from meshwright.planner.intra.space import Space
 from meshwright.planner.intra.space import build as build_space
+from meshwright.planner.jobs.sent import moves, settlements
 from meshwright.planner.memory.ledger import Ledger
 from meshwright.planner.memory.lifetimes import lifetimes
 from meshwright.planner.memory.storage import storage_of
 from meshwright.planner.problem import Problem
-from meshwright.planner.report.moves import moves, settlements
 from meshwright.planner.request import Request
 from meshwright.planner.search.candidates import Candidate
 from meshwright.planner.search.meshes import finest, mesh_of, meshes, other_groups

@@ -32,8 +32,9 @@ from ..memory.ledger import Ledger
 from ..memory.lifetimes import lifetimes, ticks_of
 from ..memory.lives import Lifetimes
 from ..memory.storage import storage_of
-from ..report.moves import moves, settlements, spoken
+from ..report.moves import spoken
 from .pinned import STATE_AXES, Parallelism, Pinned
+from .sent import moves, settlements
 
 Place = Literal["embedding", "layer", "head"]
 GRADIENT = 4  # bytes per accumulated gradient: fp32, as Megatron-LM and PyTorch FSDP keep them

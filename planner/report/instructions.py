@@ -1,4 +1,4 @@
-"""A plan as the instructions of one device: computations and collectives, ready to simulate.
+"""A plan as the instructions of one device: computations and collectives of its local program, ready to simulate.
 
 The windows of a step (`windows.py`) follow each other, each in a few turns over all ops, as over groups of layers.
 Computations run in program order on one stream, but for updates: each runs when its gradient is there and the device
@@ -12,16 +12,17 @@ that is ready; what may not, holds up all that follows:
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ...ir.analysis.roles import roles
 from ...ir.errors import PlanError
 from ...ir.execution import OverlapKind
-from ...ir.graph import Op, Region
+from ...ir.graph import Op
+from ...ir.local.program import COLLECTIVES, ON_SHARDS, LocalOp
+from ...ir.passes.localize import localize
 from ...ir.plan import Collective, Plan
 from ...ir.program import Program
 from ...ir.rules.rule import Rule, Strategy
@@ -30,12 +31,13 @@ from ..cost.model import CostModel
 from ..intra.hideable import flow_of
 from ..intra.layouts import Layouts
 from ..intra.space import Space, build
-from ..intra.windows import MANY, phases_of, windows_of
+from ..intra.windows import MANY, Windows, windows_of
 from ..memory.ledger import Ledger
 from ..memory.lifetimes import lifetimes
 from ..memory.storage import storage_of
 from ..pipeline.simulate import COMPUTE, SLOWDOWN, Run, Task, simulate
-from .moves import moves, settlements, spoken
+from .local_prices import LocalPrices
+from .moves import sent_by, spoken
 
 TURNS = 4  # of each window: what cannot hide before the first op and after the last is small
 
@@ -102,7 +104,9 @@ def simulate_plan(
     overlap = plan.overlap if overlap is None else overlap
     layouts = Layouts(cost.collectives(plan.mesh))
     space = build(program, plan.microbatches, cost, layouts, Chosen(plan), overlap=overlap)
-    tasks, collectives = _Issuing(space, overlap).run()
+    local = localize(program, plan)
+    steps = _Reading(LocalPrices(local, space, cost, plan.strategies), spoken(space)).run()
+    tasks, collectives = _Issuing(space, steps, overlap).run()
     run = simulate(tasks, SLOWDOWN)
     compute = sum(task.seconds for task in tasks if task.stream == COMPUTE)
     moving = sum(task.seconds for task in tasks if task.stream != COMPUTE)
@@ -115,177 +119,191 @@ def simulate_plan(
     return Simulation(run, seconds, compute + moving, compute, moving, memory, tuple(collectives))
 
 
-@dataclass(frozen=True)
-class _Arrival:
-    """What brings a reader one operand, and which share of it runs in each window, hiding or not."""
+@dataclass
+class _Step:
+    """All that a step runs of ops of one tag: repeats in other layers are done together.
 
-    entries: list[Collective]
-    source: str
-    kind: OverlapKind | None
-    early: bool  # before the passes
-    beside: np.ndarray
-    alone: np.ndarray
+    reads: what the op computes from, by name.
+    sends: a collective; or what an op sends inside, after it has computed for `seconds`.
+    """
+
+    op: LocalOp
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+    seconds: float = 0.0
+    sends: list[Collective] = field(default_factory=list)
+
+
+class _Reading:
+    """Reads a local program: one step per name, in order.
+
+    What is only cut, joined or passed into a loop keeps its name.
+    """
+
+    def __init__(self, prices: LocalPrices, names: Mapping[str, str]):
+        self.prices, self.names = prices, names
+        self.steps: dict[str, _Step] = {}
+        self.known: dict[int, str] = {}  # value -> its name
+        self.same: dict[int, int] = {}  # value -> the one that it is
+
+    def run(self) -> list[_Step]:
+        for op, runs in self.prices.runs():
+            if op.regions:
+                self._enter(op)
+            elif op.kind in COLLECTIVES:
+                self._collective(op, runs)
+            elif op.kind in ON_SHARDS:
+                self.prices.move(op)
+                self.same[op.outputs[0]] = op.inputs[0]
+            else:
+                self._op(op, runs)
+        return list(self.steps.values())
+
+    def _enter(self, op: LocalOp) -> None:
+        """Regions see operands; results are what the last of them leaves."""
+        for region in op.regions:
+            if len(region.inputs) == len(op.inputs):
+                self.same.update(zip(region.inputs, op.inputs, strict=True))
+        self.same.update(zip(op.outputs, op.regions[-1].outputs, strict=True))
+
+    def _name(self, value: int) -> str:
+        while value in self.same:
+            value = self.same[value]
+        return self.known.get(value, "")
+
+    def _collective(self, op: LocalOp, runs: float) -> None:
+        [value], [made] = op.inputs, op.outputs
+        source = self._name(value)
+        name = f"{op.source or source} {op.kind} {'·'.join(op.axes)} for {op.reader}"
+        self.known[made] = name
+        self._step(name, op, (source,), (name,), runs)
+
+    def _op(self, op: LocalOp, runs: float) -> None:
+        reads = tuple(filter(None, map(self._name, op.inputs)))
+        makes = tuple(f"{op.tag}:{i}" for i in range(len(op.outputs)))
+        self.known.update(zip(op.outputs, makes, strict=True))
+        step = self._step(op.tag, op, reads, makes, runs)
+        if self.prices.computes(op):
+            step.seconds += runs * self.prices.compute(op)
+
+    def _step(
+        self, name: str, op: LocalOp, reads: tuple[str, ...], makes: tuple[str, ...], runs: float
+    ) -> _Step:
+        step = self.steps.setdefault(name, _Step(op, reads, makes))
+        step.sends += sent_by(self.prices, op, runs, self.names)
+        return step
 
 
 class _Issuing:
-    def __init__(self, space: Space, overlap: tuple[OverlapKind, ...]):
-        self.space, self.tags, outline = space, space.program.value_tags, space.frame.outline
-        self.choices, self.names = (0,) * len(space.nodes), spoken(space)
+    """Turns steps into tasks, window by window."""
+
+    def __init__(self, space: Space, steps: Sequence[_Step], overlap: tuple[OverlapKind, ...]):
+        self.steps, self.runs, outline = steps, space.runs, space.frame.outline
+        self.names = spoken(space)
         windows = windows_of(outline, space.microbatches, overlap)
         self.often = dict(zip(outline.runs, windows.ops, strict=True))
         self.passes = [w for w in range(MANY) if windows.ops[:, w].any()]
-        self.phases = phases_of(space.program)
+        self.arrivals = _arrivals(space, windows)
+        self.moves = {name: s for s in steps if s.op.kind in COLLECTIVES for name in s.makes}
         self.tasks: list[Task] = []
-        self.made: dict[str, int] = {}  # value tag -> the task that makes it
-        self.needed: dict[str, list[int]] = defaultdict(
-            list
-        )  # by reader: what it waits for, of what hides
-        self.owed: dict[str, list[int]] = defaultdict(list)  # what the update waits for instead
+        self.made: dict[str, int] = {}  # name -> the task that makes it
+        self.hidden: dict[str, OverlapKind | None] = {}  # of what hides, which kind it is of
         self.fence: list[int] = []  # the last that was exposed: all that follows waits for it
         self.since: list[int] = []  # computations after it
         self.begun: list[int] = []  # the first computation of each turn
         self.passing: list[list[int]] = []  # by turn, what hides in it of its own pass
-        self.arriving = self._arrivals(windows.beside, windows.alone)
-        self.inside: dict[str, list[Collective]] = defaultdict(list)
-        for op, entry in settlements(space, self.choices):
-            self.inside[op.tag].append(entry)
         self.window, self.early, self.share = 0, False, 1.0
 
-    def _arrivals(self, beside: np.ndarray, alone: np.ndarray) -> dict[str, list[_Arrival]]:
-        found: dict[str, list[_Arrival]] = defaultdict(list)
-        flow = flow_of(self.space.program)
-        for item, hides, waits in zip(self.space.transfers, beside, alone, strict=True):
-            if entries := moves(self.space, self.choices, item, self.names):
-                runs = float(hides.sum() + waits.sum()) or 1.0
-                kind = flow.kind(item.source, item.reader, item.phase)
-                early = item.phase == "prepare"
-                one = _Arrival(entries, item.source, kind, early, hides / runs, waits / runs)
-                found[item.reader].append(one)
-        return found
-
     def run(self) -> tuple[list[Task], list[Collective]]:
-        ops = self.space.program.graph.ops
-        self._turn(ops, MANY, 1.0, early=True)
+        self._turn(MANY, 1.0, early=True)
         for window in self.passes:
             for _ in range(TURNS):
-                self._turn(ops, window, 1 / TURNS)
-        self._turn(ops, MANY, 1.0)
-        arrivals = (arrival for group in self.arriving.values() for arrival in group)
-        found = [entry for arrival in arrivals for entry in arrival.entries]
-        return self.tasks, found + [entry for group in self.inside.values() for entry in group]
+                self._turn(window, 1 / TURNS)
+        self._turn(MANY, 1.0)
+        return self.tasks, [entry for step in self.steps for entry in step.sends]
 
-    def _turn(self, ops: Sequence[Op], window: int, share: float, early: bool = False) -> None:
+    def _turn(self, window: int, share: float, early: bool = False) -> None:
         """Part of all that runs in one window; outside of all windows, `early` is before them."""
         self.window, self.share, self.early = window, share, early
         self.begun.append(-1)
         self.passing.append([])
-        self._ops(ops, set(), "")
-        for tag in self.space.program.graph.input_tags:
-            self._receive(self.arriving.get(tag, ()), tag)
+        for step in self.steps:
+            if step.op.kind not in COLLECTIVES:
+                self._op(step)
+            elif arrival := self.arrivals.get((step.op.source, step.op.reader)):
+                self._receive(step, arrival)
+            elif part := self._part(step.op):
+                self._settle(step, part)
 
-    def _ops(self, ops: Iterable[Op], seen: set[str], phase: str) -> None:
-        """Ops of equal tag stand for one another."""
-        for op in ops:
-            if op.tag not in seen:
-                seen.add(op.tag)
-                here = phase or self.phases[op.tag]
-                if op.regions:
-                    self._loop(op, seen, here)
-                else:
-                    self._op(op, here)
-
-    def _loop(self, op: Op, seen: set[str], phase: str) -> None:
-        """What is read at its start, its ops, what is read at its end."""
-        for i, value in enumerate(op.inputs):
-            slot, source = f"{op.tag}/in{i}", self.tags[value]
-            if source in self.made:
-                self.made[slot] = self.made[source]
-            self._receive([a for a in self.arriving.get(slot, ()) if a.source == source], slot)
-        for region in op.regions:
-            self._ops(region.ops, seen, phase)
-        for region in op.returning:
-            self._end(op, region)
-
-    def _end(self, op: Op, region: Region) -> None:
-        consts, carry = op.loop_inputs
-        for i, (value, result) in enumerate(zip(region.outputs, op.outputs, strict=True)):
-            source = self.tags[value]
-            slot = f"{op.tag}/in{consts + i}" if i < carry else f"{op.tag}/out{i}"
-            arrivals = [a for a in self.arriving.get(slot, ()) if a.source == source]
-            last = self._receive(arrivals, slot) or [self.made.get(source, -1)]
-            if max(last) >= 0:
-                self.made[self.tags[result]] = max(last)
-
-    def _op(self, op: Op, phase: str) -> None:
+    def _op(self, step: _Step) -> None:
         """Its part of this turn, if it has one, after what it reads."""
-        came = self._receive(self.arriving.get(op.tag, ()), op.tag)
-        sources = [self.tags[v] for v in op.inputs]
-        after = [self.made[source] for source in sources if source in self.made]
-        part = self._part(op, phase)
+        op, part = step.op, self._part(step.op)
+        found = [self._awaited(name) for name in step.reads]
+        after = [n for waits, _ in found for n in waits]
+        owed = [n for _, owed in found for n in owed]
+        if part and step.seconds > 0:
+            waits = after + owed if op.phase == "update" else after
+            after = [*after, self._compute(op, part * step.seconds, waits)]
         if part:
-            after = self._work(op, part, after, phase)
-        after += self.needed[op.tag] + self.owed[op.tag]
-        if after and (part or came or op.tag not in self.often):
-            self.made.update({self.tags[v]: max(after) for v in op.outputs})
+            for entry in step.sends:
+                after = [self._alone(entry, part, after)]
+        if (after or owed) and (part or op.tag not in self.often):
+            self.made.update(dict.fromkeys(step.makes, max(after + owed)))
 
-    def _part(self, op: Op, phase: str) -> float:
+    def _awaited(self, name: str) -> tuple[list[int], list[int]]:
+        """What an op that reads this waits for, and what updates alone wait for."""
+        number = [self.made[name]] if name in self.made else []
+        if name not in self.moves:
+            return number, []
+        waits, owed = self._awaited(self.moves[name].reads[0])
+        kind = self.hidden.get(name)
+        if kind == "gradients":
+            return waits, owed + number
+        return (waits, owed) if kind == "tensor" else (waits + number, owed)
+
+    def _part(self, op: LocalOp) -> float:
         """Which share of an op's runs this turn has."""
-        outside = self.window == MANY and (phase == "prepare") != self.early
+        outside = self.window == MANY and (op.phase == "prepare") != self.early
         if op.tag not in self.often or outside:
             return 0.0
         runs = self.often[op.tag]
         return float(runs[self.window] / runs.sum()) * self.share if runs.any() else 0.0
 
-    def _work(self, op: Op, part: float, after: list[int], phase: str) -> list[int]:
-        """What an op computes, then what it settles inside."""
-        inside = self.inside.get(op.tag, ())
-        whole = float(self.space.own[op.tag][0]) * self.space.runs[op.tag]
-        seconds = part * (whole - sum(entry.seconds for entry in inside))
-        if seconds > 0:
-            after = [self._compute(op, seconds, after, phase)]
-        for entry in inside:
-            after = [self._alone(entry, part, after)]
-        return after
-
-    def _compute(self, op: Op, seconds: float, after: list[int], phase: str) -> int:
-        waits = [*after, *self.fence, *self.needed[op.tag]]
-        if phase == "update":
-            waits += self.owed[op.tag]
+    def _compute(self, op: LocalOp, seconds: float, after: list[int]) -> int:
+        waits = [*after, *self.fence]
         if self.begun[-1] < 0 and len(self.passing) > 2:
             waits += self.passing[-3]
-        runs = self.space.runs.get(op.tag, 1)
+        runs = self.runs.get(op.tag, 1)
         name = self.names.get(op.tag, op.kind) + (f" ×{runs}" if runs > 1 else "")
-        number = self._task(name, COMPUTE, seconds, waits, phase, loose=phase == "update")
+        number = self._task(name, COMPUTE, seconds, waits, op.phase, loose=op.phase == "update")
         self.since.append(number)
         if self.begun[-1] < 0:
             self.begun[-1] = number
         return number
 
-    def _receive(self, arrivals: Iterable[_Arrival], reader: str) -> list[int]:
-        """The collectives of this turn that bring a reader its operands."""
-        found = []
-        for each in arrivals:
-            before = [self.made[each.source]] if each.source in self.made else []
-            if each.alone[self.window] and (self.window < MANY or each.early == self.early):
-                for entry in each.entries:
-                    before = [
-                        self._alone(entry, float(each.alone[self.window]) * self.share, before)
-                    ]
-            if each.beside[self.window]:
+    def _settle(self, step: _Step, part: float) -> None:
+        """What an op made is made whole before anything else."""
+        after, _ = self._awaited(step.reads[0])
+        for entry in step.sends:
+            after = [self._alone(entry, part, after)]
+        self.made.update(dict.fromkeys(step.makes, max(after)))
+
+    def _receive(self, step: _Step, arrival: _Arrival) -> None:
+        """A collective's part of this turn."""
+        [name], [source] = step.makes, step.reads
+        before = [self.made[source]] if source in self.made else []
+        alone = float(arrival.alone[self.window]) * self.share
+        beside = float(arrival.beside[self.window]) * self.share
+        for entry in step.sends:
+            if alone and (self.window < MANY or arrival.early == self.early):
+                self.made[name] = self._alone(entry, alone, before)
+            if beside:
                 if not before and len(self.begun) > 1 and self.begun[-2] >= 0:
                     before = [self.begun[-2]]  # one turn ahead
-                for entry in each.entries:
-                    seconds = entry.seconds * float(each.beside[self.window]) * self.share
-                    before = [self._collective(entry, seconds, before, loose=True)]
-                self._waiting(each.kind, reader).extend(before)
-            found += before
-        return found
-
-    def _waiting(self, kind: OverlapKind | None, reader: str) -> list[int]:
-        """Among what something that hides is to be waited for."""
-        if kind == "tensor":
-            return self.passing[-1]
-        return self.owed[reader] if kind == "gradients" else self.needed[reader]
+                number = self._collective(entry, entry.seconds * beside, before, loose=True)
+                self.made[name], self.hidden[name] = number, arrival.kind
+                if arrival.kind == "tensor":
+                    self.passing[-1].append(number)
 
     def _alone(self, entry: Collective, part: float, after: list[int]) -> int:
         """A collective that waits for all before it, and all after it for it."""
@@ -304,3 +322,27 @@ class _Issuing:
     ) -> int:
         self.tasks.append(Task(name, 0, stream, seconds, tuple(sorted(set(after))), kind, loose))
         return len(self.tasks) - 1
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """Of what brings a reader one operand: which share of it runs in each window, hiding or not."""
+
+    kind: OverlapKind | None
+    early: bool  # before the passes
+    beside: np.ndarray
+    alone: np.ndarray
+
+
+def _arrivals(space: Space, windows: Windows) -> dict[tuple[str, str], _Arrival]:
+    """By the tags of a value and of what reads it."""
+    found: dict[tuple[str, str], _Arrival] = {}
+    flow, readings = flow_of(space.program), space.frame.outline.readings
+    for ((source, reader, _), reading), beside, alone in zip(
+        readings.items(), windows.beside, windows.alone, strict=True
+    ):
+        runs = float(beside.sum() + alone.sum()) or 1.0
+        kind = flow.kind(source, reader, reading.phase)
+        arrival = _Arrival(kind, reading.phase == "prepare", beside / runs, alone / runs)
+        found.setdefault((source, reader), arrival)
+    return found
