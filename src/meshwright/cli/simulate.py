@@ -50,16 +50,19 @@ def simulate(
         f"simulated      {format_seconds(ran)} ({ran / (found.seconds or 1.0) - 1:+.1%}); {found.execution.beside}"
     )
     say(f"compute        {format_seconds(result.compute)}")
-    hidden = result.communication - result.exposed
-    say(
-        f"communication  {format_seconds(result.communication)}, {format_seconds(max(0.0, hidden))} hidden,"
-        f" {format_seconds(result.exposed)} exposed"
-    )
+    say(f"communication  {_hidden(result.communication, result.exposed)}")
     planned = format_seconds(found.plan.estimate.step_seconds)
     say(f"unoverlapped   {format_seconds(result.serial)}; the plan says {planned}")
     say(f"memory         {memory_words(result.memory)} of {format_bytes(found.limit)}")
     say(f"error          {found.band}; {found.hangs_on}")
     say(found.timeline.text())
+
+
+def _hidden(seconds: float, exposed: float) -> str:
+    """How much of what is sent runs beside computation; what rounding leaves of a sum is none."""
+    hidden = seconds - exposed
+    rest = hidden if hidden > 1e-9 * seconds else 0.0
+    return f"{format_seconds(seconds)}, {format_seconds(rest)} hidden, {format_seconds(exposed)} exposed"
 
 
 OF_LAYERS = (
@@ -94,10 +97,7 @@ def _simulate_pipeline(plan: Any, trace: Path | None, format: Format) -> None:
     )
     if plan.pipeline.program == "single":
         say(f"beware   {OF_LAYERS}")
-    say(
-        f"between  stages {format_seconds(parts.sent)}, {format_seconds(max(0.0, parts.sent - parts.exposed))} hidden, "
-        f"{format_seconds(parts.exposed)} exposed"
-    )
+    say(f"between  stages {_hidden(parts.sent, parts.exposed)}")
     say(f"error    {plan.proof.band}")
     say(line.text())
     say(LEGEND)
