@@ -1,4 +1,5 @@
-"""Values of attributes: plain, hashable, JSON-able, equal where they mean the same; and how texts write them.
+"""Attributes: read by name and type; their values, plain, hashable, JSON-able, equal where they mean the same; and how
+texts write these.
 
 kept           written
 2              2
@@ -12,10 +13,67 @@ from __future__ import annotations
 
 import ast
 from math import isfinite
+from typing import NoReturn, TypeAlias, TypeVar
 
-from .graph import Attr
+from .errors import GraphError
+
+_T = TypeVar("_T")
+Attr: TypeAlias = "bool | int | float | str | tuple[Attr, ...] | None"
 
 _FLOAT = "<float>"
+
+
+class Attributed:
+    """What has attributes, read by name and type: `op.integers("permutation")` is `(1, 0)`.
+
+    Raises:
+        GraphError: there is no such attribute, or it is of another type.
+    """
+
+    __slots__ = ()
+    kind: str
+    where: str
+    attrs: tuple[tuple[str, Attr], ...]
+
+    def has(self, name: str) -> bool:
+        """Whether it has an attribute that says something."""
+        return dict(self.attrs).get(name) is not None
+
+    def attr(self, name: str) -> Attr:
+        found = dict(self.attrs)
+        if name not in found:
+            raise GraphError(f"`{self.kind}` has no attribute `{name}`.", where=self.where or None)
+        return found[name]
+
+    def flag(self, name: str) -> bool:
+        """Of what is off where nothing is said."""
+        return self.has(name) and self._of_type(name, bool, "truth value")
+
+    def integer(self, name: str) -> int:
+        return self._of_type(name, int, "whole number")
+
+    def real(self, name: str) -> float:
+        found = number(self.attr(name))
+        return self._wrong(name, "number") if found is None else found
+
+    def text(self, name: str) -> str:
+        return self._of_type(name, str, "text")
+
+    def items(self, name: str) -> tuple[Attr, ...]:
+        return self._of_type(name, tuple, "tuple")
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        found = self.items(name)
+        kept = tuple(each for each in found if isinstance(each, int))
+        return kept if len(kept) == len(found) else self._wrong(name, "tuple of whole numbers")
+
+    def _of_type(self, name: str, type_: type[_T], words: str) -> _T:
+        found = self.attr(name)
+        return found if isinstance(found, type_) else self._wrong(name, words)
+
+    def _wrong(self, name: str, words: str) -> NoReturn:
+        what = f"attribute `{name}` of `{self.kind}` is {spelled(self.attr(name))}, no {words}."
+        raise GraphError(what, where=self.where or None)
 
 
 def real(value: float) -> Attr:

@@ -17,16 +17,17 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from .attrs import Attr
 from .errors import GraphError, MeshwrightError, MismatchError, PlanError
 from .files import PLAN, read_object, read_text
 from .fingerprint import fingerprint
-from .graph import Attr, Batch, Constant, Graph, Op, Region, TensorType
+from .graph import Batch, Constant, Graph, Op, Region, TensorType
 from .mistakes import in_words
 from .plan import PLAN_VERSION, Plan
 from .plan_checks import check_plan
 from .verify import verify
 
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2  # 2: dimension numbers and precision as attributes of their own
 CHECKSUM = "checksum"
 
 # ---------------------------------------------------------------- plans

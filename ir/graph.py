@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Literal, TypeAlias
+from typing import Literal
 
-Attr: TypeAlias = "bool | int | float | str | tuple[Attr, ...] | None"
+from .attrs import Attr, Attributed
 
 ITEM_BYTES = {
     "bool": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,
@@ -71,13 +71,13 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
-class Op:
+class Op(Attributed):
     """One operation: `outputs = kind(inputs, **attrs)`.
 
-    `attrs` is a sorted tuple of (name, value), hashable and JSON-able; it is
-    enough to know the op's dim rule. `where` is the user's `file:line`.
-    `fold` gives ops at the same place of repeated layers one `tag`; in a folded
-    graph an op stands for `count` ops of the whole one.
+    `attrs` is a sorted tuple of (name, value), hashable and JSON-able, in words of no framework;
+    it is enough to know the op's dim rule. They are read by type: `op.integers("permutation")`.
+    `where` is the user's `file:line`. `fold` gives ops at the same place of repeated layers one
+    `tag`; in a folded graph an op stands for `count` ops of the whole one.
     Loops and branches are ops too. Their regions have an input for each operand, in order:
 
         scan   consts + carry + xs -> carry + ys    attrs `length`, `num_consts`, `num_carry`, `reverse`
@@ -94,18 +94,12 @@ class Op:
     tag: str = ""
     count: int = 1
 
-    def attr(self, name: str) -> Attr:
-        return dict(self.attrs)[name]
-
     @property
     def loop_inputs(self) -> tuple[int, int]:
         """How many inputs stay the same in every turn, and how many are carried on; what follows is taken in rows."""
-        attrs = dict(self.attrs)
         if self.kind == "cond":
             return len(self.inputs), 0
-        consts, carry = attrs["num_consts"], attrs["num_carry"]
-        assert isinstance(consts, int) and isinstance(carry, int)
-        return consts, carry
+        return self.integer("num_consts"), self.integer("num_carry")
 
     @property
     def returning(self) -> tuple[Region, ...]:
@@ -116,13 +110,12 @@ class Op:
         """How often a region counts: as often as it runs; of branches one alone does, the dearest."""
         if self.kind == "while":
             return TURNS
-        return int(self.attr("dearest") == number) if self.kind == "cond" else self.trips
+        return int(self.integer("dearest") == number) if self.kind == "cond" else self.trips
 
     @property
     def trips(self) -> int:
         """How often the regions run: the length of a scan, else once."""
-        length = dict(self.attrs).get("length", 1) if self.kind == "scan" else 1
-        return length if isinstance(length, int) else 1
+        return self.integer("length") if self.kind == "scan" else 1
 
 
 def deciding(op: Op) -> tuple[int, ...]:

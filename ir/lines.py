@@ -6,9 +6,8 @@ import ast
 import re
 from dataclasses import dataclass
 
-from .attrs import read_all
+from .attrs import Attr, read_all
 from .errors import GraphError
-from .graph import Attr
 
 TEXT = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""  # a string as Python writes it
 

@@ -22,6 +22,9 @@ SCHEMA = "meshwright/profile/v1"
 FILE = Kind("profile", 64 * MIB, "meshwright calibrate -o FILE", ClusterError)
 
 
+MeasuredKind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,7 +49,7 @@ class CopyPoint(_Part):
 class CollectivePoint(_Part):
     """A collective over groups of `size` devices, `stride` apart; bytes of the larger local side."""
 
-    kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+    kind: MeasuredKind
     size: int = Field(gt=1)
     stride: int = Field(gt=0)
     nbytes: float = Field(gt=0)

@@ -3,7 +3,7 @@
     in %0: f32[16, 4] 'w' donated
     in %1: f32[8, 16] 'x'
     const %2: f32[] = 0.5
-    %3: f32[8, 4] = dot_general %1 %0 (dimension_numbers=(((1,), (0,)), ((), ()))) @ 'model.py:3'
+    %3: f32[8, 4] = dot_general %1 %0 (lhs_contracting=(1,), rhs_contracting=(0,)) @ 'model.py:3'
     %6: f32[8, 4] = scan %3 (length=3, num_carry=1, num_consts=0, reverse=False) {
       in %4: f32[8, 4]
       %5: f32[8, 4] = tanh %4

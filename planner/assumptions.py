@@ -24,7 +24,7 @@ def _assumed(op: Op) -> Iterator[str]:
     elif op.kind == "while":
         yield f"how many turns it takes is not known; counted as {TURNS}"
     elif op.kind == "cond":
-        dearest, many = int(op.attr("dearest")) + 1, len(op.regions)  # type: ignore[arg-type]
+        dearest, many = op.integer("dearest") + 1, len(op.regions)
         yield f"counted as its dearest branch, number {dearest} of {many}; others as {SELDOM:.0%} of theirs"
     elif not is_counted(op):
         yield "its FLOP are not known; counted as one pass over what it reads and writes"

@@ -170,11 +170,11 @@ class _Running:
     def _moved(self, op: LocalOp, ranks: Ranks, rank: int) -> np.ndarray:
         here, many = ranks[rank], self.program.microbatches
         if op.kind == "take_microbatch":
-            dim, groups = op.number("dim"), op.number("groups")
+            dim, groups = op.integer("dim"), op.integer("groups")
             runs = np.split(here, groups * many, dim)
             return np.concatenate(runs[self.moment :: many], dim)
         if op.kind == "join_microbatches":
-            dim, groups = op.number("dim"), op.number("groups")
+            dim, groups = op.integer("dim"), op.integer("groups")
             each = [np.split(part, groups, dim) for part in here]
             return np.concatenate([each[m][g] for g in range(groups) for m in range(many)], dim)
         group = self.group(op.axes, rank)
@@ -182,16 +182,16 @@ class _Running:
         if op.kind == "keep_first":
             return here if mine == 0 else np.zeros_like(here)
         if op.kind == "local_slice":
-            return np.split(here, len(group), op.number("dim"))[mine]
+            return np.split(here, len(group), op.integer("dim"))[mine]
         if op.kind == "all_gather":
-            return np.concatenate([ranks[r] for r in group], op.number("dim"))
+            return np.concatenate([ranks[r] for r in group], op.integer("dim"))
         if op.kind == "all_to_all":
-            parts = [np.split(ranks[r], len(group), op.number("to"))[mine] for r in group]
-            return np.concatenate(parts, op.number("dim"))
+            parts = [np.split(ranks[r], len(group), op.integer("to"))[mine] for r in group]
+            return np.concatenate(parts, op.integer("dim"))
         join = JOINS[str(dict(op.attrs).get("reduction", "sum"))]
         total = reduce(join, [ranks[r] for r in group])
         scatter = op.kind == "reduce_scatter"
-        return np.split(total, len(group), op.number("dim"))[mine] if scatter else total
+        return np.split(total, len(group), op.integer("dim"))[mine] if scatter else total
 
 
 def _computed(
@@ -202,7 +202,7 @@ def _computed(
         return [np.asarray(ELEMENTWISE[op.kind](*given))]
     match op.kind:
         case "dot_general":
-            return [_product(attrs["dimension_numbers"], *given)]
+            return [_product(op, *given)]
         case "transpose":
             return [np.transpose(given[0], attrs["permutation"])]
         case "reshape":
@@ -225,8 +225,9 @@ def _computed(
     raise NotImplementedError(op.kind)
 
 
-def _product(numbers: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    (ca, cb), (ba, bb) = numbers
+def _product(op: Op, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    names = ("lhs_contracting", "rhs_contracting", "lhs_batch", "rhs_batch")
+    ca, cb, ba, bb = map(op.integers, names)
     left, right = list(range(a.ndim)), [-1] * b.ndim
     for x, y in (*zip(ca, cb, strict=True), *zip(ba, bb, strict=True)):
         right[y] = left[x]

@@ -135,12 +135,14 @@ class _Drawing:
         if not fits:
             return self.add("sin", [x], (rows, width))
         y = self.rng.choice(fits)
-        numbers = (((1,), (0,)), ((), ()))
         return self.add(
             "dot_general",
             [x, y],
             (rows, self.types[y].shape[1]),
-            dimension_numbers=numbers,
+            lhs_batch=(),
+            lhs_contracting=(1,),
+            rhs_batch=(),
+            rhs_contracting=(0,),
             precision=None,
             preferred_element_type="f32",
             out_sharding=None,

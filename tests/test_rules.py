@@ -257,6 +257,20 @@ def test_look_alikes_keep_apart():
     assert len({attrs_of("any", {"p": value}) for value in ALIKE}) == len(ALIKE)
 
 
+def test_products_say_their_precision_and_dims_in_plain_words():
+    levels, presets = [*lax.Precision], [*lax.DotAlgorithmPreset]
+    given = [None, *levels, *presets, (lax.Precision.HIGH, lax.Precision.HIGHEST)]
+    numbers = (((1,), (0,)), ((), ()))
+    found = [
+        dict(attrs_of("dot_general", {"precision": each, "dimension_numbers": numbers}))
+        for each in given
+    ]
+    assert len({attrs["precision"] for attrs in found}) == len(given)
+    assert found[2]["precision"] == "high" and found[-1]["precision"] == ("high", "highest")
+    assert found[1 + len(levels)]["precision"] == "any_any_any"
+    assert found[0]["lhs_contracting"] == (1,) and found[0]["rhs_contracting"] == (0,)
+
+
 def test_programs_are_told_apart_by_content():
     def traced(constant: float) -> Any:
         return jax.make_jaxpr(lambda x: x + np.full(3, constant, np.float32))(1.0)

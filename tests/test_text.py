@@ -25,7 +25,7 @@ TEXT = """\
 in %0: f32[16, 4] 'w' donated
 in %1: f32[8, 16] 'x'
 const %2: f32[] = -inf
-%3: f32[8, 4] = dot_general %1 %0 (dimension_numbers=(((1,), (0,)), ((), ()))) @ 'model.py:3'
+%3: f32[8, 4] = dot_general %1 %0 (lhs_contracting=(1,), rhs_contracting=(0,)) @ 'model.py:3'
 %6: f32[8, 4] = scan %3 (length=3, num_carry=1, num_consts=0, reverse=False, unroll=1) {
   in %4: f32[8, 4]
   %5: f32[8, 4] = tanh %4
@@ -191,3 +191,22 @@ def test_damaged_plans_are_refused_by_name(small_plan, tmp_path):
         load_plan(tmp_path / "nothing.json")
     with pytest.raises(PlanError, match="cannot be written"):
         save_plan(small_plan, tmp_path / "no" / "such.json")
+
+
+def test_attributes_are_read_by_name_and_type():
+    attrs = (
+        ("axes", (0, 1)),
+        ("by", "<float>2.0"),
+        ("mode", "clip"),
+        ("reverse", True),
+        ("sizes", (1, "x")),
+    )
+    op = Op("sort", (), (), attrs, where="model.py:3")
+    assert op.integers("axes") == (0, 1) and op.text("mode") == "clip" and op.real("by") == 2.0
+    assert op.flag("reverse") and not op.flag("stable") and not op.has("stable")
+    with pytest.raises(GraphError, match="attribute `mode` of `sort` is 'clip', no whole number"):
+        op.integer("mode")
+    with pytest.raises(GraphError, match=r"`sizes` of `sort` is \(1, 'x'\), no tuple of whole"):
+        op.integers("sizes")
+    with pytest.raises(GraphError, match=r"`sort` has no attribute `axis`(.|\n)*model.py:3"):
+        op.integer("axis")

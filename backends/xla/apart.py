@@ -238,7 +238,7 @@ class _Walk:
         ]
         made: list[list[int]] = [[0] * op.trips for _ in region.outputs[carry:]]
         turns = range(op.trips)
-        for k in reversed(turns) if op.attr("reverse") else turns:
+        for k in reversed(turns) if op.flag("reverse") else turns:
             ends = self._region(region, [*fixed, *state, *(row[k] for row in rows)], env)
             state = ends[:carry]
             for column, value in zip(made, ends[carry:], strict=True):

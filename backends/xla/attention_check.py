@@ -64,7 +64,7 @@ def _difference(op: Op, form: Form, run: Callable[..., list[Any]]) -> float:
         if form.rows in form.free:
             cuts[form.free[form.rows]] = Cut(rows // here - 1, rows // here)
     first = rows - sizes.get(form.rows, 1) if form.rows is not None else 0
-    body = body_of(str(op.attr("body")))
+    body = body_of(op.text("body"))
     given = [
         _numbers(n, labels, sizes, body.types[v])
         for n, (v, labels) in enumerate(zip(body.inputs, form.operands, strict=True))

@@ -43,7 +43,7 @@ def attention_kernel(
     if kernel is None or form is None:
         return None
     ways = {label: cuts[d].ways for label, d in form.free.items() if d in cuts}
-    if form.window is not None and ways.get(form.rows, 1) > 1:  # type: ignore[arg-type]
+    if form.window is not None and form.rows is not None and ways.get(form.rows, 1) > 1:
         return None
     sizes = tuple(n // ways.get(d, 1) for d, n in enumerate(form.sizes))
     at_a_time = 1 if form.rows is None else sizes[form.rows] // (2 if even else 1)

@@ -16,7 +16,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ...ir.graph import Attr, Graph, Op, Region, TensorType
+from ...ir.attrs import Attr
+from ...ir.graph import Graph, Op, Region, TensorType
 from ...ir.passes.dead import drop_dead_ops
 from ...ir.values import FreshIds
 from .params import attrs_of
@@ -84,33 +85,38 @@ class _Rewrite:
             self.numbers[result] = self.numbers[source]
 
     def _learn(self, op: Op) -> None:
-        kind, attrs = self.types[op.outputs[0]] if op.outputs else None, dict(op.attrs)
-        if kind is None or len(op.outputs) != 1:
+        if len(op.outputs) != 1:
             return
         first, result = (op.inputs or (-1,))[0], op.outputs[0]
-        if op.kind == "iota" and kind.shape[attrs["dimension"]] <= _MOST.get(kind.dtype, 1 << 31):  # type: ignore[index]
-            self.along[result] = int(attrs["dimension"])  # type: ignore[arg-type]
+        kind = self.types[result]
+        if op.kind == "iota":
+            self._learn_iota(op.integer("dimension"), result)
         elif op.kind in ("copy", "convert_element_type") and self._fits(first, kind):
             self._same(first, result)
-        elif op.kind == "concatenate" and attrs["dimension"] == kind.rank - 1:
+        elif op.kind == "concatenate" and op.integer("dimension") == kind.rank - 1:
             self.columns[result] = op
-        elif moved := self._moved(op, attrs):
+        elif moved := self._moved(op):
             self._learn_moved(op, moved)
         else:
             self._learn_choice(op)
+
+    def _learn_iota(self, dim: int, result: int) -> None:
+        kind = self.types[result]
+        if kind.shape[dim] <= _MOST.get(kind.dtype, 1 << 31):
+            self.along[result] = dim
 
     def _fits(self, value: int, kind: TensorType) -> bool:
         """Whether a type holds all that a value counts to."""
         dim, counts = self.along.get(value), kind.dtype[0] in "su"
         return counts and (dim is None or kind.shape[dim] <= _MOST.get(kind.dtype, 1 << 31))
 
-    def _moved(self, op: Op, attrs: Mapping[str, Attr]) -> Sequence[int] | None:
+    def _moved(self, op: Op) -> Sequence[int] | None:
         """Where each dim of the operand is in the result, of ops that move dims only; -1: dropped."""
         if op.kind == "broadcast_in_dim":
-            return attrs["broadcast_dimensions"]  # type: ignore[return-value]
+            return op.integers("broadcast_dimensions")
         if op.kind == "transpose":
-            order = attrs["permutation"]
-            return [order.index(d) for d in range(len(order))]  # type: ignore[union-attr, arg-type]
+            order = op.integers("permutation")
+            return [order.index(d) for d in range(len(order))]
         if op.kind not in ("reshape", "squeeze"):
             return None
         old, new = (self.types[v].shape for v in (op.inputs[0], op.outputs[0]))

@@ -21,9 +21,10 @@ import numpy as np
 from jax import lax
 
 from ...ir.analysis.branches import dearest
+from ...ir.attrs import Attr
 from ...ir.errors import CaptureError
 from ...ir.fingerprint import digest_of
-from ...ir.graph import Attr, Constant, Graph, Op, Region, TensorType
+from ...ir.graph import Constant, Graph, Op, Region, TensorType
 from ...ir.passes.dead import drop_dead_ops
 from . import compat
 from .batching_dims import with_batching_dims

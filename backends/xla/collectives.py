@@ -40,23 +40,23 @@ def _run_on_shard(
     op: LocalOp, x: jax.Array, mesh: Mesh, microbatches: int, moment: Any
 ) -> jax.Array:
     match op.kind:
-        case "all_reduce" if op.attr("reduction") != "sum":
-            return settle(x, str(op.attr("reduction")), op.axes)
+        case "all_reduce" if op.text("reduction") != "sum":
+            return settle(x, op.text("reduction"), op.axes)
         case "all_reduce":
             return move(x, [Step("all_reduce", op.axes)], mesh)
         case "all_to_all":
-            return move(x, [Step("all_to_all", op.axes, op.number("dim"), op.number("to"))], mesh)
+            return move(x, [Step("all_to_all", op.axes, op.integer("dim"), op.integer("to"))], mesh)
         case "all_gather" | "reduce_scatter" as kind:
-            return move(x, [Step(kind, op.axes, op.number("dim"))], mesh)
+            return move(x, [Step(kind, op.axes, op.integer("dim"))], mesh)
         case "local_slice":
-            return move(x, [Step("slice", op.axes, op.number("dim"))], mesh)
+            return move(x, [Step("slice", op.axes, op.integer("dim"))], mesh)
         case "keep_first":
             return jax.numpy.where(shard_index(op.axes, mesh) == 0, x, jax.numpy.zeros_like(x))
         case "take_microbatch":
-            return take_microbatch(x, op.number("dim"), moment, microbatches, op.number("groups"))
+            return take_microbatch(x, op.integer("dim"), moment, microbatches, op.integer("groups"))
         case _:
             assert op.kind == "join_microbatches"
-            return join_microbatches(x, op.number("dim"), op.number("groups"))
+            return join_microbatches(x, op.integer("dim"), op.integer("groups"))
 
 
 def take_part(x: jax.Array, dim: int, index: jax.Array | int, ways: int) -> jax.Array:

@@ -85,7 +85,7 @@ def _sampled(
 
 def held_operands(op: Op, operands: Arrays) -> list[jax.Array]:
     """Operands behind a barrier; what a kernel alone reads of the forward pass stays out of it."""
-    body = body_of(str(op.attr("body")))
+    body = body_of(op.text("body"))
     read = {v for each in body.ops for v in each.inputs} | {*body.outputs}
     at = [k for k, v in enumerate(body.inputs) if v in read]
     behind = dict(zip(at, lax.optimization_barrier(tuple(operands[k] for k in at)), strict=True))

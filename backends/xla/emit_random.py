@@ -19,7 +19,6 @@ from jax import lax
 from jax.extend.random import threefry2x32_p
 
 from ...ir.graph import Op
-from ...ir.rules.random import DRAWN
 from .compat import bind
 from .shard import Arrays, Local, Params
 
@@ -28,7 +27,7 @@ WORD = 1 << 32
 
 def drawing(op: Op) -> AbstractContextManager[Any]:
     """As it was captured: which numbers threefry draws depends on a setting of jax's, by thread."""
-    partitionable = dict(op.attrs).get("partitionable") if op.kind in DRAWN else None
+    partitionable = op.flag("partitionable") if op.has("partitionable") else None
     return (
         nullcontext() if partitionable is None else jax.threefry_partitionable(bool(partitionable))
     )

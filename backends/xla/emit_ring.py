@@ -72,10 +72,9 @@ def _sums_given(op: Op, body: Body, operands: Arrays) -> list[Any]:
     if not (many := given(op)):
         return []
     *kept, result = operands[-many - 1 :]
-    found, delta = [array.astype(widened(array.dtype)) for array in kept], op.attr("delta")
-    if isinstance(delta, tuple) and delta:
+    found, delta = [array.astype(widened(array.dtype)) for array in kept], op.integers("delta")
+    if delta:
         at, power = delta
-        assert isinstance(at, int) and isinstance(power, int)
         both = [(operands[at], body.operands[at]), (result, body.operands[-1])]
         *told, wanted = _passes(body)[-1].told
         total = spread(found[-1], told[-1], wanted, _local_sizes(found[-1], told[-1]))

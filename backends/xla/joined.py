@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
-from ...ir.graph import Attr
+from ...ir.attrs import Attr
 from . import compat
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ...ir.profile import CollectivePoint, CopyPoint, ProductPoint
+from ...ir.profile import CollectivePoint, CopyPoint, MeasuredKind, ProductPoint
 from .devices import on_cpus
 from .measure import everywhere, noise, ones, per_turn, seconds_of
 
@@ -169,7 +169,7 @@ def collectives(devices: list[Any], tell: Callable[[str], None]) -> list[Collect
 
 
 def _collective(
-    mesh: Mesh, kind: str, body: Any, size: int, stride: int, sent: int
+    mesh: Mesh, kind: MeasuredKind, body: Any, size: int, stride: int, sent: int
 ) -> CollectivePoint:
     times = max(2, min(32, (1 << 19) // sent))
     local = sent // size if kind == "all_gather" else sent
@@ -183,11 +183,11 @@ def _collective(
     )
     x = jax.device_put(jnp.ones((local * mesh.size,)), NamedSharding(mesh, spec))
     return CollectivePoint(
-        kind=kind, size=size, stride=stride, nbytes=4.0 * sent, seconds=seconds_of(step, x) / times,  # type: ignore[arg-type]
+        kind=kind, size=size, stride=stride, nbytes=4.0 * sent, seconds=seconds_of(step, x) / times,
     )  # fmt: skip
 
 
-_BODIES: dict[str, Callable[[Any, int], Any]] = {
+_BODIES: dict[MeasuredKind, Callable[[Any, int], Any]] = {
     "all_reduce": lambda x, n: lax.psum(x, "g") / n,
     "all_gather": lambda x, n: lax.optimization_barrier(lax.all_gather(x, "g", tiled=True))[
         : x.shape[0]

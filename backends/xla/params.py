@@ -5,7 +5,9 @@
 Equal attributes mean equal parameters, so a backend may key its binding by them:
 
     dtype                  its short name, "bf16"; "<key>key<fry>" for PRNG keys
-    enum                   "Class.NAME"; what an index out of range does: "clip", "fill_or_drop", "promise_in_bounds"
+    dimension numbers      an attribute for each field, as StableHLO has them: `lhs_contracting`, `start_index_map`, ...
+    enum                   "Class.NAME"; what an index out of range does: "clip", "fill_or_drop", "promise_in_bounds";
+                           precision of products: "high", or an algorithm, "bf16_bf16_f32"
     named tuple            a plain tuple of its fields
     float                  itself; integral, negative zero or not finite: "<float>2.0", "<float>nan"
                            (Python calls 2.0 == 2 == True equal; attributes must not)
@@ -29,9 +31,8 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
-from ...ir.attrs import real
-from ...ir.graph import Attr
-from ...ir.ops import INDEXED
+from ...ir.attrs import Attr, real
+from ...ir.ops import CONTRACTIONS, INDEXED
 from ...ir.rules.random import DRAWN
 from .compat import is_vacant
 from .user_kernels import UserFunction
@@ -55,15 +56,51 @@ def dtype_name(dtype: Any) -> str:
 
 def attrs_of(primitive_name: str, params: Mapping[str, Any]) -> tuple[tuple[str, Attr], ...]:
     """The parameters of one equation of `primitive_name`, sorted by name."""
+    fields = dict[str, Any]()
+    for name, value in params.items():
+        fields |= _numbers(primitive_name, name, value) or {name: value}
     return tuple(
-        sorted((name, _field(primitive_name, name, value)) for name, value in params.items())
+        sorted((name, _field(primitive_name, name, value)) for name, value in fields.items())
     )
+
+
+def _numbers(kind: str, name: str, value: Any) -> dict[str, Any]:
+    """Dimension numbers by name; nothing of other parameters."""
+    if name == "ragged_dot_dimension_numbers":
+        return {
+            **_numbers("dot_general", "dimension_numbers", value.dot_dimension_numbers),
+            "lhs_ragged_dimensions": tuple(value.lhs_ragged_dimensions),
+            "rhs_group_dimensions": tuple(value.rhs_group_dimensions),
+        }
+    if name != "dimension_numbers":
+        return {}
+    if kind == "dot_general":
+        (left, right), (left_batch, right_batch) = value
+        return {
+            "lhs_contracting": tuple(left), "rhs_contracting": tuple(right),
+            "lhs_batch": tuple(left_batch), "rhs_batch": tuple(right_batch),
+        }  # fmt: skip
+    return value._asdict() if hasattr(value, "_asdict") else {}
 
 
 def _field(kind: str, name: str, value: Any) -> Attr:
     """A parameter in words of no framework, where there are some."""
     if kind in INDEXED and isinstance(value, jax.lax.GatherScatterMode):
         return value.name.lower()
+    if kind in CONTRACTIONS and name == "precision":
+        return _precision(value)
+    return _attr(value)
+
+
+def _precision(value: Any) -> Attr:
+    """A level, one for each operand, or an algorithm, which has types in its name."""
+    if isinstance(value, tuple):
+        return tuple(map(_precision, value))
+    if isinstance(value, jax.lax.Precision):
+        return value.name.lower()
+    if isinstance(value, jax.lax.DotAlgorithmPreset):
+        own = value is not jax.lax.DotAlgorithmPreset.DEFAULT  # which leaves it to the types
+        return value.name.lower() if own else "any_any_any"
     return _attr(value)
 
 

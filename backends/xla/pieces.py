@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from jax import lax
 
-from ...ir.graph import Attr, Constant, Op, TensorType
+from ...ir.attrs import Attr
+from ...ir.graph import Constant, Op, TensorType
 from ...ir.ops import ELEMENTWISE
 from ...ir.values import FreshIds
 from .capture import Bound

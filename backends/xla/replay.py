@@ -78,7 +78,7 @@ class Walk:
 
     def op(self, op: Op, operands: Sequence[Any]) -> Sequence[Any]:
         if op.kind in COMPOSITES:
-            return replace(self, graph=body_of(str(op.attr("body"))), arrays={})(*operands)
+            return replace(self, graph=body_of(op.text("body")), arrays={})(*operands)
         if op.kind == LSE:
             return [log_of_sum(*operands)]
         rule = rule_of(op, self.graph.types)
@@ -102,8 +102,7 @@ class Walk:
         )
 
     def scan(self, op: Op, operands: Sequence[Any], env: Env) -> Sequence[Any]:
-        region, attrs = op.regions[0], dict(op.attrs)
-        consts, carry = op.loop_inputs
+        (region,), (consts, carry) = op.regions, op.loop_inputs
         first_xs = consts + carry
 
         def body(state: Sequence[Any], xs: Sequence[Any]) -> tuple[Any, Any]:
@@ -115,8 +114,8 @@ class Walk:
             tuple(operands[consts:first_xs]),
             tuple(operands[first_xs:]),
             length=op.trips,
-            reverse=bool(attrs["reverse"]),
-            unroll=int(attrs["unroll"]),  # type: ignore[arg-type]
+            reverse=op.flag("reverse"),
+            unroll=op.integer("unroll"),
         )
         return (*final, *stacked)
 

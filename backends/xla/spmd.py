@@ -193,11 +193,11 @@ class Running:
             case "cond":
                 return self._cond(op, operands)
             case "scaled":
-                return [_scaled(operands[0], operands[1], op.attr("by") == "div")]
+                return [_scaled(operands[0], operands[1], op.text("by") == "div")]
             case "estimated":
-                return [operands[0] * op.number("microbatches")]
+                return [operands[0] * op.integer("microbatches")]
             case "averaged":
-                return [operands[0] / op.number("microbatches")]
+                return [operands[0] / op.integer("microbatches")]
         return self.computed(op, operands)
 
     def _apart(self, found: list[Any]) -> list[Any]:
@@ -278,7 +278,7 @@ class Running:
 
     def _scan(self, op: LocalOp, given: Sequence[Any]) -> Sequence[Any]:
         [region] = op.regions
-        consts, carry = op.number("num_consts"), op.number("num_carry")
+        consts, carry = op.integer("num_consts"), op.integer("num_carry")
         first = consts + carry
 
         def body(state: Sequence[Any], rows: Sequence[Any]) -> tuple[Any, Any]:
@@ -287,13 +287,13 @@ class Running:
 
         final, pieces = lax.scan(
             body, tuple(given[consts:first]), tuple(given[first:]),
-            length=op.number("length"), reverse=bool(dict(op.attrs).get("reverse", False)),
+            length=op.integer("length"), reverse=op.flag("reverse"),
         )  # fmt: skip
         return (*final, *pieces)
 
     def _while(self, op: LocalOp, given: Sequence[Any]) -> Sequence[Any]:
         whether, turn = op.regions
-        consts = op.number("num_consts")
+        consts = op.integer("num_consts")
         fixed = given[:consts]
         return lax.while_loop(
             lambda state: self._region(whether, (*fixed, *state), self.constants)[0],

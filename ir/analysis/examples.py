@@ -58,7 +58,7 @@ class Examples:
 
     def _composite(self, op: Op) -> None:
         """Follow what it stands for."""
-        body = body_of(str(op.attr("body")))
+        body = body_of(op.text("body"))
         within = Examples(body.types)
         for value, inside in zip(op.inputs, body.inputs, strict=True):
             if value in self.depends:

@@ -83,9 +83,7 @@ class Masks:
         """Of ops that take an element from elsewhere, choose or convert it."""
         source = self.types[op.inputs[0]] if op.inputs else None
         if op.kind == "iota":
-            dim = op.attr("dimension")
-            assert isinstance(dim, int)
-            return places[dim]
+            return places[op.integer("dimension")]
         if source is None:
             raise Unknown
         if op.kind == "convert_element_type":
@@ -94,10 +92,10 @@ class Masks:
             which, no, yes = (self._beside(v, places) for v in op.inputs)
             return chosen(which, yes, no)
         if op.kind == "broadcast_in_dim":
-            at = [places[d] for d in _integers(op, "broadcast_dimensions")]
+            at = [places[d] for d in op.integers("broadcast_dimensions")]
             return self.at(op.inputs[0], tuple(at))
         if op.kind == "transpose":
-            order = _integers(op, "permutation")
+            order = op.integers("permutation")
             return self.at(op.inputs[0], tuple(places[order.index(d)] for d in range(source.rank)))
         if op.kind in ("reshape", "squeeze"):
             return self.at(
@@ -151,12 +149,6 @@ def _candidates(
     if len(shape) > 1:
         yield np.tril(np.ones(shape, dtype)), lambda at: np.greater_equal(at[-2], at[-1])
         yield np.triu(np.ones(shape, dtype), 1), lambda at: np.less(at[-2], at[-1])
-
-
-def _integers(op: Op, name: str) -> tuple[int, ...]:
-    found = op.attr(name)
-    assert isinstance(found, tuple)
-    return tuple(n for n in found if isinstance(n, int))
 
 
 def _reshaped(places: Index, shape: Sequence[int], source: Sequence[int]) -> Index:

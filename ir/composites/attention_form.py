@@ -103,7 +103,7 @@ def form_of(op: Op) -> Form:
     Raises:
         Unreadable: kernels do not compute this.
     """
-    found = _form(op.kind == BACKWARD, str(op.attr("body")), op.attr("operands"), len(op.inputs))
+    found = _form(op.kind == BACKWARD, op.text("body"), op.attr("operands"), len(op.inputs))
     if isinstance(found, str):
         raise Unreadable(found)
     return found
@@ -119,13 +119,12 @@ def _form(backward: bool, text: str, operands: Any, given: int) -> Form | str:
 
 def with_residuals(forward: Op, backward: Op, types: Mapping[int, TensorType]) -> Op:
     """The gradient that takes results of the forward pass too. Its body makes them anew."""
-    body = parse(str(backward.attr("body")))
+    body = parse(backward.text("body"))
     new = (max(body.types) + 1, max(body.types) + 2)
     kinds = dict(zip(new, (types[v] for v in forward.outputs), strict=True))
     grown = replace(body, types={**body.types, **kinds}, inputs=(*body.inputs, *new))
-    attrs = dict(backward.attrs)
-    told = attrs["operands"], dict(forward.attrs)["results"]
-    attrs |= {"body": show(grown), "operands": (*told[0], *told[1])}  # type: ignore[misc]
+    sides = (*backward.items("operands"), *forward.items("results"))
+    attrs = {**dict(backward.attrs), "body": show(grown), "operands": sides}
     return replace(
         backward, inputs=(*backward.inputs, *forward.outputs), attrs=tuple(sorted(attrs.items()))
     )

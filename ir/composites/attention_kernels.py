@@ -42,7 +42,7 @@ def form_for(op: Op, kernel: AttentionKernel | None) -> Form | None:
 
 def reason_against(op: Op, kernel: AttentionKernel) -> str | None:
     """Why a kernel does not run a composite; None where it does."""
-    if "round" in dict(op.attrs):
+    if op.has("round"):
         return "keys that may go round"
     try:
         form = form_of(op)

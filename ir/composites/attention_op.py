@@ -20,8 +20,9 @@ from typing import Literal
 
 from ..analysis.attention import Attention, attentions
 from ..analysis.dealt import complete, followed
+from ..attrs import Attr
 from ..cluster.cluster import Cluster
-from ..graph import Attr, Graph, Op, TensorType
+from ..graph import Graph, Op, TensorType
 from ..text import show
 from .attention_form import LSE, Unreadable, form_of, with_residuals
 from .attention_kernels import has_kernels

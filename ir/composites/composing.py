@@ -16,7 +16,8 @@ from typing import Generic, TypeVar
 from ..analysis.dealt import Parts, followed, spread
 from ..analysis.links import Links
 from ..analysis.softmax import Softmax
-from ..graph import Attr, Constant, Graph, Op
+from ..attrs import Attr
+from ..graph import Constant, Graph, Op
 from ..ops import CONTRACTIONS
 from ..passes.dead import drop_dead_ops
 from ..text import show

@@ -11,7 +11,8 @@ from ..analysis.cross_entropy import CrossEntropy
 from ..analysis.dealt import Parts
 from ..analysis.key_spans import KeySpans, may_leave_out
 from ..analysis.softmax import Softmax
-from ..graph import Attr, Op
+from ..attrs import Attr
+from ..graph import Op
 from ..rules import rule_of
 from ..rules.rule import NONE, Rule, cuttable
 from .bodies import LOSS

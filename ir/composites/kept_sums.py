@@ -21,7 +21,8 @@ from functools import cached_property
 from itertools import count
 from typing import Any
 
-from ..graph import Attr, Graph, Op, TensorType
+from ..attrs import Attr
+from ..graph import Graph, Op, TensorType
 from ..ops import COMPOSITES, FORWARDING
 from ..text import show
 from .bodies import BACKWARD, body_of
@@ -46,7 +47,7 @@ class _Keeping:
         for op in ops:
             regions = tuple(replace(r, ops=tuple(self.ops(r.ops))) for r in op.regions)
             op = replace(op, regions=regions) if regions else op
-            if op.kind in COMPOSITES and "ring" in dict(op.attrs):
+            if op.kind in COMPOSITES and op.has("ring"):
                 op = replace(op, attrs=tuple(sorted({**dict(op.attrs), "round": True}.items())))
                 if op.kind == BACKWARD:
                     op = self._given(op, found, forwards)

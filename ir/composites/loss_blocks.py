@@ -63,8 +63,7 @@ def blocks_of(op: Op, tokens: int, classes: int) -> int:
 
 def tokens_in(op: Op) -> int:
     """How many tokens there are, of a loss whose vocabulary may be cut."""
-    sizes, vocabulary = op.attr("sizes"), op.attr("vocabulary")
-    return logits_in(op) // cast(tuple[int, ...], sizes)[cast(int, vocabulary)]
+    return logits_in(op) // op.integers("sizes")[op.integer("vocabulary")]
 
 
 def hidden_in(op: Op) -> int:
@@ -79,9 +78,8 @@ def is_of_tokens(op: Op, result: int) -> bool:
 
 
 def _has_tokens(op: Op, sides: str, k: int) -> bool:
-    attrs = dict(op.attrs)
-    vocabulary, sizes = attrs.get("vocabulary"), cast(tuple[int, ...], attrs["sizes"])
-    told = cast(tuple[tuple[tuple[int, ...], ...], ...], attrs[sides])[k]
+    vocabulary, sizes = dict(op.attrs).get("vocabulary"), op.integers("sizes")
+    told = cast(tuple[tuple[int, ...], ...], op.items(sides)[k])
     named = {d for dim in told for d in dim}
     wanted = {d for d, size in enumerate(sizes) if size > 1 and d != vocabulary}
     return named >= wanted and vocabulary not in named
@@ -89,4 +87,4 @@ def _has_tokens(op: Op, sides: str, k: int) -> bool:
 
 def _body(op: Op) -> Graph:
     assert op.kind in LOSSES
-    return body_of(str(op.attr("body")))
+    return body_of(op.text("body"))

@@ -21,7 +21,8 @@ from functools import cached_property
 from typing import Literal
 
 from ..analysis.cross_entropy import CrossEntropy, Step, cross_entropies
-from ..graph import Attr, Graph, Op
+from ..attrs import Attr
+from ..graph import Graph, Op
 from .bodies import BOTH, LOSS, LOSS_GRAD
 from .composing import Body, Refused, Rewrite, rewritten
 from .cuts import LossCuts

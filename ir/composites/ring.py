@@ -53,8 +53,7 @@ class Ring:
 
 def ring_of(op: Op, ways: int) -> Ring:
     """The ring of a composite whose rows and keys are cut so many ways."""
-    attrs = dict(op.attrs)
-    rows = cast(tuple[int, ...], attrs["sizes"])[cast(int, attrs["ring"])]
+    attrs, rows = dict(op.attrs), op.integers("sizes")[op.integer("ring")]
     spans, blocks = cast(Spans, attrs.get("spans", ((0, 1),))), cast(int, attrs.get("blocks", 1))
     return _ring(spans, blocks, ways, halves_go_round(attrs, rows))
 
@@ -82,7 +81,7 @@ def passes(op: Op) -> int:
 
 def given(op: Op) -> int:
     """How many maxima and sums gradients are given, their last operands but one, which is the result."""
-    return cast(int, dict(op.attrs).get("given", 0))
+    return op.integer("given") if op.has("given") else 0
 
 
 def first_ops(op: Op) -> tuple[Op, ...]:
@@ -120,9 +119,8 @@ def _body(
 
 
 def _travels(op: Op, ring: Ring) -> tuple[Travel, ...]:
-    attrs, found = dict(op.attrs), list[Travel]()
-    keys, rows = len(cast(tuple[int, ...], attrs["sizes"])), cast(int, attrs["ring"])
-    sides = (*cast(tuple[Any, ...], attrs["operands"]), *cast(tuple[Any, ...], attrs["results"]))
+    found, keys, rows = list[Travel](), len(op.integers("sizes")), op.integer("ring")
+    sides: tuple[Any, ...] = (*op.items("operands"), *op.items("results"))
     result = len(op.inputs) - 1 if given(op) else None  # what it and do come to is sent instead
     for side, dims in enumerate(sides):
         if side == result:
@@ -133,7 +131,7 @@ def _travels(op: Op, ring: Ring) -> tuple[Travel, ...]:
             twice = passes(op) == 2 and side in first_reads(op)
             hops = ring.steps if made else (ring.steps - 1) * (2 if twice else 1)
         halves = int(ring.partners is not None and (by_rows or by_keys))
-        if given(op) and attrs["delta"] and result is not None and side == result - 1:
+        if given(op) and op.integers("delta") and result is not None and side == result - 1:
             halves *= 2  # as large as the last sum
         if hops or halves:
             found.append(Travel(side, hops, halves, made and by_keys and not by_rows))

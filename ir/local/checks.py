@@ -128,8 +128,8 @@ class _Check:
         layout, attrs = held.sharding, dict(op.attrs)
         match op.kind:
             case "take_microbatch" if held.time is None:
-                return replace(held, time=op.number("dim"))
-            case "join_microbatches" if held.time == op.number("dim") + 1 and not layout.dims[0]:
+                return replace(held, time=op.integer("dim"))
+            case "join_microbatches" if held.time == op.integer("dim") + 1 and not layout.dims[0]:
                 whole = replace(held.whole, shape=held.whole.shape[1:])
                 return Shard(whole, Sharding(layout.dims[1:], layout.partial), held.reduction)
             case "take_microbatch" | "join_microbatches":

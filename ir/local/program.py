@@ -22,8 +22,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..attrs import spelled_all
-from ..graph import Attr, Constant, Op, TensorType
+from ..attrs import Attr, Attributed, spelled_all
+from ..graph import Constant, Op, TensorType
 from ..mesh import Mesh
 from ..rules import rule_of
 from ..rules.rule import Rule
@@ -76,7 +76,7 @@ class LocalRegion:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalOp:
+class LocalOp(Attributed):
     """One op on shards.
 
     An op of the graph has its `kind` and `attrs`; `joint` names axes whose devices work it out together ("ring": keys
@@ -108,21 +108,12 @@ class LocalOp:
     reader: str = ""
     count: int = 1
 
-    def attr(self, name: str) -> Attr:
-        return dict(self.attrs)[name]
-
     @property
     def axes(self) -> tuple[str, ...]:
         """Of a collective."""
         axes = self.attr("axes")
         assert isinstance(axes, tuple)
         return tuple(map(str, axes))
-
-    def number(self, name: str) -> int:
-        """An attribute that is an int."""
-        found = self.attr(name)
-        assert isinstance(found, int)
-        return found
 
     @property
     def whole(self) -> Op:

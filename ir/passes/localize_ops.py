@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from ..graph import Attr, Op, Region, TensorType
+from ..attrs import Attr
+from ..graph import Op, Region, TensorType
 from ..local.program import (
     BARRIER,
     MICROBATCHES,

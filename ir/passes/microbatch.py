@@ -404,9 +404,8 @@ class _Flow:
 
 def _is_looked_up(op: Op, rule: Rule, number: int) -> bool:
     """Whether ids choose places along this factor: a shard does not hold neighbours then."""
-    numbers = op.attr("dimension_numbers")
-    assert isinstance(numbers, tuple) and isinstance(numbers[2], tuple)
-    return any(number in rule.operands[0][d] for d in numbers[2] if isinstance(d, int))
+    chosen = "start_index_map" if op.kind == "gather" else "scatter_dims_to_operand_dims"
+    return any(number in rule.operands[0][d] for d in op.integers(chosen))
 
 
 def _leading(factors: tuple[Factor, ...], dim: tuple[int, ...]) -> int | None:

@@ -11,7 +11,8 @@ from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
-from ..graph import Attr, Op, TensorType
+from ..attrs import Attr
+from ..graph import Op, TensorType
 from . import (
     composite,
     contraction,

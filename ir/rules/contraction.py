@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ..graph import Attr
-from .factors import Call, Dims, Factors, attr_tuple, integers, require, rule_for
+from .factors import Call, Dims, Factors, require, rule_for
 from .rule import Dim, Rule
+
+_PAIRS = ("lhs_contracting", "rhs_contracting", "lhs_batch", "rhs_batch")
 
 
 @rule_for("dot_general")
@@ -13,7 +14,7 @@ def dot_general(call: Call) -> Rule:
 
     [b, m, k] · [b, k, n] -> [b, m, n]
     """
-    (left_sum, right_sum), (left_batch, right_batch) = _pairs(call.attrs["dimension_numbers"])
+    left_sum, right_sum, left_batch, right_batch = map(call.integers, _PAIRS)
     factors = Factors()
     left: dict[int, Dim] = {}
     right: dict[int, Dim] = {}
@@ -38,11 +39,6 @@ def _ordered(dims: dict[int, Dim]) -> Dims:
     return tuple(dims[d] for d in range(len(dims)))
 
 
-def _pairs(value: Attr) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
-    summed, batch = attr_tuple(value)
-    return tuple(map(integers, attr_tuple(summed))), tuple(map(integers, attr_tuple(batch)))
-
-
 @rule_for("ragged_dot_general")
 def ragged_dot_general(call: Call) -> Rule:
     """Grouped matmul (experts): rows are parallel, groups too, or summed where all rows come out; sizes are whole.
@@ -50,9 +46,8 @@ def ragged_dot_general(call: Call) -> Rule:
     lhs [m, k], rhs [g, k, n], group_sizes [g] -> [m, n]   m ragged: k and g reduced (others' rows are 0)
     lhs [m, k], rhs [m, n],    group_sizes [g] -> [g, k, n]   m ragged and contracted: m reduced
     """
-    _, dot, ragged, groups = attr_tuple(call.attrs["ragged_dot_dimension_numbers"])
-    (left_sum, right_sum), (left_batch, right_batch) = _pairs(dot)
-    ragged, groups = integers(ragged), integers(groups)
+    left_sum, right_sum, left_batch, right_batch = map(call.integers, _PAIRS)
+    ragged, groups = map(call.integers, ("lhs_ragged_dimensions", "rhs_group_dimensions"))
     require(not left_batch and not right_batch and len(ragged) == 1 and call.operands[2].rank == 1)
     require(len(call.operands) == 3 and call.attrs.get("group_offset") is None)
     factors, many = Factors(), call.operands[2].shape[0]
@@ -77,7 +72,7 @@ def conv_general_dilated(call: Call) -> Rule:
     Weight and input gradients are convolutions with permuted dims, so the same
     rule gives them theirs: a weight gradient sums over the images.
     """
-    x, w, y = call.tuples("dimension_numbers")
+    x, w, y = map(call.integers, ("lhs_spec", "rhs_spec", "out_spec"))
     (x_shape, w_shape), y_shape = (kind.shape for kind in call.operands), call.results[0].shape
     by_feature, by_batch = call.integer("feature_group_count"), call.integer("batch_group_count")
     require(1 in (by_feature, by_batch))

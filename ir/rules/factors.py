@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..graph import Attr, TensorType
+from ..attrs import Attr
+from ..graph import TensorType
 from ..ops import linear_in
 from .rule import Dim, Factor, Rule
 

@@ -52,8 +52,17 @@ class Window:
         return [d for d in range(rank) if d not in inside]
 
 
+_GATHER = (
+    "offset_dims", "collapsed_slice_dims", "start_index_map", "operand_batching_dims", "start_indices_batching_dims",
+)  # fmt: skip
+_SCATTER = (
+    "update_window_dims", "inserted_window_dims", "scatter_dims_to_operand_dims", "operand_batching_dims",
+    "scatter_indices_batching_dims",
+)  # fmt: skip
+
+
 def gather_window(call: Call) -> Window:
-    offsets, collapsed, chosen, batching, index_batching = call.tuples("dimension_numbers")
+    offsets, collapsed, chosen, batching, index_batching = map(call.integers, _GATHER)
     gone = {*collapsed, *batching}
     kept = [d for d in range(call.operands[0].rank) if d not in gone]
     window = dict(zip(kept, sorted(offsets), strict=True))
@@ -62,7 +71,7 @@ def gather_window(call: Call) -> Window:
 
 
 def scatter_window(call: Call) -> Window:
-    offsets, inserted, chosen, batching, index_batching = call.tuples("dimension_numbers")
+    offsets, inserted, chosen, batching, index_batching = map(call.integers, _SCATTER)
     gone = {*inserted, *batching}
     kept = [d for d in range(call.operands[0].rank) if d not in gone]
     window = dict(zip(kept, sorted(offsets), strict=True))

@@ -35,9 +35,9 @@ def attention_seconds(
         model: has the kernel, if one.
     """
     pairs = pairs_kept(op) * flop
-    kernel = None if "round" in dict(op.attrs) else model.attention_kernel
+    kernel = None if op.has("round") else model.attention_kernel
     if kernel and reason_against(op, kernel):
-        moved = device.stream_seconds(pairs_kept(op) * _scores_moved(str(op.attr("body"))))
+        moved = device.stream_seconds(pairs_kept(op) * _scores_moved(op.text("body")))
         return pairs / (peak * device.efficiency) + moved
     return products_made(op, kernel) * pairs / (peak * device.attention_efficiency)
 
@@ -46,7 +46,7 @@ def attention_tail(op: Op, device: Device, work: np.ndarray) -> np.ndarray | flo
     """By what factor it outlasts its work spread evenly over all multiprocessors: all but its keys are free."""
     if device.units is None:
         return 1.0
-    rows = prod(n for n in op.attr("sizes") if isinstance(n, int))  # type: ignore[union-attr]
+    rows = prod(op.integers("sizes"))
     return 1 + device.units * ROWS * work / rows * keys_at_most(op) / pairs_kept(op) / 2
 
 

@@ -46,7 +46,7 @@ def flop(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> float:
     if op.kind in DECOMPOSITIONS:
         return _decomposition(op, types)
     if op.kind in COMPOSITES:
-        return _products_within(str(op.attr("body")))
+        return _products_within(op.text("body"))
     told = told_cost(op)
     return told[0] if told else float(sum(types[v].size for v in op.outputs))
 
@@ -54,7 +54,7 @@ def flop(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> float:
 def told_cost(op: Op) -> tuple[float, float] | None:
     """FLOP and bytes moved, where the kernel's author wrote them down (exponentials count as one each)."""
     if op.kind == USERS:
-        return float(op.attr("flop")), float(op.attr("nbytes"))  # type: ignore[arg-type]
+        return op.real("flop"), op.real("nbytes")
     told = dict(op.attrs).get("cost_estimate")
     if not isinstance(told, tuple) or len(told) < 4 or told[0] != "<CostEstimate>":
         return None
@@ -86,32 +86,25 @@ def _products_within(body: str) -> float:
 
 def _columns(op: Op, types: Mapping[int, TensorType]) -> int:
     """Columns of a grouped product: dims of its second operand that the first has no part in."""
-    numbers = op.attr("ragged_dot_dimension_numbers")
-    assert isinstance(numbers, tuple)
-    (_, summed), (_, batch) = numbers[1]  # type: ignore[misc]
-    shared = {*summed, *batch, *numbers[3]}  # type: ignore[misc]
+    shared = {
+        d
+        for name in ("rhs_contracting", "rhs_batch", "rhs_group_dimensions")
+        for d in op.integers(name)
+    }
     return prod(size for d, size in enumerate(types[op.inputs[1]].shape) if d not in shared)
 
 
 def _convolution_terms(op: Op, types: Mapping[int, TensorType]) -> float:
     """Output elements times kernel elements per output feature, less what dilation skips."""
     kernel, result = types[op.inputs[1]], types[op.outputs[0]]
-    numbers = dict(op.attrs)["dimension_numbers"]
-    out_feature = kernel.shape[numbers[1][0]]  # type: ignore[index]
-    dilation = dict(op.attrs).get("lhs_dilation") or ()
-    holes = prod(d for d in dilation if isinstance(d, int))  # type: ignore[union-attr]
-    return result.size * kernel.size / out_feature / holes
+    out_feature = kernel.shape[op.integers("rhs_spec")[0]]
+    return result.size * kernel.size / out_feature / prod(op.integers("lhs_dilation"))
 
 
 def _decomposition(op: Op, types: Mapping[int, TensorType]) -> float:
     first = types[op.inputs[0]]
     if op.kind == "fft":
-        lengths = dict(op.attrs).get("fft_lengths")
-        points = (
-            prod(n for n in lengths if isinstance(n, int))
-            if isinstance(lengths, tuple)
-            else first.size
-        )
+        points = prod(op.integers("fft_lengths"))
         return 5.0 * max(first.size, types[op.outputs[0]].size) * log2(max(points, 2))
     rows, columns = first.shape[-2:] if first.rank > 1 else (first.size, 1)
     many, short = prod(first.shape[:-2]), min(rows, columns)

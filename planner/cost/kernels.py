@@ -290,8 +290,7 @@ def _ends_chain(op: Op, types: Mapping[int, TensorType]) -> bool:
     """A reduction over leading dims, or of everything to one number."""
     if op.kind not in REDUCTIONS:
         return False
-    shape, axes = types[op.inputs[0]].shape, dict(op.attrs).get("axes")
-    dims = set(axes) if isinstance(axes, tuple) else set()
+    shape, dims = types[op.inputs[0]].shape, {*op.integers("axes")}
     long = [d for d, size in enumerate(shape) if size > 1]
     over = [d for d in long if d in dims]
     return bool(over) and (len(over) == len(long) or over != long[-len(over) :])

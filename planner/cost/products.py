@@ -63,14 +63,15 @@ def multiplied_as(
 ) -> str:
     """The element type in which a contraction's operands are multiplied.
 
-    One that names an algorithm says it: BF16_BF16_F32 is bf16. Where the backend multiplies f32 in tf32, it does on
+    One that names an algorithm says it: bf16_bf16_f32 is bf16. Where the backend multiplies f32 in tf32, it does on
     devices that have that, unless a higher precision is asked for.
     """
-    dtype, asked = types[op.inputs[0]].dtype, str(dict(op.attrs).get("precision"))
-    if "DotAlgorithmPreset." in asked:
-        named = asked.rpartition("DotAlgorithmPreset.")[2].partition("_")[0].lower()
+    dtype, asked = types[op.inputs[0]].dtype, op.attr("precision") if op.has("precision") else None
+    if isinstance(asked, str) and "_" in asked:
+        named = asked.partition("_")[0]
         return named if named in ("bf16", "f16", "tf32", "f32") else dtype
-    default = dtype == "f32" and model.f32_as_tf32 and "HIGH" not in asked
+    levels = {*asked} if isinstance(asked, tuple) else {asked}
+    default = dtype == "f32" and model.f32_as_tf32 and levels.isdisjoint({"high", "highest"})
     return "tf32" if default and "tf32" in device.peak_flops else dtype
 
 

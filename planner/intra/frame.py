@@ -170,7 +170,7 @@ class Frame:
         op, rule, taken = group[0].op, group[0].rule, self.taken[group[0].op.tag]
         timed = np.array(group[0].timed)
         settles = any(factor.reduction not in ("", "sum") for factor in rule.factors)
-        settles = settles or bool(rule.joints) or "joined" in dict(op.attrs)
+        settles = settles or bool(rule.joints) or op.has("joined")
         return CostClass(
             [s.op.tag for s in group],
             form,

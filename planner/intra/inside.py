@@ -47,7 +47,7 @@ def sent_inside(op: Op, rule: Rule, strategy: Strategy, mesh: Mesh) -> list[Sent
         if axes := _axes(strategy.axes, number, mesh):
             sent = _round if joint.how == "ring" else _exchanged
             found += sent(op, rule, joint, axes, mesh)
-    if "joined" in dict(op.attrs):
+    if op.has("joined"):
         found += _joined(op, strategy, mesh)
     return found
 
@@ -123,8 +123,7 @@ def _round(op: Op, rule: Rule, joint: Joint, axes: tuple[str, ...], mesh: Mesh) 
 def _joined(op: Op, strategy: Strategy, mesh: Mesh) -> list[Sent]:
     """What devices that share a vocabulary bring together, in fp32: one number per token and value, so of each number
     of the hidden states a share."""
-    vocabulary, joined = op.attr("vocabulary"), op.attr("joined")
-    assert isinstance(vocabulary, int) and isinstance(joined, int)
+    vocabulary, joined = op.integer("vocabulary"), op.integer("joined")
     axes = _axes(strategy.axes, vocabulary, mesh)
     if not axes or not joined:
         return []

@@ -183,7 +183,7 @@ def outline_of(program: Program, cut: bool) -> Outline:
 
 def _round(op: Op, rule: Rule) -> tuple[int, ...]:
     """Factors that may be cut with keys alone, which are asked to go round."""
-    joints = rule.joints if "round" in dict(op.attrs) else ()
+    joints = rule.joints if op.has("round") else ()
     return tuple(f for joint in joints for f in joint.factors)
 
 

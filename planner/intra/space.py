@@ -295,9 +295,9 @@ class _Prices:
         if self.space.microbatches > 1 and alike.timed.any():
             work = work * self.space.microbatches
         chosen, launches = self.space.strategies[op.tag], 1.0
-        if not self.dealt and "rows" in dict(op.attrs):
+        if not self.dealt and op.has("rows"):
             work = work / np.array([unevenness(op, alike.rule, s, self.space.mesh) for s in chosen])
-        if "ring" in dict(op.attrs):
+        if op.has("ring"):
             rings = [ring_work(op, alike.rule, s, self.space.mesh) for s in chosen]
             work = work / np.array([more for more, _ in rings])
             launches = np.array([many for _, many in rings])

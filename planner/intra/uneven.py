@@ -18,7 +18,7 @@ from .inside import ring_under
 
 def unevenness(op: Op, rule: Rule, strategy: Strategy, mesh: Mesh) -> float:
     """Where masks leave keys out; 1 for a ring, which is told by `ring_work`."""
-    rows, codes = op.attr("rows"), strategy.axes
+    rows, codes = op.integer("rows"), strategy.axes
     joints = [joint.how for code in codes if (joint := rule.joint(code)) is not None]
     if "ring" in joints:
         return 1.0
@@ -32,7 +32,7 @@ def ring_work(op: Op, rule: Rule, strategy: Strategy, mesh: Mesh) -> tuple[float
     ring = ring_under(op, rule, strategy, mesh)
     if ring is None:
         return 1.0, 1
-    often, graph = passes(op), body_of(str(op.attr("body")))
+    often, graph = passes(op), body_of(op.text("body"))
     found = [
         sum(flop(o, rule_of(o, graph.types), graph.types) for o in ops if o.kind in CONTRACTIONS)
         for ops in (graph.ops, first_ops(op) if often > 1 else ())

@@ -454,7 +454,7 @@ def _held_within(op: Op, model: ExecutionModel) -> tuple[tuple[int, int], ...]:
 
     Leaves out: devices that share so much of the vocabulary that one block has all their logits hold less.
     """
-    graph, logits, hidden = body_of(str(op.attr("body"))), logits_in(op), hidden_in(op)
+    graph, logits, hidden = body_of(op.text("body")), logits_in(op), hidden_in(op)
     alone = Program(graph, ("forward",) * len(graph.ops), Refusal("a body", op.where))
     lives = lifetimes(alone, 1, {}, storage_of(alone, model))
     large = [v for v in lives.causes if graph.types[v].size >= logits and v not in graph.inputs]

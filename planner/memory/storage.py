@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ...ir.execution_model import ExecutionModel
 from ...ir.graph import ITEM_BYTES, Graph, Op
@@ -155,8 +154,7 @@ class _Analysis:
         for op in self.ops:
             if op.kind != "conv_general_dilated":
                 continue
-            layout: Any = dict(op.attrs)["dimension_numbers"]
-            if layout[0][0] != 0 and self._is_input(op.inputs[0]):
+            if op.integers("lhs_spec")[0] != 0 and self._is_input(op.inputs[0]):
                 root = self.root(op.inputs[0])
                 widths[root] = widths.get(root, 1.0) + 4 / ITEM_BYTES[self.types[root].dtype]
         return widths

@@ -97,9 +97,9 @@ class LocalPrices:
             self.local.microbatches if any(c.time for c in op.cuts) else 1
         )
         launches = 1.0
-        if "rows" in dict(op.attrs):
+        if op.has("rows"):
             work /= unevenness(graph_op, rule, self.strategy(op), mesh)
-        if "ring" in dict(op.attrs):
+        if op.has("ring"):
             more, launches = ring_work(graph_op, rule, self.strategy(op), mesh)
             work /= more
         many = len(op.inputs)

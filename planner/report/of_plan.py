@@ -269,7 +269,7 @@ def _not_by_kernel(graph: Graph, kernel: AttentionKernel | None) -> tuple[str, .
 
 def _round(found: Sequence[Visit], many: int) -> str:
     """Of how many attentions keys may go round."""
-    able = sum(visit.times for visit in found if "ring" in dict(visit.op.attrs))
+    able = sum(visit.times for visit in found if visit.op.has("ring"))
     return f"; keys go round where devices share queries ({able} of {many} can)"
 
 
