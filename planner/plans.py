@@ -15,7 +15,7 @@ from .pipeline.search import Pipelines
 from .pipeline.unequal import Unequal
 from .problem import Problem
 from .refusal import refusal
-from .report.of_pipeline import Chosen, Way, passed_over
+from .report.of_pipeline import Alternative, Chosen, passed_over
 from .report.of_plan import BESIDES, write_plan
 from .request import Request, check
 from .search.candidates import SearchResult
@@ -77,7 +77,7 @@ def _on_equal_devices(
     pipelines = Pipelines(problem, trace, workers)
     unequal = Unequal(pipelines)
     both = request.pp == "auto" and request.schedule is None and request.program != "single"
-    ways: list[Way] = []
+    others: list[Alternative] = []
     if workers is not None:
         workers.start(problem, pipelines.choices.units)
     try:
@@ -100,7 +100,7 @@ def _on_equal_devices(
         )  # of dispatch alone
         if not slow and request.program != "single":
             unequal.explore(min(pipelines.best.seconds, flat.best.seconds))
-            ways += drop_dispatched(unequal, flat.best.seconds if both else inf)
+            others += drop_dispatched(unequal, flat.best.seconds if both else inf)
     except KeyboardInterrupt:
         trace.stopped_by = "interrupt"
         if both and flat.best.answer is None and not flat.open_bounds:
@@ -125,7 +125,7 @@ def _on_equal_devices(
         )
     else:
         found = pipelines.write(bound, unequal.left_out)
-    return passed_over(found, (*pipelines.best.by_stages, *ways))
+    return passed_over(found, (*pipelines.best.by_stages, *others))
 
 
 def without_stages(flat: Search) -> SearchResult:
@@ -160,11 +160,11 @@ def _explore(flat: Search, pipelines: Pipelines) -> None:
             flat.cutoff = pipelines.as_run()
 
 
-def drop_dispatched(unequal: Unequal, flat: float) -> list[Way]:
+def drop_dispatched(unequal: Unequal, flat: float) -> list[Alternative]:
     """Unequal stages are given up where the host's dispatch makes them slower than a plan that has none; what is."""
     best = unequal.pipelines.best
     single = best.dispatched if Chosen(best.programs).program == "single" else inf
     if unequal.found is None or unequal.dispatched < min(flat, single):
         return []
-    way, unequal.found = unequal.way, None
-    return [way]
+    given_up, unequal.found = unequal.alternative, None
+    return [given_up]

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from meshwright.planner.pipeline.simulate import StageSeconds
-    from meshwright.planner.pipeline.tighten import Held
+    from meshwright.planner.pipeline.tighten import ActivationMemory
 
 
 def optimum(
     stages: Sequence[StageSeconds],
-    held: Held,
+    held: ActivationMemory,
     microbatches: int,
     placement: Sequence[Sequence[int]],
 ) -> float:

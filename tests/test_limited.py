@@ -19,7 +19,7 @@ from meshwright.planner.pipeline.greedy import greedy, manners
 from meshwright.planner.pipeline.limited import search_schedule
 from meshwright.planner.pipeline.schedules import SCHEDULES, schedule_named
 from meshwright.planner.pipeline.simulate import StageSeconds, pipeline_tasks, simulate
-from meshwright.planner.pipeline.tighten import Held
+from meshwright.planner.pipeline.tighten import ActivationMemory
 
 from .exact_schedules import optimum
 
@@ -28,7 +28,7 @@ PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "pipeline" / "schedu
 
 def case(
     seed: int, ranks: int, microbatches: int, chunks: int = 1
-) -> tuple[list[StageSeconds], Held]:
+) -> tuple[list[StageSeconds], ActivationMemory]:
     """Whole seconds and sizes at random; limits with room for one microbatch up to all."""
     rng = random.Random(seed)
     send, n = rng.choice((0, 1, 2)), ranks * chunks
@@ -39,7 +39,9 @@ def case(
     forward, kept = ([rng.randint(low, 5) for _ in range(n)] for low in (2, 1))
     folds = placements(ranks, chunks)
     least = [max(sum(forward[s] for s in fold[rank]) for fold in folds) for rank in range(ranks)]
-    return stages, Held(forward, kept, [one + rng.randint(0, one * microbatches) for one in least])
+    return stages, ActivationMemory(
+        forward, kept, [one + rng.randint(0, one * microbatches) for one in least]
+    )
 
 
 def placements(ranks: int, chunks: int) -> list[list[list[int]]]:
@@ -122,7 +124,7 @@ def test_as_fast_as_published_zero_bubble_schedules(chunks):
             continue
         part = [1 / chunks] * e["p"] * chunks
         seconds = StageSeconds(e["F"] / chunks, e["B"] / chunks, e["W"] / chunks, e["comm"])
-        held = Held(part, part, [max(e["peak_F_units_actfreedW"])] * e["p"])
+        held = ActivationMemory(part, part, [max(e["peak_F_units_actfreedW"])] * e["p"])
         found = search_schedule([seconds] * len(part), held, e["m"])
         assert found.seconds <= e["makespan"] * (1 + 1e-9 if chunks == 1 else 1.01)
         if chunks == 1:
@@ -137,7 +139,7 @@ def test_as_fast_as_published_zero_bubble_schedules(chunks):
 def test_more_memory_is_never_slower_and_the_least_is_one_microbatch():
     stages = [StageSeconds(5, 6, 4, 0.1)] * 4
     seconds = [
-        search_schedule(stages, Held([1] * 4, [0.5] * 4, [limit] * 4), 8).seconds
+        search_schedule(stages, ActivationMemory([1] * 4, [0.5] * 4, [limit] * 4), 8).seconds
         for limit in range(1, 9)
     ]
     assert seconds == sorted(seconds, reverse=True)
@@ -145,28 +147,28 @@ def test_more_memory_is_never_slower_and_the_least_is_one_microbatch():
     with pytest.raises(
         InfeasibleError, match="rank 0 has no room for one microbatch: it takes 1 B"
     ) as error:
-        search_schedule(stages, Held([1] * 4, [0.5] * 4, [0.9] * 4), 8)
+        search_schedule(stages, ActivationMemory([1] * 4, [0.5] * 4, [0.9] * 4), 8)
     assert (error.value.needed_bytes, error.value.limit_bytes) == (1, 0.9)
 
 
 def test_a_refusal_counts_what_a_rank_always_holds():
     stages = [StageSeconds(1, 1, 1)] * 2
     gib = 2.0**30
-    held = Held([gib] * 2, [gib] * 2, [8 * gib] * 2, static=[2 * gib, 7.5 * gib])
+    held = ActivationMemory([gib] * 2, [gib] * 2, [8 * gib] * 2, static=[2 * gib, 7.5 * gib])
     with pytest.raises(
         InfeasibleError, match=r"rank 1 .* takes 8.5 GiB, the limit is 8 GiB"
     ) as error:
         search_schedule(stages, held, 4)
     assert "7.5 GiB are always taken" in str(error.value)
     assert "a limit of 8.5 GiB" in str(error.value)
-    enough = Held(held.forward, held.kept, [error.value.needed_bytes] * 2, held.static)
+    enough = ActivationMemory(held.forward, held.kept, [error.value.needed_bytes] * 2, held.static)
     assert enough.fits(search_schedule(stages, enough, 4).schedule)
 
 
 def test_without_room_for_late_weight_passes_backward_passes_are_whole():
     stages = [StageSeconds(1, 1, 1)] * 4
     for chunks in (1, 2):
-        held = Held([1] * 4, [9] * 4, [chunks + 0.5] * (4 // chunks))
+        held = ActivationMemory([1] * 4, [9] * 4, [chunks + 0.5] * (4 // chunks))
         found = search_schedule(stages, held, 4)
         assert held.fits(found.schedule)
         assert not found.schedule.splits
@@ -174,4 +176,4 @@ def test_without_room_for_late_weight_passes_backward_passes_are_whole():
 
 def test_stages_that_cannot_be_dealt_out_are_refused():
     with pytest.raises(PlanError, match="3 stages with 4 microbatches make no pipeline of 2 ranks"):
-        search_schedule([StageSeconds(1, 1, 1)] * 3, Held([1] * 3, [1] * 3, [4] * 2), 4)
+        search_schedule([StageSeconds(1, 1, 1)] * 3, ActivationMemory([1] * 3, [1] * 3, [4] * 2), 4)

@@ -20,7 +20,7 @@ from meshwright.models import build
 from meshwright.planner.pipeline.limited import search_schedule
 from meshwright.planner.pipeline.schedules import gpipe, interleaved, one_f_one_b
 from meshwright.planner.pipeline.simulate import StageSeconds
-from meshwright.planner.pipeline.tighten import Held
+from meshwright.planner.pipeline.tighten import ActivationMemory
 
 from .pipelines import (
     case,
@@ -43,7 +43,7 @@ SCHEDULES = {
     "gpipe": gpipe(4, 4), "1f1b": one_f_one_b(4, 8), "interleaved": interleaved(2, 4, 2),
     "zero bubble": zero_bubble(4, 4), "half split": half_split(2, 4), "shuffled": shuffled(4, 4, 3),
     "searched": search_schedule(
-        [StageSeconds(2, 3, 4, 0.1), StageSeconds(4, 1, 1, 0.1)], Held([2] * 2, [1] * 2, [8, 5]), 4
+        [StageSeconds(2, 3, 4, 0.1), StageSeconds(4, 1, 1, 0.1)], ActivationMemory([2] * 2, [1] * 2, [8, 5]), 4
     ).schedule,
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from ...ir.program import prepare
 from ...ir.units import format_seconds
 from ..intra.space import Space
 from ..problem import Problem
-from ..report.of_pipeline import Way
+from ..report.of_pipeline import Alternative
 from ..trace import Trace
 from .choices import PipelineConfig
 from .priced import Priced, Pricing
@@ -49,13 +49,15 @@ class Found:
         return max(self.seconds, min(self.programs.values(), default=0.0))
 
     @property
-    def by_stages(self) -> list[Way]:
+    def by_stages(self) -> list[Alternative]:
         """As programs of each stage, if it can be so and was chosen."""
         priced = self.apart or self.priced
         if priced is None or "stages" not in self.programs:
             return []
         return [
-            Way(f"{self.shape}, {priced.schedule.name}", priced.seconds, self.programs["stages"])
+            Alternative(
+                f"{self.shape}, {priced.schedule.name}", priced.seconds, self.programs["stages"]
+            )
         ]
 
     def as_run(self, model: ExecutionModel) -> float:

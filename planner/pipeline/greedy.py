@@ -15,7 +15,7 @@ from math import inf
 
 from ...ir.pipeline.schedule import Kind, Schedule, Step
 from .simulate import StageSeconds
-from .tighten import SLACK, Held
+from .tighten import SLACK, ActivationMemory
 
 SLOPES = (2.0, 1.0, 1.5, 2.5, 0.5, 3.0, 0.0)  # 2: as far ahead as in ZB-H2; 1: as in 1F1B
 
@@ -39,7 +39,7 @@ class Manner:
     whole: bool
 
 
-def manners(held: Held, microbatches: int) -> Iterator[Manner]:
+def manners(held: ActivationMemory, microbatches: int) -> Iterator[Manner]:
     """A grid, what has been best most often first."""
     most = [_most(held, rank, microbatches) for rank in range(len(held.limits))]
     behind = range(len(most) - 1, -1, -1)
@@ -56,14 +56,14 @@ def manners(held: Held, microbatches: int) -> Iterator[Manner]:
                         yield Manner(ahead, fill, press, forward_first, whole)
 
 
-def _most(held: Held, rank: int, microbatches: int) -> int:
+def _most(held: ActivationMemory, rank: int, microbatches: int) -> int:
     """Microbatches in flight."""
     each = held.forward[rank]
     return microbatches if each <= 0 else max(1, min(microbatches, int(held.room[rank] / each)))
 
 
 def greedy(
-    stages: Sequence[StageSeconds], held: Held, microbatches: int, manner: Manner
+    stages: Sequence[StageSeconds], held: ActivationMemory, microbatches: int, manner: Manner
 ) -> tuple[Schedule, float]:
     """The orders in which ranks take their passes, and when the last of them ends, at the latest.
 
@@ -102,7 +102,7 @@ class _Rank:
 
     number: int
     seconds: StageSeconds
-    held: Held
+    held: ActivationMemory
     microbatches: int
     manner: Manner
     order: list[Step] = field(default_factory=list)

@@ -22,7 +22,7 @@ from ...ir.units import format_bytes
 from .greedy import greedy, manners
 from .schedules import SCHEDULES, schedule_named
 from .simulate import Run, StageSeconds, pipeline_tasks, simulate
-from .tighten import Held, Policy, tighten
+from .tighten import ActivationMemory, Policy, tighten
 
 WORK = 300_000  # passes to put in order, over all candidates: some seconds at most
 TIGHTEN = 8  # as long as this many greedy ones
@@ -48,7 +48,7 @@ class Searched:
 
 def search_schedule(
     stages: Sequence[StageSeconds],
-    held: Held,
+    held: ActivationMemory,
     microbatches: int,
     show: Callable[[float], str] = format_bytes,
     work: int = WORK,
@@ -90,7 +90,7 @@ def search_schedule(
 @dataclass
 class _Best:
     stages: Sequence[StageSeconds]
-    held: Held
+    held: ActivationMemory
     schedule: Schedule | None = None
     run: Run | None = None
     worth: tuple[float, float] = (inf, inf)  # makespan, longest span of a rank
@@ -122,7 +122,7 @@ def _catalogue(
 
 
 def _listed(
-    stages: Sequence[StageSeconds], held: Held, microbatches: int, work: int
+    stages: Sequence[StageSeconds], held: ActivationMemory, microbatches: int, work: int
 ) -> Iterator[tuple[Schedule, float]]:
     left = work
     for manner in manners(held, microbatches):
@@ -132,7 +132,7 @@ def _listed(
 
 
 def _tightened(
-    stages: Sequence[StageSeconds], held: Held, known: Sequence[Schedule], work: int
+    stages: Sequence[StageSeconds], held: ActivationMemory, known: Sequence[Schedule], work: int
 ) -> Iterator[Schedule]:
     left, plain = work, [schedule for schedule in known if not schedule.together]
     in_turn = list(map(_in_turn, plain))
@@ -161,7 +161,9 @@ def _whole(schedule: Schedule) -> Schedule:
     )
 
 
-def _check_room(held: Held, placements: Sequence[Placement], show: Callable[[float], str]) -> None:
+def _check_room(
+    held: ActivationMemory, placements: Sequence[Placement], show: Callable[[float], str]
+) -> None:
     """Refuse limits without room for one microbatch, however its stages are placed.
 
     Raises:

@@ -21,7 +21,7 @@ from .dealing import ANYWHERE, Fits, Spans, added_up, deal_spans
 from .limited import search_schedule
 from .simulate import Run, StageSeconds, pipeline_tasks, simulate
 from .stage_memory import Runs, StageMemory
-from .tighten import Held
+from .tighten import ActivationMemory
 from .unit_costs import UnitSeconds, seconds_of_runs, together
 from .units import Units, runs_of
 
@@ -154,7 +154,7 @@ class Pricing:
         room = limits
         for _ in range(2):
             try:
-                held = Held(left, late, room.tolist(), always)
+                held = ActivationMemory(left, late, room.tolist(), always)
                 found = search_schedule(
                     apart, held, old.microbatches, work=REORDER, placement=old.held
                 )

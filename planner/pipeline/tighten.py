@@ -22,7 +22,7 @@ SLACK = 1e-9  # of a limit, for sums of floats
 
 
 @dataclass(frozen=True)
-class Held:
+class ActivationMemory:
     """What ranks may hold of what forward passes leave behind; units are the caller's (bytes, or counts).
 
     forward, kept: per stage, what one forward pass leaves, and what waits between backward and weight pass.
@@ -72,7 +72,7 @@ class Policy:
 
 
 def tighten(
-    schedule: Schedule, stages: Sequence[StageSeconds], held: Held, policy: Policy
+    schedule: Schedule, stages: Sequence[StageSeconds], held: ActivationMemory, policy: Policy
 ) -> Schedule:
     """The same steps on the same ranks, in the orders in which the ranks would take them."""
     return _Ranks(schedule, stages, held, policy).run()
@@ -82,7 +82,7 @@ def tighten(
 class _Ranks:
     schedule: Schedule
     stages: Sequence[StageSeconds]
-    held: Held
+    held: ActivationMemory
     policy: Policy
     left: list[dict[Step, None]] = field(init=False)  # per rank, in order
     done: list[list[Step]] = field(init=False)

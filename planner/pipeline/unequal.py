@@ -25,7 +25,15 @@ from ...ir.pipeline.schedule import in_flight
 from ...ir.plan import Plan
 from ...ir.units import format_bytes, format_seconds
 from ..cost.least import least_work
-from ..report.of_pipeline import BESIDES, LEFT_OUT, Chosen, Rank, Way, by_stages, write_pipeline
+from ..report.of_pipeline import (
+    BESIDES,
+    LEFT_OUT,
+    Alternative,
+    Chosen,
+    Rank,
+    by_stages,
+    write_pipeline,
+)
 from ..search.meshes import plane_meshes
 from .choices import PipelineConfig
 from .partition import Pace, Piece, near_least_step
@@ -122,11 +130,11 @@ class Unequal:
         return self._chosen.programs["stages"] if self.found else inf
 
     @property
-    def way(self) -> Way:
+    def alternative(self) -> Alternative:
         assert self.found is not None
         _, pricing, priced = self.found
         sizes = " ".join(str(place.devices) for place in pricing.places)
-        return Way(
+        return Alternative(
             f"stages on {sizes} devices, {priced.schedule.name}", priced.seconds, self.dispatched
         )
 

@@ -64,7 +64,7 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Way:
+class Alternative:
     """A pipeline by programs of its stages, in words: seconds of a step by the devices alone, and with the host's
     dispatch of the passes."""
 
@@ -77,9 +77,11 @@ class Way:
         return f"{self.words}: {alone} by the devices alone, {together} with the host's dispatch of its passes"
 
 
-def passed_over(taken: Plan, ways: Iterable[Way]) -> Plan:
+def passed_over(taken: Plan, others: Iterable[Alternative]) -> Plan:
     """The plan, with a line for each pipeline that would take the devices less time but waits for the host."""
-    slow = [each for each in ways if each.seconds < taken.estimate.step_seconds <= each.dispatched]
+    slow = [
+        each for each in others if each.seconds < taken.estimate.step_seconds <= each.dispatched
+    ]
     return taken.model_copy(
         update={"notes": (*taken.notes, *(f"not taken: {each}" for each in slow))}
     )

@@ -23,7 +23,7 @@ from .contraction import contract
 from .flat import Flat, cost_of, flatten
 from .live import Live, finite, tighten
 from .onehot import Choices, Solution
-from .tree_moves import Held, held_of
+from .tree_moves import FlatDemands, flat_demands
 
 SECONDS_PER_BYTE = 1e-3 / 1e6
 TEMPERATURES = (1e-3, 1e-4, 1e-2)  # share of the start's cost
@@ -87,7 +87,7 @@ class _Chains:
     def chain(self, start: np.ndarray, temperature: float, batches: int, number: int) -> int:
         """One chain; how many batches of proposals it took."""
         costs = np.concatenate(self.live.costs)
-        flat, held = flatten(self.live.sizes, self.live.edges), held_of(self.live)
+        flat, held = flatten(self.live.sizes, self.live.edges), flat_demands(self.live)
         choices = np.array(start, dtype=np.int64)
         used, best = self.live.used(choices), choices.copy()
         cost, least = cost_of(flat, costs, choices), inf
@@ -109,7 +109,7 @@ class _Chains:
 def _walk(
     flat: Flat,
     costs: np.ndarray,
-    held: Held,
+    held: FlatDemands,
     choices: np.ndarray,
     used: np.ndarray,
     best: np.ndarray,

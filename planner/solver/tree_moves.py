@@ -25,7 +25,7 @@ MOST_PRICE = 1.5  # prices are scaled by a random factor up to this
 RESET = 50  # moves after which prices raised on the way are forgotten
 
 
-class Held(NamedTuple):
+class FlatDemands(NamedTuple):
     """Demands by node: those of node i are `of[i] : of[i + 1]`; see `live.DemandTable`."""
 
     of: np.ndarray
@@ -36,10 +36,10 @@ class Held(NamedTuple):
     limits: np.ndarray
 
 
-def held_of(live: Live) -> Held:
+def flat_demands(live: Live) -> FlatDemands:
     table = live.table
     of = np.searchsorted(table.node, np.arange(len(live.costs) + 1)).astype(np.int64)
-    return Held(of, table.first, table.last, table.offset, table.nbytes, live.limits)
+    return FlatDemands(of, table.first, table.last, table.offset, table.nbytes, live.limits)
 
 
 class State(NamedTuple):
@@ -54,7 +54,7 @@ class TreeMoves:
     """`TreeMoves(live, flat, costs).run(choices, prices, ...)`: start from an assignment that fits."""
 
     def __init__(self, live: Live, flat: Flat, costs: np.ndarray) -> None:
-        self.held = held_of(live)
+        self.held = flat_demands(live)
         self.live, self.flat, self.costs = live, flat, costs
 
     def run(
@@ -91,7 +91,7 @@ class TreeMoves:
 def _walk(
     flat: Flat,
     costs: np.ndarray,
-    held: Held,
+    held: FlatDemands,
     prices: np.ndarray,
     state: State,
     cost: float,
@@ -197,7 +197,7 @@ def _touches_once(flat: Flat, node: int, place: np.ndarray) -> bool:
 def _own_costs(
     flat: Flat,
     costs: np.ndarray,
-    held: Held,
+    held: FlatDemands,
     choices: np.ndarray,
     place: np.ndarray,
     order: np.ndarray,
@@ -314,7 +314,7 @@ def _rise(
 
 @compiled
 def _refill(
-    held: Held,
+    held: FlatDemands,
     state: State,
     after: np.ndarray,
     order: np.ndarray,

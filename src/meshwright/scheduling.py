@@ -19,7 +19,7 @@ from .planner.pipeline.limited import Searched, search_schedule
 from .planner.pipeline.schedules import entry, schedule_named
 from .planner.pipeline.schedules.closed_forms import FORMS, Case, Form
 from .planner.pipeline.simulate import Run, StageSeconds, pipeline_tasks, simulate
-from .planner.pipeline.tighten import Held
+from .planner.pipeline.tighten import ActivationMemory
 from .planner.pipeline.timeline import Timeline
 
 SEARCH = "search"
@@ -71,7 +71,7 @@ class Study:
     stages: list[StageSeconds]
     run: Run
     memory: Memory
-    held: Held
+    held: ActivationMemory
     searched: Searched | None
     form: Form | None
 
@@ -208,7 +208,7 @@ def _stage_seconds(seconds: Seconds, stages: int, ranks: int) -> list[StageSecon
     return [StageSeconds(*each) for each in zip(forward, backward, weight, send, strict=True)]
 
 
-def _held(memory: Memory, stages: int, ranks: int, microbatches: int) -> Held:
+def _held(memory: Memory, stages: int, ranks: int, microbatches: int) -> ActivationMemory:
     if not 0 <= memory.kept <= 1:
         raise UsageError(f"{memory.kept} is no share.", where="--kept", fix="from 0 to 1")
     amount = _count if memory.held is None else parse_bytes
@@ -223,7 +223,7 @@ def _held(memory: Memory, stages: int, ranks: int, microbatches: int) -> Held:
                 fix="--held 1GiB beside it, or a number of microbatches",
             )  # fmt: skip
         limits = _per_stage("--memory-limit", memory.limit, amount, ranks, 1.0)
-    return Held(forward, [memory.kept * each for each in forward], limits, static)
+    return ActivationMemory(forward, [memory.kept * each for each in forward], limits, static)
 
 
 def _per_stage(

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from ....ir.pipeline.schedule import MARKS, Schedule, Step
 from ..simulate import StageSeconds
-from ..tighten import Held, Policy, tighten
+from ..tighten import ActivationMemory, Policy, tighten
 from .classic import positive
 
 PERIOD = 6  # slots of a block: two forward, two backward, two weight passes
@@ -75,7 +75,7 @@ def v_min(ranks: int, microbatches: int) -> Schedule:
 def _within(name: str, block: Schedule, limit: int, policy: Policy) -> Schedule:
     """The block's order, tightened: every rank holds up to `limit` microbatches, that is twice as many results."""
     one = [1.0] * block.stages
-    held = Held(one, one, [float(CHUNKS * limit)] * block.ranks)
+    held = ActivationMemory(one, one, [float(CHUNKS * limit)] * block.ranks)
     return replace(tighten(block, [StageSeconds(1, 1, 1)] * block.stages, held, policy), name=name)
 
 
