@@ -178,11 +178,11 @@ def test_stages_that_do_not_divide_the_devices_equal_one_device():
 def test_unequal_stages_are_given_up_for_a_plan_without_dispatch():
     _, unequal = explored(REQUEST)
     assert unequal.best < unequal.dispatched
-    way = unequal.way
+    given_up = unequal.alternative
     assert drop_dispatched(unequal, 1.01 * unequal.dispatched) == [] and unequal.found is not None
-    assert drop_dispatched(unequal, 1.01 * unequal.best) == [way] and unequal.found is None
-    assert way.seconds < way.dispatched and re.match(
-        r"stages on [\d ]+ devices, 1f1b: [\d.]+ ms by", str(way)
+    assert drop_dispatched(unequal, 1.01 * unequal.best) == [given_up] and unequal.found is None
+    assert given_up.seconds < given_up.dispatched and re.match(
+        r"stages on [\d ]+ devices, 1f1b: [\d.]+ ms by", str(given_up)
     )
 
 
