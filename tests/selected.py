@@ -93,7 +93,7 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "gpt3-1.3b-elementwise",
         "gpt3-1.3b-full",
     ),
-    "test_pipelines.py::test_any_number_of_stages_per_rank_runs": ("3-6",),
+    "test_pipelines.py::test_any_number_of_stages_per_rank_runs": ("2-3-6",),
     "test_pipelines.py::test_memory_that_a_refusal_names_is_enough": ("pin0",),
     "test_pipelines.py::test_no_number_of_stages_per_rank_is_faster_than_the_one_that_is_chosen": (
         "4-3",

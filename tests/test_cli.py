@@ -38,7 +38,8 @@ def run(monkeypatch, capsys, tmp_path):
 def planned(tmp_path_factory) -> str:
     """The file that `plan` writes."""
     place = tmp_path_factory.mktemp("planned") / "p.json"
-    words = ("plan", "--model", "gpt-tiny", "--cluster", "8xcpu", *QUICK, "-o", str(place))
+    step = ("--model", "gpt-tiny", "--layers", "1")
+    words = ("plan", *step, "--cluster", "8xcpu", *QUICK, "-o", str(place))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["meshwright", *words])
         with pytest.raises(SystemExit) as done:

@@ -135,7 +135,7 @@ def test_units_of_folded_layers():
 
 def test_reordered_passes_fit():
     """Where they need more memory than passes in the schedule's own order."""
-    request = Request(pp=4, program="stages", memory=1.4 * 2**20)
+    request = Request(pp=4, program="stages", microbatches=16, memory=1.4 * 2**20)
     plan = planned("gpt-tiny", "8xcpu", request)
     assert plan.estimate.peak_bytes <= plan.estimate.limit_bytes == request.memory
 
@@ -158,7 +158,7 @@ def test_a_search_for_a_better_order_that_finds_no_room_ends_no_search_that_has_
             stages, replace(held, limits=[1e12] * len(held.limits)), *rest, **options
         )
 
-    request = Request(pp=4, program="stages", memory=1.4 * 2**20)
+    request = Request(pp=4, program="stages", microbatches=16, memory=1.4 * 2**20)
     monkeypatch.setattr(priced, "search_schedule", without_room)
     plan = planned("gpt-tiny", "8xcpu", request)
     assert tried >= fails_at and plan.pipeline is not None and plan.pipeline.schedule != "searched"
@@ -166,14 +166,15 @@ def test_a_search_for_a_better_order_that_finds_no_room_ends_no_search_that_has_
 
 def test_a_schedule_for_some_numbers_of_stages_alone_is_searched_on_those():
     """Of DualPipe-V, 4 ranks need 8 microbatches; five make no equal groups of two."""
-    plan = planned("gpt-tiny", "8xcpu", Request(pp="auto", schedule="dualpipe-v", microbatches=4))
+    free = Request(pp="auto", recompute="none")
+    plan = planned("gpt-tiny", "8xcpu", replace(free, schedule="dualpipe-v", microbatches=4))
     assert (
         plan.pipeline is not None
         and plan.pipeline.schedule == "dualpipe-v"
         and len(plan.pipeline.first) == 2
     )
     plan = planned(
-        "gpt-tiny", "8xcpu", Request(pp="auto", schedule="interleaved", microbatches=5), batch=20
+        "gpt-tiny", "8xcpu", replace(free, schedule="interleaved", microbatches=5), batch=20
     )
     assert plan.pipeline is not None and len(plan.pipeline.first) == 4
     with pytest.raises(
@@ -277,9 +278,9 @@ def test_a_reordered_pipeline_that_the_host_holds_up_is_not_taken_for_another(
 def test_where_orders_of_passes_decide_they_are_looked_for_beside_plans_without_a_pipeline():
     """On a slow network every schedule's own order is slower than the plan without a pipeline, another one is not."""
     sizes = {"batch": 64, "layers": 8, "seq": 4096}
-    request = Request(pp="auto", recompute="none", time_limit=120)
+    request = Request(pp="auto", recompute="none", microbatches=8, time_limit=120)
     plan = planned("llama3-8b", "2xa100x8@eth25", request, **sizes)
-    few = planned("llama3-8b", "2xa100x8@eth25", replace(request, pp=2, microbatches=8), **sizes)
+    few = planned("llama3-8b", "2xa100x8@eth25", replace(request, pp=2), **sizes)
     assert plan.estimate.step_seconds < 1.01 * few.estimate.step_seconds
 
 
@@ -417,12 +418,13 @@ def test_no_number_of_stages_per_rank_is_faster_than_the_one_that_is_chosen(pp, 
     assert found.proof.lower_bound <= least
 
 
-@pytest.mark.parametrize(("chunks", "microbatches"), [(3, 6), (5, 4)])
-def test_any_number_of_stages_per_rank_runs(chunks, microbatches):
+@pytest.mark.parametrize(("layers", "chunks", "microbatches"), [(2, 3, 6), (4, 5, 4)])
+def test_any_number_of_stages_per_rank_runs(layers, chunks, microbatches):
     """`verify` compares the loss and the state after a step of SGD with the unsharded step's."""
-    example = build("gpt-tiny", batch=2 * microbatches, optimizer="sgd", dtype="f32")
+    sizes = {"layers": layers, "batch": 2 * microbatches}
+    example = build("gpt-tiny", **sizes, optimizer="sgd", dtype="f32")
     step = mw.parallelize(
-        example.step, cluster="8xcpu", pp=2, schedule="interleaved", chunks=chunks, microbatches=microbatches,
+        example.step, cluster="4xcpu", pp=2, schedule="interleaved", chunks=chunks, microbatches=microbatches,
         verify=True, donate_argnums=0,
     )  # fmt: skip
     inputs = example.init(jax.random.key(0)), example.make_batch(np.random.default_rng(0))
@@ -473,7 +475,7 @@ def test_a_refusal_for_want_of_memory_says_what_is_needed_and_what_may_fit():
 
 @pytest.mark.parametrize("pin", [{"schedule": "1f1b"}, {"program": "single"}])
 def test_memory_that_a_refusal_names_is_enough(pin):
-    request_ = {"pp": 2, "mesh": (4,), "recompute": "none", **pin}
+    request_ = {"pp": 2, "mesh": (4,), "recompute": "none", "microbatches": 4, **pin}
     with pytest.raises(
         InfeasibleError, match=r"no pipeline was found that fits: 585\.9 KiB .* at least"
     ) as none:
@@ -491,7 +493,7 @@ def test_memory_that_a_refusal_names_is_enough(pin):
 
 
 def test_a_pipeline_with_fewer_pins_that_a_refusal_names_fits():
-    asked = Request(pp=4, recompute="none", microbatches=2, memory=1.2e6)
+    asked = Request(pp=4, recompute="none", microbatches=2, memory=1.2e6, time_limit=20)
     with pytest.raises(InfeasibleError) as none:
         planned("gpt-tiny", "8xcpu", asked)
     shape = r"fits; or 2 stages of mesh 4, recompute (\w+), microbatches (\d+), which fits"
