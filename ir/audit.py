@@ -17,7 +17,7 @@ NOTEWORTHY = 0.25  # relative difference in bytes that is reported as such
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class AuditLine:
     """Bytes and number of collectives of one kind over one set of axes, per device and step."""
 
     kind: str
@@ -36,7 +36,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Part:
+class AuditedRank:
     """One rank of a pipeline: its communication as compiled, and its memory."""
 
     rank: int
@@ -54,18 +54,18 @@ class Part:
 class Audit:
     """All lines, and memory as XLA's own analysis says it; of a pipeline, that of the fullest rank."""
 
-    lines: tuple[Line, ...]
+    lines: tuple[AuditLine, ...]
     predicted_peak: float
     parts: dict[str, float]  # bytes of the compiled program: arguments, temporaries, results
     limit: float  # bytes that the plan was allowed
-    ranks: tuple[Part, ...] = ()  # of a pipeline
+    ranks: tuple[AuditedRank, ...] = ()  # of a pipeline
 
     @property
     def compiled_peak(self) -> float:
         return sum(self.parts.values())
 
     @property
-    def fullest(self) -> tuple[Part, Part] | None:
+    def fullest(self) -> tuple[AuditedRank, AuditedRank] | None:
         """Of a pipeline, the rank that holds most as compiled, and the one that was to hold most."""
         if not self.ranks:
             return None
@@ -92,7 +92,7 @@ class Audit:
         return self.compiled_bytes / self.predicted_bytes - 1
 
     @property
-    def findings(self) -> tuple[Line, ...]:
+    def findings(self) -> tuple[AuditLine, ...]:
         """Lines that differ noticeably."""
         return tuple(line for line in self.lines if abs(line.difference) > NOTEWORTHY)
 
@@ -110,7 +110,7 @@ class Counted(Protocol):
     def count(self) -> float: ...
 
 
-def compare(plan: Plan, found: Iterable[Counted]) -> tuple[Line, ...]:
+def compare(plan: Plan, found: Iterable[Counted]) -> tuple[AuditLine, ...]:
     """Add up both sides by (kind, axes), the largest first."""
     predicted: dict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(lambda: [0.0, 0])
     compiled: dict[tuple[str, tuple[str, ...]], list[float]] = defaultdict(lambda: [0.0, 0])
@@ -124,7 +124,7 @@ def compare(plan: Plan, found: Iterable[Counted]) -> tuple[Line, ...]:
         cell[0] += item.nbytes * item.count
         cell[1] += item.count
     lines = [
-        Line(
+        AuditLine(
             kind,
             axes,
             predicted[kind, axes][0],

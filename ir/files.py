@@ -27,7 +27,7 @@ MOST_UNPACKED = 200  # times the packed size: 30 is usual for JSON
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileKind:
     """What a file is, the most that one holds, what to try instead, and the class of errors about it."""
 
     name: str
@@ -36,7 +36,7 @@ class Kind:
     error: type[MeshwrightError] = UsageError
 
 
-PLAN = Kind("plan", 64 * MIB, "a file from `meshwright plan -o`", PlanError)
+PLAN = FileKind("plan", 64 * MIB, "a file from `meshwright plan -o`", PlanError)
 
 
 def is_file(path: str | Path) -> bool:
@@ -47,7 +47,7 @@ def is_file(path: str | Path) -> bool:
         return False
 
 
-def read_bytes(path: str | Path, kind: Kind) -> bytes:
+def read_bytes(path: str | Path, kind: FileKind) -> bytes:
     """The content of an ordinary file.
 
     Raises:
@@ -71,7 +71,7 @@ def read_bytes(path: str | Path, kind: Kind) -> bytes:
     return data
 
 
-def read_text(path: str | Path, kind: Kind) -> str:
+def read_text(path: str | Path, kind: FileKind) -> str:
     """The content of an ordinary file of text in UTF-8.
 
     Raises:
@@ -87,7 +87,7 @@ def read_text(path: str | Path, kind: Kind) -> str:
     return text
 
 
-def unpacked(data: bytes, path: str | Path, kind: Kind) -> bytes:
+def unpacked(data: bytes, path: str | Path, kind: FileKind) -> bytes:
     """What gzip packed, or the data itself where it did not.
 
     Raises:
@@ -108,7 +108,7 @@ def unpacked(data: bytes, path: str | Path, kind: Kind) -> bytes:
     return found
 
 
-def read_object(text: str, kind: Kind, origin: str) -> dict[str, Any]:
+def read_object(text: str, kind: FileKind, origin: str) -> dict[str, Any]:
     """The fields of a JSON object.
 
     Raises:
@@ -154,7 +154,7 @@ def _real(text: str) -> float:
     return number
 
 
-def _check(mode: int, path: str | Path, kind: Kind) -> None:
+def _check(mode: int, path: str | Path, kind: FileKind) -> None:
     if not stat.S_ISREG(mode):
         raise _refused(path, kind, f"it is {_name_of(mode)}, no ordinary file")
 
@@ -167,7 +167,7 @@ def _name_of(mode: int) -> str:
     return next((name for asks, name in named if asks(mode)), "something else")
 
 
-def _refused(path: str | Path, kind: Kind, why: str) -> MeshwrightError:
+def _refused(path: str | Path, kind: FileKind, why: str) -> MeshwrightError:
     return kind.error(f"the {kind.name} {_short(path)} cannot be read: {why}.", fix=kind.fix)
 
 

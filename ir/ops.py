@@ -52,7 +52,7 @@ ALL: Linear = ((0, ...),)
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class OpKind:
     """One kind of op; `(1, ...)` in `linear` are all operands from the second on."""
 
     name: str
@@ -128,17 +128,17 @@ _ROWS: tuple[tuple[str, str, Linear], ...] = (
 )  # fmt: skip
 
 
-def _table() -> dict[str, Kind]:
-    found: dict[str, Kind] = {}
+def _table() -> dict[str, OpKind]:
+    found: dict[str, OpKind] = {}
     for names, traits, linear in _ROWS:
         for name in names.split():
             assert name not in found, name
             assert {*traits.split()} <= {*get_args(Trait)}, traits
-            found[name] = Kind(name, frozenset(traits.split()), linear)  # type: ignore[arg-type]
+            found[name] = OpKind(name, frozenset(traits.split()), linear)  # type: ignore[arg-type]
     return found
 
 
-KINDS: Mapping[str, Kind] = _table()
+KINDS: Mapping[str, OpKind] = _table()
 
 
 def having(trait: Trait) -> frozenset[str]:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ClusterError
-from .files import MIB, Kind, is_file, read_object, read_text
+from .files import MIB, FileKind, is_file, read_object, read_text
 from .mistakes import in_words
 
 SCHEMA = "meshwright/profile/v1"
-FILE = Kind("profile", 64 * MIB, "meshwright calibrate -o FILE", ClusterError)
+FILE = FileKind("profile", 64 * MIB, "meshwright calibrate -o FILE", ClusterError)
 
 
 MeasuredKind = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]

@@ -61,7 +61,7 @@ def replicated(rank: int) -> Sharding:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ReshardStep:
     """One move of a resharding. `dim` is the dim that gains or loses the axes
     (`to` the gaining one of an all_to_all); `all_reduce` has neither."""
 
@@ -71,7 +71,7 @@ class Step:
     to: int = -1
 
 
-def reshard(source: Sharding, target: Sharding) -> tuple[Step, ...] | None:
+def reshard(source: Sharding, target: Sharding) -> tuple[ReshardStep, ...] | None:
     """The moves from one layout to another; None where none exists.
 
         [x, -] -> [-, x]         all_to_all x from dim 0 to dim 1; [x·y, -] -> [-, x·y] one over both
@@ -87,8 +87,8 @@ def reshard(source: Sharding, target: Sharding) -> tuple[Step, ...] | None:
     return merge_steps(_moves([list(dim) for dim in source.dims], set(source.partial), target))
 
 
-def _moves(now: list[list[str]], owed: set[str], target: Sharding) -> list[Step]:
-    steps: list[Step] = []
+def _moves(now: list[list[str]], owed: set[str], target: Sharding) -> list[ReshardStep]:
+    steps: list[ReshardStep] = []
     while True:
         step = _grow(now, owed, target) or _shrink(now, owed, target)
         if step is None:
@@ -97,20 +97,20 @@ def _moves(now: list[list[str]], owed: set[str], target: Sharding) -> list[Step]
         _apply(step, now, owed)
 
 
-def _grow(now: list[list[str]], owed: set[str], target: Sharding) -> Step | None:
+def _grow(now: list[list[str]], owed: set[str], target: Sharding) -> ReshardStep | None:
     """The best move that adds an axis where the target wants it, if one is possible."""
-    options: list[tuple[int, Step]] = []
+    options: list[tuple[int, ReshardStep]] = []
     for dim, (have, want) in enumerate(zip(now, target.dims, strict=True)):
         if len(have) >= len(want) or tuple(have) != want[: len(have)]:
             continue
         axis = want[len(have)]
         holder = next((d for d, axes in enumerate(now) if axis in axes), None)
         if axis in owed:
-            options.append((1, Step("reduce_scatter", (axis,), dim)))
+            options.append((1, ReshardStep("reduce_scatter", (axis,), dim)))
         elif holder is None:
-            options.append((0, Step("slice", (axis,), dim)))
+            options.append((0, ReshardStep("slice", (axis,), dim)))
         elif axes := _joint(now[holder], want[len(have) :]):
-            options.append((2, Step("all_to_all", axes, holder, dim)))
+            options.append((2, ReshardStep("all_to_all", axes, holder, dim)))
     return min(options, key=lambda option: option[0])[1] if options else None
 
 
@@ -120,17 +120,17 @@ def _joint(held: list[str], wanted: tuple[str, ...]) -> tuple[str, ...]:
     return next((wanted[:n] for n in lengths if tuple(held[-n:]) == wanted[:n]), ())
 
 
-def _shrink(now: list[list[str]], owed: set[str], target: Sharding) -> Step | None:
+def _shrink(now: list[list[str]], owed: set[str], target: Sharding) -> ReshardStep | None:
     """Settle what is owed, then gather the minor end of a dim that has too much."""
     if settle := sorted(owed - target.partial):
-        return Step("all_reduce", tuple(settle))
+        return ReshardStep("all_reduce", tuple(settle))
     for dim, (have, want) in enumerate(zip(now, target.dims, strict=True)):
         if tuple(have) != want[: len(have)]:
-            return Step("all_gather", (have[-1],), dim)
+            return ReshardStep("all_gather", (have[-1],), dim)
     return None
 
 
-def _apply(step: Step, now: list[list[str]], owed: set[str]) -> None:
+def _apply(step: ReshardStep, now: list[list[str]], owed: set[str]) -> None:
     match step.kind:
         case "slice":
             now[step.dim].extend(step.axes)
@@ -146,23 +146,23 @@ def _apply(step: Step, now: list[list[str]], owed: set[str]) -> None:
             del now[step.dim][-len(step.axes) :]
 
 
-def moved_to(layout: Sharding, step: Step) -> Sharding:
+def moved_to(layout: Sharding, step: ReshardStep) -> Sharding:
     """A layout after one move of a resharding."""
     dims, partial = [list(dim) for dim in layout.dims], set(layout.partial)
     _apply(step, dims, partial)
     return Sharding(tuple(map(tuple, dims)), frozenset(partial))
 
 
-def merge_steps(steps: list[Step]) -> tuple[Step, ...]:
+def merge_steps(steps: list[ReshardStep]) -> tuple[ReshardStep, ...]:
     """Join neighbours of one kind on one dim into one collective over several axes."""
-    merged: list[Step] = []
+    merged: list[ReshardStep] = []
     for step in steps:
         last = merged[-1] if merged else None
         if last and last.kind == step.kind and last.dim == step.dim and step.kind != "all_to_all":
             axes = (
                 (*step.axes, *last.axes) if step.kind == "all_gather" else (*last.axes, *step.axes)
             )
-            merged[-1] = Step(step.kind, axes, step.dim)
+            merged[-1] = ReshardStep(step.kind, axes, step.dim)
         else:
             merged.append(step)
     return tuple(merged)

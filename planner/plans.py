@@ -15,7 +15,7 @@ from .pipeline.search import Pipelines
 from .pipeline.unequal import Unequal
 from .problem import Problem
 from .refusal import refusal
-from .report.of_pipeline import Alternative, Chosen, passed_over
+from .report.of_pipeline import Alternative, ProgramChoice, passed_over
 from .report.of_plan import BESIDES, write_plan
 from .request import Request, check
 from .search.candidates import SearchResult
@@ -163,7 +163,7 @@ def _explore(flat: Search, pipelines: Pipelines) -> None:
 def drop_dispatched(unequal: Unequal, flat: float) -> list[Alternative]:
     """Unequal stages are given up where the host's dispatch makes them slower than a plan that has none; what is."""
     best = unequal.pipelines.best
-    single = best.dispatched if Chosen(best.programs).program == "single" else inf
+    single = best.dispatched if ProgramChoice(best.programs).program == "single" else inf
     if unequal.found is None or unequal.dispatched < min(flat, single):
         return []
     given_up, unequal.found = unequal.alternative, None

@@ -27,7 +27,7 @@ from meshwright.planner.solver.mcmc import walk
 from meshwright.planner.solver.messages import Messages
 from meshwright.planner.solver.onehot import Edge, row_usage
 from meshwright.planner.solver.punctual import solve_until
-from meshwright.planner.solver.region import Region
+from meshwright.planner.solver.region import RegionSearch
 from meshwright.planner.solver.tree_moves import TreeMoves
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -259,7 +259,7 @@ def test_a_region_of_everything_is_the_optimum(seed):
     start = next((x for x in everything(live) if live.fits(x)), None)
     if start is None:
         return
-    region = Region(np.random.default_rng(0))
+    region = RegionSearch(np.random.default_rng(0))
     region.turn = 6  # all choices
     found = region.solve(live, np.zeros(live.starts[-1]), np.array(start), 10.0)
     assert live.cost(start if found is None else found) == pytest.approx(brute_force(live))

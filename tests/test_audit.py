@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import meshwright as mw
 from meshwright.backends.xla.hlo import Found, collectives
-from meshwright.ir.audit import Audit, Part, compare
+from meshwright.ir.audit import Audit, AuditedRank, compare
 from meshwright.ir.mesh import Mesh
 from meshwright.models import build
 from meshwright.view import audit_text
@@ -118,8 +118,8 @@ def test_a_pipeline_moves_what_was_planned_and_holds_about_as_much():
 
 def test_an_audit_names_the_fullest_rank_and_the_one_that_was_to_be():
     ranks = (
-        Part(0, (0,), 0.0, 4096.0, {"held": 1024.0}),
-        Part(1, (1,), 0.0, 3072.0, {"held": 5120.0}),
+        AuditedRank(0, (0,), 0.0, 4096.0, {"held": 1024.0}),
+        AuditedRank(1, (1,), 0.0, 3072.0, {"held": 5120.0}),
     )
     report = Audit((), 3072.0, ranks[1].parts, 8192.0, ranks)
     told = "memory of the fullest rank, 1 (planned: rank 0, 4 KiB): 3 KiB predicted, 5 KiB compiled (+66.7%)"

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshwright.ir.cluster.cluster import Cluster, Device, Group, Price, Tier, presets
+from meshwright.ir.cluster.cluster import Cluster, Device, DevicePrice, Group, Tier, presets
 from meshwright.ir.errors import ClusterError, UsageError
 from meshwright.ir.units import parse_bandwidth
 
@@ -463,7 +463,7 @@ def test_the_files_in_the_docs_can_be_loaded(index, tmp_path):
     assert Cluster.load(path).size == 256
 
 
-@pytest.mark.parametrize("model", [Cluster, Device, Group, Tier, Price])
+@pytest.mark.parametrize("model", [Cluster, Device, Group, Tier, DevicePrice])
 def test_the_docs_name_every_field(model):
     page = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
     fields = {f.alias or name for name, f in model.model_fields.items()} - {"currency", "name"}

@@ -32,7 +32,7 @@ from meshwright.ir.rules.rule import NONE, cuttable
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra.layouts import Layouts
 from meshwright.planner.intra.space import Space, build
-from meshwright.planner.report.instructions import Chosen
+from meshwright.planner.report.instructions import PlanDecisions
 from meshwright.planner.report.of_plan import collectives_of
 from meshwright.planner.request import Request, parse_mesh
 
@@ -166,7 +166,7 @@ def along_the_sequence(plan: Plan) -> Plan:
 def priced(plan: Plan, program: Program) -> Space:
     cost = Roofline(plan.cluster)
     layouts = Layouts(cost.collectives(plan.mesh))
-    return build(program, plan.microbatches, cost, layouts, Chosen(plan))
+    return build(program, plan.microbatches, cost, layouts, PlanDecisions(plan))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import check_writable, load_plan, write_whole
 from meshwright.ir.errors import ClusterError, MeshwrightError, PlanError, UsageError
-from meshwright.ir.files import MIB, Kind, is_file, read_bytes, read_object, unpacked
+from meshwright.ir.files import MIB, FileKind, is_file, read_bytes, read_object, unpacked
 from meshwright.ir.profile import load_profile
 from meshwright.planner.search.frontier import load_frontier
 from meshwright.planner.solver import iopddl
@@ -82,7 +82,7 @@ def test_contents_that_are_none_are_refused(tmp_path, kind, content):
 
 
 def test_json_leaves_nothing_open():
-    kind = Kind("plan", 100, "another", PlanError)
+    kind = FileKind("plan", 100, "another", PlanError)
     for text, complaint in (
         ('{"a": 1, "a": 2}', "`a` is given twice"), ('{"a": NaN}', "NaN is no number"), ("[]", "no plan"),
         ('{"a": -Infinity}', "-Infinity is no number"), ('{"a": 1e400}', "1e400 is no finite number"),
@@ -99,8 +99,8 @@ def test_json_leaves_nothing_open():
 def test_sizes_are_bounded(tmp_path):
     (tmp_path / "big").write_bytes(b"x" * 1001)
     with pytest.raises(UsageError, match="it has more than 1000 B"):
-        read_bytes(tmp_path / "big", Kind("file", 1000, "a smaller one"))
-    assert len(read_bytes(tmp_path / "big", Kind("file", 1001, "this"))) == 1001
+        read_bytes(tmp_path / "big", FileKind("file", 1000, "a smaller one"))
+    assert len(read_bytes(tmp_path / "big", FileKind("file", 1001, "this"))) == 1001
     with open(tmp_path / "c.yaml", "wb") as file:
         file.truncate(50 * 2**30)  # no byte of it is on the disk
     with pytest.raises(ClusterError, match="it has more than 256 KiB"):
@@ -108,7 +108,7 @@ def test_sizes_are_bounded(tmp_path):
 
 
 def test_what_unpacks_without_end_is_refused():
-    kind = Kind("graph", 1024 * MIB, "another")
+    kind = FileKind("graph", 1024 * MIB, "another")
     bomb = gzip.compress(b"0" * (20 * MIB))
     with pytest.raises(UsageError, match="unpacks to more than"):
         unpacked(bomb, "bomb", kind)

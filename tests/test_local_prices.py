@@ -21,7 +21,7 @@ from meshwright.models import build
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra.layouts import Layouts
 from meshwright.planner.intra.space import build as build_space
-from meshwright.planner.report.instructions import Chosen
+from meshwright.planner.report.instructions import PlanDecisions
 from meshwright.planner.report.local_prices import LocalPrices
 from meshwright.planner.request import Request
 
@@ -77,7 +77,7 @@ def test_tables_and_programs_cost_the_same(name, mesh, microbatches, squeezed):
     cost = Roofline(Cluster.parse("8xh100"))
     program = prepare(fold(composed(captured.graph, attention, plan.cluster)).small, plan.recompute)
     layouts = Layouts(cost.collectives(plan.mesh))
-    space = build_space(program, plan.microbatches, cost, layouts, Chosen(plan))
+    space = build_space(program, plan.microbatches, cost, layouts, PlanDecisions(plan))
     choices = (0,) * len(space.nodes)
     by_tables = sum(
         float(seconds[0] - (space.settled[tag][0] if tag in space.settled else 0.0))
@@ -111,7 +111,7 @@ def test_tables_and_programs_of_stages_cost_the_same(name, microbatches):
     folded = fold(composed(captured.graph, plan.attention, plan.cluster))
     program = prepare(folded.small, plan.recompute, in_stages=True)
     layouts = Layouts(cost.collectives(plan.mesh))
-    space = build_space(program, plan.microbatches, cost, layouts, Chosen(plan))
+    space = build_space(program, plan.microbatches, cost, layouts, PlanDecisions(plan))
     choices = (0,) * len(space.nodes)
     prices = LocalPrices(localize(program, plan), space, cost, plan.strategies)
     assert isclose(sum(seconds(prices)), space.serial(choices), rel_tol=1e-9)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from meshwright.ir.errors import PlanError
 from meshwright.ir.pipeline.schedule import check, in_flight
 from meshwright.planner.pipeline.ideals import closed_sets, members
-from meshwright.planner.pipeline.partition import Piece, best_cuts, halved, least_step
+from meshwright.planner.pipeline.partition import StagePiece, best_cuts, halved, least_step
 from meshwright.planner.pipeline.schedules import one_f_one_b, round_robin
 
 SECONDS = st.sampled_from([0.0, 1.0, 1.5, 2.0, 3.0, 7.0, float("inf")])
@@ -40,7 +40,9 @@ def pipelines(units, devices):
             cuts = (0, *inner, units)
             for own in product(range(1, devices + 1), repeat=stages):
                 if sum(own) == devices:
-                    yield [Piece(a, b, d) for a, b, d in zip(cuts, cuts[1:], own, strict=False)]
+                    yield [
+                        StagePiece(a, b, d) for a, b, d in zip(cuts, cuts[1:], own, strict=False)
+                    ]
 
 
 @given(tables(), st.sampled_from([np.maximum, np.add]))

@@ -11,7 +11,7 @@ from jax.sharding import Mesh as DeviceMesh
 from meshwright.backends.xla.collectives import move
 from meshwright.backends.xla.devices import partition_spec
 from meshwright.ir.mesh import Mesh
-from meshwright.ir.sharding import Sharding, Step, reshard
+from meshwright.ir.sharding import ReshardStep, Sharding, reshard
 from meshwright.planner.intra.strategies import layouts_of
 
 MESH = Mesh.of(x=2, y=2, z=2)
@@ -59,24 +59,32 @@ def test_no_move_makes_a_sum_owed():
 @pytest.mark.parametrize(
     ("source", "target", "steps"),
     [
-        (Sharding((("x",), ())), Sharding(((), ("x",))), (Step("all_to_all", ("x",), 0, 1),)),
+        (
+            Sharding((("x",), ())),
+            Sharding(((), ("x",))),
+            (ReshardStep("all_to_all", ("x",), 0, 1),),
+        ),
         (
             Sharding(((), ()), frozenset("x")),
             Sharding((("x",), ())),
-            (Step("reduce_scatter", ("x",), 0),),
+            (ReshardStep("reduce_scatter", ("x",), 0),),
         ),
         (
             Sharding(((), ()), frozenset("xy")),
             Sharding(((), ())),
-            (Step("all_reduce", ("x", "y")),),
+            (ReshardStep("all_reduce", ("x", "y")),),
         ),
         (
             Sharding((("x", "y"), ())),
             Sharding(((), ("x", "y"))),
-            (Step("all_to_all", ("x", "y"), 0, 1),),
+            (ReshardStep("all_to_all", ("x", "y"), 0, 1),),
         ),
-        (Sharding((("x", "y"), ())), Sharding(((), ())), (Step("all_gather", ("x", "y"), 0),)),
-        (Sharding(((), ())), Sharding((("x", "y"), ())), (Step("slice", ("x", "y"), 0),)),
+        (
+            Sharding((("x", "y"), ())),
+            Sharding(((), ())),
+            (ReshardStep("all_gather", ("x", "y"), 0),),
+        ),
+        (Sharding(((), ())), Sharding((("x", "y"), ())), (ReshardStep("slice", ("x", "y"), 0),)),
     ],
 )
 def test_a_change_takes_the_obvious_collective(source, target, steps):
@@ -85,4 +93,4 @@ def test_a_change_takes_the_obvious_collective(source, target, steps):
 
 def test_an_axis_that_is_not_last_in_its_dim_is_reached_by_gathering_what_follows():
     steps = reshard(Sharding((("x", "y"),)), Sharding((("y",),)))
-    assert steps == (Step("all_gather", ("x", "y"), 0), Step("slice", ("y",), 0))
+    assert steps == (ReshardStep("all_gather", ("x", "y"), 0), ReshardStep("slice", ("y",), 0))

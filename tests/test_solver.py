@@ -13,7 +13,7 @@ from meshwright.planner.solver.elimination import eliminate, elimination_order, 
 from meshwright.planner.solver.exact import (
     Edge,
     MemoryRow,
-    Problem,
+    OneHotProblem,
     evaluate,
     fits,
     relative_gap,
@@ -25,7 +25,7 @@ from meshwright.planner.solver.multipliers import Prices
 from meshwright.planner.solver.reductions import reduced_from
 
 
-def random_problem(seed: int, *, rows: int = 3, forbidden: float = 0.15) -> Problem:
+def random_problem(seed: int, *, rows: int = 3, forbidden: float = 0.15) -> OneHotProblem:
     """A graph of up to 5 nodes with integer costs, so that sums are exact."""
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 6))
@@ -45,17 +45,17 @@ def random_problem(seed: int, *, rows: int = 3, forbidden: float = 0.15) -> Prob
         )
         for r in range(rng.integers(0, rows + 1))
     ]
-    return Problem(tuple(table(size) for size in sizes), tuple(edges), tuple(points))
+    return OneHotProblem(tuple(table(size) for size in sizes), tuple(edges), tuple(points))
 
 
-def brute_force(problem: Problem) -> float:
+def brute_force(problem: OneHotProblem) -> float:
     everything = itertools.product(*[range(cost.size) for cost in problem.costs])
     return min((evaluate(problem, x) for x in everything if fits(problem, x)), default=inf)
 
 
 def transformer_like(
     nodes: int, dims: int, seed: int = 0, *, rows: int = 20, tightness: float = 0.5
-) -> Problem:
+) -> OneHotProblem:
     """A chain of ops with skip connections, sharded over axes of 2, 4 and 8 devices.
 
     A choice gives each axis one of `dims` dims, the last of which means replicated:
@@ -92,7 +92,7 @@ def transformer_like(
     skips = [(i, i + 4) for i in range(0, nodes - 4, 4)] + [
         (i, i + 6) for i in range(0, nodes - 6, 9)
     ]
-    problem = Problem(
+    problem = OneHotProblem(
         tuple(node() for _ in range(nodes)), tuple(edge(a, b) for a, b in chain + skips)
     )
     weights = [10 ** rng.uniform(8, 9.5) / split[:, rng.integers(dims - 1)] for _ in range(nodes)]
@@ -169,7 +169,7 @@ def test_min_marginals_are_the_optimum_with_one_choice_fixed(seed):
         for choice, marginal in enumerate(marginals):
             fixed = list(problem.costs)
             fixed[node] = np.where(np.arange(marginals.size) == choice, fixed[node], inf)
-            assert marginal == brute_force(Problem(tuple(fixed), edges))
+            assert marginal == brute_force(OneHotProblem(tuple(fixed), edges))
 
 
 @settings(max_examples=100, deadline=None)
@@ -186,7 +186,9 @@ def test_messages_bound_every_choice_from_below(seed):
         for choice, more in enumerate(reduced):
             fixed = list(problem.costs)
             fixed[node] = np.where(np.arange(reduced.size) == choice, fixed[node], inf)
-            assert last.floor + more <= brute_force(Problem(tuple(fixed), problem.edges)) + 1e-9
+            assert (
+                last.floor + more <= brute_force(OneHotProblem(tuple(fixed), problem.edges)) + 1e-9
+            )
 
 
 def test_an_order_knows_how_large_it_is_beyond_64_bits():
@@ -253,7 +255,7 @@ def test_same_problem_same_answer():
 
 def test_scale_of_seconds_does_not_matter():
     problem = transformer_like(20, 3)
-    tiny = Problem(
+    tiny = OneHotProblem(
         tuple(cost * 1e-6 for cost in problem.costs),
         tuple(Edge(e.a, e.b, e.costs * 1e-6) for e in problem.edges),
         problem.rows,
@@ -281,13 +283,13 @@ def test_no_time_still_returns_the_incumbent():
 
 def test_incumbent_over_a_limit_is_ignored():
     rows = (MemoryRow("stage 0", 1.0, {0: np.array([2.0, 1.0])}),)
-    problem = Problem((np.array([0.0, 1.0]),), (), rows)
+    problem = OneHotProblem((np.array([0.0, 1.0]),), (), rows)
     assert solve(problem, incumbent=(0,), time_limit=0.0).choices != (0,)
 
 
 def test_infeasible_row_says_how_many_bytes_it_needs():
     held = {0: np.array([6e9, 7e9]), 1: np.array([5e9, 8e9])}
-    problem = Problem((np.zeros(2), np.zeros(2)), (), (MemoryRow("stage 3", 1e10, held),))
+    problem = OneHotProblem((np.zeros(2), np.zeros(2)), (), (MemoryRow("stage 3", 1e10, held),))
     found = solve(problem)
     assert found.status == "infeasible"
     assert found.reason == (
@@ -298,5 +300,7 @@ def test_infeasible_row_says_how_many_bytes_it_needs():
 def test_forbidden_pairs_and_a_row_can_be_infeasible_together():
     either = np.array([[inf, 0.0], [0.0, inf]])
     held = {0: np.array([1.0, 3.0]), 1: np.array([1.0, 3.0])}
-    problem = Problem((np.zeros(2), np.zeros(2)), (Edge(0, 1, either),), (MemoryRow("m", 3, held),))
+    problem = OneHotProblem(
+        (np.zeros(2), np.zeros(2)), (Edge(0, 1, either),), (MemoryRow("m", 3, held),)
+    )
     assert solve(problem).status == "infeasible"

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ...ir.audit import Audit, Part, compare
+from ...ir.audit import Audit, AuditedRank, compare
 from .audit import refused
 from .fragments import Program
 from .handover import Handover
@@ -46,12 +46,12 @@ def audit_pipeline(lowered: LoweredPipeline) -> Audit:
     )
 
 
-def _part(shapes: _Shapes, rank: int, held: Sequence[int]) -> Part:
+def _part(shapes: _Shapes, rank: int, held: Sequence[int]) -> AuditedRank:
     pipeline = shapes.plan.pipeline
     assert pipeline is not None
     moved = sum(each.nbytes * each.count for stage in held for each in shapes.found(stage))
     predicted = max(pipeline.stages[stage].peak_bytes for stage in held)
-    return Part(rank, tuple(held), moved, predicted, shapes.most[rank])
+    return AuditedRank(rank, tuple(held), moved, predicted, shapes.most[rank])
 
 
 @dataclass(eq=False)

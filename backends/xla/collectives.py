@@ -11,7 +11,7 @@ from jax import lax
 
 from ...ir.local.program import LocalOp
 from ...ir.mesh import Mesh
-from ...ir.sharding import Step
+from ...ir.sharding import ReshardStep
 from .joins import settle
 
 
@@ -43,13 +43,15 @@ def _run_on_shard(
         case "all_reduce" if op.text("reduction") != "sum":
             return settle(x, op.text("reduction"), op.axes)
         case "all_reduce":
-            return move(x, [Step("all_reduce", op.axes)], mesh)
+            return move(x, [ReshardStep("all_reduce", op.axes)], mesh)
         case "all_to_all":
-            return move(x, [Step("all_to_all", op.axes, op.integer("dim"), op.integer("to"))], mesh)
+            return move(
+                x, [ReshardStep("all_to_all", op.axes, op.integer("dim"), op.integer("to"))], mesh
+            )
         case "all_gather" | "reduce_scatter" as kind:
-            return move(x, [Step(kind, op.axes, op.integer("dim"))], mesh)
+            return move(x, [ReshardStep(kind, op.axes, op.integer("dim"))], mesh)
         case "local_slice":
-            return move(x, [Step("slice", op.axes, op.integer("dim"))], mesh)
+            return move(x, [ReshardStep("slice", op.axes, op.integer("dim"))], mesh)
         case "keep_first":
             return jax.numpy.where(shard_index(op.axes, mesh) == 0, x, jax.numpy.zeros_like(x))
         case "take_microbatch":
@@ -84,7 +86,7 @@ def join_microbatches(pieces: jax.Array, dim: int, groups: int) -> jax.Array:
     return moved.reshape(*shape[:dim], count * size, *shape[dim + 1 :])
 
 
-def move(x: jax.Array, steps: Sequence[Step], mesh: Mesh) -> jax.Array:
+def move(x: jax.Array, steps: Sequence[ReshardStep], mesh: Mesh) -> jax.Array:
     """Carry out a resharding (see `ir.sharding.reshard`) on the local shard. Keys travel as their words."""
     if steps and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
         words = move(jax.random.key_data(x), steps, mesh)
@@ -106,7 +108,9 @@ def move(x: jax.Array, steps: Sequence[Step], mesh: Mesh) -> jax.Array:
     return x if x.size else jax.numpy.zeros(_moved_shape(x.shape, steps, mesh), x.dtype)
 
 
-def _moved_shape(shape: tuple[int, ...], steps: Sequence[Step], mesh: Mesh) -> tuple[int, ...]:
+def _moved_shape(
+    shape: tuple[int, ...], steps: Sequence[ReshardStep], mesh: Mesh
+) -> tuple[int, ...]:
     """Of a local shard after a resharding."""
     sizes = list(shape)
     for step in steps:

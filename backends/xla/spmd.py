@@ -22,7 +22,7 @@ from ...ir.mesh import Mesh
 from ...ir.ops import COMPOSITES, LOSSES
 from ...ir.passes.contract import run_passes
 from ...ir.passes.decisions import Decisions, stacked
-from ...ir.passes.localize import Localizer, Piece
+from ...ir.passes.localize import Localizer, LocalPiece
 from ...ir.passes.order import PASSES
 from ...ir.plan import Plan
 from ...ir.program import Program
@@ -129,7 +129,7 @@ class LocalStep:
         given: Mapping[int, Sharding],
         timed: bool,
         outputs: Iterable[int] = (),
-    ) -> Piece:
+    ) -> LocalPiece:
         """Some ops of the step as they run (see `Localizer.piece`)."""
         piece = self.localizer.piece(ops, given, timed, outputs)
         return replace(piece, program=run_passes(piece.program, PASSES, whole=False))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.planner.pipeline.partition import Cuts, best_cuts
+from meshwright.planner.pipeline.partition import BestCuts, best_cuts
 
 from . import nearby
 from .neutral import Evaluator, Stage, step_seconds
@@ -116,7 +116,7 @@ class Throughput:
         end, cuts = self.graph.end, self.solve(latest)
         return self._parts(cuts, len(cuts) - 1, 0, end)
 
-    def solve(self, latest: bool) -> list[list[Cuts]]:
+    def solve(self, latest: bool) -> list[list[BestCuts]]:
         """Per level, the best pipelines from each position (at the outermost level from the first)."""
         compute = self.graph.compute[None, :] - self.graph.compute[:, None]
         solved = []
@@ -148,7 +148,7 @@ class Throughput:
         return first, later
 
     def _parts(
-        self, solved: list[list[Cuts]], level: int, start: int, end: int
+        self, solved: list[list[BestCuts]], level: int, start: int, end: int
     ) -> tuple[Part, ...]:
         return tuple(
             Part(a, b, m, self._parts(solved, level - 1, a, b) if level else ())
@@ -270,7 +270,7 @@ class Throughput:
 class _Calm:
     """Per start, the best pipelines of a level; by replicas of a stage, those inside it."""
 
-    cuts: list[Cuts]
+    cuts: list[BestCuts]
     inside: dict[int, _Calm]
 
 

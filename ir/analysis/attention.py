@@ -25,7 +25,7 @@ from .dealt import complete, followed
 from .key_spans import KeySpans, Scores
 from .links import Links
 from .masks import Kept, Masks, elsewhere, places
-from .softmax import Search, Softmax
+from .softmax import Softmax, SoftmaxFinder
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def attentions(graph: Graph) -> tuple[Attention, ...]:
     return tuple(found)
 
 
-class _Search(Search):
+class _Search(SoftmaxFinder):
     def run(self) -> Attention | None:
         """The attention, if it is one."""
         self._back(self.exp)

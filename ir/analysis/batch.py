@@ -25,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..graph import Batch, Graph
-from .dims import Classes, classes_of
+from .dims import DimClasses, classes_of
 from .summed import Summed
 
 Place = tuple[int, int]  # input position, dim
@@ -111,7 +111,7 @@ class _Candidate:
         )
 
 
-def _candidates(graph: Graph, classes: Classes) -> list[_Candidate]:
+def _candidates(graph: Graph, classes: DimClasses) -> list[_Candidate]:
     carried = {i for i, _ in graph.state}
     places: dict[int, list[Place]] = {}
     for position, value in enumerate(graph.inputs):

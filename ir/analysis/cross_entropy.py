@@ -23,7 +23,7 @@ from ..graph import Graph, Op
 from ..ops import CONTRACTIONS, EXPONENTIAL, FORWARDING
 from .dealt import Parts, complete, followed
 from .links import Links
-from .softmax import SUMMED, Search, Softmax, shifted
+from .softmax import SUMMED, Softmax, SoftmaxFinder, shifted
 
 _MOVED = FORWARDING - {"broadcast_in_dim"}
 
@@ -59,7 +59,7 @@ def cross_entropies(graph: Graph) -> tuple[CrossEntropy, ...]:
 def looked_at(graph: Graph) -> tuple[CrossEntropy | Unfused, ...]:
     """All of a step, those too that others read the logits of."""
     links, taken, found = Links(graph), set[int](), list[CrossEntropy | Unfused]()
-    within = Step(graph, links)
+    within = WholeStep(graph, links)
     for visit in graph.visits:
         op = visit.op
         if (
@@ -76,7 +76,7 @@ def looked_at(graph: Graph) -> tuple[CrossEntropy | Unfused, ...]:
 
 
 @dataclass(frozen=True)
-class Step:
+class WholeStep:
     """What searches ask of the whole step."""
 
     graph: Graph
@@ -122,10 +122,10 @@ class Step:
         return found
 
 
-class _Search(Search):
+class _Search(SoftmaxFinder):
     ending = SUMMED | {"gather"}
 
-    def __init__(self, links: Links, exp: int, step: Step):
+    def __init__(self, links: Links, exp: int, step: WholeStep):
         super().__init__(links, exp)
         self.step = step
         self.others: list[str] = []  # who reads what is inside and may not

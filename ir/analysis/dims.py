@@ -26,7 +26,7 @@ Parts = tuple[tuple[int, int], ...]  # (class, size) of the parts of a dim, majo
 
 
 @dataclass
-class Classes:
+class DimClasses:
     """What was found; classes are numbers, told apart after `find`."""
 
     types: Mapping[int, TensorType]
@@ -263,9 +263,9 @@ class Classes:
             self.dims[start] = self.dims[end]
 
 
-def classes_of(graph: Graph) -> Classes:
+def classes_of(graph: Graph) -> DimClasses:
     """The classes of all dims of a step."""
-    found = Classes(graph.types)
+    found = DimClasses(graph.types)
     for value in graph.inputs:
         found.enter(value)
     found.run(graph.ops)

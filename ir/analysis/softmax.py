@@ -41,7 +41,7 @@ class Softmax:
     dims: Mapping[int, Parts]
 
 
-class Search:
+class SoftmaxFinder:
     """One softmax, from one `exp` of it. `parts` tell dims of values as those of the `exp`."""
 
     ending: frozenset[str] = SUMMED  # ops other than products that may take a value out

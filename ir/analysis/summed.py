@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..graph import Graph, Op, Region
-from .dims import Classes
+from .dims import DimClasses
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Summed:
     """Facts about the `wanted` classes. `masks`: value -> classes summed up for it, as bits."""
 
     graph: Graph
-    classes: Classes
+    classes: DimClasses
     wanted: Collection[int]
     masks: dict[int, int] = field(default_factory=dict)
 

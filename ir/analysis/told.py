@@ -9,7 +9,7 @@ from ..errors import PlanError
 from ..graph import Batch, Graph, Op
 from ..rules import rule_of
 from ..rules.rule import Rule
-from .dims import Classes, classes_of
+from .dims import DimClasses, classes_of
 from .summed import Summed
 
 HOW = "batch_argnums=1, (1, 2), or {'x': 1} with the dim"
@@ -68,7 +68,7 @@ def _check_use(graph: Graph, dims: Mapping[int, int]) -> None:
             )  # fmt: skip
 
 
-def _contraction(graph: Graph, classes: Classes, number: int) -> Op | None:
+def _contraction(graph: Graph, classes: DimClasses, number: int) -> Op | None:
     """A product that contracts this class with state."""
     state = {graph.inputs[i] for i, _ in graph.state}
     others = set(graph.inputs) - state
@@ -84,7 +84,7 @@ def _contraction(graph: Graph, classes: Classes, number: int) -> Op | None:
     return None
 
 
-def _contracted(op: Op, rule: Rule, classes: Classes) -> set[int]:
+def _contracted(op: Op, rule: Rule, classes: DimClasses) -> set[int]:
     kept = {f for dims in rule.results for dim in dims for f in dim}
     return {
         classes.of(value, d)

@@ -34,15 +34,15 @@ from . import presets
 from .checks import check_fabric
 from .data import assign, tidy
 from .file import is_path, read, translate
-from .parts import DTYPES, Device, Group, Part, Price, Tier
+from .parts import DTYPES, ClusterPart, Device, DevicePrice, Group, Tier
 
-__all__ = ["Cluster", "Device", "Group", "Origin", "Price", "Tier"]
+__all__ = ["Cluster", "Device", "DevicePrice", "Group", "Origin", "Tier"]
 
 SCHEMA = presets.SCHEMA
 Origin = Literal["declared", "preset", "detected", "measured"]
 
 
-class Cluster(Part):
+class Cluster(ClusterPart):
     """Devices, hosts and fabric (closest tier first), with the origin of every figure.
 
     `cluster.provenance["fabric.ib400.bandwidth"]` is "preset". Ranks count through the
@@ -55,7 +55,7 @@ class Cluster(Part):
     devices: dict[str, Device] = Field(min_length=1)
     groups: tuple[Group, ...] = Field(min_length=1)
     fabric: tuple[Tier, ...] = ()
-    price: Price | None = None
+    price: DevicePrice | None = None
     measured: tuple[MeasuredLine, ...] = ()  # collectives by group layout, from a profile
     provenance: dict[str, Origin] = Field(default_factory=dict)
 
@@ -450,7 +450,7 @@ def _fields(cluster: Cluster, empty: bool = False) -> Iterator[tuple[str, bool]]
     parts += [(f"fabric.{tier.name}", tier) for tier in cluster.fabric]
     parts += [("price", cluster.price)] if cluster.price else []
     if empty and not cluster.price:
-        yield from ((f"price.{field}", False) for field in Price.model_fields)
+        yield from ((f"price.{field}", False) for field in DevicePrice.model_fields)
     for prefix, part in parts:
         for field in type(part).model_fields:
             value = getattr(part, field)

@@ -12,19 +12,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ClusterError, MeshwrightError, did_you_mean
-from ..files import LARGEST, Kind, is_file, read_text
+from ..files import LARGEST, FileKind, is_file, read_text
 from . import presets
-from .parts import Device, Group, Price, Tier
+from .parts import Device, DevicePrice, Group, Tier
 
 PARTS: dict[str, type[BaseModel]] = {
     "devices": Device,
     "groups": Group,
     "fabric": Tier,
-    "price": Price,
+    "price": DevicePrice,
 }
 
 
-FILE = Kind("cluster file", 256 * 1024, "a YAML file; docs/cluster.md shows one", ClusterError)
+FILE = FileKind("cluster file", 256 * 1024, "a YAML file; docs/cluster.md shows one", ClusterError)
 DEEPEST = 20  # levels of mappings and lists
 
 

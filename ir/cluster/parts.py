@@ -93,14 +93,14 @@ Peak = Annotated[
 ]
 
 
-class Part(BaseModel):
+class ClusterPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
 
 
-class Device(Part):
+class Device(ClusterPart):
     """One accelerator, as a step sees it.
 
     Invariants: `reserve < memory`; peaks are dense, one per dtype in the graph's names.
@@ -180,7 +180,7 @@ class Device(Part):
         return self
 
 
-class Group(Part):
+class Group(ClusterPart):
     """Equal hosts: `hosts` of them with `per_host` devices each."""
 
     device: str
@@ -209,7 +209,7 @@ class Group(Part):
         return self
 
 
-class Hosts(Part):
+class Hosts(ClusterPart):
     """The scope of a tier that joins so many consecutive hosts: `{hosts: 4}`."""
 
     hosts: int = Field(gt=1)
@@ -238,7 +238,7 @@ def _shape(value: object) -> object:
     return value
 
 
-class Tier(Part):
+class Tier(ClusterPart):
     """One level of the fabric: what joins the devices of a host, of some hosts, or all.
 
     `bandwidth` is what one device can send into the tier while it receives as much:
@@ -283,7 +283,7 @@ class Tier(Part):
         return self.effective_bandwidth * self.efficiency
 
 
-class Price(Part):
+class DevicePrice(ClusterPart):
     """`per_device_hour: 2.49 USD`."""
 
     per_device_hour: float = Field(ge=0)

@@ -20,7 +20,7 @@ from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Literal
 
-from ..analysis.cross_entropy import CrossEntropy, Step, cross_entropies
+from ..analysis.cross_entropy import CrossEntropy, WholeStep, cross_entropies
 from ..attrs import Attr
 from ..graph import Graph, Op
 from .bodies import BOTH, LOSS, LOSS_GRAD
@@ -37,8 +37,8 @@ def with_losses(graph: Graph) -> Graph:
 
 class _OfLosses(Rewrite[CrossEntropy]):
     @cached_property
-    def step(self) -> Step:
-        return Step(self.old, self.links)
+    def step(self) -> WholeStep:
+        return WholeStep(self.old, self.links)
 
     def add(self, one: CrossEntropy) -> bool:
         """As one op of both passes, if the loss's own gradient does not wait for the loss."""

@@ -20,7 +20,7 @@ from dataclasses import replace
 from ..errors import GraphError
 from ..ops import CONTROL_FLOW
 from ..rules.rule import Dim, Rule
-from ..sharding import Sharding, Step, moved_to, replicated
+from ..sharding import ReshardStep, Sharding, moved_to, replicated
 from .program import BARRIER, MICROBATCHES, ON_SHARDS, LocalOp, LocalProgram, LocalRegion, Shard
 
 
@@ -145,7 +145,7 @@ class _Check:
         if op.kind in ("all_reduce", "reduce_scatter") and not layout.partial >= {*op.axes}:
             return None
         kind = "slice" if op.kind == "local_slice" else op.kind
-        step = Step(kind, op.axes, attrs.get("dim", -1), attrs.get("to", -1))  # type: ignore[arg-type]
+        step = ReshardStep(kind, op.axes, attrs.get("dim", -1), attrs.get("to", -1))  # type: ignore[arg-type]
         if op.kind in ("all_gather", "all_to_all"):
             dim = layout.dims[step.dim]
             if dim[len(dim) - len(op.axes) :] != op.axes:

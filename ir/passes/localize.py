@@ -39,7 +39,7 @@ def localize(program: Program, plan: Plan, holds: bool = False) -> LocalProgram:
 
 
 @dataclass(frozen=True)
-class Piece:
+class LocalPiece:
     """Some ops of a step on one device; `names` are the local values of the graph's."""
 
     program: LocalProgram
@@ -89,7 +89,7 @@ class Localizer:
         given: Mapping[int, Sharding],
         timed: bool,
         outputs: Iterable[int] = (),
-    ) -> Piece:
+    ) -> LocalPiece:
         """Ops on values that lie as `given`; if `timed`, in a microbatch. `outputs` are the graph's that it gives."""
         write = Writer(self.decisions)
         constants = self.graph.constant_ids
@@ -101,7 +101,7 @@ class Localizer:
         tags, left = self.decisions.tags, tuple(outputs)
         names = tuple(tags[v] for v in known), tuple(tags[v] for v in left)
         made = [scope.names[v] for v in left]
-        return Piece(write.program(self.plan.name, inputs, made, *names), scope.names)
+        return LocalPiece(write.program(self.plan.name, inputs, made, *names), scope.names)
 
     def moved(self, kind: TensorType, held: Sharding, target: Sharding) -> LocalProgram:
         """One value brought from one layout to another."""

@@ -20,7 +20,7 @@ from ..local.program import (
 from ..ops import COMPOSITES, LOSSES
 from ..rules import rule_of
 from ..rules.rule import Rule, Strategy, operand_sharding, result_sharding, settled_axes
-from ..sharding import Sharding, Step, moved_to, replicated, reshard
+from ..sharding import ReshardStep, Sharding, moved_to, replicated, reshard
 from .decisions import Decisions, end_tag, stacked
 from .microbatch import AVERAGED, ESTIMATED, TimeAxis, time_factor
 
@@ -124,7 +124,7 @@ class Writer:
             [value] = self.put("keep_first", [value], [shard], attrs, why)
         return value
 
-    def _move(self, value: int, step: Step, why: LocalOp) -> int:
+    def _move(self, value: int, step: ReshardStep, why: LocalOp) -> int:
         shard = self.shards[value]
         kind = "local_slice" if step.kind == "slice" else step.kind
         attrs: dict[str, Attr] = {"axes": step.axes}

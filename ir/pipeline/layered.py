@@ -36,7 +36,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Passes:
+class LayerPasses:
     """Ops of one microbatch through a part."""
 
     forward: tuple[Op, ...]
@@ -56,9 +56,9 @@ class Layered:
     """
 
     prepare: tuple[Op, ...]
-    front: Passes
-    layers: Passes
-    back: Passes
+    front: LayerPasses
+    layers: LayerPasses
+    back: LayerPasses
     names: tuple[Names, ...]
     taken: tuple[int, ...]
     made: tuple[int, ...]
@@ -115,7 +115,7 @@ class _Layering:
         self._check_borders(fed)
         inputs = self._inputs(alike)
         last = self.cut.count - 1
-        front, layers, back = (Passes(self.forward[k], self.backward[k]) for k in (0, 1, last))
+        front, layers, back = (LayerPasses(self.forward[k], self.backward[k]) for k in (0, 1, last))
         return Layered(
             prepare=tuple(dict.fromkeys(op for k in (0, 1, last) for op in self._prepared(k))),
             front=front, layers=layers, back=back, names=tuple(self.names),

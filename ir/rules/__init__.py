@@ -26,7 +26,7 @@ from . import (
     sort,
     user_kernel,
 )
-from .factors import NUMBERS, OWING, WRITERS, Call, Dims, Unusual, opaque_rule
+from .factors import NUMBERS, OWING, WRITERS, Dims, OpCall, Unusual, opaque_rule
 from .rule import Rule
 
 __all__ = ["rule_of", "vocabulary"]
@@ -67,7 +67,7 @@ def _rule(
     operands: tuple[TensorType, ...],
     results: tuple[TensorType, ...],
 ) -> Rule:
-    call = Call(kind, dict(attrs), operands, results)
+    call = OpCall(kind, dict(attrs), operands, results)
     try:
         rule = _written(call)
     except (Unusual, LookupError):  # LookupError: an attr or a dim this jax does not have
@@ -75,7 +75,7 @@ def _rule(
     return replace(rule, linear=_float_only(rule, call))
 
 
-def _written(call: Call) -> Rule:
+def _written(call: OpCall) -> Rule:
     if call.kind not in WRITERS or any(
         call.attrs.get(name) is not None for name in ("sharding", "out_sharding")
     ):
@@ -97,7 +97,7 @@ def _fits(rule: Rule, dims: tuple[Dims, ...], kinds: tuple[TensorType, ...]) -> 
     )
 
 
-def _float_only(rule: Rule, call: Call) -> tuple[tuple[int, ...], ...]:
+def _float_only(rule: Rule, call: OpCall) -> tuple[tuple[int, ...], ...]:
     """Sums are owed by floats only, of two bytes or more: drop alternatives that touch anything else."""
     if any(kind.dtype not in OWING for kind in call.results):
         return ()

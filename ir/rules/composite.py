@@ -7,12 +7,12 @@ from dataclasses import replace
 from ..composites.bodies import LOSS
 from ..composites.evenly import divides, is_uneven
 from ..ops import COMPOSITES
-from .factors import Call, Dims, Factors, Reduction, attr_tuple, integers, rule_for
+from .factors import Dims, Factors, OpCall, Reduction, attr_tuple, integers, rule_for
 from .rule import Dim, Joint, Rule
 
 
 @rule_for(*COMPOSITES)
-def composite(call: Call) -> Rule:
+def composite(call: OpCall) -> Rule:
     """Attrs `operands` and `results` tell each dim as numbers of free dims, of these `sizes`; other dims are whole.
     So is one of keys, which is numbered after those where blocks of it are told apart.
 
@@ -42,7 +42,7 @@ def composite(call: Call) -> Rule:
     return replace(rule, joints=(*_even(call, rule, free), *_ring(call, rule, named)))
 
 
-def _even(call: Call, rule: Rule, free: list[Dim]) -> tuple[Joint, ...]:
+def _even(call: OpCall, rule: Rule, free: list[Dim]) -> tuple[Joint, ...]:
     """Rows whose keys are more for some than for others may be dealt out in halves."""
     if not is_uneven(call.attrs) or "round" in call.attrs:
         return ()
@@ -51,7 +51,7 @@ def _even(call: Call, rule: Rule, free: list[Dim]) -> tuple[Joint, ...]:
     return (Joint("even", (rows,), size // 2),) if size % 2 == 0 else ()
 
 
-def _ring(call: Call, rule: Rule, named: list[Dim]) -> tuple[Joint, ...]:
+def _ring(call: OpCall, rule: Rule, named: list[Dim]) -> tuple[Joint, ...]:
     """Rows may be cut together with keys, which then go round the devices."""
     if "ring" not in call.attrs:
         return ()

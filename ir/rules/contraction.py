@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from .factors import Call, Dims, Factors, require, rule_for
+from .factors import Dims, Factors, OpCall, require, rule_for
 from .rule import Dim, Rule
 
 _PAIRS = ("lhs_contracting", "rhs_contracting", "lhs_batch", "rhs_batch")
 
 
 @rule_for("dot_general")
-def dot_general(call: Call) -> Rule:
+def dot_general(call: OpCall) -> Rule:
     """Batch and free dims are parallel, contracted dims reduced.
 
     [b, m, k] · [b, k, n] -> [b, m, n]
@@ -27,7 +27,7 @@ def dot_general(call: Call) -> Rule:
     return factors.rule([_ordered(left), _ordered(right)], [(*batch, *free)], call.linear)
 
 
-def _rest(factors: Factors, call: Call, operand: int, known: dict[int, Dim]) -> list[Dim]:
+def _rest(factors: Factors, call: OpCall, operand: int, known: dict[int, Dim]) -> list[Dim]:
     """Give the dims not yet known a parallel factor; return them in order."""
     free = [d for d in range(call.operands[operand].rank) if d not in known]
     for d in free:
@@ -40,7 +40,7 @@ def _ordered(dims: dict[int, Dim]) -> Dims:
 
 
 @rule_for("ragged_dot_general")
-def ragged_dot_general(call: Call) -> Rule:
+def ragged_dot_general(call: OpCall) -> Rule:
     """Grouped matmul (experts): rows are parallel, groups too, or summed where all rows come out; sizes are whole.
 
     lhs [m, k], rhs [g, k, n], group_sizes [g] -> [m, n]   m ragged: k and g reduced (others' rows are 0)
@@ -65,7 +65,7 @@ def ragged_dot_general(call: Call) -> Rule:
 
 
 @rule_for("conv_general_dilated")
-def conv_general_dilated(call: Call) -> Rule:
+def conv_general_dilated(call: OpCall) -> Rule:
     """Images and output features are parallel, input features reduced.
 
     A dim split into groups is (group, rest): only the groups may be cut there.
@@ -93,7 +93,7 @@ def conv_general_dilated(call: Call) -> Rule:
 
 
 def _spatial(
-    factors: Factors, call: Call, n: int, sizes: tuple[int, int, int]
+    factors: Factors, call: OpCall, n: int, sizes: tuple[int, int, int]
 ) -> tuple[Dim, Dim, Dim]:
     """Image, window and result along one spatial dim.
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ..ops import ELEMENTWISE
-from .factors import Call, Dims, Factors, require, rule_for
+from .factors import Dims, Factors, OpCall, require, rule_for
 from .rule import Rule
 
 
 @rule_for(*ELEMENTWISE)
-def elementwise(call: Call) -> Rule:
+def elementwise(call: OpCall) -> Rule:
     factors = Factors()
     shape = call.results[0].shape
     dims = factors.like(shape)
@@ -18,7 +18,7 @@ def elementwise(call: Call) -> Rule:
 
 
 @rule_for("bitcast_convert_type")
-def bitcast(call: Call) -> Rule:
+def bitcast(call: OpCall) -> Rule:
     """Between types of equal width; otherwise a trailing dim comes or goes."""
     operand, result = call.operands[0].shape, call.results[0].shape
     common = min(len(operand), len(result))

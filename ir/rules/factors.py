@@ -27,7 +27,7 @@ class Unusual(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class OpCall:
     """One op as a rule sees it: attrs and the types of what it reads and writes."""
 
     kind: str
@@ -72,7 +72,7 @@ def require(condition: bool) -> None:
         raise Unusual
 
 
-RuleWriter = Callable[[Call], Rule]
+RuleWriter = Callable[[OpCall], Rule]
 WRITERS: dict[str, RuleWriter] = {}
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from math import isnan, nan
 
 from ..attrs import number
-from .factors import INTEGERS, NUMBERS, Call, Factors, Reduction, require, rule_for
+from .factors import INTEGERS, NUMBERS, Factors, OpCall, Reduction, require, rule_for
 from .rule import Dim, Rule
 
 # What an index out of range does: the nearest place is taken, nothing is (a look-up is filled), or there is none.
@@ -61,7 +61,7 @@ _SCATTER = (
 )  # fmt: skip
 
 
-def gather_window(call: Call) -> Window:
+def gather_window(call: OpCall) -> Window:
     offsets, collapsed, chosen, batching, index_batching = map(call.integers, _GATHER)
     gone = {*collapsed, *batching}
     kept = [d for d in range(call.operands[0].rank) if d not in gone]
@@ -70,7 +70,7 @@ def gather_window(call: Call) -> Window:
     return Window(call.integers("slice_sizes"), window, chosen, pairs, call.operands[1].rank - 1)
 
 
-def scatter_window(call: Call) -> Window:
+def scatter_window(call: OpCall) -> Window:
     offsets, inserted, chosen, batching, index_batching = map(call.integers, _SCATTER)
     gone = {*inserted, *batching}
     kept = [d for d in range(call.operands[0].rank) if d not in gone]
@@ -82,7 +82,7 @@ def scatter_window(call: Call) -> Window:
 
 
 @rule_for("gather")
-def gather(call: Call) -> Rule:
+def gather(call: OpCall) -> Rule:
     require(call.attrs["mode"] in _MODES and call.operands[1].dtype in INTEGERS)
     factors = Factors()
     window = gather_window(call)
@@ -95,7 +95,7 @@ def gather(call: Call) -> Rule:
     )
 
 
-def _fills_zero(call: Call) -> bool:
+def _fills_zero(call: OpCall) -> bool:
     """Whether an id out of range yields something that adds up to itself over shards."""
     given = call.attrs["fill_value"]
     fill = nan if given is None else number(given)
@@ -103,7 +103,7 @@ def _fills_zero(call: Call) -> bool:
 
 
 @rule_for("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-max", "scatter-min")
-def scatter(call: Call) -> Rule:
+def scatter(call: OpCall) -> Rule:
     """Index dims of a sum are reduced: the first shard keeps the operand, the others start from 0.
     For max and min all keep it. Setting and multiplying have no such reduction: whole."""
     require(call.attrs["mode"] in _MODES and call.operands[1].dtype in INTEGERS)
@@ -130,7 +130,7 @@ def scatter(call: Call) -> Rule:
 
 def _operand_dims(
     factors: Factors,
-    call: Call,
+    call: OpCall,
     window: Window,
     index: Sequence[Dim],
     other: tuple[int, ...],

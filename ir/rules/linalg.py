@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .factors import Call, Factors, integers, require, rule_for
+from .factors import Factors, OpCall, integers, require, rule_for
 from .rule import Rule
 
 # Trailing dims of the first operand that one decomposition works on; of those before them all have the same.
@@ -14,22 +14,22 @@ _OF_VECTORS = ("lu_pivots_to_permutation", "tridiagonal_solve")
 
 
 @rule_for(*_OF_MATRICES)
-def of_matrices(call: Call) -> Rule:
+def of_matrices(call: OpCall) -> Rule:
     return batched(call, 2)
 
 
 @rule_for(*_OF_VECTORS)
-def of_vectors(call: Call) -> Rule:
+def of_vectors(call: OpCall) -> Rule:
     return batched(call, 1)
 
 
 @rule_for("fft")
-def fft(call: Call) -> Rule:
+def fft(call: OpCall) -> Rule:
     return batched(call, len(integers(call.attrs["fft_lengths"])))
 
 
 @rule_for("triangular_solve")
-def triangular_solve(call: Call) -> Rule:
+def triangular_solve(call: OpCall) -> Rule:
     """a x = b, or x a = b: each column, or row, of b is solved alone. Linear in b."""
     matrix, given = call.operands[0].shape, call.operands[1].shape
     require(len(matrix) == len(given) and matrix[:-2] == given[:-2])
@@ -44,7 +44,7 @@ def triangular_solve(call: Call) -> Rule:
     return factors.rule([(*batch, *whole), side], [side], call.linear)
 
 
-def batched(call: Call, trailing: int) -> Rule:
+def batched(call: OpCall, trailing: int) -> Rule:
     """What comes before the first operand's last `trailing` dims stands first in every shape."""
     many = call.operands[0].rank - trailing
     require(many >= 0)

@@ -8,7 +8,7 @@ differ by platform, so what one key makes is whole there: drawn everywhere, then
 from __future__ import annotations
 
 from .elementwise import elementwise
-from .factors import Call, Factors, require, rule_for
+from .factors import Factors, OpCall, require, rule_for
 from .rule import Rule
 
 # Of these the backend says in `drawn` what a number depends on: "by_place" its key and place, "by_key" all that
@@ -17,7 +17,7 @@ DRAWN = frozenset({"random_bits", "random_split", "random_fold_in", "random_gamm
 
 
 @rule_for("random_bits", "random_split")
-def drawn(call: Call) -> Rule:
+def drawn(call: OpCall) -> Rule:
     """keys [k] -> [k, n]: n is parallel where each number depends on its place alone."""
     keys, result = call.operands[0].shape, call.results[0].shape
     require(keys == result[: len(keys)])
@@ -29,14 +29,14 @@ def drawn(call: Call) -> Rule:
 
 
 @rule_for("random_fold_in", "random_gamma")
-def one_per_key(call: Call) -> Rule:
+def one_per_key(call: OpCall) -> Rule:
     if call.attrs.get("drawn", "whole") == "whole":
         return whole(call)
     return elementwise(call)
 
 
 @rule_for("random_wrap", "random_unwrap")
-def per_key(call: Call) -> Rule:
+def per_key(call: OpCall) -> Rule:
     """Leading dims, one per key dim, are shared; the words that a key is made of are whole."""
     operand, result = call.operands[0].shape, call.results[0].shape
     keys = min(len(operand), len(result))
@@ -48,12 +48,12 @@ def per_key(call: Call) -> Rule:
 
 
 @rule_for("random_seed", "random_clone", "threefry2x32")
-def per_element(call: Call) -> Rule:
+def per_element(call: OpCall) -> Rule:
     return elementwise(call)
 
 
 @rule_for("rng_bit_generator", "rng_uniform")
-def whole(call: Call) -> Rule:
+def whole(call: OpCall) -> Rule:
     factors = Factors()
     operands = [factors.wholes(kind.shape) for kind in call.operands]
     return factors.rule(operands, [factors.wholes(kind.shape) for kind in call.results])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .factors import FLOATS, INTEGERS, NUMBERS, Call, Factors, Reduction, rule_for
+from .factors import FLOATS, INTEGERS, NUMBERS, Factors, OpCall, Reduction, rule_for
 from .rule import Rule
 
 _ORDERED = (FLOATS | INTEGERS) - {"c64", "c128"}
@@ -16,7 +16,7 @@ _COMBINED: dict[str, tuple[Reduction, frozenset[str]]] = {
 
 
 @rule_for(*_COMBINED, "reduce_prod", "reduce_xor", "argmax", "argmin")
-def reduce(call: Call) -> Rule:
+def reduce(call: OpCall) -> Rule:
     """Kept dims are parallel; dropped ones reduced, or whole where shards can't be combined."""
     reduction, dtypes = _COMBINED.get(call.kind, ("", frozenset()))
     axes = set(call.integers("axes"))
@@ -34,7 +34,7 @@ def reduce(call: Call) -> Rule:
 
 
 @rule_for("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
-def running(call: Call) -> Rule:
+def running(call: OpCall) -> Rule:
     axis = call.integer("axis")
     factors = Factors()
     dims = tuple(
@@ -45,7 +45,7 @@ def running(call: Call) -> Rule:
 
 
 @rule_for("reduce_window_sum", "reduce_window_max", "reduce_window_min")
-def reduce_window(call: Call) -> Rule:
+def reduce_window(call: OpCall) -> Rule:
     """Pooling: dims without a window are parallel, the others whole."""
     factors = Factors()
     dims = [
@@ -59,7 +59,7 @@ def reduce_window(call: Call) -> Rule:
 
 
 @rule_for("select_and_scatter_add", "select_and_gather_add")
-def select_in_window(call: Call) -> Rule:
+def select_in_window(call: OpCall) -> Rule:
     """Gradient and tangent of max pooling; linear in the first operand."""
     given, image = call.operands
     factors = Factors()
@@ -78,7 +78,7 @@ def select_in_window(call: Call) -> Rule:
     return factors.rule([first, second], [result], call.linear)
 
 
-def _free(call: Call) -> list[bool]:
+def _free(call: OpCall) -> list[bool]:
     """Which dims have no window at all."""
     windows, strides = call.integers("window_dimensions"), call.integers("window_strides")
     ones = (1,) * len(windows)

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from math import gcd
 
 from ..graph import TensorType
-from .factors import Call, Dims, Factors, require, rule_for
+from .factors import Dims, Factors, OpCall, require, rule_for
 from .rule import Dim, Rule
 
 
 @rule_for("reshape")
-def reshape(call: Call) -> Rule:
+def reshape(call: OpCall) -> Rule:
     """Both shapes as products of the finest common factors.
 
     [B·T, 3·H] -> [B, T, 3, H]   dims (B, T) (3, H) -> (B,) (T,) (3,) (H,)
@@ -87,7 +87,7 @@ def _skip_to_boundary(factors: Factors, left: _Side, right: _Side) -> None:
 
 
 @rule_for("broadcast_in_dim")
-def broadcast_in_dim(call: Call) -> Rule:
+def broadcast_in_dim(call: OpCall) -> Rule:
     require(len(call.operands) == 1)
     factors = Factors()
     shape = call.results[0].shape
@@ -101,7 +101,7 @@ def broadcast_in_dim(call: Call) -> Rule:
 
 
 @rule_for("squeeze")
-def squeeze(call: Call) -> Rule:
+def squeeze(call: OpCall) -> Rule:
     factors = Factors()
     operand = factors.like(call.operands[0].shape)
     gone = {d % len(operand) for d in call.integers("dimensions")}
@@ -110,7 +110,7 @@ def squeeze(call: Call) -> Rule:
 
 
 @rule_for("transpose")
-def transpose(call: Call) -> Rule:
+def transpose(call: OpCall) -> Rule:
     factors = Factors()
     operand = factors.like(call.operands[0].shape)
     result = tuple(operand[d] for d in call.integers("permutation"))
@@ -118,7 +118,7 @@ def transpose(call: Call) -> Rule:
 
 
 @rule_for("rev")
-def rev(call: Call) -> Rule:
+def rev(call: OpCall) -> Rule:
     reversed_dims = set(call.integers("dimensions"))
     factors = Factors()
     dims = tuple(
@@ -129,7 +129,7 @@ def rev(call: Call) -> Rule:
 
 
 @rule_for("concatenate")
-def concatenate(call: Call) -> Rule:
+def concatenate(call: OpCall) -> Rule:
     axis = call.integer("dimension")
     factors = Factors()
     *operands, result = _whole_along(factors, axis, [*call.operands, *call.results])
@@ -137,7 +137,7 @@ def concatenate(call: Call) -> Rule:
 
 
 @rule_for("stack")
-def stack(call: Call) -> Rule:
+def stack(call: OpCall) -> Rule:
     axis = call.integer("axis")
     factors = Factors()
     dims = factors.like(call.operands[0].shape)
@@ -146,7 +146,7 @@ def stack(call: Call) -> Rule:
 
 
 @rule_for("unstack")
-def unstack(call: Call) -> Rule:
+def unstack(call: OpCall) -> Rule:
     axis = call.integer("axis")
     factors = Factors()
     dims = factors.like(call.results[0].shape)
@@ -155,7 +155,7 @@ def unstack(call: Call) -> Rule:
 
 
 @rule_for("split")
-def split(call: Call) -> Rule:
+def split(call: OpCall) -> Rule:
     axis = call.integer("axis")
     factors = Factors()
     operand, *results = _whole_along(factors, axis, [*call.operands, *call.results])
@@ -169,7 +169,7 @@ def _whole_along(factors: Factors, axis: int, kinds: Sequence[TensorType]) -> li
 
 
 @rule_for("tile")
-def tile(call: Call) -> Rule:
+def tile(call: OpCall) -> Rule:
     """Each result dim is (repeats, size): size may be cut only where it is not repeated."""
     factors = Factors()
     operand = factors.like(call.operands[0].shape)
@@ -180,7 +180,7 @@ def tile(call: Call) -> Rule:
 
 
 @rule_for("slice")
-def slice_(call: Call) -> Rule:
+def slice_(call: OpCall) -> Rule:
     """Dims taken in full, in order, are parallel; the others whole."""
     shape = call.operands[0].shape
     starts, limits = call.integers("start_indices"), call.integers("limit_indices")
@@ -191,7 +191,7 @@ def slice_(call: Call) -> Rule:
 
 
 @rule_for("pad")
-def pad(call: Call) -> Rule:
+def pad(call: OpCall) -> Rule:
     """Not linear: a padding value other than 0 would be counted once per shard."""
     full = [config == (0, 0, 0) for config in call.tuples("padding_config")]
     factors = Factors()
@@ -200,14 +200,14 @@ def pad(call: Call) -> Rule:
 
 
 @rule_for("dynamic_slice")
-def dynamic_slice(call: Call) -> Rule:
+def dynamic_slice(call: OpCall) -> Rule:
     """A dim taken in full is parallel: its start is clamped to 0, whatever it says."""
     shapes = zip(call.operands[0].shape, call.results[0].shape, strict=True)
     return _window(call, [before == after for before, after in shapes])
 
 
 @rule_for("dynamic_update_slice")
-def dynamic_update_slice(call: Call) -> Rule:
+def dynamic_update_slice(call: OpCall) -> Rule:
     target, update = call.operands[0].shape, call.operands[1].shape
     factors = Factors()
     full = [before == after for before, after in zip(target, update, strict=True)]
@@ -215,13 +215,13 @@ def dynamic_update_slice(call: Call) -> Rule:
     return factors.rule([dims, part, *_scalars(call, 2)], [dims], call.linear)
 
 
-def _window(call: Call, full: list[bool]) -> Rule:
+def _window(call: OpCall, full: list[bool]) -> Rule:
     factors = Factors()
     before, after = _shared_where(factors, full, call.operands[0].shape, call.results[0].shape)
     return factors.rule([before, *_scalars(call, 1)], [after], call.linear)
 
 
-def _scalars(call: Call, first: int) -> list[Dims]:
+def _scalars(call: OpCall, first: int) -> list[Dims]:
     require(all(kind.rank == 0 for kind in call.operands[first:]))
     return [() for _ in call.operands[first:]]
 
@@ -241,7 +241,7 @@ def _shared_where(
 
 
 @rule_for("iota")
-def iota(call: Call) -> Rule:
+def iota(call: OpCall) -> Rule:
     """Parallel in every dim; along its own dimension a shard adds its offset."""
     require(not call.operands)
     factors = Factors()

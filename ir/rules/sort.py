@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .factors import Call, Factors, rule_for
+from .factors import Factors, OpCall, rule_for
 from .rule import Rule
 
 
 @rule_for("sort")
-def sort(call: Call) -> Rule:
+def sort(call: OpCall) -> Rule:
     axis = call.integer("dimension")
     factors = Factors()
     dims = tuple(
@@ -18,7 +18,7 @@ def sort(call: Call) -> Rule:
 
 
 @rule_for("top_k", "approx_top_k")
-def top_k(call: Call) -> Rule:
+def top_k(call: OpCall) -> Rule:
     rank = call.operands[0].rank
     name = "axis" if call.kind == "top_k" else "reduction_dimension"
     axis = call.integer(name) % rank if name in call.attrs else rank - 1

@@ -5,14 +5,14 @@ b h q d, b h k d, b h k d -> b h q d    cut b h      the gradient of an operand 
 
 from __future__ import annotations
 
-from .factors import Call, Factors, attr_tuple, require, rule_for
+from .factors import Factors, OpCall, attr_tuple, require, rule_for
 from .rule import Dim, Rule
 
 KIND = "user_kernel"
 
 
 @rule_for(KIND)
-def user_kernel(call: Call) -> Rule:
+def user_kernel(call: OpCall) -> Rule:
     """Attrs `operands` and `results` name the dims of each side; names in `cut` may be cut, all others are whole."""
     sides = [
         attr_tuple(names)

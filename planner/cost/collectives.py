@@ -24,14 +24,14 @@ from ...ir.errors import PlanError, did_you_mean
 from ...ir.execution_model import Backend, ExecutionModel, execution_model
 from ...ir.graph import ITEM_BYTES, TensorType
 from ...ir.mesh import Mesh
-from ...ir.sharding import Sharding, Step
+from ...ir.sharding import ReshardStep, Sharding
 from .groups import Level, levels_of
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "permute")
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class LinearTime:
     """Seconds as a straight line in bytes: `fixed + slope * nbytes`."""
 
     fixed: float = 0.0
@@ -40,11 +40,11 @@ class Line:
     def __call__(self, nbytes: float) -> float:
         return self.fixed + self.slope * nbytes
 
-    def __add__(self, other: Line) -> Line:
-        return Line(self.fixed + other.fixed, self.slope + other.slope)
+    def __add__(self, other: LinearTime) -> LinearTime:
+        return LinearTime(self.fixed + other.fixed, self.slope + other.slope)
 
 
-FREE = Line()
+FREE = LinearTime()
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,17 @@ class Collectives:
         gradients = kind == "all_reduce" and phase == "update" and bool(source.dims)
         return gradients and self.execution_model.joins_all_reduces
 
-    def line(self, kind: str, axes: tuple[str, ...]) -> Line:
+    def line(self, kind: str, axes: tuple[str, ...]) -> LinearTime:
         """Seconds of one collective, as a line in the bytes of the larger local side."""
         if (kind, axes) not in self._lines:
             self._lines[kind, axes] = self._line(kind, axes)
         return self._lines[kind, axes]
 
     @cached_property
-    def _lines(self) -> dict[tuple[str, tuple[str, ...]], Line]:
+    def _lines(self) -> dict[tuple[str, tuple[str, ...]], LinearTime]:
         return {}
 
-    def _line(self, kind: str, axes: tuple[str, ...]) -> Line:
+    def _line(self, kind: str, axes: tuple[str, ...]) -> LinearTime:
         if kind not in KINDS:
             raise PlanError(
                 f"`{kind}` is no collective.", where="collective", fix=did_you_mean(kind, KINDS)
@@ -104,7 +104,7 @@ class Collectives:
         }  # fmt: skip
         return prices.get(kind, self._ring)(levels)
 
-    def _measured(self, kind: str, axes: tuple[str, ...]) -> Line | None:
+    def _measured(self, kind: str, axes: tuple[str, ...]) -> LinearTime | None:
         """What a profile says of groups that lie like this; axes next to each other are one group."""
         strides = sorted((self.mesh.stride(name), self.mesh.sizes[name]) for name in axes)
         size = stride = 1
@@ -114,10 +114,10 @@ class Collectives:
             stride, size = (stride if size > 1 else step), size * n
         for line in self.cluster.measured:
             if (line.kind, line.size, line.stride) == (kind, size, stride):
-                return Line(line.fixed, line.slope)
+                return LinearTime(line.fixed, line.slope)
         return None
 
-    def _ring(self, levels: tuple[Level, ...]) -> Line:
+    def _ring(self, levels: tuple[Level, ...]) -> LinearTime:
         """Every byte passes every link of a ring over all n ranks but one: (n - 1) / n of them.
         The ranks of one part pass on to the next with all their links at once.
 
@@ -126,9 +126,9 @@ class Collectives:
         n = levels[-1].inside
         slope = max((n - 1) / n / level.bandwidth for level in levels)
         hops = _ring_hops if self.execution_model.ring_latency else _tree_hops
-        return Line(hops(levels), slope)
+        return LinearTime(hops(levels), slope)
 
-    def _all_reduce(self, levels: tuple[Level, ...]) -> Line:
+    def _all_reduce(self, levels: tuple[Level, ...]) -> LinearTime:
         """Twice a ring's bytes; twice a tree's hops. A switch that reduces (`nvls`) is sent the
         bytes once and sends the sum back: n / (n - 1) of them at its efficiency.
 
@@ -143,14 +143,14 @@ class Collectives:
                 share = level.parts / (level.parts - 1)
                 ring = min(ring, share / (level.tier.achieved * level.tier.nvls))
             slopes.append(ring)
-        return Line(2 * _tree_hops(levels), max(slopes))
+        return LinearTime(2 * _tree_hops(levels), max(slopes))
 
     def hop(self, stride: int, nbytes: float) -> float:
         """Seconds of sending from every rank to the one `stride` ranks on (pipeline neighbours)."""
         tier = self.cluster.tier_for(min(2 * stride, self.cluster.size))
         return tier.latency + nbytes / tier.achieved
 
-    def moving(self, steps: Sequence[Step], source: Sharding, phase: str) -> Line:
+    def moving(self, steps: Sequence[ReshardStep], source: Sharding, phase: str) -> LinearTime:
         """Seconds of the steps from a source layout to another, as a line in the tensor's *global* bytes."""
         total, share = FREE, 1.0 / source.ways(self.mesh)
         for step in steps:
@@ -158,10 +158,10 @@ class Collectives:
             if step.kind != "slice":
                 line = self.line(step.kind, step.axes)
                 fixed = 0.0 if self.joins(step.kind, phase, source) else line.fixed
-                total += Line(fixed, line.slope * larger)
+                total += LinearTime(fixed, line.slope * larger)
         return total
 
-    def shares(self, step: Step, share: float) -> tuple[float, float]:
+    def shares(self, step: ReshardStep, share: float) -> tuple[float, float]:
         """Local bytes per global byte: of the larger side of the step, and after it."""
         ways = self.mesh.ways(step.axes)
         match step.kind:
@@ -173,7 +173,7 @@ class Collectives:
                 return share, share
 
 
-def _in_one_process(kind: str, levels: tuple[Level, ...]) -> Line:
+def _in_one_process(kind: str, levels: tuple[Level, ...]) -> LinearTime:
     """Threads meet once and read each other's memory: twice a ring's bytes, but for an all-gather and a permute, which
     only copy: 0.73 s for 1 GB on average, over how many devices it may be.
 
@@ -182,10 +182,10 @@ def _in_one_process(kind: str, levels: tuple[Level, ...]) -> Line:
     """
     n, bandwidth = levels[-1].inside, min(level.bandwidth for level in levels)
     copies = kind in ("all_gather", "permute")
-    return Line(_tree_hops(levels), (0.75 if copies else 2 * (n - 1) / n) / bandwidth)
+    return LinearTime(_tree_hops(levels), (0.75 if copies else 2 * (n - 1) / n) / bandwidth)
 
 
-def _all_to_all(levels: tuple[Level, ...]) -> Line:
+def _all_to_all(levels: tuple[Level, ...]) -> LinearTime:
     """A rank sends as much to each of the others; those that a tier joins share its own link.
 
     Source: pairwise exchange, Thakur et al., section 4.4.
@@ -194,13 +194,13 @@ def _all_to_all(levels: tuple[Level, ...]) -> Line:
     for level in levels:
         slope = max(slope, (level.inside - before) / n / level.tier.achieved)
         before = level.inside
-    return Line(_tree_hops(levels), slope)
+    return LinearTime(_tree_hops(levels), slope)
 
 
-def _permute(levels: tuple[Level, ...]) -> Line:
+def _permute(levels: tuple[Level, ...]) -> LinearTime:
     """As the pair that is farthest apart: all others send at the same time."""
     far = levels[-1].tier
-    return Line(far.latency, 1 / far.achieved)
+    return LinearTime(far.latency, 1 / far.achieved)
 
 
 def _ring_hops(levels: tuple[Level, ...]) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...ir.mesh import Axis, Mesh
 from ...ir.rules.rule import Rule, Strategy, cuttable, operand_sharding, result_sharding
-from ...ir.sharding import Sharding, Step, reshard
+from ...ir.sharding import ReshardStep, Sharding, reshard
 from .strategies import Splits, divides, follow, layouts_by, strategies
 
 UNKNOWN, IMPOSSIBLE = -1, 0  # numbers of moves
@@ -40,7 +40,7 @@ class StrategyTable:
 class Move:
     """The steps from a layout to another; `source` is one layout from which they may start."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[ReshardStep, ...]
     source: Sharding
 
 

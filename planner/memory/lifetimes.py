@@ -55,7 +55,7 @@ def lifetimes(
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class CopyReading:
     """That an op reads a value, and the lives of a copy made for it, laid out as the op wants it.
 
     The lives bear the number of the op's first result, as they are on devices that make that.
@@ -66,7 +66,7 @@ class Reading:
     lives: tuple[Segment, ...]
 
 
-def readings(program: Program, storage: Storage) -> list[Reading]:
+def readings(program: Program, storage: Storage) -> list[CopyReading]:
     """What top-level ops read; a schedule that is eager makes copies of the program's inputs at its start."""
     return list(_Analysis(program, 1, {}, storage).readings())
 
@@ -116,14 +116,14 @@ class _Analysis:
             self.program, self.microbatches, tuple(segments), ticks, causes, scale, copies
         )
 
-    def readings(self) -> Iterator[Reading]:
+    def readings(self) -> Iterator[CopyReading]:
         self._tick()
         inputs = set(self.graph.inputs) if self.storage.model.eager_schedule else set[int]()
         for op, (start, end) in zip(self.graph.ops, self.bounds, strict=True):
             result = op.outputs[0]
             for v in dict.fromkeys(op.inputs):
                 now = (Segment(result, start, end, 1, 1),)
-                yield Reading(
+                yield CopyReading(
                     v,
                     op.tag,
                     tuple(self._until_read(result, 0, end, op.count)) if v in inputs else now,

@@ -29,7 +29,7 @@ WIDEST = 4.0  # times the median of what crosses: logits are wider, early activa
 
 
 @dataclass(frozen=True)
-class Line:
+class OpOrder:
     """The ops of a graph in order: `work[i]` of op i in the forward pass, else 0; `crossing[p]` bytes that ops
     before position p make and forward ops from p on read."""
 
@@ -37,7 +37,7 @@ class Line:
     crossing: np.ndarray
 
     @classmethod
-    def of(cls, graph: Graph, forward: Collection[str]) -> Line:
+    def of(cls, graph: Graph, forward: Collection[str]) -> OpOrder:
         """`forward`: tags of the ops of the forward pass."""
         inside = np.array([op.tag in forward for op in graph.ops])
         made: dict[int, int] = {}

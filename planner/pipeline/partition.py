@@ -16,7 +16,7 @@ import numpy as np
 Plan = TypeVar("Plan")
 
 
-class Piece(NamedTuple):
+class StagePiece(NamedTuple):
     """Units `first` up to, not including, `last`, on so many devices."""
 
     first: int
@@ -25,7 +25,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cuts:
+class BestCuts:
     """The best pipelines from one position: `seconds[d, b]` covers the units before b with exactly d devices.
 
     at, devices: where the last stage of the best pipeline begins, and how many devices it has.
@@ -36,11 +36,11 @@ class Cuts:
     at: np.ndarray
     devices: np.ndarray
 
-    def pieces(self, end: int, devices: int) -> tuple[Piece, ...]:
+    def pieces(self, end: int, devices: int) -> tuple[StagePiece, ...]:
         """The stages of the best pipeline to `end`, in order."""
-        found: list[Piece] = []
+        found: list[StagePiece] = []
         while end > self.start:
-            piece = Piece(int(self.at[devices, end]), end, int(self.devices[devices, end]))
+            piece = StagePiece(int(self.at[devices, end]), end, int(self.devices[devices, end]))
             found.append(piece)
             end, devices = piece.first, devices - piece.devices
         return tuple(reversed(found))
@@ -53,7 +53,7 @@ def best_cuts(
     devices: int,
     join: np.ufunc = np.maximum,
     latest: bool = False,
-) -> Cuts:
+) -> BestCuts:
     """The best pipelines from `start`: with the fastest slowest stage, or the least sum (join: `np.add`).
 
     Args:
@@ -82,12 +82,12 @@ def best_cuts(
                 best[better] + start,
                 own,
             )
-    return Cuts(start, seconds, at, own_devices)
+    return BestCuts(start, seconds, at, own_devices)
 
 
 def least_step(
     tables: Sequence[np.ndarray], devices: int, microbatches: int
-) -> tuple[float, tuple[Piece, ...]] | None:
+) -> tuple[float, tuple[StagePiece, ...]] | None:
     """The pipeline of all units on exactly so many devices with the least
 
         sum of all stages' seconds  +  (microbatches - 1) * seconds of the slowest stage
@@ -101,7 +101,7 @@ def least_step(
     The limit on the slowest stage falls from one best plan to the next, and stops where it allows none
     (Zheng et al., Alpa, OSDI 2022, section 5.2, from the other side).
     """
-    best: tuple[float, tuple[Piece, ...]] | None = None
+    best: tuple[float, tuple[StagePiece, ...]] | None = None
     limit = np.inf
     while (pieces := _least_sum(tables, devices, limit)) is not None:
         behind = range(len(pieces))[::-1]
@@ -118,7 +118,7 @@ def least_step(
 
 def _least_sum(
     tables: Sequence[np.ndarray], devices: int, limit: float
-) -> tuple[Piece, ...] | None:
+) -> tuple[StagePiece, ...] | None:
     """The pipeline with the least sum of seconds and no stage slower than the limit."""
     units = tables[0].shape[1] - 1
     rows = np.arange(units + 1)
@@ -151,7 +151,7 @@ def _least_sum(
         return None
     pieces, at = [], 0
     for to, own in reversed(taken[:stages]):
-        piece = Piece(at, int(to[devices, at]), int(own[devices, at]))
+        piece = StagePiece(at, int(to[devices, at]), int(own[devices, at]))
         pieces.append(piece)
         at, devices = piece.last, devices - piece.devices
     return tuple(pieces)
@@ -168,7 +168,7 @@ class Pace(NamedTuple):
 
 def near_least_step(
     paces: Mapping[int, Pace], devices: int, stages: int | None = None, coarse: float = 0.01
-) -> tuple[float, tuple[Piece, ...]] | None:
+) -> tuple[float, tuple[StagePiece, ...]] | None:
     """The pipeline of all units on exactly so many devices with nearly the least
 
         sum of all stages' `once`  +  the largest `again` of a stage
@@ -181,7 +181,7 @@ def near_least_step(
         coarse: by so much at least the limit on `again` falls from one best plan to the next, and so much of
             the second term may be lost.
     """
-    best: tuple[float, tuple[Piece, ...]] | None = None
+    best: tuple[float, tuple[StagePiece, ...]] | None = None
     limit = np.inf
     while (pieces := _least_sum_of(paces, devices, limit, stages)) is not None:
         first = sum(float(paces[p.devices].once[p.first, p.last]) for p in pieces)
@@ -198,7 +198,7 @@ def near_least_step(
 
 def _least_sum_of(
     paces: Mapping[int, Pace], devices: int, limit: float, stages: int | None
-) -> tuple[Piece, ...] | None:
+) -> tuple[StagePiece, ...] | None:
     """The pipeline with the least sum of `once` and no stage whose `again` is above the limit."""
     allowed = {d: np.where(pace.again <= limit, pace.once, np.inf) for d, pace in paces.items()}
     units = len(next(iter(allowed.values()))) - 1
@@ -231,7 +231,7 @@ def _least_sum_of(
     pieces, at, left = [], 0, devices
     while at < units:
         to, own = taken[-1] if stages is None else taken[stages - 1 - len(pieces)]
-        piece = Piece(at, int(to[left, at]), int(own[left, at]))
+        piece = StagePiece(at, int(to[left, at]), int(own[left, at]))
         pieces.append(piece)
         at, left = piece.last, left - piece.devices
     return tuple(pieces)

@@ -27,7 +27,7 @@ from ...ir.graph import ITEM_BYTES, Graph
 from ...ir.passes.copies import settles
 from ...ir.passes.microbatch import TimeAxis
 from ...ir.program import Program
-from ..memory.lifetimes import Reading, lifetimes, readings
+from ..memory.lifetimes import CopyReading, lifetimes, readings
 from ..memory.lives import Lifetimes, Segment
 from ..memory.storage import storage_of
 from .units import Cut, counted_as_many
@@ -39,7 +39,7 @@ class _Pass:
 
     program: Program
     lives: Lifetimes
-    readings: list[Reading]
+    readings: list[CopyReading]
     start: int
 
     @property
@@ -331,7 +331,7 @@ class Passes:
         return 1 / self.microbatches if value in self.time.split else 1.0
 
     @cached_property
-    def readings(self) -> list[list[Reading]]:
+    def readings(self) -> list[list[CopyReading]]:
         """Of each pass."""
         return [
             [replace(each, lives=tuple(map(part.later, each.lives))) for each in part.readings]

@@ -30,7 +30,7 @@ from ...ir.units import format_bytes, format_seconds
 from ..intra.overlapped import solve_overlapped
 from ..intra.space import Space
 from ..problem import Problem
-from ..report.of_pipeline import LEFT_OUT, Chosen, Rank, write_pipeline
+from ..report.of_pipeline import LEFT_OUT, ProgramChoice, Rank, write_pipeline
 from ..search.meshes import finer_stages
 from ..search.search import Prefetching
 from ..solver.onehot import Solution
@@ -478,7 +478,7 @@ class Pipelines:
         best = self.best
         assert best.space and best.pricing and best.priced
         ranks = [Rank(self.problem, best.space, best.choices)] * best.priced.schedule.ranks
-        chosen = Chosen(best.programs, best.why)
+        chosen = ProgramChoice(best.programs, best.why)
         return write_pipeline(
             ranks,
             best.pricing,

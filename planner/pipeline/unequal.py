@@ -29,14 +29,14 @@ from ..report.of_pipeline import (
     BESIDES,
     LEFT_OUT,
     Alternative,
-    Chosen,
+    ProgramChoice,
     Rank,
     by_stages,
     write_pipeline,
 )
 from ..search.meshes import plane_meshes
 from .choices import PipelineConfig
-from .partition import Pace, Piece, near_least_step
+from .partition import Pace, StagePiece, near_least_step
 from .priced import Place, Priced, Pricing
 from .schedules import schedule_named
 from .search import Pipelines
@@ -58,7 +58,7 @@ UNEQUAL = ("stages of unequal meshes, but for the most promising by an estimate"
 class Split:
     """Stages in order, and the estimated seconds of a step."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[StagePiece, ...]
     policy: Policy
     microbatches: int
     seconds: float
@@ -99,7 +99,7 @@ class Unequal:
         self.left_out = UNEQUAL
         good = self.best * (1 - self.problem.request.good_enough)
         splits = sorted(self._splits(), key=lambda split: split.seconds)
-        fitted = set[tuple[Piece, ...]]()  # and more recomputation only makes room
+        fitted = set[tuple[StagePiece, ...]]()  # and more recomputation only makes room
         for split in splits[:LOOKS]:
             if (
                 split.seconds < good
@@ -139,7 +139,7 @@ class Unequal:
         )
 
     @property
-    def _chosen(self) -> Chosen:
+    def _chosen(self) -> ProgramChoice:
         assert self.found is not None
         why = (
             "stages have unequal numbers of devices."

@@ -26,7 +26,7 @@ from ...ir.pipeline.stages import Fragment, Stages, cut_stages
 from ...ir.program import Program
 from ...ir.units import counted
 from .dealing import deal
-from .narrow import Line
+from .narrow import OpOrder
 
 MANY = 1_000_003  # what a repeated layer is counted as, so that its share of a count can be told
 HALVES = ("first half", "second half")
@@ -144,7 +144,7 @@ class _Finder:
     def __init__(self, folded: Folded, program: Program):
         self.whole, self.blocks = folded.whole, folded.blocks
         self.forward = frozenset(op.tag for op in Classes(program).forward)
-        self.line = Line.of(folded.small, self.forward)
+        self.line = OpOrder.of(folded.small, self.forward)
         self.layers = [block for block in folded.blocks if self._is_layer(block)]
         kept = np.ones(len(folded.whole.ops), bool)
         for block in folded.blocks:

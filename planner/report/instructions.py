@@ -43,7 +43,7 @@ TURNS = 4  # of each window: what cannot hide before the first op and after the 
 
 
 @dataclass(frozen=True)
-class Chosen:
+class PlanDecisions:
     """The decisions of a plan, as `space.build` asks for them."""
 
     plan: Plan
@@ -103,7 +103,7 @@ def simulate_plan(
     """
     overlap = plan.overlap if overlap is None else overlap
     layouts = Layouts(cost.collectives(plan.mesh))
-    space = build(program, plan.microbatches, cost, layouts, Chosen(plan), overlap=overlap)
+    space = build(program, plan.microbatches, cost, layouts, PlanDecisions(plan), overlap=overlap)
     local = localize(program, plan)
     steps = _Reading(LocalPrices(local, space, cost, plan.strategies), spoken(space)).run()
     tasks, collectives = _Issuing(space, steps, overlap).run()

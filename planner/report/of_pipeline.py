@@ -47,7 +47,7 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ProgramChoice:
     """Predicted seconds of a step by each kind of program that can be, and why there is no single one."""
 
     programs: Mapping[str, float] = field(default_factory=dict)
@@ -87,14 +87,16 @@ def passed_over(taken: Plan, others: Iterable[Alternative]) -> Plan:
     )
 
 
-def by_stages(pricing: Pricing, priced: Priced, model: ExecutionModel, why: str = "") -> Chosen:
+def by_stages(
+    pricing: Pricing, priced: Priced, model: ExecutionModel, why: str = ""
+) -> ProgramChoice:
     """Programs of each stage, with what the host takes to dispatch them."""
-    return Chosen({"stages": with_dispatch(pricing, priced, model)}, why)
+    return ProgramChoice({"stages": with_dispatch(pricing, priced, model)}, why)
 
 
 def write_pipeline(
     ranks: Sequence[Rank], pricing: Pricing, priced: Priced, cluster: Cluster, lower_bound: float,
-    trace: Trace, left_out: tuple[str, ...] = LEFT_OUT, chosen: Chosen = Chosen(),
+    trace: Trace, left_out: tuple[str, ...] = LEFT_OUT, chosen: ProgramChoice = ProgramChoice(),
 ) -> Plan:  # fmt: skip
     """The plan of a pipeline; tables count all its stages together, as the rank with most memory lays them out."""
     worst = max(range(len(ranks)), key=lambda rank: priced.peaks[rank] / pricing.places[rank].limit)
@@ -156,7 +158,7 @@ def write_pipeline(
     return plan.model_copy(update=update)
 
 
-def _serial(pricing: Pricing, priced: Priced, chosen: Chosen) -> float:
+def _serial(pricing: Pricing, priced: Priced, chosen: ProgramChoice) -> float:
     """Seconds of the same step if nothing overlapped within its stages."""
     if not any(unit.hides for place in pricing.places for unit in place.each):
         return priced.seconds
@@ -168,7 +170,7 @@ def _serial(pricing: Pricing, priced: Priced, chosen: Chosen) -> float:
 
 
 def _pipeline(
-    ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: bool, chosen: Chosen
+    ranks: Sequence[Rank], pricing: Pricing, priced: Priced, unlike: bool, chosen: ProgramChoice
 ) -> Pipeline:
     units, schedule = pricing.units, priced.schedule
     ends = (*priced.firsts[1:], len(units))
@@ -199,7 +201,7 @@ def _pipeline(
     )
 
 
-def _memory(pricing: Pricing, priced: Priced, rank: int, chosen: Chosen) -> dict[str, float]:
+def _memory(pricing: Pricing, priced: Priced, rank: int, chosen: ProgramChoice) -> dict[str, float]:
     if chosen.program == "single":
         return memory_by_cause(pricing, priced.schedule.microbatches, rank)
     runs = [priced.runs(pricing.units, stage) for stage in priced.schedule.held[rank]]

@@ -25,7 +25,7 @@ from ...ir.analysis.blocks import Folded
 from ...ir.cluster.cluster import Cluster, Device
 from ...ir.codec import dump_graph, load_graph, unsealed
 from ...ir.errors import InfeasibleError, MeshwrightError, MismatchError, PlanError
-from ...ir.files import MIB, Kind, read_object, read_text
+from ...ir.files import MIB, FileKind, read_object, read_text
 from ...ir.graph import Graph
 from ...ir.passes.recompute import Policy
 from ...ir.plan import Plan, PlannedBatch
@@ -50,7 +50,7 @@ POINTS = 24  # kept of one search, the fastest
 WIDE = 16  # that a search which keeps them tries to find
 KNOWN = "meshes, recompute and microbatches unlike those that an earlier search met"
 PINS = ("pp", "mesh", "recompute", "microbatches")  # of the first plan, kept
-FILE = Kind(
+FILE = FileKind(
     "frontier", 64 * MIB, "a file from `meshwright plan --frontier`, as it was written", PlanError
 )
 NEAR = 4  # microbatches up to so many times more or fewer
@@ -153,7 +153,7 @@ def load_frontier(path: Path) -> Frontier:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CarriedPoint:
     """A point carried over to other stages; `same`: its decisions hold there as they are. `estimate` in seconds;
     `held`: bytes that the first stage's devices hold, about."""
 
@@ -295,7 +295,7 @@ class _Replanning:
             self.searches[hosts] = found
         return self.searches[hosts]
 
-    def _candidates(self, whole: Pipelines) -> Iterator[Candidate]:
+    def _candidates(self, whole: Pipelines) -> Iterator[CarriedPoint]:
         units, batch, per_host = (
             len(whole.choices.units),
             whole.choices.batch,
@@ -323,11 +323,11 @@ class _Replanning:
                             continue
                         shape = PipelineConfig(stages, mesh, point.policy, many)
                         hosts = ceil(stages * devices / per_host)
-                        yield Candidate(
+                        yield CarriedPoint(
                             point, shape, hosts, _estimate(point, shape, units), _held(point, shape)
                         )
 
-    def _look_at_more_devices(self, candidates: list[Candidate]) -> None:
+    def _look_at_more_devices(self, candidates: list[CarriedPoint]) -> None:
         """Where the best leaves devices spare, the most promising of those that leave fewest: estimates take units
         as equal, so that 18 on 6 stages seem as good as on 8."""
         limit, best = self._on(self.cluster.hosts).problem.limit, self.best and self.best.best.shape
@@ -346,7 +346,7 @@ class _Replanning:
         return [many for many in whole.choices.counts if many in near]
 
     def _look(
-        self, candidates: list[Candidate], looks: int, solve: bool, hopeful: bool = False
+        self, candidates: list[CarriedPoint], looks: int, solve: bool, hopeful: bool = False
     ) -> None:
         """Price so many candidates as they are, or solve anew on their meshes, the most promising first; with
         `hopeful` whatever the estimate."""

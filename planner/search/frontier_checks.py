@@ -14,7 +14,7 @@ PER_UNIT, PER_KIND = ("kinds", "cuts"), ("small_cuts", "names", "alike", "work")
 PASSES = ("forward", "backward", "weight", "once")
 
 
-class Parts(Protocol):
+class FrontierParts(Protocol):
     """The fields of a frontier that can contradict each other."""
 
     @property
@@ -27,7 +27,7 @@ class Parts(Protocol):
     def work(self) -> Mapping[Any, Sequence[Any]]: ...
 
 
-def check_frontier(frontier: Parts) -> None:
+def check_frontier(frontier: FrontierParts) -> None:
     """Refuse a frontier that contradicts itself.
 
     Raises:

@@ -27,8 +27,8 @@ from .contraction import Contracted, contract
 from .exact import solve
 from .live import Live, finite, memory_rows, restrict, tighten
 from .messages import Messages
-from .onehot import Choices, Problem, Solution, Stop, relative_gap
-from .region import LEAST_SECONDS, Region
+from .onehot import Choices, OneHotProblem, Solution, Stop, relative_gap
+from .region import LEAST_SECONDS, RegionSearch
 from .tree_moves import TreeMoves
 from .walker import Walker
 
@@ -123,7 +123,7 @@ class Anytime:
     def __post_init__(self) -> None:
         cores = min(4, os.cpu_count() or 1)
         self.walkers = [Walker(self.seed * 64 + k) for k in range(max(1, cores - 1))]
-        self.region = Region(np.random.default_rng(self.seed))
+        self.region = RegionSearch(np.random.default_rng(self.seed))
 
     # ------------------------------------------------------------ state
 
@@ -336,7 +336,7 @@ class Anytime:
         active[np.argsort(live.limits - live.table.extremes()[1])[:EXACT_MOMENTS]] = True
         known = core.lower(self.choices) if self.choices else None
         for _ in range(EXACT_ROUNDS):
-            problem = Problem(live.costs, live.edges, memory_rows(live, active))
+            problem = OneHotProblem(live.costs, live.edges, memory_rows(live, active))
             found = solve(
                 problem,
                 time_limit=max(0.1, min(until - perf_counter(), self.left)),

@@ -16,7 +16,7 @@ import numpy as np
 
 from .flat import cost_of
 from .live import Live
-from .messages import Messages, Pass
+from .messages import Messages, Sweep
 from .onehot import ROUNDING
 
 PASSES = 2  # of messages at one set of prices; the second makes the bounds of choices
@@ -45,7 +45,7 @@ class Ascent:
         self.prices = np.zeros(self.live.limits.size)
         self.bound = -np.inf
         self.cheapest = np.inf
-        self.last: Pass | None = None  # the pass that gave the bound
+        self.last: Sweep | None = None  # the pass that gave the bound
         self.shares = np.zeros(self.costs.size)  # of each choice, among the latest assignments met
         self.waited = 0  # steps since the bound came nearer to its target by much
         self._marked = -np.inf

@@ -29,7 +29,7 @@ PENALTY = 100.0  # times that distance, on what a part forbids: a forbidden choi
 
 
 @dataclass(order=True)
-class Part:
+class Subproblem:
     """The assignments that hold none of the `forbidden` choices, and a bound on them."""
 
     bound: float
@@ -89,7 +89,9 @@ class Branching:
                 heapq.heappush(parts, self._bounded(forbidden, part.prices, part.bound, STEPS))
         tell(min([closed, *(part.bound for part in parts[:1])]))
 
-    def _bounded(self, forbidden: np.ndarray, prices: np.ndarray, floor: float, steps: int) -> Part:
+    def _bounded(
+        self, forbidden: np.ndarray, prices: np.ndarray, floor: float, steps: int
+    ) -> Subproblem:
         """Raise the bound of a part until it is done with or stalls."""
         away = self.target() - floor if floor > -np.inf else 0.0
         ascent = Ascent(
@@ -110,11 +112,11 @@ class Branching:
                 break
         reduced = self.costs if ascent.last is None else ascent.last.reduced
         bound = max(floor, ascent.bound)
-        return Part(
+        return Subproblem(
             bound, next(self.numbers), forbidden, ascent.prices, reduced, ascent.shares, saved
         )
 
-    def _only(self, part: Part) -> float:
+    def _only(self, part: Subproblem) -> float:
         """The cost of a part of one assignment; inf when it does not fit."""
         choices = self.live.choices_of(~part.forbidden)
         if not self.live.fits(choices):
@@ -122,7 +124,7 @@ class Branching:
         self.offer(choices)
         return self.live.cost(choices)
 
-    def _halves(self, part: Part) -> tuple[np.ndarray, np.ndarray] | None:
+    def _halves(self, part: Subproblem) -> tuple[np.ndarray, np.ndarray] | None:
         """What two parts of a part forbid; None when every node has one choice left."""
         torn = self._torn(part)
         if torn is not None:
@@ -143,7 +145,7 @@ class Branching:
         other[best] = True
         return part.forbidden | one, other
 
-    def _torn(self, part: Part) -> tuple[np.ndarray, np.ndarray] | None:
+    def _torn(self, part: Subproblem) -> tuple[np.ndarray, np.ndarray] | None:
         """The node whose price of memory differs most among the assignments last met, cut at its mean."""
         starts, paid = self.live.starts[:-1], self.live.table.priced(part.prices)
         shares = np.where(part.forbidden, 0.0, part.shares)

@@ -28,7 +28,7 @@ from .onehot import (
     Choices,
     Edge,
     MemoryRow,
-    Problem,
+    OneHotProblem,
     Solution,
     evaluate,
     fits,
@@ -48,7 +48,7 @@ from .reductions import (
 __all__ = [
     "Edge",
     "MemoryRow",
-    "Problem",
+    "OneHotProblem",
     "Solution",
     "evaluate",
     "fits",
@@ -68,7 +68,7 @@ SLOW = 1e-3  # relative rise of the bound per pass below which messages stop
 
 
 def solve(
-    problem: Problem,
+    problem: OneHotProblem,
     *,
     time_limit: float = 10.0,
     gap: float = 1e-4,
@@ -87,7 +87,7 @@ def solve(
         cutoff: seconds of a solution known elsewhere; the search may stop once
             nothing here beats it by more than the gap.
     """
-    search = Search(problem, gap, perf_counter() + time_limit, cutoff)
+    search = SearchState(problem, gap, perf_counter() + time_limit, cutoff)
     try:
         if incumbent is not None:
             search.offer(incumbent)
@@ -98,10 +98,10 @@ def solve(
 
 
 @dataclass
-class Search:
+class SearchState:
     """The best assignment and the bound so far; the only state that changes."""
 
-    problem: Problem
+    problem: OneHotProblem
     gap: float
     deadline: float
     cutoff: float = inf
@@ -172,7 +172,7 @@ class _View:
     exact: bool
 
 
-def _run(search: Search) -> None:
+def _run(search: SearchState) -> None:
     """Reduce; then in turns bound, price the rows and prune; close when little changes."""
     search.refuted = _oversized_row(search.problem)
     if search.refuted:
@@ -206,7 +206,7 @@ def _run(search: Search) -> None:
     return None
 
 
-def _exhaust(search: Search, reason: str) -> None:
+def _exhaust(search: SearchState, reason: str) -> None:
     """Nothing is left below the target: with no target at all, nothing exists."""
     if search.ceiling < inf:
         search.raise_bound(search.target)
@@ -214,7 +214,7 @@ def _exhaust(search: Search, reason: str) -> None:
         search.refuted = reason
 
 
-def _oversized_row(problem: Problem) -> str:
+def _oversized_row(problem: OneHotProblem) -> str:
     """The first row that overflows even when every node takes its least there."""
     for row in problem.rows:
         least = float(sum(usage.min() for usage in row.usage.values()))
@@ -226,11 +226,11 @@ def _oversized_row(problem: Problem) -> str:
     return ""
 
 
-def _finite(search: Search, model: Reduced) -> Reduced:
+def _finite(search: SearchState, model: Reduced) -> Reduced:
     return clip(model, search.ceiling if search.ceiling < inf else None)
 
 
-def _offer(search: Search, local: Neighbourhood, choices: Choices) -> None:
+def _offer(search: SearchState, local: Neighbourhood, choices: Choices) -> None:
     """Repair and improve an assignment, and take it when it is the best."""
     fitting = local.descend(choices)
     if fitting is not None:
@@ -241,7 +241,7 @@ def _priced_costs(model: Reduced, prices: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(c + prices @ u for c, u in zip(model.costs, model.usage, strict=True))
 
 
-def _look_by_messages(search: Search, model: Reduced, prices: np.ndarray) -> _View:
+def _look_by_messages(search: SearchState, model: Reduced, prices: np.ndarray) -> _View:
     """Passes of messages until the bound stands still; the assignments met are repaired."""
     asked = prices[model.rows]
     costs, refund = _priced_costs(model, asked), float(asked @ model.limits)
@@ -264,7 +264,9 @@ def _listed(choices: np.ndarray) -> Choices:
     return tuple(int(x) for x in choices)
 
 
-def _look_exactly(search: Search, model: Reduced, prices: np.ndarray, entries: int) -> _View | None:
+def _look_exactly(
+    search: SearchState, model: Reduced, prices: np.ndarray, entries: int
+) -> _View | None:
     """All min-marginals at these prices by elimination, when its tables are small enough."""
     order = elimination_order(model.sizes, model.edges)
     affordable = min(entries, ENTRIES_PER_SECOND * search.left)
@@ -283,7 +285,7 @@ def _look_exactly(search: Search, model: Reduced, prices: np.ndarray, entries: i
     return _View(model, value - refund, nodes, pairs, exact=True)
 
 
-def _price_on_kernel(search: Search, view: _View, prices: np.ndarray) -> np.ndarray:
+def _price_on_kernel(search: SearchState, view: _View, prices: np.ndarray) -> np.ndarray:
     """Prices that are best for the few most promising choices of each node."""
     kernel = _kernel(search, view)
     order = elimination_order(kernel.sizes, kernel.edges)
@@ -311,7 +313,7 @@ def _price_on_kernel(search: Search, view: _View, prices: np.ndarray) -> np.ndar
     return found
 
 
-def _kernel(search: Search, view: _View) -> Reduced:
+def _kernel(search: SearchState, view: _View) -> Reduced:
     """The best choices of each node, as many as elimination can take in milliseconds."""
     known = view.model.lower(search.choices) if search.choices else None
     kernels = (_best_choices(view, count, known) for count in KERNEL_COUNTS)
@@ -333,7 +335,7 @@ def _best_choices(view: _View, count: int, known: Choices | None) -> Reduced:
     return keep(view.model, masks)
 
 
-def _prune(search: Search, model: Reduced, view: _View) -> Reduced | None:
+def _prune(search: SearchState, model: Reduced, view: _View) -> Reduced | None:
     """Drop choices and pairs that nothing below the target holds; None when nothing is left."""
     search.discarded = min(search.discarded, search.target)
     masks = [nodes < search.target for nodes in view.nodes]
@@ -350,7 +352,7 @@ def _prune(search: Search, model: Reduced, view: _View) -> Reduced | None:
     return drop_dominated(drop_slack_rows(smaller)) if much else drop_slack_rows(smaller)
 
 
-def _close_by_mip(search: Search, model: Reduced, view: _View) -> None:
+def _close_by_mip(search: SearchState, model: Reduced, view: _View) -> None:
     """HiGHS on the choices and pairs that may still be part of something better."""
     search.discarded = min(search.discarded, search.target)
     allowed = [

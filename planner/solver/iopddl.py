@@ -17,13 +17,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...ir.errors import UsageError
-from ...ir.files import MIB, Kind, read_bytes, unpacked
+from ...ir.files import MIB, FileKind, read_bytes, unpacked
 from ...ir.mistakes import in_words
 from .live import Demand, Live
 from .onehot import Edge
 
 FORBIDDEN = 1e18
-FILE = Kind("cost graph", 1024 * MIB, "the path of a cost graph, .json or .json.gz")
+FILE = FileKind("cost graph", 1024 * MIB, "the path of a cost graph, .json or .json.gz")
 Amount = Annotated[float, Field(ge=0)]
 
 

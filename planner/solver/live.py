@@ -37,7 +37,7 @@ class Demand:
 
 @dataclass(frozen=True)
 class Live:
-    """Costs and edges as in `onehot.Problem`, memory as demands over `limits.size` moments.
+    """Costs and edges as in `onehot.OneHotProblem`, memory as demands over `limits.size` moments.
 
     `Live((np.array([1.0, 2.0]),), (), (Demand(0, 0, 1, np.array([9.0, 1.0])),), np.array([5.0]))`
     has one node; its first choice is cheaper and does not fit.

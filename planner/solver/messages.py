@@ -28,7 +28,7 @@ Saved = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class Sweep:
     """What one pass found; choices and their reduced costs are counted through all nodes.
 
     `bound <= optimum`; with choice c, the optimum is at least `floor + reduced[c]`,
@@ -60,7 +60,7 @@ class Messages:
         self.choices = np.zeros(len(flat.starts) - 1, dtype=np.int64)
         self.forwards = False
 
-    def sweep(self, costs: np.ndarray) -> Pass:
+    def sweep(self, costs: np.ndarray) -> Sweep:
         """Visit every node once."""
         self.forwards = not self.forwards
         floor = float(self.constants.sum())
@@ -68,7 +68,7 @@ class Messages:
             self.forwards, self.flat, costs, self.push_a, self.push_b,
             self.constants, self.rest, self.reduced, self.choices,
         )  # fmt: skip
-        return Pass(float(self.constants.sum()), floor, self.choices.copy(), self.reduced.copy())
+        return Sweep(float(self.constants.sum()), floor, self.choices.copy(), self.reduced.copy())
 
     def saved(self) -> Saved:
         """The messages as they are, for `restore`."""

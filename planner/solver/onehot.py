@@ -47,8 +47,8 @@ class MemoryRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """`Problem((np.array([1.0, 2.0]),), ())` has one node with two choices, best 0.
+class OneHotProblem:
+    """`OneHotProblem((np.array([1.0, 2.0]),), ())` has one node with two choices, best 0.
 
     Invariants: every node has a choice; edges join two different nodes.
     """
@@ -75,7 +75,7 @@ class Solution:
     reason: str = ""
 
 
-def evaluate(problem: Problem, choices: Sequence[int]) -> float:
+def evaluate(problem: OneHotProblem, choices: Sequence[int]) -> float:
     """Seconds of one assignment, summed anew; inf when a forbidden choice or pair is taken."""
     nodes = sum(float(cost[x]) for cost, x in zip(problem.costs, choices, strict=True))
     return nodes + sum(float(e.costs[choices[e.a], choices[e.b]]) for e in problem.edges)
@@ -86,7 +86,7 @@ def row_usage(row: MemoryRow, choices: Sequence[int]) -> float:
     return sum(float(usage[choices[node]]) for node, usage in row.usage.items())
 
 
-def fits(problem: Problem, choices: Sequence[int]) -> bool:
+def fits(problem: OneHotProblem, choices: Sequence[int]) -> bool:
     """Whether every memory row holds, exactly."""
     return all(row_usage(row, choices) <= row.limit for row in problem.rows)
 

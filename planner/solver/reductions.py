@@ -13,7 +13,7 @@ from math import ceil, log2
 
 import numpy as np
 
-from .onehot import ROUNDING, Choices, Edge, Problem
+from .onehot import ROUNDING, Choices, Edge, OneHotProblem
 
 PAIRS_AT_ONCE = 2000  # pairs of choices compared at once: tables of about 2 MB
 
@@ -48,7 +48,7 @@ class Reduced:
         return tuple(int(f[0]) for f in found) if all(f.size for f in found) else None
 
 
-def reduced_from(problem: Problem) -> Reduced:
+def reduced_from(problem: OneHotProblem) -> Reduced:
     """The whole problem in reduced form: parallel edges merged, rows scaled, all choices kept."""
     costs = tuple(np.asarray(cost, dtype=float) for cost in problem.costs)
     scales = [_row_scale(row.limit, row.usage.values()) for row in problem.rows]

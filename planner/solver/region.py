@@ -18,7 +18,7 @@ import numpy as np
 from .contraction import contract
 from .live import Demand, Live, memory_rows, tighten
 from .mip import solve_mip
-from .onehot import Choices, Edge, Problem
+from .onehot import Choices, Edge, OneHotProblem
 from .reductions import Reduced, drop_dominated, drop_impossible, drop_slack_rows, reduced_from
 
 COUNTS = (2, 3, 4, 6, 8, 12, 16)  # promising choices per node
@@ -31,8 +31,8 @@ MOMENTS, MOMENTS_MORE = 100, 10  # memory rows of the first program; added when 
 Near = list[dict[int, np.ndarray]]  # per node, its neighbours' tables with rows for the node
 
 
-class Region:
-    """`Region(rng).solve(live, bounds, choices, seconds)`: a better assignment, or None."""
+class RegionSearch:
+    """`RegionSearch(rng).solve(live, bounds, choices, seconds)`: a better assignment, or None."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -76,7 +76,7 @@ class Region:
         active = np.zeros(excess.size, bool)
         active[np.argsort(-excess)[:MOMENTS]] = True
         while perf_counter() < deadline:
-            problem = Problem(live.costs, live.edges, memory_rows(live, active))
+            problem = OneHotProblem(live.costs, live.edges, memory_rows(live, active))
             model = drop_impossible(reduced_from(problem))
             if not all(model.sizes):
                 return None

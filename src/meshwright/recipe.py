@@ -18,12 +18,12 @@ from typing import Any
 
 from .backends.xla.capture import Captured
 from .ir.errors import UsageError
-from .ir.files import MIB, Kind, is_file, read_bytes
+from .ir.files import MIB, FileKind, is_file, read_bytes
 from .models import Example, ModelError, build
 from .told import batch_told, parse_batch_args
 from .tracing import Options
 
-FILE = Kind("file", 16 * MIB, "FILE.py:FUNCTION")
+FILE = FileKind("file", 16 * MIB, "FILE.py:FUNCTION")
 Recipe = Mapping[str, str | int | bool]  # as kept in `Plan.recipe`
 
 

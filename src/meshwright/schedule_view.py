@@ -7,7 +7,7 @@ from typing import Any
 from .ir.units import format_seconds
 from .planner.pipeline.limited import Searched
 from .planner.pipeline.schedules import SCHEDULES
-from .planner.pipeline.schedules.closed_forms import FORMS, Form
+from .planner.pipeline.schedules.closed_forms import FORMS, ClosedForm
 from .planner.pipeline.simulate import Run
 from .scheduling import Study
 
@@ -124,7 +124,7 @@ def catalogue() -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-def _paper(form: Form) -> str:
+def _paper(form: ClosedForm) -> str:
     if form.idle is None:
         return ""
     return form.idle.formula + (" of the span" if form.idle.of == "span" else "")

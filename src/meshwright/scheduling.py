@@ -11,19 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .ir.errors import InfeasibleError, UsageError
-from .ir.files import MIB, Kind, is_file, read_text
+from .ir.files import MIB, FileKind, is_file, read_text
 from .ir.pipeline.schedule import Schedule, peak_held
 from .ir.pipeline.torch_csv import from_torch_csv
 from .ir.units import format_bytes, parse_bytes, parse_seconds
 from .planner.pipeline.limited import Searched, search_schedule
 from .planner.pipeline.schedules import entry, schedule_named
-from .planner.pipeline.schedules.closed_forms import FORMS, Case, Form
+from .planner.pipeline.schedules.closed_forms import FORMS, Case, ClosedForm
 from .planner.pipeline.simulate import Run, StageSeconds, pipeline_tasks, simulate
 from .planner.pipeline.tighten import ActivationMemory
 from .planner.pipeline.timeline import Timeline
 
 SEARCH = "search"
-FILE = Kind("schedule", 16 * MIB, "a CSV file of torch's pipelining, as `-o` writes it, or a name")
+FILE = FileKind(
+    "schedule", 16 * MIB, "a CSV file of torch's pipelining, as `-o` writes it, or a name"
+)
 MOST_PASSES = 200_000  # forward passes, all stages and microbatches
 
 
@@ -73,7 +75,7 @@ class Study:
     memory: Memory
     held: ActivationMemory
     searched: Searched | None
-    form: Form | None
+    form: ClosedForm | None
 
     @property
     def timeline(self) -> Timeline:

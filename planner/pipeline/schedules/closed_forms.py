@@ -45,7 +45,7 @@ class Idle:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class ClosedForm:
     """Microbatches' worth of forward results that a rank holds at most until backward passes, and idle seconds.
 
     peak: as text; `peak_of` says the same, where the groups of microbatches are of `p` if `grouped`.
@@ -63,32 +63,32 @@ def _short_weights(c: Case) -> bool:
 
 PLAIN = Idle("(p - 1) T", lambda c: (c.p - 1) * c.T)
 FORMS = {
-    "gpipe": Form("m", lambda c: c.m, PLAIN),
-    "1f1b": Form("min(m, p)", lambda c: min(c.m, c.p), PLAIN),
-    "interleaved": Form(
+    "gpipe": ClosedForm("m", lambda c: c.m, PLAIN),
+    "1f1b": ClosedForm("min(m, p)", lambda c: min(c.m, c.p), PLAIN),
+    "interleaved": ClosedForm(
         "p + (p - 1) / v", lambda c: c.p + (c.p - 1) / c.v,
         Idle("(p - 1) T / v", lambda c: (c.p - 1) * c.T / c.v, where="p divides m", holds=lambda c: c.m % c.p == 0),
         grouped=True,
     ),
-    "looped-bfs": Form(
+    "looped-bfs": ClosedForm(
         "m", lambda c: c.m,
         Idle("(p - 1) T / v", lambda c: (c.p - 1) * c.T / c.v, where="m >= p", holds=lambda c: c.m >= c.p),
     ),
-    "zb-h1": Form(
+    "zb-h1": ClosedForm(
         "min(m, p)", lambda c: min(c.m, c.p),
         Idle(
             "(p - 1) (F + B - W)", lambda c: (c.p - 1) * (c.F + c.B - c.W),
             where="W <= F, W <= B, m >= p", holds=lambda c: _short_weights(c) and c.m >= c.p,
         ),
     ),
-    "zb-h2": Form(
+    "zb-h2": ClosedForm(
         "min(m, 2 p - 1)", lambda c: min(c.m, 2 * c.p - 1),
         Idle(
             "(p - 1) (F + B - 2 W)", lambda c: (c.p - 1) * (c.F + c.B - 2 * c.W), "span",
             where="W <= F, W <= B, m >= 2 p - 1", holds=lambda c: _short_weights(c) and c.m >= 2 * c.p - 1,
         ),
     ),
-    "interleaved-zero-bubble": Form(
+    "interleaved-zero-bubble": ClosedForm(
         "p", lambda c: c.p,
         Idle(
             "(p - 1) (F + B - W) / v", lambda c: (c.p - 1) * (c.F + c.B - c.W) / c.v,
@@ -96,30 +96,30 @@ FORMS = {
         ),
         grouped=True,
     ),
-    "zbv": Form(
+    "zbv": ClosedForm(
         "p", lambda c: c.p,
         Idle(
             "0", lambda c: 0.0, "span",
             where="F = B = W, m >= 2 p - 1", holds=lambda c: c.F == c.B == c.W and c.m >= 2 * c.p - 1,
         ),
     ),
-    "v-half": Form("floor((p + 2) / 2)", lambda c: (c.p + 2) // 2),
-    "v-min": Form("floor((p + 4) / 3)", lambda c: (c.p + 4) // 3),
-    "chimera": Form(
+    "v-half": ClosedForm("floor((p + 2) / 2)", lambda c: (c.p + 2) // 2),
+    "v-min": ClosedForm("floor((p + 4) / 3)", lambda c: (c.p + 4) // 3),
+    "chimera": ClosedForm(
         "p", lambda c: c.p,
         Idle(
             "(p / 2 - 1) T", lambda c: (c.p / 2 - 1) * c.T,
             where="F = B + W, p divides m", holds=lambda c: c.F == c.B + c.W and c.m % c.p == 0,
         ),
     ),
-    "dualpipe": Form(
+    "dualpipe": ClosedForm(
         "p + 1", lambda c: c.p + 1,
         Idle(
             "(p / 2 - 1) (F + 2 B - W)", lambda c: (c.p / 2 - 1) * (c.F + 2 * c.B - c.W),
             where="F = B, W <= F", holds=lambda c: c.F == c.B >= c.W,
         ),
     ),
-    "dualpipe-v": Form(
+    "dualpipe-v": ClosedForm(
         "p + 1 / 2", lambda c: c.p + 0.5,
         Idle(
             "(p - 1) (F + 2 B - W) / 2", lambda c: (c.p - 1) * (c.F + 2 * c.B - c.W) / 2,
@@ -129,7 +129,7 @@ FORMS = {
 }  # fmt: skip
 
 
-def form_of(name: str) -> Form:
+def form_of(name: str) -> ClosedForm:
     """The form of a schedule of the catalogue, by name or alias.
 
     Raises:

@@ -29,7 +29,7 @@ class Launcher(StrEnum):
 
 
 @dataclass(frozen=True)
-class Job:
+class ProcessLayout:
     """`nodes` hosts with `per_node` processes each, which have `devices` devices each."""
 
     nodes: int
@@ -43,7 +43,7 @@ class Job:
         return self.nodes * self.per_node
 
 
-def job(plan: Plan, per_node: int) -> Job:
+def job(plan: Plan, per_node: int) -> ProcessLayout:
     """How a plan's devices fall on the hosts of its cluster.
 
     Raises:
@@ -71,10 +71,10 @@ def job(plan: Plan, per_node: int) -> Job:
             fix=f"a number that divides {here}",
         )  # fmt: skip
     names = tuple(name for group in cluster.groups for name in group.names or ())
-    return Job(-(-needed // each), per_node, here // per_node, cluster.device.kind, names)
+    return ProcessLayout(-(-needed // each), per_node, here // per_node, cluster.device.kind, names)
 
 
-def lines(found: Job, launcher: Launcher, run: str, port: int = PORT) -> list[str]:
+def lines(found: ProcessLayout, launcher: Launcher, run: str, port: int = PORT) -> list[str]:
     """What to type.
 
     Raises:
@@ -85,7 +85,7 @@ def lines(found: Job, launcher: Launcher, run: str, port: int = PORT) -> list[st
     )
 
 
-def _slurm(found: Job, run: str, port: int) -> list[str]:
+def _slurm(found: ProcessLayout, run: str, port: int) -> list[str]:
     """One step; each process finds its seat in slurm's variables, and the coordinator's port by the job."""
     words = ["srun", f"--nodes={found.nodes}", f"--ntasks-per-node={found.per_node}"]
     if found.kind in ("cuda", "rocm"):
@@ -95,7 +95,7 @@ def _slurm(found: Job, run: str, port: int) -> list[str]:
     return [" ".join([*words, run])]
 
 
-def _torchrun(found: Job, run: str, port: int) -> list[str]:
+def _torchrun(found: ProcessLayout, run: str, port: int) -> list[str]:
     first = found.names[0] if found.names else HOST
     there = f"--nnodes={found.nodes} --nproc-per-node={found.per_node}"
     if found.nodes == 1:
@@ -104,7 +104,7 @@ def _torchrun(found: Job, run: str, port: int) -> list[str]:
     return [f"# on each of the {found.nodes} hosts{_unnamed(found)}", same]
 
 
-def _jax(found: Job, run: str, port: int) -> list[str]:
+def _jax(found: ProcessLayout, run: str, port: int) -> list[str]:
     if found.processes == 1:
         return [run]
     if found.per_node > 1 and found.kind != "cpu":
@@ -128,7 +128,7 @@ def _jax(found: Job, run: str, port: int) -> list[str]:
     return rows
 
 
-def _unnamed(found: Job) -> str:
+def _unnamed(found: ProcessLayout) -> str:
     return "" if found.names or found.nodes == 1 else ", with HOST0 set to the name of the first"
 
 
