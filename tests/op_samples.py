@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,7 +23,13 @@ from meshwright.ir.rules import rule_of
 from meshwright.ir.rules.factors import WRITERS
 from meshwright.ir.rules.rule import Rule
 
-PRIMITIVES = {p.name: p for p in gc.get_objects() if isinstance(p, Primitive)}
+PRIMITIVES = {
+    value.name: value
+    for name, module in [*sys.modules.items()]
+    if name.partition(".")[0] in ("jax", "meshwright")
+    for value in vars(module).values()
+    if isinstance(value, Primitive)
+}
 
 
 @dataclass(frozen=True)
