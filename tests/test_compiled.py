@@ -93,6 +93,14 @@ def test_two_processes_may_fill_the_cache_at_once(tmp_path):
     assert types_loaded(tmp_path, ours=True) == WANTED
 
 
+def test_what_was_kept_of_types_that_are_gone_is_compiled_anew(tmp_path):
+    for name in ("Pair", "Couple"):
+        source = f"from typing import NamedTuple\nclass {name}(NamedTuple):\n    a: float\n    b: float\n"
+        (tmp_path / f"{NAME}.py").write_text(source + SOURCE)
+        total = loaded(tmp_path, ours=True)
+        assert total(getattr(sys.modules[NAME], name)(1.0, 2.0)) == 3.0
+
+
 def test_numbas_own_cache_gives_code_for_other_types(tmp_path):
     """Why there is one of ours; it may go once this fails."""
     assert types_loaded(tmp_path, ours=False) != WANTED

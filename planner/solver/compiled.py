@@ -3,6 +3,9 @@
 numba numbers what it keeps of a function by signature: it reads an index, takes the next number, writes both.
 Two processes that do so together give one number to two signatures, and whoever loads it later runs
 code for other types. One lock per function keeps readers and writers apart.
+
+numba also reads what it kept before it asks whether the source has changed since, and fails where a type in it is
+gone: what is kept is dropped then.
 """
 
 from __future__ import annotations
@@ -25,7 +28,14 @@ class SharedCache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         with self._lock():
-            return super().load_overload(sig, target_context)
+            try:
+                return super().load_overload(sig, target_context)
+            except (
+                AttributeError,
+                ImportError,
+            ):  # written when a type of its signatures had another name
+                self.flush()
+                return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         with self._lock():
