@@ -78,7 +78,6 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "mixtral-tiny-1f1b-dp",
     ),
     "test_pipeline_xla.py::test_a_rank_holds_as_many_microbatches_as_its_schedule_says": (
-        "half split",
         "searched",
     ),
     "test_pipeline_xla.py::test_every_schedule_makes_the_same_gradients": (

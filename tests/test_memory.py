@@ -90,7 +90,7 @@ def test_the_backward_pass_goes_on_from_what_holds_a_copy_back(name, policy):
 
 
 def test_a_70b_model_fits_on_128_tpus_of_16_gib():
-    example = build("llama3-70b", batch=1024)
+    example = build("llama3-70b-scan", batch=1024)
     found = fold(capture(example.step, example.state, example.batch, donate_argnums=0).graph)
     program = prepare(found.small, "full")
     lives = lifetimes(

@@ -541,7 +541,7 @@ def saved(tmp_path_factory):
         "--model",
         "gpt2",
         "--layers",
-        "4",
+        "2",
         "--cluster",
         "h100x8",
         "--batch",

@@ -59,12 +59,17 @@ def test_html_escapes_what_users_named(small_plan):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebooks_run_from_top_to_bottom(path, tmp_path):
+@pytest.mark.parametrize("depth", ["two", pytest.param("whole", marks=pytest.mark.slow)])
+def test_notebooks_run_from_top_to_bottom(path, tmp_path, depth):
+    """By default with models of the zoo of two layers each."""
     book = nbformat.read(path, 4)
     saved = [cell.get("outputs") for cell in book.cells if cell.cell_type == "code"]
     assert any("text/html" in o.get("data", {}) for outputs in saved for o in outputs), (
         "saved with outputs"
     )
+    if depth == "two":
+        for cell in book.cells:
+            cell.source = re.sub(r'(\bbuild\("[^)]*)\)', r"\1, layers=2)", cell.source)
     NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     pages = [
         o["data"]["text/html"]

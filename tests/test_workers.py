@@ -53,9 +53,8 @@ def planned(step, monkeypatch: pytest.MonkeyPatch, count: int, errors: Path):
 
     monkeypatch.setattr(api, "worker_pool", worker_pool)
     told: list[str] = []
-    plan = plan_captured(
-        step, EIGHT, Request(pp="auto", gap=0.001, time_limit=1e4), "gpt-tiny", told.append
-    )
+    request = Request(pp="auto", recompute="none", gap=0.001, time_limit=1e4)
+    plan = plan_captured(step, EIGHT, request, "gpt-tiny", told.append)
     return plan, told, kept
 
 
