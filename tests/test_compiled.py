@@ -104,3 +104,11 @@ def test_what_was_kept_of_types_that_are_gone_is_compiled_anew(tmp_path):
 def test_numbas_own_cache_gives_code_for_other_types(tmp_path):
     """Why there is one of ours; it may go once this fails."""
     assert types_loaded(tmp_path, ours=False) != WANTED
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path):
+    (tmp_path / f"{NAME}.py").write_text(SOURCE)
+    assert loaded(tmp_path, ours=True)(np.ones(3)) == 3.0
+    [index] = (tmp_path / "__pycache__").glob("*.nbi")
+    index.write_bytes(index.read_bytes()[:40])
+    assert loaded(tmp_path, ours=True)(np.ones(3)) == 3.0

@@ -5,7 +5,7 @@ Two processes that do so together give one number to two signatures, and whoever
 code for other types. One lock per function keeps readers and writers apart.
 
 numba also reads what it kept before it asks whether the source has changed since, and fails where a type in it is
-gone: what is kept is dropped then.
+gone: what is kept is dropped then, as where a file is damaged.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ class SharedCache(FunctionCache):
             try:
                 return super().load_overload(sig, target_context)
             except (
-                AttributeError,
-                ImportError,
-            ):  # written when a type of its signatures had another name
+                Exception
+            ):  # whatever reading a damaged file, or one with types of other names, may raise
                 self.flush()
                 return None
 
