@@ -316,12 +316,14 @@ class Bounds:
             name in known for name, _ in self.choices.schedules(shape.stages, shape.microbatches)
         )
 
-    def solve(self, live: Live, cutoff: float = inf) -> Solution:
+    def solve(self, live: Live, cutoff: float = inf, gap: float | None = None) -> Solution:
+        """One solve; `gap` is what the search may leave open, as asked for if None."""
+        gap = self.problem.request.good_enough if gap is None else gap
         left = max(0.5, min(ONE_SOLVE, self.trace.deadline - time.monotonic()))
         solution = solve_live(
             live,
             time_limit=left,
-            gap=SOLVE_GAP * self.problem.request.good_enough,
+            gap=SOLVE_GAP * gap,
             seed=self.problem.request.seed,
             cutoff=cutoff,
         )

@@ -31,6 +31,7 @@ from ..intra.overlapped import solve_overlapped
 from ..intra.space import Space
 from ..problem import Problem
 from ..report.of_pipeline import LEFT_OUT, ProgramChoice, Rank, write_pipeline
+from ..request import PIPELINE_GAP
 from ..search.meshes import finer_stages
 from ..search.search import Prefetching
 from ..solver.onehot import Solution
@@ -287,22 +288,26 @@ class Pipelines:
         holdings = self.bounds.holdings(shape.policy, shape.microbatches)
         limiting = Limiting(holdings, watched, self.problem.limit)
 
-        def solve(priced: Space) -> Solution:
-            first, *_ = self._fitting(shape, space, limiting(priced), watched, beat, found)
-            return first
+        # A closer solve may end at layouts that are worse once stages are cut, so the usual one is tried too.
+        asked = self.problem.request.good_enough
+        for gap in dict.fromkeys((max(asked, PIPELINE_GAP), asked)):
 
-        solve_overlapped(space, solve, SOLVE_GAP * self.problem.request.good_enough, beat)
+            def solve(priced: Space, gap: float = gap) -> Solution:
+                first, *_ = self._fitting(shape, space, limiting(priced), watched, beat, found, gap)
+                return first
+
+            solve_overlapped(space, solve, SOLVE_GAP * gap, beat)
         return bool(found)
 
     def _fitting(
         self, shape: PipelineConfig, space: Space, problem: Limited, watched: list[Watched], beat: float,
-        known: dict[tuple[int, ...], StageMemory],
+        known: dict[tuple[int, ...], StageMemory], gap: float,
     ) -> Iterator[Solution]:  # fmt: skip
-        """Solutions at given prices, the limit drawn in until one fits or is the best, or there is none; what they
-        hold is `known` then."""
+        """Solutions at given prices, so near the best, the limit drawn in until one fits or is the best, or there is
+        none; what they hold is `known` then."""
         before, live = self.best, problem.live
         for _ in range(TRIES):
-            solution = self.bounds.solve(live, beat)
+            solution = self.bounds.solve(live, beat, gap)
             if solution.choices is None:
                 yield solution
                 return
