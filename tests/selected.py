@@ -113,13 +113,4 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "gpt-tiny-scan-adamw-True",
         "llama-tiny-scan-sgd-False",
     ),
-    "test_verify.py::test_a_mistake_is_found_behind_adam_in_bf16": (
-        "a gradient averaged twice",
-        "a sum not taken",
-        "one row",
-    ),
-    "test_verify.py::test_a_mistake_is_found_where_experts_are_chosen": (
-        "layers confused",
-        "a sum not taken",
-    ),
 }

@@ -17,7 +17,7 @@ from meshwright.backends.xla.rounding import measure
 from meshwright.backends.xla.verify import reference, verify_outputs
 from meshwright.ir.errors import VerificationError
 
-MICROBATCHES, WIDTH, LAYERS, EXPERTS = 8, 32, 4, 4
+MICROBATCHES, WIDTH, LAYERS, EXPERTS = 8, 32, 2, 4
 ADAM = optax.adamw(1e-2, b1=0.9, b2=0.95)
 
 
