@@ -58,7 +58,7 @@ def work(plan: Path, steps: int, side_by_side: bool) -> None:
     join(place, DEVICES // place.processes)
     step, state, batch = model()
     running = mw.lower(mw.load_plan(plan), step, state, batch)
-    running.lowered.meetings.in_turn = not side_by_side
+    running.lowered.rendezvous.in_turn = not side_by_side
     mine, truth, unsharded, begin = state, state, jax.jit(step), 0.0
     for number in range(steps):
         begin = time.perf_counter() if number == 1 else begin

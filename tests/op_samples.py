@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
-from meshwright.backends.xla.emit import Cut, emit
+from meshwright.backends.xla.emit import ShardPart, emit
 from meshwright.backends.xla.params import attrs_of, dtype_name, marks_of
 from meshwright.backends.xla.user_kernels import kernel as by_hand
 from meshwright.ir.graph import Op, TensorType
@@ -45,7 +45,7 @@ class Sample:
     def rule(self) -> Rule:
         return rule_of(self.op, self.types)
 
-    def run(self, operands: Any, cuts: Mapping[int, Cut] | None = None) -> list[Any]:
+    def run(self, operands: Any, cuts: Mapping[int, ShardPart] | None = None) -> list[Any]:
         return emit(self.op, self.bound, operands, self.rule, cuts or {})
 
 

@@ -19,7 +19,7 @@ import meshwright as mw
 from meshwright.backends.xla import attention_kernels, lower, lower_pipeline
 from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.emit_composite import run_composite
-from meshwright.backends.xla.shard import Cut
+from meshwright.backends.xla.shard import ShardPart
 from meshwright.backends.xla.topology import topology_devices
 from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.composites.attention_form import form_of
@@ -111,7 +111,7 @@ def runner(core: Callable[..., Array], *qkv: Array) -> Callable[..., dict[int, A
         rows = next(f for f, each in enumerate(rule.factors) if each.size == qkv[0].shape[1])
 
         def local(*operands: Array) -> list[Array]:
-            cuts = {rows: Cut(jax.lax.axis_index("x"), ways)} if ways > 1 else {}
+            cuts = {rows: ShardPart(jax.lax.axis_index("x"), ways)} if ways > 1 else {}
             bound = lambda inner: captured.binding.ops.get((inner.kind, inner.attrs))  # noqa: E731
             found = run_composite(op, bound, operands, rule, cuts, even, platform)
             whole = (form.rows not in sum(labels, ()) for labels in form.results_labels)

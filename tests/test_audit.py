@@ -11,7 +11,7 @@ from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import PartitionSpec as P
 
 import meshwright as mw
-from meshwright.backends.xla.hlo import Found, collectives
+from meshwright.backends.xla.hlo import CompiledCollective, collectives
 from meshwright.ir.audit import Audit, AuditedRank, compare
 from meshwright.ir.mesh import Mesh
 from meshwright.models import build
@@ -60,7 +60,7 @@ def test_every_notation_of_groups_is_read(groups):
         f"%psum = f32[4]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add"
     )
     text = f"ENTRY %main (p: f32[4]) -> f32[4] {{\n  {line}\n}}"
-    assert collectives(text, MESH) == [Found("all_reduce", ("x",), 16.0, 1)]
+    assert collectives(text, MESH) == [CompiledCollective("all_reduce", ("x",), 16.0, 1)]
 
 
 def test_collectives_in_a_loop_count_once_per_turn():
@@ -75,9 +75,9 @@ def test_a_program_without_communication_has_none():
 
 
 def test_a_difference_is_reported_with_its_kind_and_axes(small_plan):
-    honest = [Found(c.kind, c.axes, c.nbytes, c.count) for c in small_plan.collectives]
+    honest = [CompiledCollective(c.kind, c.axes, c.nbytes, c.count) for c in small_plan.collectives]
     assert all(line.difference == 0 for line in compare(small_plan, honest))
-    surprise = [*honest, Found("all_to_all", ("x",), 1024.0, 2)]
+    surprise = [*honest, CompiledCollective("all_to_all", ("x",), 1024.0, 2)]
     lines = {(line.kind, line.axes): line for line in compare(small_plan, surprise)}
     assert lines["all_to_all", ("x",)].compiled_bytes == 2048
     assert lines["all_to_all", ("x",)].difference == float("inf")

@@ -20,7 +20,7 @@ from jax import lax
 
 import meshwright as mw
 from meshwright.backends.xla.collectives import move, shard_index
-from meshwright.backends.xla.emit import Cut
+from meshwright.backends.xla.emit import ShardPart
 from meshwright.backends.xla.joins import settle
 from meshwright.ir.mesh import Mesh
 from meshwright.ir.rules.rule import (
@@ -63,7 +63,7 @@ def run_cut(sample: Sample, strategy: Strategy, operands: Sequence[Any]) -> list
     for name, code in zip(MESH.names, strategy.axes, strict=True):
         if code >= 0:
             axes.setdefault(code, []).append(name)
-    cuts = {f: Cut(shard_index(n, MESH), MESH.ways(tuple(n))) for f, n in axes.items()}
+    cuts = {f: ShardPart(shard_index(n, MESH), MESH.ways(tuple(n))) for f, n in axes.items()}
     results = sample.run(local, cuts)
     for reduction, over in settled_axes(rule, strategy, MESH).items():
         results = [settle(result, reduction, over) for result in results]

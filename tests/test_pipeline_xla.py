@@ -175,6 +175,6 @@ def test_scalars_cross_together():
     """Clipping needs the norm of every gradient on every stage: one message from each stage to each."""
     running = lowered("gpt-tiny", one_f_one_b(2, 2), optimizer="adamw")
     sent = [
-        sorted(len(parcel.values) for parcel in program.parcels) for program in running.rounds[0]
+        sorted(len(message.values) for message in program.messages) for program in running.rounds[0]
     ]
     assert all(sum(sizes) > 10 and len(sizes) <= 2 for sizes in sent), sent

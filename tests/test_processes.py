@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from meshwright.api import plan as make_plan
-from meshwright.backends.xla.meetings import deadline_seconds
+from meshwright.backends.xla.rendezvous import deadline_seconds
 from meshwright.ir.codec import load_plan, save_plan
 from meshwright.ir.errors import LoweringError, UsageError
 from meshwright.planner.request import Request
@@ -197,7 +197,7 @@ import jax, numpy as np
 import meshwright as mw
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from meshwright.backends.xla.devices import is_mine, place
-from meshwright.backends.xla.handover import Handover, Way
+from meshwright.backends.xla.handover import Handover, Route
 
 mw.emulate(4)
 mw.connect()
@@ -207,14 +207,14 @@ narrow = Mesh(np.array(devices[4:6]), ("z",))
 rows = np.arange(24, dtype=np.float32).reshape(4, 6)
 
 def check(sender, receiver, leaves, arrives):
-    ways = [Way((4, 6), "f32", NamedSharding(sender, leaves), NamedSharding(receiver, arrives)),
-            Way((), "s32", NamedSharding(sender, P()), NamedSharding(receiver, P()))]
-    arrays = [place(a, way.leaves) for a, way in zip((rows, np.int32(7)), ways)] if is_mine(sender) else None
-    found, token = Handover(ways, sender, receiver)(arrays)
+    routes = [Route((4, 6), "f32", NamedSharding(sender, leaves), NamedSharding(receiver, arrives)),
+            Route((), "s32", NamedSharding(sender, P()), NamedSharding(receiver, P()))]
+    arrays = [place(a, route.leaves) for a, route in zip((rows, np.int32(7)), routes)] if is_mine(sender) else None
+    found, token = Handover(routes, sender, receiver)(arrays)
     jax.block_until_ready(token)
     assert (found is not None) == is_mine(receiver)
-    for have, want, way in zip(found or (), (rows, np.int32(7)), ways):
-        assert have.sharding == way.arrives
+    for have, want, route in zip(found or (), (rows, np.int32(7)), routes):
+        assert have.sharding == route.arrives
         for shard in have.addressable_shards:
             np.testing.assert_array_equal(shard.data, want[shard.index])
 

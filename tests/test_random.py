@@ -14,7 +14,7 @@ from jax.extend.random import threefry_2x32
 
 import meshwright as mw
 from meshwright.backends.xla import emit_random
-from meshwright.backends.xla.shard import Cut, Local, Moment
+from meshwright.backends.xla.shard import Local, Moment, ShardPart
 from meshwright.ir.rules.factors import Factors
 from meshwright.ir.rules.rule import cuttable
 
@@ -105,7 +105,7 @@ def test_places_above_a_word(sizes: tuple[int, ...]):
     factors = Factors()
     dims = factors.like(sizes)
     rule = factors.rule([()], [dims])
-    cuts = {dim[0]: Cut(n - 1, n) for dim, n in zip(dims, ways, strict=True)}
+    cuts = {dim[0]: ShardPart(n - 1, n) for dim, n in zip(dims, ways, strict=True)}
     key = jax.random.key(7)
     [bits] = emit_random.random_bits(Local(rule, cuts), None, {"bit_width": 32}, [key])
     rows = [
@@ -132,7 +132,9 @@ def test_a_shard_draws_its_rows_of_a_microbatch(groups: int, width: int):
         rows = dealt[:, number].reshape(ways, -1, 6)
         for index in range(ways):
             moment = Moment(index, number, count, groups)
-            [part] = one.run([key], {batch: Cut(index * count + number, ways * count, moment)})
+            [part] = one.run(
+                [key], {batch: ShardPart(index * count + number, ways * count, moment)}
+            )
             np.testing.assert_array_equal(part, rows[index])
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import meshwright as mw
-from meshwright.backends.xla.emit import Cut
+from meshwright.backends.xla.emit import ShardPart
 from meshwright.backends.xla.params import attrs_of
 from meshwright.ir.graph import Op, TensorType
 from meshwright.ir.ops import COMPOSITES
@@ -41,14 +41,14 @@ def quick_compiles() -> Iterator[None]:
 # Cutting and combining
 
 
-def cut_operands(sample: Sample, cuts: Mapping[int, Cut]) -> list[Any]:
+def cut_operands(sample: Sample, cuts: Mapping[int, ShardPart]) -> list[Any]:
     return [
         jnp.asarray(cut_one(value if is_key(value) else np.asarray(value), dims, cuts))
         for value, dims in zip(sample.operands, sample.rule.operands, strict=True)
     ]
 
 
-def cut_one(value: Any, dims: Any, cuts: Mapping[int, Cut]) -> Any:
+def cut_one(value: Any, dims: Any, cuts: Mapping[int, ShardPart]) -> Any:
     for axis, dim in enumerate(dims):
         for factor in dim:
             if factor in cuts:
@@ -82,8 +82,8 @@ def places(ways: Ways) -> list[tuple[int, ...]]:
     return list(product(*(range(n) for _, n in ways)))
 
 
-def cuts_at(ways: Ways, place: Any) -> dict[int, Cut]:
-    return {f: Cut(i, n) for i, (f, n) in zip(place, ways, strict=True)}
+def cuts_at(ways: Ways, place: Any) -> dict[int, ShardPart]:
+    return {f: ShardPart(i, n) for i, (f, n) in zip(place, ways, strict=True)}
 
 
 def run_shards(sample: Sample, every: list[Ways], jit: bool = True) -> list[dict[Any, list[Any]]]:
@@ -339,9 +339,11 @@ def test_reshape_cuts_into_contiguous_parts(sizes: list[int], data: st.DataObjec
     assert not rule.opaque
     for factor in cuttable(rule):
         ways = rule.factors[factor].size
-        parts = [cut_one(values, rule.operands[0], {factor: Cut(i, ways)}) for i in range(ways)]
+        parts = [
+            cut_one(values, rule.operands[0], {factor: ShardPart(i, ways)}) for i in range(ways)
+        ]
         wanted = [
-            cut_one(values.reshape(new), rule.results[0], {factor: Cut(i, ways)})
+            cut_one(values.reshape(new), rule.results[0], {factor: ShardPart(i, ways)})
             for i in range(ways)
         ]
         for part, want in zip(parts, wanted, strict=True):

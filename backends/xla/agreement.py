@@ -28,7 +28,7 @@ from ...ir.errors import MeshwrightError, MismatchError, ProcessError
 from ...ir.plan import Plan
 from ...ir.version import VERSION
 from .compat import coordination
-from .meetings import deadline_seconds, ended, late, leave
+from .rendezvous import deadline_seconds, ended, late, leave
 
 PACKAGES = (
     "jax", "jaxlib", "numpy", "ml_dtypes", "flax", "optax", "equinox", "dm-haiku", "libtpu", "jax-cuda12-plugin",

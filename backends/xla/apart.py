@@ -21,7 +21,7 @@ from ...ir.rules.rule import Rule
 from ...ir.values import FreshIds
 from . import narrow
 from .capture import Bound
-from .pieces import Scope, Shared, Stack
+from .pieces import PieceScope, Shared, Stack
 
 Value = int | Stack
 Env = dict[int, Value]
@@ -45,7 +45,7 @@ class Apart:
 def take_apart(graph: Graph, bound: Mapping[Any, Bound], axes: Mapping[int, int]) -> Apart:
     """Take input p apart along dim `axes[p]`, and unroll every scan over it or of one turn."""
     shared = Shared(FreshIds(graph), dict(bound), list(graph.constants))
-    walk = _Walk(graph, Scope(shared))
+    walk = _Walk(graph, PieceScope(shared))
     env: Env = {}
     for position, dim in axes.items():
         value = graph.inputs[position]
@@ -95,7 +95,7 @@ def _places(values: Sequence[Value]) -> tuple[Place, ...]:
 class _Walk:
     """One scope's walk: old ops in, new ops out. `env` knows old values by their new ones."""
 
-    def __init__(self, graph: Graph, scope: Scope):
+    def __init__(self, graph: Graph, scope: PieceScope):
         self.graph, self.scope, self.shared = graph, scope, scope.shared
 
     def end(self, env: Env, output: int, axes: Mapping[int, int]) -> Value:
@@ -261,7 +261,7 @@ class _Walk:
                 return self._rebuilt(op, given, sides)
 
     def _seen(self, region: Region, given: Sequence[Value], first_row: int) -> _Seen:
-        inner = _Walk(self.graph, Scope(self.shared))
+        inner = _Walk(self.graph, PieceScope(self.shared))
         inputs = [
             _inside(v, i >= first_row, inner.scope, self.graph.types[r])
             for i, (v, r) in enumerate(zip(given, region.inputs, strict=True))
@@ -317,14 +317,14 @@ class _Seen:
 
     inputs: list[Value]
     ends: list[Value]
-    scope: Scope
+    scope: PieceScope
 
     def region(self) -> Region:
         self.scope.flush()
         return Region(_flat(self.inputs), tuple(self.scope.ops), _flat(self.ends))
 
 
-def _inside(value: Value, row: bool, scope: Scope, kind: TensorType) -> Value:
+def _inside(value: Value, row: bool, scope: PieceScope, kind: TensorType) -> Value:
     """The region's own input for this operand."""
     if isinstance(value, int):
         return scope.like(kind, 1)[0]
@@ -332,7 +332,7 @@ def _inside(value: Value, row: bool, scope: Scope, kind: TensorType) -> Value:
     return Stack(dim, scope.like(_lost(kind, dim), len(value.pieces)))
 
 
-def _outside(value: Value, stacked: bool, trips: int, scope: Scope) -> Value:
+def _outside(value: Value, stacked: bool, trips: int, scope: PieceScope) -> Value:
     """The loop's result for this end of its region; rows are stacked in dim 0."""
 
     def kind(v: int) -> TensorType:

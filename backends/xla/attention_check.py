@@ -21,7 +21,7 @@ from ...ir.composites.bodies import body_of
 from ...ir.errors import LoweringError
 from ...ir.graph import Op
 from .dtypes import jax_dtype
-from .shard import Cut
+from .shard import ShardPart
 
 ROWS = 64  # that are compared, at most
 TOLERANCE = {
@@ -33,7 +33,7 @@ _checked = set[tuple[Any, ...]]()
 
 
 def check_form(
-    op: Op, form: Form, run: Callable[[Mapping[int, Cut], Sequence[Any]], list[Any]]
+    op: Op, form: Form, run: Callable[[Mapping[int, ShardPart], Sequence[Any]], list[Any]]
 ) -> None:
     """Compare once per body; `run` takes which part of each free dim the operands are of, and these.
 
@@ -58,11 +58,13 @@ def _difference(op: Op, form: Form, run: Callable[..., list[Any]]) -> float:
     rows = 1 if form.rows is None else form.sizes[form.rows]
     here = max(n for n in range(1, min(rows, ROWS) + 1) if rows % n == 0)
     sizes = {d: 1 if d in form.free else n for d, n in enumerate(form.sizes)}
-    cuts = {d: Cut(form.sizes[label] - 1, form.sizes[label]) for label, d in form.free.items()}
+    cuts = {
+        d: ShardPart(form.sizes[label] - 1, form.sizes[label]) for label, d in form.free.items()
+    }
     if form.rows is not None:
         sizes[form.rows] = here if form.rows in form.free else rows
         if form.rows in form.free:
-            cuts[form.free[form.rows]] = Cut(rows // here - 1, rows // here)
+            cuts[form.free[form.rows]] = ShardPart(rows // here - 1, rows // here)
     first = rows - sizes.get(form.rows, 1) if form.rows is not None else 0
     body = body_of(op.text("body"))
     given = [

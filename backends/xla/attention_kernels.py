@@ -62,7 +62,7 @@ class Kernel:
 
     def __call__(self, operands: Sequence[Any]) -> list[jax.Array]:
         """With all rows here, or with rows that look at all keys."""
-        return self._results(operands, (Part(0, self.sizes[self.form.keys], self.form.causal),))
+        return self._results(operands, (KeyRange(0, self.sizes[self.form.keys], self.form.causal),))
 
     def of_runs(self, runs: Sequence[Any], ways: int) -> Callable[[Sequence[Any]], list[jax.Array]]:
         """With one run of rows, or two one after the other, of all that these rows are cut into."""
@@ -91,12 +91,12 @@ class Kernel:
 
     def _run(self, first: int, length: int, operands: Sequence[Any]) -> list[jax.Array]:
         """Rows from `first` on: all keys before, and a square of rows and keys that is causal."""
-        before = (Part(0, first, False),) if first else ()
-        return self._results(operands, (*before, Part(first, length, True)))
+        before = (KeyRange(0, first, False),) if first else ()
+        return self._results(operands, (*before, KeyRange(first, length, True)))
 
     # ------------------------------------------------------------ as kernels have it
 
-    def _results(self, operands: Sequence[Any], parts: Sequence[Part]) -> list[jax.Array]:
+    def _results(self, operands: Sequence[Any], parts: Sequence[KeyRange]) -> list[jax.Array]:
         form, at = self.form, (self.form.q, self.form.k, self.form.v)
         q, k, v = (
             self._there(operands[n], form.operands[n], order)
@@ -121,7 +121,7 @@ class Kernel:
             for name, labels in zip(form.results, form.results_labels, strict=True)
         ]
 
-    def _forward(self, given: Three, parts: Sequence[Part]) -> tuple[Any, Any]:
+    def _forward(self, given: Three, parts: Sequence[KeyRange]) -> tuple[Any, Any]:
         """The result and the log of the sum of each row, over parts of the keys put together."""
         found = [residuals(self._part(part), *_keys(given, part)) for part in parts]
         if len(found) == 1:
@@ -132,7 +132,7 @@ class Kernel:
         return jnp.asarray(o).astype(given[0].dtype), total
 
     def _backward(
-        self, given: Three, o: Any, lse: Any, do: Any, parts: Sequence[Part]
+        self, given: Three, o: Any, lse: Any, do: Any, parts: Sequence[KeyRange]
     ) -> list[Any]:
         """Gradients of queries, keys and values: those of all parts of the keys, added up."""
         found = [pulled(self._part(part), *_keys(given, part), o, lse, do) for part in parts]
@@ -145,7 +145,7 @@ class Kernel:
             wide = [wide[0] + dq, wide[1].at[at].add(dk), wide[2].at[at].add(dv)]
         return [w.astype(a.dtype) for w, a in zip(wide, given, strict=True)]
 
-    def _part(self, part: Part) -> Callable[..., Any]:
+    def _part(self, part: KeyRange) -> Callable[..., Any]:
         return partial(
             self.library.attend, scale=self.form.scale, causal=part.causal, window=self.form.window
         )
@@ -188,7 +188,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Part:
+class KeyRange:
     """Keys from `first` on; with `causal`, row i of those here sees them up to the i-th."""
 
     first: int
@@ -196,7 +196,7 @@ class Part:
     causal: bool
 
 
-def _keys(given: Three, part: Part) -> Three:
+def _keys(given: Three, part: KeyRange) -> Three:
     q, k, v = given
     k, v = (lax.slice_in_dim(a, part.first, part.first + part.length, axis=1) for a in (k, v))
     return q, k, v

@@ -17,10 +17,10 @@ import numpy as np
 
 from ...ir.audit import Audit, AuditedRank, compare
 from .audit import refused
-from .fragments import Program
+from .fragments import CompiledFragment
 from .handover import Handover
-from .hlo import Found, collectives
-from .pipeline import LoweredPipeline, Run, Store
+from .hlo import CompiledCollective, collectives
+from .pipeline import LoweredPipeline, StepRun, Store
 
 
 def audit_pipeline(lowered: LoweredPipeline) -> Audit:
@@ -71,7 +71,7 @@ class _Shapes(LoweredPipeline):
                 layout = self.stages[stage].sharding_of(value)
                 stores[stage][value] = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=layout)
         self.inputs = [{id(each): each for each in store.values()} for store in stores]
-        self.run_now = Run(self, stores)
+        self.run_now = StepRun(self, stores)
         self.run_now.step()
 
     @property
@@ -88,7 +88,7 @@ class _Shapes(LoweredPipeline):
         assert arrays is not None
         return [
             jax.ShapeDtypeStruct(way.shape, array.dtype, sharding=way.arrives)
-            for way, array in zip(handover.ways, arrays, strict=True)
+            for way, array in zip(handover.routes, arrays, strict=True)
         ]
 
     @staticmethod
@@ -98,7 +98,7 @@ class _Shapes(LoweredPipeline):
             for _ in range(array.shape[0])
         ]
 
-    def call(self, program: Program, what: str, *operands: Any) -> Any:
+    def call(self, program: CompiledFragment, what: str, *operands: Any) -> Any:
         fragment = program.fragment
         key = (fragment.kind, fragment.stage, fragment.results + fragment.takes)
         if key not in self.known:
@@ -133,7 +133,7 @@ class _Shapes(LoweredPipeline):
         if sum(parts.values()) > sum(self.most.get(rank, {}).values()):
             self.most[rank] = parts
 
-    def found(self, stage: int) -> list[Found]:
+    def found(self, stage: int) -> list[CompiledCollective]:
         """Collectives of a stage's programs in a step."""
         mesh = self.stages[stage].local.mesh
         return [

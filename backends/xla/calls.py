@@ -21,7 +21,7 @@ import numpy as np
 
 from ...ir.errors import CaptureError
 from .compat import Tracer
-from .steps import Step, argument_names, equinox, is_nnx, nnx, nnx_node, parameter_names
+from .steps import UserStep, argument_names, equinox, is_nnx, nnx, nnx_node, parameter_names
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Ends:
 
 
 @contextmanager
-def calling(step: Step, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Call]:
+def calling(step: UserStep, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Call]:
     """A call under way: inside, it is traced, run and finished."""
     args, kwargs = (*step.given, *args), {**step.given_names, **kwargs}
     if not _is_for_nnx(step, args, kwargs):
@@ -66,7 +66,7 @@ def calling(step: Step, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Call
         yield call
 
 
-def _is_for_nnx(step: Step, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+def _is_for_nnx(step: UserStep, args: tuple, kwargs: Mapping[str, Any]) -> bool:
     if step.convention == "nnx" or nnx() is None or step.convention != "plain":
         return step.convention == "nnx"
     leaves = jax.tree.leaves((args, kwargs), is_leaf=is_nnx)
@@ -77,7 +77,7 @@ class Call:
     """A step and its arguments, taken apart. `leaves` are the arrays; `tree` that of (args, kwargs) which holds them,
     without static arguments; `static` what else decides which program it is."""
 
-    def __init__(self, step: Step, args: tuple, kwargs: Mapping[str, Any], split: Any = None):
+    def __init__(self, step: UserStep, args: tuple, kwargs: Mapping[str, Any], split: Any = None):
         self.step, self.args, self.kwargs, self.for_nnx = step, args, kwargs, split is not None
         hidden = step.static | step.constant
         self.places = [i for i in range(len(args)) if i not in hidden]
@@ -346,7 +346,7 @@ def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def _fixed_leaves(step: Step, tree: Any, every: Sequence[Any]) -> list[int]:
+def _fixed_leaves(step: UserStep, tree: Any, every: Sequence[Any]) -> list[int]:
     """Positions of leaves that are static by equinox's convention."""
     if step.convention == "equinox":
         return [k for k, leaf in enumerate(every) if not _is_array(leaf)]

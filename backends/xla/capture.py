@@ -30,7 +30,7 @@ from . import compat
 from .batching_dims import with_batching_dims
 from .calls import Ends
 from .carried import carried_state
-from .joined import Body, joined
+from .joined import JaxprBody, joined
 from .params import attrs_of, dtype_name, marks_of
 from .trace import Traced, trace
 
@@ -302,7 +302,7 @@ class _Conversion:
         body = eqn.params["branches"][branch]
         return self.inline(body.jaxpr, body.consts, operands[1:])
 
-    def _region(self, body: Body, operands: Sequence[int]) -> Region:
+    def _region(self, body: JaxprBody, operands: Sequence[int]) -> Region:
         inputs = [len(self.types) + i for i in range(len(operands))]
         kinds = [self.types[v] for v in operands]
         self.types.update(zip(inputs, kinds, strict=True))

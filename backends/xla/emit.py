@@ -21,7 +21,7 @@ from .compat import bind, is_vacant
 from .emit_grouped import ragged_dot
 from .emit_indexing import gather, scatter
 from .emit_random import drawing, random_bits, random_split
-from .shard import Arrays, Cut, Emitter, Local, Params, Part
+from .shard import Arrays, Emitter, Local, Params, Part, ShardPart
 
 
 def emit(
@@ -39,7 +39,9 @@ def emit(
     sizes = {f: rule.factors[f].size for f in cuts}
     cuts = {f: cut for f, cut in cuts.items() if cut.size(sizes[f]) < sizes[f]}
     assert all(rule.factors[f].divisible for f in cuts), (op.kind, cuts)
-    assert all(not isinstance(cut, Cut) or sizes[f] % cut.ways == 0 for f, cut in cuts.items()), (
+    assert all(
+        not isinstance(cut, ShardPart) or sizes[f] % cut.ways == 0 for f, cut in cuts.items()
+    ), (
         op.kind,
         cuts,
     )

@@ -34,7 +34,7 @@ from .attention_check import check_form
 from .attention_kernels import attention_kernel
 from .dtypes import jax_dtype
 from .emit import emit
-from .shard import Arrays, Cut, Part, Window
+from .shard import Arrays, Part, ShardPart, ShardWindow
 
 BLOCK = 1 << 20  # elements of scores that exist at a time, at most where dims can be cut so far
 RUNS, SHORTEST = 8, 128  # of queries that see keys of their own: at most so many, none shorter
@@ -43,7 +43,7 @@ Dims = tuple[tuple[int, ...], ...]  # by dim of an array, the free dims that it 
 
 
 def run_composite(
-    op: Op, bound: Callable[[Op], Any], operands: Arrays, rule: Rule, cuts: Mapping[int, Cut],
+    op: Op, bound: Callable[[Op], Any], operands: Arrays, rule: Rule, cuts: Mapping[int, ShardPart],
     even: tuple[str, ...] = (), platform: str = "cpu",
 ) -> list[jax.Array]:  # fmt: skip
     """This shard's results, or its contribution to those that are summed over what is cut.
@@ -77,7 +77,7 @@ def run_composite(
 
 
 def _sampled(
-    body: Body, bound: Callable[[Op], Any], cuts: Mapping[int, Part], operands: Arrays
+    body: CompositeBody, bound: Callable[[Op], Any], cuts: Mapping[int, Part], operands: Arrays
 ) -> list[Any]:
     """The body on a small part of its free dims."""
     return Loop(body, bound, cuts, ())(operands)
@@ -125,16 +125,16 @@ class Halves:
 
 
 @dataclass(frozen=True)
-class Run:
+class RowBlock:
     """Rows of a device from its row `at` on, which are `rows` of all; they look at `keys[which]`."""
 
     at: Any
-    rows: Window
-    keys: tuple[Window, ...]
+    rows: ShardWindow
+    keys: tuple[ShardWindow, ...]
     which: Any = 0
 
 
-class Body:
+class CompositeBody:
     """A composite's graph, with the dims of its values as free dims; keys are numbered after those."""
 
     ATTRS = (
@@ -173,7 +173,7 @@ class Body:
             (kind.size for kind in self.graph.types.values() if kind.is_float), default=0
         )  # scores, on whole arrays
 
-    def cuts(self, rule: Rule, cuts: Mapping[int, Cut]) -> dict[int, Cut]:
+    def cuts(self, rule: Rule, cuts: Mapping[int, ShardPart]) -> dict[int, ShardPart]:
         """Of free dims, by factor of its rule."""
         found = enumerate(factors_of(rule, self.sizes))
         return {d: cuts[f] for d, f in found if f is not None and f in cuts}
@@ -197,7 +197,7 @@ class Body:
         }
         return numbers | dict(zip(self.graph.inputs, operands, strict=True))
 
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[RowBlock, ...]:
         """Equal runs of rows, each with the keys that it looks at; none where all look at all."""
         if self.rows is None:
             return ()
@@ -206,11 +206,11 @@ class Body:
         many = max(able, default=1)
         length = rows // many
         return tuple(
-            Run(run * length, Window(run * length, length), (self.keys_of(run, many),))
+            RowBlock(run * length, ShardWindow(run * length, length), (self.keys_of(run, many),))
             for run in range(many if able else 0)
         )
 
-    def runs_of_one(self, cut: Cut, halves: Halves | None) -> tuple[Run, ...]:
+    def runs_of_one(self, cut: ShardPart, halves: Halves | None) -> tuple[RowBlock, ...]:
         """The run of rows, or the two halves of runs, of one of the devices that share all rows."""
         assert self.rows is not None
         many = cut.ways * (2 if halves else 1)
@@ -222,22 +222,27 @@ class Body:
             keys = tuple(self.keys_of(g, many) for g in range(many))
             wide = 1
         return tuple(
-            Run(place * length, Window(number * length, length), keys, number // wide)
+            RowBlock(place * length, ShardWindow(number * length, length), keys, number // wide)
             for place, number in enumerate(numbers)
         )
 
-    def keys_of(self, run: int, many: int) -> Window:
+    def keys_of(self, run: int, many: int) -> ShardWindow:
         """The keys that one of so many equal runs of rows looks at."""
         blocks, wide = len(self.spans), self.dims[-1] // self.blocks
         spans = self.spans[run * blocks // many : -(-(run + 1) * blocks // many)]
         first, end = min(f for f, _ in spans) * wide, max(e for _, e in spans) * wide
-        return Window(first, end - first)
+        return ShardWindow(first, end - first)
 
     def partners(self, ways: int) -> tuple[int, ...]:
         return partners(self.spans, self.blocks, ways)
 
     def to_cut(
-        self, cuts: Mapping[int, Cut], runs: int = 0, keys: int = 1, most: int = 0, block: int = 0
+        self,
+        cuts: Mapping[int, ShardPart],
+        runs: int = 0,
+        keys: int = 1,
+        most: int = 0,
+        block: int = 0,
     ) -> list[tuple[int, int]]:
         """Free dims and the number of blocks of each, so that scores are small; batch and heads come first, as
         they need no sums. The batch is left alone where microbatches cut it over time. Rows are cut into `runs`
@@ -263,14 +268,14 @@ class Body:
         return found
 
 
-def body_for(op: Op) -> Body:
+def body_for(op: Op) -> CompositeBody:
     """The body of a composite; equal ones share it."""
-    return _made(**{name: told for name, told in op.attrs if name in Body.ATTRS})
+    return _made(**{name: told for name, told in op.attrs if name in CompositeBody.ATTRS})
 
 
 @lru_cache(maxsize=256)
-def _made(**attrs: Any) -> Body:
-    return Body(**attrs)
+def _made(**attrs: Any) -> CompositeBody:
+    return CompositeBody(**attrs)
 
 
 @dataclass(frozen=True)
@@ -278,11 +283,11 @@ class Loop:
     """The body with the free dims that are left to cut taken block by block, one loop in another, and in the
     innermost the runs of rows that look at keys of their own."""
 
-    body: Body
+    body: CompositeBody
     bound: Callable[[Op], Any]
     cuts: Mapping[int, Part]
     todo: Sequence[tuple[int, int]]  # free dim, blocks
-    runs: Sequence[Run] = ()
+    runs: Sequence[RowBlock] = ()
 
     def __call__(self, operands: Sequence[Any]) -> list[jax.Array]:
         if self.runs and (not self.todo or self.todo[0][0] == self.body.rows):
@@ -319,7 +324,7 @@ class Loop:
     def _block(self, operands: Sequence[Any], number: Any) -> Sequence[jax.Array]:
         (dim, many), *rest = self.todo
         whole = self.body.dims[dim]
-        cut = self.cuts.get(dim, Cut(0, 1)).within(number, many, whole)
+        cut = self.cuts.get(dim, ShardPart(0, 1)).within(number, many, whole)
         parts = [
             _part(a, place_of(dims, dim), number, many)
             for a, dims in zip(operands, self.body.operands, strict=True)
@@ -344,13 +349,13 @@ class Loop:
             for of in (lambda run: run.rows.first, lambda run: run.which)
         )
         length = self.runs[0].rows.length
-        run = Run(number * length, Window(first, length), self.runs[0].keys, which)
+        run = RowBlock(number * length, ShardWindow(first, length), self.runs[0].keys, which)
         return self._one_run(run, operands)
 
-    def _one_run(self, run: Run, operands: Sequence[Any]) -> list[Any]:
+    def _one_run(self, run: RowBlock, operands: Sequence[Any]) -> list[Any]:
         """Results of a run; those by keys for all keys."""
         assert self.body.rows is not None
-        here = {self.body.rows: Window(run.at, run.rows.length)}
+        here = {self.body.rows: ShardWindow(run.at, run.rows.length)}
         given = [
             _in_windows(a, dims, here) for a, dims in zip(operands, self.body.operands, strict=True)
         ]
@@ -359,7 +364,9 @@ class Loop:
             return choices[0](given)
         return lax.switch(run.which, choices, given)
 
-    def _with_keys(self, rows: Window, keys: Window, operands: Sequence[Any]) -> list[Any]:
+    def _with_keys(
+        self, rows: ShardWindow, keys: ShardWindow, operands: Sequence[Any]
+    ) -> list[Any]:
         assert self.body.rows is not None
         at = len(self.body.sizes)
         given = [
@@ -413,7 +420,7 @@ def _part(array: Any, at: int | None, number: Any, many: int) -> Any:
     return lax.dynamic_slice_in_dim(array, number * size, size, at)
 
 
-def _in_windows(array: Any, dims: Dims, windows: Mapping[int, Window]) -> Any:
+def _in_windows(array: Any, dims: Dims, windows: Mapping[int, ShardWindow]) -> Any:
     for dim, window in windows.items():
         if (at := place_of(dims, dim)) is not None:
             array = lax.dynamic_slice_in_dim(array, window.first, window.length, at)

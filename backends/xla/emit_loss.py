@@ -25,11 +25,11 @@ from .dtypes import jax_dtype
 from .emit import emit
 from .emit_composite import Loop, body_for, held_operands, place_of
 from .joins import settle
-from .shard import Arrays, Cut, Part
+from .shard import Arrays, Part, ShardPart
 
 
 def run_loss(
-    op: Op, bound: Callable[[Op], Any], operands: Arrays, rule: Rule, cuts: Mapping[int, Cut],
+    op: Op, bound: Callable[[Op], Any], operands: Arrays, rule: Rule, cuts: Mapping[int, ShardPart],
     sharing: tuple[str, ...],
 ) -> list[jax.Array]:  # fmt: skip
     """This shard's results, or its contribution to those that are summed over what is cut.

@@ -26,15 +26,15 @@ from ...ir.composites.ring import Ring, first_reads, given, ring_of
 from ...ir.graph import Op
 from ...ir.rules.rule import Rule
 from .dtypes import jax_dtype
-from .emit_composite import Body, Dims, Halves, Loop, body_for, place_of, widened
-from .shard import Arrays, Cut, Window
+from .emit_composite import CompositeBody, Dims, Halves, Loop, body_for, place_of, widened
+from .shard import Arrays, ShardPart, ShardWindow
 
 UNROLLED = 8  # steps of a ring, at most, that a compiler sees side by side
 Emitted = Callable[[Op, Sequence[Any]], Sequence[Any]]
 
 
 def run_ring(
-    op: Op, bound: Callable[[Op], Any], operands: Arrays, rule: Rule, cuts: Mapping[int, Cut],
+    op: Op, bound: Callable[[Op], Any], operands: Arrays, rule: Rule, cuts: Mapping[int, ShardPart],
     axes: tuple[str, ...],
 ) -> list[jax.Array]:  # fmt: skip
     """As `run_composite`, with rows and keys both cut over `axes`."""
@@ -66,7 +66,7 @@ def run_ring(
     ]
 
 
-def _sums_given(op: Op, body: Body, operands: Arrays) -> list[Any]:
+def _sums_given(op: Op, body: CompositeBody, operands: Arrays) -> list[Any]:
     """Maxima and sums of all keys that gradients are given, and what their result and its gradient come to; nothing
     where they are not."""
     if not (many := given(op)):
@@ -115,10 +115,10 @@ def _dealt_at(dims: Dims, rows: int, keys: int) -> int | None:
     return place_of(dims, keys) if at is None else at
 
 
-class Pass(Body):
+class RingBody(CompositeBody):
     """A body that gives maxima and sums of a block of keys, or is given those of all keys."""
 
-    def __init__(self, body: Body, online: Online, first: bool):
+    def __init__(self, body: CompositeBody, online: Online, first: bool):
         self.__dict__.update(body.__dict__)
         self.online, self.first = online, first
         self.statistics = online.statistics
@@ -164,20 +164,20 @@ class Pass(Body):
 
 
 @lru_cache(maxsize=256)
-def _passes(body: Body) -> tuple[Pass, ...]:
+def _passes(body: CompositeBody) -> tuple[RingBody, ...]:
     online = online_body(body.graph, body.dims, body.parts, body.kept)
     assert online is not None
-    return tuple(Pass(body, online, number == 0) for number in range(online.passes))
+    return tuple(RingBody(body, online, number == 0) for number in range(online.passes))
 
 
 @dataclass(frozen=True)
 class _Around:
     """One run of a composite on the `index`-th device of a ring; `cuts` of all free dims but the rows."""
 
-    body: Body
+    body: CompositeBody
     ring: Ring
     bound: Callable[[Op], Any]
-    cuts: Mapping[int, Cut]
+    cuts: Mapping[int, ShardPart]
     rows: int
     index: Any
     axes: tuple[str, ...]
@@ -204,7 +204,7 @@ class _Around:
 
     # ------------------------------------------------------------ steps
 
-    def _round(self, done: Pass, operands: Sequence[Any], sent: Collection[int]) -> list[Any]:
+    def _round(self, done: RingBody, operands: Sequence[Any], sent: Collection[int]) -> list[Any]:
         """What a pass makes of all keys."""
         going = [k for k, dims in enumerate(done.operands) if k in sent and self._goes(dims)]
         back = [k for k, dims in enumerate(done.results) if self._goes(dims)]
@@ -257,7 +257,9 @@ class _Around:
 
     # ------------------------------------------------------------ one step
 
-    def _step(self, done: Pass, owner: Any, operands: Sequence[Any], state: list[Any]) -> list[Any]:
+    def _step(
+        self, done: RingBody, owner: Any, operands: Sequence[Any], state: list[Any]
+    ) -> list[Any]:
         """Own pieces of rows with the pieces of keys of one device."""
         pieces, meets = self.ring.pieces, jnp.asarray(self.ring.meets)
         mine, theirs = self._numbers(self.index), self._numbers(owner)
@@ -279,7 +281,7 @@ class _Around:
         return jnp.stack(Halves(self.axes, self.ring.partners).numbers(device)).astype(jnp.int32)
 
     def _added(
-        self, done: Pass, at: _Piece, operands: Sequence[Any], state: list[Any]
+        self, done: RingBody, at: _Piece, operands: Sequence[Any], state: list[Any]
     ) -> list[Any]:
         """A state with one more piece of keys for one of rows."""
         starts = [self._starts(dims, at) for dims in done.results]
@@ -294,7 +296,7 @@ class _Around:
             for a, part, start in zip(state, new, starts, strict=True)
         ]
 
-    def _block(self, done: Pass, at: _Piece, operands: Sequence[Any]) -> list[jax.Array]:
+    def _block(self, done: RingBody, at: _Piece, operands: Sequence[Any]) -> list[jax.Array]:
         sizes, given = self._sizes, []
         for array, dims in zip(operands, done.operands, strict=True):
             shape = list(array.shape)
@@ -303,11 +305,11 @@ class _Around:
                     shape[place] = sizes[d]
             given.append(lax.dynamic_slice(array, self._starts(dims, at), shape))
         windows = {
-            d: Window(number * sizes[d], sizes[d])
+            d: ShardWindow(number * sizes[d], sizes[d])
             for d, number in ((self.rows, at.rows), (self._keys, at.keys))
         }
         many = self.ring.ways * self.ring.pieces
-        todo = done.to_cut({**self.cuts, self.rows: Cut(0, many)}, keys=many)
+        todo = done.to_cut({**self.cuts, self.rows: ShardPart(0, many)}, keys=many)
         return Loop(done, self.bound, {**self.cuts, **windows}, todo)(given)
 
     def _starts(self, dims: Dims, at: _Piece) -> list[Any]:
@@ -322,7 +324,7 @@ class _Around:
 
     # ------------------------------------------------------------ blocks come together
 
-    def _start(self, done: Pass, operands: Sequence[Any]) -> list[Any]:
+    def _start(self, done: RingBody, operands: Sequence[Any]) -> list[Any]:
         """Before the first block."""
         here = _Piece(0, 0, 0, 0)
         shapes = jax.eval_shape(lambda given: self._block(done, here, given), list(operands))
@@ -338,7 +340,7 @@ class _Around:
             found.append(jnp.full(whole, jnp.finfo(kind).min if lowest else 0, kind))
         return found
 
-    def _joined(self, done: Pass, old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
+    def _joined(self, done: RingBody, old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
         if not done.lowers:
             return [a + b for a, b in zip(old, new, strict=True)]
         power = jnp.exp2 if done.online.base2 else jnp.exp
@@ -354,7 +356,7 @@ class _Around:
             found.append(one + other)
         return found
 
-    def _settled(self, done: Pass, made: list[Any]) -> list[Any]:
+    def _settled(self, done: RingBody, made: list[Any]) -> list[Any]:
         """Sums and results as those of all keys, whatever sums before them had been taken for."""
         found, places = list[Any](), {v: k for k, v in enumerate(done.made)}
         for k, value in enumerate(done.made):

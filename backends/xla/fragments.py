@@ -26,13 +26,13 @@ from ...ir.sharding import Sharding, replicated
 from .devices import options_for, partition_spec
 from .dtypes import jax_dtype
 from .joins import JOIN, start
-from .spmd import Held, LocalStep, Scope
+from .spmd import KnownValues, LocalArray, LocalStep
 
 PER_MICROBATCH = ("forward", "backward", "weight")
 
 
 @dataclass(frozen=True)
-class Parcel:
+class Message:
     """What leaves a stage as one array: a value, or several scalars of one type as a vector.
 
     `arrivals` tell how it lies on each stage that it goes to.
@@ -46,19 +46,19 @@ class Parcel:
 
 
 @dataclass(frozen=True)
-class Program:
+class CompiledFragment:
     """A compiled fragment.
 
     `call(moment, given_up, kept) -> (token, totals, gives, sent, results)`: `given_up` are the totals
     so far and donated inputs, `kept` the other values it takes, one per microbatch where a result is
-    joined of them, `sent` an array per parcel. The token is ready when everything is.
+    joined of them, `sent` an array per message. The token is ready when everything is.
     """
 
     fragment: Fragment
     call: Callable[..., Any]
     donates: tuple[int, ...]  # values taken that are given up
     keeps: tuple[int, ...]
-    parcels: tuple[Parcel, ...]
+    messages: tuple[Message, ...]
 
 
 @dataclass
@@ -130,7 +130,7 @@ class StagePrograms:
 
     def build(
         self, fragment: Fragment, donated: frozenset[int], stages: Sequence[StagePrograms]
-    ) -> Program:
+    ) -> CompiledFragment:
         """Jit a fragment whose values are all known.
 
         Args:
@@ -139,14 +139,14 @@ class StagePrograms:
         """
         if fragment.kind == "prepare":
             fragment = self._without_copies(fragment)
-        parcels = self._parcels(fragment, stages)
+        messages = self._messages(fragment, stages)
         gone = tuple(
             v
             for v in fragment.takes
             if v in donated and v in fragment.drops and self._renewed(fragment, v)
         )
         kept = tuple(v for v in fragment.takes if v not in gone)
-        body = _Body(self, fragment, gone, kept, [parcel.values for parcel in parcels])
+        body = _Body(self, fragment, gone, kept, [message.values for message in messages])
         ins = (
             PartitionSpec(),
             [*body.total_specs, *self._specs(gone)],
@@ -154,16 +154,16 @@ class StagePrograms:
         )
         outs = (
             PartitionSpec(), body.total_specs, self._specs(fragment.gives),
-            [parcel.leaves.spec for parcel in parcels], [partition_spec(self.ends(o)) for o in fragment.results],
+            [message.leaves.spec for message in messages], [partition_spec(self.ends(o)) for o in fragment.results],
         )  # fmt: skip
         sharded = jax.shard_map(body, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
         sharded.__name__ = f"{fragment.kind}_{fragment.stage}"  # type: ignore[attr-defined]  for profilers
         call = jax.jit(
             sharded, donate_argnums=1, compiler_options=options_for(self.mesh, self.local.plan)
         )
-        return Program(fragment, call, gone, kept, parcels)
+        return CompiledFragment(fragment, call, gone, kept, messages)
 
-    def _parcels(self, fragment: Fragment, stages: Sequence[StagePrograms]) -> tuple[Parcel, ...]:
+    def _messages(self, fragment: Fragment, stages: Sequence[StagePrograms]) -> tuple[Message, ...]:
         """Scalars of one type and way go together: a norm of all gradients is made of one per parameter."""
         types = self.local.types
         goals: dict[int, list[int]] = {}
@@ -174,26 +174,26 @@ class StagePrograms:
             alone = value if types[value].rank or types[value].dtype == "key" else None
             groups.setdefault((alone, types[value].dtype, tuple(goal)), []).append(value)
         return tuple(
-            self._parcel(fragment, tuple(found), key[2], stages) for key, found in groups.items()
+            self._message(fragment, tuple(found), key[2], stages) for key, found in groups.items()
         )
 
-    def _parcel(
+    def _message(
         self,
         fragment: Fragment,
         values: tuple[int, ...],
         goal: Iterable[int],
         stages: Sequence[StagePrograms],
-    ) -> Parcel:
+    ) -> Message:
         first = values[0]
         kind, layout = self.local.types[first], self.leaving[first]
         leaves = self.sharding(layout)
         if len(values) > 1:
-            return Parcel(
+            return Message(
                 values, (len(values),), kind.dtype, leaves, {s: stages[s].replicated for s in goal}
             )
         owed = [self.local.mesh.ways(tuple(sorted(layout.partial)))] if layout.partial else []
         arrivals = {s: stages[s].sharding_of(first) for s in goal}
-        return Parcel(values, (*owed, *self._part(fragment, first)), kind.dtype, leaves, arrivals)
+        return Message(values, (*owed, *self._part(fragment, first)), kind.dtype, leaves, arrivals)
 
     def _part(self, fragment: Fragment, value: int) -> tuple[int, ...]:
         """The shape that a fragment makes of a value: of one microbatch, if it runs for each."""
@@ -289,7 +289,7 @@ class _Body:
     def __call__(self, moment: Any, given_up: Sequence[Any], kept: Sequence[Any]) -> Any:
         local, fragment = self.stage.local, self.fragment
         timed = local.time is not None and fragment.kind in PER_MICROBATCH
-        scope = Scope({}, moment if timed else None)
+        scope = KnownValues({}, moment if timed else None)
         count = len(fragment.totals)
         for value, array in zip((*self.gone, *self.kept), (*given_up[count:], *kept), strict=True):
             scope.values[value] = self._taken(value, array, scope)
@@ -309,7 +309,7 @@ class _Body:
         ]
         return moment + 0, sums, gives, sent, results
 
-    def _taken(self, value: int, array: Any, scope: Scope) -> Held:
+    def _taken(self, value: int, array: Any, scope: KnownValues) -> LocalArray:
         local, layout = self.stage.local, self.stage.layouts[value]
         if self.stage.joins(self.fragment, value) and local.time is not None:
             pieces = jnp.stack([_entering(piece, layout).array for piece in array])
@@ -317,16 +317,16 @@ class _Body:
         held = _entering(array, layout)
         split = local.time.split if local.time is not None and scope.moment is not None else {}
         if value in split and value in local.graph.inputs:
-            return Held(local.now(held, layout, split[value], scope), layout)
+            return LocalArray(local.now(held, layout, split[value], scope), layout)
         return (
-            Held(held.array.astype(jax_dtype(local.types[value].dtype)), layout)
+            LocalArray(held.array.astype(jax_dtype(local.types[value].dtype)), layout)
             if self._is_total(value)
             else held
         )
 
-    def _settled(self, value: int, scope: Scope) -> Held:
+    def _settled(self, value: int, scope: KnownValues) -> LocalArray:
         target = self.stage.leaving[value]
-        return Held(self.stage.local.bring(scope.values[value], target), target)
+        return LocalArray(self.stage.local.bring(scope.values[value], target), target)
 
     def _together(self, arrays: Sequence[Any]) -> Any:
         return arrays[0] if len(arrays) == 1 else jnp.stack(arrays)
@@ -335,7 +335,7 @@ class _Body:
         time = self.stage.local.time
         return self.fragment.kind == "update" and time is not None and value in time.totals
 
-    def _added(self, value: int, total: Any, scope: Scope) -> Any:
+    def _added(self, value: int, total: Any, scope: KnownValues) -> Any:
         """The total and this microbatch's part of it."""
         time = self.stage.local.time
         assert time is not None
@@ -352,17 +352,17 @@ def _spec(layout: Sharding) -> PartitionSpec:
     return PartitionSpec(tuple(sorted(layout.partial)), *partition_spec(layout))
 
 
-def _leaving(held: Held) -> Any:
+def _leaving(held: LocalArray) -> Any:
     return held.array[None] if held.layout.partial else held.array
 
 
-def _entering(array: Any, layout: Sharding) -> Held:
-    return Held(array[0] if layout.partial else array, layout)
+def _entering(array: Any, layout: Sharding) -> LocalArray:
+    return LocalArray(array[0] if layout.partial else array, layout)
 
 
 def link(
     stages: Sequence[StagePrograms], cut: Stages, donated: frozenset[int]
-) -> tuple[dict[tuple[str, int], Program], list[list[Program]]]:
+) -> tuple[dict[tuple[str, int], CompiledFragment], list[list[CompiledFragment]]]:
     """Build all programs of a step: those of passes by (kind, stage), and the rounds of updates.
 
     Layouts are found in the order in which values can be handed on.

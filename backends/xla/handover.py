@@ -30,7 +30,7 @@ ENDS = "ends"  # the only axis of both stages' devices side by side
 
 
 @dataclass(frozen=True)
-class Way:
+class Route:
     """One array: its shape as a whole, how it lies on the sender, and how it shall lie on the receiver."""
 
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ class Handover:
     without a device of the receiver gets None. The token is ready when this process has done its part.
     """
 
-    ways: Sequence[Way]
+    routes: Sequence[Route]
     sender: DeviceMesh
     receiver: DeviceMesh
 
@@ -73,7 +73,7 @@ class Handover:
                 f"stages on {len(here)} and {len(there)} devices share some, over several processes.",
                 where="pipeline", fix="stages of one rank with meshes of one size",
             )  # fmt: skip
-        if self.joint and any(way.dtype == "key" for way in self.ways):
+        if self.joint and any(route.dtype == "key" for route in self.routes):
             raise LoweringError(
                 "a random key cannot go from the process of one stage to that of another.",
                 where="pipeline", fix="give the step its key as data: jax.random.key_data(key), wrapped within",
@@ -90,25 +90,27 @@ class Handover:
 
     def __call__(self, arrays: Sequence[Any] | None) -> tuple[list[Any] | None, Any]:
         if not self.joint:
-            found = jax.device_put(list(arrays or ()), [way.arrives for way in self.ways])
+            found = jax.device_put(list(arrays or ()), [route.arrives for route in self.routes])
             return found, found
         if set(self.sender.devices.flat) == set(self.receiver.devices.flat):
             found = self._arrive(arrays)
             return found, found
-        mixed = [self._beside(*pair) for pair in zip(self.ways, self._leaving(arrays), strict=True)]
+        mixed = [
+            self._beside(*pair) for pair in zip(self.routes, self._leaving(arrays), strict=True)
+        ]
         moved, token = self._permute(mixed)
         if not is_mine(self.receiver):
             return None, token
-        there = [self._there(way, array) for way, array in zip(self.ways, moved, strict=True)]
+        there = [self._there(route, array) for route, array in zip(self.routes, moved, strict=True)]
         return self._arrive(there), token
 
     def _leaving(self, arrays: Sequence[Any] | None) -> list[Any]:
-        return self._leave(list(arrays)) if arrays is not None else [None] * len(self.ways)
+        return self._leave(list(arrays)) if arrays is not None else [None] * len(self.routes)
 
     @cached_property
     def _leave(self) -> Any:
         """On the sender: laid out for the way."""
-        layouts = [NamedSharding(self.sender, way.travels) for way in self.ways]
+        layouts = [NamedSharding(self.sender, route.travels) for route in self.routes]
         return jax.jit(
             lambda arrays: [a.reshape(a.shape or (1,)) for a in arrays], out_shardings=layouts
         )
@@ -116,7 +118,10 @@ class Handover:
     @cached_property
     def _arrive(self) -> Any:
         """On the receiver: laid out as it is wanted; each device has what it needs for that."""
-        shapes, layouts = [way.shape for way in self.ways], [way.arrives for way in self.ways]
+        shapes, layouts = (
+            [route.shape for route in self.routes],
+            [route.arrives for route in self.routes],
+        )
         shaped = lambda arrays: [a.reshape(s) for a, s in zip(arrays, shapes, strict=True)]  # noqa: E731
         return jax.jit(shaped, out_shardings=layouts)
 
@@ -126,28 +131,28 @@ class Handover:
             np.array([*self.sender.devices.flat, *self.receiver.devices.flat]), (ENDS,)
         )
 
-    def _beside(self, way: Way, array: Any) -> Any:
+    def _beside(self, route: Route, array: Any) -> Any:
         """The shards of both stages as one array: the sender's values, zeros of the receiver."""
         ours = [] if array is None else [shard.data for shard in array.addressable_shards]
-        shape = (self._side_by_side.size * way.local_shape[0], *way.local_shape[1:])
+        shape = (self._side_by_side.size * route.local_shape[0], *route.local_shape[1:])
         layout = NamedSharding(self._side_by_side, PartitionSpec(ENDS))
-        parts = [*ours, *self._zeros[way.local_shape, jax_dtype(way.dtype)]]
+        parts = [*ours, *self._zeros[route.local_shape, jax_dtype(route.dtype)]]
         return jax.make_array_from_single_device_arrays(shape, layout, parts)
 
     @cached_property
     def _zeros(self) -> dict[Any, list[Any]]:
         here = [d for d in self.receiver.devices.flat if d.process_index == jax.process_index()]
-        kinds = {(way.local_shape, jax_dtype(way.dtype)) for way in self.ways}
+        kinds = {(route.local_shape, jax_dtype(route.dtype)) for route in self.routes}
         return {
             kind: [jax.device_put(np.zeros(*kind), device) for device in here] for kind in kinds
         }
 
-    def _there(self, way: Way, array: Any) -> Any:
+    def _there(self, route: Route, array: Any) -> Any:
         """The receiver's shards of what both have, as an array of its own."""
         devices = set(self.receiver.devices.flat)
         shards = [shard.data for shard in array.addressable_shards if shard.device in devices]
-        layout = NamedSharding(self.receiver, way.travels)
-        return jax.make_array_from_single_device_arrays(way.shape or (1,), layout, shards)
+        layout = NamedSharding(self.receiver, route.travels)
+        return jax.make_array_from_single_device_arrays(route.shape or (1,), layout, shards)
 
     @cached_property
     def _permute(self) -> Any:

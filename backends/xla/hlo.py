@@ -44,7 +44,7 @@ _ITEM = {"pred": 1, "s4": 1, "u4": 1, "c64": 8, "c128": 16, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CompiledCollective:
     """One collective of the compiled program, and how often it runs per step."""
 
     kind: str
@@ -55,7 +55,7 @@ class Found:
 
 def collectives(
     text: str, mesh: Mesh, often: Mapping[int, int] = MappingProxyType({})
-) -> list[Found]:
+) -> list[CompiledCollective]:
     """Every collective of the program with the number of times it runs per step.
 
     Args:
@@ -65,7 +65,7 @@ def collectives(
     runs = _runs(bodies, often)
     chains: set[str] = set()
     return [
-        Found(kind, _axes(kind, groups, mesh), nbytes, runs[name])
+        CompiledCollective(kind, _axes(kind, groups, mesh), nbytes, runs[name])
         for name, lines in bodies.items()
         if runs.get(name)
         for kind, groups, nbytes in _in_lines(

@@ -23,7 +23,7 @@ from . import compat
 
 
 @dataclass(frozen=True, slots=True)
-class Body:
+class JaxprBody:
     """A closed jaxpr, and the positions of the operands that are its inputs."""
 
     jaxpr: Any
@@ -32,7 +32,7 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    bodies: tuple[Body, ...]
+    bodies: tuple[JaxprBody, ...]
     attrs: tuple[tuple[str, Attr], ...] = ()
 
 
@@ -48,12 +48,12 @@ def _scan(eqn: Any) -> Joined:
         ("length", int(params["length"])), ("num_carry", carry), ("num_consts", consts),
         ("reverse", bool(params["reverse"])), ("unroll", int(params["unroll"])),
     )  # fmt: skip
-    return Joined((Body(params["jaxpr"], tuple(range(len(eqn.invars)))),), attrs)
+    return Joined((JaxprBody(params["jaxpr"], tuple(range(len(eqn.invars)))),), attrs)
 
 
 def _cond(eqn: Any) -> Joined:
     given = tuple(range(1, len(eqn.invars)))
-    return Joined(tuple(Body(branch, given) for branch in eqn.params["branches"]))
+    return Joined(tuple(JaxprBody(branch, given) for branch in eqn.params["branches"]))
 
 
 def _while(eqn: Any) -> Joined:
@@ -64,11 +64,15 @@ def _while(eqn: Any) -> Joined:
     carried, own = tuple(range(consts, every)), tuple(range(first))
     whether, turn = params["cond_jaxpr"], params["body_jaxpr"]
     if not whether.out_avals[0].shape:
-        return Joined((Body(whether, own + carried), Body(turn, tuple(range(first, every)))), attrs)
+        return Joined(
+            (JaxprBody(whether, own + carried), JaxprBody(turn, tuple(range(first, every)))), attrs
+        )
     avals = [var.aval for var in eqn.invars]
     any_of_them = _traced(_any(whether), [avals[i] for i in own + carried])
     each = _traced(_while_it_lasts(whether, turn, first, consts), avals)
-    return Joined((Body(any_of_them, own + carried), Body(each, tuple(range(every)))), attrs)
+    return Joined(
+        (JaxprBody(any_of_them, own + carried), JaxprBody(each, tuple(range(every)))), attrs
+    )
 
 
 def _any(whether: Any) -> Callable[..., Any]:

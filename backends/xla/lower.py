@@ -33,8 +33,8 @@ from .devices import (
 )
 from .lower_pipeline import lower_pipeline
 from .lower_single import LoweredSingle, lower_single
-from .meetings import Meetings, named
 from .pipeline import LoweredPipeline
+from .rendezvous import Rendezvous, named
 from .spmd import LocalStep
 from .unstack import unstack
 
@@ -83,8 +83,8 @@ class Lowered:
         return len(processes_of(self.mesh)) > 1
 
     @cached_property
-    def meetings(self) -> Meetings:
-        return Meetings(in_turn=on_cpus(self.mesh))
+    def rendezvous(self) -> Rendezvous:
+        return Rendezvous(in_turn=on_cpus(self.mesh))
 
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Leaves laid out as the program takes them."""
@@ -104,7 +104,7 @@ class Lowered:
             found = self.jitted(*self.placed(leaves))
             return found, found
 
-        return self.meetings.run("the step", named(processes_of(self.mesh)), call)
+        return self.rendezvous.run("the step", named(processes_of(self.mesh)), call)
 
     @cached_property
     def by_tree(self) -> Callable[..., Any] | None:

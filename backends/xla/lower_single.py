@@ -40,7 +40,7 @@ from .devices import (
     processes_of,
     used_devices,
 )
-from .meetings import Meetings, named
+from .rendezvous import Rendezvous, named
 from .single import SingleStep
 from .spmd import LocalStep
 from .unstack import Unstacked
@@ -88,8 +88,8 @@ class LoweredSingle:
         return len(processes_of(self.mesh)) > 1
 
     @cached_property
-    def meetings(self) -> Meetings:
-        return Meetings(in_turn=on_cpus(self.mesh))
+    def rendezvous(self) -> Rendezvous:
+        return Rendezvous(in_turn=on_cpus(self.mesh))
 
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Leaves where they lie first."""
@@ -115,7 +115,7 @@ class LoweredSingle:
             return found, found
 
         return self.results.apart(
-            self.meetings.run("the step", named(processes_of(self.mesh)), call)
+            self.rendezvous.run("the step", named(processes_of(self.mesh)), call)
         )
 
 

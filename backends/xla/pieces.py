@@ -87,7 +87,7 @@ class Shared:
         return value
 
 
-class Scope:
+class PieceScope:
     """The ops of the step, or of one region, in the order they are emitted."""
 
     def __init__(self, shared: Shared):

@@ -33,9 +33,9 @@ from .capture import Captured
 from .devices import is_mine, nowhere, on_cpus, place, processes_of
 from .dtypes import jax_dtype
 from .everywhere import Everywhere
-from .fragments import Program, StagePrograms
-from .handover import Handover, Way
-from .meetings import Meetings, named
+from .fragments import CompiledFragment, StagePrograms
+from .handover import Handover, Route
+from .rendezvous import Rendezvous, named
 from .unstack import Unstacked
 
 Watch = Callable[[int, Step, Sequence[Any], Any, float | None], None]
@@ -62,15 +62,15 @@ class LoweredPipeline:
     schedule: Schedule
     cut: Stages
     stages: Sequence[StagePrograms]
-    passes: Mapping[tuple[str, int], Program]
-    rounds: Sequence[Sequence[Program]]
+    passes: Mapping[tuple[str, int], CompiledFragment]
+    rounds: Sequence[Sequence[CompiledFragment]]
     watch: Watch | None = None
     apart: Unstacked | None = None  # how the user's leaves were taken apart, layer by layer
     peaks: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.here = [is_mine(stage.mesh) for stage in self.stages]
-        self.meetings = Meetings(in_turn=on_cpus(self.stages[0].mesh))
+        self.rendezvous = Rendezvous(in_turn=on_cpus(self.stages[0].mesh))
         self.totals = [
             {kind: p.fragment.totals for (kind, s), p in self.passes.items() if s == stage}
             for stage in range(self.cut.count)
@@ -83,7 +83,7 @@ class LoweredPipeline:
             {v for p in programs for v in p.fragment.takes}
             for programs in zip(*self.rounds, strict=True)
         ]
-        self.parcels = self._parcels()
+        self.messages = self._messages()
         self.copies: dict[tuple[int, int, tuple[int, ...]], Handover] = {}
 
     @cached_property
@@ -109,21 +109,21 @@ class LoweredPipeline:
             for stage, here in zip(self.stages, self.here, strict=True)
         ]
 
-    def _parcels(self) -> dict[tuple[Place, int], tuple[list[int], Handover]]:
-        """(program, stage it sends to) -> which of its parcels go there, and how."""
-        programs: dict[Place, Program] = dict(self.passes)  # type: ignore[arg-type]
+    def _messages(self) -> dict[tuple[Place, int], tuple[list[int], Handover]]:
+        """(program, stage it sends to) -> which of its messages go there, and how."""
+        programs: dict[Place, CompiledFragment] = dict(self.passes)  # type: ignore[arg-type]
         programs |= {
             (k, p.fragment.stage): p for k, programs in enumerate(self.rounds) for p in programs
         }
         found = {}
         for key, program in programs.items():
-            for to in sorted({stage for parcel in program.parcels for stage in parcel.arrivals}):
-                sent = [k for k, parcel in enumerate(program.parcels) if to in parcel.arrivals]
-                parcels = [program.parcels[k] for k in sent]
-                ways = [Way(p.shape, p.dtype, p.leaves, p.arrivals[to]) for p in parcels]
+            for to in sorted({stage for message in program.messages for stage in message.arrivals}):
+                sent = [k for k, message in enumerate(program.messages) if to in message.arrivals]
+                messages = [program.messages[k] for k in sent]
+                routes = [Route(p.shape, p.dtype, p.leaves, p.arrivals[to]) for p in messages]
                 found[key, to] = (
                     sent,
-                    Handover(ways, self.stages[key[1]].mesh, self.stages[to].mesh),
+                    Handover(routes, self.stages[key[1]].mesh, self.stages[to].mesh),
                 )
         assert not any(kind == "weight" for (kind, _), _ in found), (
             "gradients of weights leave with the updates"
@@ -134,7 +134,7 @@ class LoweredPipeline:
     def events(self) -> list[Event]:
         """What all ranks do, in one common order."""
         routes: dict[tuple[Kind, int], list[int]] = {}
-        for (kind, stage), to in self.parcels:
+        for (kind, stage), to in self.messages:
             if kind in ("forward", "backward"):
                 routes.setdefault((kind, stage), []).append(to)  # type: ignore[arg-type]
         return events(self.schedule, routes=routes)
@@ -195,7 +195,7 @@ class LoweredPipeline:
 
     def jitted(self, *leaves: Any) -> tuple[Any, ...]:
         """One step; donated leaves are given up."""
-        return Run(self, self._placed(leaves)).step()
+        return StepRun(self, self._placed(leaves)).step()
 
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Leaves where they lie first; with several processes each stage puts its own."""
@@ -252,11 +252,11 @@ class LoweredPipeline:
         key = (home, stage, tuple(values))
         if key not in self.copies:
             a, b, types = self.stages[home], self.stages[stage], self.stages[0].local.types
-            ways = [
-                Way(types[v].shape, types[v].dtype, a.sharding_of(v), b.sharding_of(v))
+            routes = [
+                Route(types[v].shape, types[v].dtype, a.sharding_of(v), b.sharding_of(v))
                 for v in values
             ]
-            self.copies[key] = Handover(ways, a.mesh, b.mesh)
+            self.copies[key] = Handover(routes, a.mesh, b.mesh)
         arrays = [stores[home][v] for v in values] if self.here[home] else None
         found = self.carry(
             self.copies[key], arrays, f"stage {home}'s inputs on their way to stage {stage}"
@@ -275,9 +275,9 @@ class LoweredPipeline:
         if not handover.joint:
             return handover(arrays)[0]
         others = processes_of(handover.sender) | processes_of(handover.receiver)
-        return self.meetings.run(what, named(others), lambda: handover(arrays))
+        return self.rendezvous.run(what, named(others), lambda: handover(arrays))
 
-    def call(self, program: Program, what: str, *operands: Any) -> Any:
+    def call(self, program: CompiledFragment, what: str, *operands: Any) -> Any:
         """Dispatch a stage's program, with the other processes that hold a part of the stage."""
         processes = processes_of(self.stages[program.fragment.stage].mesh)
         if len(processes) == 1:
@@ -287,7 +287,7 @@ class LoweredPipeline:
             found = program.call(*operands)
             return found, found[0]
 
-        return self.meetings.run(what, named(processes), call)
+        return self.rendezvous.run(what, named(processes), call)
 
     def zeros_of(self, stage: int) -> list[Any]:
         """Totals before the first microbatch."""
@@ -301,7 +301,7 @@ def _step(each: Instruction) -> Step:
 
 
 @dataclass
-class Run:
+class StepRun:
     """One step on its way: `steady` lives for the step, `flight` for one microbatch on one stage.
 
     `leaving` is what passes made for stages of other ranks that have not come to take it.
@@ -379,7 +379,7 @@ class Run:
         self._count(rank, step)
 
     def _dispatch(
-        self, program: Program, rank: int, step: Step
+        self, program: CompiledFragment, rank: int, step: Step
     ) -> tuple[Sequence[Any], Any, float | None]:
         """What a pass takes of its microbatch, its token, and the clock before it if all was there by then."""
         low, (_, stage, m), fragment = self.lowered, step, program.fragment
@@ -400,11 +400,11 @@ class Run:
         self._leave(program, rank, step, sent)
         return moving, token, began
 
-    def _leave(self, program: Program, rank: int, step: Step, sent: Sequence[Any]) -> None:
+    def _leave(self, program: CompiledFragment, rank: int, step: Step, sent: Sequence[Any]) -> None:
         """What a pass sends: at once to stages of its rank, else when the schedule says so."""
         key, low = (step.kind, step.stage), self.lowered
-        for to in {stage for parcel in program.parcels for stage in parcel.arrivals}:
-            indices, handover = low.parcels[key, to]
+        for to in {stage for message in program.messages for stage in message.arrivals}:
+            indices, handover = low.messages[key, to]
             arrays = [sent[k] for k in indices]
             if to in low.schedule.held[rank]:
                 found = low.carry(handover, arrays, f"rank {rank} at {step}")
@@ -417,16 +417,20 @@ class Run:
         (rank, send), (there, receive) = event
         key, m, to = (KINDS[send.what], send.stage), send.microbatch, send.other
         low, arrays = self.lowered, self.leaving.pop((key, m, to), None)
-        indices, handover = low.parcels[key, to]
+        indices, handover = low.messages[key, to]
         what = f"rank {there} at {receive}" if low.here[to] else f"rank {rank} at {send}"
         found = low.carry(handover, arrays, what)
         self._arrived(low.passes[key], indices, found, self.flight[to][m])
 
     def _arrived(
-        self, program: Program, indices: Sequence[int], found: Sequence[Any] | None, store: Store
+        self,
+        program: CompiledFragment,
+        indices: Sequence[int],
+        found: Sequence[Any] | None,
+        store: Store,
     ) -> None:
         for k, array in zip(indices, found or (), strict=found is not None):
-            values = program.parcels[k].values
+            values = program.messages[k].values
             store.update(
                 zip(
                     values,
@@ -459,20 +463,20 @@ class Run:
             for value in self.pieces[stage].keys() - late:
                 del self.pieces[stage][value]
 
-    def _update(self, number: int, program: Program, results: list[Any]) -> None:
+    def _update(self, number: int, program: CompiledFragment, results: list[Any]) -> None:
         fragment, stage, low = program.fragment, program.fragment.stage, self.lowered
-        if not (fragment.ops or fragment.results or program.parcels):
+        if not (fragment.ops or fragment.results or program.messages):
             return
         sent = self._updated(program, results) if low.here[stage] else None
-        for to in sorted({s for parcel in program.parcels for s in parcel.arrivals}):
-            indices, handover = low.parcels[(number, stage), to]
+        for to in sorted({s for message in program.messages for s in message.arrivals}):
+            indices, handover = low.messages[(number, stage), to]
             arrays = None if sent is None else [sent[k] for k in indices]
             found = low.carry(
                 handover, arrays, f"the update of stage {to}, for what stage {stage} sends,"
             )
             self._arrived(program, indices, found, self.steady[to])
 
-    def _updated(self, program: Program, results: list[Any]) -> Sequence[Any]:
+    def _updated(self, program: CompiledFragment, results: list[Any]) -> Sequence[Any]:
         """Run a program of a round; what it sends."""
         fragment, stage, low = program.fragment, program.fragment.stage, self.lowered
         store, programs = self.steady[stage], low.stages[stage]
@@ -498,7 +502,7 @@ class Run:
             return
         if low.shared.sources:
             others = set(range(jax.process_count()))
-            made = low.meetings.run(
+            made = low.rendezvous.run(
                 "the step's results", named(others), lambda: low.shared(results)
             )
             for position, array in made.items():

@@ -19,7 +19,7 @@ Arrays = Sequence[jax.Array]
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardPart:
     """This shard holds part `index` (an int, or an int32 scalar being traced) of `ways`."""
 
     index: Any
@@ -34,13 +34,13 @@ class Cut:
         """Where that begins."""
         return self.index * self.size(whole)
 
-    def within(self, number: Any, many: int, whole: int) -> Cut:
+    def within(self, number: Any, many: int, whole: int) -> ShardPart:
         """Part `number` of `many` of what is here."""
-        return Cut(self.index * many + number, self.ways * many)
+        return ShardPart(self.index * many + number, self.ways * many)
 
 
 @dataclass(frozen=True)
-class Window:
+class ShardWindow:
     """This shard holds `length` places of a factor from `first` on."""
 
     first: Any
@@ -53,12 +53,12 @@ class Window:
     def start(self, whole: int) -> Any:
         return self.first
 
-    def within(self, number: Any, many: int, whole: int) -> Window:
+    def within(self, number: Any, many: int, whole: int) -> ShardWindow:
         size = self.length // many
-        return Window(self.first + number * size, size)
+        return ShardWindow(self.first + number * size, size)
 
 
-Part = Cut | Window
+Part = ShardPart | ShardWindow
 
 
 @dataclass(frozen=True)

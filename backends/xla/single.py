@@ -29,7 +29,7 @@ from ...ir.pipeline.layered import Layered
 from ...ir.sharding import Sharding, replicated
 from .dtypes import jax_dtype
 from .joins import JOIN, settle, start
-from .spmd import Held, LocalStep, Scope, stacked
+from .spmd import KnownValues, LocalArray, LocalStep, stacked
 
 Values = dict[int, Any]  # value -> its local array
 
@@ -62,14 +62,14 @@ class SingleStep:
     def __call__(self, *arrays: Any) -> tuple[Any, ...]:
         local, parts = self.local, self.parts
         self.here = lax.axis_index(STAGE)
-        self.known = Scope()
+        self.known = KnownValues()
         positions = (*self.shared_inputs, *(each[0] for each in parts.inputs))
         for position, array in zip(positions, arrays, strict=True):
             value = local.graph.inputs[position]
             whole = (
                 array.reshape(local.types[value].shape) if local.types[value].rank == 0 else array
             )
-            self.known.values[value] = Held(
+            self.known.values[value] = LocalArray(
                 whole, local.decisions.slot(local.decisions.tags[value])
             )
         local.run(parts.prepare, self.known)
@@ -231,16 +231,16 @@ class SingleStep:
 
     def _run(
         self, ops: Sequence[Op], moment: Any, given: Values, sums: Values
-    ) -> tuple[Scope, Values]:
+    ) -> tuple[KnownValues, Values]:
         """One pass of one microbatch, and the totals with it."""
         local = self.local
-        inner = Scope(dict(self.known.values), moment)
+        inner = KnownValues(dict(self.known.values), moment)
         for value in self.batch:
             held = inner.values[value]
-            inner.values[value] = Held(
+            inner.values[value] = LocalArray(
                 local.now(held, held.layout, self.time.split[value], inner), held.layout
             )
-        inner.values |= {v: Held(array, self.layouts[v]) for v, array in given.items()}
+        inner.values |= {v: LocalArray(array, self.layouts[v]) for v, array in given.items()}
         local.run(ops, inner)
         parts = {v: inner.values[v].array.astype(total.dtype) for v, total in sums.items()}
         self.layouts |= {v: inner.values[v].layout for v in sums}
@@ -263,7 +263,7 @@ class SingleStep:
 
         return jax.eval_shape(run, jax.ShapeDtypeStruct((), jnp.int32), given)
 
-    def _pack(self, inner: Scope, values: Iterable[int]) -> Values:
+    def _pack(self, inner: KnownValues, values: Iterable[int]) -> Values:
         self.layouts |= {v: inner.values[v].layout for v in values}
         return {v: inner.values[v].array for v in values}
 
@@ -275,7 +275,7 @@ class SingleStep:
 
     def _brought(self, array: Any, value: int, layout: Sharding) -> Any:
         """A value of several microbatches in another layout, which is its from now on."""
-        found = self.local.bring(Held(array, stacked(self.layouts[value])), stacked(layout))
+        found = self.local.bring(LocalArray(array, stacked(self.layouts[value])), stacked(layout))
         self.layouts[value] = layout
         return found
 
@@ -299,13 +299,13 @@ class SingleStep:
     def _totals(self, totals: Values) -> None:
         types = self.local.types
         for value, array in totals.items():
-            self.known.values[value] = Held(
+            self.known.values[value] = LocalArray(
                 array.astype(jax_dtype(types[value].dtype)), self.layouts[value]
             )
 
-    def _update(self) -> tuple[Scope, Scope]:
+    def _update(self) -> tuple[KnownValues, KnownValues]:
         """What all stages have alike afterwards, and what this stage has."""
-        alike, own = Scope(dict(self.known.values)), self.known
+        alike, own = KnownValues(dict(self.known.values)), self.known
         for each in self.parts.rounds:
             alike.values |= self._scalars(each.gathered, own)
             self.local.run(each.alike, alike)
@@ -313,19 +313,19 @@ class SingleStep:
             self.local.run(each.own, own)
         return alike, own
 
-    def _scalars(self, values: Sequence[int], own: Scope) -> dict[int, Held]:
+    def _scalars(self, values: Sequence[int], own: KnownValues) -> dict[int, LocalArray]:
         """Scalars of all stages, those of one type together, by their numbers in the step."""
-        found: dict[int, Held] = {}
+        found: dict[int, LocalArray] = {}
         whole = replicated(0)
         for dtype in dict.fromkeys(self.local.types[v].dtype for v in values):
             names = [v for v in values if self.local.types[v].dtype == dtype]
             mine = jnp.stack([self.local.bring(own.values[v], whole) for v in names])
             every = lax.all_gather(mine, STAGE)
             for stage, known in enumerate(self.parts.names):
-                found |= {known[v]: Held(every[stage, k], whole) for k, v in enumerate(names)}
+                found |= {known[v]: LocalArray(every[stage, k], whole) for k, v in enumerate(names)}
         return found
 
-    def _results(self, alike: Scope, own: Scope) -> tuple[Any, ...]:
+    def _results(self, alike: KnownValues, own: KnownValues) -> tuple[Any, ...]:
         graph, layouts = self.local.graph, self.local.decisions.output_layouts()
         shared = [(o, alike) for o in self.shared_outputs]
         results = []

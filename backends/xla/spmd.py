@@ -29,7 +29,7 @@ from ...ir.program import Program
 from ...ir.sharding import Sharding
 from .collectives import run_on_shards, shard_index
 from .dtypes import jax_dtype
-from .emit import Cut, emit
+from .emit import ShardPart, emit
 from .emit_composite import run_composite
 from .emit_loss import run_loss
 from .emit_ring import run_ring
@@ -37,11 +37,11 @@ from .joins import JOIN, start
 from .params import dtype_name
 from .shard import Moment
 
-__all__ = ["Held", "LocalStep", "Scope", "stacked"]
+__all__ = ["KnownValues", "LocalArray", "LocalStep", "stacked"]
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class LocalArray:
     """A local shard and how the whole lies."""
 
     array: Any
@@ -49,10 +49,10 @@ class Held:
 
 
 @dataclass
-class Scope:
+class KnownValues:
     """Values of the graph known so far; `moment` is the microbatch being run, None outside the body."""
 
-    values: dict[int, Held] = field(default_factory=dict)
+    values: dict[int, LocalArray] = field(default_factory=dict)
     moment: Any = None
 
 
@@ -110,7 +110,7 @@ class LocalStep:
 
     # ------------------------------------------------------------ pieces
 
-    def run(self, ops: Sequence[Op], scope: Scope) -> None:
+    def run(self, ops: Sequence[Op], scope: KnownValues) -> None:
         """Some ops of the step on what the scope holds, which learns their results, and constants."""
         read = {v for op in ops for v in op.inputs}
         given = {v: scope.values[v] for v in sorted(read & scope.values.keys())}
@@ -120,7 +120,7 @@ class LocalStep:
         found = self._run(piece.program, [held.array for held in given.values()], scope.moment)
         shards = piece.program.shards
         scope.values |= {
-            v: Held(found[local], shards[local].sharding) for v, local in piece.names.items()
+            v: LocalArray(found[local], shards[local].sharding) for v, local in piece.names.items()
         }
 
     def piece(
@@ -134,23 +134,23 @@ class LocalStep:
         piece = self.localizer.piece(ops, given, timed, outputs)
         return replace(piece, program=run_passes(piece.program, PASSES, whole=False))
 
-    def bring(self, held: Held, target: Sharding) -> Any:
+    def bring(self, held: LocalArray, target: Sharding) -> Any:
         """A value in another layout."""
         program = self.localizer.moved(self._kind(held), held.layout, target)
         return self._results(program, [held.array], None)[0]
 
-    def now(self, held: Held, target: Sharding, dim: int, scope: Scope) -> Any:
+    def now(self, held: LocalArray, target: Sharding, dim: int, scope: KnownValues) -> Any:
         """The current microbatch's part of a value that exists for the whole batch."""
         program = self.localizer.part(self._kind(held), held.layout, target, dim)
         return self._results(program, [held.array], scope.moment)[0]
 
-    def joined(self, pieces: Any, layout: Sharding, dim: int) -> Held:
+    def joined(self, pieces: Any, layout: Sharding, dim: int) -> LocalArray:
         """Results of all microbatches, stacked in front, as one value."""
-        program = self.localizer.joined(self._kind(Held(pieces[0], layout)), layout, dim)
+        program = self.localizer.joined(self._kind(LocalArray(pieces[0], layout)), layout, dim)
         [value] = program.outputs
-        return Held(self._results(program, [pieces], None)[0], program.shards[value].sharding)
+        return LocalArray(self._results(program, [pieces], None)[0], program.shards[value].sharding)
 
-    def _kind(self, held: Held) -> TensorType:
+    def _kind(self, held: LocalArray) -> TensorType:
         """The type of the whole value that a shard is part of."""
         cut = zip(held.array.shape, held.layout.dims, strict=True)
         shape = tuple(size * self.mesh.ways(axes) for size, axes in cut)
@@ -229,18 +229,18 @@ class Running:
     def _primitive(self, op: Op) -> Any:
         return self.step.bound.get((op.kind, op.attrs))
 
-    def _cuts(self, op: LocalOp) -> dict[int, Cut]:
+    def _cuts(self, op: LocalOp) -> dict[int, ShardPart]:
         """Which part of each factor this shard has: device by device, then microbatch by microbatch."""
-        mesh, found = self.step.mesh, dict[int, Cut]()
+        mesh, found = self.step.mesh, dict[int, ShardPart]()
         for each in op.cuts:
             index, ways = shard_index(each.axes, mesh), mesh.ways(each.axes)
             if each.time:
                 many, groups = self._many, self.step.decisions.groups
                 moment = Moment(index, self.moment, many, groups)
                 index, ways = index * many + self.moment, ways * many
-                found[each.factor] = Cut(index, ways, moment)
+                found[each.factor] = ShardPart(index, ways, moment)
             else:
-                found[each.factor] = Cut(index, ways)
+                found[each.factor] = ShardPart(index, ways)
         return found
 
     # ------------------------------------------------------------ regions

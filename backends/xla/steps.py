@@ -27,7 +27,7 @@ Convention = Literal["plain", "jax", "nnx", "equinox"]
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class UserStep:
     """A function, and which of its arguments are static, donated or given already.
 
     Numbers count the function's own parameters, `given` included. A parameter that is known by
@@ -46,7 +46,7 @@ class Step:
     given_names: Mapping[str, Any] = field(default_factory=dict)
     constant: frozenset[int] = frozenset()  # given arguments that are part of the function
 
-    def without_static(self) -> Step:
+    def without_static(self) -> UserStep:
         """How a program of it is called, for which static arguments are settled."""
         gone = self.static | self.constant
         return replace(
@@ -57,7 +57,7 @@ class Step:
         )  # fmt: skip
 
 
-def peel(step: Callable[..., Any], options: Mapping[str, Any] | None = None) -> Step:
+def peel(step: Callable[..., Any], options: Mapping[str, Any] | None = None) -> UserStep:
     """The function under a step's wrappers; `options` are `jax.jit`'s, said of the step itself.
 
     Raises:
@@ -80,7 +80,7 @@ def peel(step: Callable[..., Any], options: Mapping[str, Any] | None = None) -> 
     )
 
 
-def _peeled(step: Callable[..., Any]) -> Step:
+def _peeled(step: Callable[..., Any]) -> UserStep:
     if isinstance(step, functools.partial):
         return _partial(step)
     if compat.is_jitted(step):
@@ -96,11 +96,11 @@ def _peeled(step: Callable[..., Any]) -> Step:
             fix="give the function itself, without pmap and without pmean; it takes the whole batch at once",
         )
     if inspect.ismethod(step) and _is_module(step.__self__):
-        return Step(step.__func__, step_name(step), given=(step.__self__,))
-    return Step(step, step_name(step))
+        return UserStep(step.__func__, step_name(step), given=(step.__self__,))
+    return UserStep(step, step_name(step))
 
 
-def _partial(step: functools.partial) -> Step:
+def _partial(step: functools.partial) -> UserStep:
     """Of a jitted function all that is given is an argument as any; of another it is part of it, but for modules."""
     inner = _peeled(step.func)
     count = len(inner.given)
@@ -116,7 +116,7 @@ def _partial(step: functools.partial) -> Step:
     return replace(inner, given=given, given_names=named, constant=inner.constant | fixed)
 
 
-def _jitted(jitted: Any, step: Any, convention: Convention = "jax") -> Step:
+def _jitted(jitted: Any, step: Any, convention: Convention = "jax") -> UserStep:
     """`jitted` is a `jax.jit`; `step` what the user calls and what has the function."""
     info = jitted._jit_info
     for leaf in (*info.in_shardings_leaves, *info.out_shardings_leaves):
@@ -127,7 +127,7 @@ def _jitted(jitted: Any, step: Any, convention: Convention = "jax") -> Step:
                 where=step_name(step),
                 fix="leave them out, or pin what you want through the plan's request",
             )
-    return Step(
+    return UserStep(
         step.fun if convention == "nnx" else jitted.__wrapped__,
         step_name(step),
         convention,
@@ -162,7 +162,7 @@ def nnx_node() -> type:
     return getattr(nnx(), "Pytree", None) or nnx().Object
 
 
-def _nnx_wrapper(step: Any) -> Step | None:
+def _nnx_wrapper(step: Any) -> UserStep | None:
     if nnx() is None:
         return None
     code: Any = getattr(step, "__code__", None)
@@ -185,9 +185,9 @@ def _is_filter_jitted(step: Any) -> bool:
     return library is not None and isinstance(step, library.Module) and hasattr(step, "donate_rest")
 
 
-def _filter_jitted(step: Any) -> Step:
+def _filter_jitted(step: Any) -> UserStep:
     rest = 0 if step.donate_first else 1 if step.donate_rest else None
-    return Step(step.__wrapped__, step_name(step), "equinox", donates_rest=rest)
+    return UserStep(step.__wrapped__, step_name(step), "equinox", donates_rest=rest)
 
 
 def _is_module(value: Any) -> bool:

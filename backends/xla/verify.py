@@ -32,7 +32,7 @@ from ...ir.ops import CONTRACTIONS
 from ...ir.rules.user_kernel import KIND as USER_KERNEL
 from .by_microbatch import ByMicrobatch
 from .capture import Captured
-from .meetings import Meetings
+from .rendezvous import Rendezvous
 from .rounding import Noise, chooses, distance, measure, wide
 
 # Of an output's change or value; measured over the zoo with a margin of four.
@@ -88,7 +88,9 @@ def precision(graph: Graph) -> str:
     return max(known, key=lambda name: TOLERANCE[name], default="float32")
 
 
-def verify_together(truth: Reference, found: Any, names: Sequence[str], meetings: Meetings) -> None:
+def verify_together(
+    truth: Reference, found: Any, names: Sequence[str], rendezvous: Rendezvous
+) -> None:
     """As `verify_outputs`, each process for its part; all raise where one does."""
     mine: VerificationError | None = None
     try:
@@ -96,7 +98,7 @@ def verify_together(truth: Reference, found: Any, names: Sequence[str], meetings
     except VerificationError as error:
         mine = error
     failed = np.flatnonzero(
-        meetings.gather("the comparison of results", np.array(mine is not None))
+        rendezvous.gather("the comparison of results", np.array(mine is not None))
     )
     if mine is not None:
         raise mine

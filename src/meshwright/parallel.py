@@ -19,7 +19,7 @@ from .backends.xla.compat import under_trace
 from .backends.xla.donation import check_given_twice, given_twice
 from .backends.xla.lower import OtherShapes
 from .backends.xla.lower import lower as lower_plan
-from .backends.xla.steps import Step, is_nnx
+from .backends.xla.steps import UserStep, is_nnx
 from .backends.xla.trace import check_static
 from .backends.xla.verify import reference, verify_outputs, verify_together
 from .ir.cluster.cluster import Cluster
@@ -54,7 +54,7 @@ class ParallelStep:
     )  # program, what it gives up
 
     def __post_init__(self) -> None:
-        self._inner: Step = self.options.peel(self.step)
+        self._inner: UserStep = self.options.peel(self.step)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         quick, donated = self._quick
@@ -191,7 +191,7 @@ class ParallelStep:
         results = self._run(running, call, call.leaves)
         found = results if apart is None else apart.split(jax.tree.leaves(results))
         if running.lowered.joint:
-            verify_together(truth, found, graph.output_names, running.lowered.meetings)
+            verify_together(truth, found, graph.output_names, running.lowered.rendezvous)
         else:
             verify_outputs(truth, found, graph.output_names)
         return results

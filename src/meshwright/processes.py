@@ -18,7 +18,7 @@ from types import TracebackType
 import jax
 
 from .backends.xla.agreement import agree, look_for_devices, refused, software, watched
-from .backends.xla.meetings import DEADLINE, deadline_seconds, leave
+from .backends.xla.rendezvous import DEADLINE, deadline_seconds, leave
 from .emulation import MOST, check_room, emulate
 from .ir.errors import LoweringError, ProcessError
 from .ir.plan import Plan

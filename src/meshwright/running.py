@@ -18,7 +18,7 @@ from .backends.xla.donation import check_given_twice
 from .backends.xla.lower import AnyLowered, Lowered, OtherShapes
 from .backends.xla.lower_single import LoweredSingle
 from .backends.xla.pipeline import LoweredPipeline
-from .backends.xla.steps import Step
+from .backends.xla.steps import UserStep
 from .ir.audit import Audit
 from .ir.errors import LoweringError, MismatchError
 from .ir.local.program import LocalProgram
@@ -34,7 +34,7 @@ class RunningStep:
     """
 
     lowered: AnyLowered
-    step: Step | None = None
+    step: UserStep | None = None
     inner: Any = None
 
     _started: list[bool] = field(default_factory=list)
@@ -42,7 +42,7 @@ class RunningStep:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         step = (
-            Step(lambda *args, **kwargs: None, self.plan.name)
+            UserStep(lambda *args, **kwargs: None, self.plan.name)
             if self.step is None
             else self.step.without_static()
         )

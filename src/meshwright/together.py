@@ -16,7 +16,7 @@ import jax
 from .backends.xla.agreement import agree, arguments, constants, decisions, short, software
 from .backends.xla.capture import Captured
 from .backends.xla.lower import AnyLowered
-from .backends.xla.meetings import Meetings
+from .backends.xla.rendezvous import Rendezvous
 from .ir.cluster.cluster import Cluster
 from .ir.files import is_file
 from .ir.fingerprint import fingerprint
@@ -67,7 +67,7 @@ def plan_once(make: Callable[[], Plan]) -> Plan:
     if jax.process_count() == 1:
         return make()
     text = make().model_dump_json() if jax.process_index() == 0 else ""
-    return Plan.model_validate_json(Meetings(in_turn=True).exchange("the plan", text)[0])
+    return Plan.model_validate_json(Rendezvous(in_turn=True).exchange("the plan", text)[0])
 
 
 def _content(data: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .backends.xla.calls import Call, calling
 from .backends.xla.capture import Captured, convert
-from .backends.xla.steps import Step, parameter_names, peel, step_name
+from .backends.xla.steps import UserStep, parameter_names, peel, step_name
 from .backends.xla.trace import trace_call
 from .ir.errors import UsageError
 
@@ -48,7 +48,7 @@ class Options:
             found, static_argnums=tuple(sorted(numbers)), static_argnames=tuple(sorted(known))
         )
 
-    def peel(self, step: Callable) -> Step:
+    def peel(self, step: Callable) -> UserStep:
         """The function that the step is underneath."""
         return peel(step, asdict(self))
 

@@ -93,7 +93,7 @@ def _verify(truth: Reference, out: Any, lowered: AnyLowered) -> VerificationErro
     names = lowered.captured.graph.output_names
     try:
         if lowered.joint:
-            verify_together(truth, out, names, lowered.meetings)
+            verify_together(truth, out, names, lowered.rendezvous)
         else:
             verify_outputs(truth, out, names)
     except VerificationError as error:
@@ -108,13 +108,13 @@ def _recorded(lowered: LoweredPipeline, leaves: Any) -> list[Passed]:
     """
     leaves = jax.block_until_ready(lowered.placed(leaves))
     if lowered.joint:
-        lowered.meetings.gather("the start of the record", np.zeros(1))
+        lowered.rendezvous.gather("the start of the record", np.zeros(1))
     with Recorder(lowered) as recorder:
         jax.block_until_ready(lowered.jitted(*leaves))
     if not lowered.joint:
         return recorder.passes
     rows = [[*p.step, p.rank, p.start, p.seconds] for p in recorder.passes]
-    texts = lowered.meetings.exchange("the record", json.dumps(rows))
+    texts = lowered.rendezvous.exchange("the record", json.dumps(rows))
     rows = [row for text in texts for row in json.loads(text)]
     return [Passed(rank, Pass(*step), start, seconds) for *step, rank, start, seconds in rows]
 

@@ -1,7 +1,7 @@
 """Programs that several processes run together: one order, one at a time, and none waited for without end.
 
-    meetings = Meetings(deadline=60)
-    result = meetings.run("rank 1 at 1RECV_F0<0", "process 0", call)      # call() -> (result, token)
+    rendezvous = Rendezvous(deadline=60)
+    result = rendezvous.run("rank 1 at 1RECV_F0<0", "process 0", call)      # call() -> (result, token)
 
 All processes dispatch such programs in the same order. On GPUs that is enough: a device runs what it is
 given in order. On CPUs it is not: programs whose operands are ready run side by side, in any order, and then
@@ -60,7 +60,7 @@ def deadline_seconds() -> float:
 
 
 @dataclass(eq=False)
-class Meetings:
+class Rendezvous:
     """Runs what processes run together. `in_turn`: wait for each before the next."""
 
     in_turn: bool
