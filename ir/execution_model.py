@@ -39,6 +39,7 @@ class ExecutionModel:
         attention_kernel: what runs such an op where it can (`ir/composites/attention_kernels.py`); elsewhere it runs
             block by block. None: every attention is priced as by a kernel that takes it.
         overlaps: communication that does not wait for a layer runs beside computation.
+        exchanges_parts: an all-to-all sends and takes an array per device, beside the whole that is made of them.
         joins_all_reduces: all-reduces of gradients and metrics become one.
         one_process: devices of one host are threads of one process, which meet once for a collective of any kind.
         ring_latency: gathers and reduce-scatters take the latency of every hop of a ring; else that of a tree.
@@ -59,6 +60,7 @@ class ExecutionModel:
     fuses_attention: bool
     attention_kernel: AttentionKernel | None
     overlaps: bool
+    exchanges_parts: bool
     joins_all_reduces: bool
     one_process: bool
     ring_latency: bool
@@ -95,6 +97,7 @@ _TPU = ExecutionModel(
     fuses_attention=True,
     attention_kernel="splash attention",
     overlaps=True,
+    exchanges_parts=False,
     joins_all_reduces=False,
     one_process=False,
     ring_latency=False,
@@ -123,6 +126,7 @@ _CUDA = replace(_ROCM, attention_kernel="cuDNN", f32_as_tf32=True)
 #   eager_schedule       the scheduler goes breadth first: the zeros that a scatter adds to, and transposed inputs for
 #                        gradients of convolutions, are made at once
 #   overlaps             thunks run in order
+#   exchanges_parts      seen in buffers of compiled programs
 #   joins_all_reduces    29 to 97 of gradients and metrics are 1 in each compiled program (`meshwright audit`)
 #   dispatches_beside    the host's work takes the cores that its devices are
 _CPU = replace(
@@ -134,6 +138,7 @@ _CPU = replace(
     fuses_attention=False,
     attention_kernel=None,
     overlaps=False,
+    exchanges_parts=True,
     joins_all_reduces=True,
     one_process=True,
     dispatches_beside=False,

@@ -7,6 +7,7 @@ import pytest
 
 from meshwright.backends.xla.capture import capture
 from meshwright.ir.analysis.blocks import fold
+from meshwright.ir.execution_model import execution_model
 from meshwright.ir.pipeline.stages import cut_stages
 from meshwright.ir.program import prepare
 from meshwright.models import build
@@ -55,7 +56,7 @@ def test_layers_that_stand_for_others_update_in_the_rounds_of_real_stages(name, 
     units = find_units(folded, small, 2)
     cuts = [units.cuts[first] for first in units.evenly(2)]
     real = cut_stages(program, folded.whole, cuts, 4)
-    passes = Passes(Cut.of(units, small, folded.small, 4), 4, "cuda", splits=False)
+    passes = Passes(Cut.of(units, small, folded.small, 4), 4, execution_model("cuda"), splits=False)
     assert len(passes.parts) == 3 + len(passes.cut.stages.updates)
 
     def kinds(graph, ops):

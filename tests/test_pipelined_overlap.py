@@ -18,6 +18,7 @@ from meshwright.ir.analysis.blocks import fold
 from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import load_plan, save_plan
 from meshwright.ir.execution import parse_overlap
+from meshwright.ir.execution_model import execution_model
 from meshwright.ir.pipeline.schedule import needs
 from meshwright.ir.plan import Plan
 from meshwright.ir.sharding import Sharding
@@ -256,7 +257,11 @@ def test_what_comes_early_and_what_leaves_late_takes_memory():
     ways = lambda each: each.ways(space.mesh) if isinstance(each, Sharding) else 0  # noqa: E731
     choices = tuple(int(np.argmax([*map(ways, node.choices)])) for node in space.nodes)
     for overlap in ("none", "parameters", "parameters,gradients"):
-        memory = StageMemory(Holdings.of(cut, 4, SLOW, parse_overlap(overlap)), space, choices)
+        memory = StageMemory(
+            Holdings.of(cut, 4, execution_model(SLOW.device.kind), parse_overlap(overlap)),
+            space,
+            choices,
+        )
         peaks.append(float(next(iter(memory._profiles(runs)))[1].sum()))
     assert peaks[0] < peaks[1] < peaks[2]
 

@@ -102,7 +102,7 @@ def test_all_units_together_cost_what_the_step_costs(name, policy):
     each = unit_seconds(cut, space, solution.choices)
     whole = sum(8 * u.passes + u.once for u in (each[k] for k in units.kinds))
     assert whole == pytest.approx(solution.objective, rel=3e-3)
-    memory = StageMemory(Holdings.of(cut, 8, problem.cluster), space, solution.choices)
+    memory = StageMemory(Holdings.of(cut, 8, problem.cost.execution_model), space, solution.choices)
     ledger = Ledger(space, lives)
     nbytes = ledger.local_bytes(solution.choices)
     peak, at = ledger.peak(nbytes)

@@ -53,9 +53,9 @@ class Bounds:
                 for (p, m), h in self._holdings.items()
                 if p == policy and (m > 1) == (microbatches > 1)
             )
-            cut, cluster = self.choices.cut(policy, microbatches), self.problem.cluster
+            cut, model = self.choices.cut(policy, microbatches), self.problem.cost.execution_model
             self._holdings[key] = (
-                next(alike, None) or Holdings.of(cut, microbatches, cluster, overlap)
+                next(alike, None) or Holdings.of(cut, microbatches, model, overlap)
             ).counted(microbatches)
         return self._holdings[key]
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from ...ir.analysis.roles import roles
 from ...ir.execution import OverlapKind
-from ...ir.execution_model import ExecutionModel, execution_model
+from ...ir.execution_model import ExecutionModel
 from ...ir.graph import ITEM_BYTES, Graph
 from ...ir.passes.copies import settles
 from ...ir.passes.microbatch import TimeAxis
@@ -52,11 +52,11 @@ class _Pass:
 
 @dataclass(eq=False)
 class Passes:
-    """The passes of a program that is cut into units, its repeated layers counted as many, on a kind of device."""
+    """The passes of a program that is cut into units, its repeated layers counted as many, as a backend runs them."""
 
     cut: Cut
     microbatches: int
-    kind: str
+    execution_model: ExecutionModel
     splits: bool  # whether gradients of weights have a pass of their own
     overlap: tuple[OverlapKind, ...] = ()
 
@@ -67,10 +67,6 @@ class Passes:
         self.time = time if isinstance(time, TimeAxis) and self.microbatches > 1 else None
         self.totals = frozenset(self.time.totals if self.time else ()) & self._read_after
         self.many = {v: op.count for op in self.graph.ops for v in op.outputs}
-
-    @property
-    def execution_model(self) -> ExecutionModel:
-        return execution_model(self.kind)
 
     @cached_property
     def apart(self) -> Passes:

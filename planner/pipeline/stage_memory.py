@@ -17,8 +17,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ...ir.cluster.cluster import Cluster
 from ...ir.execution import OverlapKind
+from ...ir.execution_model import ExecutionModel
 from ...ir.passes.microbatch import TimeAxis
 from ...ir.pipeline.schedule import Schedule
 from ...ir.program import Program
@@ -50,12 +50,11 @@ class Holdings:
         cls,
         cut: Cut,
         microbatches: int,
-        cluster: Cluster,
+        execution_model: ExecutionModel,
         overlap: tuple[OverlapKind, ...] = (),
     ) -> Holdings:
         """With gradients of weights in the backward pass."""
-        kind = cluster.device.kind
-        return cls(cut, microbatches, Passes(cut, microbatches, kind, False, overlap))
+        return cls(cut, microbatches, Passes(cut, microbatches, execution_model, False, overlap))
 
     @cached_property
     def lives(self) -> Lifetimes:
@@ -297,11 +296,13 @@ class StageMemory:
             ahead = start
 
     def _parts_too(self, have: int, wanted: int) -> int:
-        """XLA's CPU backend exchanges parts, each an array: those given with those taken, then these with the whole
-        that is put together of them (seen in buffers of compiled programs, jax 0.10.2)."""
+        """How many times its bytes an exchange holds, where it exchanges parts that are arrays each: those given with
+        those taken, then these with the whole that is put together of them."""
+        if not self.holdings.passes.execution_model.exchanges_parts:
+            return 1
         known = self.space.layouts.known
-        steps = reshard(known[have], known[wanted]) if self.holdings.passes.kind == "cpu" else ()
-        return 2 if any(step.kind == "all_to_all" for step in steps or ()) else 1
+        steps = reshard(known[have], known[wanted]) or ()
+        return 2 if any(step.kind == "all_to_all" for step in steps) else 1
 
     def travelling(self, value: int) -> float:
         """Bytes of one microbatch's part on one device when it travels."""
