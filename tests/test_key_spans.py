@@ -166,7 +166,7 @@ def test_leaving_keys_out_changes_nothing(name: str, monkeypatch: pytest.MonkeyP
 
 def test_a_window_that_is_too_narrow_shows(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(emit_composite, "SHORTEST", 16)
-    runs = emit_composite.Body.runs
+    runs = emit_composite.CompositeBody.runs
 
     def narrow(self: Any) -> Any:
         return tuple(
@@ -174,7 +174,7 @@ def test_a_window_that_is_too_narrow_shows(monkeypatch: pytest.MonkeyPatch):
             for run in runs(self)
         )
 
-    monkeypatch.setattr(emit_composite.Body, "runs", narrow)
+    monkeypatch.setattr(emit_composite.CompositeBody, "runs", narrow)
     step, args = trained(causal), [normal(seed, B, T, N, H) for seed in range(3)]
     have = mw.parallelize(step, cluster="8xcpu", mesh="8", attention="fused")(*args)
     assert float(abs(have[0] - step(*args)[0])) > 1.0

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from math import inf
 
 import numpy as np
@@ -348,7 +349,7 @@ class _Ops:
     def by_node(self, runs: np.ndarray) -> list[np.ndarray]:
         """Seconds of each choice of each node, where ops run so often."""
         total = np.bincount(self.slot, np.repeat(runs, self.sizes) * self.own, int(self.starts[-1]))
-        return np.split(total, self.starts[1:-1])
+        return [total[start:end] for start, end in pairwise(self.starts.tolist())]
 
 
 def _add(space: Space, place: Place, matrix: np.ndarray) -> None:
