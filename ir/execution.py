@@ -116,7 +116,13 @@ def parse_overlap(
         PlanError: what is none of the known names.
     """
     words = given.replace("+", ",").split(",") if isinstance(given, str) else [*given]
-    names = {word.strip() if isinstance(word, str) else word for word in words} - {"", "none"}
+    names = {word.strip() if isinstance(word, str) else word for word in words} - {""}
+    if "none" in names and len(names) > 1:
+        others = ", ".join(sorted(str(name) for name in names - {"none"}))
+        raise PlanError(
+            f"overlap cannot be none and {others:.60} at once.", where="overlap", fix="one of them"
+        )
+    names -= {"none"}
     if "all" in names:
         names |= {*known}
     for name in words:

@@ -424,6 +424,37 @@ def test_the_simulator_runs_every_collective_of_the_plan(overlap):
     assert len(told) > 5 and dict(ran) == pytest.approx(dict(told), rel=1e-6)
 
 
+def simulated(step, *arguments, overlap=None):
+    request = Request(overlap=overlap, time_limit=30, pp=1)
+    made = plan(step, *arguments, cluster="h100x8", request=request)
+    return made, mw.simulate(made, step, *arguments)
+
+
+def test_a_step_without_an_update_is_simulated_whole():
+    """Its last all-reduce hides in a window in which nothing is computed."""
+    batch = jax.ShapeDtypeStruct((2048, 4096), jnp.float32)
+    made, found = simulated(lambda x: jnp.mean(jnp.tanh(x @ x.T)), batch)
+    sent = sum(each.seconds for each in made.collectives)
+    assert sent > 0 and found.result.communication == pytest.approx(sent)
+
+
+@pytest.mark.parametrize("overlap", [None, "all"])
+def test_nothing_hides_what_tells_whether_a_loop_goes_on(overlap):
+    """The next turn waits for the condition's sum, of weights that are cut."""
+    weights, batch = (jax.ShapeDtypeStruct((n, 4096), jnp.float32) for n in (4096, 2048))
+
+    def step(w, x):
+        lowered = jax.grad(lambda w: jnp.mean((x @ w) ** 2))
+        return jax.lax.while_loop(lambda w: jnp.sum(w) > 1e9, lambda w: w - lowered(w), w)
+
+    made, found = simulated(step, weights, batch, overlap=overlap)
+    deciding = [each for each in made.collectives if each.nbytes == 4]
+    assert deciding and found.result.exposed >= sum(each.seconds for each in deciding) * (1 - 1e-9)
+    assert made.estimate.step_seconds >= made.estimate.compute_seconds + found.result.exposed * (
+        1 - 1e-9
+    )
+
+
 def test_what_may_hide_alone_hides():
     example, made = fsdp(1)
     seconds = [
@@ -455,7 +486,9 @@ def test_kinds_by_name(given, found):
     assert Request(overlap=given).execution == Execution("plain", found)
 
 
-@pytest.mark.parametrize("given", ["parameter", "stages", 7, ("tensor", 3), "all,none,x"])
+@pytest.mark.parametrize(
+    "given", ["parameter", "stages", 7, ("tensor", 3), "all,none,x", "all,none", "none+parameters"]
+)
 def test_other_words_are_refused(given):
     with pytest.raises(PlanError, match="overlap"):
         Request(overlap=given)

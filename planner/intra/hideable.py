@@ -26,15 +26,16 @@ HEAVY = KERNELS - MOVEMENT
 @dataclass
 class Flow:
     """By tag: `batch` the values that examples reach, `updated` those that the update makes of gradients, `held_up` the
-    ops and slots that a pass waits for."""
+    ops and slots that a pass waits for, `deciding` those that tell whether a loop goes on or which branch runs."""
 
     batch: set[str] = field(default_factory=set)
     updated: set[str] = field(default_factory=set)
     held_up: set[str] = field(default_factory=set)
+    deciding: set[str] = field(default_factory=set)
 
     def kind(self, source: str, reader: str, phase: str) -> OverlapKind | None:
         """By which kind of overlap what is read may hide; None for what must wait."""
-        if source in self.updated:
+        if source in self.updated or reader in self.deciding:
             return None
         if source not in self.batch:
             return "parameters" if phase != "update" else None
@@ -54,7 +55,7 @@ def flow_of(program: Program) -> Flow:
         examples.depends.add(value)
     examples.run(graph.ops)
     found.batch = {tags[value] for value in examples.depends}
-    waits = _Waits(found.held_up)
+    waits = _Waits(found.held_up, found.deciding)
     for op, phase in zip(reversed(graph.ops), reversed(program.phases), strict=True):
         if phase != "update":
             waits.op(op)
@@ -76,6 +77,7 @@ class _Waits:
     """`needed`: values that a product of the passes is made of, found from the last op to the first."""
 
     held_up: set[str]
+    deciding: set[str]
     needed: set[int] = field(default_factory=set)
 
     def op(self, op: Op) -> None:
@@ -104,12 +106,14 @@ class _Waits:
             inputs = zip(op.inputs, region.inputs, strict=True)
             self.needed |= {outside for outside, v in inputs if v in self.needed}
             self._slots(op, region.inputs, region.outputs, carry)
+            if region not in op.returning:
+                self.deciding.update(inner.tag for inner in region.ops)
         if op.kind == "cond":
             self.needed.add(op.inputs[0])
-            self.held_up.add(f"{op.tag}/in0")
+            self.deciding.add(f"{op.tag}/in0")
 
     def _slots(self, op: Op, inputs: tuple[int, ...], outputs: tuple[int, ...], carry: int) -> None:
         self.held_up |= {f"{op.tag}/in{i}" for i, v in enumerate(inputs) if v in self.needed}
-        self.held_up.add(f"{op.tag}/on")
+        self.deciding.add(f"{op.tag}/on")
         rows = enumerate(outputs[carry:], carry)
         self.held_up |= {f"{op.tag}/out{i}" for i, v in rows if v in self.needed}

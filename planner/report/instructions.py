@@ -202,7 +202,9 @@ class _Issuing:
         self.names = spoken(space)
         windows = windows_of(outline, space.microbatches, overlap)
         self.often = dict(zip(outline.runs, windows.ops, strict=True))
-        self.passes = [w for w in range(MANY) if windows.ops[:, w].any()]
+        self.passes = [
+            w for w in range(MANY) if windows.ops[:, w].any() or windows.beside[:, w].any()
+        ]
         self.arrivals = _arrivals(space, windows)
         self.moves = {name: s for s in steps if s.op.kind in COLLECTIVES for name in s.makes}
         self.tasks: list[Task] = []

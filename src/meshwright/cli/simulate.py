@@ -53,7 +53,8 @@ def simulate(
     say(f"communication  {_hidden(result.communication, result.exposed)}")
     planned = format_seconds(found.plan.estimate.step_seconds)
     say(f"unoverlapped   {format_seconds(result.serial)}; the plan says {planned}")
-    say(f"memory         {memory_words(result.memory)} of {format_bytes(found.limit)}")
+    fits = "" if result.peak <= found.limit else ": it does not fit"
+    say(f"memory         {memory_words(result.memory)} of {format_bytes(found.limit)}{fits}")
     say(f"error          {found.band}; {found.hangs_on}")
     say(found.timeline.text())
 
