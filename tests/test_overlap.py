@@ -444,8 +444,8 @@ def test_nothing_hides_what_tells_whether_a_loop_goes_on(overlap):
     weights, batch = (jax.ShapeDtypeStruct((n, 4096), jnp.float32) for n in (4096, 2048))
 
     def step(w, x):
-        lowered = jax.grad(lambda w: jnp.mean((x @ w) ** 2))
-        return jax.lax.while_loop(lambda w: jnp.sum(w) > 1e9, lambda w: w - lowered(w), w)
+        gradient = jax.grad(lambda w: jnp.mean((x @ w) ** 2))
+        return jax.lax.while_loop(lambda w: jnp.sum(w) > 1e9, lambda w: w - gradient(w), w)
 
     made, found = simulated(step, weights, batch, overlap=overlap)
     deciding = [each for each in made.collectives if each.nbytes == 4]

@@ -105,8 +105,9 @@ def simulate_plan(
     layouts = Layouts(cost.collectives(plan.mesh))
     space = build(program, plan.microbatches, cost, layouts, PlanDecisions(plan), overlap=overlap)
     local = localize(program, plan)
-    steps = _Reading(LocalPrices(local, space, cost, plan.strategies), spoken(space)).run()
-    tasks, collectives = _Issuing(space, steps, overlap).run()
+    names = spoken(space)
+    steps = _Reading(LocalPrices(local, space, cost, plan.strategies), names).run()
+    tasks, collectives = _Issuing(space, steps, names, overlap).run()
     run = simulate(tasks, SLOWDOWN)
     compute = sum(task.seconds for task in tasks if task.stream == COMPUTE)
     moving = sum(task.seconds for task in tasks if task.stream != COMPUTE)
@@ -197,9 +198,15 @@ class _Reading:
 class _Issuing:
     """Turns steps into tasks, window by window."""
 
-    def __init__(self, space: Space, steps: Sequence[_Step], overlap: tuple[OverlapKind, ...]):
-        self.steps, self.runs, outline = steps, space.runs, space.frame.outline
-        self.names = spoken(space)
+    def __init__(
+        self,
+        space: Space,
+        steps: Sequence[_Step],
+        names: Mapping[str, str],
+        overlap: tuple[OverlapKind, ...],
+    ):
+        self.steps, self.names = steps, names
+        self.runs, outline = space.runs, space.frame.outline
         windows = windows_of(outline, space.microbatches, overlap)
         self.often = dict(zip(outline.runs, windows.ops, strict=True))
         self.passes = [
@@ -288,7 +295,8 @@ class _Issuing:
         after, _ = self._awaited(step.reads[0])
         for entry in step.sends:
             after = [self._alone(entry, part, after)]
-        self.made.update(dict.fromkeys(step.makes, max(after)))
+        if after:
+            self.made.update(dict.fromkeys(step.makes, max(after)))
 
     def _receive(self, step: _Step, arrival: _Arrival) -> None:
         """A collective's part of this turn."""
