@@ -8,7 +8,8 @@ import time
 import pytest
 
 from meshwright.api import plan as make_plan
-from meshwright.backends.xla.agreement import _by_process, arguments, decisions, described, software
+from meshwright.backends.runtime.agreement import _by_process, decisions
+from meshwright.backends.xla.agreement import arguments, described, software
 from meshwright.ir.codec import load_plan, save_plan
 from meshwright.planner.request import Request
 from meshwright.recipe import make

@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from meshwright.api import plan as make_plan
-from meshwright.backends.xla.rendezvous import deadline_seconds
+from meshwright.backends.runtime.rendezvous import deadline_seconds
 from meshwright.ir.codec import load_plan, save_plan
 from meshwright.ir.errors import LoweringError, UsageError
 from meshwright.planner.request import Request

@@ -24,7 +24,7 @@ sys.meta_path.insert(0, Missing())
 """
 
 ROOMS = """
-for room in ("ir", "planner", "view"):
+for room in ("ir", "planner", "view", "backends.runtime"):
     package = importlib.import_module(f"meshwright.{room}")
     for each in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(each.name)
@@ -61,7 +61,7 @@ def saved(tmp_path_factory) -> Path:
     return path
 
 
-def test_the_graph_the_planner_and_the_views_take_no_jax():
+def test_the_graph_the_planner_the_views_and_the_runtime_take_no_jax():
     found = run(ROOMS)
     assert found.returncode == 0, found.stderr
     assert len(found.stdout.split()) > 150

@@ -11,7 +11,8 @@ Tried with 0.10.2, 0.11.2 (also on CUDA) and 0.12.0.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -56,12 +57,30 @@ PLACEMENTS = frozenset(
 
 @dataclass(frozen=True)
 class Coordination:
-    """jax's service for the processes of a run: `client` reads and writes texts under keys; asking it looks for no
-    devices, unlike `jax.process_index`."""
+    """jax's service for the processes of a run, which the runtime agrees by (`KeyValueStore`); asking it looks for
+    no devices, unlike `jax.process_index`."""
 
     client: Any
     process: int
-    count: int
+    process_count: int
+
+    def put(self, key: str, text: str) -> None:
+        with _as_of_the_system():
+            self.client.key_value_set(key, text)
+
+    def get(self, key: str, seconds: float) -> str:
+        with _as_of_the_system():
+            return self.client.blocking_key_value_get(key, int(seconds * 1000))
+
+
+@contextmanager
+def _as_of_the_system() -> Iterator[None]:
+    """Errors of jax's service as Python names those of networks."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        kind = TimeoutError if "DEADLINE" in str(error) else ConnectionError
+        raise kind(str(error)) from error
 
 
 def coordination() -> Coordination | None:

@@ -19,6 +19,7 @@ from ...ir.fingerprint import fingerprint
 from ...ir.plan import Plan
 from ...ir.plan_checks import check_decisions
 from ...ir.program import prepare
+from ..runtime.rendezvous import Rendezvous
 from .capture import Captured
 from .compat import weakened
 from .devices import (
@@ -34,7 +35,7 @@ from .devices import (
 from .lower_pipeline import lower_pipeline
 from .lower_single import LoweredSingle, lower_single
 from .pipeline import LoweredPipeline
-from .rendezvous import Rendezvous, named
+from .runtime import JaxProcesses
 from .spmd import LocalStep
 from .unstack import unstack
 
@@ -84,7 +85,7 @@ class Lowered:
 
     @cached_property
     def rendezvous(self) -> Rendezvous:
-        return Rendezvous(in_turn=on_cpus(self.mesh))
+        return Rendezvous(JaxProcesses(), in_turn=on_cpus(self.mesh))
 
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Leaves laid out as the program takes them."""
@@ -104,7 +105,7 @@ class Lowered:
             found = self.jitted(*self.placed(leaves))
             return found, found
 
-        return self.rendezvous.run("the step", named(processes_of(self.mesh)), call)
+        return self.rendezvous.run("the step", processes_of(self.mesh), call)
 
     @cached_property
     def by_tree(self) -> Callable[..., Any] | None:

@@ -30,6 +30,7 @@ from ...ir.plan import Pipeline, Plan
 from ...ir.plan_checks import check_decisions
 from ...ir.program import prepare
 from ...ir.sharding import Sharding
+from ..runtime.rendezvous import Rendezvous
 from .capture import Captured
 from .devices import (
     on_cpus,
@@ -40,7 +41,7 @@ from .devices import (
     processes_of,
     used_devices,
 )
-from .rendezvous import Rendezvous, named
+from .runtime import JaxProcesses
 from .single import SingleStep
 from .spmd import LocalStep
 from .unstack import Unstacked
@@ -89,7 +90,7 @@ class LoweredSingle:
 
     @cached_property
     def rendezvous(self) -> Rendezvous:
-        return Rendezvous(in_turn=on_cpus(self.mesh))
+        return Rendezvous(JaxProcesses(), in_turn=on_cpus(self.mesh))
 
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Leaves where they lie first."""
@@ -114,9 +115,7 @@ class LoweredSingle:
             found = self.compiled(*arrays)
             return found, found
 
-        return self.results.apart(
-            self.rendezvous.run("the step", named(processes_of(self.mesh)), call)
-        )
+        return self.results.apart(self.rendezvous.run("the step", processes_of(self.mesh), call))
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,14 @@ from ...ir.pipeline.instructions import MOVES, PASSES, Event, Instruction, event
 from ...ir.pipeline.schedule import Kind, Schedule, Step
 from ...ir.pipeline.stages import Stages
 from ...ir.plan import Plan
+from ..runtime.rendezvous import Rendezvous
 from .capture import Captured
 from .devices import is_mine, nowhere, on_cpus, place, processes_of
 from .dtypes import jax_dtype
 from .everywhere import Everywhere
 from .fragments import CompiledFragment, StagePrograms
 from .handover import Handover, Route
-from .rendezvous import Rendezvous, named
+from .runtime import JaxProcesses
 from .unstack import Unstacked
 
 Watch = Callable[[int, Step, Sequence[Any], Any, float | None], None]
@@ -70,7 +71,7 @@ class LoweredPipeline:
 
     def __post_init__(self) -> None:
         self.here = [is_mine(stage.mesh) for stage in self.stages]
-        self.rendezvous = Rendezvous(in_turn=on_cpus(self.stages[0].mesh))
+        self.rendezvous = Rendezvous(JaxProcesses(), in_turn=on_cpus(self.stages[0].mesh))
         self.totals = [
             {kind: p.fragment.totals for (kind, s), p in self.passes.items() if s == stage}
             for stage in range(self.cut.count)
@@ -274,8 +275,8 @@ class LoweredPipeline:
             return None
         if not handover.joint:
             return handover(arrays)[0]
-        others = processes_of(handover.sender) | processes_of(handover.receiver)
-        return self.rendezvous.run(what, named(others), lambda: handover(arrays))
+        group = processes_of(handover.sender) | processes_of(handover.receiver)
+        return self.rendezvous.run(what, group, lambda: handover(arrays))
 
     def call(self, program: CompiledFragment, what: str, *operands: Any) -> Any:
         """Dispatch a stage's program, with the other processes that hold a part of the stage."""
@@ -287,7 +288,7 @@ class LoweredPipeline:
             found = program.call(*operands)
             return found, found[0]
 
-        return self.rendezvous.run(what, named(processes), call)
+        return self.rendezvous.run(what, processes, call)
 
     def zeros_of(self, stage: int) -> list[Any]:
         """Totals before the first microbatch."""
@@ -501,10 +502,8 @@ class StepRun:
         if not low.joint:
             return
         if low.shared.sources:
-            others = set(range(jax.process_count()))
-            made = low.rendezvous.run(
-                "the step's results", named(others), lambda: low.shared(results)
-            )
+            everyone = range(jax.process_count())
+            made = low.rendezvous.run("the step's results", everyone, lambda: low.shared(results))
             for position, array in made.items():
                 results[position] = array
         types, outputs = low.stages[0].local.types, low.stages[0].local.graph.outputs

@@ -30,9 +30,9 @@ from ...ir.errors import VerificationError
 from ...ir.graph import Graph
 from ...ir.ops import CONTRACTIONS
 from ...ir.rules.user_kernel import KIND as USER_KERNEL
+from ..runtime.rendezvous import Rendezvous
 from .by_microbatch import ByMicrobatch
 from .capture import Captured
-from .rendezvous import Rendezvous
 from .rounding import Noise, chooses, distance, measure, wide
 
 # Of an output's change or value; measured over the zoo with a margin of four.

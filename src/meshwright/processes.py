@@ -17,8 +17,10 @@ from types import TracebackType
 
 import jax
 
-from .backends.xla.agreement import agree, look_for_devices, refused, software, watched
-from .backends.xla.rendezvous import DEADLINE, deadline_seconds, leave
+from .backends.runtime.agreement import agree, refused, watched
+from .backends.runtime.rendezvous import DEADLINE, deadline_seconds, leave
+from .backends.xla.agreement import look_for_devices, software
+from .backends.xla.compat import coordination
 from .emulation import MOST, check_room, emulate
 from .ir.errors import LoweringError, ProcessError
 from .ir.plan import Plan
@@ -86,7 +88,7 @@ def join(found: Seat, devices: int) -> None:
                 "jax is in use already.", origin=first, fix="mw.connect() first of all"
             ) from error
         raise _nobody(found, first) from error
-    agree("the software", software)
+    agree(coordination(), "the software", software)
 
 
 def _check_port(found: Seat) -> None:

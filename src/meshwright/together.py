@@ -13,10 +13,13 @@ from typing import Any
 
 import jax
 
-from .backends.xla.agreement import agree, arguments, constants, decisions, short, software
+from .backends.runtime.agreement import agree, decisions, short
+from .backends.runtime.rendezvous import Rendezvous
+from .backends.xla.agreement import arguments, constants, software
 from .backends.xla.capture import Captured
+from .backends.xla.compat import coordination
 from .backends.xla.lower import AnyLowered
-from .backends.xla.rendezvous import Rendezvous
+from .backends.xla.runtime import JaxProcesses
 from .ir.cluster.cluster import Cluster
 from .ir.files import is_file
 from .ir.fingerprint import fingerprint
@@ -30,7 +33,7 @@ def same_command(plan: Plan, options: dict[str, Any], data: Path | None) -> None
     Raises:
         MismatchError: what differs, with the values.
     """
-    agree("the command line", lambda: {
+    agree(coordination(), "the command line", lambda: {
         **{f"--{name}": short(value) for name, value in options.items()},
         "--data": "not given" if data is None else _content(data), **decisions(plan),
     })  # fmt: skip
@@ -42,7 +45,7 @@ def same_call(captured: Captured, cluster: Cluster | None, request: Request, ver
     Raises:
         MismatchError: what differs, with the values.
     """
-    agree("the call of the step", lambda: {
+    agree(coordination(), "the call of the step", lambda: {
         "the step's graph": fingerprint(captured.graph)[:12], "verify": str(verify),
         "the cluster": "the plan's" if cluster is None else f"{cluster.name} ({cluster.fingerprint()[:12]})",
         **{name: short(value) for name, value in asdict(request).items()},
@@ -56,7 +59,7 @@ def same_start(lowered: AnyLowered, leaves: Sequence[Any]) -> None:
         MismatchError: what differs, with the values.
     """
     captured = lowered.captured
-    agree("what the step starts from", lambda: {
+    agree(coordination(), "what the step starts from", lambda: {
         **decisions(lowered.plan), "the step's graph": fingerprint(captured.graph)[:12],
         **constants(captured.binding.arrays), **arguments(leaves, captured.graph.input_name), **software(),
     })  # fmt: skip
@@ -67,7 +70,9 @@ def plan_once(make: Callable[[], Plan]) -> Plan:
     if jax.process_count() == 1:
         return make()
     text = make().model_dump_json() if jax.process_index() == 0 else ""
-    return Plan.model_validate_json(Rendezvous(in_turn=True).exchange("the plan", text)[0])
+    return Plan.model_validate_json(
+        Rendezvous(JaxProcesses(), in_turn=True).exchange("the plan", text)[0]
+    )
 
 
 def _content(data: Path) -> str:

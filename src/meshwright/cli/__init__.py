@@ -59,7 +59,7 @@ def main() -> NoReturn:
             code = app(standalone_mode=False)
         flush()  # what help printed
     except ProcessError as error:
-        from ..backends.xla.rendezvous import leave
+        from ..backends.runtime.rendezvous import leave
 
         leave(error)
     except MeshwrightError as error:

@@ -1,7 +1,7 @@
 """Programs that several processes run together: one order, one at a time, and none waited for without end.
 
-    rendezvous = Rendezvous(deadline=60)
-    result = rendezvous.run("rank 1 at 1RECV_F0<0", "process 0", call)      # call() -> (result, token)
+    rendezvous = Rendezvous(processes, in_turn=False, deadline=60)
+    result = rendezvous.run("rank 1 at 1RECV_F0<0", {0, 1}, call)      # call() -> (result, token)
 
 All processes dispatch such programs in the same order. On GPUs that is enough: a device runs what it is
 given in order. On CPUs it is not: programs whose operands are ready run side by side, in any order, and then
@@ -27,12 +27,10 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any, NoReturn
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from ...ir.errors import MeshwrightError, ProcessError, UsageError
-from .compat import coordination
+from .devices import Member, Processes
 
 DEADLINE = "MESHWRIGHT_DEADLINE"  # the environment variable: seconds
 SECONDS = 600.0  # when it is not set: another process may compile as long
@@ -63,6 +61,7 @@ def deadline_seconds() -> float:
 class Rendezvous:
     """Runs what processes run together. `in_turn`: wait for each before the next."""
 
+    processes: Processes
     in_turn: bool
     deadline: float = field(default_factory=deadline_seconds)
     _waits: dict[object, tuple[str, str, float]] = field(
@@ -71,25 +70,26 @@ class Rendezvous:
     _tokens: SimpleQueue[Any] = field(default_factory=SimpleQueue)
     _threads: list[Thread] = field(default_factory=list)
 
-    def run(self, what: str, whom: str, call: Callable[[], tuple[Any, Any]]) -> Any:
+    def run(self, what: str, group: Iterable[int], call: Callable[[], tuple[Any, Any]]) -> Any:
         """The result of `call`, which gives it with a token that is ready when the program has run.
 
         Args:
             what: the instruction, and the rank that it belongs to.
-            whom: the other processes that take part.
+            group: the processes that take part.
 
         Raises:
             ProcessError: the program failed, as it does when another process ends.
         """
         self._start()
+        whom = self._others(group)
         try:
             with self._waiting(what, whom):
                 result, token = call()
                 if self.in_turn:
-                    jax.block_until_ready(token)
-        except jax.errors.JaxRuntimeError as error:
-            atexit.register(_leave_at_exit)  # before jax's own, which waits for the others
-            raise ended(what, whom, error) from error
+                    self.processes.wait(token)
+        except self.processes.failure as error:
+            atexit.register(_leave_at_exit)  # before the framework's own, which may wait for others
+            raise ended(what, whom, error, self.processes) from error
         if not self.in_turn:
             self._tokens.put((what, whom, token))
         return result
@@ -105,8 +105,13 @@ class Rendezvous:
 
     def gather(self, what: str, array: np.ndarray) -> np.ndarray:
         """What each process gives, in their order; every process calls it."""
-        call = lambda: (multihost_utils.process_allgather(array), ())  # noqa: E731
-        return np.asarray(self.run(what, named(range(jax.process_count())), call))
+        everyone = range(self.processes.process_count)
+        return np.asarray(self.run(what, everyone, lambda: (self.processes.gather(array), ())))
+
+    def _others(self, group: Iterable[int]) -> str:
+        """The processes that this one waits for."""
+        others = sorted(set(group) - {self.processes.process})
+        return f"process{'es' if len(others) > 1 else ''} {', '.join(map(str, others))}"
 
     @contextmanager
     def _waiting(self, what: str, whom: str) -> Iterator[None]:
@@ -130,8 +135,8 @@ class Rendezvous:
             what, whom, token = self._tokens.get()
             try:
                 with self._waiting(what, whom):
-                    jax.block_until_ready(token)
-            except jax.errors.JaxRuntimeError:
+                    self.processes.wait(token)
+            except self.processes.failure:
                 pass
 
     def _watch(self) -> None:
@@ -139,37 +144,30 @@ class Rendezvous:
             time.sleep(min(LOOKS, self.deadline / 10))
             for what, whom, since in list(self._waits.values()):
                 if time.monotonic() - since > self.deadline:
-                    leave(late(what, whom, self.deadline))
+                    leave(late(what, whom, self.deadline, self.processes))
 
 
-def named(processes: Iterable[int]) -> str:
-    """The processes that this one waits for."""
-    others = sorted(set(processes) - {jax.process_index()})
-    return f"process{'es' if len(others) > 1 else ''} {', '.join(map(str, others))}"
-
-
-def late(what: str, whom: str, seconds: float) -> ProcessError:
+def late(what: str, whom: str, seconds: float, member: Member) -> ProcessError:
+    """A wait of a process that passed the deadline."""
     return ProcessError(
         f"{what} waited {seconds:g} s for {whom}.",
-        where=_here(),
+        where=_name(member),
         fix=f"see what the other processes say; if they only take longer, {DEADLINE}=SECONDS",
     )
 
 
-def _here() -> str:
-    """Which process this is, asked without looking for devices: that may be what waits."""
-    found = coordination()
-    return "process 0 of 1" if found is None else f"process {found.process} of {found.count}"
-
-
-def ended(what: str, whom: str, error: Exception) -> ProcessError:
-    """A program that failed while others took part."""
+def ended(what: str, whom: str, error: Exception, member: Member) -> ProcessError:
+    """A program of a process that failed while others took part."""
     return ProcessError(
         f"{what} failed while it waited for {whom}.",
-        where=_here(),
+        where=_name(member),
         origin=str(error).strip().splitlines()[0],
         fix="see what the other processes say; the first that ended has the reason",
     )
+
+
+def _name(member: Member) -> str:
+    return f"process {member.process} of {member.process_count}"
 
 
 def _leave_at_exit() -> None:
