@@ -60,7 +60,8 @@ class Attributed:
         return self._of_type(name, str, "text")
 
     def items(self, name: str) -> tuple[Attr, ...]:
-        return self._of_type(name, tuple, "tuple")
+        found = self.attr(name)
+        return found if isinstance(found, tuple) else self._wrong(name, "tuple")
 
     def integers(self, name: str) -> tuple[int, ...]:
         found = self.items(name)
@@ -129,4 +130,5 @@ def _read(node: ast.expr) -> Attr:
             return real(value)
         case ast.Constant(None | int() | str() as value):  # `int` are truth values too
             return value
-    raise ValueError(ast.dump(node))
+        case _:
+            raise ValueError(ast.dump(node))

@@ -25,6 +25,7 @@ from .graph import Batch, Constant, Graph, Op, Region, TensorType
 from .mistakes import in_words
 from .plan import PLAN_VERSION, Plan
 from .plan_checks import check_plan
+from .unchecked import is_list
 from .verify import verify
 
 GRAPH_VERSION = 2  # 2: dimension numbers and precision as attributes of their own
@@ -295,4 +296,4 @@ def _op_in(data: dict[str, Any]) -> Op:
 
 
 def _attr(value: Any) -> Attr:
-    return tuple(map(_attr, value)) if isinstance(value, list) else value
+    return tuple(map(_attr, value)) if is_list(value) else value

@@ -108,7 +108,7 @@ def parse_loss(text: str) -> LossKind:
 
 
 def parse_overlap(
-    given: str | Iterable[str], known: tuple[OverlapKind, ...] = OVERLAPS
+    given: str | Iterable[object], known: tuple[OverlapKind, ...] = OVERLAPS
 ) -> tuple[OverlapKind, ...]:
     """Kinds of communication by name, in the order of `OVERLAPS`: `none`, `all`, or names joined by `,` or `+`.
 

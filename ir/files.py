@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import MeshwrightError, PlanError, UsageError
+from .unchecked import is_dict
 from .units import format_bytes
 
 MIB = 2**20
@@ -124,7 +125,7 @@ def read_object(text: str, kind: FileKind, origin: str) -> dict[str, Any]:
         )
     except (ValueError, RecursionError) as wrong:
         raise kind.error(f"this is no JSON: {wrong}.", origin=origin, fix=kind.fix) from wrong
-    if not isinstance(data, dict):
+    if not is_dict(data):
         raise kind.error(f"this is no {kind.name}.", origin=origin, fix=kind.fix)
     return data
 

@@ -24,7 +24,7 @@ NAMED = 4  # fields that a message lists; a wrong file lacks dozens
 class Mistakes:
     """Errors found so far, in the order in which they were found."""
 
-    found: list[MeshwrightError] = field(default_factory=list)
+    found: list[MeshwrightError] = field(default_factory=lambda: [])
 
     def of(self, make: Callable[[], T]) -> T | None:
         """What it makes; None where that is a mistake of the user's."""

@@ -213,7 +213,7 @@ def _check_ranks(plan: Plan, pipeline: Pipeline) -> None:
         _refuse("pipeline.orders", f"{passes} passes are too few for {wanted}")
     schedule = pipeline.read(plan.microbatches)
     check(schedule)
-    ends = []
+    ends: list[tuple[int, int, int]] = []
     for rank, (first, held) in enumerate(zip(pipeline.first, schedule.held, strict=True)):
         sizes = {pipeline.stages[stage].mesh.size for stage in held}
         ends.append((first, first + max(sizes, default=0), rank))

@@ -119,7 +119,7 @@ def parse(text: str) -> Graph:
 
 @dataclass
 class _Reader(Lines):
-    types: dict[int, TensorType] = field(default_factory=dict)
+    types: dict[int, TensorType] = field(default_factory=lambda: {})
 
     def read(self) -> Graph:
         inputs: list[int] = []
@@ -184,7 +184,11 @@ class _Reader(Lines):
         return Batch(dims, ast.literal_eval(found["evidence"]), ast.literal_eval(found["doubt"]))
 
     def _check_named(
-        self, inputs: list[int], names: list[str], outputs: list, place: dict[int, int]
+        self,
+        inputs: list[int],
+        names: list[str],
+        outputs: list[tuple[int, str | None, int | None]],
+        place: dict[int, int],
     ) -> None:
         if len(names) not in (0, len(inputs)):
             raise GraphError(
@@ -201,12 +205,12 @@ class _Reader(Lines):
 
     def _op(self, line: str) -> Op:
         found = self.match(_OP, line)
-        outputs = []
+        outputs: list[int] = []
         rest = found["results"]
         while rest.strip():
             value, rest = self._value(rest.removeprefix(", "))
             outputs.append(value)
-        regions = []
+        regions: list[Region] = []
         more = bool(found["open"])
         while more:
             region, more = self._region()
@@ -224,7 +228,8 @@ class _Reader(Lines):
 
     def _region(self) -> tuple[Region, bool]:
         """The lines up to the closing brace, and whether another region follows."""
-        opened, inputs, ops, outputs = self.number, [], [], ()
+        opened, inputs, ops = self.number, list[int](), list[Op]()
+        outputs: tuple[int, ...] = ()
         while (line := self.next()) is not None:
             if line in ("}", "} and {"):
                 return Region(tuple(inputs), tuple(ops), outputs), line != "}"

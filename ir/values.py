@@ -7,6 +7,10 @@ from dataclasses import replace
 
 from .graph import Graph, Op, Region, TensorType
 
+BlockInstance = (
+    tuple[str, int] | None
+)  # a block's name and which of its repeats; None outside blocks
+
 
 class FreshIds:
     """Hands out new value ids and keeps their types: `types` grows as a pass adds values."""
@@ -46,9 +50,9 @@ class FreshIds:
         return Region(inputs, ops, tuple(names.get(v, v) for v in region.outputs))
 
 
-def block_instances(ops: Sequence[Op]) -> list[tuple[str, int] | None]:
-    """(block name, repeat) of each op, read off the tags that `fold` gave; None outside blocks."""
-    found: list[tuple[str, int] | None] = []
+def block_instances(ops: Sequence[Op]) -> list[BlockInstance]:
+    """Of each op, read off the tags that `fold` gave."""
+    found: list[BlockInstance] = []
     last: dict[str, tuple[int, int]] = {}
     for op in ops:
         block, dot, offset = op.tag.partition(".")

@@ -2,7 +2,12 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-try:
-    VERSION = version("meshwright")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    VERSION = "0+unknown"
+
+def _version() -> str:
+    try:
+        return version("meshwright")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "0+unknown"
+
+
+VERSION = _version()

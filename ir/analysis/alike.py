@@ -41,8 +41,8 @@ def names_of(
 class _Pairing:
     graph: Graph
     number: int
-    names: dict[int, int] = field(default_factory=dict)
-    back: dict[int, int] = field(default_factory=dict)
+    names: dict[int, int] = field(default_factory=lambda: {})
+    back: dict[int, int] = field(default_factory=lambda: {})
 
     @cached_property
     def _constants(self) -> Mapping[int, object]:

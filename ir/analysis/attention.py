@@ -51,7 +51,7 @@ class Attention(Softmax):
 
 def attentions(graph: Graph) -> tuple[Attention, ...]:
     """All attentions of a step, in the order of their first `exp`."""
-    links, taken, found = Links(graph), set[int](), []
+    links, taken, found = Links(graph), set[int](), list[Attention]()
     for visit in graph.visits:
         op = visit.op
         if (

@@ -77,7 +77,7 @@ def _told(parts: Parts) -> int:
 
 def deal(parts: Sequence[Part], sizes: Sequence[int]) -> list[tuple[Part, ...]]:
     """Parts of a dim dealt out to factors of these sizes, split where they must be; [] where they do not fit."""
-    left, dealt = list(parts), []
+    left, dealt = list(parts), list[tuple[Part, ...]]()
     for size in sizes:
         taken: list[Part] = []
         while size > 1:
@@ -102,7 +102,7 @@ def followed(
 ) -> dict[int, Parts]:
     """Parts of each side of an op without regions; nothing where no rule describes it."""
     if op.kind == "optimization_barrier":
-        found = {}
+        found: dict[int, Parts] = {}
         for source, result in zip(op.inputs, op.outputs, strict=True):
             for one, other in ((source, result), (result, source)):
                 if one in known:

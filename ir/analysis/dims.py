@@ -30,16 +30,17 @@ class DimClasses:
     """What was found; classes are numbers, told apart after `find`."""
 
     types: Mapping[int, TensorType]
-    dims: dict[int, tuple[Parts, ...]] = field(default_factory=dict)  # value -> parts of its dims
-    sums: dict[int, set[tuple[int, frozenset[int]]]] = field(
-        default_factory=dict
-    )  # result -> (summed, kept)
-    mapped: set[int] = field(default_factory=set)  # a loop runs over it
-    recurrent: set[int] = field(default_factory=set)  # and hands more than sums from turn to turn
-    handled: set[int] = field(default_factory=set)
-    drawn: set[int] = field(default_factory=set)
-    _parents: list[int] = field(default_factory=list)
-    _rests: dict[tuple[int, int], int] = field(default_factory=dict)
+    # Value -> parts of its dims.
+    dims: dict[int, tuple[Parts, ...]] = field(default_factory=lambda: {})
+    # Result -> (summed, kept).
+    sums: dict[int, set[tuple[int, frozenset[int]]]] = field(default_factory=lambda: {})
+    mapped: set[int] = field(default_factory=lambda: set())  # a loop runs over it
+    # Mapped, and hands more than sums from turn to turn.
+    recurrent: set[int] = field(default_factory=lambda: set())
+    handled: set[int] = field(default_factory=lambda: set())
+    drawn: set[int] = field(default_factory=lambda: set())
+    _parents: list[int] = field(default_factory=lambda: [])
+    _rests: dict[tuple[int, int], int] = field(default_factory=lambda: {})
 
     # ------------------------------------------------------------ what others ask
 

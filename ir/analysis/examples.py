@@ -34,8 +34,8 @@ class Examples:
     """Facts gathered so far; ids are unique over the graph, so regions share the maps."""
 
     types: Mapping[int, TensorType]
-    dims: dict[int, Dims] = field(default_factory=dict)
-    depends: set[int] = field(default_factory=set)
+    dims: dict[int, Dims] = field(default_factory=lambda: {})
+    depends: set[int] = field(default_factory=lambda: set())
 
     def holds(self, values: Iterable[int]) -> bool:
         """Whether one of the values is per example."""

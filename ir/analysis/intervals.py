@@ -56,9 +56,13 @@ def chosen(which: Interval, yes: Interval, no: Interval) -> Interval:
     """One of two, by a truth; of both where that may be either."""
     either = hull(yes, no)
     return Interval(
-        np.where(which.low > 0, yes.low, np.where(which.high > 0, either.low, no.low)),
-        np.where(which.low > 0, yes.high, np.where(which.high > 0, either.high, no.high)),
+        _where(which.low > 0, yes.low, _where(which.high > 0, either.low, no.low)),
+        _where(which.low > 0, yes.high, _where(which.high > 0, either.high, no.high)),
     )
+
+
+def _where(truth: np.ndarray, yes: np.ndarray, no: np.ndarray) -> np.ndarray:
+    return np.where(truth, yes, no)
 
 
 def _rising(function: Callable[..., Any]) -> Callable[..., Interval]:
@@ -66,6 +70,10 @@ def _rising(function: Callable[..., Any]) -> Callable[..., Interval]:
     return lambda *each: Interval(
         function(*(one.low for one in each)), function(*(one.high for one in each))
     )
+
+
+def _negative(a: Interval) -> Interval:
+    return Interval(-a.high, -a.low)
 
 
 def _subtract(a: Interval, b: Interval) -> Interval:
@@ -90,6 +98,10 @@ def _divided(a: Interval, b: Interval) -> tuple[Any, Interval]:
     return b.low, Interval(a.low // b.low, a.high // b.low)
 
 
+def _quotient(a: Interval, b: Interval) -> Interval:
+    return _divided(a, b)[1]
+
+
 def _remainder(a: Interval, b: Interval) -> Interval:
     by, whole = _divided(a, b)
     same = whole.low == whole.high
@@ -108,9 +120,21 @@ def _at_most(a: Interval, b: Interval) -> Interval:
     return _truth(a.high <= b.low, a.low <= b.high)
 
 
+def _greater(a: Interval, b: Interval) -> Interval:
+    return _less(b, a)
+
+
+def _at_least(a: Interval, b: Interval) -> Interval:
+    return _at_most(b, a)
+
+
 def _equal(a: Interval, b: Interval) -> Interval:
     alone = (a.low == a.high) & (b.low == b.high) & (a.low == b.low)
     return _truth(alone, (a.low <= b.high) & (b.low <= a.high))
+
+
+def _unequal(a: Interval, b: Interval) -> Interval:
+    return _not(_equal(a, b))
 
 
 def _not(a: Interval) -> Interval:
@@ -134,11 +158,11 @@ def _or(a: Interval, b: Interval) -> Interval:
 
 _RULES: dict[Any, Callable[..., Interval]] = {
     np.add: _rising(np.add), np.subtract: _subtract, np.multiply: _multiply, np.absolute: _absolute,
-    np.negative: lambda a: Interval(-a.high, -a.low), np.sign: _rising(np.sign), np.trunc: _rising(np.trunc),
+    np.negative: _negative, np.sign: _rising(np.sign), np.trunc: _rising(np.trunc),
     np.maximum: _rising(np.maximum), np.minimum: _rising(np.minimum),
-    np.fmod: _remainder, np.remainder: _remainder, np.floor_divide: lambda a, b: _divided(a, b)[1],
-    np.less: _less, np.less_equal: _at_most, np.greater: lambda a, b: _less(b, a),
-    np.greater_equal: lambda a, b: _at_most(b, a), np.equal: _equal, np.not_equal: lambda a, b: _not(_equal(a, b)),
+    np.fmod: _remainder, np.remainder: _remainder, np.floor_divide: _quotient,
+    np.less: _less, np.less_equal: _at_most, np.greater: _greater,
+    np.greater_equal: _at_least, np.equal: _equal, np.not_equal: _unequal,
     np.invert: _not, np.logical_not: _not, np.bitwise_and: _and, np.bitwise_or: _or,
-    np.bitwise_xor: lambda a, b: _not(_equal(a, b)),
+    np.bitwise_xor: _unequal,
 }  # fmt: skip

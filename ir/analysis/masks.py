@@ -9,7 +9,6 @@ to keep all.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -27,12 +26,19 @@ LOW = -1e4  # added to a score, or in its place, it leaves no weight
 
 # One array of places, or of intervals of them, per dim, broadcast against each other.
 Index = tuple[Any, ...]
+
+
+def _same(operand: Any) -> Any:
+    return operand
+
+
 _ELEMENTWISE: dict[str, Callable[..., Any]] = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "neg": operator.neg, "abs": np.abs, "sign": np.sign,
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative, "abs": np.abs, "sign": np.sign,
     "max": np.maximum, "min": np.minimum, "rem": np.fmod, "div": np.floor_divide,
     "eq": np.equal, "ne": np.not_equal, "ge": np.greater_equal,
-    "gt": np.greater, "le": np.less_equal, "lt": np.less, "and": operator.and_, "or": operator.or_, "xor": operator.xor,
-    "not": np.logical_not, "stop_gradient": lambda x: x, "copy": lambda x: x, "reduce_precision": lambda x: x,
+    "gt": np.greater, "le": np.less_equal, "lt": np.less,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.logical_not,
+    "stop_gradient": _same, "copy": _same, "reduce_precision": _same,
 }  # fmt: skip
 
 
@@ -155,7 +161,7 @@ def _reshaped(places: Index, shape: Sequence[int], source: Sequence[int]) -> Ind
     flat = np.zeros((), np.int64)
     for at, size in zip(places, shape, strict=True):
         flat = flat * size + at
-    found = []
+    found: list[Any] = []
     for size in reversed(source):
         found.append(flat % size)
         flat = flat // size

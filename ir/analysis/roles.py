@@ -160,9 +160,9 @@ class _Look:
     ops: Sequence[Op]
     examples: Examples
     goals: Collection[int]
-    gradients: dict[int, None] = field(default_factory=dict, init=False)  # op positions
-    losses: list[float] = field(default_factory=list, init=False)
-    statistics: set[int] = field(default_factory=set, init=False)
+    gradients: dict[int, None] = field(default_factory=lambda: {}, init=False)  # op positions
+    losses: list[float] = field(default_factory=lambda: [], init=False)
+    statistics: set[int] = field(default_factory=lambda: set(), init=False)
 
     def __post_init__(self) -> None:
         for position, op in enumerate(self.ops):

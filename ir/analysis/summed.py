@@ -23,7 +23,7 @@ class Summed:
     graph: Graph
     classes: DimClasses
     wanted: Collection[int]
-    masks: dict[int, int] = field(default_factory=dict)
+    masks: dict[int, int] = field(default_factory=lambda: {})
 
     def __post_init__(self) -> None:
         self.bits = {c: 1 << k for k, c in enumerate(self.wanted)}

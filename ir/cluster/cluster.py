@@ -29,6 +29,7 @@ from pydantic import (
 
 from ..errors import ClusterError, MeshwrightError, UsageError, did_you_mean
 from ..profile import MeasuredLine, Profile, load_profile
+from ..unchecked import is_dict, is_mapping
 from ..units import Bytes, counted, format_bandwidth, format_bytes, format_flops, format_seconds
 from . import presets
 from .checks import check_fabric
@@ -62,7 +63,7 @@ class Cluster(ClusterPart):
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, data: Any) -> Any:
-        return presets.expand(data) if isinstance(data, Mapping) else data
+        return presets.expand(data) if is_mapping(data) else data
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -220,7 +221,7 @@ class Cluster(ClusterPart):
 
     def only(self, index: int) -> Cluster:
         """The cluster that one of the groups is by itself."""
-        group, tiers = self.groups[index], []
+        group, tiers = self.groups[index], list[Tier]()
         for tier in self.fabric:
             tiers.append(tier)
             if tier.hosts >= group.hosts:
@@ -457,7 +458,7 @@ def _fields(cluster: Cluster, empty: bool = False) -> Iterator[tuple[str, bool]]
             if field in ("name", "tier", "source", "currency") or (value is None and not empty):
                 continue
             given = field in part.model_fields_set
-            if isinstance(value, dict):
+            if is_dict(value):
                 yield from ((f"{prefix}.{field}.{key}", given) for key in value)
             else:
                 yield f"{prefix}.{field}", given

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..unchecked import is_dict, is_list, is_sequence
+
 
 def tidy(data: dict[str, Any]) -> dict[str, Any]:
     """Without fields that say nothing, and amounts with their units."""
     if price := data.get("price"):
         price["per_device_hour"] = f"{price['per_device_hour']} {price.pop('currency')}"
     for group in data.get("groups", ()):
-        group.update({k: list(v) for k, v in group.items() if isinstance(v, tuple)})
+        group.update({k: list(v) for k, v in group.items() if is_sequence(v)})
     return _without_none(data)
 
 
 def _without_none(data: Any) -> Any:
-    if isinstance(data, dict):
+    if is_dict(data):
         return {k: _without_none(v) for k, v in data.items() if v is not None}
-    return [_without_none(item) for item in data] if isinstance(data, list) else data
+    return [_without_none(item) for item in data] if is_list(data) else data
 
 
 def assign(data: Any, path: str, value: Any) -> None:
@@ -31,7 +33,7 @@ def assign(data: Any, path: str, value: Any) -> None:
     if top == "fabric":
         node = next(tier for tier in node if tier["tier"] == name)
     else:
-        node = node[int(name)] if isinstance(node, list) else node[name]
+        node = node[int(name)] if is_list(node) else node[name]
     if dtype:
         node[field][dtype[0]] = value
     else:

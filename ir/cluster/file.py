@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ClusterError, MeshwrightError, did_you_mean
 from ..files import LARGEST, FileKind, is_file, read_text
+from ..unchecked import is_dict, is_mapping, is_sequence
 from . import presets
 from .parts import Device, DevicePrice, Group, Tier
 
@@ -34,7 +35,7 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event: yaml.Event = cast(Any, self).peek_event()  # without a type, as construct_document is
         if isinstance(event, yaml.AliasEvent):
             raise yaml.MarkedYAMLError(
                 problem="aliases (`*name`) are not read", problem_mark=event.start_mark
@@ -72,7 +73,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         loader = _Loader(text)
         node = loader.get_single_node()
         lines = dict(_lines(node, "", str(path)))
-        data = loader.construct_document(node) if node else None
+        data = cast(Any, loader).construct_document(node) if node else None
     except yaml.YAMLError as error:
         raise _not_yaml(path, error) from None
     except ClusterError:
@@ -81,7 +82,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise ClusterError(
             f"`{path}` holds what is no value: {error}.", fix="docs/cluster.md shows a file"
         ) from None
-    if not isinstance(data, dict):
+    if not is_dict(data):
         what = f"`{path}` holds no cluster: a mapping with `devices`, `groups` and `fabric`."
         raise ClusterError(what, fix="docs/cluster.md shows a file")
     return data, lines
@@ -134,7 +135,7 @@ def _lines(node: yaml.Node | None, path: str, file: str) -> Iterator[tuple[str, 
 
 def _item(parent: str, index: int, fields: object) -> str:
     """How a list's item is called in a path: tiers by name, all else by number."""
-    if parent == "fabric" and isinstance(fields, Mapping):
+    if parent == "fabric" and is_mapping(fields):
         return str(fields.get("tier") or fields.get("preset") or index)
     return str(index)
 
@@ -208,9 +209,9 @@ def _path_of(loc: tuple[Any, ...], data: Any) -> str:
 
 
 def _holds(data: Any, part: Any) -> bool:
-    if isinstance(data, list | tuple):
+    if is_sequence(data):
         return isinstance(part, int) and part < len(data)
-    return isinstance(data, Mapping) and part in data
+    return is_mapping(data) and part in data
 
 
 def _parents(path: str) -> Iterator[str]:

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from ..errors import ClusterError, UsageError, did_you_mean
+from ..unchecked import is_list, is_mapping
 from ..units import (
     BytesPerSecond,
     counted,
@@ -154,7 +155,7 @@ class Device(ClusterPart):
     @field_validator("peak_flops", mode="before")
     @classmethod
     def _per_dtype(cls, value: object) -> object:
-        if not isinstance(value, Mapping):
+        if not is_mapping(value):
             raise UsageError(f"`{value}` has no dtype.", fix=f"`peak_flops: {{bf16: {value}}}`")
         for dtype in value:
             if dtype not in DTYPES:
@@ -193,10 +194,8 @@ class Group(ClusterPart):
     @model_validator(mode="before")
     @classmethod
     def _named_hosts(cls, data: Any) -> Any:
-        hosts = data.get("hosts") if isinstance(data, Mapping) else None
-        if (isinstance(hosts, str) and not re.fullmatch("[0-9]+", hosts)) or isinstance(
-            hosts, list
-        ):
+        hosts = data.get("hosts") if is_mapping(data) else None
+        if (isinstance(hosts, str) and not re.fullmatch("[0-9]+", hosts)) or is_list(hosts):
             names = host_names(hosts)
             return {**data, "hosts": len(names), "names": names}
         return data
@@ -218,7 +217,7 @@ class Hosts(ClusterPart):
 def _scope(value: object) -> object:
     if value in ("host", "all") or isinstance(value, Hosts):
         return value
-    if isinstance(value, Mapping) and list(value) == ["hosts"]:
+    if is_mapping(value) and list(value) == ["hosts"]:
         hosts = value["hosts"]
         if isinstance(hosts, int) and not isinstance(hosts, bool) and hosts > 1:
             return value
@@ -293,7 +292,7 @@ class DevicePrice(ClusterPart):
     @model_validator(mode="before")
     @classmethod
     def _amount(cls, data: Any) -> Any:
-        price = data.get("per_device_hour") if isinstance(data, Mapping) else None
+        price = data.get("per_device_hour") if is_mapping(data) else None
         if isinstance(price, str):
             amount, currency = _money(price)
             return {**data, "per_device_hour": amount, "currency": currency}

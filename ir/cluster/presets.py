@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from ..errors import ClusterError, MissingDependencyError, did_you_mean
+from ..unchecked import is_mapping, is_sequence
 from ..units import parse_bandwidth, parse_flops, spell_bandwidth, spell_bytes, spell_flops
 
 SCHEMA = "meshwright/cluster/v1"
@@ -66,7 +67,7 @@ def family(text: str) -> str | None:
     "h100-80g-sxm5" -> "h100";  "NVIDIA A100-SXM4-40GB" -> "a100-40";  "my-gpu" -> None
     """
     plain = re.sub(r"[^a-z0-9]", "", text.lower().removeprefix("nvidia"))
-    fits = []
+    fits: list[str] = []
     for name in names():
         first, *rest = name.split("-")
         if plain.startswith(first) and all(part in plain for part in rest):
@@ -260,29 +261,29 @@ def expand(data: Mapping[str, Any]) -> dict[str, Any]:
 
     {h100: {preset: h100, reserve: 6 GiB}}  ->  all fields of an H100, `reserve` as stated
     """
-    out, marks = dict(data), {}
+    out, marks = dict(data), dict[str, str]()
     devices, fabric = data.get("devices"), data.get("fabric")
-    if isinstance(devices, Mapping):
+    if is_mapping(devices):
         out["devices"] = {k: _expand_device(str(k), v, marks) for k, v in devices.items()}
-    if isinstance(fabric, list | tuple):
+    if is_sequence(fabric):
         shared_by = max(
-            (_count(g) for g in _listed(data.get("groups")) if isinstance(g, Mapping)), default=1
+            (_count(g) for g in _listed(data.get("groups")) if is_mapping(g)), default=1
         )
         out["fabric"] = [_expand_tier(tier, shared_by, marks) for tier in fabric]
     stated = data.get("provenance")
-    if marks and (stated is None or isinstance(stated, Mapping)):
+    if marks and (stated is None or is_mapping(stated)):
         out["provenance"] = marks | dict(stated or {})
     return out
 
 
 def _listed(data: Any) -> Any:
-    return data if isinstance(data, list | tuple) else ()
+    return data if is_sequence(data) else ()
 
 
 def _expand_device(name: str, fields: Any, marks: dict[str, str]) -> Any:
     if hasattr(fields, "model_copy"):
         return fields.model_copy(update={"name": name})
-    if not isinstance(fields, Mapping):
+    if not is_mapping(fields):
         return fields
     if fields.get("name", name) != name:
         raise ClusterError(
@@ -299,7 +300,7 @@ def _expand_device(name: str, fields: Any, marks: dict[str, str]) -> Any:
 
 
 def _expand_tier(fields: Any, shared_by: int, marks: dict[str, str]) -> Any:
-    if not isinstance(fields, Mapping) or "preset" not in fields:
+    if not is_mapping(fields) or "preset" not in fields:
         return fields
     name = fields.get("tier", fields["preset"])
     facts = _preset(lambda n: tier_facts(n, shared_by), fields["preset"], f"fabric.{name}.preset")
@@ -309,7 +310,7 @@ def _expand_tier(fields: Any, shared_by: int, marks: dict[str, str]) -> Any:
     return {**facts, **stated}
 
 
-def _preset(find: Any, name: Any, where: str) -> dict[str, Any]:
+def _preset(find: Callable[[str], dict[str, Any]], name: Any, where: str) -> dict[str, Any]:
     try:
         return find(str(name).lower())
     except ClusterError as error:
@@ -370,7 +371,7 @@ def detect(fabric: str | None = None) -> dict[str, Any]:
     if first.platform == "cpu":
         _share(data, count // hosts)
         seen.append(f"devices.{name}.memory")
-    elif limit := (first.memory_stats() or {}).get("bytes_limit"):
+    elif (stats := first.memory_stats()) and (limit := stats.get("bytes_limit")):
         device["memory"], device["reserve"] = spell_bytes(float(limit)), "0 B"  # XLA's own limit
         seen += [f"devices.{name}.memory", f"devices.{name}.reserve"]
     data["provenance"] = all_preset(data) | dict.fromkeys(seen, "detected")

@@ -183,7 +183,7 @@ class _Reader:
         return complete(self.parts.get(value, ()), self.kind)
 
     def _labels(self, value: int) -> Labels:
-        found = []
+        found: list[tuple[int, ...]] = []
         for parts, size in zip(
             self.parts.get(value, ((),) * self.types[value].rank),
             self.types[value].shape,
@@ -414,10 +414,14 @@ class _Reader:
         if strange or len(openings) != 1:
             raise Unreadable("gradients of more than a softmax (dropout, capped scores)")
         do, v = sorted(openings[0].inputs, key=lambda value: self.keys in self._labels_in(value))
-        results = []
+        results: list[str] = []
         for value in self.graph.outputs:
             op = self.writer[value]
-            given = {v for v in op.inputs if v in (q, k, do)} if op.kind == "dot_general" else set()
+            given = (
+                {v for v in op.inputs if v in (q, k, do)}
+                if op.kind == "dot_general"
+                else set[int]()
+            )
             if len(given) != 1:
                 raise Unreadable("gradients of more than queries, keys and values")
             (beside,) = given

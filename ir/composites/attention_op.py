@@ -77,7 +77,7 @@ class _OfAttention(Rewrite[Attention]):
         """Which keys may weigh nothing, with the operands that tell so as numbers in order."""
         spans, order = body.one.spans, [v for op in body.ops for v in op.inputs]
         if spans is None:
-            return None, frozenset()
+            return None, frozenset[int]()
         low = frozenset(n for n, value in enumerate(order) if value in spans.low)
         return replace(spans, low=frozenset()), low
 

@@ -43,7 +43,7 @@ def left_plain(
     graph: Graph, found: Sequence[One], start: Callable[[Graph], Rewrite[One]]
 ) -> list[tuple[str, str]]:
     """Where each of those is that could not be made composites, and why."""
-    told = []
+    told: list[tuple[str, str]] = []
     for one in found:
         rewrite = start(graph)
         try:
@@ -272,9 +272,9 @@ class Added:
     again   what the other loop makes -> the same made here, by `ops`
     """
 
-    handed: dict[tuple[int, bool], int] = field(default_factory=dict)
-    again: dict[int, int] = field(default_factory=dict)
-    ops: list[Op] = field(default_factory=list)
+    handed: dict[tuple[int, bool], int] = field(default_factory=lambda: {})
+    again: dict[int, int] = field(default_factory=lambda: {})
+    ops: list[Op] = field(default_factory=lambda: [])
 
 
 def _taking(op: Op, lent: Mapping[tuple[int, bool], int]) -> Op:

@@ -40,7 +40,7 @@ def with_sums_kept(graph: Graph) -> Graph:
 class _Keeping:
     def __init__(self, types: dict[int, TensorType]):
         self.types, self.unused = types, count(max(types) + 1)
-        self.marks: dict[tuple, int] = {}
+        self.marks: dict[object, int] = {}
 
     def ops(self, ops: Sequence[Op]) -> list[Op]:
         found, forwards = list[Op](), list[int]()
@@ -101,7 +101,7 @@ def _takes(op: Op, forward: Op, delta: tuple[int, ...]) -> Op:
 class _Reading:
     """A composite's body, its values marked: equal marks are equal values, in other bodies too."""
 
-    def __init__(self, op: Op, marks: dict[tuple, int]):
+    def __init__(self, op: Op, marks: dict[object, int]):
         self.op, self.known = op, marks
         self.attrs: dict[str, Any] = dict(op.attrs)
         whole = body_of(str(self.attrs["body"]))
@@ -212,7 +212,7 @@ class _Pair:
 
     def _products(self, mark: int) -> list[tuple[int, int]]:
         """Operands of the gradients that are multiplied by what has this mark, with marks of the products."""
-        found, read = [], self.backward
+        found, read = list[tuple[int, int]](), self.backward
         for op in read.graph.ops:
             for k, v in enumerate(op.inputs[:2] if op.kind == "dot_general" else ()):
                 if read.marks[v] == mark and op.inputs[1 - k] in read.graph.inputs:
@@ -222,7 +222,7 @@ class _Pair:
 
     def _one_width(self, do: int) -> bool:
         """Whether do and o have one dim beside rows and what keys have too, of one size."""
-        widths = []
+        widths: list[list[int]] = []
         sides = (self.backward, self.backward.graph.inputs[do], self.backward.attrs["operands"][do]), (
             self.forward, self.forward.graph.outputs[0], self.forward.attrs["results"][0]
         )  # fmt: skip

@@ -89,13 +89,14 @@ class _Reading:
     closings: Collection[int]
     numbers: Mapping[int, object]
     maximum: int | None = None
-    sums: list[int] = field(default_factory=list)
-    exps: set[str] = field(default_factory=set)
-    shifts: set[int] = field(default_factory=set)  # the maximum, as others read it
-    lowered: set[int] = field(default_factory=set)  # scores less the maximum
-    nothing: set[int] = field(default_factory=set)  # zeros
-    ended: set[int] = field(default_factory=set)  # results that are sums over keys
-    degrees: dict[int, Degrees | None] = field(default_factory=dict)  # None: not told by powers
+    sums: list[int] = field(default_factory=lambda: [])
+    exps: set[str] = field(default_factory=lambda: set())
+    shifts: set[int] = field(default_factory=lambda: set())  # the maximum, as others read it
+    lowered: set[int] = field(default_factory=lambda: set())  # scores less the maximum
+    nothing: set[int] = field(default_factory=lambda: set())  # zeros
+    ended: set[int] = field(default_factory=lambda: set())  # results that are sums over keys
+    # None: not told by powers.
+    degrees: dict[int, Degrees | None] = field(default_factory=lambda: {})
 
     def __post_init__(self) -> None:
         self.nothing |= {v for v, data in self.numbers.items() if data == 0}

@@ -168,4 +168,5 @@ def _kept(spans: Spans, blocks: int, pieces: int) -> np.ndarray:
 def _resampled(sums: np.ndarray, pieces: int) -> np.ndarray:
     """Running sums at the borders of so many equal pieces of the first dim."""
     have, wanted = np.linspace(0, 1, len(sums)), np.linspace(0, 1, pieces + 1)
-    return np.stack([np.interp(wanted, have, column) for column in sums.T], axis=1)
+    columns: list[np.ndarray] = [np.interp(wanted, have, column) for column in sums.T]
+    return np.stack(columns, axis=1)

@@ -142,6 +142,8 @@ class _Check:
                 return None
             case "reduce_scatter" if held.reduction != "sum":
                 return None
+            case _:
+                pass
         if op.kind in ("all_reduce", "reduce_scatter") and not layout.partial >= {*op.axes}:
             return None
         kind = "slice" if op.kind == "local_slice" else op.kind
@@ -184,7 +186,7 @@ class _Check:
             for axis in each.axes:
                 cut.setdefault(axis, []).append(each.factor)
         order = {f: k for joint in rule.joints for k, f in enumerate(joint.factors)}
-        found = []
+        found: list[str] = []
         for axis in self.mesh.names:
             factors = sorted(
                 (f for f in cut.get(axis, ()) if f in here), key=lambda f: order.get(f, 0)

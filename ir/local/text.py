@@ -46,7 +46,7 @@ def parse_local(text: str) -> LocalProgram:
 
 @dataclass
 class _Reader(Lines):
-    shards: dict[int, Shard] = field(default_factory=dict)
+    shards: dict[int, Shard] = field(default_factory=lambda: {})
 
     def read(self) -> LocalProgram:
         self.next()
@@ -84,7 +84,7 @@ class _Reader(Lines):
     def _mesh(self, text: str) -> Mesh:
         if text == "-":
             return Mesh(())
-        axes = []
+        axes: list[Axis] = []
         for part in text.split(" × "):
             name, _, size = part.partition("=")
             if not name or not size.isdigit():

@@ -20,7 +20,7 @@ microbatch then adds up shards, or what it owes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -137,7 +137,12 @@ class _Placer:
             for new in (*before[i], self._reading(op, i, rename), *self._settling(op))
         )
 
-    def _shared_copies(self, ops, readers, before) -> dict[int, int]:
+    def _shared_copies(
+        self,
+        ops: Sequence[Op],
+        readers: Mapping[tuple[int, str], list[int]],
+        before: dict[int, list[Op]],
+    ) -> dict[int, int]:
         """One copy for both passes of each value that both read heavily: of what is prepared, for the whole step."""
         shared: dict[int, int] = {}
         for value in dict.fromkeys(value for value, _ in readers):
@@ -160,7 +165,9 @@ class _Placer:
             value = op.inputs[0]
         return op is not None and op.kind == "gather"
 
-    def _readers(self, ops, value: int, phase: str, positions: list[int]) -> list[int]:
+    def _readers(
+        self, ops: Sequence[Op], value: int, phase: str, positions: list[int]
+    ) -> list[int]:
         """Positions that should read a copy of the value in this phase."""
         if not self._large(value) or (value in self.writer and self.writer[value].kind == "copy"):
             return []
@@ -192,7 +199,7 @@ class _Placer:
                 found.add(value)
         return found
 
-    def _heavy(self, ops, positions: list[int]) -> list[int]:
+    def _heavy(self, ops: Sequence[Op], positions: list[int]) -> list[int]:
         return [p for p in positions if ops[p].kind in LAYOUT_BOUND]
 
     def _large(self, value: int) -> bool:

@@ -62,7 +62,7 @@ def _trim_regions(op: Op, live: set[int]) -> Op:
     attrs, (consts, carry) = dict(op.attrs), op.loop_inputs
     needed = {k for k, v in enumerate(op.outputs) if v in live}
     while True:
-        bodies, used = [], {0} if op.kind == "cond" else set[int]()
+        bodies, used = list[list[Op]](), {0} if op.kind == "cond" else set[int]()
         for region in op.regions:
             body, alive = live_ops(region.ops, set(_ends(op, region, needed)))
             bodies.append(body)

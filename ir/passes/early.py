@@ -58,7 +58,7 @@ class _Dear:
     """Values of the batch that a dear op is needed for. `examples`: values that depend on the batch."""
 
     examples: set[int]
-    values: set[int] = field(default_factory=set)
+    values: set[int] = field(default_factory=lambda: set())
 
     def run(self, ops: Iterable[Op]) -> None:
         for op in ops:
@@ -108,7 +108,7 @@ class _Early:
         )
         self.batch = batch
         self.names: dict[int, int] = {}  # value of the batch -> the same of the whole batch
-        self.known: dict[tuple, tuple[int, ...]] = {}
+        self.known: dict[object, tuple[int, ...]] = {}
 
     def run(self) -> Graph:
         needed, _ = live_ops(self.graph.ops, set(self.totals))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -29,7 +29,7 @@ from .microbatch import AVERAGED, ESTIMATED, TimeAxis, time_factor
 class Scope:
     """By value of the graph, the value of the local program; `timed` inside the body of a microbatch."""
 
-    names: dict[int, int] = field(default_factory=dict)
+    names: dict[int, int] = field(default_factory=lambda: {})
     timed: bool = False
 
 
@@ -99,7 +99,7 @@ class Writer:
         return outputs
 
     @contextmanager
-    def inside(self) -> Iterator[list[LocalOp]]:
+    def inside(self) -> Generator[list[LocalOp]]:
         """What is written meanwhile goes to a region."""
         outer, self.ops = self.ops, []
         inner = self.ops

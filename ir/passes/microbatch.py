@@ -192,11 +192,11 @@ class _Flow:
     totals: dict[int, str]
     late: set[int]
     strict: bool = True  # False until the carries of a loop are known
-    same: set[int] = field(default_factory=set)
+    same: set[int] = field(default_factory=lambda: set())
     waits: set[int] | None = None
-    whole: set[int] = field(default_factory=set)
-    zeros: set[int] = field(default_factory=set)
-    own: set[int] = field(default_factory=set)
+    whole: set[int] = field(default_factory=lambda: set())
+    zeros: set[int] = field(default_factory=lambda: set())
+    own: set[int] = field(default_factory=lambda: set())
 
     def visit(self, op: Op) -> bool:
         """Classify one top-level op; True when it belongs to the body."""

@@ -35,7 +35,7 @@ from zlib import crc32
 
 from ..graph import Graph, Op, Region, TensorType
 from ..ops import CONTRACTIONS, CONTROL_FLOW, KERNELS, MOVEMENT, REDUCTIONS
-from ..values import FreshIds, block_instances
+from ..values import BlockInstance, FreshIds, block_instances
 
 Policy = Literal[
     "none",
@@ -85,7 +85,7 @@ class _Flat:
     """The facts one policy is decided on."""
 
     writer: dict[int, int]  # value -> position of the top-level op that makes it
-    group: Sequence[tuple[str, int] | None]  # block instance of each op
+    group: Sequence[BlockInstance]  # block instance of each op
     kept: frozenset[int]
 
 
@@ -93,8 +93,8 @@ def _recompute_flat(
     graph: Graph, phases: Sequence[str], policy: Policy, gates: Collection[int], fresh: FreshIds
 ) -> Graph:
     facts = _facts(graph, phases, policy)
-    wanted: dict[tuple[str, int] | None, list[int]] = {}
-    readers: dict[tuple[str, int] | None, int] = {}
+    wanted: dict[BlockInstance, list[int]] = {}
+    readers: dict[BlockInstance, int] = {}
     for position, op in enumerate(graph.ops):
         if phases[position] != "backward":
             continue
@@ -108,7 +108,7 @@ def _recompute_flat(
                 wanted.setdefault(facts.group[at], []).append(value)
     if not wanted:
         return graph
-    again: dict[tuple[str, int] | None, list[int]] = {}
+    again: dict[BlockInstance, list[int]] = {}
     for position, phase in enumerate(phases) if policy == "fused-full" else ():
         if (
             phase == "forward"
@@ -152,10 +152,12 @@ def _facts(graph: Graph, phases: Sequence[str], policy: Policy) -> _Flat:
     return _Flat(writer, group, frozenset(kept))
 
 
-def _every_other(graph: Graph, forward: list[int], activations: set[int], group) -> set[int]:
+def _every_other(
+    graph: Graph, forward: list[int], activations: set[int], group: Sequence[BlockInstance]
+) -> set[int]:
     """The second, fourth, ... product with a weight of each block."""
-    count: dict[tuple[str, int] | None, int] = {}
-    found = set()
+    count: dict[BlockInstance, int] = {}
+    found: set[int] = set()
     for i in forward:
         if graph.ops[i].kind in CONTRACTIONS and i not in activations and group[i] is not None:
             count[group[i]] = count.get(group[i], 0) + 1
@@ -243,11 +245,11 @@ def _activation_products(graph: Graph, forward: list[int]) -> set[int]:
 
 def _splice(
     graph: Graph,
-    phases,
+    phases: Sequence[str],
     facts: _Flat,
-    wanted,
-    whole,
-    readers,
+    wanted: Mapping[BlockInstance, list[int]],
+    whole: Mapping[BlockInstance, list[int]],
+    readers: Mapping[BlockInstance, int],
     gates: Collection[int],
     fresh: FreshIds,
 ) -> Graph:
@@ -275,7 +277,7 @@ def _splice(
 
 def _again(
     graph: Graph,
-    phases,
+    phases: Sequence[str],
     facts: _Flat,
     wanted: Iterable[int],
     whole: Sequence[int],

@@ -18,17 +18,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 
 from ..graph import Graph, Op
 from ..ops import CONTROL_FLOW, DIVISION, ELEMENTWISE, EXPONENTIAL, KERNELS, TRANSCENDENTAL, VIEWS
-from ..values import FreshIds, block_instances
+from ..values import BlockInstance, FreshIds, block_instances
 
 DEAR = (TRANSCENDENTAL - EXPONENTIAL - {"logistic"}) | DIVISION | {"copy"}
 CHEAP = (ELEMENTWISE - DEAR) | (VIEWS - {"optimization_barrier"})
 WITHIN = "~within"  # ends the tags of ops that are made again within what reads them
 STORED = KERNELS | CONTROL_FLOW  # what reads its operands from memory
-
-Group = tuple[str, int] | None
 
 
 def save_less(graph: Graph, phases: Sequence[str]) -> Graph:
@@ -58,15 +57,15 @@ class _Chosen:
     graph: Graph
     phases: Sequence[str]
 
-    def again(self, group: Group) -> set[int]:
+    def again(self, group: BlockInstance) -> set[int]:
         """Positions of a block's ops that the backward pass runs again, for what it reads of the block.
 
         What is saved is a smallest cut between what has to be, if it is used, and what is read: of several, the one
         nearest to what is read.
         """
-        import networkx  # takes long to load, and few graphs need it
-
-        read, ways = self.wanted[group], networkx.DiGraph()
+        networkx = import_module("networkx")  # takes long to load, and few graphs need it
+        read = self.wanted[group]
+        ways = networkx.DiGraph()
         ways.add_nodes_from(("dear", "read"))
         ways.add_edges_from(((value, "kept"), "read") for value in read)
         left, seen = list(read), set(read)
@@ -85,7 +84,7 @@ class _Chosen:
         _, (_, near) = networkx.minimum_cut(ways, "dear", "read")
         return {self.writer[value] for value in seen if (value, "made") in near}
 
-    def _sources(self, value: int, group: Group) -> set[int] | None:
+    def _sources(self, value: int, group: BlockInstance) -> set[int] | None:
         """What of the forward pass a value can be made of again; None if it can't, or a kernel of the backward pass
         reads it, or another block reads it or what it is made of, which then may lie on another stage."""
         at = self.writer[value]
@@ -99,7 +98,7 @@ class _Chosen:
         return sources if all(self.read_in[v] <= beside for v in sources) else None
 
     @cached_property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[BlockInstance]:
         return block_instances(self.graph.ops)
 
     @cached_property
@@ -111,9 +110,9 @@ class _Chosen:
         }
 
     @cached_property
-    def read_in(self) -> Mapping[int, set[Group]]:
+    def read_in(self) -> Mapping[int, set[BlockInstance]]:
         """The blocks whose forward pass reads a value."""
-        found: dict[int, set[Group]] = defaultdict(set)
+        found: dict[int, set[BlockInstance]] = defaultdict(set)
         for op, phase, group in zip(self.graph.ops, self.phases, self.groups, strict=True):
             if phase == "forward":
                 for v in op.inputs:
@@ -131,9 +130,9 @@ class _Chosen:
         return frozenset(found)
 
     @cached_property
-    def first(self) -> Mapping[Group, int]:
+    def first(self) -> Mapping[BlockInstance, int]:
         """By block, the first op of the backward pass that reads what it made."""
-        found: dict[Group, int] = {}
+        found: dict[BlockInstance, int] = {}
         for at, (op, phase) in enumerate(zip(self.graph.ops, self.phases, strict=True)):
             for v in op.inputs if phase == "backward" else ():
                 if v in self.writer:
@@ -141,14 +140,14 @@ class _Chosen:
         return found
 
     @cached_property
-    def wanted(self) -> Mapping[Group, set[int]]:
+    def wanted(self) -> Mapping[BlockInstance, set[int]]:
         """By block, what the backward pass reads of it; nothing where a part of a block comes later than that."""
-        found: dict[Group, set[int]] = defaultdict(set)
+        found: dict[BlockInstance, set[int]] = defaultdict(set)
         for op, phase in zip(self.graph.ops, self.phases, strict=True):
             for v in op.inputs if phase == "backward" else ():
                 if v in self.writer:
                     found[self.groups[self.writer[v]]].add(v)
-        ends: dict[Group, int] = {}
+        ends: dict[BlockInstance, int] = {}
         for at, (group, phase) in enumerate(zip(self.groups, self.phases, strict=True)):
             if phase == "forward":
                 ends[group] = at

@@ -20,7 +20,7 @@ def tell_apart(graph: Graph) -> Graph:
 
 
 def _told(graph: Graph, ops: Sequence[Op], known: dict[str, str]) -> tuple[Op, ...]:
-    found = []
+    found: list[Op] = []
     for op in ops:
         form = _form(graph, op)
         unlike = bool(op.tag) and known.setdefault(op.tag, form) != form

@@ -158,7 +158,7 @@ class _Layering:
     ) -> dict[int, int]:
         """Results of barriers that hold nothing in their part, and what they are of: what another part begins to
         compute again with. It has that in its hands only then, so nothing needs to be held back."""
-        found = {}
+        found: dict[int, int] = {}
         for ops in zip(forward, backward, strict=True):
             read = {v for each in ops for op in each for v in op.inputs}.union(self.graph.outputs)
             for op in (op for each in ops for op in each if op.kind == "optimization_barrier"):
@@ -257,7 +257,7 @@ class _Layering:
     def _check_late(self, late: Iterable[Op]) -> None:
         """Of the passes only what is summed over the microbatches is read afterwards."""
         time = self.program.time
-        totals = time.totals if isinstance(time, TimeAxis) else {}
+        totals: Mapping[int, str] = time.totals if isinstance(time, TimeAxis) else {}
         read = {v: op.where for op in late for v in op.inputs} | dict.fromkeys(
             self.graph.outputs, ""
         )
@@ -308,7 +308,10 @@ class _Layering:
             level |= dict.fromkeys(op.outputs, max(found, default=0))
             for v in from_layers:
                 gathered.setdefault(level[op.outputs[0]], {})[self._name(v)] = None
-        at = lambda ops, k: tuple(op for op in ops if level[op.outputs[0]] == k)  # noqa: E731
+
+        def at(ops: Sequence[Op], k: int) -> tuple[Op, ...]:
+            return tuple(op for op in ops if level[op.outputs[0]] == k)
+
         most = max(level.values(), default=0)
         return tuple(
             Round(tuple(gathered.get(k, ())), at(alike, k), at(own, k)) for k in range(most + 1)

@@ -16,7 +16,7 @@ to equal or lower stages, which is all that a schedule needs.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import inf
@@ -114,7 +114,11 @@ class Classes:
         return forward, backward
 
 
-def _reached(ops: Sequence[Op], start: Iterable[int], ends) -> set[int]:
+def _reached(
+    ops: Sequence[Op],
+    start: Iterable[int],
+    ends: Callable[[Op], tuple[tuple[int, ...], tuple[int, ...]]],
+) -> set[int]:
     """Positions that one can come to from `start`, against or along the arrows."""
     first, found, values = set(start), set[int](), set[int]()
     for i, op in enumerate(ops):
@@ -175,7 +179,7 @@ class Places:
         anywhere = (
             set(time.split) & set(self.classes.graph.inputs)
             if isinstance(time, TimeAxis)
-            else set()
+            else set[int]()
         )
         return {
             v: stage

@@ -132,9 +132,10 @@ class _Draft:
 
     kind: Pass
     stage: int
-    ops: list[Op] = field(default_factory=list)
-    extra: list[int] = field(default_factory=list)  # values passed on that none of the ops reads
-    results: list[int] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=lambda: [])
+    # Values passed on that none of the ops reads.
+    extra: list[int] = field(default_factory=lambda: [])
+    results: list[int] = field(default_factory=lambda: [])
 
 
 @dataclass
@@ -165,7 +166,10 @@ class _Cutter:
         done = {
             id(draft): fragment for draft, fragment in zip(drafts, self._close(drafts), strict=True)
         }
-        pick = lambda kind: tuple(done[id(d)] for d in drafts if d.kind == kind)  # noqa: E731
+
+        def pick(kind: Pass) -> tuple[Fragment, ...]:
+            return tuple(done[id(d)] for d in drafts if d.kind == kind)
+
         flat = pick("update")
         rounds = tuple(flat[i : i + self.count] for i in range(0, len(flat), self.count))
         homes = self._places_of_inputs(drafts, first)
@@ -176,7 +180,7 @@ class _Cutter:
     # ------------------------------------------------------------ the body
 
     def _body(self) -> list[_Draft]:
-        late_backward = self._weight_ops() if self.splits else set()
+        late_backward = self._weight_ops() if self.splits else set[int]()
         kinds: tuple[Pass, ...] = (
             ("forward", "backward", "weight") if self.splits else ("forward", "backward")
         )
@@ -191,7 +195,7 @@ class _Cutter:
     def _weight_ops(self) -> set[int]:
         """Placed backward ops on which no other stage and no product of activations waits."""
         time = self.classes.program.time
-        totals = time.totals if isinstance(time, TimeAxis) else {}
+        totals: Mapping[int, str] = time.totals if isinstance(time, TimeAxis) else {}
         wanted = set[tuple[int, int]]()
         for placed in self.places.backward:
             wanted |= {
@@ -304,7 +308,10 @@ class _Cutter:
     def _updates(self, ends: Sequence[int]) -> list[_Draft]:
         """Rounds in order, each with one draft per stage."""
         found: dict[tuple[int, int], _Draft] = {}
-        draft = lambda number, stage: found.setdefault((number, stage), _Draft("update", stage))  # noqa: E731
+
+        def draft(number: int, stage: int) -> _Draft:
+            return found.setdefault((number, stage), _Draft("update", stage))
+
         runs = [(op, self._runs_on(op)) for op in self.classes.late]
         for op, stages in runs:
             for stage in stages:
@@ -330,7 +337,10 @@ class _Cutter:
         sent = {v for stage, v in self.needs if self.late_at.get(v, stage) != stage}
         first_read: dict[tuple[int, int], int] = {}
         last_read: dict[tuple[int, int], int] = defaultdict(int)
-        size = lambda values: sum(self.graph.types[v].nbytes for v in values)  # noqa: E731
+
+        def nbytes(values: Iterable[int]) -> int:
+            return sum(self.graph.types[v].nbytes for v in values)
+
         for op, stages in reversed(runs):
             for stage in stages:
                 now = self.rounds[stage, op.outputs[0]]
@@ -338,7 +348,7 @@ class _Cutter:
                 then = min((first_read.get((stage, v), last + 1) for v in op.outputs), default=now)
                 if not stays and now < then <= last:
                     held = {v for v in op.inputs if last_read[stage, v] < then} - there
-                    if size(held) <= size(op.outputs):
+                    if nbytes(held) <= nbytes(op.outputs):
                         self.rounds |= {(stage, v): then for v in op.outputs}
                         now = then
                 for v in op.inputs:
@@ -360,7 +370,7 @@ class _Cutter:
         for draft in drafts:
             read[draft.stage].update(v for op in draft.ops for v in op.inputs)
             read[draft.stage].update(self.graph.outputs[o] for o in draft.results)
-        found = []
+        found: list[_Draft] = []
         for stage in range(self.count):
             needed = self._early_closure(read[stage] & self.early)
             ops = [op for op in self.classes.early if not needed.isdisjoint(op.outputs)]
@@ -393,9 +403,12 @@ class _Cutter:
         gives = tuple(v for v in made if (draft.stage, v) in readers)
         totals: tuple[int, ...] = ()
         if draft.kind in ("forward", "backward", "weight"):
-            update = lambda v: any(drafts[k].kind == "update" for k in readers[draft.stage, v])  # noqa: E731
             totals = tuple(
-                v for v in gives if self.microbatches > 1 and v in self._sums and update(v)
+                v
+                for v in gives
+                if self.microbatches > 1
+                and v in self._sums
+                and any(drafts[k].kind == "update" for k in readers[draft.stage, v])
             )
             gives = tuple(v for v in gives if v not in totals)
         elsewhere = made if draft.kind != "update" else dict.fromkeys([*made, *draft.extra])
@@ -429,7 +442,7 @@ class _Cutter:
         wanted = {v for op in draft.ops for v in op.inputs} | {
             self.graph.outputs[o] for o in draft.results
         }
-        found = []
+        found: list[Op] = []
         for op in reversed(self._constant_ops):
             if not wanted.isdisjoint(op.outputs):
                 found.append(op)

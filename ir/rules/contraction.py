@@ -81,7 +81,7 @@ def conv_general_dilated(call: OpCall) -> Rule:
     batch = factors.new(y_shape[y[0]])
     summed = factors.new(w_shape[w[1]], "sum")
     made = factors.new(w_shape[w[0]] // (by_feature * by_batch))
-    left, right, result = {}, {}, {}
+    left, right, result = dict[int, Dim](), dict[int, Dim](), dict[int, Dim]()
     left[x[0]], left[x[1]] = of_batch + batch, of_feature + summed
     right[w[0]], right[w[1]] = of_feature + of_batch + made, summed
     result[y[0]], result[y[1]] = batch, of_feature + of_batch + made

@@ -95,7 +95,7 @@ class Factors:
     A size of 1 needs no factor: its Dim is empty. Dims concatenate with `+`.
     """
 
-    found: list[Factor] = field(default_factory=list)
+    found: list[Factor] = field(default_factory=lambda: [])
 
     def new(self, size: int, reduction: Reduction = "") -> Dim:
         return self._add(Factor(size, "reduced" if reduction else "parallel", reduction))
