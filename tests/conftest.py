@@ -50,7 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave the cases that are not selected to `make test-all`."""
     cases: dict[str, dict[str, pytest.Item]] = defaultdict(dict)
     for item in items:
-        test, _, case = item.nodeid.rpartition("/")[2].partition("[")
+        name, _, case = item.nodeid.partition("[")  # an id may have a slash
+        test = name.rpartition("/")[2]
         if test in SELECTED:
             cases[test][case.removesuffix("]")] = item
     whole = not any("[" in asked for asked in config.args)  # or single cases, by their names
