@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from meshwright import cli
-from meshwright.backends.xla.recorder import Recorder
+from meshwright.backends.runtime.recorder import Recorder
 from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import save_plan
 from meshwright.ir.pipeline.schedule import Passed, Step, microbatches_held, needs
@@ -27,7 +27,7 @@ from .pipelines import case, lowered, pipelined, stage_plan, timed, zero_bubble
 def test_recorded_passes_keep_the_order_of_ranks_and_of_data(schedule):
     running = lowered("gpt-tiny", schedule)
     jax.block_until_ready(running.jitted(*case("gpt-tiny")[1]))
-    with Recorder(running) as recorder:
+    with Recorder(running.driver) as recorder:
         running.jitted(*case("gpt-tiny")[1])
     ends = {each.step: each.start + each.seconds for each in recorder.passes}
     starts = {each.step: each.start for each in recorder.passes}
@@ -39,7 +39,7 @@ def test_recorded_passes_keep_the_order_of_ranks_and_of_data(schedule):
         assert all(a.start + a.seconds <= b.start for a, b in itertools.pairwise(mine))
     for step, start in starts.items():
         assert all(ends[need] <= start for need in needs(schedule, step))
-    assert running.watch is None
+    assert running.driver.watch is None
 
 
 PASSES = [

@@ -58,7 +58,9 @@ def test_a_rank_holds_as_many_microbatches_as_its_schedule_says(schedule):
     running = lowered("gpt-tiny", schedule)
     jax.block_until_ready(running.jitted(*case("gpt-tiny")[1]))
     freed_by = "weight" if schedule.splits else "backward"
-    assert running.peaks == [in_flight(schedule, rank, freed_by) for rank in range(schedule.ranks)]
+    assert running.driver.peaks == [
+        in_flight(schedule, rank, freed_by) for rank in range(schedule.ranks)
+    ]
 
 
 @pytest.mark.parametrize("program", ["stages", "single"])

@@ -195,9 +195,12 @@ def test_a_stack_of_layers_lies_on_the_processes_of_its_stages(folder):
 UNLIKE = """
 import jax, numpy as np
 import meshwright as mw
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh
 from meshwright.backends.xla.devices import is_mine, place
-from meshwright.backends.xla.handover import Handover, Route
+from meshwright.backends.runtime.programs import Route
+from meshwright.backends.xla.devices import named_sharding
+from meshwright.backends.xla.handover import Handover
+from meshwright.ir.sharding import Sharding, replicated
 
 mw.emulate(4)
 mw.connect()
@@ -207,21 +210,21 @@ narrow = Mesh(np.array(devices[4:6]), ("z",))
 rows = np.arange(24, dtype=np.float32).reshape(4, 6)
 
 def check(sender, receiver, leaves, arrives):
-    routes = [Route((4, 6), "f32", NamedSharding(sender, leaves), NamedSharding(receiver, arrives)),
-            Route((), "s32", NamedSharding(sender, P()), NamedSharding(receiver, P()))]
-    arrays = [place(a, route.leaves) for a, route in zip((rows, np.int32(7)), routes)] if is_mine(sender) else None
+    routes = [Route((4, 6), "f32", Sharding(leaves), Sharding(arrives)), Route((), "s32", replicated(0), replicated(0))]
+    goals = [named_sharding(sender, route.leaves) for route in routes]
+    arrays = [place(a, goal) for a, goal in zip((rows, np.int32(7)), goals)] if is_mine(sender) else None
     found, token = Handover(routes, sender, receiver)(arrays)
     jax.block_until_ready(token)
     assert (found is not None) == is_mine(receiver)
     for have, want, route in zip(found or (), (rows, np.int32(7)), routes):
-        assert have.sharding == route.arrives
+        assert have.sharding == named_sharding(receiver, route.arrives)
         for shard in have.addressable_shards:
             np.testing.assert_array_equal(shard.data, want[shard.index])
 
-check(wide, narrow, P("x", "y"), P("z"))
-check(narrow, wide, P(None, "z"), P(("x", "y")))
-check(narrow, wide, P("z"), P())
-check(wide, Mesh(np.array(devices[4:]).reshape(2, 2), ("x", "y")), P("x"), P("y", "x"))
+check(wide, narrow, (("x",), ("y",)), (("z",), ()))
+check(narrow, wide, ((), ("z",)), (("x", "y"), ()))
+check(narrow, wide, (("z",), ()), ((), ()))
+check(wide, Mesh(np.array(devices[4:]).reshape(2, 2), ("x", "y")), (("x",), ()), (("y",), ("x",)))
 print("right")
 """
 

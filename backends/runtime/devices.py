@@ -5,9 +5,13 @@ Arrays, devices and programs are the framework's own objects, which the runtime 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+from ...ir.sharding import Sharding
+from .programs import Route, Transfer
 
 
 class Member(Protocol):
@@ -49,4 +53,32 @@ class Processes(Member, Protocol):
 
     def gather(self, array: np.ndarray) -> np.ndarray:
         """What each process gives, in their order; all call it."""
+        ...
+
+
+class Devices(Processes, Protocol):
+    """The devices of a run, seen from one process. A mesh is some of them as a grid, of the framework's own kind."""
+
+    def processes_of(self, mesh: Any) -> set[int]:
+        """Whose the devices of a mesh are."""
+        ...
+
+    def place(self, leaves: Sequence[Any], mesh: Any, layouts: Sequence[Sharding]) -> Sequence[Any]:
+        """Arrays of the host, which each process has, or of devices, laid out on a mesh of this process."""
+        ...
+
+    def lies_on(self, leaf: Any, mesh: Any) -> bool:
+        """Whether a leaf is an array on just this mesh."""
+        ...
+
+    def transfer(self, routes: Sequence[Route], sender: Any, receiver: Any) -> Transfer:
+        """How arrays get from the devices of one mesh to those of another."""
+        ...
+
+    def scalars(self, vector: Any) -> Sequence[Any]:
+        """The elements of a vector, on the same devices."""
+        ...
+
+    def is_ready(self, array: Any) -> bool:
+        """Whether an array is computed by now."""
         ...

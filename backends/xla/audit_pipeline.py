@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import Any
 
 import jax
-import numpy as np
+from jax.sharding import Mesh as DeviceMesh
 
 from ...ir.audit import Audit, AuditedRank, compare
+from ...ir.sharding import Sharding
+from ..runtime.driver import StepRun
+from ..runtime.programs import Route, StageProgram, Transfer
 from .audit import refused
-from .fragments import CompiledFragment
-from .handover import Handover
+from .devices import named_sharding
 from .hlo import CompiledCollective, collectives
-from .pipeline import LoweredPipeline, StepRun, Store
+from .pipeline import LoweredPipeline
+from .runtime import JaxDevices
 
 
 def audit_pipeline(lowered: LoweredPipeline) -> Audit:
@@ -29,13 +33,11 @@ def audit_pipeline(lowered: LoweredPipeline) -> Audit:
     Raises:
         InfeasibleError: the compiler says that a program does not fit into the device.
     """
-    shapes = _Shapes(**{each.name: getattr(lowered, each.name) for each in fields(lowered)})
-    shapes.walk()
-    pipeline = lowered.plan.pipeline
-    assert pipeline is not None
-    ranks = [_part(shapes, rank, held) for rank, held in enumerate(lowered.schedule.held)]
+    walk = _Walk(lowered)
+    walk.step()
+    ranks = [_part(walk, rank, held) for rank, held in enumerate(lowered.schedule.held)]
     fullest = max(ranks, key=lambda part: part.compiled_peak)
-    found = [each for stage in range(lowered.cut.count) for each in shapes.found(stage)]
+    found = [each for stage in range(lowered.cut.count) for each in walk.found(stage)]
     lines = compare(lowered.plan, found)
     return Audit(
         lines,
@@ -46,66 +48,78 @@ def audit_pipeline(lowered: LoweredPipeline) -> Audit:
     )
 
 
-def _part(shapes: _Shapes, rank: int, held: Sequence[int]) -> AuditedRank:
-    pipeline = shapes.plan.pipeline
+def _part(walk: _Walk, rank: int, held: Sequence[int]) -> AuditedRank:
+    pipeline = walk.lowered.plan.pipeline
     assert pipeline is not None
-    moved = sum(each.nbytes * each.count for stage in held for each in shapes.found(stage))
+    moved = sum(each.nbytes * each.count for stage in held for each in walk.found(stage))
     predicted = max(pipeline.stages[stage].peak_bytes for stage in held)
-    return AuditedRank(rank, tuple(held), moved, predicted, shapes.most[rank])
+    return AuditedRank(rank, tuple(held), moved, predicted, walk.most[rank])
+
+
+class _Shapes(JaxDevices):
+    """Devices that have shapes in place of arrays, all of them in this process."""
+
+    def processes_of(self, mesh: DeviceMesh) -> set[int]:
+        return {self.process}
+
+    def place(
+        self, leaves: Sequence[Any], mesh: DeviceMesh, layouts: Sequence[Sharding]
+    ) -> Sequence[Any]:
+        return [
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named_sharding(mesh, layout))
+            for leaf, layout in zip(leaves, layouts, strict=True)
+        ]
+
+    def transfer(
+        self, routes: Sequence[Route], sender: DeviceMesh, receiver: DeviceMesh
+    ) -> Transfer:
+        layouts = [route.arrives for route in routes]
+
+        def moved(arrays: Sequence[Any] | None) -> tuple[Sequence[Any], Any]:
+            return self.place(arrays or (), receiver, layouts), ()
+
+        return moved
+
+    def scalars(self, vector: Any) -> Sequence[Any]:
+        one = partial(jax.ShapeDtypeStruct, (), vector.dtype, sharding=vector.sharding)
+        return [one() for _ in range(vector.shape[0])]
 
 
 @dataclass(eq=False)
-class _Shapes(LoweredPipeline):
-    """A pipeline that computes nothing: `compiled` by program, `times` that each ran, `most` bytes per rank."""
+class _Walk:
+    """A pipeline that computes nothing: `known` programs, `times` that each ran, `most` bytes per rank."""
 
+    lowered: LoweredPipeline
     known: dict[tuple[str, int, tuple[int, ...]], Any] = field(default_factory=dict)
     times: Counter[Any] = field(default_factory=Counter)
     most: dict[int, dict[str, float]] = field(default_factory=dict)
 
-    def walk(self) -> None:
+    def step(self) -> None:
         """One step; inputs that are not donated stay where they are to its end."""
-        graph, avals = self.stages[0].local.graph, self.captured.binding.in_avals
-        stores: list[Store] = [{} for _ in self.stages]
-        for value, where, aval in zip(graph.inputs, self.cut.homes, avals, strict=True):
-            for stage in where:
-                layout = self.stages[stage].sharding_of(value)
-                stores[stage][value] = jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=layout)
+        driver = self.lowered.driver
+        driver = replace(
+            driver,
+            devices=_Shapes(),
+            stages=[replace(s, zeros=partial(_zeros, s.zeros)) for s in driver.stages],
+            passes={key: self._compiling(program) for key, program in driver.passes.items()},
+            rounds=[[self._compiling(program) for program in each] for each in driver.rounds],
+        )
+        stores = driver.placed(self.lowered.captured.binding.in_avals)
         self.inputs = [{id(each): each for each in store.values()} for store in stores]
-        self.run_now = StepRun(self, stores)
-        self.run_now.step()
+        self.run = StepRun(driver, stores)
+        self.run.step()
 
-    @property
-    def moments(self) -> list[list[Any]]:  # type: ignore[override]
-        count = self.schedule.microbatches
-        return [
-            [jax.ShapeDtypeStruct((), np.int32, sharding=s.replicated)] * count for s in self.stages
-        ]
+    def _compiling(self, program: StageProgram) -> StageProgram:
+        return replace(program, call=partial(self._call, program))
 
-    def zeros_of(self, stage: int) -> list[Any]:
-        return _results(*_compiled(self.zeros[stage]))
-
-    def carry(self, handover: Handover, arrays: Sequence[Any] | None, what: str) -> list[Any]:
-        assert arrays is not None
-        return [
-            jax.ShapeDtypeStruct(way.shape, array.dtype, sharding=way.arrives)
-            for way, array in zip(handover.routes, arrays, strict=True)
-        ]
-
-    @staticmethod
-    def scalars(array: Any) -> list[Any]:
-        return [
-            jax.ShapeDtypeStruct((), array.dtype, sharding=array.sharding)
-            for _ in range(array.shape[0])
-        ]
-
-    def call(self, program: CompiledFragment, what: str, *operands: Any) -> Any:
-        fragment = program.fragment
+    def _call(self, program: StageProgram, *operands: Any) -> Any:
+        fragment, plan = program.fragment, self.lowered.plan
         key = (fragment.kind, fragment.stage, fragment.results + fragment.takes)
         if key not in self.known:
             try:
                 self.known[key] = _compiled(program.call, *operands)
             except jax.errors.JaxRuntimeError as error:
-                raise refused(error, self.plan.estimate.peak_bytes, self.plan.name) from error
+                raise refused(error, plan.estimate.peak_bytes, plan.name) from error
         self.times[key] += 1
         self._look(fragment.stage, self.known[key][1].memory_analysis(), operands)
         for given in jax.tree.leaves(operands[1]):
@@ -114,8 +128,8 @@ class _Shapes(LoweredPipeline):
 
     def _look(self, stage: int, stats: Any, operands: Any) -> None:
         """What the rank holds while a program of it runs."""
-        rank = next(r for r, held in enumerate(self.schedule.held) if stage in held)
-        now, held = self.run_now, self.schedule.held[rank]
+        rank = next(r for r, held in enumerate(self.lowered.schedule.held) if stage in held)
+        now, held = self.run, self.lowered.schedule.held[rank]
         arrays = [*operands]
         for each in held:
             arrays += [
@@ -135,13 +149,17 @@ class _Shapes(LoweredPipeline):
 
     def found(self, stage: int) -> list[CompiledCollective]:
         """Collectives of a stage's programs in a step."""
-        mesh = self.stages[stage].local.mesh
+        mesh = self.lowered.stages[stage].local.mesh
         return [
             replace(each, count=each.count * self.times[key])
             for key, (_, compiled) in self.known.items()
             if key[1] == stage
             for each in collectives(compiled.as_text(), mesh)
         ]
+
+
+def _zeros(make: Any) -> Any:
+    return _results(*_compiled(make))
 
 
 def _compiled(call: Any, *operands: Any) -> tuple[Any, Any]:

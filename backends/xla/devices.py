@@ -107,6 +107,18 @@ def partition_spec(layout: Sharding) -> PartitionSpec:
     return PartitionSpec(*(_entry(axes) for axes in layout.dims))
 
 
+def crossing_spec(layout: Sharding) -> PartitionSpec:
+    """As `partition_spec`; sums owed are a dim in front."""
+    if not layout.partial:
+        return partition_spec(layout)
+    return PartitionSpec(tuple(sorted(layout.partial)), *partition_spec(layout))
+
+
+def named_sharding(mesh: DeviceMesh, layout: Sharding) -> NamedSharding:
+    """A layout as values have it that cross from program to program."""
+    return NamedSharding(mesh, crossing_spec(layout))
+
+
 def _entry(axes: tuple[str, ...]) -> Any:
     return None if not axes else axes[0] if len(axes) == 1 else axes
 

@@ -8,7 +8,7 @@ reduced once. To another stage a value goes with its sums settled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,42 +23,13 @@ from ...ir.pipeline.stages import Fragment, Stages
 from ...ir.rules import rule_of
 from ...ir.rules.rule import operand_sharding
 from ...ir.sharding import Sharding, replicated
-from .devices import options_for, partition_spec
+from ..runtime.programs import Message, StageDevices, StageProgram
+from .devices import crossing_spec, named_sharding, options_for, partition_spec
 from .dtypes import jax_dtype
 from .joins import JOIN, start
 from .spmd import KnownValues, LocalArray, LocalStep
 
 PER_MICROBATCH = ("forward", "backward", "weight")
-
-
-@dataclass(frozen=True)
-class Message:
-    """What leaves a stage as one array: a value, or several scalars of one type as a vector.
-
-    `arrivals` tell how it lies on each stage that it goes to.
-    """
-
-    values: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    leaves: NamedSharding
-    arrivals: Mapping[int, NamedSharding]
-
-
-@dataclass(frozen=True)
-class CompiledFragment:
-    """A compiled fragment.
-
-    `call(moment, given_up, kept) -> (token, totals, gives, sent, results)`: `given_up` are the totals
-    so far and donated inputs, `kept` the other values it takes, one per microbatch where a result is
-    joined of them, `sent` an array per message. The token is ready when everything is.
-    """
-
-    fragment: Fragment
-    call: Callable[..., Any]
-    donates: tuple[int, ...]  # values taken that are given up
-    keeps: tuple[int, ...]
-    messages: tuple[Message, ...]
 
 
 @dataclass
@@ -89,14 +60,10 @@ class StagePrograms:
                 self.layouts[value] = self.local.decisions.leaves(op, k, self.layouts)
 
     def sharding(self, layout: Sharding) -> NamedSharding:
-        return NamedSharding(self.mesh, _spec(layout))
+        return named_sharding(self.mesh, layout)
 
     def sharding_of(self, value: int) -> NamedSharding:
         return self.sharding(self.layouts[value])
-
-    @property
-    def replicated(self) -> NamedSharding:
-        return NamedSharding(self.mesh, PartitionSpec())
 
     def send_as(self, value: int, others: Iterable[StagePrograms]) -> Sharding:
         """How a value leaves for other stages: as it is where all have the same mesh, else settled."""
@@ -130,7 +97,7 @@ class StagePrograms:
 
     def build(
         self, fragment: Fragment, donated: frozenset[int], stages: Sequence[StagePrograms]
-    ) -> CompiledFragment:
+    ) -> StageProgram:
         """Jit a fragment whose values are all known.
 
         Args:
@@ -154,14 +121,16 @@ class StagePrograms:
         )
         outs = (
             PartitionSpec(), body.total_specs, self._specs(fragment.gives),
-            [message.leaves.spec for message in messages], [partition_spec(self.ends(o)) for o in fragment.results],
+            [crossing_spec(message.leaves) for message in messages],
+            [partition_spec(self.ends(o)) for o in fragment.results],
         )  # fmt: skip
         sharded = jax.shard_map(body, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
         sharded.__name__ = f"{fragment.kind}_{fragment.stage}"  # type: ignore[attr-defined]  for profilers
         call = jax.jit(
             sharded, donate_argnums=1, compiler_options=options_for(self.mesh, self.local.plan)
         )
-        return CompiledFragment(fragment, call, gone, kept, messages)
+        joined = frozenset(v for v in kept if self.joins(fragment, v))
+        return StageProgram(fragment, call, gone, kept, joined, messages)
 
     def _messages(self, fragment: Fragment, stages: Sequence[StagePrograms]) -> tuple[Message, ...]:
         """Scalars of one type and way go together: a norm of all gradients is made of one per parameter."""
@@ -186,14 +155,13 @@ class StagePrograms:
     ) -> Message:
         first = values[0]
         kind, layout = self.local.types[first], self.leaving[first]
-        leaves = self.sharding(layout)
         if len(values) > 1:
             return Message(
-                values, (len(values),), kind.dtype, leaves, {s: stages[s].replicated for s in goal}
+                values, (len(values),), kind.dtype, layout, dict.fromkeys(goal, replicated(0))
             )
         owed = [self.local.mesh.ways(tuple(sorted(layout.partial)))] if layout.partial else []
-        arrivals = {s: stages[s].sharding_of(first) for s in goal}
-        return Message(values, (*owed, *self._part(fragment, first)), kind.dtype, leaves, arrivals)
+        arrivals = {s: stages[s].layouts[first] for s in goal}
+        return Message(values, (*owed, *self._part(fragment, first)), kind.dtype, layout, arrivals)
 
     def _part(self, fragment: Fragment, value: int) -> tuple[int, ...]:
         """The shape that a fragment makes of a value: of one microbatch, if it runs for each."""
@@ -201,6 +169,11 @@ class StagePrograms:
         if time is not None and fragment.kind in PER_MICROBATCH and value in time.split:
             shape[time.split[value]] //= self.local.plan.microbatches
         return tuple(shape)
+
+    def devices(self, totals: Sequence[int]) -> StageDevices:
+        """What the driver knows of the stage, whose passes add up totals."""
+        inputs = {v: self.layouts[v] for v in self.local.graph.inputs if v in self.layouts}
+        return StageDevices(self.mesh, inputs, self.same, tuple(totals), self.zeros(totals))
 
     def zeros(self, totals: Sequence[int]) -> Callable[[], list[jax.Array]]:
         """A program that makes the totals before the first microbatch."""
@@ -259,10 +232,10 @@ class StagePrograms:
         return replace(fragment, gives=tuple(v for v in fragment.gives if v not in self.same))
 
     def _specs(self, values: Iterable[int]) -> list[PartitionSpec]:
-        return [_spec(self.layouts[v]) for v in values]
+        return [crossing_spec(self.layouts[v]) for v in values]
 
     def _spec_of(self, value: int, fragment: Fragment) -> Any:
-        spec = _spec(self.layouts[value])
+        spec = crossing_spec(self.layouts[value])
         return [spec] * self.local.plan.microbatches if self.joins(fragment, value) else spec
 
     def joins(self, fragment: Fragment, value: int) -> bool:
@@ -284,7 +257,7 @@ class _Body:
 
     @property
     def total_specs(self) -> list[PartitionSpec]:
-        return [_spec(self.stage.layouts[v]) for v in self.fragment.totals]
+        return [crossing_spec(self.stage.layouts[v]) for v in self.fragment.totals]
 
     def __call__(self, moment: Any, given_up: Sequence[Any], kept: Sequence[Any]) -> Any:
         local, fragment = self.stage.local, self.fragment
@@ -345,13 +318,6 @@ class _Body:
         return JOIN[time.totals[value]](total, part.astype(total.dtype))
 
 
-def _spec(layout: Sharding) -> PartitionSpec:
-    """As `partition_spec`; sums owed are a dim in front."""
-    if not layout.partial:
-        return partition_spec(layout)
-    return PartitionSpec(tuple(sorted(layout.partial)), *partition_spec(layout))
-
-
 def _leaving(held: LocalArray) -> Any:
     return held.array[None] if held.layout.partial else held.array
 
@@ -362,7 +328,7 @@ def _entering(array: Any, layout: Sharding) -> LocalArray:
 
 def link(
     stages: Sequence[StagePrograms], cut: Stages, donated: frozenset[int]
-) -> tuple[dict[tuple[str, int], CompiledFragment], list[list[CompiledFragment]]]:
+) -> tuple[dict[tuple[str, int], StageProgram], list[list[StageProgram]]]:
     """Build all programs of a step: those of passes by (kind, stage), and the rounds of updates.
 
     Layouts are found in the order in which values can be handed on.

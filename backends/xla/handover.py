@@ -23,44 +23,16 @@ from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ...ir.errors import LoweringError
-from .devices import is_mine, processes_of
+from ..runtime.programs import Route
+from .devices import crossing_spec, is_mine, named_sharding, processes_of
 from .dtypes import jax_dtype
 
 ENDS = "ends"  # the only axis of both stages' devices side by side
 
 
 @dataclass(frozen=True)
-class Route:
-    """One array: its shape as a whole, how it lies on the sender, and how it shall lie on the receiver."""
-
-    shape: tuple[int, ...]
-    dtype: str  # of our element types
-    leaves: NamedSharding
-    arrives: NamedSharding
-
-    @cached_property
-    def travels(self) -> PartitionSpec:
-        """As the receiver wants it if both have the same mesh, else whole."""
-        there = self.arrives
-        return (
-            there.spec
-            if self.leaves.mesh.shape_tuple == there.mesh.shape_tuple
-            else PartitionSpec()
-        )
-
-    @property
-    def local_shape(self) -> tuple[int, ...]:
-        """Of a shard on its way; a scalar travels as a vector."""
-        return NamedSharding(self.leaves.mesh, self.travels).shard_shape(self.shape) or (1,)
-
-
-@dataclass(frozen=True)
 class Handover:
-    """Arrays from one stage to another; every process with a device of either calls it.
-
-    `handover(arrays) -> (arrays there, token)`: a process without a device of the sender gives None, one
-    without a device of the receiver gets None. The token is ready when this process has done its part.
-    """
+    """Arrays from one stage to another: a `Transfer` of the runtime."""
 
     routes: Sequence[Route]
     sender: DeviceMesh
@@ -84,13 +56,22 @@ class Handover:
         """Whether several processes take part."""
         return len(processes_of(self.sender) | processes_of(self.receiver)) > 1
 
-    @property
-    def mine(self) -> bool:
-        return is_mine(self.sender) or is_mine(self.receiver)
+    def _travels(self, route: Route) -> PartitionSpec:
+        """As the receiver wants it if both have the same mesh, else whole."""
+        same = self.sender.shape_tuple == self.receiver.shape_tuple
+        return crossing_spec(route.arrives) if same else PartitionSpec()
+
+    def _local_shape(self, route: Route) -> tuple[int, ...]:
+        """Of a shard on its way; a scalar travels as a vector."""
+        return NamedSharding(self.sender, self._travels(route)).shard_shape(route.shape) or (1,)
+
+    @cached_property
+    def _goals(self) -> list[NamedSharding]:
+        return [named_sharding(self.receiver, route.arrives) for route in self.routes]
 
     def __call__(self, arrays: Sequence[Any] | None) -> tuple[list[Any] | None, Any]:
         if not self.joint:
-            found = jax.device_put(list(arrays or ()), [route.arrives for route in self.routes])
+            found = jax.device_put(list(arrays or ()), self._goals)
             return found, found
         if set(self.sender.devices.flat) == set(self.receiver.devices.flat):
             found = self._arrive(arrays)
@@ -110,7 +91,7 @@ class Handover:
     @cached_property
     def _leave(self) -> Any:
         """On the sender: laid out for the way."""
-        layouts = [NamedSharding(self.sender, route.travels) for route in self.routes]
+        layouts = [NamedSharding(self.sender, self._travels(route)) for route in self.routes]
         return jax.jit(
             lambda arrays: [a.reshape(a.shape or (1,)) for a in arrays], out_shardings=layouts
         )
@@ -118,12 +99,9 @@ class Handover:
     @cached_property
     def _arrive(self) -> Any:
         """On the receiver: laid out as it is wanted; each device has what it needs for that."""
-        shapes, layouts = (
-            [route.shape for route in self.routes],
-            [route.arrives for route in self.routes],
-        )
+        shapes = [route.shape for route in self.routes]
         shaped = lambda arrays: [a.reshape(s) for a, s in zip(arrays, shapes, strict=True)]  # noqa: E731
-        return jax.jit(shaped, out_shardings=layouts)
+        return jax.jit(shaped, out_shardings=self._goals)
 
     @cached_property
     def _side_by_side(self) -> DeviceMesh:
@@ -134,15 +112,16 @@ class Handover:
     def _beside(self, route: Route, array: Any) -> Any:
         """The shards of both stages as one array: the sender's values, zeros of the receiver."""
         ours = [] if array is None else [shard.data for shard in array.addressable_shards]
-        shape = (self._side_by_side.size * route.local_shape[0], *route.local_shape[1:])
+        local = self._local_shape(route)
+        shape = (self._side_by_side.size * local[0], *local[1:])
         layout = NamedSharding(self._side_by_side, PartitionSpec(ENDS))
-        parts = [*ours, *self._zeros[route.local_shape, jax_dtype(route.dtype)]]
+        parts = [*ours, *self._zeros[local, jax_dtype(route.dtype)]]
         return jax.make_array_from_single_device_arrays(shape, layout, parts)
 
     @cached_property
     def _zeros(self) -> dict[Any, list[Any]]:
         here = [d for d in self.receiver.devices.flat if d.process_index == jax.process_index()]
-        kinds = {(route.local_shape, jax_dtype(route.dtype)) for route in self.routes}
+        kinds = {(self._local_shape(route), jax_dtype(route.dtype)) for route in self.routes}
         return {
             kind: [jax.device_put(np.zeros(*kind), device) for device in here] for kind in kinds
         }
@@ -151,7 +130,7 @@ class Handover:
         """The receiver's shards of what both have, as an array of its own."""
         devices = set(self.receiver.devices.flat)
         shards = [shard.data for shard in array.addressable_shards if shard.device in devices]
-        layout = NamedSharding(self.receiver, route.travels)
+        layout = NamedSharding(self.receiver, self._travels(route))
         return jax.make_array_from_single_device_arrays(route.shape or (1,), layout, shards)
 
     @cached_property

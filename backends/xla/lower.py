@@ -35,7 +35,7 @@ from .devices import (
 from .lower_pipeline import lower_pipeline
 from .lower_single import LoweredSingle, lower_single
 from .pipeline import LoweredPipeline
-from .runtime import JaxProcesses
+from .runtime import JaxDevices
 from .spmd import LocalStep
 from .unstack import unstack
 
@@ -85,7 +85,7 @@ class Lowered:
 
     @cached_property
     def rendezvous(self) -> Rendezvous:
-        return Rendezvous(JaxProcesses(), in_turn=on_cpus(self.mesh))
+        return Rendezvous(JaxDevices(), in_turn=on_cpus(self.mesh))
 
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Leaves laid out as the program takes them."""

@@ -41,7 +41,7 @@ from .devices import (
     processes_of,
     used_devices,
 )
-from .runtime import JaxProcesses
+from .runtime import JaxDevices
 from .single import SingleStep
 from .spmd import LocalStep
 from .unstack import Unstacked
@@ -90,7 +90,7 @@ class LoweredSingle:
 
     @cached_property
     def rendezvous(self) -> Rendezvous:
-        return Rendezvous(JaxProcesses(), in_turn=on_cpus(self.mesh))
+        return Rendezvous(JaxDevices(), in_turn=on_cpus(self.mesh))
 
     def placed(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """Leaves where they lie first."""

@@ -19,7 +19,7 @@ from .backends.xla.agreement import arguments, constants, software
 from .backends.xla.capture import Captured
 from .backends.xla.compat import coordination
 from .backends.xla.lower import AnyLowered
-from .backends.xla.runtime import JaxProcesses
+from .backends.xla.runtime import JaxDevices
 from .ir.cluster.cluster import Cluster
 from .ir.files import is_file
 from .ir.fingerprint import fingerprint
@@ -71,7 +71,7 @@ def plan_once(make: Callable[[], Plan]) -> Plan:
         return make()
     text = make().model_dump_json() if jax.process_index() == 0 else ""
     return Plan.model_validate_json(
-        Rendezvous(JaxProcesses(), in_turn=True).exchange("the plan", text)[0]
+        Rendezvous(JaxDevices(), in_turn=True).exchange("the plan", text)[0]
     )
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from .backends.runtime.recorder import Recorder
 from .backends.xla.by_microbatch import by_microbatch
 from .backends.xla.capture import Captured
 from .backends.xla.lower import AnyLowered, lower
 from .backends.xla.pipeline import LoweredPipeline
-from .backends.xla.recorder import Recorder
 from .backends.xla.unstack import Unstacked
 from .backends.xla.verify import Reference, reference, verify_outputs, verify_together
 from .ir.codec import write_whole
@@ -109,7 +109,7 @@ def _recorded(lowered: LoweredPipeline, leaves: Any) -> list[Passed]:
     leaves = jax.block_until_ready(lowered.placed(leaves))
     if lowered.joint:
         lowered.rendezvous.gather("the start of the record", np.zeros(1))
-    with Recorder(lowered) as recorder:
+    with Recorder(lowered.driver) as recorder:
         jax.block_until_ready(lowered.jitted(*leaves))
     if not lowered.joint:
         return recorder.passes

@@ -1,7 +1,7 @@
 """When each pass of a pipelined step really ran.
 
-    with Recorder(running) as recorder:
-        running.jitted(*leaves)
+    with Recorder(driver) as recorder:
+        driver.run(leaves)
     recorder.passes          # [Passed(rank=0, step=0F0, start=0.0, seconds=0.0021), ...]
 
 The step is dispatched as ever. A thread per rank waits for the operands and for the token of each pass in
@@ -26,10 +26,8 @@ from threading import Thread
 from time import perf_counter
 from typing import Any
 
-import jax
-
 from ...ir.pipeline.schedule import Passed, Step, needs
-from .pipeline import LoweredPipeline
+from .driver import PipelineDriver
 
 SWITCH_SECONDS = 5e-5
 
@@ -38,7 +36,7 @@ SWITCH_SECONDS = 5e-5
 class Recorder:
     """Watches a pipeline while it is entered; `passes` are complete when it is left."""
 
-    running: LoweredPipeline
+    driver: PipelineDriver
     passes: list[Passed] = field(default_factory=list)
 
     def __enter__(self) -> Recorder:
@@ -47,7 +45,7 @@ class Recorder:
         self._seen: dict[
             Step, tuple[float, float]
         ] = {}  # when its operands were there, and its token
-        self._queues = [SimpleQueue[Any]() for _ in range(self.running.schedule.ranks)]
+        self._queues = [SimpleQueue[Any]() for _ in range(self.driver.schedule.ranks)]
         self._threads = [
             Thread(target=self._look, args=(rank,), daemon=True)
             for rank in range(len(self._queues))
@@ -55,11 +53,11 @@ class Recorder:
         for thread in self._threads:
             thread.start()
         self._begin = perf_counter()
-        self.running.watch = self._hear
+        self.driver.watch = self._hear
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.running.watch = None
+        self.driver.watch = None
         for queue in self._queues:
             queue.put(None)
         for thread in self._threads:
@@ -75,22 +73,22 @@ class Recorder:
     def _look(self, rank: int) -> None:
         while (heard := self._queues[rank].get()) is not None:
             step, taken, token, began = heard
-            jax.block_until_ready(taken)
+            self.driver.devices.wait(taken)
             ready = (began or perf_counter()) - self._begin
-            jax.block_until_ready(token)
+            self.driver.devices.wait(token)
             self._seen[step] = (ready, perf_counter() - self._begin)
             del heard, taken, token
 
     def _settled(self) -> list[Passed]:
         """The passes in the order of their dispatch; none ended later than what was seen to come after it."""
         ends = {step: end for step, (_, end) in self._seen.items()}
-        order = [(rank, step) for rank, step in self.running.order if step in self._seen]
+        order = [(rank, step) for rank, step in self.driver.order if step in self._seen]
         before = self._before()
         for _, step in reversed(order):
             ready = min(self._seen[step][0], ends[step])
             ends |= {
                 need: min(ready, ends[need])
-                for need in needs(self.running.schedule, step)
+                for need in needs(self.driver.schedule, step)
                 if need in ends
             }
             if step in before:
@@ -105,6 +103,6 @@ class Recorder:
     def _before(self) -> dict[Step, Step]:
         """The pass before each on its rank, of those that were seen."""
         rows = [
-            [step for step in order if step in self._seen] for order in self.running.schedule.orders
+            [step for step in order if step in self._seen] for order in self.driver.schedule.orders
         ]
         return {after: step for row in rows for step, after in pairwise(row)}
