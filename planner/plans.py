@@ -118,7 +118,10 @@ def _on_equal_devices(
         found = unequal.write(min(bound, unequal.lower_bound()))
     elif both and flat.best.seconds <= pipelines.best.dispatched:
         if flat.best.answer is None:
-            least = lambda refusal: getattr(refusal, "needed_bytes", None) or inf  # noqa: E731
+
+            def least(error: PlanError) -> float:
+                return getattr(error, "needed_bytes", None) or inf
+
             raise min(flat.infeasible(), refusal(pipelines), key=least)
         found = write_plan(
             settled(flat), bound, tuple(dict.fromkeys((*BESIDES, *unequal.left_out)))

@@ -20,8 +20,8 @@ from .request import Request
 class _Made:
     """What a step's decisions may be, on any cluster."""
 
-    programs: dict[tuple[Policy, bool], Program] = field(default_factory=dict)
-    catalogues: dict[tuple[str, ...], Catalogue] = field(default_factory=dict)
+    programs: dict[tuple[Policy, bool], Program] = field(default_factory=lambda: {})
+    catalogues: dict[tuple[str, ...], Catalogue] = field(default_factory=lambda: {})
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -137,8 +137,7 @@ class Request:
         ):
             if getattr(self, name) not in known:
                 wrong.of(partial(_refuse, name, repr(getattr(self, name)), fix))
-        if self.schedule is not None and not isinstance(self.schedule, str):
-            wrong.of(partial(_refuse, "schedule", repr(self.schedule), "a name, such as 1f1b"))
+        wrong.of(partial(_check_schedule_name, self.schedule))
         wrong.of(lambda: _check_axes(self.mesh))
         if self.overlap is not None:
             wrong.of(partial(_check_overlap, self.overlap, self._known))
@@ -237,18 +236,23 @@ def _check_count(name: str, value: Any, least: int) -> None:
         _refuse(name, value, f"{least} or more")
 
 
-def _check_overlap(overlap: Any, known: tuple[OverlapKind, ...]) -> None:
+def _check_schedule_name(schedule: object) -> None:
+    if schedule is not None and not isinstance(schedule, str):
+        _refuse("schedule", repr(schedule), "a name, such as 1f1b")
+
+
+def _check_overlap(overlap: Iterable[object], known: tuple[OverlapKind, ...]) -> None:
     if not isinstance(overlap, str | tuple | list | set | frozenset):
         _refuse("overlap", repr(overlap), '"all", "none", or kinds joined by a comma')
     parse_overlap(overlap, known)
 
 
-def _check_axes(mesh: Any) -> None:
+def _check_axes(mesh: Iterable[Any] | None) -> None:
     """Whether these are sizes of axes at all."""
     if mesh is None:
         return
     if not isinstance(mesh, Sequence) or not all(
-        isinstance(size, Integral) and not isinstance(size, bool) for size in mesh
+        not isinstance(size, bool) and isinstance(size, Integral) for size in mesh
     ):
         _refuse("mesh", repr(mesh), "sizes of axes, as in (4, 2)")
     if (

@@ -26,7 +26,7 @@ class Trace:
     tell: Callable[[str], None] = lambda line: None
     now: Callable[[str], None] = lambda line: None
     started: float = field(default_factory=time.monotonic)
-    log: list[str] = field(default_factory=list)
+    log: list[str] = field(default_factory=lambda: [])
     stopped_by: Stop | Literal["estimate"] = "proof"
     _stood: float = 0.0  # when it was last said where the search stands
 

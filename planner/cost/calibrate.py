@@ -78,7 +78,7 @@ def fit_products(
     also to those that judge the fit. With a free launch and two thirds of the points the peaks of two
     calibrations of an H100 were 870 and 947 TFLOP/s, so they are 883 and 884.
     """
-    peaks, fits = {}, []
+    peaks, fits = dict[str, float](), list[Fit]()
     for dtype in sorted({p.dtype for p in points}):
         mine = [p for p in points if p.dtype == dtype]
         work = [2.0 * p.m * p.n * p.k / share(p) for p in mine]
@@ -100,7 +100,7 @@ def fit_collectives(points: Sequence[CollectivePoint]) -> tuple[list[MeasuredLin
     def layout(p: CollectivePoint) -> tuple[str, int, int]:
         return p.kind, p.size, p.stride
 
-    lines, by_kind = [], {}
+    lines, by_kind = list[MeasuredLine](), dict[str, list[Fit]]()
     for (kind, size, stride), group in groupby(sorted(points, key=layout), key=layout):
         mine = list(group)
         (fixed, slope), fit = judge(kind, [p.nbytes for p in mine], [p.seconds for p in mine])

@@ -136,7 +136,7 @@ class Collectives:
         of bus bandwidth that way [nccl-tests, recalled], this formula 477.
         """
         n = levels[-1].inside
-        slopes = []
+        slopes: list[float] = []
         for level in levels:
             ring = 2 * (n - 1) / n / level.bandwidth
             if level.tier.nvls is not None and level.lanes == 1:

@@ -86,7 +86,7 @@ def _rings(tier: Tier, shape: list[tuple[int, int]]) -> int:
 def _domains(cluster: Cluster) -> list[tuple[Tier, int]]:
     """Ranks that each tier joins; hosts that differ count as the smallest."""
     per_host = min(group.per_host for group in cluster.groups)
-    found = []
+    found: list[tuple[Tier, int]] = []
     for tier in cluster.fabric:
         span = cluster.size if tier.hosts >= cluster.hosts else int(tier.hosts) * per_host
         found.append((tier, span))

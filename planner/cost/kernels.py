@@ -79,13 +79,13 @@ class Kernels:
     stores: frozenset[int]
     reads: Mapping[int, tuple[tuple[int, int], ...]]
     chains: Mapping[int, Chain]
-    inside: Mapping[int, Attention] = field(default_factory=dict)
+    inside: Mapping[int, Attention] = field(default_factory=lambda: {})
 
     def attention(self, op: Op) -> Attention | None:
         """The fused attention that an op is part of, if any."""
         return next((self.inside[v] for v in (*op.inputs, *op.outputs) if v in self.inside), None)
 
-    def form(self, op: Op, types: Mapping[int, TensorType]) -> tuple:
+    def form(self, op: Op, types: Mapping[int, TensorType]) -> tuple[object, ...]:
         """What of all this decides the seconds of an op: ops of equal form and rule, cut alike, take equally long."""
         sides, first = (*op.inputs, *op.outputs), op.outputs[0]
         chain = self.chains.get(first)
@@ -107,7 +107,7 @@ def kernels_of(
 
     With `joined`, what is computed again is part of the kernels that read it.
     """
-    inside = attention_values(program) if fused_attention else {}
+    inside: Mapping[int, Attention] = attention_values(program) if fused_attention else {}
     return _Analysis(program, inside, _written(program, fusion), joined).run()
 
 
@@ -239,7 +239,7 @@ class _Analysis:
         for op in ops:
             if _is_fused(op):
                 chain = self.chains.of(op.outputs[0])
-                mine = []
+                mine: list[tuple[int, int]] = []
                 for k, value in enumerate(op.inputs):
                     root = self.roots.get(value, value)
                     apart = root in self.found or self.chains.of(root) != chain

@@ -64,8 +64,8 @@ def _pieces(program: Program, cost: CostModel) -> list[tuple[str, np.ndarray]]:
         program, cost.fused_attention, cost.fusion, cost.execution_model.redone_inside
     )
     types, time = program.graph.types, program.time
-    cut = time.split if isinstance(time, TimeAxis) else {}
-    found = []
+    cut: Mapping[int, int] = time.split if isinstance(time, TimeAxis) else {}
+    found: list[tuple[str, np.ndarray]] = []
     for outer, op, times in _priced(program):
         rule = rule_of(op, types)
         terms, timed = cost.least_terms(op, rule, types, kernels), timed_sides(op, rule, cut)

@@ -54,15 +54,15 @@ class Catalogue:
         self.memo: dict[object, Any] = {}  # what others work out once for all meshes that share it
         self._numbers: dict[Sharding, int] = {}
         self._move_of = np.full((64, 64), UNKNOWN, np.int32)  # source, target -> number in `moves`
-        self._move_numbers: dict[tuple, int] = {}
-        self._by_dims: dict[tuple, int] = {}
+        self._move_numbers: dict[object, int] = {}
+        self._by_dims: dict[object, int] = {}
         self._rules: dict[int, tuple[Rule, int]] = {}  # kept alive, so that an id names one rule
-        self._forms: dict[tuple, int] = {}
-        self._taken: dict[tuple, StrategyTable] = {}
-        self._followed: dict[tuple, tuple[StrategyTable, np.ndarray]] = {}
+        self._forms: dict[object, int] = {}
+        self._taken: dict[object, StrategyTable] = {}
+        self._followed: dict[object, tuple[StrategyTable, np.ndarray]] = {}
         self._follows: dict[tuple[int, int, int], Strategy | None] = {}
-        self._rows: dict[tuple, list[int]] = {}
-        self._slots: dict[tuple, tuple[list[Sharding], np.ndarray]] = {}
+        self._rows: dict[object, list[int]] = {}
+        self._slots: dict[object, tuple[list[Sharding], np.ndarray]] = {}
 
     # ------------------------------------------------------------ layouts
 
@@ -120,7 +120,7 @@ class Catalogue:
             if names == self.mesh.names
             else Mesh(tuple(Axis(n, self.mesh.sizes[n]) for n in names))
         )
-        rows = []
+        rows: list[list[int]] = []
         for strategy in chosen:
             key = form, strategy.axes, names
             if key not in self._rows:
@@ -156,7 +156,8 @@ class Catalogue:
         found = self._move_of[sources[:, None], targets]
         if found.min(initial=0) == UNKNOWN:
             i, j = np.nonzero(found == UNKNOWN)
-            for source, target in set(zip(sources[i].tolist(), targets[j].tolist(), strict=True)):
+            pairs: zip[tuple[int, int]] = zip(sources[i].tolist(), targets[j].tolist(), strict=True)
+            for source, target in set(pairs):
                 self._move_of[source, target] = self._move(self.known[source], self.known[target])
             found = self._move_of[sources[:, None], targets]
         return found

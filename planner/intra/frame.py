@@ -33,7 +33,7 @@ class Decision:
 
     tag: str
     choices: list[Strategy] | list[Sharding]
-    members: list[str] = field(default_factory=list)
+    members: list[str] = field(default_factory=lambda: [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +109,12 @@ class Changes:
         """Of the changes in order: shapes, where each begins, all moves, and where those among the updates begin."""
         if "moves" not in self.__dict__:
             order = np.argsort([change.late for change in self.changes], kind="stable")
-            tables = [
-                layouts.moves(self.changes[k].have, self.changes[k].wanted) for k in order.tolist()
-            ]
+            in_order: list[int] = order.tolist()
+            tables = [layouts.moves(self.changes[k].have, self.changes[k].wanted) for k in in_order]
             sizes = [table.size for table in tables]
             starts = [0, *accumulate(sizes)][: len(sizes)]
             late = sum(
-                size
-                for k, size in zip(order.tolist(), sizes, strict=True)
-                if not self.changes[k].late
+                size for k, size in zip(in_order, sizes, strict=True) if not self.changes[k].late
             )
             moves = (
                 np.concatenate([table.ravel() for table in tables])
@@ -135,13 +132,13 @@ class Frame:
 
     outline: Outline
     splits: tuple[int, ...]
-    nodes: list[Decision] = field(default_factory=list)
-    homes: dict[str, LayoutVariable] = field(default_factory=dict)
-    taken: dict[str, StrategyTable] = field(default_factory=dict)
-    op_node: dict[str, int] = field(default_factory=dict)
-    wants: dict[tuple[str, int], np.ndarray] = field(default_factory=dict)
-    memo: dict[object, Any] = field(default_factory=dict)  # what others work out once of it
-    _alike: dict[Kernels, list[CostClass]] = field(default_factory=dict)
+    nodes: list[Decision] = field(default_factory=lambda: [])
+    homes: dict[str, LayoutVariable] = field(default_factory=lambda: {})
+    taken: dict[str, StrategyTable] = field(default_factory=lambda: {})
+    op_node: dict[str, int] = field(default_factory=lambda: {})
+    wants: dict[tuple[str, int], np.ndarray] = field(default_factory=lambda: {})
+    memo: dict[object, Any] = field(default_factory=lambda: {})  # what others work out once of it
+    _alike: dict[Kernels, list[CostClass]] = field(default_factory=lambda: {})
 
     @cached_property
     def strategies(self) -> dict[str, list[Strategy]]:
@@ -155,7 +152,8 @@ class Frame:
     def alike(self, kernels: Kernels) -> list[CostClass]:
         """Ops that cost the same, choice by choice, on any mesh."""
         if kernels not in self._alike:
-            forms, found = self.outline.forms(kernels), defaultdict[tuple, list[Decides]](list)
+            forms = self.outline.forms(kernels)
+            found: dict[tuple[int, bytes, bytes], list[Decides]] = defaultdict(list)
             for step in self.outline.decides:
                 taken = self.taken[step.op.tag]
                 found[forms[step.op.tag], taken.numbers.tobytes(), taken.cuts.tobytes()].append(
@@ -185,8 +183,8 @@ class Frame:
     @cached_property
     def changes(self) -> Changes:
         """The readings that cost something, those of equal price and place added up."""
-        changes, types = dict[tuple, tuple[int, Change]](), self.outline.program.graph.types
-        sums, sum_of = dict[tuple[Place, int], int](), []
+        changes, types = dict[object, tuple[int, Change]](), self.outline.program.graph.types
+        sums, sum_of = dict[tuple[Place, int], int](), list[int]()
         for (source, reader, k), reading in self.outline.readings.items():
             home, wanted, late = (
                 self.homes[source],
@@ -268,7 +266,8 @@ class _Deciding:
         """The layouts of a value, or of what is made of it without moving anything but sums."""
         if how == "as it lies":
             return home.layouts
-        known = [self.catalogue.known[n] for n in home.layouts]
+        numbers: list[int] = home.layouts.tolist()
+        known = [self.catalogue.known[n] for n in numbers]
         match how:
             case "lifted":
                 seen = [Sharding(((), *k.dims), k.partial) for k in known]

@@ -28,10 +28,10 @@ class Flow:
     """By tag: `batch` the values that examples reach, `updated` those that the update makes of gradients, `held_up` the
     ops and slots that a pass waits for, `deciding` those that tell whether a loop goes on or which branch runs."""
 
-    batch: set[str] = field(default_factory=set)
-    updated: set[str] = field(default_factory=set)
-    held_up: set[str] = field(default_factory=set)
-    deciding: set[str] = field(default_factory=set)
+    batch: set[str] = field(default_factory=lambda: set())
+    updated: set[str] = field(default_factory=lambda: set())
+    held_up: set[str] = field(default_factory=lambda: set())
+    deciding: set[str] = field(default_factory=lambda: set())
 
     def kind(self, source: str, reader: str, phase: str) -> OverlapKind | None:
         """By which kind of overlap what is read may hide; None for what must wait."""
@@ -78,7 +78,7 @@ class _Waits:
 
     held_up: set[str]
     deciding: set[str]
-    needed: set[int] = field(default_factory=set)
+    needed: set[int] = field(default_factory=lambda: set())
 
     def op(self, op: Op) -> None:
         if op.regions:

@@ -108,7 +108,7 @@ def _exchanged(op: Op, rule: Rule, joint: Joint, axes: tuple[str, ...], mesh: Me
 
 
 def _round(op: Op, rule: Rule, joint: Joint, axes: tuple[str, ...], mesh: Mesh) -> list[Sent]:
-    found = []
+    found: list[Sent] = []
     for one in travels(op, mesh.ways(axes)):
         home = one.side >= len(op.inputs)  # the last hop of a gradient has nothing to hide behind
         hops = one.hops - home

@@ -128,15 +128,14 @@ class Outline:
 
     program: Program
     cut: bool  # into more than one microbatch
-    steps: list[Step] = field(default_factory=list)
-    wanted: dict[tuple[str, int], tuple[str, How]] = field(default_factory=dict)
-    readings: dict[tuple[str, str, int], Reading] = field(default_factory=dict)
-    runs: dict[str, dict[Outer, float]] = field(default_factory=dict)
-    divides: dict[Divides, int] = field(default_factory=dict)
-    terms: dict[tuple[Kernels, int], dict[int, Terms | None]] = field(
-        default_factory=dict
-    )  # kept by `fused_of`
-    _forms: dict[Kernels, dict[str, int]] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=lambda: [])
+    wanted: dict[tuple[str, int], tuple[str, How]] = field(default_factory=lambda: {})
+    readings: dict[tuple[str, str, int], Reading] = field(default_factory=lambda: {})
+    runs: dict[str, dict[Outer, float]] = field(default_factory=lambda: {})
+    divides: dict[Divides, int] = field(default_factory=lambda: {})
+    # Kept by `fused_of`.
+    terms: dict[tuple[Kernels, int], dict[int, Terms | None]] = field(default_factory=lambda: {})
+    _forms: dict[Kernels, dict[str, int]] = field(default_factory=lambda: {})
 
     def parts(self, value: int, microbatches: int) -> int:
         """Into how many parts microbatches cut a value."""
@@ -146,7 +145,7 @@ class Outline:
     def forms(self, kernels: Kernels) -> dict[str, int]:
         """By op tag, equal for ops that cost the same if they are cut alike."""
         if kernels not in self._forms:
-            types, numbers = self.program.graph.types, dict[tuple, int]()
+            types, numbers = self.program.graph.types, dict[object, int]()
             self._forms[kernels] = {}
             for step in self.decides:
                 op = step.op
@@ -315,7 +314,7 @@ class _Walk:
         return time_factor(op, rule, self.time.split)
 
     def _timed(self, op: Op, rule: Rule) -> tuple[bool, ...]:
-        split = self.time.split if self.time else {}
+        split: Mapping[int, int] = self.time.split if self.time else {}
         _, in_body = self.outer
         if in_body:
             return timed_sides(op, rule, split)

@@ -34,7 +34,8 @@ class Model:
     """The space as the solver's problem; choice p of node n is the space's `origins[n][p]`."""
 
     live: Live
-    origins: Mapping[int, np.ndarray] = field(default_factory=dict)  # only of nodes that differ
+    # Only of nodes that differ.
+    origins: Mapping[int, np.ndarray] = field(default_factory=lambda: {})
 
     def lift(self, solution: Solution) -> Solution:
         """The solver's answer in the space's choices."""
@@ -135,7 +136,7 @@ def _whole_but(space: Space, tag: str, dim: int | None) -> int:
     """The layout of an input that cuts `dim` most and nothing else."""
     node = space.homes[tag].node
     assert node is not None
-    ways = []
+    ways: list[int] = []
     for layout in space.nodes[node].choices:
         assert isinstance(layout, Sharding)
         whole = all(not axes for d, axes in enumerate(layout.dims) if d != dim)

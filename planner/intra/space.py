@@ -53,16 +53,15 @@ class Space:
     layouts: Layouts
     nodes: list[Node]
     frame: Frame
-    edges: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
-    own: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # op tag -> seconds of one run, per choice
-    settled: dict[str, np.ndarray] = field(default_factory=dict)  # of these, what it sends inside
-    moved: list[np.ndarray] = field(default_factory=list)  # seconds of one run of each change
-    runs: dict[str, float] = field(default_factory=dict)  # op tag -> runs per step
-    read: np.ndarray = field(
-        default_factory=lambda: np.zeros(0)
-    )  # how often each reading happens per step
+    edges: dict[tuple[int, int], np.ndarray] = field(default_factory=lambda: {})
+    # Op tag -> seconds of one run, per choice.
+    own: dict[str, np.ndarray] = field(default_factory=lambda: {})
+    # Of `own`, what it sends inside.
+    settled: dict[str, np.ndarray] = field(default_factory=lambda: {})
+    moved: list[np.ndarray] = field(default_factory=lambda: [])  # seconds of one run of each change
+    runs: dict[str, float] = field(default_factory=lambda: {})  # op tag -> runs per step
+    # How often each reading happens per step.
+    read: np.ndarray = field(default_factory=lambda: np.zeros(0))
     windows: Windows | None = None  # None: nothing overlaps
     overlap: tuple[OverlapKind, ...] = ()
 
@@ -176,7 +175,7 @@ class Space:
     @cached_property
     def transfers(self) -> list[Transfer]:
         """Every place where a value may change layout."""
-        found, readings = [], self.frame.outline.readings
+        found, readings = list[Transfer](), self.frame.outline.readings
         for ((source, reader, k), reading), runs in zip(
             readings.items(), self.read.tolist(), strict=True
         ):

@@ -89,7 +89,7 @@ def layouts_by(
     Each axis cuts one dim (if the dim divides), or none, or, when `owed`, is owed a sum.
     """
     places = [*range(len(splits)), -1, *([-2] if owed else [])]
-    found = []
+    found: list[Sharding] = []
     for choice in product(places, repeat=len(names)):
         cut = [
             sum(1 << i for i, place in enumerate(choice) if place == dim)

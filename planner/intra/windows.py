@@ -21,8 +21,9 @@ maximum is convex and grows with its sides: what holds of microbatch counts with
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 
 import numpy as np
 
@@ -130,7 +131,7 @@ def phases_of(program: Program) -> dict[str, str]:
     return {"": "update", **{op.tag: phase for op, phase in ops}}
 
 
-def _columns(runs, often: np.ndarray) -> np.ndarray:
+def _columns(runs: Callable[[np.ndarray], np.ndarray], often: np.ndarray) -> np.ndarray:
     return np.stack([runs(column) for column in often.T], axis=1)
 
 
@@ -155,11 +156,11 @@ def _often(
 def next_multipliers(met: Sequence[Timed]) -> np.ndarray:
     """Those under which the cheapest of the plans met costs most: where the bound may be highest (Kelley's cutting
     planes)."""
-    from scipy.optimize import linprog  # which takes long to load, and few searches need
-
+    optimize = import_module("scipy.optimize")  # takes long to load, and few searches need it
     sides = np.array([plan.sides for plan in met])
     compute, gain = sides[:, :, 0], sides[:, :, 1] - sides[:, :, 0]
     rows = np.hstack([-gain, np.ones((len(met), 1))])  # least - gain m <= exposed + compute
     ends = np.array([plan.exposed for plan in met]) + compute.sum(axis=1)
     aim, box = np.append(np.zeros(MANY), -1.0), [(0.0, 1.0)] * MANY + [(None, None)]
-    return np.clip(linprog(aim, A_ub=rows, b_ub=ends, bounds=box, method="highs").x[:MANY], 0, 1)
+    found = optimize.linprog(aim, A_ub=rows, b_ub=ends, bounds=box, method="highs")
+    return np.clip(found.x[:MANY], 0, 1)

@@ -62,7 +62,7 @@ class Work:
     ring: float = 0.0
     attention: float = 0.0
     flop: float = 0.0
-    collectives: list[Collective] = field(default_factory=list)
+    collectives: list[Collective] = field(default_factory=lambda: [])
 
 
 @dataclass
@@ -139,7 +139,7 @@ class _Sorting:
     def _sort(self) -> None:
         """Ops of all layers share a tag that runs once per layer; of the others, those that
         read layers come after them in their pass."""
-        runs = defaultdict(int)
+        runs = defaultdict[str, int](int)
         for op in self.graph.ops:
             runs[op.tag] += op.count
         after: dict[str, set[int]] = {"forward": set(), "backward": set()}
@@ -419,7 +419,8 @@ class _Sorting:
         held = kind.size / int(self.space.layouts.ways(home.layouts)[0])
         spread = held
         for dim in self.pinned.state.dims.get(value, {}):
-            axes = self.space.layouts.known[home.layouts[0]].dims[dim]
+            layout: int = home.layouts[0]
+            axes = self.space.layouts.known[layout].dims[dim]
             spread = held * self.space.mesh.ways(tuple(a for a in axes if a in STATE_AXES))
         part.weights += spread * scale
         part.shard += held * scale

@@ -430,8 +430,8 @@ class Pinned:
         letters = _letters(tag, shape)
         if not self.asked.zero or len(shape) < 2 or "bias" in tag or not letters:
             return {}
-        taken = set(_named(tag, shape, TENSOR, self.asked.tp)) if self.asked.tp > 1 else set()
-        taken |= set(_named(tag, shape, EXPERT, self.asked.ep)) if self.asked.ep > 1 else set()
+        taken = set(_named(tag, shape, TENSOR, self.asked.tp)) if self.asked.tp > 1 else set[int]()
+        taken |= set(_named(tag, shape, EXPERT, self.asked.ep)) if self.asked.ep > 1 else set[int]()
         able = [d for d in range(len(shape)) if d not in taken]
         longest = max(able, key=lambda d: shape[d], default=None)
         return {} if longest is None else {longest: shape[longest]}

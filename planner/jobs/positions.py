@@ -73,7 +73,7 @@ class Positions(Examples):
         for result, dims in zip(op.outputs, rule.results, strict=True):
             if result in self.queries:
                 return list(dims[self.queries[result]][:1])
-        found = set() if rule.opaque else set(self.shares(op, rule))
+        found: set[int] = set() if rule.opaque else set(self.shares(op, rule))
         for result, dims in zip(op.outputs, rule.results, strict=True):
             kept = () if result in self.summed else self.dims.get(result, {})
             found.update(factor for d in kept for factor in dims[d][:1])

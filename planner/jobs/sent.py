@@ -27,7 +27,8 @@ def moves(
     target = _chosen(
         space, choices, item.wanted, item.consumer if item.consumer is not None else item.producer
     )
-    prices, share, entries = space.layouts.collectives, 1.0 / source.ways(space.mesh), []
+    prices, share = space.layouts.collectives, 1.0 / source.ways(space.mesh)
+    entries: list[Collective] = []
     for step in reshard(source, target) or ():
         larger, share = prices.shares(step, share)
         if step.kind != "slice" and item.nbytes:
@@ -54,7 +55,8 @@ def _chosen(
     space: Space, choices: tuple[int, ...], numbers: np.ndarray, node: int | None
 ) -> Sharding:
     index = 0 if node is None or len(numbers) == 1 else choices[node]
-    return space.layouts.known[numbers[index]]
+    number: int = numbers[index]
+    return space.layouts.known[number]
 
 
 def settlements(space: Space, choices: tuple[int, ...]) -> list[tuple[Op, Collective]]:

@@ -29,7 +29,7 @@ class Alias:
     copy: int
     source: int
     same: np.ndarray
-    values: set[int] = field(default_factory=set)  # the copies that take no memory then
+    values: set[int] = field(default_factory=lambda: set())  # the copies that take no memory then
 
     def choices(self) -> np.ndarray:
         """The node's choices with bytes of their own, then those that may share."""

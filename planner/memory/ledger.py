@@ -120,9 +120,11 @@ class Ledger:
 def least_peak(lives: Lifetimes, mesh: Mesh) -> float:
     """Bytes that no plan on this mesh can do without: every value cut as finely as it divides."""
     graph, time = lives.program.graph, lives.program.time
-    split = time.split if isinstance(time, TimeAxis) and lives.microbatches > 1 else {}
+    split: Mapping[int, int] = (
+        time.split if isinstance(time, TimeAxis) and lives.microbatches > 1 else {}
+    )
     free = free_values(lives.program) | lives.copies.keys()
-    nbytes = {}
+    nbytes: dict[int, float] = {}
     for value in lives.causes:
         shape = list(graph.types[value].shape)
         if value in split:

@@ -135,7 +135,7 @@ class _Analysis:
         tick = 1  # tick 0: the step has its inputs
         for value in self.graph.inputs:
             self.defined[value] = 0
-        bounds = []
+        bounds: list[tuple[int, int]] = []
         for position, op in enumerate(self.graph.ops):
             start = tick
             tick = self._visit(op, tick)
@@ -331,7 +331,7 @@ class _Analysis:
 
     @cached_property
     def _ends(self) -> list[int]:
-        tick, ends = 1, []
+        tick, ends = 1, list[int]()
         for op in self.graph.ops:
             tick += ticks_of(op)
             ends.append(tick - 1)
@@ -466,6 +466,6 @@ def _held_within(op: Op, model: ExecutionModel) -> tuple[tuple[int, int], ...]:
     if of_tokens:
         largest = max(of_tokens, key=lambda k: results[k].size)
         found.append((largest, ceil(block / results[largest].nbytes)))
-    sums = [k for k, v in enumerate(graph.outputs) if k not in of_tokens and share < 1]
+    sums = [k for k in range(len(graph.outputs)) if k not in of_tokens and share < 1]
     each = SUM * (1 if model.adds_in_products else 2)
     return (*found, *((k, ceil(each * results[k].size / results[k].nbytes)) for k in sums))

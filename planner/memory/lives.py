@@ -52,7 +52,7 @@ class Lifetimes:
     def counted(self, microbatches: int) -> Lifetimes:
         """The same lives with another microbatch count; both counts are above 1."""
         time = self.program.time
-        split = (time.split.keys() if isinstance(time, TimeAxis) else set()) - set(
+        split = (time.split.keys() if isinstance(time, TimeAxis) else set[int]()) - set(
             self.program.graph.inputs
         )
         fewer = self.microbatches / microbatches

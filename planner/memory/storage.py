@@ -126,11 +126,11 @@ class _Analysis:
             for value in op.outputs:
                 self.sources(value)
         kept: set[int] = set()
-        made = {}
+        made: dict[int, frozenset[int]] = {}
         for value in self.kernels.kept:
             sources = self.sources(value)
             kept |= sources
-            if sources != {value}:
+            if sources != frozenset((value,)):
                 made[value] = sources
         twice = {v: found for v in kept if (found := self._remakes(v))}
         stored = frozenset(kept) - self.kernels.inside.keys()
@@ -210,7 +210,7 @@ class _Analysis:
     def _made_of(self, value: int) -> frozenset[int]:
         op = self.maker.get(value)
         operands = (self.slices[value],) if value in self.slices else op.inputs if op else ()
-        return frozenset().union(*map(self.sources, operands))
+        return frozenset[int]().union(*map(self.sources, operands))
 
     def _rounded(self, value: int) -> bool:
         return self.types[value].dtype in self.model.widened

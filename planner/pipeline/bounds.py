@@ -42,7 +42,7 @@ class Bounds:
     problem: Problem
     trace: Trace
     choices: Choices
-    spaces: dict[PipelineConfig, Space] = field(default_factory=dict)
+    spaces: dict[PipelineConfig, Space] = field(default_factory=lambda: {})
 
     def holdings(self, policy: Policy, microbatches: int) -> Holdings:
         overlap = self.problem.request.execution.within
@@ -59,7 +59,7 @@ class Bounds:
             ).counted(microbatches)
         return self._holdings[key]
 
-    _holdings: dict[tuple[Policy, int], Holdings] = field(default_factory=dict)
+    _holdings: dict[tuple[Policy, int], Holdings] = field(default_factory=lambda: {})
 
     def relaxed(self, shape: PipelineConfig, beat: float) -> tuple[float, float]:
         """The least seconds with any memory, which bound the count's multiples too, and those with no more than all
@@ -72,7 +72,10 @@ class Bounds:
         free, within = found.lower_bound + more, self._shared_memory(space, shape, beat)
         if free >= beat or (found.choices is not None and within.fits(found.choices)):
             return free, free
-        with_memory = lambda priced: Limited(self._shared_memory(priced, shape, beat), {})  # noqa: E731
+
+        def with_memory(priced: Space) -> Limited:
+            return Limited(self._shared_memory(priced, shape, beat), {})
+
         solution, _ = self.bound(space, with_memory, ENOUGH * beat - more, start)
         return free, inf if solution.status == "infeasible" else max(
             free, solution.lower_bound + more
@@ -171,7 +174,7 @@ class Bounds:
         self, space: Space, weights: Mapping[int, float]
     ) -> tuple[tuple[Demand, ...], float]:
         """Bytes of so many of each value, all at one moment; those that nothing decides."""
-        demands, fixed = [], 0.0
+        demands, fixed = list[Demand](), 0.0
         for value, weight in weights.items():
             sizes, node = all_bytes(space, value)
             if node is None:
@@ -254,7 +257,7 @@ class Bounds:
         known, many = self._stages[key], shape.microbatches
         return least_peak(known if many == known.microbatches else known.counted(many), shape.mesh)
 
-    _stages: dict[tuple[Policy, int, Runs], Lifetimes] = field(default_factory=dict)
+    _stages: dict[tuple[Policy, int, Runs], Lifetimes] = field(default_factory=lambda: {})
 
     def _crowded(self, shape: PipelineConfig, held: float) -> bool:
         """Whether all stages together have no room for so many microbatches, however everything lies."""
@@ -268,12 +271,13 @@ class Bounds:
         lasting, flying = self._leasts[key]
         return (lasting + held * flying) / shape.stages
 
-    _leasts: dict[PipelineConfig, tuple[float, float]] = field(default_factory=dict)
+    _leasts: dict[PipelineConfig, tuple[float, float]] = field(default_factory=lambda: {})
 
     def _lasting_and_flying(self, shape: PipelineConfig) -> tuple[float, float]:
         """Least bytes of the step's inputs, and of what one microbatch leaves, in all stages."""
         holdings, mesh = self.holdings(shape.policy, shape.microbatches), shape.mesh
-        graph, split = holdings.cut.program.graph, holdings.split if shape.microbatches > 1 else {}
+        graph = holdings.cut.program.graph
+        split: Mapping[int, int] = holdings.split if shape.microbatches > 1 else {}
 
         def least(value: int) -> float:
             return least_bytes(graph.types[value], split.get(value), shape.microbatches, mesh)

@@ -203,7 +203,7 @@ class Choices:
     def bubble(self, shape: PipelineConfig, name: str) -> float:
         """How many passes of one kind ("forward", "backward", "weight") of the slowest stage the best schedule
         waits for at least. Zero-bubble ones fill what is idle with gradients of weights."""
-        shares = []
+        shares: list[float] = []
         for schedule, chunks in self.schedules(shape.stages, shape.microbatches):
             if schedule.startswith(("zb", "v-")) or "zero" in schedule:
                 shares.append(-1.0 if name == "weight" else 1.0 if schedule == "zb-h1" else 0.0)
@@ -230,7 +230,7 @@ class Choices:
     def _floors(self, stages: int, policy: Policy) -> Mapping[int, Floor]:
         """By microbatch count, that which says most."""
         if (stages, policy) not in self._known_floors:
-            work, found = self._work_of(stages, policy), []
+            work, found = self._work_of(stages, policy), list[list[Floor]]()
             for mean in (1.0,) if self.problem.request.program == "single" else (1.0, ENDS):
                 shares = {
                     key: self._shares(stages, key[0], key[1] == self.units.middle, mean)
@@ -248,7 +248,7 @@ class Choices:
             self._known_floors[stages, policy] = dict(zip(self.counts, most, strict=True))
         return self._known_floors[stages, policy]
 
-    _known_floors: dict[tuple[int, Policy], Mapping[int, Floor]] = field(default_factory=dict)
+    _known_floors: dict[tuple[int, Policy], Mapping[int, Floor]] = field(default_factory=lambda: {})
 
     def _on_top(self, stages: int, work: Mapping[Work, np.ndarray]) -> np.ndarray:
         """What the fullest stage runs besides its share of layers, at least, per microbatch, by count: where all have
@@ -268,12 +268,15 @@ class Choices:
         if policy not in self.sums:
             program = self.problem.program(policy, in_stages=True)
             known = self.cut(policy, self.counts[-1])
-            of = lambda tag: (known.passes.get(tag, "once"), known.kind_of(tag))  # noqa: E731
+
+            def of(tag: str) -> Work:
+                return known.passes.get(tag, "once"), known.kind_of(tag)
+
             self.sums[policy] = summed(program, self.problem.cost, of)
         spread_out = spread(self.sums[policy], [self.problem.cluster.size // stages], self.counts)
         return {key: seconds[0] for key, seconds in spread_out.items()}
 
-    sums: dict[Policy, Mapping[Work, np.ndarray]] = field(default_factory=dict)  # `summed`
+    sums: dict[Policy, Mapping[Work, np.ndarray]] = field(default_factory=lambda: {})  # `summed`
 
     def take_cuts_of(self, other: Choices) -> None:
         """Use the cuts of another cluster's search for the same step, and the work where devices are alike."""
@@ -294,7 +297,7 @@ class Choices:
             self._cuts[key] = Cut.of(self.units, program, self.problem.folded.small, many)
         return self._cuts[key]
 
-    _cuts: dict[tuple[Policy, bool], Cut] = field(default_factory=dict)
+    _cuts: dict[tuple[Policy, bool], Cut] = field(default_factory=lambda: {})
 
     def weights(self, shape: PipelineConfig) -> Mapping[str, float]:
         """By op tag, how often the seconds of an op of one layer count in the step, at least; "" for results."""
@@ -411,7 +414,7 @@ class Choices:
             )
         return self._known_bubbles[stages, name]
 
-    _known_bubbles: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
+    _known_bubbles: dict[tuple[int, str], np.ndarray] = field(default_factory=lambda: {})
 
     def imbalance(self, stages: int) -> float:
         """How much more than its share of layers some stage has, as layers are not cut."""

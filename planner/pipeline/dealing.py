@@ -94,7 +94,7 @@ def _fill(
             return None, farther
         begins.append(found)
         starts = sorted(found)
-    firsts, end = [], units
+    firsts, end = list[int](), units
     for found in reversed(begins):
         if end not in found:
             return None, farther

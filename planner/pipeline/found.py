@@ -33,9 +33,8 @@ class Found:
     choices: tuple[int, ...] = ()
     pricing: Pricing | None = None
     priced: Priced | None = None
-    programs: dict[str, float] = field(
-        default_factory=dict
-    )  # seconds of a step by each kind of program, once chosen
+    # Seconds of a step by each kind of program, once chosen.
+    programs: dict[str, float] = field(default_factory=lambda: {})
     why: str = ""  # why there is no single program
     apart: Priced | None = None  # as programs of each stage, where a single one was chosen
 
@@ -75,7 +74,7 @@ def with_program(found: Found, problem: Problem, trace: Trace) -> Found:
     """
     if found.priced is None or found.pricing is None or found.shape is None:
         return found
-    wanted, programs = problem.request.program, {}
+    wanted, programs = problem.request.program, dict[str, float]()
     if wanted != "single":
         programs["stages"] = found.as_run(problem.cost.execution_model)
     single, why = None, ""

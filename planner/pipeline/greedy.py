@@ -105,12 +105,14 @@ class _Rank:
     held: ActivationMemory
     microbatches: int
     manner: Manner
-    order: list[Step] = field(default_factory=list)
+    order: list[Step] = field(default_factory=lambda: [])
     free: float = 0.0  # when it has ended what it took
     line: float = 0.0  # when its last transfer has ended
     holds: float = 0.0
     done: dict[Kind, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})
-    late: deque[int] = field(default_factory=deque)  # microbatches whose weight passes wait
+    late: deque[int] = field(
+        default_factory=lambda: deque()
+    )  # microbatches whose weight passes wait
     arrived: dict[Kind, list[float]] = field(
         init=False
     )  # when the input of each microbatch is here, if known

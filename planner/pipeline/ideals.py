@@ -49,7 +49,7 @@ def closed_sets(units: int, edges: Iterable[tuple[int, int]], most: int) -> list
 
 def members(some: int) -> list[int]:
     """The units of a set, in order."""
-    found = []
+    found: list[int] = []
     while some:
         low = some & -some
         found.append(low.bit_length() - 1)

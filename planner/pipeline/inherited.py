@@ -19,14 +19,12 @@ class InheritedBounds:
     """By family (a shape without a count): bounds by `choices.counts`."""
 
     choices: Choices
-    found: dict[PipelineConfig, dict[int, float]] = field(
-        default_factory=lambda: defaultdict(dict)
-    )  # as they were added
-    _even: dict[PipelineConfig, np.ndarray] = field(
-        default_factory=dict
-    )  # of each count, were there no bubble
-    _finer: dict[PipelineConfig, list[PipelineConfig]] = field(default_factory=dict)
-    _waits: dict[int, np.ndarray] = field(default_factory=dict)
+    # As they were added.
+    found: dict[PipelineConfig, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
+    # Of each count, were there no bubble.
+    _even: dict[PipelineConfig, np.ndarray] = field(default_factory=lambda: {})
+    _finer: dict[PipelineConfig, list[PipelineConfig]] = field(default_factory=lambda: {})
+    _waits: dict[int, np.ndarray] = field(default_factory=lambda: {})
 
     def add(self, family: PipelineConfig, many: int, bound: float) -> None:
         """`bound` holds with any memory."""

@@ -170,7 +170,7 @@ def _check_room(
         InfeasibleError: the rank that lacks most where least is lacking, and the least limit that would do.
     """
     static = held.static or [0.0] * len(held.limits)
-    found = []
+    found: list[tuple[float, int, list[float]]] = []
     for placement in placements:
         least = [
             taken + sum(held.forward[s] for s in of)
@@ -210,7 +210,7 @@ def lower_bound(stages: Sequence[StageSeconds], ranks: int, microbatches: int) -
         0.0,
         *accumulate(s.backward + after.sending("backward") for s, after in pairwise(stages)),
     ]
-    found = []
+    found: list[float] = []
     for stage, before, behind in zip(stages, there, back, strict=True):
         both = microbatches * (stage.forward + stage.backward)
         found.append(

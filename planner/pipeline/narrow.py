@@ -102,7 +102,7 @@ def _least_across(atoms: list[float], across: list[float], most: float) -> list[
                 best, at = cost, first
         least.append(best)
         came.append(at)
-    cuts, at = [], came[-1]
+    cuts, at = list[int](), came[-1]
     while at:
         cuts.append(at)
         at = came[at]

@@ -62,7 +62,8 @@ def best_cuts(
         devices: at most, of the whole pipeline; tables may end with stages on fewer.
         latest: among equals, last stages begin as late as they can, else as early.
     """
-    rows, ends = first.shape[0], first.shape[2]
+    rows: int = first.shape[0]
+    ends: int = first.shape[2]
     seconds = np.full((devices + 1, ends), np.inf)
     seconds[:rows] = first[:, start]
     at, own_devices = (
@@ -120,7 +121,7 @@ def _least_sum(
     tables: Sequence[np.ndarray], devices: int, limit: float
 ) -> tuple[StagePiece, ...] | None:
     """The pipeline with the least sum of seconds and no stage slower than the limit."""
-    units = tables[0].shape[1] - 1
+    units: int = tables[0].shape[1] - 1
     rows = np.arange(units + 1)
     behind = np.full((devices + 1, units + 1), np.inf)
     behind[0, units] = 0.0
@@ -149,7 +150,7 @@ def _least_sum(
             best, stages = behind[devices, 0], len(taken)
     if not stages:
         return None
-    pieces, at = [], 0
+    pieces, at = list[StagePiece](), 0
     for to, own in reversed(taken[:stages]):
         piece = StagePiece(at, int(to[devices, at]), int(own[devices, at]))
         pieces.append(piece)
@@ -205,7 +206,7 @@ def _least_sum_of(
     rounds = range(1 if stages is None else stages)
     none = np.full((devices + 1, units + 1), np.inf)
     none[0, units] = 0.0
-    behind, taken = none, []
+    behind, taken = none, list[tuple[np.ndarray, np.ndarray]]()
     for _ in rounds:
         total = none.copy() if stages is None else np.full_like(none, np.inf)
         source = (
@@ -228,7 +229,7 @@ def _least_sum_of(
         taken.append((to, own))
     if np.isinf(behind[devices, 0]):
         return None
-    pieces, at, left = [], 0, devices
+    pieces, at, left = list[StagePiece](), 0, devices
     while at < units:
         to, own = taken[-1] if stages is None else taken[stages - 1 - len(pieces)]
         piece = StagePiece(at, int(to[left, at]), int(own[left, at]))

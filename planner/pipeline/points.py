@@ -44,7 +44,7 @@ class Point(BaseModel):
 
     def choices_in(self, space: Space) -> tuple[int, ...] | None:
         """The same decisions in another space; None where one does not exist there."""
-        found = []
+        found: list[int] = []
         for node in space.nodes:
             made = Strategy(self.strategies[node.tag]) if node.tag in self.strategies else None
             known = made or (self.slots[node.tag].sharding if node.tag in self.slots else None)

@@ -200,7 +200,7 @@ class Pricing:
 
     def _works(self, homes: Sequence[Place], firsts: Sequence[int]) -> list[UnitSeconds]:
         """All of each stage, with the seconds in which it hands things to others once per step."""
-        found, ends = [], (*firsts[1:], len(self.units))
+        found, ends = list[UnitSeconds](), (*firsts[1:], len(self.units))
         alike = {id(home.each): home.each for home in homes}
         handing = {key: [self._handing(unit) for unit in each] for key, each in alike.items()}
         for home, first, end in zip(homes, firsts, ends, strict=True):
@@ -228,7 +228,11 @@ class Pricing:
             peak, left, late = homes[stage].memory.under(schedule, stage).parts(runs)
             return peak + self._extra(schedule, stage, [left], [late]) <= homes[stage].limit
 
-        return cache(lambda stage, first, last: has_room(stage, runs_of(self.units, first, last)))
+        @cache
+        def fits(stage: int, first: int, last: int) -> bool:
+            return has_room(stage, runs_of(self.units, first, last))
+
+        return fits
 
     def _extra(
         self, schedule: Schedule, rank: int, left: Sequence[float], late: Sequence[float]
@@ -259,7 +263,7 @@ class Pricing:
         """Seconds of the stages; of a backward pass with those of weights in it, weights have what they add."""
         borders = [self._between(homes, s - 1, first) for s, first in enumerate(firsts)]
         borders.append(0.0)
-        found = []
+        found: list[StageSeconds] = []
         for work, back, send in zip(works, borders, borders[1:], strict=False):
             backward = work.backward.seconds
             weight = work.weight.seconds if splits else work.whole - backward

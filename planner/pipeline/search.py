@@ -72,9 +72,8 @@ class Pipelines:
     # with passes in the order of a schedule, until `reorder`; and the best of some time, in a better one
     best: Found = field(default_factory=Found)
     reordered: Found = field(default_factory=Found)
-    open: list[tuple[float, int, int, PipelineConfig]] = field(
-        default_factory=list
-    )  # bound, axes (finer first), number
+    # Bound, axes (finer first), number.
+    open: list[tuple[float, int, int, PipelineConfig]] = field(default_factory=lambda: [])
     closed: float = inf  # least bound of the shapes looked at to their end
     looked: int = 0
     cutoff: float = inf  # seconds of a plan found elsewhere
@@ -82,10 +81,9 @@ class Pipelines:
     besides: Sequence[
         Candidate
     ] = ()  # what else is looked at, which other processes may begin with
-    points: list[Point] = field(default_factory=list)
-    counts_left: dict[PipelineConfig, list[int]] = field(
-        default_factory=dict
-    )  # of families that were looked at
+    points: list[Point] = field(default_factory=lambda: [])
+    # Of families that were looked at.
+    counts_left: dict[PipelineConfig, list[int]] = field(default_factory=lambda: {})
     inherited: InheritedBounds = field(init=False)
 
     def __post_init__(self) -> None:
@@ -251,7 +249,7 @@ class Pipelines:
             for n, mesh in usual
             if not self.inherited.finer(PipelineConfig(n, mesh, policy))
         ]
-        found = []
+        found: list[PipelineConfig] = []
         for stages, mesh in sorted(usual, key=lambda pair: abs(pair[0] - 8)):
             wanted = max(1, self.choices.batch // mesh.shape[0])
             many = max(
@@ -461,7 +459,7 @@ class Pipelines:
             return False
         return found.priced.in_any_order < min(self.beat, cutoff)
 
-    _looked_at: list[Found] = field(default_factory=list)  # whose passes were reordered
+    _looked_at: list[Found] = field(default_factory=lambda: [])  # whose passes were reordered
 
     def _single(self, pricing: Pricing, microbatches: int) -> Priced | None:
         """A single program for all stages; None where it does not fit."""

@@ -143,19 +143,21 @@ class _Events:
     tasks: Sequence[Task]
     slowdown: float
     now: float = 0.0
-    left: dict[int, float] = field(default_factory=dict)  # of tasks in progress: seconds of work
-    since: dict[int, float] = field(default_factory=dict)
-    rate: dict[int, float] = field(default_factory=dict)
+    # Of tasks in progress: seconds of work.
+    left: dict[int, float] = field(default_factory=lambda: {})
+    since: dict[int, float] = field(default_factory=lambda: {})
+    rate: dict[int, float] = field(default_factory=lambda: {})
     version: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    queue: list[tuple[float, int, int]] = field(default_factory=list)
+    queue: list[tuple[float, int, int]] = field(default_factory=lambda: [])
     ready: dict[Stream, list[int]] = field(default_factory=lambda: defaultdict(list))  # heaps
-    busy: set[Stream] = field(default_factory=set)
+    busy: set[Stream] = field(default_factory=lambda: set())
     active: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))  # by device
 
     def run(self) -> Run:
         followers, waiting = _waits(self.tasks)
         start, end = [0.0] * len(self.tasks), [-1.0] * len(self.tasks)
-        freed = self._ready([i for i, count in enumerate(waiting) if count == 0])
+        freed: set[Stream] = self._ready([i for i, count in enumerate(waiting) if count == 0])
+        arrived: list[int]
         while freed or self.queue:
             for stream in sorted(freed - self.busy):
                 if self.ready[stream]:
@@ -217,7 +219,7 @@ class _Events:
                 )
 
 
-def _joined(pieces) -> list[tuple[float, float]]:
+def _joined(pieces: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     found: list[tuple[float, float]] = []
     for start, end in sorted(pieces):
         if found and start <= found[-1][1]:
@@ -321,7 +323,7 @@ def _sends(schedule: Schedule, stages: Sequence[StageSeconds], step: Step) -> bo
 
 def _positions(schedule: Schedule, sends: Set[Step]) -> dict[Step, tuple[int, int]]:
     """Where each pass will stand among the tasks, and its send, if it has one."""
-    found, at = {}, 0
+    found, at = dict[Step, tuple[int, int]](), 0
     for slots in schedule.slots:
         for slot in slots:
             send = at

@@ -67,7 +67,7 @@ def _dispatched_by(
 
 def shards_left(pricing: Pricing, priced: Priced) -> list[float]:
     """By stage, what its forward pass leaves, as shards on one host."""
-    shards = []
+    shards: list[float] = []
     for stage, rank in enumerate(priced.schedule.homes):
         place = pricing.places[rank]
         left = sum(place.memory.holdings.left(priced.runs(pricing.units, stage)).values())
@@ -82,7 +82,7 @@ def even_firsts(units: Units, stages: int) -> tuple[int, ...]:
         PlanError: that cannot be.
     """
     layers, end = _layers(units)
-    between = {units.names[kind] for kind in units.kinds[layers[0] : end]} if layers else set()
+    between = {units.names[kind] for kind in units.kinds[layers[0] : end]} if layers else set[str]()
     alike = (
         between.issubset(WHOLE)
         and len({b - a for a, b in pairwise(units.cuts[i] for i in layers)}) <= 1

@@ -20,9 +20,11 @@ class StageLayouts:
 
     pipelines: Pipelines
     solved: dict[tuple[PipelineConfig, tuple[Watched, ...]], Rank | None] = field(
-        default_factory=dict
+        default_factory=lambda: {}
     )
-    parts: dict[int, tuple[tuple[UnitSeconds, ...], StageMemory]] = field(default_factory=dict)
+    parts: dict[int, tuple[tuple[UnitSeconds, ...], StageMemory]] = field(
+        default_factory=lambda: {}
+    )
 
     def fastest(
         self, shapes: Iterable[PipelineConfig], watched: tuple[Watched, ...]

@@ -43,7 +43,7 @@ class Holdings:
     cut: Cut
     microbatches: int
     passes: Passes
-    _left: dict[tuple[Runs, bool], dict[int, int]] = field(default_factory=dict, repr=False)
+    _left: dict[tuple[Runs, bool], dict[int, int]] = field(default_factory=lambda: {}, repr=False)
 
     @classmethod
     def of(
@@ -128,7 +128,7 @@ class Holdings:
 
     def demands(self, space: Space, runs: Runs, held: float, shift: int) -> list[Demand]:
         """What microbatches after the first leave behind, at all moments from `shift` on, for the solver."""
-        found = []
+        found: list[Demand] = []
         for value, many in self.left(runs).items() if held > 1 else ():
             sizes, node = all_bytes(space, value)
             if node is not None:
@@ -187,9 +187,9 @@ class StageMemory:
     holdings: Holdings
     space: Space
     choices: Sequence[int]
-    _peaks: dict[Runs, tuple[float, float, float]] = field(default_factory=dict)
-    _borders: dict[int, np.ndarray] = field(default_factory=dict)
-    _local: dict[int, float] = field(default_factory=dict)
+    _peaks: dict[Runs, tuple[float, float, float]] = field(default_factory=lambda: {})
+    _borders: dict[int, np.ndarray] = field(default_factory=lambda: {})
+    _local: dict[int, float] = field(default_factory=lambda: {})
 
     @cached_property
     def _apart(self) -> StageMemory:
@@ -286,7 +286,7 @@ class StageMemory:
         """When copies are made: of gathered weights that hide, one gather early."""
         ahead, passes = None, self.holdings.passes
         early = "parameters" in passes.overlap
-        batch = flow_of(passes.cut.program).batch if early else frozenset()
+        batch = flow_of(passes.cut.program).batch if early else frozenset[str]()
         for _, lives, value in copies:
             start = lives[0].start
             if not early or self.space.program.value_tags[value] in batch:

@@ -87,7 +87,7 @@ class _Ranks:
     left: list[dict[Step, None]] = field(init=False)  # per rank, in order
     done: list[list[Step]] = field(init=False)
     holds: list[float] = field(init=False)
-    end: dict[Step, float] = field(default_factory=dict)
+    end: dict[Step, float] = field(default_factory=lambda: {})
     changes: dict[Step, float] = field(init=False)  # what each step adds to what its rank holds
     queues: dict[tuple[str, int, int], list[tuple[int, Step]]] = field(
         init=False
@@ -96,7 +96,8 @@ class _Ranks:
     sources: dict[Step, list[tuple[Step, float]]] = field(
         init=False
     )  # what each step takes, and the seconds that it travels
-    arrived: dict[Step, float] = field(default_factory=dict)  # when a step has all that it takes
+    # When a step has all that it takes.
+    arrived: dict[Step, float] = field(default_factory=lambda: {})
 
     def __post_init__(self) -> None:
         whole = self.schedule.whole

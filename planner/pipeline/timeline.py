@@ -45,7 +45,7 @@ class Timeline:
     def text(self, width: int = 96) -> str:
         """One row per device: what it computes most in each of `width` equal times, dots when idle."""
         devices, column = sorted({s.device for s in self.slices}), self.seconds / width
-        rows = []
+        rows: list[str] = []
         for device in devices:
             shares: list[dict[str, float]] = [{} for _ in range(width)]
             for s in self.slices:

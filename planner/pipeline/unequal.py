@@ -11,7 +11,7 @@ Numbers of devices are powers of two within a host, and whole hosts, so that no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -251,22 +251,22 @@ class Unequal:
     @cached_property
     def _work(self) -> Mapping[Policy, Mapping[tuple[int, bool], np.ndarray]]:
         """Least seconds of (repeats of a unit, whether in passes), by size and microbatch count."""
-        found = {}
-        for policy in self._policies:
-            cut = self.choices.cut(policy, max(self._counts))
-            of: dict[str, tuple[int, bool]] = {}
-            for kind, alike in enumerate(self.units.alike):
-                for fragment in cut.fragments(kind):
-                    of |= {
-                        op.tag: (alike, cut.class_of(op.tag)[0] != "once") for op in fragment.ops
-                    }
-            rest = self.units.alike[0], False
-            class_of = lambda tag, of=of, rest=rest: of.get(tag, rest)  # noqa: E731
-            program = self.problem.program(policy, in_stages=True)
-            found[policy] = least_work(
-                program, self.problem.cost, self.sizes, self._counts, class_of
+        return {
+            policy: least_work(
+                self.problem.program(policy, in_stages=True), self.problem.cost, self.sizes,
+                self._counts, self._class_of(policy),
             )
-        return found
+            for policy in self._policies
+        }  # fmt: skip
+
+    def _class_of(self, policy: Policy) -> Callable[[str], tuple[int, bool]]:
+        cut = self.choices.cut(policy, max(self._counts))
+        of: dict[str, tuple[int, bool]] = {}
+        for kind, alike in enumerate(self.units.alike):
+            for fragment in cut.fragments(kind):
+                of |= {op.tag: (alike, cut.class_of(op.tag)[0] != "once") for op in fragment.ops}
+        rest = self.units.alike[0], False
+        return lambda tag: of.get(tag, rest)
 
     def _each(self, policy: Policy, count: int, passes: bool) -> np.ndarray:
         """Seconds of each unit, by size: shape (sizes, units)."""
@@ -285,7 +285,7 @@ class Unequal:
             self._counts[count],
         )
         lasting = _runs(self._lasting(policy, many))
-        found = {}
+        found: dict[int, Pace] = {}
         for size, way, update in zip(self.sizes, passes, once, strict=True):
             first = np.where(lasting <= size * self.problem.limit, _runs(way), inf)
             found[size // self.sizes[0]] = Pace(first, _runs((many - 1) * way + update))

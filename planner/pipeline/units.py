@@ -94,7 +94,7 @@ class Units:
     @cached_property
     def _numbers(self) -> tuple[int, ...]:
         """Of each unit, which of its sort it is, from 1; both halves of a layer have its number."""
-        layers, parts, found = 0, 0, []
+        layers, parts, found = 0, 0, list[int]()
         for kind in self.kinds:
             name = self.names[kind]
             layers, parts = layers + (name in ("layer", HALVES[0])), parts + (name == "part")

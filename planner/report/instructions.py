@@ -132,7 +132,7 @@ class _Step:
     reads: tuple[str, ...]
     makes: tuple[str, ...]
     seconds: float = 0.0
-    sends: list[Collective] = field(default_factory=list)
+    sends: list[Collective] = field(default_factory=lambda: [])
 
 
 class _Reading:
@@ -180,7 +180,7 @@ class _Reading:
         self._step(name, op, (source,), (name,), runs)
 
     def _op(self, op: LocalOp, runs: float) -> None:
-        reads = tuple(filter(None, map(self._name, op.inputs)))
+        reads = tuple(name for v in op.inputs if (name := self._name(v)))
         makes = tuple(f"{op.tag}:{i}" for i in range(len(op.outputs)))
         self.known.update(zip(op.outputs, makes, strict=True))
         step = self._step(op.tag, op, reads, makes, runs)

@@ -55,7 +55,7 @@ def find_collectives(
     Args:
         often: op tag -> on how many stages alike what it reads is brought and what it makes is settled.
     """
-    found: dict[tuple, Collective] = {}
+    found: dict[object, Collective] = {}
     names = spoken(prices.space)
     for op, runs in prices.runs():
         for entry in sent_by(prices, op, runs, names):
@@ -95,7 +95,7 @@ def repeated(entry: Collective, times: int) -> Collective:
     return entry.model_copy(update={"count": entry.count * times, "seconds": entry.seconds * times})
 
 
-def _count(found: dict[tuple, Collective], entry: Collective) -> None:
+def _count(found: dict[object, Collective], entry: Collective) -> None:
     key = (entry.kind, entry.axes, entry.nbytes, entry.what, entry.phase)
     old = found.get(key)
     if old is not None:

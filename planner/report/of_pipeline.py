@@ -50,7 +50,7 @@ class Rank:
 class ProgramChoice:
     """Predicted seconds of a step by each kind of program that can be, and why there is no single one."""
 
-    programs: Mapping[str, float] = field(default_factory=dict)
+    programs: Mapping[str, float] = field(default_factory=lambda: {})
     why: str = ""
 
     @property
@@ -176,7 +176,7 @@ def _pipeline(
     ends = (*priced.firsts[1:], len(units))
     spaces = {id(rank.space): rank for rank in ranks} if unlike else {}
     uses = {key: axis_uses(rank.space, rank.choices) for key, rank in spaces.items()}
-    stages = []
+    stages: list[Stage] = []
     for number, (first, end) in enumerate(zip(priced.firsts, ends, strict=True)):
         rank = schedule.homes[number]
         mine, seconds = ranks[rank], priced.stages[number]

@@ -352,4 +352,5 @@ def _one_microbatch(space: Space, value: int, role: str) -> TensorType:
 
 def _layout(space: Space, choices: tuple[int, ...], tag: str) -> Sharding:
     home = space.homes[tag]
-    return space.layouts.known[home.layouts[0 if home.node is None else choices[home.node]]]
+    number: int = home.layouts[0 if home.node is None else choices[home.node]]
+    return space.layouts.known[number]

@@ -181,7 +181,7 @@ class _Replanning:
     small: Graph
     cluster: Cluster
     looks: int
-    searches: dict[int, Pipelines] = field(default_factory=dict)  # by hosts used
+    searches: dict[int, Pipelines] = field(default_factory=lambda: {})  # by hosts used
     best: Pipelines | None = None
     tried: int = 0
 
@@ -230,13 +230,11 @@ class _Replanning:
             f"planned anew from {counted(len(self.frontier.points), 'known solution')},"
             f" {counted(self.tried, 'candidate')} priced; {self._used(self.best)}"
         )
-        update = {
+        update: dict[str, object] = {
             "notes": (*found.notes, *self.frontier.notes, told),
             "recipe": self.frontier.recipe or None,
+            "batch": self.frontier.batch,  # by inputs of the whole graph, of which the small one has fewer
         }
-        update["batch"] = (
-            self.frontier.batch
-        )  # by inputs of the whole graph, of which the small one has fewer
         if self.frontier.unstacked and found.pipeline is not None:
             update["pipeline"] = found.pipeline.model_copy(update={"unstacked": True})
         return found.model_copy(update=update)

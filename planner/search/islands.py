@@ -177,7 +177,7 @@ class Islands:
         return self.pipelines[0].choices.units
 
     def _alone(self, alone: Alone) -> Iterator[Plan]:
-        seen = set()
+        seen: set[str] = set()
         for problem, trace in [*self._equal(), *zip(self.problems, self.traces, strict=True)]:
             key = problem.cluster.fingerprint()
             if key in seen:
@@ -217,7 +217,7 @@ class Islands:
     @cached_property
     def _work(self) -> dict[tuple[int, Policy], dict[tuple[str, bool], np.ndarray]]:
         """Least seconds of one run, by (stages - option, microbatch count), of each class of ops."""
-        found = {}
+        found: dict[tuple[int, Policy], dict[tuple[str, bool], np.ndarray]] = {}
         for group, pipelines in enumerate(self.pipelines):
             problem, devices = (
                 pipelines.problem,
@@ -231,7 +231,7 @@ class Islands:
 
     def _combinations(self) -> list[Combination]:
         """Cheapest estimate first."""
-        found = []
+        found: list[Combination] = []
         passes = {key: _passes(work) for key, work in self._work.items()}
         chosen = [
             (some, stages)
@@ -263,10 +263,12 @@ class Islands:
 
     def lower_bound(self) -> float:
         """No plan on any of the groups together is faster."""
-        found = []
+        found: list[float] = []
         for policy in self.problems[0].policies:
             for i, many in enumerate(self.counts):
-                each = []  # by group: seconds of each class with all devices of the group
+                each: list[
+                    list[float]
+                ] = []  # by group: seconds of each class with all devices of the group
                 for group in range(len(self.cluster.groups)):
                     row = self._options(group).index(1) if 1 in self._options(group) else 0
                     scale = self._options(group)[row]
@@ -373,7 +375,7 @@ class Islands:
 
     def _dealt(self, each: Combination, homes: Sequence[int]) -> tuple[int, ...] | None:
         """Units by speed, before anything is known of memory."""
-        at, speeds = self.counts.index(each.microbatches), {}
+        at, speeds = self.counts.index(each.microbatches), dict[int, float]()
         for group, n in zip(each.order, each.stages, strict=True):
             work, row = self._work[group, each.policy], self._options(group).index(n)
             speeds[group] = float(_passes(work)[row, at])

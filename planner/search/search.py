@@ -90,7 +90,7 @@ class Search:
             return (1,)
         return tuple(m for m in range(1, axis.parts + 1) if axis.parts % m == 0)
 
-    _spaces: dict[Candidate, Space] = field(default_factory=dict)
+    _spaces: dict[Candidate, Space] = field(default_factory=lambda: {})
 
     def space(self, candidate: Candidate) -> Space:
         if candidate not in self._spaces:
@@ -254,10 +254,11 @@ class Search:
         if candidate is not None:
             self.open_bounds[candidate] = self._inherited(candidate)
 
-    open_bounds: dict[Candidate, float] = field(default_factory=dict)
+    open_bounds: dict[Candidate, float] = field(default_factory=lambda: {})
     closed_bound: float = inf  # of all candidates that were looked at to their end
-    _relaxed_bounds: dict[Candidate, float] = field(default_factory=dict)  # without a memory limit
-    _probed: set[Candidate] = field(default_factory=set)
+    # Without a memory limit.
+    _relaxed_bounds: dict[Candidate, float] = field(default_factory=lambda: {})
+    _probed: set[Candidate] = field(default_factory=lambda: set())
 
     def lower_bound(self) -> float:
         """No plan of any candidate is faster than this."""
@@ -271,7 +272,7 @@ class Search:
         """By microbatch count: no plan is faster than every op cut evenly over all devices, nothing sent."""
         if policy not in self._floors:
             program, counts = self.problem.program(policy), self._counts()
-            body = program.time.body if isinstance(program.time, TimeAxis) else frozenset()
+            body = program.time.body if isinstance(program.time, TimeAxis) else frozenset[int]()
             inside = {program.graph.ops[i].tag for i in body}
             found = least_work(
                 program, self.problem.cost, [self.problem.cluster.size], counts, inside.__contains__
@@ -280,7 +281,7 @@ class Search:
             self._floors[policy] = {m: float(once[i] + m * each[i]) for i, m in enumerate(counts)}
         return self._floors[policy]
 
-    _floors: dict[Policy, Mapping[int, float]] = field(default_factory=dict)
+    _floors: dict[Policy, Mapping[int, float]] = field(default_factory=lambda: {})
 
     def forget(self, keep: Candidate | None) -> None:
         """Spaces are large; keep only the incumbent's."""
@@ -318,7 +319,7 @@ class Search:
         found, self._multipliers[candidate] = solve_overlapped(space, solve, gap, enough, start)
         return found
 
-    _multipliers: dict[Candidate, np.ndarray] = field(default_factory=dict)
+    _multipliers: dict[Candidate, np.ndarray] = field(default_factory=lambda: {})
 
     def offer(self, candidate: Candidate, answer: Answer) -> None:
         objective = answer.solution.objective
@@ -365,7 +366,7 @@ class Search:
             self._lives[policy, count] = found
         return self._lives[policy, count]
 
-    _lives: dict[tuple[Policy, int], Lifetimes] = field(default_factory=dict)
+    _lives: dict[tuple[Policy, int], Lifetimes] = field(default_factory=lambda: {})
 
     def _solve(self, candidate: Candidate, probe: float | None = None) -> float:
         """Solve one candidate under the memory limit; returns its own lower bound."""

@@ -16,7 +16,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -46,7 +46,7 @@ serve()"""
 
 
 @contextmanager
-def worker_pool(cluster: Cluster, request: Request) -> Iterator[Workers | None]:
+def worker_pool(cluster: Cluster, request: Request) -> Generator[Workers | None]:
     """As many as there are cores to spare, for a search large enough; they are gone afterwards."""
     spare = min(MOST, _cores() - 1)
     if (

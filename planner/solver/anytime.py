@@ -287,7 +287,12 @@ class Anytime:
                     raise
 
     def _near(
-        self, live: Live, bounds: np.ndarray, start: np.ndarray, seconds: float, walks: list[Future]
+        self,
+        live: Live,
+        bounds: np.ndarray,
+        start: np.ndarray,
+        seconds: float,
+        walks: list[Future[np.ndarray]],
     ) -> np.ndarray:
         """Better and better by one neighbourhood after another, while the walks last."""
         until = perf_counter() + min(seconds, self.left)

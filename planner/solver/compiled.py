@@ -11,15 +11,17 @@ gone: what is kept is dropped then, as where a file is damaged.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numba
 from filelock import FileLock
-from numba.core.caching import FunctionCache
+
+caching: Any = import_module("numba.core.caching")  # which has no types
 
 
-class SharedCache(FunctionCache):
+class SharedCache(caching.FunctionCache):
     """numba's cache of one function; one process at a time reads or writes it."""
 
     def _lock(self) -> FileLock:
@@ -29,7 +31,7 @@ class SharedCache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         with self._lock():
             try:
-                return super().load_overload(sig, target_context)
+                return caching.FunctionCache.load_overload(self, sig, target_context)
             except (
                 Exception
             ):  # whatever reading a damaged file, or one with types of other names, may raise
@@ -38,7 +40,7 @@ class SharedCache(FunctionCache):
 
     def save_overload(self, sig: Any, data: Any) -> None:
         with self._lock():
-            super().save_overload(sig, data)
+            caching.FunctionCache.save_overload(self, sig, data)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

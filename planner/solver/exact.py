@@ -325,7 +325,7 @@ def _kernel(search: SearchState, view: _View) -> Reduced:
 
 def _best_choices(view: _View, count: int, known: Choices | None) -> Reduced:
     """The `count` choices of each node with the lowest bounds, and those of a known assignment."""
-    masks = []
+    masks: list[np.ndarray] = []
     for node, bounds in enumerate(view.nodes):
         rank = min(count, bounds.size) - 1
         mask = bounds <= np.partition(bounds, rank)[rank]

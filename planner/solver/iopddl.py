@@ -119,7 +119,7 @@ def _first_problem(error: Exception) -> str:
 def _live(problem: _Problem) -> Live:
     nodes = problem.nodes
     costs = [_allowed(np.array(costs, dtype=float)) for costs in nodes.costs]
-    edges = []
+    edges: list[Edge] = []
     for (a, b), flat in zip(problem.edges.nodes, problem.edges.costs, strict=True):
         table = _allowed(np.array(flat, dtype=float).reshape(costs[a].size, costs[b].size))
         if a == b:  # a node with itself: only equal strategies meet

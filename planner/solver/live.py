@@ -110,7 +110,8 @@ class DemandTable:
         counts = np.array([d.nbytes.size for d in demands], dtype=np.int64)
         nodes = np.array([d.node for d in demands], dtype=np.int64)
         offset = np.concatenate([[0], np.cumsum(counts)])[:-1].astype(np.int64)
-        within = np.arange(counts.sum()) - np.repeat(offset, counts)
+        total: int = counts.sum()
+        within = np.arange(total) - np.repeat(offset, counts)
         return DemandTable(
             nodes,
             np.array([d.first for d in demands], dtype=np.int64),

@@ -125,7 +125,7 @@ def _walk(
     then = used.copy()
     for _ in range(proposals):
         i = np.random.randint(flat.starts.size - 1)
-        width = flat.starts[i + 1] - flat.starts[i]
+        width: int = flat.starts[i + 1] - flat.starts[i]
         p, old = np.random.randint(width), choices[i]
         if p == old:
             continue

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import pairwise
 from threading import Thread
 from time import perf_counter
+from typing import Protocol
 
 import highspy
 import numpy as np
-from scipy.sparse import coo_array, csr_array, vstack
 
 from .onehot import Choices, Edge
 from .reductions import Reduced
@@ -24,6 +25,23 @@ from .reductions import Reduced
 HEAR = 0.1  # seconds within which Ctrl-C is heard
 GRACE = 1.0  # seconds after the time limit in which HiGHS may still answer
 OBJECTIVE_SCALE = 1e3  # HiGHS' tolerances are absolute, about 1e-7
+sparse = import_module("scipy.sparse")  # which has no types
+
+
+class _ByEntry(Protocol):
+    """What is read of a sparse matrix by entries."""
+
+    data: np.ndarray
+    coords: tuple[np.ndarray, np.ndarray]
+
+
+class _ByRow(Protocol):
+    """What is read of a sparse matrix row by row."""
+
+    data: np.ndarray
+    indices: np.ndarray
+    indptr: np.ndarray
+    nnz: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +61,7 @@ class MipAnswer:
 class _Ties:
     """Equality rows `matrix @ (x, z) = right` and the cost of each pair variable."""
 
-    matrix: csr_array
+    matrix: _ByRow
     right: np.ndarray
     pair_costs: np.ndarray
 
@@ -65,9 +83,9 @@ def solve_mip(
     integrality[: starts[-1]] = 1
     rows, lower, upper = ties.matrix, ties.right, ties.right
     if model.limits.size:
-        usage = csr_array(np.hstack(model.usage))
+        usage = sparse.csr_array(np.hstack(model.usage))
         usage.resize(model.limits.size, costs.size)
-        rows = csr_array(vstack([rows, usage]))
+        rows = sparse.csr_array(sparse.vstack([rows, usage]))
         lower = np.concatenate([lower, np.full(model.limits.size, -np.inf)])
         upper = np.concatenate([upper, model.limits])
     found = _highs(_Program(costs, integrality, rows, lower, upper), gap, seconds)
@@ -81,7 +99,7 @@ class _Program:
 
     costs: np.ndarray
     integrality: np.ndarray
-    rows: csr_array
+    rows: _ByRow
     lower: np.ndarray
     upper: np.ndarray
 
@@ -138,7 +156,7 @@ def _tie_pairs(model: Reduced, allowed: Sequence[np.ndarray], starts: np.ndarray
     """One choice per node; each pair's sums equal to its two choices."""
     count = len(model.costs)
     owner = np.repeat(np.arange(count), model.sizes)
-    one_each = coo_array((np.ones(owner.size), (owner, np.arange(owner.size))))
+    one_each: _ByEntry = sparse.coo_array((np.ones(owner.size), (owner, np.arange(owner.size))))
     blocks, heights = [one_each], [count]
     pair_costs, width = [np.zeros(0)], int(starts[-1])
     for edge, mask in zip(model.edges, allowed, strict=True):
@@ -147,21 +165,21 @@ def _tie_pairs(model: Reduced, allowed: Sequence[np.ndarray], starts: np.ndarray
         pair_costs.append(edge.costs[mask])
         width += int(mask.sum())
     padded = [
-        coo_array((block.data, block.coords), shape=(height, width))
+        sparse.coo_array((block.data, block.coords), shape=(height, width))
         for block, height in zip(blocks, heights, strict=True)
     ]
     right = np.zeros(sum(heights))
     right[:count] = 1.0
-    return _Ties(csr_array(vstack(padded)), right, np.concatenate(pair_costs))
+    return _Ties(sparse.csr_array(sparse.vstack(padded)), right, np.concatenate(pair_costs))
 
 
-def _tie_edge(edge: Edge, mask: np.ndarray, starts: np.ndarray, first: int) -> coo_array:
+def _tie_edge(edge: Edge, mask: np.ndarray, starts: np.ndarray, first: int) -> _ByEntry:
     """Rows `sum of pairs - choice = 0` for every choice of both ends."""
     p, q = np.nonzero(mask)
-    left, right = mask.shape
+    left, right = map(int, mask.shape)
     pairs = first + np.arange(p.size)
     ends = np.concatenate([starts[edge.a] + np.arange(left), starts[edge.b] + np.arange(right)])
     rows = np.concatenate([p, left + q, np.arange(left + right)])
     columns = np.concatenate([pairs, pairs, ends])
     values = np.concatenate([np.ones(2 * p.size), -np.ones(left + right)])
-    return coo_array((values, (rows, columns)), shape=(left + right, first + p.size))
+    return sparse.coo_array((values, (rows, columns)), shape=(left + right, first + p.size))

@@ -129,7 +129,7 @@ def _part_of(
 ) -> Live:
     """The problem of some nodes and some of their choices while all others stay."""
     place = {node: k for k, node in enumerate(inside)}
-    costs, edges = [], []
+    costs, edges = list[np.ndarray](), list[Edge]()
     for k, node in enumerate(inside):
         cost = live.costs[node][kept[node]]
         for other, table in near[node].items():
@@ -153,7 +153,7 @@ def _part_of(
 
 def _promising(live: Live, bounds: np.ndarray, choices: np.ndarray, count: int) -> list[np.ndarray]:
     """The `count` choices of each node with the lowest bounds, and the present one."""
-    kept = []
+    kept: list[np.ndarray] = []
     for node, of_node in enumerate(np.split(bounds, live.starts[1:-1])):
         lowest = np.argsort(of_node, kind="stable")[:count]
         kept.append(np.union1d(lowest, choices[node]))

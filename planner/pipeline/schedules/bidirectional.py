@@ -30,7 +30,7 @@ def chimera(ranks: int, microbatches: int) -> Schedule:
     positive(ranks=ranks, microbatches=microbatches)
     _even("chimera", ranks=ranks, microbatches=microbatches)
     half, unit = microbatches // 2, ranks // 2
-    orders = []
+    orders: list[tuple[Step, ...]] = []
     for rank in range(ranks):
         timed: list[tuple[int, int, Step]] = []
         for first, stage in ((0, rank), (half, ranks - 1 - rank)):
@@ -56,7 +56,7 @@ def dualpipe(ranks: int, microbatches: int) -> Schedule:
     positive(ranks=ranks, microbatches=microbatches)
     _even("dualpipe", ranks=ranks, microbatches=microbatches)
     _at_least("dualpipe", 2 * ranks, microbatches)
-    half, orders = microbatches // 2, []
+    half, orders = microbatches // 2, list[_Order]()
     for rank in range(ranks):
         down, up = _Stream(rank, 0), _Stream(ranks - 1 - rank, half)
         own, other = (down, up) if rank < ranks // 2 else (up, down)
@@ -85,7 +85,7 @@ class _Stream:
 
     stage: int
     first: int
-    begun: dict[Kind, int] = field(default_factory=dict)
+    begun: dict[Kind, int] = field(default_factory=lambda: {})
 
     def next(self, kind: Kind) -> Step:
         i = self.begun.get(kind, 0)
@@ -99,9 +99,9 @@ class _Order:
 
     near: _Stream
     far: _Stream
-    steps: list[Step] = field(default_factory=list)
-    together: set[Step] = field(default_factory=set)
-    owed: deque[Step] = field(default_factory=deque)  # weight passes put off
+    steps: list[Step] = field(default_factory=lambda: [])
+    together: set[Step] = field(default_factory=lambda: set())
+    owed: deque[Step] = field(default_factory=lambda: deque())  # weight passes put off
 
     def fill(self, depth: int, depths: int, microbatches: int) -> _Order:
         """The eight phases, for the rank at `depth` of the `depths` between an end and the middle.

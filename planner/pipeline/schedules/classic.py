@@ -27,7 +27,7 @@ def gpipe(ranks: int, microbatches: int) -> Schedule:
 def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
     """As many forward passes as there are ranks behind, then backward and forward by turns."""
     positive(ranks=ranks, microbatches=microbatches)
-    orders = []
+    orders: list[tuple[Step, ...]] = []
     for rank in range(ranks):
         forward = passes("forward", [rank], 1, microbatches)
         backward = passes("backward", [rank], 1, microbatches)
@@ -42,7 +42,7 @@ def round_robin(replicas: Sequence[int], microbatches: int) -> Schedule:
     al., PipeDream, SOSP 2019, section 3.2 (1F1B-RR).
     """
     positive(microbatches=microbatches, replicas=min(replicas, default=0))
-    orders = []
+    orders: list[tuple[Step, ...]] = []
     for stage, count in enumerate(replicas):
         ahead = -(-sum(replicas[stage:]) // count) - 1
         for replica in range(count):
@@ -63,7 +63,7 @@ def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
     if chunks == 1:
         return one_f_one_b(ranks, microbatches)
     group = group_size(ranks, microbatches)
-    orders = []
+    orders: list[tuple[Step, ...]] = []
     for rank in range(ranks):
         held = range(rank, ranks * chunks, ranks)
         forward = passes("forward", held, group, microbatches)
@@ -75,7 +75,7 @@ def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
 def looped_bfs(ranks: int, microbatches: int, chunks: int) -> Schedule:
     """Chunk by chunk, all microbatches through one before the next; backward in the reverse order."""
     positive(ranks=ranks, microbatches=microbatches, chunks=chunks)
-    orders = []
+    orders: list[tuple[Step, ...]] = []
     for rank in range(ranks):
         forward = passes("forward", range(rank, ranks * chunks, ranks), microbatches, microbatches)
         orders.append((*forward, *(step._replace(kind="backward") for step in reversed(forward))))

@@ -51,7 +51,7 @@ def _zbv_order(rank: int, ranks: int, microbatches: int) -> list[Step]:
     words += ["dB", "uB"] * rank + ["dB", "dW"] * behind + ["uW"] * rank + ["dW"] * rank
     stage = {"d": rank, "u": 2 * ranks - 1 - rank}
     taken: Counter[str] = Counter()
-    order = []
+    order: list[Step] = []
     for word in words:
         order.append(Step(MARKS[word[1]], stage[word[0]], taken[word]))
         taken[word] += 1
@@ -85,7 +85,7 @@ def _block(ranks: int, microbatches: int, hop: int, turn: int) -> Schedule:
     The turn is such that no two passes of a rank ever meet in one slot.
     """
     positive(ranks=ranks, microbatches=microbatches)
-    orders = []
+    orders: list[tuple[Step, ...]] = []
     for rank in range(ranks):
         down, up = rank, 2 * ranks - 1 - rank
         slots = (

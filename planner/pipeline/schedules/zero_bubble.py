@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ....ir.pipeline.schedule import Schedule, Step
+from ....ir.pipeline.schedule import Kind, Schedule, Step
 from .classic import group_size, passes, positive
 
 
@@ -49,7 +49,7 @@ def interleaved_zero_bubble(ranks: int, microbatches: int, chunks: int) -> Sched
     """
     positive(ranks=ranks, microbatches=microbatches, chunks=chunks)
     group = group_size(ranks, microbatches)
-    orders = []
+    orders: list[tuple[Step, ...]] = []
     for rank in range(ranks):
         held = range(rank, ranks * chunks, ranks)
         forward = passes("forward", held, group, microbatches)
@@ -58,7 +58,7 @@ def interleaved_zero_bubble(ranks: int, microbatches: int, chunks: int) -> Sched
     return Schedule("interleaved-zero-bubble", ranks * chunks, microbatches, tuple(orders))
 
 
-def _plain(kind, rank: int, microbatches: int) -> list[Step]:
+def _plain(kind: Kind, rank: int, microbatches: int) -> list[Step]:
     return passes(kind, [rank], 1, microbatches)
 
 
