@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from meshwright.backends.xla import emit, narrow
+from meshwright.backends.xla import emit
 from meshwright.ir import ops
 from meshwright.ir.analysis import masks, refusals
 from meshwright.ir.composites import bodies
+from meshwright.ir.passes import narrow
 from meshwright.ir.rules import random, user_kernel, vocabulary
 from meshwright.planner.cost import flop
 

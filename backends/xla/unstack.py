@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from ...ir.analysis.layer_axes import layer_axes, scans_left
 from ...ir.graph import Batch, Graph
 from ...ir.passes.dead import drop_dead_ops
-from .apart import Place, take_apart
+from ...ir.passes.unroll import Place, unroll_layers
 from .capture import Captured, convert
+from .rebind import rebound
 from .stacked import Row, StackedArray, join, stacked
 from .trace import trace
 
@@ -114,8 +115,8 @@ def unstack(captured: Captured) -> Unstacked:
     while (axes := layer_axes(graph)) or any(
         op.kind == "scan" and op.trips == 1 for op in graph.ops
     ):
-        found = take_apart(graph, bound, axes)
-        graph, bound = drop_dead_ops(found.graph), found.bound
+        found = unroll_layers(graph, axes)
+        graph, bound = drop_dead_ops(found.graph), rebound(found, bound)
         inputs, outputs = _refined(inputs, found.inputs), _refined(outputs, found.outputs)
         notes.update(dict.fromkeys(found.notes))
     for op in scans_left(graph):

@@ -3,20 +3,23 @@
     reduce_sum [12, 8, 4] over dims 0, 2   for one of the 12   reduce_sum [8, 4] over dim 1
     dot_general [12, 8, 4] [12, 4, 2]      batched in dim 0    dot_general [8, 4] [4, 2]
 
-A dim is known by its factor in the op's rule. Only parameters change; None says that this
+A dim is known by its factor in the op's rule. Only attributes change; None says that this
 op cannot lose a dim that way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeVar
 
-from ...ir.graph import Op
-from ...ir.ops import ELEMENTWISE
-from ...ir.rules.rule import Rule
+from ..attrs import Attr
+from ..graph import Op
+from ..ops import ELEMENTWISE
+from ..rules.rule import Rule
 
-Params = dict[str, Any]
+Attrs = tuple[tuple[str, Attr], ...]
+Changes = dict[str, Attr]
+T = TypeVar("T")
 Places = tuple[int | None, ...]  # per tensor, where the dim lies
 
 
@@ -37,28 +40,29 @@ def places(rule: Rule, factor: int) -> tuple[Places, Places] | None:
     return each[: len(rule.operands)], each[len(rule.operands) :]
 
 
-def narrowed(
-    op: Op, params: Params, ranks: tuple[int, ...], operands: Places, results: Places
-) -> Params | None:
-    """The parameters of `op` on operands (of these ranks) and results that have lost these dims."""
+def narrowed(op: Op, ranks: tuple[int, ...], operands: Places, results: Places) -> Attrs | None:
+    """The attributes of `op` on operands (of these ranks) and results that have lost these dims."""
     if op.kind in ELEMENTWISE:
         whole = all(rank == 0 for rank, at in zip(ranks, operands, strict=True) if at is None)
-        return params if whole else None
+        return op.attrs if whole else None
     writer = _WRITERS.get(op.kind)
-    return writer(params, operands, results) if writer else None
+    changes = writer(op, operands, results) if writer else None
+    if changes is None:
+        return None
+    return tuple((name, changes.get(name, value)) for name, value in op.attrs)
 
 
-def _shifted(name: str) -> Callable[[Params, Places, Places], Params | None]:
-    """Parameters that number dims, one or several: those above the lost one move down."""
+def _shifted(name: str) -> Callable[[Op, Places, Places], Changes | None]:
+    """An attribute that numbers dims, one or several: those above the lost one move down."""
 
-    def write(params: Params, operands: Places, results: Places) -> Params | None:
+    def write(op: Op, operands: Places, results: Places) -> Changes | None:
         lost = operands[0]
         if lost is None or any(at != lost for at in operands):
             return None
-        dims = params[name]
+        dims = op.attr(name)
         if isinstance(dims, int):
-            return {**params, name: dims - (dims > lost)} if dims != lost else None
-        return {**params, name: _without(dims, lost)}
+            return {name: dims - (dims > lost)} if dims != lost else None
+        return {name: _without(op.integers(name), lost)}
 
     return write
 
@@ -67,69 +71,58 @@ def _without(dims: tuple[int, ...], lost: int) -> tuple[int, ...]:
     return tuple(d - (d > lost) for d in dims if d != lost)
 
 
-def _drop(items: tuple[Any, ...], at: int) -> tuple[Any, ...]:
+def _drop(items: tuple[T, ...], at: int) -> tuple[T, ...]:
     return (*items[:at], *items[at + 1 :])
 
 
-def _broadcast_in_dim(params: Params, operands: Places, results: Places) -> Params | None:
+def _broadcast_in_dim(op: Op, operands: Places, results: Places) -> Changes | None:
     lost, made = operands[0], results[0]
     if made is None:
         return None
-    dims = params["broadcast_dimensions"]
+    dims = op.integers("broadcast_dimensions")
     kept = dims if lost is None else _drop(dims, lost)
     return {
-        **params,
-        "shape": _drop(params["shape"], made),
+        "shape": _drop(op.integers("shape"), made),
         "broadcast_dimensions": _without(kept, made),
     }
 
 
-def _reshape(params: Params, operands: Places, results: Places) -> Params | None:
+def _reshape(op: Op, operands: Places, results: Places) -> Changes | None:
     made = results[0]
-    if made is None or params["dimensions"] is not None:
+    if made is None or op.has("dimensions"):
         return None
-    return {**params, "new_sizes": _drop(params["new_sizes"], made)}
+    return {"new_sizes": _drop(op.integers("new_sizes"), made)}
 
 
-def _transpose(params: Params, operands: Places, results: Places) -> Params | None:
+def _transpose(op: Op, operands: Places, results: Places) -> Changes | None:
     lost = operands[0]
-    return (
-        None if lost is None else {**params, "permutation": _without(params["permutation"], lost)}
-    )
+    return None if lost is None else {"permutation": _without(op.integers("permutation"), lost)}
 
 
-def _slice(params: Params, operands: Places, results: Places) -> Params | None:
+def _slice(op: Op, operands: Places, results: Places) -> Changes | None:
     lost = operands[0]
     if lost is None:
         return None
     names = ("start_indices", "limit_indices", "strides")
-    return {**params, **{n: _drop(params[n], lost) for n in names if params[n] is not None}}
+    return {n: _drop(op.integers(n), lost) for n in names if op.has(n)}
 
 
-def _pad(params: Params, operands: Places, results: Places) -> Params | None:
+def _pad(op: Op, operands: Places, results: Places) -> Changes | None:
     lost = operands[0]
-    return (
-        None
-        if lost is None
-        else {**params, "padding_config": _drop(params["padding_config"], lost)}
-    )
+    return None if lost is None else {"padding_config": _drop(op.items("padding_config"), lost)}
 
 
-def _dot_general(params: Params, operands: Places, results: Places) -> Params | None:
+def _dot_general(op: Op, operands: Places, results: Places) -> Changes | None:
     """A dim of both operands is a batched or a summed pair, a dim of one is free."""
-    (summed, batch), at = params["dimension_numbers"], operands
-    sides = ((summed[0], batch[0], at[0]), (summed[1], batch[1], at[1]))
-    (sum_l, batch_l), (sum_r, batch_r) = (_side(*side) for side in sides)
-    return {**params, "dimension_numbers": ((sum_l, sum_r), (batch_l, batch_r))}
+    return {
+        name: _without(op.integers(name), lost)
+        for side, lost in zip(("lhs", "rhs"), operands, strict=True)
+        if lost is not None
+        for name in (f"{side}_contracting", f"{side}_batch")
+    }
 
 
-def _side(summed: Any, batch: Any, lost: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if lost is None:
-        return tuple(summed), tuple(batch)
-    return _without(tuple(summed), lost), _without(tuple(batch), lost)
-
-
-_WRITERS: Mapping[str, Callable[[Params, Places, Places], Params | None]] = {
+_WRITERS: Mapping[str, Callable[[Op, Places, Places], Changes | None]] = {
     **{
         f"reduce_{name}": _shifted("axes")
         for name in ("sum", "max", "min", "and", "or", "prod", "xor")

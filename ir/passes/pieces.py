@@ -9,24 +9,17 @@ stacks wait in a run, which is emitted piece by piece once somebody needs a resu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from math import inf, isinf
 
-import jax
-import numpy as np
-from jax import lax
+from ..attrs import Attr
+from ..graph import Constant, Op, TensorType
+from ..ops import ELEMENTWISE
+from ..values import FreshIds
+from .narrow import Attrs
 
-from ...ir.attrs import Attr
-from ...ir.graph import Constant, Op, TensorType
-from ...ir.ops import ELEMENTWISE
-from ...ir.values import FreshIds
-from .capture import Bound
-from .dtypes import jax_dtype
-from .params import attrs_of
-
-_IDENTITY = {"add": 0, "max": -np.inf, "min": np.inf, "and": True, "or": False}
+_IDENTITY = {"add": 0, "max": -inf, "min": inf, "and": True, "or": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +35,7 @@ class _Waiting:
     """One op for every piece: column k of operands and results belongs to piece k."""
 
     kind: str
-    attrs: tuple[tuple[str, Attr], ...]
+    attrs: Attrs
     where: str
     operands: tuple[Sequence[int], ...]
     results: tuple[Sequence[int], ...]
@@ -56,26 +49,20 @@ class _Waiting:
 
 @dataclass
 class Shared:
-    """What all scopes of a graph have in common: values, constants, and jax's side of the ops."""
+    """What all scopes of a graph have in common: values, constants, and what ops were before they lost a dim."""
 
     fresh: FreshIds
-    bound: dict[Any, Bound]
     constants: list[Constant]
-    notes: dict[str, None] = field(default_factory=dict)
-
-    def attrs(
-        self, kind: str, primitive: Any, params: dict[str, Any]
-    ) -> tuple[tuple[str, Attr], ...]:
-        attrs = attrs_of(kind, params)
-        self.bound.setdefault((kind, attrs), (primitive, params))
-        return attrs
+    notes: dict[str, None] = field(default_factory=dict[str, None])
+    narrowed: dict[tuple[str, Attrs], Attrs] = field(default_factory=dict[tuple[str, Attrs], Attrs])
 
     def number(self, data: float | bool, dtype: str) -> int:
         """A scalar constant, as one value per content."""
         kind = TensorType(dtype, ())
-        if dtype.startswith(("s", "u")) and np.isinf(data):
-            limits = np.iinfo(jax_dtype(dtype))
-            data = limits.max if data > 0 else limits.min
+        if dtype.startswith(("s", "u")) and isinf(data):
+            bits, signed = int(dtype[1:]), dtype.startswith("s")
+            least = -(2 ** (bits - 1)) if signed else 0
+            data = 2 ** (bits - signed) - 1 if data > 0 else least
         data = (
             data if dtype == "bool" else float(data) if dtype.startswith(("f", "bf")) else int(data)
         )
@@ -110,17 +97,15 @@ class PieceScope:
         self._writer.update(dict.fromkeys(op.outputs, op))
 
     def make(
-        self, kind: str, inputs: Sequence[int], result: TensorType, where: str, **params: Any
+        self, kind: str, inputs: Sequence[int], result: TensorType, where: str, **attrs: Attr
     ) -> int:
         """Emit one op of ours; returns its result."""
-        primitive, given = glue(kind)
         value = self.shared.fresh.value(result)
-        attrs = self.shared.attrs(kind, primitive, {**given, **params})
-        self.emit(Op(kind, tuple(inputs), (value,), attrs, where=where))
+        self.emit(Op(kind, tuple(inputs), (value,), tuple(sorted(attrs.items())), where=where))
         return value
 
     def spread(
-        self, kind: str, attrs: tuple[tuple[str, Attr], ...], operands: Sequence[int | Sequence[int]],
+        self, kind: str, attrs: Attrs, operands: Sequence[int | Sequence[int]],
         results: Sequence[Sequence[int]], where: str,
     ) -> None:  # fmt: skip
         """Let one op per piece wait. An operand is one value for all pieces, or one per piece."""
@@ -160,13 +145,8 @@ class PieceScope:
             kind, dim, count = self.types[value.pieces[0]], value.dim, len(value.pieces)
             row = TensorType(kind.dtype, _with(kind.shape, dim, 1))
             full = TensorType(kind.dtype, _with(kind.shape, dim, count))
-            primitive, given = glue("broadcast_in_dim")
             places = tuple(d for d in range(row.rank) if d != dim)
-            attrs = self.shared.attrs(
-                "broadcast_in_dim",
-                primitive,
-                {**given, "shape": row.shape, "broadcast_dimensions": places},
-            )
+            attrs = _broadcast(row.shape, places)
             rows = self.like(row, count)
             self.spread("broadcast_in_dim", attrs, [value.pieces], [rows], where)
             made = (
@@ -198,16 +178,12 @@ class PieceScope:
         piece = TensorType(kind.dtype, _without(kind.shape, dim))
         if op is None or op.kind not in {"broadcast_in_dim", *ELEMENTWISE}:
             return None
-        _, params = self.shared.bound[op.kind, op.attrs]
         if op.kind == "broadcast_in_dim":
-            places = params["broadcast_dimensions"]
+            places = op.integers("broadcast_dimensions")
             if dim in places or len(op.inputs) > 1:
                 return None
-            moved = {
-                "shape": piece.shape,
-                "broadcast_dimensions": tuple(d - (d > dim) for d in places),
-            }
-            return self.make(op.kind, op.inputs, piece, op.where, **moved)
+            moved = _broadcast(piece.shape, tuple(d - (d > dim) for d in places))
+            return self.make(op.kind, op.inputs, piece, op.where, **dict(moved))
         inputs = [self._single(v, dim) if self.types[v].shape else v for v in op.inputs]
         known = tuple(v for v in inputs if v is not None)
         if len(known) < len(inputs):
@@ -220,14 +196,20 @@ class PieceScope:
         kind = self.types[value]
         row = TensorType(kind.dtype, _with(_without(kind.shape, dim), dim, 1))
         flat = TensorType(kind.dtype, _without(kind.shape, dim))
-        pieces = []
+        pieces: list[int] = []
         for k in range(kind.shape[dim]):
             start = tuple(k if d == dim else 0 for d in range(kind.rank))
             limit = tuple(k + 1 if d == dim else size for d, size in enumerate(kind.shape))
             taken = value
             if kind.shape[dim] > 1:
                 taken = self.make(
-                    "slice", [value], row, where, start_indices=start, limit_indices=limit
+                    "slice",
+                    [value],
+                    row,
+                    where,
+                    start_indices=start,
+                    limit_indices=limit,
+                    strides=None,
                 )
             pieces.append(self.make("squeeze", [taken], flat, where, dimensions=(dim,)))
         return Stack(dim, tuple(pieces))
@@ -239,13 +221,12 @@ class PieceScope:
         result = self.types[pieces[0]]
         start = self.repeated(self.shared.number(_IDENTITY[kind], result.dtype), result, where)
         sums = self.like(result, len(pieces))
-        attrs = self.shared.attrs(kind, *glue(kind))
-        self.spread(kind, attrs, [(start, *sums[:-1]), pieces], [sums], where)
+        self.spread(kind, (), [(start, *sums[:-1]), pieces], [sums], where)
         return sums[-1]
 
     def repeated(self, scalar: int, kind: TensorType, where: str) -> int:
         return self.make(
-            "broadcast_in_dim", [scalar], kind, where, shape=kind.shape, broadcast_dimensions=()
+            "broadcast_in_dim", [scalar], kind, where, **dict(_broadcast(kind.shape, ()))
         )
 
     def carried(self, value: int, where: str) -> int:
@@ -263,23 +244,5 @@ def _without(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
     return (*shape[:dim], *shape[dim + 1 :])
 
 
-_EXAMPLES: Mapping[str, Any] = {
-    "slice": lambda x: lax.slice(x, (0, 0), (1, 2)),
-    "squeeze": lambda x: lax.squeeze(x, (0,)),
-    "broadcast_in_dim": lambda x: lax.broadcast_in_dim(x, (3, 1, 2), (1, 2)),
-    "concatenate": lambda x: lax.concatenate([x, x], 0),
-    "add": lax.add,
-    "max": lax.max,
-    "min": lax.min,
-    "and": lax.bitwise_and,
-    "or": lax.bitwise_or,
-}
-
-
-@lru_cache(maxsize=len(_EXAMPLES))
-def glue(kind: str) -> Bound:
-    """A primitive that we add ourselves, and the parameters it has in this version of jax."""
-    arrays = [np.ones((1, 2), np.int32)] * (2 if kind in _IDENTITY else 1)
-    eqn = jax.make_jaxpr(_EXAMPLES[kind])(*arrays).eqns[0]
-    assert eqn.primitive.name == kind, eqn
-    return eqn.primitive, dict(eqn.params)
+def _broadcast(shape: tuple[int, ...], dims: tuple[int, ...]) -> Attrs:
+    return (("broadcast_dimensions", dims), ("shape", shape), ("sharding", None))

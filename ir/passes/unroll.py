@@ -1,4 +1,4 @@
-"""Walk a graph in which some values come in pieces.
+"""Scans over layers unrolled: a walk of the graph in which some values come in pieces.
 
     a scan that runs over pieces      one copy of its body per piece
     a scan that has pieces besides    the same loop, its body in pieces
@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from ...ir.graph import Graph, Op, Region, TensorType
-from ...ir.rules import rule_of
-from ...ir.rules.rule import Rule
-from ...ir.values import FreshIds
+from ..graph import Graph, Op, Region, TensorType
+from ..rules import rule_of
+from ..rules.rule import Rule
+from ..values import FreshIds
 from . import narrow
-from .capture import Bound
 from .pieces import PieceScope, Shared, Stack
 
 Value = int | Stack
@@ -31,20 +29,22 @@ _BARRIER = "optimization_barrier"
 
 
 @dataclass(frozen=True)
-class Apart:
+class Unrolled:
     """A graph taken apart. `inputs[n]` is (old position, dim, row) of new input n; dim None: it
-    is whole. `outputs` likewise. Names are left to the caller."""
+    is whole. `outputs` likewise. Names are left to the caller.
+
+    `narrowed` knows the attributes that ops had before they lost a dim, by kind and new attributes."""
 
     graph: Graph
-    bound: dict[Any, Bound]
+    narrowed: dict[tuple[str, narrow.Attrs], narrow.Attrs]
     inputs: tuple[Place, ...]
     outputs: tuple[Place, ...]
     notes: tuple[str, ...]
 
 
-def take_apart(graph: Graph, bound: Mapping[Any, Bound], axes: Mapping[int, int]) -> Apart:
+def unroll_layers(graph: Graph, axes: Mapping[int, int]) -> Unrolled:
     """Take input p apart along dim `axes[p]`, and unroll every scan over it or of one turn."""
-    shared = Shared(FreshIds(graph), dict(bound), list(graph.constants))
+    shared = Shared(FreshIds(graph), list(graph.constants))
     walk = _Walk(graph, PieceScope(shared))
     env: Env = {}
     for position, dim in axes.items():
@@ -71,7 +71,7 @@ def take_apart(graph: Graph, bound: Mapping[Any, Bound], axes: Mapping[int, int]
         ),
         donated=frozenset(n for n, (p, _, _) in enumerate(inputs) if p in graph.donated),
     )
-    return Apart(made, shared.bound, inputs, outputs, tuple(shared.notes))
+    return Unrolled(made, shared.narrowed, inputs, outputs, tuple(shared.notes))
 
 
 def _flat(values: Sequence[Value]) -> tuple[int, ...]:
@@ -150,9 +150,8 @@ class _Walk:
         found = None if factor is None else narrow.places(rule, factor)
         if factor is None or found is None:
             return None
-        primitive, params = self.shared.bound[op.kind, op.attrs]
         ranks = tuple(self.graph.types[v].rank for v in op.inputs)
-        narrowed = narrow.narrowed(op, params, ranks, *found)
+        narrowed = narrow.narrowed(op, ranks, *found)
         if narrowed is None or (
             rule.factors[factor].kind == "reduced" and any(d is not None for d in found[1])
         ):
@@ -163,19 +162,19 @@ class _Walk:
             else self.scope.apart(v, dim, op.where).pieces
             for v, dim in zip(operands, found[0], strict=True)
         ]
-        return self._spread(op, primitive, narrowed, given, found[1], rule, factor)
+        return self._spread(op, narrowed, given, found[1], rule, factor)
 
     def _spread(
-        self, op: Op, primitive: Any, params: dict[str, Any], given: Sequence[int | Sequence[int]],
+        self, op: Op, attrs: narrow.Attrs, given: Sequence[int | Sequence[int]],
         dims: narrow.Places, rule: Rule, factor: int,
     ) -> Sequence[Value]:  # fmt: skip
         scope, count = self.scope, rule.factors[factor].size
-        if params.get("axes") == ():  # nothing but the layers is summed
+        if ("axes", ()) in attrs:  # nothing but the layers is summed
             results = [given[0]] if not isinstance(given[0], int) else []
         else:
             kinds = [_lost(self.graph.types[v], d) for v, d in zip(op.outputs, dims, strict=True)]
             results = [scope.like(kind, count) for kind in kinds]
-            attrs = self.shared.attrs(op.kind, primitive, params)
+            self.shared.narrowed.setdefault((op.kind, attrs), op.attrs)
             scope.spread(op.kind, attrs, given, results, op.where)
         if rule.factors[factor].kind == "reduced":
             kind = _COMBINE[rule.factors[factor].reduction]
@@ -189,13 +188,8 @@ class _Walk:
         value = operands[0]
         if not isinstance(value, Stack) or op.kind not in ("slice", "squeeze"):
             return None
-        _, params = self.shared.bound[op.kind, op.attrs]
         if op.kind == "squeeze":
-            return (
-                value.pieces
-                if value.dim in params["dimensions"] and len(params["dimensions"]) == 1
-                else None
-            )
+            return value.pieces if op.integers("dimensions") == (value.dim,) else None
         shape = self.graph.types[op.inputs[0]].shape
         result = self.graph.types[op.outputs[0]].shape
         d = value.dim
@@ -204,10 +198,9 @@ class _Walk:
             *result[d + 1 :],
         ):
             return None
-        step = params["strides"][d] if params["strides"] else 1
-        return [
-            Stack(d, value.pieces[params["start_indices"][d] : params["limit_indices"][d] : step])
-        ]
+        step = op.integers("strides")[d] if op.has("strides") else 1
+        start, limit = op.integers("start_indices")[d], op.integers("limit_indices")[d]
+        return [Stack(d, value.pieces[start:limit:step])]
 
     def _barrier(self, op: Op, operands: Sequence[Value]) -> Sequence[Value]:
         """One barrier still: nothing behind it starts before all of it is there."""
