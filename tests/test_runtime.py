@@ -126,7 +126,7 @@ class Layers:
             Message((value,), size, "f64", replicated(2), {to: replicated(2)})
             for value, to in fragment.sends
         )
-        return StageProgram(fragment, call, (), fragment.takes, frozenset(), messages)
+        return StageProgram(fragment, (), fragment.takes, frozenset(), messages, call)
 
     def passes(self, s: int) -> dict:
         last = s == self.count - 1

@@ -46,7 +46,18 @@ class Message:
 
 
 @dataclass(frozen=True)
-class StageProgram:
+class ProgramBorder:
+    """What crosses into and out of the program of a fragment."""
+
+    fragment: Fragment
+    donates: tuple[int, ...]  # values taken that are given up
+    keeps: tuple[int, ...]
+    joins: frozenset[int]  # values kept of which it takes a list, one for each microbatch
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class StageProgram(ProgramBorder):
     """A fragment as a program of the framework.
 
     `call(moment, given_up, kept) -> (token, totals, gives, sent, results)`: `moment` is the number of the
@@ -54,12 +65,7 @@ class StageProgram:
     array per message. The token is ready when everything is.
     """
 
-    fragment: Fragment
     call: Callable[..., Any]
-    donates: tuple[int, ...]  # values taken that are given up
-    keeps: tuple[int, ...]
-    joins: frozenset[int]  # values kept of which it takes a list, one for each microbatch
-    messages: tuple[Message, ...]
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def lower_pipeline(
     stages = _stages(plan, pipeline, schedule, program, captured, devices)
     for stage, programs in enumerate(stages):
         homes = zip(program.graph.inputs, cut.homes, strict=True)
-        programs.know_inputs(v for v, where in homes if stage in where)
+        programs.layouts.know_inputs(v for v, where in homes if stage in where)
     # What several stages read on the same devices is one array: none of them may give it up.
     devices = [frozenset(stage.mesh.devices.flat) for stage in stages]
     alone = {

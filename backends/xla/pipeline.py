@@ -102,7 +102,8 @@ class LoweredPipeline:
     @cached_property
     def output_shardings(self) -> tuple[NamedSharding, ...]:
         ends = [
-            self.stages[s].sharding(self.stages[s].ends(o)) for o, s in enumerate(self.cut.ends)
+            self.stages[s].sharding(self.stages[s].layouts.ends(o))
+            for o, s in enumerate(self.cut.ends)
         ]
         return tuple(
             self.shared.layout if o in self.shared.sources else end for o, end in enumerate(ends)
@@ -118,7 +119,7 @@ class LoweredPipeline:
             for o, stage in enumerate(self.cut.ends)
             if self.joint
             and o not in state
-            and not any(self.stages[stage].ends(o).dims)
+            and not any(self.stages[stage].layouts.ends(o).dims)
             and types[o].dtype != "key"
         }
         kinds = {o: (types[o].shape, jax_dtype(types[o].dtype)) for o in whole}
