@@ -1,0 +1,249 @@
+"""A local program run by torch for one rank.
+
+Ops are looked up once, when the step is made; each run walks the list. A value is let go after its last reader. What
+travels is in the program as ops of its own (`ir/passes/localize.py`), so nothing is decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+
+from ...ir.graph import Constant, Graph
+from ...ir.local.program import BARRIER, COLLECTIVES, MICROBATCHES, ON_SHARDS, LocalOp, LocalProgram, LocalRegion, Shard
+from ...ir.mesh import Mesh
+from ...ir.passes.decisions import stacked
+from .collectives import Axes, Communicator, Shards, part_of, places_of
+from .dtypes import torch_dtype
+from .emit import emitter
+from .emit_reductions import highest, lowest
+from .shard import Part, View
+
+Tensor = torch.Tensor
+Values = dict[int, Tensor]
+Run = Callable[[Sequence[Tensor], Values], Sequence[Tensor]]
+
+JOIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add, "max": torch.maximum, "min": torch.minimum, "and": torch.logical_and, "or": torch.logical_or,
+}  # fmt: skip
+
+
+class LocalStep:
+    """Callable on one rank's shards of the program's inputs; returns those of its outputs.
+
+    Args:
+        arrays: constants of the program that are arrays.
+        rank: of the mesh, the last axis counted fastest.
+        communicator: how ranks meet; none is needed on one device.
+
+    Raises:
+        LoweringError: torch has no such op or element type.
+    """
+
+    def __init__(
+        self, program: LocalProgram, arrays: Mapping[int, Tensor], rank: int = 0, communicator: Communicator | None = None
+    ):  # fmt: skip
+        self.program, self.mesh = program, program.mesh
+        self.place = places_of(program.mesh)[rank]
+        self.groups = next((op.integer("groups") for op in program.ops if op.kind == MICROBATCHES), 1)
+        self.shards = Shards(self.mesh, self.place, program.microbatches, communicator or _Alone())
+        self.constants = {c.value: self._constant(c, arrays) for c in program.constants}
+        self._whole = self._block(program.ops, program.outputs, None)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        values = self.constants | dict(zip(self.program.inputs, inputs, strict=True))
+        with torch.no_grad():
+            return tuple(self._whole(values))
+
+    def _constant(self, constant: Constant, arrays: Mapping[int, Tensor]) -> Tensor:
+        if constant.value in arrays:
+            return arrays[constant.value]
+        return torch.tensor(constant.data, dtype=torch_dtype(self.program.local(constant.value).dtype))
+
+    # ------------------------------------------------------------ ops, looked up
+
+    def _block(
+        self, ops: Sequence[LocalOp], outputs: Sequence[int], moment: int | None, outer: frozenset[int] = frozenset()
+    ) -> Callable[[Values], list[Tensor]]:  # fmt: skip
+        """Runs some ops on known values, of which it lets go those of its own that nobody reads any more."""
+        last: dict[int, int] = {}
+        for number, op in enumerate(ops):
+            last |= dict.fromkeys((*op.inputs, *op.outputs, *_read_inside(op)), number)
+        kept = {*outputs, *outer, *self.constants}
+        steps = []
+        for number, op in enumerate(ops):
+            gone = tuple(v for v, end in last.items() if end == number and v not in kept)
+            steps.append((self._run_of(op, moment), op.inputs, op.outputs, gone))
+
+        def run(values: Values) -> list[Tensor]:
+            for call, inputs, results, gone in steps:
+                found = call([values[v] for v in inputs], values)
+                values.update(zip(results, found, strict=True))
+                for value in gone:
+                    del values[value]
+            return [values[v] for v in outputs]
+
+        return run
+
+    def _run_of(self, op: LocalOp, moment: int | None) -> Run:
+        match op.kind:
+            case kind if kind in ON_SHARDS:
+                return lambda operands, _: self.shards.run(op, operands, moment)
+            case kind if kind == BARRIER:
+                return lambda operands, _: operands
+            case "microbatches":
+                return self._microbatches(op)
+            case "scan":
+                return self._scan(op, moment)
+            case "while":
+                return self._while(op, moment)
+            case "cond":
+                return self._cond(op, moment)
+            case "scaled":
+                divide = op.text("by") == "div"
+                return lambda operands, _: [_scaled(operands[0], operands[1], divide)]
+            case "estimated":
+                return lambda operands, _: [operands[0] * op.integer("microbatches")]
+            case "averaged":
+                return lambda operands, _: [operands[0] / op.integer("microbatches")]
+        dtypes = tuple(torch_dtype(self.program.local(v).dtype) for v in op.outputs)
+        run = emitter(op.whole, View(self.program.rule(op), self._cuts(op, moment), dtypes))
+        return lambda operands, _: run(operands)
+
+    def _cuts(self, op: LocalOp, moment: int | None) -> dict[int, Part]:
+        """Which part of each factor is here; factors that lie whole are left out."""
+        found: dict[int, Part] = {}
+        for each in op.cuts:
+            index, ways = part_of(each.axes, self.place, self.mesh), self.mesh.ways(each.axes)
+            if each.time:
+                assert moment is not None
+                found[each.factor] = Part(index, ways, moment, self.program.microbatches, self.groups)
+            elif ways > 1:
+                found[each.factor] = Part(index, ways)
+        return found
+
+    # ------------------------------------------------------------ regions
+
+    def _region(self, region: LocalRegion, moment: int | None) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """One that reads its inputs and constants alone."""
+        block = self._block(region.ops, region.outputs, moment)
+        return lambda given: block(self.constants | dict(zip(region.inputs, given, strict=True)))
+
+    def _microbatches(self, op: LocalOp) -> Run:
+        [region], joins = op.regions, [str(join) for join in op.items("joins")]
+        outside = frozenset(_read_inside(op))
+        blocks = [
+            self._block(region.ops, region.outputs, moment, outside)
+            for moment in range(self.program.microbatches)
+        ]
+        kinds = [self.program.local(v) for v in region.outputs[: len(joins)]]
+        dtypes = [torch_dtype(kind.dtype) for kind in kinds]
+
+        def run(_: Sequence[Tensor], known: Values) -> list[Tensor]:
+            totals = [_start(join, kind.shape, dtype) for join, kind, dtype in zip(joins, kinds, dtypes, strict=True)]
+            stacks: list[list[Tensor]] = [[] for _ in region.outputs[len(joins) :]]
+            for block in blocks:
+                found = block({v: known[v] for v in outside} | self.constants)
+                totals = [
+                    JOIN[join](total, part.to(total.dtype))
+                    for join, total, part in zip(joins, totals, found, strict=False)
+                ]
+                for stack, part in zip(stacks, found[len(joins) :], strict=True):
+                    stack.append(part)
+            narrow = [total.to(dtype) for total, dtype in zip(totals, dtypes, strict=True)]
+            return [*narrow, *map(torch.stack, stacks)]
+
+        return run
+
+    def _scan(self, op: LocalOp, moment: int | None) -> Run:
+        [body], consts, carry = op.regions, op.integer("num_consts"), op.integer("num_carry")
+        region, turns = self._region(body, moment), range(op.integer("length"))
+        order = turns[::-1] if op.flag("reverse") else turns
+        kinds = [self.program.local(v) for v in op.outputs[carry:]]
+
+        def run(operands: Sequence[Tensor], _: Values) -> list[Tensor]:
+            fixed, state, rows = operands[:consts], list(operands[consts : consts + carry]), operands[consts + carry :]
+            pieces: dict[int, list[Tensor]] = {}
+            for turn in order:
+                found = region([*fixed, *state, *(x[turn] for x in rows)])
+                state, pieces[turn] = found[:carry], found[carry:]
+            stacks = [
+                torch.stack([pieces[turn][k] for turn in turns]) if turns
+                else torch.empty(kind.shape, dtype=torch_dtype(kind.dtype))
+                for k, kind in enumerate(kinds)
+            ]  # fmt: skip
+            return [*state, *stacks]
+
+        return run
+
+    def _while(self, op: LocalOp, moment: int | None) -> Run:
+        whether, turn = (self._region(region, moment) for region in op.regions)
+        consts = op.integer("num_consts")
+
+        def run(operands: Sequence[Tensor], _: Values) -> list[Tensor]:
+            fixed, state = operands[:consts], list(operands[consts:])
+            while bool(whether([*fixed, *state])[0]):
+                state = turn([*fixed, *state])
+            return state
+
+        return run
+
+    def _cond(self, op: LocalOp, moment: int | None) -> Run:
+        branches = [self._region(region, moment) for region in op.regions]
+
+        def run(operands: Sequence[Tensor], _: Values) -> list[Tensor]:
+            return branches[min(max(int(operands[0]), 0), len(branches) - 1)](operands)
+
+        return run
+
+
+def axes_met(program: LocalProgram) -> list[Axes]:
+    """The axes along which a program's ranks meet, in the order of its ops."""
+    return list(dict.fromkeys(op.axes for op in program.walk() if op.kind in COLLECTIVES))
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """One rank has nobody to meet."""
+
+    def all_reduce(self, x: Tensor, reduction: str, axes: Axes) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, axes: Axes) -> list[Tensor]:
+        return [x]
+
+    def reduce_scatter(self, parts: Sequence[Tensor], axes: Axes) -> Tensor:
+        return parts[0]
+
+    def all_to_all(self, parts: Sequence[Tensor], axes: Axes) -> list[Tensor]:
+        return list(parts)
+
+
+def _read_inside(op: LocalOp) -> list[int]:
+    """What the body of `microbatches` reads from outside; other regions read their own inputs alone."""
+    if op.kind != MICROBATCHES:
+        return []
+    [region] = op.regions
+    made = {v for each in region.ops for v in each.outputs}
+    read = (*(v for each in region.ops for v in each.inputs), *region.outputs)
+    return list(dict.fromkeys(v for v in read if v not in made))
+
+
+def _start(reduction: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What `JOIN` begins with. Totals of short floats are kept in float32."""
+    dtype = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+    if reduction == "sum":
+        return torch.zeros(shape, dtype=dtype)
+    if dtype == torch.bool:
+        return torch.full(shape, reduction in ("and", "min"), dtype=dtype)
+    return torch.full(shape, lowest(dtype) if reduction == "max" else highest(dtype), dtype=dtype)
+
+
+def _scaled(total: Tensor, number: Tensor, divide: bool) -> Tensor:
+    """A total times a number, or divided by it; of short floats in float32."""
+    wide = torch.promote_types(total.dtype, torch.float32)
+    found = total.to(wide) / number.to(wide) if divide else total.to(wide) * number.to(wide)
+    return found.to(total.dtype)
