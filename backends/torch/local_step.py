@@ -13,12 +13,13 @@ from functools import reduce
 import torch
 
 from ...ir.graph import Constant, Graph
-from ...ir.local.program import BARRIER, COLLECTIVES, MICROBATCHES, ON_SHARDS, LocalOp, LocalProgram, LocalRegion, Shard
+from ...ir.local.program import BARRIER, COLLECTIVES, MICROBATCHES, ON_SHARDS, LocalOp, LocalProgram, LocalRegion
 from ...ir.mesh import Mesh
-from ...ir.passes.decisions import stacked
+from ...ir.ops import COMPOSITES
 from .collectives import Axes, Communicator, Shards, part_of, places_of
 from .dtypes import torch_dtype
 from .emit import emitter
+from .emit_composite import Composite
 from .emit_reductions import highest, lowest
 from .shard import Part, View
 
@@ -110,7 +111,11 @@ class LocalStep:
             case "averaged":
                 return lambda operands, _: [operands[0] / op.integer("microbatches")]
         dtypes = tuple(torch_dtype(self.program.local(v).dtype) for v in op.outputs)
-        run = emitter(op.whole, View(self.program.rule(op), self._cuts(op, moment), dtypes))
+        view = View(self.program.rule(op), self._cuts(op, moment), dtypes)
+        if op.kind in COMPOSITES:
+            run = Composite(op.whole, view, dict(op.joint), self.shards.communicator)
+        else:
+            run = emitter(op.whole, view)
         return lambda operands, _: run(operands)
 
     def _cuts(self, op: LocalOp, moment: int | None) -> dict[int, Part]:
