@@ -155,6 +155,16 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "4-mesh1",
     ),
     "test_single.py::test_recomputing_changes_no_gradient": (),
+    "test_torch_local.py::test_a_step_of_jax_gives_the_same_on_torch": (
+        "deepseek-tiny",
+        "gpt-tiny-scan",
+        "wrn-tiny",
+    ),
+    "test_torch_local.py::test_planned_steps_give_what_one_device_gives": (
+        "gpt-tiny-2x2x2-True",
+        "llama-tiny-microbatches-False",
+        "mixtral-tiny-squeezed-True",
+    ),
     "test_truth.py::test_a_layout_costs_the_same_as_a_plan_and_as_a_job": (
         "gpt3-1.3b-a100x8-16-2048-layout4-full-1",
         "mixtral-8x7b-4xh100x8@ib400-64-4096-layout7-full-1",

@@ -17,6 +17,8 @@ MAY_IMPORT = {  # of a folder; a room within one that has a line of its own
     "planner": {"ir", "planner"},
     "backends": {"ir", "backends"},
     "backends/runtime": {"ir", "backends/runtime"},
+    "backends/torch": {"ir", "backends/runtime", "backends/torch"},
+    "backends/xla": {"ir", "backends/runtime", "backends/xla"},
     "models": {"models"},
     "front": {"ir", "planner", "backends", "models", "front"},
 }
@@ -30,8 +32,10 @@ THIRD_PARTIES = {
         "highspy",
         "pydantic",
     },
-    "backends": {"numpy", "jax", "torch"},
+    "backends": set(),
     "backends/runtime": {"numpy"},
+    "backends/torch": {"numpy", "torch"},
+    "backends/xla": {"numpy", "jax"},
     "models": {"numpy", "jax", "flax", "optax", "equinox", "torch"},
     "front": {"numpy", "jax", "typer", "rich"},
 }

@@ -22,7 +22,8 @@ from .test_rules import check, combine, cut_operands, host, places, ways_to_cut 
 
 # What torch has no type or function for, or nobody trains with
 LEFT_OUT = {
-    "clz", "population_count", "mulhi", "eq_to", "le_to", "lt_to", "select_and_gather_add", "approx_top_k", "user_kernel",
+    "clz", "population_count", "mulhi", "eq_to", "le_to", "lt_to", "select_and_gather_add", "approx_top_k",
+    "user_kernel",
     "fft", "geqp3", "geqrf", "cholesky", "eig", "eigh", "hessenberg", "householder_product", "lu", "qr", "schur", "svd",
     "tridiagonal", "triangular_solve", "tridiagonal_solve", "lu_pivots_to_permutation", "symmetric_product",
     "random_bits", "random_gamma", "rng_bit_generator", "rng_uniform", "threefry2x32", "random_clone",
@@ -64,10 +65,15 @@ def test_ops_give_what_they_give_on_jax_however_they_are_cut(name: str):
         wanted = [host(result) for result in one.run(one.operands)]
         before = [given(each).clone() for each in one.operands]
         check(one, run(one, one.operands, {}), wanted, "whole")
-        assert all(torch.equal(a.nan_to_num(), given(b).nan_to_num()) for a, b in zip(before, one.operands, strict=True))
+        assert all(
+            torch.equal(a.nan_to_num(), given(b).nan_to_num())
+            for a, b in zip(before, one.operands, strict=True)
+        )
         for ways in ways_to_cut(one.rule):
             shards = {
-                place: run(one, cut_operands(one, dict(_parts(ways, place))), dict(_parts(ways, place)))
+                place: run(
+                    one, cut_operands(one, dict(_parts(ways, place))), dict(_parts(ways, place))
+                )
                 for place in places(ways)
             }
             got = [combine(one.rule, ways, shards, r) for r in range(len(wanted))]
@@ -93,7 +99,7 @@ def test_rows_of_a_microbatch_are_its_runs_of_neighbours():
             View(rule, {0: Part(device, 2, moment, 3, groups)}, ()).positions((0,)).tolist()
             for moment in range(3) for device in range(2)
         ]  # fmt: skip
-        assert sorted(sum(met, [])) == list(range(12))
+        assert sorted(row for rows in met for row in rows) == list(range(12))
     assert met[0] == [0, 1] and met[1] == [6, 7] and met[2] == [2, 3]
 
 

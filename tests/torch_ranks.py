@@ -16,7 +16,11 @@ from meshwright.ir.local.program import LocalProgram
 from meshwright.ir.mesh import Mesh
 from meshwright.ir.sharding import Sharding
 
-JOIN: dict[str, Callable[[Any, Any], Any]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
+JOIN: dict[str, Callable[[Any, Any], Any]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
 
 
 class InMemory:
@@ -31,8 +35,13 @@ class InMemory:
         self.board[self.rank] = given
         self.barrier.wait(60)
         mine = self.places[self.rank]
-        others = [r for r, p in enumerate(self.places) if all(p[a] == mine[a] for a in p if a not in axes)]
-        found = [self.board[r] for r in sorted(others, key=lambda r: part_of(axes, self.places[r], self.mesh))]
+        others = [
+            r for r, p in enumerate(self.places) if all(p[a] == mine[a] for a in p if a not in axes)
+        ]
+        found = [
+            self.board[r]
+            for r in sorted(others, key=lambda r: part_of(axes, self.places[r], self.mesh))
+        ]
         self.barrier.wait(60)
         return found
 
@@ -64,7 +73,10 @@ def run_ranks(
     def one(rank: int) -> tuple[Any, ...]:
         try:
             step = LocalStep(program, arrays, rank, InMemory(mesh, rank, board, barrier))
-            given = [cut(x, program.shards[v].sharding, mesh, rank) for x, v in zip(inputs, program.inputs, strict=True)]
+            given = [
+                cut(x, program.shards[v].sharding, mesh, rank)
+                for x, v in zip(inputs, program.inputs, strict=True)
+            ]
             found = step(*given)
             for value, x in zip(program.outputs, found, strict=True):
                 assert tuple(x.shape) == program.local(value).shape, value

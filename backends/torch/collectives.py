@@ -39,9 +39,7 @@ class Communicator(Protocol):
 
 def places_of(mesh: Mesh) -> list[dict[str, int]]:
     """Of each rank, its place along the axes; ranks count the last axis fastest."""
-    return [
-        dict(zip(mesh.names, place, strict=True)) for place in product(*map(range, mesh.shape))
-    ]
+    return [dict(zip(mesh.names, place, strict=True)) for place in product(*map(range, mesh.shape))]
 
 
 def part_of(axes: Sequence[str], place: Mapping[str, int], mesh: Mesh) -> int:
@@ -86,7 +84,9 @@ class ProcessGroups:
 
     def all_reduce(self, x: Tensor, reduction: str, axes: Axes) -> Tensor:
         found = x.clone(memory_format=torch.contiguous_format)
-        how = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[reduction]
+        how = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[
+            reduction
+        ]
         dist.all_reduce(found, how, self._groups[axes])
         return found
 
@@ -135,7 +135,9 @@ class Shards:
         match op.kind:
             case "take_microbatch":
                 assert moment is not None
-                return take_microbatch(x, op.integer("dim"), moment, self.microbatches, op.integer("groups"))
+                return take_microbatch(
+                    x, op.integer("dim"), moment, self.microbatches, op.integer("groups")
+                )
             case "join_microbatches":
                 return join_microbatches(x, op.integer("dim"), op.integer("groups"))
         axes, ways = op.axes, self.mesh.ways(op.axes)
@@ -153,10 +155,18 @@ class Shards:
                 return torch.cat(parts, op.integer("dim"))
             case "reduce_scatter":
                 parts = x.chunk(ways, op.integer("dim")) if x.numel() else ()
-                return self.communicator.reduce_scatter(parts, axes) if parts else _emptied(x, op, ways)
+                return (
+                    self.communicator.reduce_scatter(parts, axes)
+                    if parts
+                    else _emptied(x, op, ways)
+                )
             case _:
                 assert op.kind == "all_to_all", op.kind
-                parts = x.chunk(ways, op.integer("to")) if x.numel() else [_emptied(x, op, ways, "to")] * ways
+                parts = (
+                    x.chunk(ways, op.integer("to"))
+                    if x.numel()
+                    else [_emptied(x, op, ways, "to")] * ways
+                )
                 found = self.communicator.all_to_all(parts, axes) if x.numel() else parts
                 return torch.cat(list(found), op.integer("dim"))
 
@@ -178,15 +188,19 @@ def joined(x: Tensor, reduction: str, axes: Axes, communicator: Communicator) ->
     if not x.dtype.is_floating_point:
         return communicator.all_reduce(x, reduction, axes)
     wide = x.double() if x.dtype == torch.float64 else x.float()
-    return _floats(communicator.all_reduce(_ranks(wide, reduction), reduction, axes), wide.dtype).to(x.dtype)
+    return _floats(
+        communicator.all_reduce(_ranks(wide, reduction), reduction, axes), wide.dtype
+    ).to(x.dtype)
 
 
 def _ranks(x: Tensor, reduction: str) -> Tensor:
-    """Integers in the order of these floats, NaN beyond the end that is looked for: a collective's extreme may drop NaN.
-    Floats of one sign are in the order of their bits; those of negative ones run backwards (IEEE 754, 5.10)."""
+    """Integers in the order of these floats, NaN beyond the end that is looked for, as extremes of collectives may drop
+    NaN. Floats of one sign are in the order of their bits; those of negative ones run backwards (IEEE 754, 5.10)."""
     whole = torch.int64 if x.dtype == torch.float64 else torch.int32
     ends = torch.iinfo(whole)
-    return torch.where(x.isnan(), ends.max if reduction == "max" else ends.min, _turned(x.view(whole)))
+    return torch.where(
+        x.isnan(), ends.max if reduction == "max" else ends.min, _turned(x.view(whole))
+    )
 
 
 def _floats(ranks: Tensor, dtype: torch.dtype) -> Tensor:
@@ -201,8 +215,12 @@ def _turned(bits: Tensor) -> Tensor:
 def take_microbatch(x: Tensor, dim: int, moment: int, count: int, groups: int) -> Tensor:
     """The rows of one microbatch, in order: its part of each of `groups` runs of neighbours."""
     shape = x.shape
-    dealt = x.reshape(*shape[:dim], groups, count, shape[dim] // (groups * count), *shape[dim + 1 :])
-    return dealt.select(dim + 1, moment).reshape(*shape[:dim], shape[dim] // count, *shape[dim + 1 :])
+    dealt = x.reshape(
+        *shape[:dim], groups, count, shape[dim] // (groups * count), *shape[dim + 1 :]
+    )
+    return dealt.select(dim + 1, moment).reshape(
+        *shape[:dim], shape[dim] // count, *shape[dim + 1 :]
+    )
 
 
 def join_microbatches(pieces: Tensor, dim: int, groups: int) -> Tensor:

@@ -66,11 +66,15 @@ class Composite:
         self.sharing = joint.get("vocabulary", ())
         numbers = iter(range(len(view.rule.factors)))
         factors = [next(numbers) if size > 1 else None for size in self.sizes]
-        self.cuts = {d: view.cuts[f] for d, f in enumerate(factors) if f is not None and f in view.cuts}
+        self.cuts = {
+            d: view.cuts[f] for d, f in enumerate(factors) if f is not None and f in view.cuts
+        }
         complete = op.integers("complete") if op.has("complete") else ()
         self.complete = complete
         self.owed = {
-            v for k, v in enumerate(self.graph.outputs) if op.kind in LOSSES and op.kind != LOSS and k not in complete
+            v
+            for k, v in enumerate(self.graph.outputs)
+            if op.kind in LOSSES and op.kind != LOSS and k not in complete
         }
         self.blocks = self._blocks()
         added = [d for d, _ in self.blocks]
@@ -81,7 +85,8 @@ class Composite:
         types = self.graph.types
         self.dtypes = [torch_dtype(types[v].dtype) for v in self.graph.outputs]
         self.numbers = {
-            c.value: torch.tensor(c.data, dtype=torch_dtype(types[c.value].dtype)) for c in self.graph.constants
+            c.value: torch.tensor(c.data, dtype=torch_dtype(types[c.value].dtype))
+            for c in self.graph.constants
         }
         self._bodies: dict[tuple[tuple[int, Part], ...], Run] = {}
 
@@ -97,9 +102,14 @@ class Composite:
         """Free dims and the number of blocks of each, so that scores are small: first those that most operands have, as
         they need no sums. The batch is left alone where microbatches cut it over time."""
         if self.op.kind in LOSSES:
-            most, block = logits_in(self.op), block_of(self.op, {d: cut.ways for d, cut in self.cuts.items()})
+            most, block = (
+                logits_in(self.op),
+                block_of(self.op, {d: cut.ways for d, cut in self.cuts.items()}),
+            )
         else:
-            most = max((kind.size for kind in self.graph.types.values() if kind.is_float), default=0)
+            most = max(
+                (kind.size for kind in self.graph.types.values() if kind.is_float), default=0
+            )
             block = BLOCK
         left = most // prod(cut.all_ways for cut in self.cuts.values())
         lacking = {
@@ -119,7 +129,9 @@ class Composite:
                 left //= many
         return found
 
-    def _loop(self, operands: Sequence[Tensor], cuts: Cuts, blocks: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def _loop(
+        self, operands: Sequence[Tensor], cuts: Cuts, blocks: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
         """Results of blocks of a dim, side by side; what is summed over the dim is added up."""
         if not blocks:
             return self._body(cuts)(operands)
@@ -128,7 +140,9 @@ class Composite:
         cut, found = cuts.get(dim, Part(0, 1)), list[list[Tensor]]()
         for number in range(many):
             given = [
-                x if at is None else x.narrow(at, number * (x.shape[at] // many), x.shape[at] // many)
+                x
+                if at is None
+                else x.narrow(at, number * (x.shape[at] // many), x.shape[at] // many)
                 for x, at in zip(operands, places, strict=True)
             ]
             here = Part(cut.index * many + number, cut.ways * many)
@@ -151,7 +165,9 @@ class Composite:
             rule = rule_of(op, graph.types)
             here = self._cuts_of(op, rule, cuts)
             wide = op.kind == "dot_general" and not self.summed.isdisjoint(op.outputs)
-            dtypes = tuple(torch.float32 if wide else torch_dtype(graph.types[v].dtype) for v in op.outputs)
+            dtypes = tuple(
+                torch.float32 if wide else torch_dtype(graph.types[v].dtype) for v in op.outputs
+            )
             over = self._reduction(rule, here, cuts)
             steps.append((op, emitter(op, View(rule, here, dtypes)), over))
 
@@ -161,7 +177,9 @@ class Composite:
                 results = call([values[v] for v in op.inputs])
                 for value, x in zip(op.outputs, results, strict=True):
                     brought = over and value not in self.owed
-                    values[value] = joined(x, over, self.sharing, self.communicator) if brought else x
+                    values[value] = (
+                        joined(x, over, self.sharing, self.communicator) if brought else x
+                    )
             return [values[v] for v in graph.outputs]
 
         return run

@@ -50,7 +50,9 @@ def _divide(op: Op, view: View) -> Run:
 
 def _sign(op: Op, view: View) -> Run:
     """NaN stays."""
-    return lambda operands: [torch.where(operands[0] != operands[0], operands[0], operands[0].sign())]
+    return lambda operands: [
+        torch.where(operands[0] != operands[0], operands[0], operands[0].sign())
+    ]
 
 
 def _cube_root(op: Op, view: View) -> Run:
@@ -115,7 +117,11 @@ def _select(op: Op, view: View) -> Run:
         if which.dtype == torch.bool:
             return [torch.where(which, cases[-1], cases[0])]
         pairs = enumerate(cases[1:], 1)
-        return [reduce(lambda found, case: torch.where(which == case[0], case[1], found), pairs, cases[0])]
+        return [
+            reduce(
+                lambda found, case: torch.where(which == case[0], case[1], found), pairs, cases[0]
+            )
+        ]
 
     return run
 

@@ -31,7 +31,9 @@ def _gather(op: Op, view: View) -> Run:
     mode, whole_sizes = op.text("mode"), op.integers("slice_sizes")
     here = {c: f for c, d in enumerate(chosen) if (f := view.summed(operand_dims[d])) is not None}
     sizes = [
-        size if d in batch or view.cut(dim) is None or view.summed(dim) is not None else view.size(dim)
+        size
+        if d in batch or view.cut(dim) is None or view.summed(dim) is not None
+        else view.size(dim)
         for d, (size, dim) in enumerate(zip(whole_sizes, operand_dims, strict=True))
     ]
     limits = [view.whole_size(operand_dims[d]) - whole_sizes[d] for d in chosen]
@@ -66,7 +68,13 @@ def _fill(op: Op, dtype: torch.dtype) -> float | int | bool:
         return op.real("fill_value") if dtype.is_floating_point else int(op.real("fill_value"))
     if dtype == torch.bool:
         return True
-    return nan if dtype.is_floating_point or dtype.is_complex else lowest(dtype) if dtype.is_signed else torch.iinfo(dtype).max
+    return (
+        nan
+        if dtype.is_floating_point or dtype.is_complex
+        else lowest(dtype)
+        if dtype.is_signed
+        else torch.iinfo(dtype).max
+    )
 
 
 def _scatter(op: Op, view: View) -> Run:
@@ -83,7 +91,11 @@ def _scatter(op: Op, view: View) -> Run:
     here = {c: f for c, f in cut.items() if not any(f in dim for dim in update_dims)}
     limits = [view.whole_size(operand_dims[d]) - whole_sizes[d] for d in chosen]
     layout = _Layout(
-        sizes, chosen, window, kept, dict(zip(batch, op.integers("scatter_indices_batching_dims"), strict=True))
+        sizes,
+        chosen,
+        window,
+        kept,
+        dict(zip(batch, op.integers("scatter_indices_batching_dims"), strict=True)),
     )
     summed = [f for f in view.cuts if view.rule.factors[f].reduction == "sum"]
     counts = not summed or view.is_first(summed)
@@ -91,14 +103,21 @@ def _scatter(op: Op, view: View) -> Run:
     def run(operands: Sequence[Tensor]) -> list[Tensor]:
         x, ids, updates = operands[0], operands[1].long(), operands[2]
         x = x if counts else torch.zeros_like(x)
-        known = torch.ones(ids.shape[:-1], dtype=torch.bool) if mode == "clip" else _between(ids, limits)
+        known = (
+            torch.ones(ids.shape[:-1], dtype=torch.bool)
+            if mode == "clip"
+            else _between(ids, limits)
+        )
         ids = _clipped(ids, limits)
         if here:
             ids, mine = _inside(view, operand_dims, chosen, ids, here)
             known = known & mine
         places = layout.places(ids, tuple(updates.shape))
         strides = [prod(x.shape[d + 1 :]) for d in range(x.dim())]
-        lines = sum((place * stride for place, stride in zip(places, strides, strict=True)), torch.zeros((), dtype=torch.long))
+        lines = sum(
+            (place * stride for place, stride in zip(places, strides, strict=True)),
+            torch.zeros((), dtype=torch.long),
+        )
         spare = x.numel()  # where what is left out goes
         lines = torch.where(layout.spread(known, updates.dim()), lines, spare).expand(updates.shape)
         flat = torch.cat([x.flatten(), x.new_zeros(1)])
@@ -150,10 +169,14 @@ class _Layout:
                 place = place + self.spread(ids[..., self.chosen.index(dim)], rank)
             if dim in self.batch:
                 at = outer[self.batch[dim]]
-                place = place + torch.arange(shape[at]).reshape([-1 if d == at else 1 for d in range(rank)])
+                place = place + torch.arange(shape[at]).reshape(
+                    [-1 if d == at else 1 for d in range(rank)]
+                )
             if dim in self.kept:
                 at = self.window[list(self.kept).index(dim)]
-                place = place + torch.arange(size).reshape([-1 if d == at else 1 for d in range(rank)])
+                place = place + torch.arange(size).reshape(
+                    [-1 if d == at else 1 for d in range(rank)]
+                )
             found.append(place)
         if not found:
             return (torch.zeros(shape, dtype=torch.long),)

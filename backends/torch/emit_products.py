@@ -47,7 +47,9 @@ def _equation(
             if dim not in names[side]:
                 names[side][dim] = next(letters)
                 free.append(names[side][dim])
-    left, right = ("".join(each[d] for d in range(rank)) for each, rank in zip(names, ranks, strict=True))
+    left, right = (
+        "".join(each[d] for d in range(rank)) for each, rank in zip(names, ranks, strict=True)
+    )
     made = "".join([*(names[0][d] for d in batch[0]), *free])
     return f"{left},{right}->{made}"
 

@@ -14,7 +14,11 @@ from .shard import View
 
 Tensor = torch.Tensor
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
-_BITWISE = {"reduce_and": torch.bitwise_and, "reduce_or": torch.bitwise_or, "reduce_xor": torch.bitwise_xor}  # fmt: skip
+_BITWISE = {
+    "reduce_and": torch.bitwise_and,
+    "reduce_or": torch.bitwise_or,
+    "reduce_xor": torch.bitwise_xor,
+}
 _ALONG: dict[str, Callable[[Tensor, int], Tensor]] = {
     "cumsum": lambda x, dim: x.cumsum(dim, dtype=x.dtype),
     "cumprod": lambda x, dim: x.cumprod(dim, dtype=x.dtype),
@@ -78,7 +82,9 @@ def _in_windows(op: Op, view: View) -> Run:
 
     def run(operands: Sequence[Tensor]) -> list[Tensor]:
         dtype = operands[0].dtype
-        fill = {"max": lowest, "min": highest, "sum": lambda _: 0}[op.kind.rpartition("_")[2]](dtype)
+        fill = {"max": lowest, "min": highest, "sum": lambda _: 0}[op.kind.rpartition("_")[2]](
+            dtype
+        )
         view_of, dims = windows.of(padded(operands[0], fill, windows.padding))
         return [function(view_of, dims)]
 

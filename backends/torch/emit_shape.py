@@ -50,7 +50,9 @@ def _slice(op: Op, view: View) -> Run:
     strides = op.integers("strides") if op.has("strides") else (1,) * len(starts)
     taken = tuple(
         slice(None) if view.cut(dim) is not None else slice(start, limit, stride)
-        for dim, start, limit, stride in zip(view.rule.operands[0], starts, limits, strides, strict=True)
+        for dim, start, limit, stride in zip(
+            view.rule.operands[0], starts, limits, strides, strict=True
+        )
     )
     return lambda operands: [operands[0][taken]]
 
@@ -79,7 +81,9 @@ def _tile(op: Op, view: View) -> Run:
     shape = view.shape()
 
     def run(operands: Sequence[Tensor]) -> list[Tensor]:
-        repeats = [made // max(given, 1) for made, given in zip(shape, operands[0].shape, strict=True)]
+        repeats = [
+            made // max(given, 1) for made, given in zip(shape, operands[0].shape, strict=True)
+        ]
         return [operands[0].tile(repeats)]
 
     return run
@@ -106,10 +110,8 @@ def padded(x: Tensor, value: Tensor | float, config: Padding) -> Tensor:
         max(low, 0) + n + max(n - 1, 0) * between + max(high, 0)
         for n, (low, high, between) in zip(x.shape, config, strict=True)
     ]
-    if isinstance(value, Tensor):
-        found = value.to(x.dtype).expand(shape).clone()
-    else:
-        found = x.new_full(shape, value)
+    found = x.new_empty(shape)
+    found[...] = value
     places = tuple(
         slice(max(low, 0), max(low, 0) + n + max(n - 1, 0) * between, between + 1)
         for n, (low, _, between) in zip(x.shape, config, strict=True)

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 
-from ...ir.graph import Constant, Graph
-from ...ir.local.program import BARRIER, COLLECTIVES, MICROBATCHES, ON_SHARDS, LocalOp, LocalProgram, LocalRegion
-from ...ir.mesh import Mesh
+from ...ir.graph import Constant
+from ...ir.local.program import (
+    BARRIER,
+    COLLECTIVES,
+    MICROBATCHES,
+    ON_SHARDS,
+    LocalOp,
+    LocalProgram,
+    LocalRegion,
+)
 from ...ir.ops import COMPOSITES
 from .collectives import Axes, Communicator, Shards, part_of, places_of
 from .dtypes import torch_dtype
@@ -45,11 +51,14 @@ class LocalStep:
     """
 
     def __init__(
-        self, program: LocalProgram, arrays: Mapping[int, Tensor], rank: int = 0, communicator: Communicator | None = None
+        self, program: LocalProgram, arrays: Mapping[int, Tensor], rank: int = 0,
+        communicator: Communicator | None = None,
     ):  # fmt: skip
         self.program, self.mesh = program, program.mesh
         self.place = places_of(program.mesh)[rank]
-        self.groups = next((op.integer("groups") for op in program.ops if op.kind == MICROBATCHES), 1)
+        self.groups = next(
+            (op.integer("groups") for op in program.ops if op.kind == MICROBATCHES), 1
+        )
         self.shards = Shards(self.mesh, self.place, program.microbatches, communicator or _Alone())
         self.constants = {c.value: self._constant(c, arrays) for c in program.constants}
         self._whole = self._block(program.ops, program.outputs, None)
@@ -62,7 +71,9 @@ class LocalStep:
     def _constant(self, constant: Constant, arrays: Mapping[int, Tensor]) -> Tensor:
         if constant.value in arrays:
             return arrays[constant.value]
-        return torch.tensor(constant.data, dtype=torch_dtype(self.program.local(constant.value).dtype))
+        return torch.tensor(
+            constant.data, dtype=torch_dtype(self.program.local(constant.value).dtype)
+        )
 
     # ------------------------------------------------------------ ops, looked up
 
@@ -125,14 +136,18 @@ class LocalStep:
             index, ways = part_of(each.axes, self.place, self.mesh), self.mesh.ways(each.axes)
             if each.time:
                 assert moment is not None
-                found[each.factor] = Part(index, ways, moment, self.program.microbatches, self.groups)
+                found[each.factor] = Part(
+                    index, ways, moment, self.program.microbatches, self.groups
+                )
             elif ways > 1:
                 found[each.factor] = Part(index, ways)
         return found
 
     # ------------------------------------------------------------ regions
 
-    def _region(self, region: LocalRegion, moment: int | None) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    def _region(
+        self, region: LocalRegion, moment: int | None
+    ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
         """One that reads its inputs and constants alone."""
         block = self._block(region.ops, region.outputs, moment)
         return lambda given: block(self.constants | dict(zip(region.inputs, given, strict=True)))
@@ -148,7 +163,10 @@ class LocalStep:
         dtypes = [torch_dtype(kind.dtype) for kind in kinds]
 
         def run(_: Sequence[Tensor], known: Values) -> list[Tensor]:
-            totals = [_start(join, kind.shape, dtype) for join, kind, dtype in zip(joins, kinds, dtypes, strict=True)]
+            totals = [
+                _start(join, kind.shape, dtype)
+                for join, kind, dtype in zip(joins, kinds, dtypes, strict=True)
+            ]
             stacks: list[list[Tensor]] = [[] for _ in region.outputs[len(joins) :]]
             for block in blocks:
                 found = block({v: known[v] for v in outside} | self.constants)
@@ -170,7 +188,11 @@ class LocalStep:
         kinds = [self.program.local(v) for v in op.outputs[carry:]]
 
         def run(operands: Sequence[Tensor], _: Values) -> list[Tensor]:
-            fixed, state, rows = operands[:consts], list(operands[consts : consts + carry]), operands[consts + carry :]
+            fixed, state, rows = (
+                operands[:consts],
+                list(operands[consts : consts + carry]),
+                operands[consts + carry :],
+            )
             pieces: dict[int, list[Tensor]] = {}
             for turn in order:
                 found = region([*fixed, *state, *(x[turn] for x in rows)])
