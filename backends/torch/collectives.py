@@ -114,6 +114,31 @@ class ProcessGroups:
         return [given[k].contiguous() for k in range(len(parts))]
 
 
+@dataclass
+class Recording:
+    """Meets as another communicator does, and notes what met: kind, axes, and bytes of the larger side on this rank."""
+
+    within: Communicator
+    met: list[tuple[str, Axes, int]] = field(default_factory=list[tuple[str, Axes, int]])
+
+    def all_reduce(self, x: Tensor, reduction: str, axes: Axes) -> Tensor:
+        self.met.append(("all_reduce", axes, x.nbytes))
+        return self.within.all_reduce(x, reduction, axes)
+
+    def all_gather(self, x: Tensor, axes: Axes) -> list[Tensor]:
+        found = self.within.all_gather(x, axes)
+        self.met.append(("all_gather", axes, sum(part.nbytes for part in found)))
+        return found
+
+    def reduce_scatter(self, parts: Sequence[Tensor], axes: Axes) -> Tensor:
+        self.met.append(("reduce_scatter", axes, sum(part.nbytes for part in parts)))
+        return self.within.reduce_scatter(parts, axes)
+
+    def all_to_all(self, parts: Sequence[Tensor], axes: Axes) -> list[Tensor]:
+        self.met.append(("all_to_all", axes, sum(part.nbytes for part in parts)))
+        return self.within.all_to_all(parts, axes)
+
+
 @dataclass(frozen=True)
 class Shards:
     """Runs such ops for one rank of a mesh."""

@@ -38,7 +38,7 @@ def local_program(plan: Plan, graph: Graph) -> LocalProgram:
         )
     if plan.pipeline is not None:
         raise LoweringError(
-            f"a pipeline of {plan.pipeline.stages} stages cannot run on torch yet.",
+            f"a pipeline of {len(plan.pipeline.stages)} stages cannot run on torch yet.",
             where=f"plan `{plan.name}`",
             fix="plan with --pp 1, or run it with --backend xla",
         )

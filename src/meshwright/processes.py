@@ -149,8 +149,7 @@ def take_devices(
 ) -> None:
     """For the command line: this process's devices, emulated where that is asked for or the plan is for CPUs,
     and the other processes if there are any."""
-    if deadline is not None:
-        os.environ[DEADLINE] = str(deadline)
+    set_deadline(deadline)
     count = plan.device_count if place is None else per_process(plan, place.processes)
     if emulated or (plan.cluster.device.kind == "cpu" and count <= MOST):
         check_room(plan, count)
@@ -158,6 +157,12 @@ def take_devices(
     if place is not None:
         join(place, count)
         look_for_devices()
+
+
+def set_deadline(seconds: float | None) -> None:
+    """How long one wait for another process may take, if that is said."""
+    if seconds is not None:
+        os.environ[DEADLINE] = str(seconds)
 
 
 def per_process(plan: Plan, processes: int) -> int:

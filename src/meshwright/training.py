@@ -62,7 +62,7 @@ def train(
     captured, apart = lowered.captured, lowered.apart
     state, batches = start(made, data, seed)
     first = next(batches)
-    truth = _unsharded(plan, made, captured, apart, state, *first) if verify else None
+    truth = unsharded(plan, made, captured, apart, state, *first) if verify else None
     if apart is not None:
         leaves = apart.apart(jax.tree.leaves((state, *first)))
         state = jax.tree.unflatten(captured.binding.in_tree, leaves)[0][0]
@@ -181,7 +181,7 @@ def _next_state(out: Any, state: Any, name: str) -> Any:
     return found
 
 
-def _unsharded(
+def unsharded(
     plan: Plan, made: Made, captured: Captured, apart: Unstacked | None, *args: Any
 ) -> Reference:
     leaves, tree = jax.tree.flatten(args)

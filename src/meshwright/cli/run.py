@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,11 @@ import typer
 from ..ir.errors import LoweringError, UsageError
 from .options import Emulate, Format, FormatOption, app
 from .plan import searched
+
+
+class Backend(StrEnum):
+    xla = "xla"
+    torch = "torch"
 
 
 @app.command()
@@ -37,6 +43,10 @@ def run(
         bool, typer.Option("--verify", help="Compare the first step with the unsharded step.")
     ] = False,
     emulate: Emulate = False,
+    backend: Annotated[
+        Backend,
+        typer.Option(help="What runs the step: jax's XLA, or torch, a process for each device."),
+    ] = Backend.xla,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -71,32 +81,58 @@ def run(
 
     With --model the plan is made on the spot: meshwright run --model gpt-tiny --devices 8 --pin pp=4
     Its stages have programs of their own, whose passes have a timeline; --pin program=single for one of all stages.
+
+    With --backend torch the same step runs on torch, in a process of this host for each device; not yet as a pipeline.
     """
     from ..ir.codec import check_writable, load_plan
-    from ..processes import take_devices
+    from ..processes import set_deadline, take_devices
     from ..seats import seat
     from ..together import same_command
+    from ..torch_training import train_on_torch
     from ..training import show, train
 
     if trace is not None:
         check_writable(trace)
+    on_torch = backend is Backend.torch
+    if on_torch:
+        others = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+        _check_alone(others | {"--trace": trace})
     if model is not None and plan is None:
         found = _plan_here(model, devices, pin or [], global_batch)
     elif plan is not None and not (model or pin or global_batch):
         found = load_plan(plan)
-        place = seat(coordinator, processes, process)
-        take_devices(found, emulate, place, deadline)
-        same_command(
-            found, {"steps": steps, "seed": seed or 0, "verify": verify, "emulate": emulate}, data
-        )
+        if not on_torch:
+            place = seat(coordinator, processes, process)
+            take_devices(found, emulate, place, deadline)
+            said = {"steps": steps, "seed": seed or 0, "verify": verify, "emulate": emulate}
+            same_command(found, said, data)
     else:
         raise UsageError(
             "a plan or --model is needed; --pin and --global-batch go with --model.",
             fix="one of them",
         )
-    with running(found):
-        trained = train(found, step_of(found), steps, data, verify, seed)
+    how = steps, data, verify, seed
+    if on_torch:
+        set_deadline(deadline)
+        trained = train_on_torch(found, step_of(found), *how, emulated=emulate or model is not None)
+    else:
+        with running(found):
+            trained = train(found, step_of(found), *how)
     show(found, trained, trace, format is Format.json)
+
+
+def _check_alone(given: dict[str, Any]) -> None:
+    """Options that torch's ranks on one host have no use for.
+
+    Raises:
+        UsageError: one of them is given.
+    """
+    named = [name for name, value in given.items() if value is not None]
+    if named:
+        raise UsageError(
+            f"{', '.join(named)} goes with --backend xla; the ranks of --backend torch are processes of this host.",
+            fix="leave it out",
+        )
 
 
 @contextmanager
