@@ -10,9 +10,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from meshwright.api import plan_captured  # noqa: E402
+from meshwright.backends.torch import emit_composite  # noqa: E402
 from meshwright.backends.torch.dtypes import torch_dtype  # noqa: E402
 from meshwright.backends.torch.lower import arrays_in, local_program  # noqa: E402
 from meshwright.backends.torch.replay import replay  # noqa: E402
+from meshwright.backends.xla.capture import capture  # noqa: E402
 from meshwright.backends.xla.dtypes import jax_dtype  # noqa: E402
 from meshwright.backends.xla.replay import Walk  # noqa: E402
 from meshwright.ir.cluster.cluster import Cluster  # noqa: E402
@@ -24,6 +26,7 @@ from meshwright.recipe import make  # noqa: E402
 
 from .local_interpreter import evaluate  # noqa: E402
 from .random_graphs import random_graph, random_layouts  # noqa: E402
+from .test_context_parallel import FORMS, even, everywhere, inputs, pinned, rows, trained  # noqa: E402
 from .test_localize import MESHES, numbers  # noqa: E402
 from .torch_ranks import run_ranks  # noqa: E402
 
@@ -146,4 +149,23 @@ def test_planned_steps_give_what_one_device_gives(name: str, how: str, fused: bo
     wanted = replay(captured.graph, constants, given)
     found = run_ranks(local, given, arrays_in(local, captured.graph, constants))
     for output, x, y in zip(captured.graph.output_names, found, wanted, strict=True):
+        close(x.numpy(), y.numpy(), output)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "code"),
+    [("documents", "8", even), ("causal", "2x4", even), ("causal", "4", rows), ("biased", "2x4", even)],
+)  # fmt: skip
+def test_rows_of_attention_cut_over_ranks_equal_one_device(
+    name: str, mesh: str, code: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(emit_composite, "BLOCK", 512)
+    step, args = trained(FORMS[name]), inputs()
+    plan = pinned(step, args, mesh, everywhere(code, mesh))
+    graph = capture(step, *args).graph
+    given = [torch.tensor(np.asarray(x)) for x in args]
+    wanted = replay(graph, {}, given)
+    local = local_program(plan, graph)
+    assert any(op.joint for op in local.walk()) == (code is even)
+    for output, x, y in zip(graph.output_names, run_ranks(local, given), wanted, strict=True):
         close(x.numpy(), y.numpy(), output)

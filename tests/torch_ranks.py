@@ -58,6 +58,11 @@ class InMemory:
         given = self._meet(list(parts), axes)
         return reduce(torch.add, [each[self._mine(axes)] for each in given])
 
+    def permute(self, x: Any, pairs: Any, axes: Any) -> Any:
+        given = self._meet(x, axes)
+        [since] = [a for a, b in pairs if b == self._mine(axes)]
+        return given[since]
+
     def all_to_all(self, parts: Sequence[Any], axes: Any) -> list[Any]:
         return [each[self._mine(axes)] for each in self._meet(list(parts), axes)]
 

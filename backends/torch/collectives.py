@@ -2,6 +2,7 @@
 
     all_reduce      every rank gets all parts joined       reduce_scatter   every rank gets its part of the sum
     all_gather      every rank gets all parts              all_to_all       every rank gets its part of every part
+    permute         every rank gets the part of one other
 
 Parts of several axes are in the order in which an op names the axes, major to minor.
 """
@@ -21,6 +22,7 @@ from ...ir.mesh import Mesh
 
 Tensor = torch.Tensor
 Axes = tuple[str, ...]
+Pairs = Sequence[tuple[int, int]]
 
 
 class Communicator(Protocol):
@@ -35,6 +37,10 @@ class Communicator(Protocol):
     def reduce_scatter(self, parts: Sequence[Tensor], axes: Axes) -> Tensor: ...
 
     def all_to_all(self, parts: Sequence[Tensor], axes: Axes) -> list[Tensor]: ...
+
+    def permute(self, x: Tensor, pairs: Pairs, axes: Axes) -> Tensor:
+        """What the rank before has, by pairs of places along the axes: from, to."""
+        ...
 
 
 def places_of(mesh: Mesh) -> list[dict[str, int]]:
@@ -108,6 +114,26 @@ class ProcessGroups:
         dist.all_to_all_single(found, given, group=self._groups[axes])
         return [found[k] for k in self._orders[axes]]
 
+    def permute(self, x: Tensor, pairs: Pairs, axes: Axes) -> Tensor:
+        places = places_of(self.mesh)
+        here = places[self.rank]
+        mine = part_of(axes, here, self.mesh)
+        ranks = {
+            part_of(axes, place, self.mesh): rank
+            for rank, place in enumerate(places)
+            if all(place[name] == here[name] for name in place if name not in axes)
+        }
+        [to] = [b for a, b in pairs if a == mine]
+        [since] = [a for a, b in pairs if b == mine]
+        if to == mine:
+            return x
+        x = x.contiguous()
+        found = torch.empty_like(x)
+        sends = [dist.P2POp(dist.isend, x, ranks[to]), dist.P2POp(dist.irecv, found, ranks[since])]
+        for work in dist.batch_isend_irecv(sends):
+            work.wait()
+        return found
+
     def _by_rank(self, parts: Sequence[Tensor], axes: Axes) -> list[Tensor]:
         """Parts in the order of the group's ranks."""
         given = dict(zip(self._orders[axes], parts, strict=True))
@@ -137,6 +163,10 @@ class Recording:
     def all_to_all(self, parts: Sequence[Tensor], axes: Axes) -> list[Tensor]:
         self.met.append(("all_to_all", axes, sum(part.nbytes for part in parts)))
         return self.within.all_to_all(parts, axes)
+
+    def permute(self, x: Tensor, pairs: Pairs, axes: Axes) -> Tensor:
+        self.met.append(("permute", axes, x.nbytes))
+        return self.within.permute(x, pairs, axes)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 from ...ir.analysis.dealt import through
 from ...ir.attrs import Attr
 from ...ir.composites.bodies import LOSS, body_of
+from ...ir.composites.evenly import partners
 from ...ir.composites.loss_blocks import block_of, logits_in
 from ...ir.composites.online import body_parts
 from ...ir.errors import LoweringError
@@ -26,7 +27,7 @@ from ...ir.graph import Op
 from ...ir.ops import LOSSES
 from ...ir.rules import rule_of
 from ...ir.rules.rule import Rule
-from .collectives import Axes, Communicator, joined
+from .collectives import Axes, Communicator, Pairs, joined
 from .dtypes import torch_dtype
 from .emit import emitter
 from .shard import Part, View
@@ -43,18 +44,19 @@ class Composite:
 
     Args:
         view: the composite's rule; its free dims are the first factors, but for those of size 1.
-        joint: how devices work it out together, by axes.
+        joint: how devices work it out together, by axes: "even", rows are dealt out for equal work
+            (`ir/composites/evenly.py`); "vocabulary", that of a loss is shared.
 
     Raises:
-        LoweringError: devices would have to pass rows or keys to each other.
+        LoweringError: keys would have to go round the devices.
     """
 
     def __init__(self, op: Op, view: View, joint: Mapping[str, Axes], communicator: Communicator):
-        if joint.keys() - {"vocabulary"}:
+        if "ring" in joint:
             raise LoweringError(
-                f"attention that devices work out together ({', '.join(sorted(joint))}) cannot run on torch yet.",
+                "attention whose keys go round a ring of devices cannot run on torch yet.",
                 where=op.where or None,
-                fix="plan without cutting the sequence, or run the step with --backend xla",
+                fix="plan with --attention fused, or run the step with --backend xla",
             )
         told = dict(op.attrs)
         self.op, self.graph, self.communicator = op, body_of(op.text("body")), communicator
@@ -69,6 +71,12 @@ class Composite:
         self.cuts = {
             d: view.cuts[f] for d, f in enumerate(factors) if f is not None and f in view.cuts
         }
+        self.even, self.rows, self.partners = joint.get("even", ()), 0, ()
+        if self.even:
+            self.rows = op.integer("rows")
+            spans = _dims((told["spans"],))[0]
+            pairs = tuple((first, end) for first, end in spans)
+            self.partners = partners(pairs, op.integer("blocks"), self.cuts[self.rows].ways)
         complete = op.integers("complete") if op.has("complete") else ()
         self.complete = complete
         self.owed = {
@@ -91,7 +99,9 @@ class Composite:
         self._bodies: dict[tuple[tuple[int, Part], ...], Run] = {}
 
     def __call__(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        found = self._loop(operands, self.cuts, self.blocks)
+        found = (
+            self._evenly(operands) if self.even else self._loop(operands, self.cuts, self.blocks)
+        )
         if self.sharing and self.vocabulary is not None:
             for k in self.complete:  # one device has all of the sum that is owed
                 if self.cuts[self.vocabulary].index:
@@ -129,6 +139,30 @@ class Composite:
                 left //= many
         return found
 
+    def _evenly(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """Each device works on the first half of its rows and on the second half of a partner's."""
+        mine, ways = self.cuts[self.rows].index, self.cuts[self.rows].ways
+        there = [(theirs, device) for device, theirs in enumerate(self.partners)]
+        given = [
+            self._exchanged(x, _place(dims, self.rows), there)
+            for x, dims in zip(operands, self.operands, strict=True)
+        ]
+        halves = (2 * mine, 2 * self.partners[mine] + 1)
+        parts = [Part(half, 2 * ways) for half in halves]
+        found = self._by_parts(given, self.rows, parts, self.cuts, self.blocks)
+        back = [(device, theirs) for theirs, device in there]
+        return [
+            self._exchanged(x, _place(dims, self.rows), back)
+            for x, dims in zip(found, self.results, strict=True)
+        ]
+
+    def _exchanged(self, x: Tensor, at: int | None, pairs: Pairs) -> Tensor:
+        """With the second half of rows of another device."""
+        if at is None:
+            return x
+        first, second = x.chunk(2, at)
+        return torch.cat([first, self.communicator.permute(second, pairs, self.even)], at)
+
     def _loop(
         self, operands: Sequence[Tensor], cuts: Cuts, blocks: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
@@ -136,17 +170,25 @@ class Composite:
         if not blocks:
             return self._body(cuts)(operands)
         (dim, many), *rest = blocks
-        places = [_place(dims, dim) for dims in self.operands]
-        cut, found = cuts.get(dim, Part(0, 1)), list[list[Tensor]]()
-        for number in range(many):
+        cut = cuts.get(dim, Part(0, 1))
+        parts = [Part(cut.index * many + number, cut.ways * many) for number in range(many)]
+        return self._by_parts(operands, dim, parts, cuts, rest)
+
+    def _by_parts(
+        self, operands: Sequence[Tensor], dim: int, parts: Sequence[Part], cuts: Cuts,
+        blocks: Sequence[tuple[int, int]],
+    ) -> list[Tensor]:  # fmt: skip
+        """Results of what is here of a dim, in equal parts that lie so in the whole."""
+        places, many = [_place(dims, dim) for dims in self.operands], len(parts)
+        found = list[list[Tensor]]()
+        for number, part in enumerate(parts):
             given = [
                 x
                 if at is None
                 else x.narrow(at, number * (x.shape[at] // many), x.shape[at] // many)
                 for x, at in zip(operands, places, strict=True)
             ]
-            here = Part(cut.index * many + number, cut.ways * many)
-            found.append(self._loop(given, {**cuts, dim: here}, rest))
+            found.append(self._loop(given, {**cuts, dim: part}, blocks))
         return [
             _added(pieces) if (at := _place(dims, dim)) is None else torch.cat(pieces, at)
             for pieces, dims in zip(map(list, zip(*found, strict=True)), self.results, strict=True)

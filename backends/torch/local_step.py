@@ -22,7 +22,7 @@ from ...ir.local.program import (
     LocalRegion,
 )
 from ...ir.ops import COMPOSITES
-from .collectives import Axes, Communicator, Shards, part_of, places_of
+from .collectives import Axes, Communicator, Pairs, Shards, part_of, places_of
 from .dtypes import torch_dtype
 from .emit import emitter
 from .emit_composite import Composite
@@ -247,6 +247,9 @@ class _Alone:
 
     def all_to_all(self, parts: Sequence[Tensor], axes: Axes) -> list[Tensor]:
         return list(parts)
+
+    def permute(self, x: Tensor, pairs: Pairs, axes: Axes) -> Tensor:
+        return x
 
 
 def _read_inside(op: LocalOp) -> list[int]:
