@@ -165,6 +165,11 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "llama-tiny-microbatches-False",
         "mixtral-tiny-squeezed-True",
     ),
+    "test_torch_local.py::test_rows_of_attention_cut_over_ranks_equal_one_device": (
+        "fused-causal-2x4-even",
+        "fused-masked out-4-ring",
+        "ring-documents-8-ring",
+    ),
     "test_truth.py::test_a_layout_costs_the_same_as_a_plan_and_as_a_job": (
         "gpt3-1.3b-a100x8-16-2048-layout4-full-1",
         "mixtral-8x7b-4xh100x8@ib400-64-4096-layout7-full-1",

@@ -26,8 +26,9 @@ from meshwright.recipe import make  # noqa: E402
 
 from .local_interpreter import evaluate  # noqa: E402
 from .random_graphs import random_graph, random_layouts  # noqa: E402
-from .test_context_parallel import FORMS, even, everywhere, inputs, pinned, rows, trained  # noqa: E402
+from .test_context_parallel import even, everywhere, inputs, pinned, rows, trained  # noqa: E402
 from .test_localize import MESHES, numbers  # noqa: E402
+from .test_ring import RINGS, ring  # noqa: E402
 from .torch_ranks import run_ranks  # noqa: E402
 
 ZOO = (
@@ -154,18 +155,30 @@ def test_planned_steps_give_what_one_device_gives(name: str, how: str, fused: bo
 
 @pytest.mark.parametrize(
     ("name", "mesh", "code"),
-    [("documents", "8", even), ("causal", "2x4", even), ("causal", "4", rows), ("biased", "2x4", even)],
+    [
+        ("documents", "8", even), ("causal", "2x4", even), ("causal", "4", rows), ("biased", "2x4", even),
+        ("full", "2", ring), ("causal", "2x4", ring), ("documents", "8", ring), ("masked out", "4", ring),
+        ("no maximum", "4", ring), ("windowed", "8", ring),
+    ],
 )  # fmt: skip
+@pytest.mark.parametrize("attention", ["fused", "ring"])
 def test_rows_of_attention_cut_over_ranks_equal_one_device(
-    name: str, mesh: str, code: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, mesh: str, code: Any, attention: Any, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(emit_composite, "BLOCK", 512)
-    step, args = trained(FORMS[name]), inputs()
-    plan = pinned(step, args, mesh, everywhere(code, mesh))
-    graph = capture(step, *args).graph
+    step, args = trained(RINGS[name]), inputs()
+    plan = pinned(step, args, mesh, everywhere(code, mesh), attention=attention)
+    captured = capture(step, *args)
+    graph = captured.graph
+    arrays = {v: torch.tensor(np.asarray(x)) for v, x in captured.binding.arrays.items()}
     given = [torch.tensor(np.asarray(x)) for x in args]
-    wanted = replay(graph, {}, given)
+    wanted = replay(graph, arrays, given)
     local = local_program(plan, graph)
-    assert any(op.joint for op in local.walk()) == (code is even)
-    for output, x, y in zip(graph.output_names, run_ranks(local, given), wanted, strict=True):
+    assert any(op.joint for op in local.walk()) == (code is not rows)
+    for output, x, y in zip(
+        graph.output_names,
+        run_ranks(local, given, arrays_in(local, graph, arrays)),
+        wanted,
+        strict=True,
+    ):
         close(x.numpy(), y.numpy(), output)

@@ -11,6 +11,7 @@ gradients sum over it is owed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from math import prod
 
@@ -22,7 +23,6 @@ from ...ir.composites.bodies import LOSS, body_of
 from ...ir.composites.evenly import partners
 from ...ir.composites.loss_blocks import block_of, logits_in
 from ...ir.composites.online import body_parts
-from ...ir.errors import LoweringError
 from ...ir.graph import Op
 from ...ir.ops import LOSSES
 from ...ir.rules import rule_of
@@ -35,93 +35,43 @@ from .shard import Part, View
 Tensor = torch.Tensor
 Dims = tuple[tuple[int, ...], ...]  # by dim of an array, the free dims that it is made of
 Cuts = Mapping[int, Part]
+Blocks = Sequence[tuple[int, int]]  # free dims and how many blocks each is taken in
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 BLOCK = 1 << 20  # scores that exist at a time, at most where dims can be cut so far
 
 
-class Composite:
-    """Runs one; made once for each microbatch.
+class Body:
+    """A composite's graph, with the dims of its values as free dims; keys are numbered after those."""
 
-    Args:
-        view: the composite's rule; its free dims are the first factors, but for those of size 1.
-        joint: how devices work it out together, by axes: "even", rows are dealt out for equal work
-            (`ir/composites/evenly.py`); "vocabulary", that of a loss is shared.
-
-    Raises:
-        LoweringError: keys would have to go round the devices.
-    """
-
-    def __init__(self, op: Op, view: View, joint: Mapping[str, Axes], communicator: Communicator):
-        if "ring" in joint:
-            raise LoweringError(
-                "attention whose keys go round a ring of devices cannot run on torch yet.",
-                where=op.where or None,
-                fix="plan with --attention fused, or run the step with --backend xla",
-            )
+    def __init__(self, op: Op):
         told = dict(op.attrs)
-        self.op, self.graph, self.communicator = op, body_of(op.text("body")), communicator
-        self.sizes = op.integers("sizes")
+        self.op, self.graph, self.sizes = op, body_of(op.text("body")), op.integers("sizes")
         self.operands, self.results = _dims(told["operands"]), _dims(told["results"])
-        dims = self.sizes if told.get("keys") is None else (*self.sizes, op.integer("keys"))
-        self.parts = body_parts(self.graph, dims, self.operands)
+        keys = (op.integer("keys"),) if op.has("keys") else ()
+        self.dims = (*self.sizes, *keys)
+        self.kept = op.integer("kept") if op.has("kept") else 0
         self.vocabulary = op.integer("vocabulary") if op.has("vocabulary") else None
-        self.sharing = joint.get("vocabulary", ())
-        numbers = iter(range(len(view.rule.factors)))
-        factors = [next(numbers) if size > 1 else None for size in self.sizes]
-        self.cuts = {
-            d: view.cuts[f] for d, f in enumerate(factors) if f is not None and f in view.cuts
-        }
-        self.even, self.rows, self.partners = joint.get("even", ()), 0, ()
-        if self.even:
-            self.rows = op.integer("rows")
-            spans = _dims((told["spans"],))[0]
-            pairs = tuple((first, end) for first, end in spans)
-            self.partners = partners(pairs, op.integer("blocks"), self.cuts[self.rows].ways)
-        complete = op.integers("complete") if op.has("complete") else ()
-        self.complete = complete
-        self.owed = {
-            v
-            for k, v in enumerate(self.graph.outputs)
-            if op.kind in LOSSES and op.kind != LOSS and k not in complete
-        }
-        self.blocks = self._blocks()
-        added = [d for d, _ in self.blocks]
-        self.summed = {
-            v for v, dims in zip(self.graph.outputs, self.results, strict=True)
-            if op.kind in LOSSES and any(_place(dims, d) is None for d in added)
-        }  # fmt: skip
+        self.parts = body_parts(self.graph, self.dims, self.operands)
         types = self.graph.types
-        self.dtypes = [torch_dtype(types[v].dtype) for v in self.graph.outputs]
+        self.most = max(
+            (kind.size for kind in types.values() if kind.is_float), default=0
+        )  # scores
         self.numbers = {
             c.value: torch.tensor(c.data, dtype=torch_dtype(types[c.value].dtype))
             for c in self.graph.constants
         }
-        self._bodies: dict[tuple[tuple[int, Part], ...], Run] = {}
 
-    def __call__(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        found = (
-            self._evenly(operands) if self.even else self._loop(operands, self.cuts, self.blocks)
-        )
-        if self.sharing and self.vocabulary is not None:
-            for k in self.complete:  # one device has all of the sum that is owed
-                if self.cuts[self.vocabulary].index:
-                    found[k] = torch.zeros_like(found[k])
-        return [x.to(dtype) for x, dtype in zip(found, self.dtypes, strict=True)]
+    def cuts(self, view: View) -> dict[int, Part]:
+        """Of free dims, by the composite's rule, whose first factors they are, but for those of size 1."""
+        numbers = iter(range(len(view.rule.factors)))
+        factors = [next(numbers) if size > 1 else None for size in self.sizes]
+        return {d: view.cuts[f] for d, f in enumerate(factors) if f is not None and f in view.cuts}
 
-    def _blocks(self) -> list[tuple[int, int]]:
-        """Free dims and the number of blocks of each, so that scores are small: first those that most operands have, as
-        they need no sums. The batch is left alone where microbatches cut it over time."""
-        if self.op.kind in LOSSES:
-            most, block = (
-                logits_in(self.op),
-                block_of(self.op, {d: cut.ways for d, cut in self.cuts.items()}),
-            )
-        else:
-            most = max(
-                (kind.size for kind in self.graph.types.values() if kind.is_float), default=0
-            )
-            block = BLOCK
-        left = most // prod(cut.all_ways for cut in self.cuts.values())
+    def blocks(self, cuts: Cuts, most: int, block: int, keys: int = 1) -> Blocks:
+        """Free dims and the number of blocks of each, so that of `most` scores no more than `block` exist at a time:
+        first those that most operands have, as they need no sums. The batch is left alone where microbatches cut it
+        over time. Keys are cut in so many parts before."""
+        left = most // prod(cut.all_ways for cut in cuts.values()) // keys
         lacking = {
             d: sum(all(d not in dim for dim in dims) for dims in self.operands)
             for d in range(len(self.sizes))
@@ -129,7 +79,7 @@ class Composite:
         }
         found: list[tuple[int, int]] = []
         for d in sorted(lacking, key=lambda d: (lacking[d], d)):
-            cut = self.cuts.get(d, Part(0, 1))
+            cut = cuts.get(d, Part(0, 1))
             here, wanted = self.sizes[d] // cut.all_ways, -(-left // block)
             if wanted <= 1 or cut.microbatches > 1:
                 continue
@@ -139,82 +89,129 @@ class Composite:
                 left //= many
         return found
 
-    def _evenly(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        """Each device works on the first half of its rows and on the second half of a partner's."""
-        mine, ways = self.cuts[self.rows].index, self.cuts[self.rows].ways
-        there = [(theirs, device) for device, theirs in enumerate(self.partners)]
-        given = [
-            self._exchanged(x, _place(dims, self.rows), there)
-            for x, dims in zip(operands, self.operands, strict=True)
-        ]
-        halves = (2 * mine, 2 * self.partners[mine] + 1)
-        parts = [Part(half, 2 * ways) for half in halves]
-        found = self._by_parts(given, self.rows, parts, self.cuts, self.blocks)
-        back = [(device, theirs) for theirs, device in there]
-        return [
-            self._exchanged(x, _place(dims, self.rows), back)
-            for x, dims in zip(found, self.results, strict=True)
-        ]
-
-    def _exchanged(self, x: Tensor, at: int | None, pairs: Pairs) -> Tensor:
-        """With the second half of rows of another device."""
-        if at is None:
-            return x
-        first, second = x.chunk(2, at)
-        return torch.cat([first, self.communicator.permute(second, pairs, self.even)], at)
-
-    def _loop(
-        self, operands: Sequence[Tensor], cuts: Cuts, blocks: Sequence[tuple[int, int]]
+    def by_blocks(
+        self, operands: Sequence[Tensor], cuts: Cuts, blocks: Blocks, run: Callable[[Cuts], Run]
     ) -> list[Tensor]:
         """Results of blocks of a dim, side by side; what is summed over the dim is added up."""
         if not blocks:
-            return self._body(cuts)(operands)
+            return run(cuts)(operands)
         (dim, many), *rest = blocks
         cut = cuts.get(dim, Part(0, 1))
         parts = [Part(cut.index * many + number, cut.ways * many) for number in range(many)]
-        return self._by_parts(operands, dim, parts, cuts, rest)
+        return self.by_parts(operands, cuts, dim, parts, rest, run)
 
-    def _by_parts(
-        self, operands: Sequence[Tensor], dim: int, parts: Sequence[Part], cuts: Cuts,
-        blocks: Sequence[tuple[int, int]],
+    def by_parts(
+        self, operands: Sequence[Tensor], cuts: Cuts, dim: int, parts: Sequence[Part],
+        blocks: Blocks, run: Callable[[Cuts], Run],
     ) -> list[Tensor]:  # fmt: skip
         """Results of what is here of a dim, in equal parts that lie so in the whole."""
-        places, many = [_place(dims, dim) for dims in self.operands], len(parts)
+        places, many = [place_of(dims, dim) for dims in self.operands], len(parts)
         found = list[list[Tensor]]()
         for number, part in enumerate(parts):
             given = [
-                x
-                if at is None
-                else x.narrow(at, number * (x.shape[at] // many), x.shape[at] // many)
+                x if at is None else _nth(x, at, number, many)
                 for x, at in zip(operands, places, strict=True)
             ]
-            found.append(self._loop(given, {**cuts, dim: part}, blocks))
+            found.append(self.by_blocks(given, {**cuts, dim: part}, blocks, run))
         return [
-            _added(pieces) if (at := _place(dims, dim)) is None else torch.cat(pieces, at)
+            _added(pieces) if (at := place_of(dims, dim)) is None else torch.cat(pieces, at)
             for pieces, dims in zip(map(list, zip(*found, strict=True)), self.results, strict=True)
         ]
 
-    def _body(self, cuts: Cuts) -> Run:
+    def rule_and_cuts(self, op: Op, cuts: Cuts) -> tuple[Rule, dict[int, Part]]:
+        """Of an op of the body: which part of its factors is here."""
+        rule, found = rule_of(op, self.graph.types), dict[int, Part]()
+        known = through(op, rule, self.graph.types, self.parts)
+        for parts, dims in zip(known, (*rule.operands, *rule.results), strict=True):
+            for told, dim in zip(parts, dims, strict=True):
+                if told and dim and told[0][0] in cuts and told[0][1] == 1:
+                    found[dim[0]] = cuts[told[0][0]]
+        return rule, found
+
+    def dtype(self, value: int) -> torch.dtype:
+        return torch_dtype(self.graph.types[value].dtype)
+
+
+class Composite:
+    """Runs one on the part that is here; made once for each microbatch.
+
+    Args:
+        view: the composite's rule.
+        joint: how devices work it out together, by axes: "even", rows are dealt out for equal work
+            (`ir/composites/evenly.py`); "vocabulary", that of a loss is shared.
+    """
+
+    def __init__(self, op: Op, view: View, joint: Mapping[str, Axes], communicator: Communicator):
+        self.op, self.body, self.communicator = op, Body(op), communicator
+        self.cuts = self.body.cuts(view)
+        self.sharing = joint.get("vocabulary", ())
+        self.halves = None
+        if even := joint.get("even", ()):
+            spans = tuple((first, end) for first, end in _dims((dict(op.attrs)["spans"],))[0])
+            rows = op.integer("rows")
+            pairs = partners(spans, op.integer("blocks"), self.cuts[rows].ways)
+            self.rows, self.halves = rows, Halves(communicator, even, pairs)
+        outputs, loss = self.body.graph.outputs, op.kind in LOSSES
+        self.complete = op.integers("complete") if op.has("complete") else ()
+        self.owed = {
+            v for k, v in enumerate(outputs) if loss and op.kind != LOSS and k not in self.complete
+        }
+        if loss:
+            block = block_of(op, {d: cut.ways for d, cut in self.cuts.items()})
+            self.blocks = self.body.blocks(self.cuts, logits_in(op), block)
+        else:
+            self.blocks = self.body.blocks(self.cuts, self.body.most, BLOCK)
+        self.summed = {
+            v for v, dims in zip(outputs, self.body.results, strict=True)
+            if loss and any(place_of(dims, d) is None for d, _ in self.blocks)
+        }  # fmt: skip
+        self._runs: dict[tuple[tuple[int, Part], ...], Run] = {}
+
+    def __call__(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        body = self.body
+        if self.halves is not None:
+            found = self._evenly(self.halves, operands)
+        else:
+            found = body.by_blocks(operands, self.cuts, self.blocks, self._run)
+        if self.sharing and body.vocabulary is not None:
+            for k in self.complete:  # one device has all of the sum that is owed
+                if self.cuts[body.vocabulary].index:
+                    found[k] = torch.zeros_like(found[k])
+        return [x.to(body.dtype(v)) for x, v in zip(found, body.graph.outputs, strict=True)]
+
+    def _evenly(self, halves: Halves, operands: Sequence[Tensor]) -> list[Tensor]:
+        """Each device works on the first half of its rows and on the second half of a partner's."""
+        cut, rows, body = self.cuts[self.rows], self.rows, self.body
+        given = [
+            halves.there(x, place_of(dims, rows))
+            for x, dims in zip(operands, body.operands, strict=True)
+        ]
+        parts = [Part(half, 2 * cut.ways) for half in halves.numbers(cut.index)]
+        found = body.by_parts(given, self.cuts, rows, parts, self.blocks, self._run)
+        return [
+            halves.back(x, place_of(dims, rows))
+            for x, dims in zip(found, body.results, strict=True)
+        ]
+
+    def _run(self, cuts: Cuts) -> Run:
         """The body on one block, its ops looked up."""
         key = tuple(sorted(cuts.items(), key=lambda each: each[0]))
-        if key not in self._bodies:
-            self._bodies[key] = self._made(cuts)
-        return self._bodies[key]
+        if key not in self._runs:
+            self._runs[key] = self._made(cuts)
+        return self._runs[key]
 
     def _made(self, cuts: Cuts) -> Run:
-        graph, steps = self.graph, []
+        graph, numbers, steps = self.body.graph, self.body.numbers, []
         for op in graph.ops:
-            rule = rule_of(op, graph.types)
-            here = self._cuts_of(op, rule, cuts)
+            rule, here = self.body.rule_and_cuts(op, cuts)
             wide = op.kind == "dot_general" and not self.summed.isdisjoint(op.outputs)
-            dtypes = tuple(
-                torch.float32 if wide else torch_dtype(graph.types[v].dtype) for v in op.outputs
+            dtypes = tuple(torch.float32 if wide else self.body.dtype(v) for v in op.outputs)
+            steps.append(
+                (op, emitter(op, View(rule, here, dtypes)), self._reduction(rule, here, cuts))
             )
-            over = self._reduction(rule, here, cuts)
-            steps.append((op, emitter(op, View(rule, here, dtypes)), over))
 
         def run(operands: Sequence[Tensor]) -> list[Tensor]:
-            values = self.numbers | dict(zip(graph.inputs, operands, strict=True))
+            values = numbers | dict(zip(graph.inputs, operands, strict=True))
             for op, call, over in steps:
                 results = call([values[v] for v in op.inputs])
                 for value, x in zip(op.outputs, results, strict=True):
@@ -226,24 +223,43 @@ class Composite:
 
         return run
 
-    def _cuts_of(self, op: Op, rule: Rule, cuts: Cuts) -> dict[int, Part]:
-        """Which part of the factors of an op of the body is here."""
-        found: dict[int, Part] = {}
-        known = through(op, rule, self.graph.types, self.parts)
-        for parts, dims in zip(known, (*rule.operands, *rule.results), strict=True):
-            for told, dim in zip(parts, dims, strict=True):
-                if told and dim and told[0][0] in cuts and told[0][1] == 1:
-                    found[dim[0]] = cuts[told[0][0]]
-        return found
-
     def _reduction(self, rule: Rule, here: Cuts, cuts: Cuts) -> str:
         """How results over a vocabulary that devices share come together; "" where they are parts themselves."""
-        whole = cuts.get(self.vocabulary) if self.vocabulary is not None and self.sharing else None
+        whole = (
+            cuts.get(self.body.vocabulary)
+            if self.body.vocabulary is not None and self.sharing
+            else None
+        )
         if whole is None:
             return ""
         kept = {f for dims in rule.results for dim in dims for f in dim}
         lost = [f for f, cut in here.items() if cut is whole and f not in kept]
         return rule.factors[lost[0]].reduction if lost else ""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Devices along `axes` keep the first half of what they have of a dim, and get the second half of a partner's."""
+
+    communicator: Communicator
+    axes: Axes
+    partners: tuple[int, ...]
+
+    def numbers(self, device: int) -> tuple[int, int]:
+        """Which of all halves a device then has."""
+        return 2 * device, 2 * self.partners[device] + 1
+
+    def there(self, x: Tensor, at: int | None) -> Tensor:
+        return self._exchanged(x, at, [(theirs, mine) for mine, theirs in enumerate(self.partners)])
+
+    def back(self, x: Tensor, at: int | None) -> Tensor:
+        return self._exchanged(x, at, list(enumerate(self.partners)))
+
+    def _exchanged(self, x: Tensor, at: int | None, pairs: Pairs) -> Tensor:
+        if at is None:
+            return x
+        first, second = x.chunk(2, at)
+        return torch.cat([first, self.communicator.permute(second, pairs, self.axes)], at)
 
 
 def _dims(told: Attr) -> tuple[Dims, ...]:
@@ -252,13 +268,23 @@ def _dims(told: Attr) -> tuple[Dims, ...]:
     return tuple(tuple(tuple(int(d) for d in dim) for dim in array) for array in told)  # type: ignore[union-attr, arg-type]
 
 
-def _place(dims: Dims, dim: int) -> int | None:
+def place_of(dims: Dims, dim: int) -> int | None:
     """The dim of an array that a free dim is in."""
     return next((k for k, d in enumerate(dims) if dim in d), None)
+
+
+def _nth(x: Tensor, dim: int, number: int, many: int) -> Tensor:
+    """One of equal parts."""
+    size = x.shape[dim] // many
+    return x.narrow(dim, number * size, size)
 
 
 def _added(pieces: Sequence[Tensor]) -> Tensor:
     """Sums, of short floats in float32."""
     dtype = pieces[0].dtype
-    wide = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
-    return reduce(torch.add, [x.to(wide) for x in pieces]).to(dtype)
+    return reduce(torch.add, [x.to(widened(dtype)) for x in pieces]).to(dtype)
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """What sums of a type are kept in."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype

@@ -27,6 +27,7 @@ from .dtypes import torch_dtype
 from .emit import emitter
 from .emit_composite import Composite
 from .emit_reductions import highest, lowest
+from .emit_ring import RingAttention
 from .shard import Part, View
 
 Tensor = torch.Tensor
@@ -123,11 +124,14 @@ class LocalStep:
                 return lambda operands, _: [operands[0] / op.integer("microbatches")]
         dtypes = tuple(torch_dtype(self.program.local(v).dtype) for v in op.outputs)
         view = View(self.program.rule(op), self._cuts(op, moment), dtypes)
-        if op.kind in COMPOSITES:
-            run = Composite(op.whole, view, dict(op.joint), self.shards.communicator)
-        else:
-            run = emitter(op.whole, view)
+        run = self._composite(op, view) if op.kind in COMPOSITES else emitter(op.whole, view)
         return lambda operands, _: run(operands)
+
+    def _composite(self, op: LocalOp, view: View) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        joint, communicator = dict(op.joint), self.shards.communicator
+        if ring := joint.get("ring"):
+            return RingAttention(op.whole, view, ring, communicator)
+        return Composite(op.whole, view, joint, communicator)
 
     def _cuts(self, op: LocalOp, moment: int | None) -> dict[int, Part]:
         """Which part of each factor is here; factors that lie whole are left out."""
