@@ -23,11 +23,10 @@ from meshwright.ir.passes.microbatch import TimeAxis
 from meshwright.ir.program import prepare
 from meshwright.ir.sharding import Sharding
 from meshwright.models import build
-from meshwright.planner.pipeline.schedules import one_f_one_b
 from meshwright.planner.request import Request
 
 from .local_interpreter import evaluate, interpret
-from .pipelines import captured_of, lowered, zero_bubble
+from .pipelines import captured_of
 from .random_graphs import random_graph, random_layouts
 
 MESHES = (Mesh.of(x=2), Mesh.of(x=2, y=2), Mesh.of(x=4, y=2), Mesh.of(x=2, y=2, z=2))
@@ -92,19 +91,6 @@ def test_programs_of_plans_keep_every_law(name, mesh, microbatches, attention):
             local = localize(program, plan, holds)
             verify_local(local)
             assert parse_local(str(local)) == local
-
-
-@pytest.mark.parametrize("schedule", [one_f_one_b(2, 4), zero_bubble(2, 4)])
-def test_a_pipeline_has_a_program_for_each_pass(schedule):
-    """Stages of four devices."""
-    programs = lowered("gpt-tiny", schedule, 4, mesh=(2, 2)).local_programs
-    passes = ("forward", "backward", *(["weight"] if schedule.splits else []))
-    assert programs.keys() >= {f"{name} {stage}" for name in passes for stage in (0, 1)}
-    for program in programs.values():
-        verify_local(program, whole=False)
-        assert parse_local(str(program)) == program
-    met = {op.kind for program in programs.values() for op in program.walk()}
-    assert met & COLLECTIVES and "dot_general" in met and programs["forward 0"].outputs
 
 
 # ---------------------------------------------------------------- laws and text

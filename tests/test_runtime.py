@@ -12,10 +12,11 @@ import pytest
 
 from meshwright.backends.runtime import rendezvous
 from meshwright.backends.runtime.driver import PipelineDriver
-from meshwright.backends.runtime.programs import Message, StageDevices, StageProgram
+from meshwright.backends.runtime.programs import StageDevices, StageProgram
 from meshwright.backends.runtime.recorder import Recorder
 from meshwright.ir.errors import ProcessError
 from meshwright.ir.graph import Graph, Op, TensorType
+from meshwright.ir.pipeline.borders import Message
 from meshwright.ir.pipeline.schedule import in_flight
 from meshwright.ir.pipeline.stages import Fragment, Stages
 from meshwright.ir.sharding import replicated

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...ir.pipeline.stages import Fragment
+from ...ir.pipeline.borders import ProgramBorder
 from ...ir.sharding import Sharding
 
 Transfer = Callable[[Sequence[Any] | None], tuple[Sequence[Any] | None, Any]]
@@ -29,31 +29,6 @@ class Route:
     dtype: str  # of our element types
     leaves: Sharding
     arrives: Sharding
-
-
-@dataclass(frozen=True)
-class Message:
-    """What leaves a stage as one array: a value, or several scalars of one type as a vector.
-
-    `arrivals` tell how it lies on each stage that it goes to.
-    """
-
-    values: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    leaves: Sharding
-    arrivals: Mapping[int, Sharding]
-
-
-@dataclass(frozen=True)
-class ProgramBorder:
-    """What crosses into and out of the program of a fragment."""
-
-    fragment: Fragment
-    donates: tuple[int, ...]  # values taken that are given up
-    keeps: tuple[int, ...]
-    joins: frozenset[int]  # values kept of which it takes a list, one for each microbatch
-    messages: tuple[Message, ...]
 
 
 @dataclass(frozen=True)

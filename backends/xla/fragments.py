@@ -1,6 +1,6 @@
 """The fragments of pipeline stages as jitted programs, each on the devices of its stage.
 
-Values cross from one program to another as global arrays, laid out as `runtime/layouts.py` says. A sum that
+Values cross from one program to another as global arrays, laid out as `ir/pipeline/borders.py` says. A sum that
 is still owed over some mesh axes crosses as a stack, one slice for each device that owes a part, so that
 gradients of all microbatches are added up first and reduced once.
 """
@@ -16,11 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ...ir.local.program import LocalProgram
+from ...ir.pipeline.borders import ProgramBorder, StageLayouts, borders
 from ...ir.pipeline.stages import Fragment, Stages
 from ...ir.sharding import Sharding
-from ..runtime.layouts import PER_MICROBATCH, StageLayouts, borders
-from ..runtime.programs import ProgramBorder, StageDevices, StageProgram
+from ..runtime.programs import StageDevices, StageProgram
 from .devices import crossing_spec, named_sharding, options_for, partition_spec
 from .dtypes import jax_dtype
 from .joins import JOIN, start
@@ -44,14 +43,6 @@ class StagePrograms:
         return self.sharding(self.layouts[value])
 
     # ------------------------------------------------------------ programs
-
-    def local_program(self, fragment: Fragment) -> LocalProgram:
-        """What one device runs of a fragment. Sums that it leaves partial are handed on so."""
-        local = self.local
-        given = {v: self.layouts[v] for v in fragment.takes}
-        timed = local.time is not None and fragment.kind in PER_MICROBATCH
-        left = (*fragment.totals, *fragment.gives, *(v for v, _ in fragment.sends))
-        return local.piece(fragment.ops, given, timed, dict.fromkeys(left)).program
 
     def build(self, border: ProgramBorder) -> StageProgram:
         """Jit a fragment."""
@@ -124,7 +115,7 @@ class _Body:
 
     def __call__(self, moment: Any, given_up: Sequence[Any], kept: Sequence[Any]) -> Any:
         local, fragment = self.stage.local, self.fragment
-        timed = local.time is not None and fragment.kind in PER_MICROBATCH
+        timed = self.stage.layouts.timed(fragment)
         scope = KnownValues({}, moment if timed else None)
         count = len(fragment.totals)
         for value, array in zip((*self.gone, *self.kept), (*given_up[count:], *kept), strict=True):

@@ -16,6 +16,7 @@ from ...ir.analysis.blocks import fold
 from ...ir.composites.attention_op import composed
 from ...ir.errors import MismatchError
 from ...ir.fingerprint import fingerprint
+from ...ir.local.program import LocalProgram
 from ...ir.plan import Plan
 from ...ir.plan_checks import check_decisions
 from ...ir.program import prepare
@@ -62,6 +63,11 @@ class Lowered:
     output_shardings: tuple[NamedSharding, ...]
 
     apart = None  # layers are taken apart for pipelines only
+
+    @property
+    def program(self) -> LocalProgram:
+        """What each device runs, as planned."""
+        return self.local.program
 
     @cached_property
     def compiled(self) -> Any:

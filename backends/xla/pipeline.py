@@ -10,15 +10,19 @@ stage, and what is whole there and no state, as a loss, is with several processe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 
-from ...ir.local.program import LocalProgram
+from ...ir.local.pipeline import PipelineProgram
+from ...ir.passes.contract import run_passes
+from ...ir.passes.localize_pipeline import pipeline_program
+from ...ir.passes.order import PASSES
 from ...ir.pipeline.schedule import Schedule
+from ...ir.pipeline.staged import StagedStep
 from ...ir.pipeline.stages import Stages
 from ...ir.plan import Plan
 from ..runtime.driver import PipelineDriver
@@ -39,8 +43,7 @@ class LoweredPipeline:
 
     plan: Plan
     captured: Captured
-    schedule: Schedule
-    cut: Stages
+    step: StagedStep
     stages: Sequence[StagePrograms]
     passes: Mapping[tuple[str, int], StageProgram]
     rounds: Sequence[Sequence[StageProgram]]
@@ -57,19 +60,25 @@ class LoweredPipeline:
             self.passes, self.rounds, on_cpus(self.stages[0].mesh),
         )  # fmt: skip
 
+    @property
+    def schedule(self) -> Schedule:
+        return self.step.schedule
+
+    @property
+    def cut(self) -> Stages:
+        return self.step.cut
+
     @cached_property
-    def local_programs(self) -> dict[str, LocalProgram]:
-        """What one device runs of each pass, by its name and stage: `forward 0`. Updates are in rounds."""
-        named = {f"{kind} {stage}": p for (kind, stage), p in self.passes.items()}
-        named |= {
-            f"update {number} {p.fragment.stage}": p
-            for number, programs in enumerate(self.rounds)
-            for p in programs
-        }
-        return {
-            name: self.stages[p.fragment.stage].local_program(p.fragment)
-            for name, p in named.items()
-        }
+    def program(self) -> PipelineProgram:
+        """What each rank runs: its passes as they run, sends and receives."""
+        borders = [*self.passes.values(), *(p for programs in self.rounds for p in programs)]
+        layouts = [stage.layouts for stage in self.stages]
+        found = pipeline_program(self.step, layouts, borders)
+        passes = [
+            replace(each, program=run_passes(each.program, PASSES, whole=False))
+            for each in found.passes
+        ]
+        return replace(found, passes=tuple(passes))
 
     # ------------------------------------------------------------ as `Lowered`
 

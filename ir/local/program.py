@@ -56,6 +56,12 @@ class Shard:
             shape[self.time] //= microbatches
         return TensorType(self.whole.dtype, tuple(shape))
 
+    def stacked(self, count: int) -> Shard:
+        """What `count` microbatches made of it, side by side in a new dim in front."""
+        kind = TensorType(self.whole.dtype, (count, *self.whole.shape))
+        layout = Sharding(((), *self.sharding.dims), self.sharding.partial)
+        return Shard(kind, layout, self.reduction, None if self.time is None else self.time + 1)
+
 
 @dataclass(frozen=True, slots=True)
 class FactorCut:

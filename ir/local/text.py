@@ -18,8 +18,9 @@ from ..sharding import Sharding
 from .program import TIMED, FactorCut, LocalOp, LocalProgram, LocalRegion, Shard
 
 _DIMS = r"\[(?P<dims>[^\[\]]*)\]"
-_VALUE = re.compile(
-    rf"%(?P<id>\d+): (?P<dtype>\w+)\[(?P<shape>[\d, ]*)\] @ {_DIMS}"
+_VALUE = re.compile(r"%(?P<id>\d+): ")
+_SHARD = re.compile(
+    rf"(?P<dtype>\w+)\[(?P<shape>[\d, ]*)\] @ {_DIMS}"
     rf"(?: partial (?:(?P<by>max|min|and|or) )?(?P<partial>[^\s,]+))?"
 )
 _HEAD = re.compile(
@@ -41,17 +42,25 @@ def parse_local(text: str) -> LocalProgram:
     Raises:
         GraphError: a line that is not understood, with its number.
     """
-    return _Reader(text).read()
+    reader = LocalReader(text)
+    program = reader.read()
+    if reader.next():
+        raise reader.wrong()
+    return program
 
 
 @dataclass
-class _Reader(Lines):
+class LocalReader(Lines):
+    """Reads one program, from the line after the current one to its closing brace."""
+
+    mesh: Mesh = field(default_factory=lambda: Mesh(()))
+    many: int = 1  # microbatches
     shards: dict[int, Shard] = field(default_factory=lambda: {})
 
     def read(self) -> LocalProgram:
         self.next()
         head = self.match(_HEAD, self.line)
-        self.mesh, self.many = self._mesh(head["mesh"]), int(head["many"] or 1)
+        self.mesh, self.many = self.read_mesh(head["mesh"]), int(head["many"] or 1)
         inputs, outputs, constants, ops = (
             list[int](),
             list[int](),
@@ -74,14 +83,15 @@ class _Reader(Lines):
                 names[1].extend([ast.literal_eval(found["name"])] if found["name"] else [])
             else:
                 ops.append(self._op())
-        if self.line != "}" or self.next():
+        if self.line != "}":
             raise self.wrong()
         return LocalProgram(
             ast.literal_eval(head["name"]), self.mesh, self.many, self.shards, tuple(inputs), tuple(ops),
             tuple(outputs), tuple(constants), tuple(names[0]), tuple(names[1]),
         )  # fmt: skip
 
-    def _mesh(self, text: str) -> Mesh:
+    def read_mesh(self, text: str) -> Mesh:
+        """Of `x=2 × y=4`."""
         if text == "-":
             return Mesh(())
         axes: list[Axis] = []
@@ -149,18 +159,25 @@ class _Reader(Lines):
         found = _VALUE.match(text)
         if found is None:
             raise self.wrong()
+        value = int(found["id"])
+        if value in self.shards:
+            raise GraphError(f"%{value} is defined twice.", where=f"line {self.number}")
+        self.shards[value], rest = self.read_shard(text[found.end() :])
+        return value, rest
+
+    def read_shard(self, text: str) -> tuple[Shard, str]:
+        """Of `f32[4, 8] @ [x, -] ...`, and what follows."""
+        found = _SHARD.match(text)
+        if found is None:
+            raise self.wrong()
         if found["dtype"] not in ITEM_BYTES:
             raise GraphError(
                 f"`{found['dtype']}` is not an element type.",
                 where=f"line {self.number}",
                 fix=f"one of {', '.join(ITEM_BYTES)}",
             )
-        value = int(found["id"])
-        if value in self.shards:
-            raise GraphError(f"%{value} is defined twice.", where=f"line {self.number}")
         shape = tuple(int(size) for size in found["shape"].split(",") if size.strip())
-        self.shards[value] = self._shard(found, TensorType(found["dtype"], shape))
-        return value, text[found.end() :]
+        return self._shard(found, TensorType(found["dtype"], shape)), text[found.end() :]
 
     def _shard(self, found: re.Match[str], local: TensorType) -> Shard:
         words = [word.strip() for word in found["dims"].split(",") if word.strip()]

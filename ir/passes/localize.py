@@ -19,7 +19,7 @@ from ..local.program import LocalOp, LocalProgram, Shard
 from ..plan import Plan
 from ..program import Program
 from ..sharding import Sharding
-from .decisions import Decisions, stacked
+from .decisions import Decisions
 from .localize_ops import Scope, Writer, for_reader
 
 NOBODY = for_reader("", "")
@@ -65,23 +65,13 @@ class Localizer:
         else:
             write.in_time(scope, self.decisions.time)
         outputs = [
-            write.bring(scope.names[value], target, self._leaving(o))
+            write.bring(scope.names[value], target, leaving(self.decisions, o))
             for o, (value, target) in enumerate(
                 zip(self.graph.outputs, self.decisions.output_layouts(), strict=True)
             )
         ]
         names = (self.graph.input_names, self.graph.output_names)
         return write.program(self.plan.name, inputs, outputs, *names)
-
-    def _leaving(self, position: int) -> LocalOp:
-        """Who reads an output: carried state goes back to the slot of its input."""
-        graph, entries = self.graph, {o: i for i, o in self.graph.state}
-        source = self.decisions.tags[graph.outputs[position]]
-        if position not in entries:
-            return for_reader(graph.output_name(position), "update", source=source)
-        entry = entries[position]
-        count = graph.input_counts[entry] if graph.input_counts else 1
-        return for_reader(self.decisions.tags[graph.inputs[entry]], "update", count, source)
 
     def piece(
         self,
@@ -118,7 +108,16 @@ class Localizer:
     def joined(self, kind: TensorType, layout: Sharding, dim: int) -> LocalProgram:
         """What all microbatches made of a value, stacked in front, as one."""
         write = Writer(self.decisions)
-        shape = (self.plan.microbatches, *kind.shape)
-        stack = Shard(TensorType(kind.dtype, shape), stacked(layout), time=dim + 1)
-        value = write.new(stack)
+        value = write.new(Shard(kind, layout, time=dim).stacked(self.plan.microbatches))
         return write.program(self.plan.name, (value,), [write.joined(value, dim, NOBODY)])
+
+
+def leaving(of: Decisions, position: int) -> LocalOp:
+    """Who reads an output of the step: carried state goes back to the slot of its input."""
+    graph, entries = of.graph, {o: i for i, o in of.graph.state}
+    source = of.tags[graph.outputs[position]]
+    if position not in entries:
+        return for_reader(graph.output_name(position), "update", source=source)
+    entry = entries[position]
+    count = graph.input_counts[entry] if graph.input_counts else 1
+    return for_reader(of.tags[graph.inputs[entry]], "update", count, source)

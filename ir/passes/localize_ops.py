@@ -299,7 +299,7 @@ class Writer:
             self.run(body, inner)
         left = [inner.names[v] for v in (*totals, *parts)]
         shards = [replace(self.shards[inner.names[v]], time=None) for v in totals]
-        shards += [self._stack(inner.names[v]) for v in parts]
+        shards += [self.shards[inner.names[v]].stacked(self.plan.microbatches) for v in parts]
         whole = LocalRegion((), tuple(region), tuple(left))
         attrs: dict[str, Attr] = {
             "groups": self.of.groups,
@@ -311,14 +311,6 @@ class Writer:
             why = for_reader(tag := self.of.tags[value], "update", source=tag)
             scope.names[value] = self.joined(scope.names[value], time.split[value], why)
         self.run([op for i, op in enumerate(ops) if i in late], scope)
-
-    def _stack(self, value: int) -> Shard:
-        """What every microbatch leaves of a value, side by side."""
-        held = self.shards[value]
-        shape = (self.plan.microbatches, *held.whole.shape)
-        time = None if held.time is None else held.time + 1
-        kind = TensorType(held.whole.dtype, shape)
-        return replace(held, whole=kind, sharding=stacked(held.sharding), time=time)
 
 
 class _Loop:

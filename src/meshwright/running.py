@@ -15,12 +15,13 @@ from .backends.xla.calls import Call, calling
 from .backends.xla.capture import Binding, Captured
 from .backends.xla.compat import weakened
 from .backends.xla.donation import check_given_twice
-from .backends.xla.lower import AnyLowered, Lowered, OtherShapes
+from .backends.xla.lower import AnyLowered, OtherShapes
 from .backends.xla.lower_single import LoweredSingle
 from .backends.xla.pipeline import LoweredPipeline
 from .backends.xla.steps import UserStep
 from .ir.audit import Audit
 from .ir.errors import LoweringError, MismatchError
+from .ir.local.pipeline import PipelineProgram
 from .ir.local.program import LocalProgram
 from .ir.plan import Plan
 from .together import same_start
@@ -160,30 +161,19 @@ class RunningStep:
         )
 
     @property
-    def programs(self) -> dict[str, LocalProgram]:
-        """What each device runs, as planned: ops on shards and collectives. Of a pipeline by pass and stage, as
-        `forward 0`; sends between stages are not in it. Each prints as text.
+    def program(self) -> LocalProgram | PipelineProgram:
+        """What each device runs, as planned: ops on shards and collectives. Of a pipeline what each rank runs: its
+        passes, sends and receives. It prints as text.
 
         Raises:
             LoweringError: the plan's pipeline is one program.
         """
-        if isinstance(self.lowered, LoweredPipeline):
-            return self.lowered.local_programs
-        return {"step": self.program}
-
-    @property
-    def program(self) -> LocalProgram:
-        """The one of a step without a pipeline.
-
-        Raises:
-            LoweringError: the plan has a pipeline.
-        """
-        if not isinstance(self.lowered, Lowered):
+        if isinstance(self.lowered, LoweredSingle):
             raise LoweringError(
-                "a pipeline has a program for each pass of each stage.",
-                where=f"plan `{self.plan.name}`", fix="`programs`, for programs of stages; or pp=1",
+                "a pipeline as a single program is not printed yet.",
+                where=f"plan `{self.plan.name}`", fix="program=stages, or `hlo()` for what XLA made of it",
             )  # fmt: skip
-        return self.lowered.local.program
+        return self.lowered.program
 
     def hlo(self) -> str:
         """The compiled program as text.

@@ -6,19 +6,53 @@ unless all have the same mesh.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ...ir.graph import Op
-from ...ir.passes.decisions import Decisions
-from ...ir.pipeline.stages import Fragment, Stages
-from ...ir.rules import rule_of
-from ...ir.rules.rule import operand_sharding
-from ...ir.sharding import Sharding, replicated
-from .programs import Message, ProgramBorder
+from ..graph import Op
+from ..passes.decisions import Decisions
+from ..rules import rule_of
+from ..rules.rule import operand_sharding
+from ..sharding import Sharding, replicated
+from .stages import Fragment, Stages
 
 PER_MICROBATCH = ("forward", "backward", "weight")
+
+
+@dataclass(frozen=True)
+class Message:
+    """What leaves a stage as one array: a value, or several scalars of one type as a vector.
+
+    `arrivals` tell how it lies on each stage that it goes to.
+    """
+
+    values: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    leaves: Sharding
+    arrivals: Mapping[int, Sharding]
+
+
+@dataclass(frozen=True)
+class ProgramBorder:
+    """What crosses into and out of the program of a fragment."""
+
+    fragment: Fragment
+    donates: tuple[int, ...]  # values taken that are given up
+    keeps: tuple[int, ...]
+    joins: frozenset[int]  # values kept of which it takes a list, one for each microbatch
+    messages: tuple[Message, ...]
+
+    @property
+    def sends(self) -> tuple[int, ...]:
+        """Values that it sends, message by message."""
+        return tuple(v for message in self.messages for v in message.values)
+
+    @property
+    def receivers(self) -> list[int]:
+        """Stages that it sends to."""
+        return sorted({stage for message in self.messages for stage in message.arrivals})
 
 
 @dataclass
@@ -26,10 +60,12 @@ class StageLayouts:
     """The layout of each value known on a stage: `layouts[value]`."""
 
     decisions: Decisions
-    known: dict[int, Sharding] = field(default_factory=dict)
-    leaving: dict[int, Sharding] = field(default_factory=dict)  # values sent to other stages
-    same: dict[int, int] = field(default_factory=dict)  # prepared value -> the value it equals
-    late: set[int] = field(default_factory=set)  # what its updates take
+    known: dict[int, Sharding] = field(default_factory=lambda: {})
+    leaving: dict[int, Sharding] = field(default_factory=lambda: {})  # values sent to other stages
+    same: dict[int, int] = field(
+        default_factory=lambda: {}
+    )  # prepared value -> the value it equals
+    late: set[int] = field(default_factory=lambda: set[int]())  # what its updates take
 
     def __post_init__(self) -> None:
         types = self.decisions.types
@@ -73,6 +109,10 @@ class StageLayouts:
         time, graph = self.decisions.time, self.decisions.graph
         made = time is not None and value in time.split and value not in graph.inputs
         return fragment.kind == "update" and made
+
+    def timed(self, fragment: Fragment) -> bool:
+        """Whether a fragment runs once per microbatch, on that one's part of the batch."""
+        return self.decisions.time is not None and fragment.kind in PER_MICROBATCH
 
     def ends(self, position: int) -> Sharding:
         """The layout of an output: carried state leaves as it came in."""
@@ -166,9 +206,9 @@ class StageLayouts:
 
     def _part(self, fragment: Fragment, value: int) -> tuple[int, ...]:
         """The shape that a fragment makes of a value: of one microbatch, if it runs for each."""
-        shape, time = list(self.decisions.types[value].shape), self.decisions.time
-        if time is not None and fragment.kind in PER_MICROBATCH and value in time.split:
-            shape[time.split[value]] //= self.decisions.plan.microbatches
+        shape, split = list(self.decisions.types[value].shape), self.decisions.split
+        if self.timed(fragment) and value in split:
+            shape[split[value]] //= self.decisions.plan.microbatches
         return tuple(shape)
 
 
