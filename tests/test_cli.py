@@ -13,6 +13,8 @@ from meshwright import demo
 from meshwright.cli import main
 from meshwright.ir.codec import load_plan, save_plan
 from meshwright.ir.local.checks import verify_local
+from meshwright.ir.local.pipeline_checks import verify_pipeline
+from meshwright.ir.local.pipeline_text import parse_pipeline
 from meshwright.ir.local.text import parse_local
 from meshwright.ir.passes.coalesce import Coalesce
 
@@ -107,6 +109,32 @@ def test_show_prints_what_each_device_runs(run, plan_file):
     verify_local(program)
     assert program.mesh == load_plan(plan_file).mesh and len(program.ops) > 20
     assert run("show", plan_file, "--program", "--all")[0] == 2
+
+
+TWO_STAGES = (
+    "--layers", "2", "--cluster", "8xcpu", "--pp", "2", "--mesh", "4", "--microbatches", "2",
+    "--recompute", "none", "-o", "p.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model, unstacked", [("gpt-tiny", False), ("gpt-tiny-scan", True)])
+def test_show_prints_what_each_rank_of_a_pipeline_runs(run, model, unstacked):
+    code, _, err = run("plan", "--model", model, *TWO_STAGES, "--schedule", "1f1b")
+    assert code == 0, err
+    code, out, err = run("show", "p.json", "--program")
+    assert code == 0, err
+    plan, program = load_plan("p.json"), parse_pipeline(out)
+    verify_pipeline(program)
+    assert plan.pipeline.unstacked == unstacked
+    assert len(program.ranks) == 2 and "\nrank 1 {" in out and "\n  send forward v" in out
+
+
+def test_show_says_that_a_single_program_is_not_printed(run):
+    code, _, err = run("plan", "--model", "gpt-tiny", *TWO_STAGES, "--program", "single")
+    assert code == 0, err
+    code, out, err = run("show", "p.json", "--program")
+    assert code == 2 and not out
+    assert "a single program is not printed yet" in err and "--program stages" in err
 
 
 def test_a_pass_is_printed_by_its_name(run, plan_file, monkeypatch):

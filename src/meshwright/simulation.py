@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from .backends.xla.capture import Captured
+from .backends.xla.unstack import unstack
 from .ir.analysis.blocks import fold
 from .ir.cluster.cluster import Cluster
 from .ir.composites.attention_op import composed
 from .ir.errors import MismatchError, UsageError
 from .ir.execution import Execution
 from .ir.fingerprint import fingerprint
+from .ir.local.pipeline import PipelineProgram
 from .ir.local.program import LocalProgram
 from .ir.passes.localize import localize
+from .ir.passes.localize_pipeline import localize_pipeline
 from .ir.plan import Plan
 from .ir.plan_checks import check_decisions
 from .ir.program import Program, prepare
@@ -111,47 +115,61 @@ def simulate(
 
 def local_program(
     plan: Plan, step: Callable[..., Any] | None = None, *args: Any, **options: Any
-) -> LocalProgram:
-    """What each device of a plan runs, layers alike once.
+) -> LocalProgram | PipelineProgram:
+    """What each device of a plan runs, layers alike once; of a pipeline, what each rank runs, layer by layer.
 
     Args:
         step, args: the step and its arguments; a plan made on the command line knows its own.
 
     Raises:
-        UsageError: no step, or a pipeline.
+        UsageError: no step, or a pipeline as a single program.
         MismatchError: the plan was made for another step.
     """
-    if plan.pipeline is not None:
+    if plan.pipeline is None:
+        return localize(prepared(plan, step, args, options), plan)
+    if plan.pipeline.program == "single":
         raise UsageError(
-            "a pipeline has a program for each pass of each stage, which are not printed yet.",
-            where=f"plan `{plan.name}`", fix="pp=1, or `meshwright show` without --program",
+            "a pipeline as a single program is not printed yet.", where=f"plan `{plan.name}`",
+            fix="a plan made with --program stages, which prints its passes, sends and receives",
         )  # fmt: skip
-    return localize(prepared(plan, step, args, options), plan)
+    captured = _captured(plan, step, args, options)
+    if plan.pipeline.unstacked:
+        captured = unstack(captured).captured
+    graph = composed(captured.graph, plan.attention, plan.cluster, plan.loss)
+    graph = graph if plan.batch is None else replace(graph, batch=plan.batch.known)
+    return localize_pipeline(plan, graph)
 
 
 def prepared(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Program:
-    """The folded program of a plan: of its own step, or of one that is given.
+    """The folded program of a plan without a pipeline: of its own step, or of one that is given.
 
     Raises:
         UsageError: there is no step.
         MismatchError: the plan was made for another one.
     """
     captured = _captured(plan, step, args, options)
+    folded = fold(composed(captured.graph, plan.attention, plan.cluster, plan.loss))
+    program = prepare(folded.small, plan.recompute)
+    check_decisions(plan, program.graph, program.value_tags)
+    return program
+
+
+def _captured(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Captured:
+    """The step, as it was captured for the plan."""
+    captured = _traced(plan, step, args, options)
     if fingerprint(captured.graph) != plan.graph:
         raise MismatchError(
             f"the plan was made for another step than `{plan.name}` is now.",
             where="graph fingerprint", fix="plan again",
         )  # fmt: skip
-    folded = fold(composed(captured.graph, plan.attention, plan.cluster, plan.loss))
-    program = prepare(folded.small, plan.recompute, plan.pipeline is not None)
-    check_decisions(plan, program.graph, program.value_tags)
-    return program
+    return captured
 
 
-def _captured(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def _traced(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Captured:
+    stages = plan.pipeline is not None
     if step is not None:
         given = {key: options.pop(key) for key in Options.__dataclass_fields__ if key in options}
-        return Options.of(step, given).capture(step, args, options)
+        return Options.of(step, given).capture(step, args, options, stages)
     if not plan.recipe:
         raise UsageError(
             f"the plan does not say how its step `{plan.name}` is made.",
@@ -159,4 +177,4 @@ def _captured(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, A
         )
     from .recipe import make
 
-    return make(plan.recipe).capture()
+    return make(plan.recipe).capture(stages)

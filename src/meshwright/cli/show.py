@@ -13,6 +13,13 @@ from ..output import say
 from .options import Format, FormatOption, PlanFile, app
 from .replan import print_plan
 
+DEVICES = (
+    "# What each device holds and runs; [x, -] is how the whole lies, xN as many layers alike."
+)
+RANKS = """\
+# Passes of each stage, as one of its devices runs them; then what each rank does: passes, sends and receives.
+# v12 is a value of the step, [x, -] how the whole lies on a stage, /m of which dim there is one microbatch."""
+
 
 @app.command()
 def show(
@@ -23,7 +30,10 @@ def show(
     html: Annotated[Path | None, typer.Option(help="Also write the plan as an HTML page.")] = None,
     program: Annotated[
         bool,
-        typer.Option("--program", help="Print what each device runs instead, layers alike once."),
+        typer.Option(
+            "--program",
+            help="Print what each device runs instead; of a pipeline, what each rank runs.",
+        ),
     ] = False,
     format: FormatOption = Format.text,
 ) -> None:
@@ -39,10 +49,9 @@ def show(
             raise UsageError(
                 "a program is printed as text alone.", where="--program", fix="leave the other options away"
             )  # fmt: skip
-        say(
-            "# What each device holds and runs; [x, -] is how the whole lies, xN as many layers alike."
-        )
-        say(str(local_program(found)).rstrip())
+        running = str(local_program(found)).rstrip()
+        say(DEVICES if found.pipeline is None else RANKS)
+        say(running)
         return
     if html is not None:
         write_whole(html, page(found))
