@@ -6,15 +6,20 @@ BIN := .venv/bin
 
 .PHONY: demo test test-all lint env clean
 
-env: .venv/ready
+env: .venv/dev
 
-.venv/ready: pyproject.toml
+# What runs models; then what checks them.
+.venv/models: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; install it, or run make PYTHON=/path/to/it"; exit 2; }
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[models]'
+	@touch $@
+
+.venv/dev: .venv/models
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-demo: env
+demo: .venv/models
 	$(BIN)/python -m meshwright demo
 
 lint: env
