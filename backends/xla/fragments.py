@@ -8,7 +8,7 @@ gradients of all microbatches are added up first and reduced once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,14 +16,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ...ir.local.pipeline import PassProgram
+from ...ir.local.program import LocalProgram
+from ...ir.passes.contract import run_passes
+from ...ir.passes.localize_pipeline import localize_pass, pass_names
+from ...ir.passes.order import PASSES
 from ...ir.pipeline.borders import ProgramBorder, StageLayouts, borders
-from ...ir.pipeline.stages import Fragment, Stages
+from ...ir.pipeline.stages import Stages
 from ...ir.sharding import Sharding
 from ..runtime.programs import StageDevices, StageProgram
 from .devices import crossing_spec, named_sharding, options_for, partition_spec
 from .dtypes import jax_dtype
 from .joins import JOIN, start
-from .spmd import KnownValues, LocalArray, LocalStep
+from .spmd import LocalStep
 
 
 @dataclass
@@ -44,11 +49,16 @@ class StagePrograms:
 
     # ------------------------------------------------------------ programs
 
-    def build(self, border: ProgramBorder) -> StageProgram:
+    def pass_program(self, border: ProgramBorder, name: str) -> PassProgram:
+        """What one device runs of a fragment."""
+        found = localize_pass(self.layouts, border, name)
+        return replace(found, program=run_passes(found.program, PASSES, whole=False))
+
+    def build(self, border: ProgramBorder, name: str) -> StageProgram:
         """Jit a fragment."""
         fragment, messages = border.fragment, border.messages
         gone, kept = border.donates, border.keeps
-        body = _Body(self, fragment, gone, kept, [message.values for message in messages])
+        body = _Body(self, border, self.pass_program(border, name).program)
         ins = (
             PartitionSpec(),
             [*body.total_specs, *self._specs(gone)],
@@ -104,80 +114,55 @@ class _Body:
     """What one device runs of a fragment."""
 
     stage: StagePrograms
-    fragment: Fragment
-    gone: tuple[int, ...]
-    kept: tuple[int, ...]
-    sent: Sequence[tuple[int, ...]]
+    border: ProgramBorder
+    program: LocalProgram
 
     @property
     def total_specs(self) -> list[PartitionSpec]:
-        return [crossing_spec(self.stage.layouts[v]) for v in self.fragment.totals]
+        return [crossing_spec(self.stage.layouts[v]) for v in self.border.fragment.totals]
 
     def __call__(self, moment: Any, given_up: Sequence[Any], kept: Sequence[Any]) -> Any:
-        local, fragment = self.stage.local, self.fragment
-        timed = self.stage.layouts.timed(fragment)
-        scope = KnownValues({}, moment if timed else None)
-        count = len(fragment.totals)
-        for value, array in zip((*self.gone, *self.kept), (*given_up[count:], *kept), strict=True):
-            scope.values[value] = self._taken(value, array, scope)
-        local.run(fragment.ops, scope)
+        border, fragment, program = self.border, self.border.fragment, self.program
+        totals, gone = given_up[: len(fragment.totals)], given_up[len(fragment.totals) :]
+        arrays = dict(zip((*border.donates, *border.keeps), (*gone, *kept), strict=True))
+        taken = [self._taken(v, arrays[v]) for v in fragment.takes]
+        now = moment if self.stage.layouts.timed(fragment) else None
+        made = self.stage.local.results(program, taken, now)
+        left = map(_leaving, made, (program.shards[v].sharding for v in program.outputs))
         sums = [
-            self._added(v, a, scope) for v, a in zip(fragment.totals, given_up[:count], strict=True)
+            self._added(v, total, next(left))
+            for v, total in zip(fragment.totals, totals, strict=True)
         ]
-        gives = [_leaving(scope.values[v]) for v in fragment.gives]
-        sent = [
-            self._together([_leaving(self._settled(v, scope)) for v in values])
-            for values in self.sent
-        ]
-        graph = local.graph
-        results = [
-            local.bring(scope.values[graph.outputs[o]], self.stage.layouts.ends(o))
-            for o in fragment.results
-        ]
-        return moment + 0, sums, gives, sent, results
+        gives = [next(left) for _ in fragment.gives]
+        sent = [_together([next(left) for _ in message.values]) for message in border.messages]
+        return moment + 0, sums, gives, sent, [*left]
 
-    def _taken(self, value: int, array: Any, scope: KnownValues) -> LocalArray:
+    def _taken(self, value: int, array: Any) -> Any:
         local, layout = self.stage.local, self.stage.layouts[value]
-        if self.stage.layouts.joins(self.fragment, value) and local.time is not None:
-            pieces = jnp.stack([_entering(piece, layout).array for piece in array])
-            return local.joined(pieces, layout, local.time.split[value])
-        held = _entering(array, layout)
-        split = local.time.split if local.time is not None and scope.moment is not None else {}
-        if value in split and value in local.graph.inputs:
-            return LocalArray(local.now(held, layout, split[value], scope), layout)
-        return (
-            LocalArray(held.array.astype(jax_dtype(local.types[value].dtype)), layout)
-            if self._is_total(value)
-            else held
-        )
+        if value in self.border.joins:
+            return jnp.stack([_entering(piece, layout) for piece in array])
+        held, time = _entering(array, layout), local.time
+        if self.border.fragment.kind == "update" and time is not None and value in time.totals:
+            return held.astype(jax_dtype(local.types[value].dtype))
+        return held
 
-    def _settled(self, value: int, scope: KnownValues) -> LocalArray:
-        target = self.stage.layouts.leaving[value]
-        return LocalArray(self.stage.local.bring(scope.values[value], target), target)
-
-    def _together(self, arrays: Sequence[Any]) -> Any:
-        return arrays[0] if len(arrays) == 1 else jnp.stack(arrays)
-
-    def _is_total(self, value: int) -> bool:
-        time = self.stage.local.time
-        return self.fragment.kind == "update" and time is not None and value in time.totals
-
-    def _added(self, value: int, total: Any, scope: KnownValues) -> Any:
+    def _added(self, value: int, total: Any, part: Any) -> Any:
         """The total and this microbatch's part of it."""
         time = self.stage.local.time
         assert time is not None
-        held = scope.values[value]
-        assert held.layout == self.stage.layouts[value], value
-        part = _leaving(held)
         return JOIN[time.totals[value]](total, part.astype(total.dtype))
 
 
-def _leaving(held: LocalArray) -> Any:
-    return held.array[None] if held.layout.partial else held.array
+def _together(arrays: Sequence[Any]) -> Any:
+    return arrays[0] if len(arrays) == 1 else jnp.stack(arrays)
 
 
-def _entering(array: Any, layout: Sharding) -> LocalArray:
-    return LocalArray(array[0] if layout.partial else array, layout)
+def _leaving(array: Any, layout: Sharding) -> Any:
+    return array[None] if layout.partial else array
+
+
+def _entering(array: Any, layout: Sharding) -> Any:
+    return array[0] if layout.partial else array
 
 
 def link(
@@ -186,7 +171,11 @@ def link(
     """Build all programs of a step: those of passes by (kind, stage), and the rounds of updates."""
     own = donated - _shared(stages, cut)
     found = borders([stage.layouts for stage in stages], cut, own)
-    built = [stages[each.fragment.stage].build(each) for each in found]
+    names = pass_names(found)
+    built = [
+        stages[each.fragment.stage].build(each, name)
+        for each, name in zip(found, names, strict=True)
+    ]
     passes = {(p.fragment.kind, p.fragment.stage): p for p in built if p.fragment.kind != "update"}
     flat = [p for p in built if p.fragment.kind == "update"]
     return passes, [flat[i : i + len(stages)] for i in range(0, len(flat), len(stages))]

@@ -10,7 +10,7 @@ stage, and what is whole there and no state, as a loss, is with several processe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +18,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from ...ir.local.pipeline import PipelineProgram
-from ...ir.passes.contract import run_passes
-from ...ir.passes.localize_pipeline import pipeline_program
-from ...ir.passes.order import PASSES
+from ...ir.passes.localize_pipeline import pass_names, pipeline_program
 from ...ir.pipeline.schedule import Schedule
 from ...ir.pipeline.staged import StagedStep
 from ...ir.pipeline.stages import Stages
@@ -72,13 +70,12 @@ class LoweredPipeline:
     def program(self) -> PipelineProgram:
         """What each rank runs: its passes as they run, sends and receives."""
         borders = [*self.passes.values(), *(p for programs in self.rounds for p in programs)]
-        layouts = [stage.layouts for stage in self.stages]
-        found = pipeline_program(self.step, layouts, borders)
         passes = [
-            replace(each, program=run_passes(each.program, PASSES, whole=False))
-            for each in found.passes
+            self.stages[border.fragment.stage].pass_program(border, name)
+            for border, name in zip(borders, pass_names(borders), strict=True)
         ]
-        return replace(found, passes=tuple(passes))
+        layouts = [stage.layouts for stage in self.stages]
+        return pipeline_program(self.step, layouts, borders, passes)
 
     # ------------------------------------------------------------ as `Lowered`
 

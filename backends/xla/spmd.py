@@ -7,8 +7,8 @@ Shardy sees one manual computation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from ...ir.mesh import Mesh
 from ...ir.ops import COMPOSITES, LOSSES
 from ...ir.passes.contract import run_passes
 from ...ir.passes.decisions import Decisions, stacked
-from ...ir.passes.localize import Localizer, LocalPiece
+from ...ir.passes.localize import Localizer
 from ...ir.passes.order import PASSES
 from ...ir.plan import Plan
 from ...ir.program import Program
@@ -83,11 +83,10 @@ class LocalStep:
         return run_passes(self.localizer.whole(), PASSES)
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        return self._results(self.program, inputs, None)
+        return self.results(self.program, inputs, None)
 
-    def _results(
-        self, program: LocalProgram, inputs: Sequence[Any], moment: Any
-    ) -> tuple[Any, ...]:
+    def results(self, program: LocalProgram, inputs: Sequence[Any], moment: Any) -> tuple[Any, ...]:
+        """A program's results; `moment` is the microbatch, if it runs in one."""
         values = self._run(program, inputs, moment)
         return tuple(values[v] for v in program.outputs)
 
@@ -116,39 +115,23 @@ class LocalStep:
         given = {v: scope.values[v] for v in sorted(read & scope.values.keys())}
         given = {v: held for v, held in given.items() if v not in self.graph.constant_ids}
         layouts = {v: held.layout for v, held in given.items()}
-        piece = self.piece(ops, layouts, scope.moment is not None)
-        found = self._run(piece.program, [held.array for held in given.values()], scope.moment)
-        shards = piece.program.shards
+        piece = self.localizer.piece(ops, layouts, scope.moment is not None)
+        program = run_passes(piece.program, PASSES, whole=False)
+        found = self._run(program, [held.array for held in given.values()], scope.moment)
+        shards = program.shards
         scope.values |= {
             v: LocalArray(found[local], shards[local].sharding) for v, local in piece.names.items()
         }
 
-    def piece(
-        self,
-        ops: Sequence[Op],
-        given: Mapping[int, Sharding],
-        timed: bool,
-        outputs: Iterable[int] = (),
-    ) -> LocalPiece:
-        """Some ops of the step as they run (see `Localizer.piece`)."""
-        piece = self.localizer.piece(ops, given, timed, outputs)
-        return replace(piece, program=run_passes(piece.program, PASSES, whole=False))
-
     def bring(self, held: LocalArray, target: Sharding) -> Any:
         """A value in another layout."""
         program = self.localizer.moved(self._kind(held), held.layout, target)
-        return self._results(program, [held.array], None)[0]
+        return self.results(program, [held.array], None)[0]
 
     def now(self, held: LocalArray, target: Sharding, dim: int, scope: KnownValues) -> Any:
         """The current microbatch's part of a value that exists for the whole batch."""
         program = self.localizer.part(self._kind(held), held.layout, target, dim)
-        return self._results(program, [held.array], scope.moment)[0]
-
-    def joined(self, pieces: Any, layout: Sharding, dim: int) -> LocalArray:
-        """Results of all microbatches, stacked in front, as one value."""
-        program = self.localizer.joined(self._kind(LocalArray(pieces[0], layout)), layout, dim)
-        [value] = program.outputs
-        return LocalArray(self._results(program, [pieces], None)[0], program.shards[value].sharding)
+        return self.results(program, [held.array], scope.moment)[0]
 
     def _kind(self, held: LocalArray) -> TensorType:
         """The type of the whole value that a shard is part of."""

@@ -11,7 +11,7 @@ strategy says. With microbatches, what the time axis calls the body becomes one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..graph import Op, TensorType
@@ -73,14 +73,8 @@ class Localizer:
         names = (self.graph.input_names, self.graph.output_names)
         return write.program(self.plan.name, inputs, outputs, *names)
 
-    def piece(
-        self,
-        ops: Sequence[Op],
-        given: Mapping[int, Sharding],
-        timed: bool,
-        outputs: Iterable[int] = (),
-    ) -> LocalPiece:
-        """Ops on values that lie as `given`; if `timed`, in a microbatch. `outputs` are the graph's that it gives."""
+    def piece(self, ops: Sequence[Op], given: Mapping[int, Sharding], timed: bool) -> LocalPiece:
+        """Ops on values that lie as `given`; if `timed`, in a microbatch."""
         write = Writer(self.decisions)
         constants = self.graph.constant_ids
         known = {v: layout for v, layout in given.items() if v not in constants}
@@ -88,10 +82,8 @@ class Localizer:
         inputs = tuple(scope.names.values())
         write.constants(scope)
         write.run(ops, scope)
-        tags, left = self.decisions.tags, tuple(outputs)
-        names = tuple(tags[v] for v in known), tuple(tags[v] for v in left)
-        made = [scope.names[v] for v in left]
-        return LocalPiece(write.program(self.plan.name, inputs, made, *names), scope.names)
+        names = tuple(self.decisions.tags[v] for v in known)
+        return LocalPiece(write.program(self.plan.name, inputs, (), names), scope.names)
 
     def moved(self, kind: TensorType, held: Sharding, target: Sharding) -> LocalProgram:
         """One value brought from one layout to another."""
@@ -104,12 +96,6 @@ class Localizer:
         write = Writer(self.decisions)
         value = write.new(Shard(kind, held))
         return write.program(self.plan.name, (value,), [write.now(value, target, dim, NOBODY)])
-
-    def joined(self, kind: TensorType, layout: Sharding, dim: int) -> LocalProgram:
-        """What all microbatches made of a value, stacked in front, as one."""
-        write = Writer(self.decisions)
-        value = write.new(Shard(kind, layout, time=dim).stacked(self.plan.microbatches))
-        return write.program(self.plan.name, (value,), [write.joined(value, dim, NOBODY)])
 
 
 def leaving(of: Decisions, position: int) -> LocalOp:

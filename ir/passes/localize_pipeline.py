@@ -7,7 +7,7 @@ with an exchange after it.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -48,34 +48,36 @@ def localize_pipeline(plan: Plan, graph: Graph) -> PipelineProgram:
     ]
     for stage, each in enumerate(layouts):
         each.know_inputs(step.inputs_of(stage))
-    return pipeline_program(step, layouts, borders(layouts, step.cut, frozenset()))
+    found = borders(layouts, step.cut, frozenset())
+    passes = [
+        localize_pass(layouts[border.fragment.stage], border, name)
+        for border, name in zip(found, pass_names(found), strict=True)
+    ]
+    return pipeline_program(step, layouts, found, passes)
 
 
 def pipeline_program(
-    step: StagedStep, layouts: Sequence[StageLayouts], found: Sequence[ProgramBorder]
-) -> PipelineProgram:
-    """The same, of a step whose `borders` were found before."""
-    named = dict(zip(_names(found, len(layouts)), found, strict=True))
-    made = [
-        localize_pass(layouts[border.fragment.stage], border, name)
-        for name, border in named.items()
-    ]
-    passes = tuple(each for each in made if each.program.outputs)
-    writer = _RankWriter(step, layouts, {each.name: each for each in passes}, named)
+    step: StagedStep, layouts: Sequence[StageLayouts], found: Sequence[ProgramBorder],
+    passes: Sequence[PassProgram],
+) -> PipelineProgram:  # fmt: skip
+    """The same, of a step whose `borders` were found and whose passes were localized before."""
+    useful = tuple(each for each in passes if each.program.outputs)
+    named = {each.name: border for each, border in zip(passes, found, strict=True)}
+    writer = _RankWriter(step, layouts, {each.name: each for each in useful}, named)
     meshes = tuple(part.mesh for part in step.parts)
     return PipelineProgram(
-        step.plan.name, step.plan.microbatches, meshes, passes, tuple(writer.write())
+        step.plan.name, step.plan.microbatches, meshes, useful, tuple(writer.write())
     )
 
 
-def _names(found: Sequence[ProgramBorder], stages: int) -> Iterator[str]:
-    """`forward 0`, `update 1 0`: what each fragment does, of updates the round, and its stage."""
-    updates = 0
+def pass_names(found: Sequence[ProgramBorder]) -> Iterator[str]:
+    """`forward 0`, `update 1 0`: what the fragments of a step do, of updates the round, and their stage."""
+    rounds = Counter[int]()
     for border in found:
         kind, stage = border.fragment.kind, border.fragment.stage
         if kind == "update":
-            yield f"update {updates // stages} {stage}"
-            updates += 1
+            yield f"update {rounds[stage]} {stage}"
+            rounds[stage] += 1
         else:
             yield f"{kind} {stage}"
 
