@@ -170,6 +170,19 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "fused-masked out-4-ring",
         "ring-documents-8-ring",
     ),
+    "test_torch_pipelines.py::test_other_models_and_meshes_give_what_one_device_gives": (
+        "four stages",
+        "mixtral",
+    ),
+    "test_torch_pipelines.py::test_stages_of_unlike_meshes_give_what_one_device_gives": (
+        "meshes1",
+    ),
+    "test_torch_pipelines.py::test_two_stages_of_two_ranks_give_what_one_device_gives": (
+        "1f1b",
+        "gpipe",
+        "interleaved",
+        "zb-h1",
+    ),
     "test_truth.py::test_a_layout_costs_the_same_as_a_plan_and_as_a_job": (
         "gpt3-1.3b-a100x8-16-2048-layout4-full-1",
         "mixtral-8x7b-4xh100x8@ib400-64-4096-layout7-full-1",

@@ -113,7 +113,7 @@ def test_what_torch_cannot_run_is_refused_by_name(run: Any):  # noqa: F811
     )
     assert run(*step, "--cluster", "h100x8", *QUICK, "-o", "gpus.json")[0] == 0
     for words, code, told in (
-        (("stages.json",), 5, "a pipeline of 2 stages cannot run on torch yet"),
+        (("stages.json",), 5, "a pipeline as a single program cannot run on torch yet"),
         (("gpus.json",), 5, "--emulate"),
         (("gpus.json", "--coordinator", "127.0.0.1:9"), 2, "--coordinator goes with --backend xla"),
     ):

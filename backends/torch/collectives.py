@@ -9,7 +9,8 @@ Parts of several axes are in the order in which an op names the axes, major to m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Protocol
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from ...ir.local.program import LocalOp
 from ...ir.mesh import Mesh
+from ...ir.sharding import Sharding
 
 Tensor = torch.Tensor
 Axes = tuple[str, ...]
@@ -56,15 +58,37 @@ def part_of(axes: Sequence[str], place: Mapping[str, int], mesh: Mesh) -> int:
     return found
 
 
+def part(x: Tensor, layout: Sharding, mesh: Mesh, rank: int) -> Tensor:
+    """The part of a value that a rank has."""
+    place = places_of(mesh)[rank]
+    for dim, axes in enumerate(layout.dims):
+        size = x.shape[dim] // mesh.ways(axes)
+        x = x.narrow(dim, part_of(axes, place, mesh) * size, size)
+    return x
+
+
+@contextmanager
+def meeting() -> Generator[None]:
+    """What fails while ranks meet is a ConnectionError: `torch.distributed` raises what any op of torch does."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(str(error)) from error
+
+
 @dataclass
 class ProcessGroups:
-    """Meetings by `torch.distributed`, whose default group has a process for each device of the mesh.
+    """Meetings by `torch.distributed`, whose default group has a process for each device of the mesh, from `first` on.
 
-    Every process has to make the groups of all axes that a program names, in one order (`prepare`).
+    Every process of the default group has to make the groups of all axes that programs name, in one order (`prepare`).
+
+    Args:
+        rank: of the mesh; of a process that is not of it, any other number.
     """
 
     mesh: Mesh
     rank: int
+    first: int = 0
     _groups: dict[Axes, dist.ProcessGroup] = field(default_factory=dict[Axes, dist.ProcessGroup])
     _orders: dict[Axes, list[int]] = field(default_factory=dict[Axes, list[int]])
 
@@ -79,7 +103,7 @@ class ProcessGroups:
                 others = tuple(n for name, n in place.items() if name not in axes)
                 groups.setdefault(others, []).append(rank)
             for ranks in groups.values():
-                group = dist.new_group(ranks)
+                group = dist.new_group([self.first + rank for rank in ranks])
                 if self.rank in ranks:
                     assert isinstance(group, dist.ProcessGroup)
                     self._groups[axes] = group
@@ -88,6 +112,7 @@ class ProcessGroups:
                         range(len(ranks)), key=lambda k: part_of(axes, places[ranks[k]], self.mesh)
                     )
 
+    @meeting()
     def all_reduce(self, x: Tensor, reduction: str, axes: Axes) -> Tensor:
         found = x.clone(memory_format=torch.contiguous_format)
         how = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[
@@ -96,30 +121,34 @@ class ProcessGroups:
         dist.all_reduce(found, how, self._groups[axes])
         return found
 
+    @meeting()
     def all_gather(self, x: Tensor, axes: Axes) -> list[Tensor]:
         x = x.contiguous()
         found = [torch.empty_like(x) for _ in self._orders[axes]]
         dist.all_gather(found, x, self._groups[axes])
         return [found[k] for k in self._orders[axes]]
 
+    @meeting()
     def reduce_scatter(self, parts: Sequence[Tensor], axes: Axes) -> Tensor:
         given = self._by_rank(parts, axes)
         found = torch.empty_like(given[0])
         dist.reduce_scatter(found, given, group=self._groups[axes])
         return found
 
+    @meeting()
     def all_to_all(self, parts: Sequence[Tensor], axes: Axes) -> list[Tensor]:
         given = torch.stack(self._by_rank(parts, axes))
         found = torch.empty_like(given)
         dist.all_to_all_single(found, given, group=self._groups[axes])
         return [found[k] for k in self._orders[axes]]
 
+    @meeting()
     def permute(self, x: Tensor, pairs: Pairs, axes: Axes) -> Tensor:
         places = places_of(self.mesh)
         here = places[self.rank]
         mine = part_of(axes, here, self.mesh)
         ranks = {
-            part_of(axes, place, self.mesh): rank
+            part_of(axes, place, self.mesh): self.first + rank
             for rank, place in enumerate(places)
             if all(place[name] == here[name] for name in place if name not in axes)
         }

@@ -46,6 +46,8 @@ class LocalStep:
         arrays: constants of the program that are arrays.
         rank: of the mesh, the last axis counted fastest.
         communicator: how ranks meet; none is needed on one device.
+        moment: the microbatch, of a program that runs in one.
+        groups: of neighbours that the batch is dealt out from, where the program does not say it.
 
     Raises:
         LoweringError: torch has no such op or element type.
@@ -53,16 +55,16 @@ class LocalStep:
 
     def __init__(
         self, program: LocalProgram, arrays: Mapping[int, Tensor], rank: int = 0,
-        communicator: Communicator | None = None,
+        communicator: Communicator | None = None, moment: int | None = None, groups: int | None = None,
     ):  # fmt: skip
         self.program, self.mesh = program, program.mesh
         self.place = places_of(program.mesh)[rank]
-        self.groups = next(
+        self.groups = groups or next(
             (op.integer("groups") for op in program.ops if op.kind == MICROBATCHES), 1
         )
         self.shards = Shards(self.mesh, self.place, program.microbatches, communicator or _Alone())
         self.constants = {c.value: self._constant(c, arrays) for c in program.constants}
-        self._whole = self._block(program.ops, program.outputs, None)
+        self._whole = self._block(program.ops, program.outputs, moment)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         values = self.constants | dict(zip(self.program.inputs, inputs, strict=True))
@@ -168,7 +170,7 @@ class LocalStep:
 
         def run(_: Sequence[Tensor], known: Values) -> list[Tensor]:
             totals = [
-                _start(join, kind.shape, dtype)
+                start(join, kind.shape, dtype)
                 for join, kind, dtype in zip(joins, kinds, dtypes, strict=True)
             ]
             stacks: list[list[Tensor]] = [[] for _ in region.outputs[len(joins) :]]
@@ -266,7 +268,7 @@ def _read_inside(op: LocalOp) -> list[int]:
     return list(dict.fromkeys(v for v in read if v not in made))
 
 
-def _start(reduction: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def start(reduction: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """What `JOIN` begins with. Totals of short floats are kept in float32."""
     dtype = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
     if reduction == "sum":

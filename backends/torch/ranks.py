@@ -5,7 +5,8 @@
         ranks.step()                       # results that are state are the next step's inputs
         ranks.results([3])                 # whole arrays again
 
-A rank that ends or fails ends all, with its reason.
+Ranks of a pipeline (`lower`) run the programs of their stages. A rank that ends or fails ends all, with its reason, and
+what others waited for.
 """
 
 from __future__ import annotations
@@ -31,18 +32,24 @@ from ...ir.local.program import LocalProgram
 from ...ir.mesh import Mesh
 from ...ir.sharding import Sharding
 from ..runtime.rendezvous import deadline_seconds
-from .collectives import ProcessGroups, Recording, part_of, places_of
+from .collectives import Axes, Communicator, ProcessGroups, Recording, part, part_of, places_of
 from .dtypes import array_of, tensor_of
+from .handover import ProcessPost, RankMesh
 from .local_step import LocalStep, axes_met
+from .lower_pipeline import StagedProgram
+from .pipeline import PipelineSteps
 
 Array = np.ndarray[Any, Any]
+AnyProgram = LocalProgram | StagedProgram
 _ENDING = 5.0  # seconds in which a rank may end by itself
+_TELLING = 1.0  # seconds in which ranks may tell what they waited for
 
 
 class Ranks:
-    """One process for each device of a program's mesh.
+    """One process for each device of a program's mesh, or of its stages' meshes.
 
     Args:
+        program: as `lower` gives it.
         arrays: constants of the program that are arrays.
         state: positions of inputs, and of the outputs that take their place in the next step.
 
@@ -52,15 +59,15 @@ class Ranks:
     """
 
     def __init__(
-        self, program: LocalProgram, arrays: Mapping[int, Array], state: Sequence[tuple[int, int]]
+        self, program: AnyProgram, arrays: Mapping[int, Array], state: Sequence[tuple[int, int]]
     ):
-        self.program, self.deadline = program, deadline_seconds()
+        self.deadline, self._outputs = deadline_seconds(), _outputs(program)
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
         store = str(Path(self._folder.name) / "ranks")
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
-        for rank in range(program.mesh.size):
+        for rank in range(_count(program)):
             mine, theirs = context.Pipe()
             args = (rank, theirs, store, program, dict(arrays), tuple(state), self.deadline)
             process = context.Process(target=_serve, args=args, daemon=True)
@@ -81,11 +88,11 @@ class Ranks:
     def results(self, positions: Sequence[int]) -> list[Array]:
         """Outputs of the last step as whole arrays; those of types that numpy has not as the bits of their elements."""
         parts = self._ask("results", list(positions))
-        layouts = [self.program.shards[self.program.outputs[k]].sharding for k in positions]
-        return [
-            together([each[k] for each in parts], layout, self.program.mesh)
-            for k, layout in enumerate(layouts)
-        ]
+        found: list[Array] = []
+        for k, position in enumerate(positions):
+            place, layout = self._outputs[position]
+            found.append(together([parts[rank][k] for rank in place.ranks], layout, place.mesh))
+        return found
 
     def met(self) -> list[tuple[str, tuple[str, ...], int]]:
         """What the first rank met for in the last step: kind, axes, bytes of the larger side."""
@@ -127,11 +134,9 @@ class Ranks:
     def _answers(self, what: str) -> list[Any]:
         """What all ranks answer; the first that fails or ends, ends all."""
         found: dict[int, Any] = {}
-        until = time.monotonic() + self.deadline
+        until = time.monotonic() + self.deadline + _TELLING
         while len(found) < len(self._pipes):
-            open_ = {
-                self._pipes[rank]: rank for rank in range(len(self._pipes)) if rank not in found
-            }
+            open_ = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in found}
             ready = wait(list(open_), max(0.0, until - time.monotonic()))
             if not ready:
                 late = ", ".join(str(rank) for rank in open_.values())
@@ -143,39 +148,67 @@ class Ranks:
                 )
             for pipe in ready:
                 assert isinstance(pipe, Connection)
-                try:
-                    good, answer = pipe.recv()
-                except (EOFError, OSError):
+                answer = _heard(pipe)
+                if answer is None:
                     self._gone(open_[pipe], what)
-                if not good:
+                if isinstance(answer[1], ProcessError) and (killed := self._killed()) is not None:
+                    self._gone(killed, what, answer[1])
+                if not answer[0]:
                     self._stop()
-                    raise answer
-                found[open_[pipe]] = answer
+                    raise answer[1]
+                found[open_[pipe]] = answer[1]
         return [found[rank] for rank in range(len(self._pipes))]
 
-    def _gone(self, rank: int, what: str) -> NoReturn:
+    def _killed(self) -> int | None:
+        """A rank that ended by a signal: others fail because of it, and may say so first."""
+        until = time.monotonic() + _TELLING
+        while time.monotonic() < until:
+            for rank, process in enumerate(self._processes):
+                if (process.exitcode or 0) < 0:
+                    return rank
+            time.sleep(_TELLING / 20)
+        return None
+
+    def _gone(self, rank: int, what: str, told: MeshwrightError | None = None) -> NoReturn:
+        """A rank has ended; `told` is what another said that waited for it."""
         self._processes[rank].join(_ENDING)
         code = self._processes[rank].exitcode
+        told = told or self._told_by_others(rank)
         self._stop()
         how = f"by signal {-code}" if code is not None and code < 0 else f"with status {code}"
         raise ProcessError(
             f"rank {rank} ended {how}.",
             where=what,
+            origin=None if told is None else told.what,
             fix="see what it printed; signal 9 is often the kernel, out of memory",
         )
+
+    def _told_by_others(self, rank: int) -> MeshwrightError | None:
+        """The first failure that ranks other than one that ended tell of in time."""
+        until = time.monotonic() + _TELLING
+        others = {pipe for k, pipe in enumerate(self._pipes) if k != rank}
+        while others and (ready := wait(list(others), max(0.0, until - time.monotonic()))):
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                answer = _heard(pipe)
+                if answer is not None and not answer[0]:
+                    return answer[1]
+                others.discard(pipe)
+        return None
 
     def _stop(self) -> None:
         for process in self._processes:
             process.kill()
+        for process in self._processes:
+            process.join(_ENDING)
 
 
-def part(x: torch.Tensor, layout: Sharding, mesh: Mesh, rank: int) -> torch.Tensor:
-    """The part of a value that a rank has."""
-    place = places_of(mesh)[rank]
-    for dim, axes in enumerate(layout.dims):
-        size = x.shape[dim] // mesh.ways(axes)
-        x = x.narrow(dim, part_of(axes, place, mesh) * size, size)
-    return x
+def _heard(pipe: Connection) -> tuple[bool, Any] | None:
+    """Whether a rank did what it was asked, and the result or the error; None where it has ended."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        return None
 
 
 def together(parts: Sequence[Array], layout: Sharding, mesh: Mesh) -> Array:
@@ -189,11 +222,24 @@ def together(parts: Sequence[Array], layout: Sharding, mesh: Mesh) -> Array:
     return found
 
 
+def _count(program: AnyProgram) -> int:
+    """How many ranks run it."""
+    return program.mesh.size if isinstance(program, LocalProgram) else program.rank_count
+
+
+def _outputs(program: AnyProgram) -> Sequence[tuple[RankMesh, Sharding]]:
+    """Where each output lies, and how."""
+    if isinstance(program, StagedProgram):
+        return program.outputs
+    everywhere = RankMesh(program.mesh, 0)
+    return [(everywhere, program.shards[value].sharding) for value in program.outputs]
+
+
 # ---------------------------------------------------------------- in the ranks
 
 
 def _serve(
-    rank: int, pipe: Connection, store: str, program: LocalProgram, arrays: Mapping[int, Array],
+    rank: int, pipe: Connection, store: str, program: AnyProgram, arrays: Mapping[int, Array],
     state: Sequence[tuple[int, int]], deadline: float,
 ) -> None:  # fmt: skip
     """Do what the asking process asks, until it ends."""
@@ -203,12 +249,10 @@ def _serve(
             "gloo",
             f"file://{store}",
             rank=rank,
-            world_size=program.mesh.size,
+            world_size=_count(program),
             timeout=timedelta(seconds=deadline),
         )
-        groups = ProcessGroups(program.mesh, rank)
-        groups.prepare(axes_met(program))
-        rank_step = _Rank(program, arrays, state, rank, Recording(groups))
+        served = _Rank(program, arrays, state, rank)
         pipe.send((True, None))
         while True:
             try:
@@ -217,7 +261,7 @@ def _serve(
                 return
             if what == "end":
                 return
-            pipe.send((True, getattr(rank_step, what)(given)))
+            pipe.send((True, getattr(served, what)(given)))
     except BaseException as error:
         with suppress(OSError):
             pipe.send((False, _told(error, rank)))
@@ -236,34 +280,76 @@ def _told(error: BaseException, rank: int) -> MeshwrightError:
 
 
 class _Rank:
-    """What one rank holds between steps."""
+    """What one rank does when it is asked."""
 
     def __init__(
-        self, program: LocalProgram, arrays: Mapping[int, Array], state: Sequence[tuple[int, int]], rank: int,
-        communicator: Recording,
+        self, program: AnyProgram, arrays: Mapping[int, Array], state: Sequence[tuple[int, int]], rank: int,
     ):  # fmt: skip
-        self.program, self.state, self.rank, self.communicator = program, state, rank, communicator
         tensors = {value: tensor_of(array) for value, array in arrays.items()}
-        self.local = LocalStep(program, tensors, rank, communicator)
-        self.inputs: dict[int, torch.Tensor] = {}
-        self.outputs: tuple[torch.Tensor, ...] = ()
+        self.meetings = _meetings(program, rank)
+        if isinstance(program, LocalProgram):
+            [communicator] = self.meetings.values()
+            self.steps = WholeSteps(program, tensors, state, rank, communicator)
+        else:
+            meet = self.meetings.__getitem__
+            self.steps = PipelineSteps(program, tensors, state, rank, meet, ProcessPost())
 
     def give(self, inputs: Mapping[int, Array]) -> None:
         for position, array in inputs.items():
-            layout = self.program.shards[self.program.inputs[position]].sharding
-            self.inputs[position] = part(
-                tensor_of(array), layout, self.program.mesh, self.rank
-            ).clone()
+            self.steps.give(position, tensor_of(array))
 
     def step(self, _: None) -> float:
-        self.communicator.met.clear()
+        for meeting in self.meetings.values():
+            meeting.met.clear()
         begin = time.perf_counter()
-        self.outputs = self.local(*(self.inputs[k] for k in range(len(self.program.inputs))))
-        self.inputs |= {into: self.outputs[out] for into, out in self.state}
+        self.steps.run()
         return time.perf_counter() - begin
 
-    def results(self, positions: Sequence[int]) -> list[Array]:
-        return [array_of(self.outputs[k]) for k in positions]
+    def results(self, positions: Sequence[int]) -> list[Array | None]:
+        parts = [self.steps.result(k) for k in positions]
+        return [None if x is None else array_of(x) for x in parts]
 
-    def met(self, _: None) -> list[tuple[str, tuple[str, ...], int]]:
-        return list(self.communicator.met)
+    def met(self, _: None) -> list[tuple[str, Axes, int]]:
+        return [each for meeting in self.meetings.values() for each in meeting.met]
+
+
+def _meetings(program: AnyProgram, rank: int) -> dict[RankMesh, Recording]:
+    """How a rank meets others, on each mesh that it belongs to. Every rank makes the groups of all meshes."""
+    axes: dict[RankMesh, list[Axes]] = {}
+    if isinstance(program, LocalProgram):
+        axes[RankMesh(program.mesh, 0)] = axes_met(program)
+    else:
+        for each in program.passes:
+            place = program.stages[each.program.stage].ranks
+            axes.setdefault(place, []).extend(axes_met(each.program.program))
+    found: dict[RankMesh, Recording] = {}
+    for place, every in axes.items():
+        groups = ProcessGroups(place.mesh, rank - place.first, place.first)
+        groups.prepare(every)
+        if rank in place.ranks:
+            found[place] = Recording(groups)
+    return found
+
+
+class WholeSteps:
+    """Step after step of a whole local program on one rank."""
+
+    def __init__(
+        self, program: LocalProgram, arrays: Mapping[int, torch.Tensor], state: Sequence[tuple[int, int]], rank: int,
+        communicator: Communicator,
+    ):  # fmt: skip
+        self.program, self.state, self.rank = program, state, rank
+        self.local = LocalStep(program, arrays, rank, communicator)
+        self.inputs: dict[int, torch.Tensor] = {}
+        self.outputs: tuple[torch.Tensor, ...] = ()
+
+    def give(self, position: int, whole: torch.Tensor) -> None:
+        layout = self.program.shards[self.program.inputs[position]].sharding
+        self.inputs[position] = part(whole, layout, self.program.mesh, self.rank).clone()
+
+    def run(self) -> None:
+        self.outputs = self.local(*(self.inputs[k] for k in range(len(self.program.inputs))))
+        self.inputs |= {into: self.outputs[out] for into, out in self.state}
+
+    def result(self, position: int) -> torch.Tensor:
+        return self.outputs[position]

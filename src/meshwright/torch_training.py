@@ -38,7 +38,7 @@ def train_on_torch(
             where="--backend torch",
             fix="pip install 'meshwright[torch]'",
         )
-    from .backends.torch.lower import arrays_in, local_program
+    from .backends.torch.lower import arrays_in, lower
     from .backends.torch.ranks import Ranks
 
     if plan.cluster.device.kind != "cpu" and not emulated:
@@ -47,9 +47,9 @@ def train_on_torch(
             where=f"plan `{plan.name}`", fix="--emulate, to run it on this host's processors",
         )  # fmt: skip
     check_room(plan, plan.device_count)
-    captured = made.capture(False)
+    captured = made.capture(plan.pipeline is not None)
     graph, binding = captured.graph, captured.binding
-    program = local_program(plan, graph)
+    program = lower(plan, graph)
     state, batches = start(made, data, seed)
     first = next(batches)
     truth = unsharded(plan, made, captured, None, state, *first) if verify else None

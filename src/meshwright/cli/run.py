@@ -82,7 +82,8 @@ def run(
     With --model the plan is made on the spot: meshwright run --model gpt-tiny --devices 8 --pin pp=4
     Its stages have programs of their own, whose passes have a timeline; --pin program=single for one of all stages.
 
-    With --backend torch the same step runs on torch, in a process of this host for each device; not yet as a pipeline.
+    With --backend torch the same step runs on torch, in a process of this host for each device; a pipeline too, if each
+    stage has programs of its own and no layers come from a loop, but without a timeline.
     """
     from ..ir.codec import check_writable, load_plan
     from ..processes import set_deadline, take_devices
