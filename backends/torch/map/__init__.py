@@ -1,0 +1,10 @@
+"""ATen's operations as those of the graph: a file per family, each registers its overloads in `builder.MAPPED`."""
+
+from . import elementwise, indexing, normalisation, products, reductions, shape, windows
+from .builder import MAPPED, Builder, Value, type_of
+from .walk import write
+
+__all__ = [
+    "MAPPED", "Builder", "Value", "elementwise", "indexing", "normalisation", "products", "reductions", "shape",
+    "type_of", "windows", "write",
+]  # fmt: skip

@@ -1,0 +1,165 @@
+"""Reads and writes where indices say. torch checks its indices, so that they are promised to be in bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ....ir.graph import TensorType
+from .builder import Builder, Operand, Value, maps
+from .shape import zeros_of
+
+
+@maps("embedding.default")
+def embedding(b: Builder, table: Value, ids: Value, *_: Any) -> Value:
+    return _rows(b, table, ids, 0)
+
+
+@maps("index_select.default")
+def index_select(b: Builder, x: Value, dim: int, ids: Value) -> Value:
+    return _rows(b, x, _from_end(b, ids, x.shape[dim]), dim % len(x.shape))
+
+
+def _rows(b: Builder, x: Value, ids: Value, dim: int) -> Value:
+    """What lies at `ids` along one dim; theirs take its place."""
+    shape = (*x.shape[:dim], *ids.shape, *x.shape[dim + 1 :])
+    inside = [d for d in range(len(shape)) if not dim <= d < dim + len(ids.shape)]
+    sizes = tuple(1 if d == dim else n for d, n in enumerate(x.shape))
+    return b.op(
+        "gather", [x, _column(b, ids)], TensorType(x.dtype, shape), collapsed_slice_dims=(dim,),
+        offset_dims=tuple(inside), slice_sizes=sizes, start_index_map=(dim,),
+    )  # fmt: skip
+
+
+def _column(b: Builder, ids: Value) -> Value:
+    return b.broadcast(ids, (*ids.shape, 1), range(len(ids.shape)))
+
+
+def _from_end(b: Builder, ids: Value, size: int) -> Value:
+    """Negative indices count from the end."""
+    below = b.elementwise("lt", ids, 0, made="bool")
+    return b.select(below, b.elementwise("add", ids, size), ids, ids.dtype)
+
+
+@maps("embedding_dense_backward.default")
+def embedding_dense_backward(
+    b: Builder, given: Value, ids: Value, many: int, padding_idx: int, scale_grad_by_freq: bool
+) -> Value:
+    if scale_grad_by_freq:
+        raise b.refuse(
+            "gradients of an embedding are scaled by how often ids occur.",
+            "scale_grad_by_freq=False",
+        )
+    if padding_idx >= 0:
+        padded = b.elementwise("eq", ids, padding_idx, made="bool")
+        mask = b.broadcast(padded, given.shape, range(len(ids.shape)))
+        given = b.select(mask, 0, given, given.dtype)
+    table = zeros_of(b, TensorType(given.dtype, (many, given.shape[-1])))
+    return b.op(
+        "scatter-add", [table, _column(b, ids), given], table.type, inserted_window_dims=(0,),
+        scatter_dims_to_operand_dims=(0,), update_window_dims=(len(ids.shape),),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- along one dim, element by element
+
+
+@maps("gather.default")
+def gather(b: Builder, x: Value, dim: int, ids: Value, sparse_grad: bool = False) -> Value:
+    """An index for every element of the result: the other dims are shared."""
+    if not x.shape:
+        return b.expand(x, ids.shape)
+    dim %= len(x.shape)
+    for d, size in enumerate(ids.shape):
+        x = x if d == dim else b.slice(x, d, 0, size)
+    shared = tuple(d for d in range(len(x.shape)) if d != dim)
+    return b.op(
+        "gather", [x, _column(b, ids)], TensorType(x.dtype, ids.shape), collapsed_slice_dims=(dim,), offset_dims=(),
+        slice_sizes=(1,) * len(x.shape), start_index_map=(dim,), operand_batching_dims=shared,
+        start_indices_batching_dims=shared,
+    )  # fmt: skip
+
+
+@maps("scatter.src")
+def scatter_src(b: Builder, x: Value, dim: int, ids: Value, source: Value) -> Value:
+    return _scattered(b, "scatter", x, dim, ids, source)
+
+
+@maps("scatter.value")
+def scatter_value(b: Builder, x: Value, dim: int, ids: Value, value: Operand) -> Value:
+    return _scattered(b, "scatter", x, dim, ids, b.full(value, TensorType(x.dtype, ids.shape)))
+
+
+@maps("scatter_add.default")
+def scatter_add(b: Builder, x: Value, dim: int, ids: Value, source: Value) -> Value:
+    return _scattered(b, "scatter-add", x, dim, ids, source)
+
+
+def _scattered(b: Builder, kind: str, x: Value, dim: int, ids: Value, source: Value) -> Value:
+    dim %= len(x.shape)
+    shared = tuple(d for d in range(len(x.shape)) if d != dim)
+    if any(ids.shape[d] != x.shape[d] for d in shared):
+        raise b.refuse(
+            f"a scatter along dim {dim} leaves rows of {x.shape} out, as its indices are {ids.shape}.",
+            "indices of the same size in all other dims, or index_put",
+        )
+    for d, size in enumerate(ids.shape):
+        source = b.slice(source, d, 0, size)
+    return b.op(
+        kind, [x, _column(b, ids), b.convert(source, x.dtype)], x.type, inserted_window_dims=(dim,),
+        scatter_dims_to_operand_dims=(dim,), update_window_dims=(), operand_batching_dims=shared,
+        scatter_indices_batching_dims=shared,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- x[i, :, j]
+
+
+@maps("index.Tensor")
+def index(b: Builder, x: Value, given: Sequence[Value | None]) -> Value:
+    dims, ids = _indices(b, x, given)
+    first = _place(dims)
+    shared = ids.shape[:-1]
+    rest = [n for d, n in enumerate(x.shape) if d not in dims]
+    shape = (*rest[:first], *shared, *rest[first:])
+    inside = [d for d in range(len(shape)) if not first <= d < first + len(shared)]
+    return b.op(
+        "gather", [x, ids], TensorType(x.dtype, shape), collapsed_slice_dims=tuple(sorted(dims)),
+        offset_dims=tuple(inside), slice_sizes=tuple(1 if d in dims else n for d, n in enumerate(x.shape)),
+        start_index_map=tuple(dims),
+    )  # fmt: skip
+
+
+@maps("index_put.default")
+def index_put(
+    b: Builder, x: Value, given: Sequence[Value | None], values: Value, accumulate: bool = False
+) -> Value:
+    dims, ids = _indices(b, x, given)
+    first = _place(dims)
+    shared = ids.shape[:-1]
+    rest = [n for d, n in enumerate(x.shape) if d not in dims]
+    updates = b.expand(b.convert(values, x.dtype), (*rest[:first], *shared, *rest[first:]))
+    inside = [d for d in range(len(updates.shape)) if not first <= d < first + len(shared)]
+    return b.op(
+        "scatter-add" if accumulate else "scatter", [x, ids, updates], x.type, inserted_window_dims=tuple(sorted(dims)),
+        scatter_dims_to_operand_dims=tuple(dims), update_window_dims=tuple(inside),
+    )  # fmt: skip
+
+
+def _indices(b: Builder, x: Value, given: Sequence[Value | None]) -> tuple[list[int], Value]:
+    """Which dims are looked up, and a column of indices for each."""
+    dims = [d for d, ids in enumerate(given) if ids is not None]
+    found = [ids for ids in given if ids is not None]
+
+    shape = tuple(torch.broadcast_shapes(*(ids.shape for ids in found)))
+    wide = [b.convert(b.expand(ids, shape), "s64") for ids in found]
+    columns = [_column(b, _from_end(b, ids, x.shape[d])) for d, ids in zip(dims, wide, strict=True)]
+    return dims, b.concatenate(columns, len(shape))
+
+
+def _place(dims: Sequence[int]) -> int:
+    """Where dims of the indices go: to where they look things up, if that is one place; else to the front."""
+    together = list(dims) == list(range(dims[0], dims[0] + len(dims)))
+    return dims[0] if together else 0
