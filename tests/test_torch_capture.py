@@ -131,6 +131,20 @@ def test_groups_of_an_optimizer_have_options_of_their_own():
     assert max(off.values()) <= CLOSE
 
 
+def test_activations_may_be_written_in_place():
+    def loss(model: nn.Module, batch: Any) -> Any:
+        hidden = model[0](batch[0]).clone()
+        hidden[:, 2:4] = 1.0
+        hidden[0] *= 2
+        hidden.relu_()
+        return F.cross_entropy(model[2](hidden), batch[1])
+
+    model = Perceptron()
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    captured = capture(model, loss, optimizer, feature_batch())
+    assert max(differences(captured, model, loss, optimizer, feature_batch()).values()) <= CLOSE
+
+
 def test_an_optimizer_under_a_scheduler_is_captured_at_the_rate_it_has():
     model = Perceptron()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

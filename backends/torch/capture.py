@@ -242,7 +242,9 @@ class _Step:
             donated=frozenset(position for position, _ in state),
             batch=self._batch(names),
         )
-        graph = unflatten(drop_dead_ops(graph), [value.number for value in gradients.values()])
+        graph = unflatten(
+            drop_dead_ops(graph), [value.number for value in gradients.values()], self.b.modules
+        )
         arrays = {v: array for v, array in self.b.arrays.items() if v in graph.constant_ids}
         return Captured(graph, Binding(arrays, self.tensors.tied, tree))
 

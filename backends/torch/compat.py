@@ -189,6 +189,12 @@ def user_line(node: torch.fx.Node) -> str:
     return found
 
 
+def module_path(node: torch.fx.Node) -> str:
+    """The module that a node is of, `h.0.attn`, or whose gradient it is of; nothing where torch does not say."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    return str([*stack.values()][-1][0]) if stack else ""
+
+
 def user_place(error: BaseException) -> str:
     """`model.py:12` of the innermost frame outside torch and this package that an error passed."""
     found, place = "", error.__traceback__

@@ -14,7 +14,7 @@ from ...ir.errors import CaptureError
 from . import compat
 
 _MORE = (
-    "native_layer_norm", "native_group_norm", "_native_batch_norm_legit_functional",
+    "native_layer_norm", "_native_batch_norm_legit_functional",
     "_native_batch_norm_legit_no_training", "native_batch_norm", "native_group_norm_backward", "gelu", "elu", "mish",
     "index_add", "linalg_vector_norm", "addmv", "log_sigmoid_forward", "log_sigmoid_backward", "hardswish",
     "hardswish_backward", "hardsigmoid", "hardsigmoid_backward", "leaky_relu_backward", "hardtanh_backward",
@@ -52,7 +52,8 @@ def rewrite(graph: torch.fx.GraphModule) -> None:
 
 def _check_shape(node: torch.fx.Node) -> None:
     name = str(node.target).removeprefix("aten.").partition(".")[0]
-    by_truth = name == "index" and any(_is_truth(ids) for ids in node.args[1] or ())
+    ids: Any = node.args[1] if name == "index" else ()
+    by_truth = any(map(_is_truth, ids))
     if by_truth or name in _BY_VALUES:
         what = "indexes by truth values" if by_truth else f"calls `{name}`"
         raise CaptureError(

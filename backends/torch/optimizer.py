@@ -88,7 +88,7 @@ class Update:
         graph = self._traced[leaf]
         inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         given = [parameter, gradient, *(state[name] for name in leaf.kept)]
-        b.where = f"{self.name}.step"
+        b.where, b.module = f"{self.name}.step", self.name
         values = write(b, graph, dict(zip(inputs, given, strict=True)))
         [output] = [node for node in graph.graph.nodes if node.op == "output"]
         new, *kept = (values[node] for node in output.args[0])

@@ -14,7 +14,7 @@ folded as it is. Values of `whole` (gradients, results) are written as they were
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -43,9 +43,14 @@ class Apart(Exception):
     """Dims that cannot be brought together: the op is written on what is folded."""
 
 
-def unflatten(graph: Graph, whole: Iterable[int] = ()) -> Graph:
-    """The graph with dims apart; its inputs, outputs and the values of `whole` stay as they are."""
-    work = _Unflatten(graph, frozenset((*whole, *graph.outputs)))
+def unflatten(
+    graph: Graph, whole: Iterable[int] = (), modules: Mapping[int, str] | None = None
+) -> Graph:
+    """The graph with dims apart; its inputs, outputs and the values of `whole` stay as they are.
+
+    `modules` tells of which module a value is: what moves it is written once in each.
+    """
+    work = _Unflatten(graph, frozenset((*whole, *graph.outputs)), modules or {})
     for op in graph.ops:
         work.op(op)
     outputs = tuple(work.as_it_was(value) for value in graph.outputs)
@@ -53,38 +58,32 @@ def unflatten(graph: Graph, whole: Iterable[int] = ()) -> Graph:
 
 
 class _Unflatten:
-    def __init__(self, graph: Graph, whole: frozenset[int]):
-        self.old, self.whole = graph.types, whole
+    def __init__(self, graph: Graph, whole: frozenset[int], modules: Mapping[int, str]):
+        self.old, self.whole, self.modules = graph.types, whole, modules
         self.types = {v: graph.types[v] for v in (*graph.inputs, *graph.constant_ids)}
         self.next = max(graph.types, default=0) + 1
         self.ops: list[Op] = []
-        self.views: dict[int, View] = {v: self._same(v) for v in self.types}
+        self.views: dict[int, View] = {v: self.same(v) for v in self.types}
         self.spread: dict[int, tuple[int, Sizes]] = {}  # repeated: of what, and where its dims are
+        self.reshapes: dict[int, int] = {}  # reshaped: of what
         self.counted: dict[int, int] = {}  # iotas, and along which dim
         self.free = set(graph.constant_ids)  # made of constants alone
         self.known: dict[tuple[object, ...], int] = {}  # what was written of values before
-        self.where = ""
+        self.where = self.module = ""
 
     # ------------------------------------------------------------ one op
 
     def op(self, op: Op) -> None:
-        self.where = op.where
+        self.where, self.module = op.where, self.modules.get(op.outputs[0], "")
         try:
-            views = _RULES[op.kind](self, op) if op.kind in _RULES else self._whole_op(op)
+            empty = any(self.old[v].size == 0 for v in (*op.inputs, *op.outputs))
+            views = _RULES.get(op.kind, _whole_op)(self, op) if not empty else _whole_op(self, op)
         except Apart:
-            views = self._whole_op(op)
+            views = _whole_op(self, op)
         for value, view in zip(op.outputs, views, strict=True):
             self.views[value] = view
             if value in self.whole:
-                self.views[value] = self._same(self.as_it_was(value))
-
-    def _whole_op(self, op: Op) -> list[View]:
-        """On operands as they were."""
-        inputs = tuple(self.as_it_was(value) for value in op.inputs)
-        made = self.write(op, inputs, [self.old[v] for v in op.outputs], dict(op.attrs))
-        if op.kind == "iota":
-            self.counted[made[0]] = op.integer("dimension")
-        return [self._same(value) for value in made]
+                self.views[value] = self.same(self.as_it_was(value))
 
     def write(
         self, op: Op, inputs: Sequence[int], kinds: Sequence[TensorType], attrs: dict[str, Attr]
@@ -102,8 +101,8 @@ class _Unflatten:
         return self.next - 1
 
     def plain(self, kind: str, source: Sequence[int], made: TensorType, **attrs: Attr) -> int:
-        """An op that only moves: once for each source, but for what is made of constants, where it is read."""
-        key = (kind, *source, made, *sorted(attrs.items()))
+        """An op that only moves: once in a module, but for what is made of constants, where it is read."""
+        key = (self.module, kind, *source, made, *sorted(attrs.items()))
         if key not in self.known or self.free.issuperset(source):
             given = {**DEFAULTS.get(kind, {}), **attrs}
             op = Op(kind, tuple(source), (), tuple(sorted(given.items())), where=self.where)
@@ -112,9 +111,9 @@ class _Unflatten:
 
     # ------------------------------------------------------------ views
 
-    def _same(self, value: int) -> View:
+    def same(self, value: int) -> View:
         return View(
-            value, tuple((d,) if n > 1 else () for d, n in enumerate(self.types[value].shape))
+            value, tuple((d,) if n != 1 else () for d, n in enumerate(self.types[value].shape))
         )
 
     def shape(self, view: View) -> Sizes:
@@ -137,7 +136,7 @@ class _Unflatten:
     def bare(self, view: View) -> View:
         """Of a base without dims of size 1."""
         shape = self.types[view.base].shape
-        kept = [k for k, n in enumerate(shape) if n > 1]
+        kept = [k for k, n in enumerate(shape) if n != 1]
         if len(kept) == len(shape):
             return view
         number = {k: i for i, k in enumerate(kept)}
@@ -176,15 +175,24 @@ class _Unflatten:
         if kind.shape == shape:
             return value
         made = TensorType(kind.dtype, shape)
-        kept = [d for d, n in enumerate(shape) if n > 1]
+        kept = [d for d, n in enumerate(shape) if n != 1]
         if kind.shape == tuple(shape[d] for d in kept):
             return self.plain(
                 "broadcast_in_dim", [value], made, broadcast_dimensions=tuple(kept), shape=shape
             )
-        if shape == tuple(n for n in kind.shape if n > 1):
+        if shape == tuple(n for n in kind.shape if n != 1):
             gone = tuple(d for d, n in enumerate(kind.shape) if n == 1)
             return self.plain("squeeze", [value], made, dimensions=gone)
-        return self.plain("reshape", [value], made, new_sizes=shape)
+        return self.reshaped(value, made)
+
+    def reshaped(self, value: int, made: TensorType) -> int:
+        """In one step, of what a value was reshaped from."""
+        source = self.reshapes.get(value, value)
+        if self.types[source] == made:
+            return source
+        found = self.plain("reshape", [source], made, new_sizes=made.shape)
+        self.reshapes[found] = source
+        return found
 
     def split(self, view: View, at: int, sizes: Sizes) -> View:
         """With one dim of the base as several."""
@@ -221,7 +229,7 @@ class _Unflatten:
             )
             self.counted[made] = dim
             return made
-        return self.plain("reshape", [value], TensorType(kind.dtype, shape), new_sizes=shape)
+        return self.reshaped(value, TensorType(kind.dtype, shape))
 
     def refined(self, view: View, dim: int, sizes: Sizes) -> View:
         """With one dim made of parts of these sizes, at least as fine as those that it has."""
@@ -341,6 +349,15 @@ def _number_of(sizes: Sizes, many: int) -> int:
 Rule = Callable[[_Unflatten, Op], list[View]]
 
 
+def _whole_op(work: _Unflatten, op: Op) -> list[View]:
+    """On operands as they were."""
+    inputs = tuple(work.as_it_was(value) for value in op.inputs)
+    made = work.write(op, inputs, [work.old[v] for v in op.outputs], dict(op.attrs))
+    if op.kind == "iota":
+        work.counted[made[0]] = op.integer("dimension")
+    return [work.same(value) for value in made]
+
+
 def _reshape(work: _Unflatten, op: Op) -> list[View]:
     """Parts are taken in order; a part that a new dim takes only some of is divided."""
     view = work.views[op.inputs[0]]
@@ -410,7 +427,7 @@ def _elementwise(work: _Unflatten, op: Op) -> list[View]:
     rank = work.old[op.outputs[0]].rank
     views = [work.views[v] for v in op.inputs if work.old[v].rank]
     if not views:
-        return work._whole_op(op)
+        return _whole_op(work, op)
     layout = work.together(views)
     inputs = [
         work.laid(work.views[v], layout.order, layout.sizes)
@@ -629,7 +646,7 @@ def _folded(work: _Unflatten, value: int, parts: Sequence[Sizes]) -> int:
     """A value in order, its dims in these parts."""
     view = work.views[value]
     if any(len(part) == 1 < len(view.dims[d]) for d, part in enumerate(parts)):
-        view = work._same(work.as_it_was(value))
+        view = work.same(work.as_it_was(value))
     order = [(d, n) for d, found in enumerate(parts) for n in range(len(found))]
     return work.laid(view, order, parts)
 

@@ -78,14 +78,17 @@ Operand = Value | bool | int | float
 
 @dataclass
 class Builder:
-    """A graph in the making. `where` is the user's line of what is mapped now; `result` what torch says it is."""
+    """A graph in the making. `where` is the user's line of what is mapped now, `module` the path of the module
+    that it is of, `result` what torch says it is. `modules` keeps the paths, by result."""
 
     types: dict[int, TensorType] = field(default_factory=dict)
     ops: list[Op] = field(default_factory=list)
     constants: list[Constant] = field(default_factory=list)
     arrays: dict[int, torch.Tensor] = field(default_factory=dict)
     where: str = ""
+    module: str = ""
     result: Any = None
+    modules: dict[int, str] = field(default_factory=dict)
     _constants: dict[Any, Value] = field(default_factory=dict)
     _known: dict[Any, tuple[Value, ...]] = field(default_factory=dict)
     _free: set[int] = field(default_factory=set)  # values made of constants alone
@@ -145,16 +148,17 @@ class Builder:
     ) -> Any:
         """Append an op; its result, or a tuple of results where several types are given.
 
-        The same op on the same operands is written once, as gradients compute again what the forward pass has.
-        Not so masks and the like, which are made of constants alone, where they are read.
+        The same op on the same operands is written once in a module: gradients compute again what its forward pass
+        has. Not so masks and the like, which are made of constants alone, where they are read.
         """
         kinds = (made,) if isinstance(made, TensorType) else tuple(made)
         given = tuple(sorted({**DEFAULTS.get(kind, {}), **attrs}.items()))
         numbers = tuple(value.number for value in inputs)
-        key = (kind, numbers, given, kinds)
+        key = (self.module, kind, numbers, given, kinds)
         if key not in self._known:
             values = tuple(map(self.value, kinds))
             results = tuple(value.number for value in values)
+            self.modules |= dict.fromkeys(results, self.module)
             self.ops.append(Op(kind, numbers, results, given, where=self.where))
             if not self._free.issuperset(numbers):
                 self._known[key] = values

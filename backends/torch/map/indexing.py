@@ -100,11 +100,12 @@ def scatter_add(b: Builder, x: Value, dim: int, ids: Value, source: Value) -> Va
 def _scattered(b: Builder, kind: str, x: Value, dim: int, ids: Value, source: Value) -> Value:
     dim %= len(x.shape)
     shared = tuple(d for d in range(len(x.shape)) if d != dim)
-    if any(ids.shape[d] != x.shape[d] for d in shared):
-        raise b.refuse(
-            f"a scatter along dim {dim} leaves rows of {x.shape} out, as its indices are {ids.shape}.",
-            "indices of the same size in all other dims, or index_put",
-        )
+    fewer = [d for d in shared if ids.shape[d] != x.shape[d]]
+    if fewer:
+        part = x
+        for d in fewer:
+            part = b.slice(part, d, 0, ids.shape[d])
+        return _put_back(b, x, _scattered(b, kind, part, dim, ids, source), fewer)
     for d, size in enumerate(ids.shape):
         source = b.slice(source, d, 0, size)
     return b.op(
@@ -112,6 +113,16 @@ def _scattered(b: Builder, kind: str, x: Value, dim: int, ids: Value, source: Va
         scatter_dims_to_operand_dims=(dim,), update_window_dims=(), operand_batching_dims=shared,
         scatter_indices_batching_dims=shared,
     )  # fmt: skip
+
+
+def _put_back(b: Builder, x: Value, part: Value, dims: Sequence[int]) -> Value:
+    """An array whose first rows along some dims are others."""
+    for n, d in enumerate(dims):
+        rest = b.slice(x, d, part.shape[d], x.shape[d])
+        for other in dims[n + 1 :]:
+            rest = b.slice(rest, other, 0, part.shape[other])
+        part = b.concatenate([part, rest], d)
+    return part
 
 
 # ---------------------------------------------------------------- x[i, :, j]

@@ -245,7 +245,7 @@ def scalar_tensor(b: Builder, number: float, **_: Any) -> Value:
 
 @maps(
     "zeros.default", "zeros_like.default", "new_zeros.default", "zero.default", "empty.memory_format",
-    "empty_like.default", "new_empty.default", "empty_permuted.default",
+    "empty_like.default", "new_empty.default", "new_empty_strided.default", "empty_permuted.default",
 )  # fmt: skip
 def zeros(b: Builder, *_: Any, **__: Any) -> Value:
     return b.full(0, b.made)

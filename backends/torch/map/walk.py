@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from ....ir.errors import CaptureError
-from ..compat import is_bookkeeping, user_line
+from ..compat import is_bookkeeping, module_path, user_line
 from .builder import MAPPED, Builder, Value
 
 _RANDOM = frozenset({
@@ -34,7 +34,7 @@ def write(b: Builder, graph: fx.GraphModule, known: Mapping[fx.Node, Value]) -> 
         if node.op == "get_attr":
             values[node] = b.array(_attribute(graph, str(node.target)))
         elif node.op == "call_function" and not is_bookkeeping(node):
-            b.where = user_line(node) or b.where
+            b.where, b.module = user_line(node) or b.where, module_path(node) or b.module
             b.result = node.meta.get("val")
             values[node] = _call(b, node, values)
     return values
