@@ -232,6 +232,21 @@ def test_a_product_of_folded_dims_keeps_them_apart():
     assert op.integers("lhs_contracting") == (2,) and op.integers("rhs_contracting") == (1,)
 
 
+def test_repeated_keys_are_not_made():
+    """Nor their gradients before they are summed."""
+
+    def attention(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return q @ k.repeat_interleave(2, 1).mT
+
+    args = x(3, 8, 5, 6), x(3, 4, 5, 6)
+    graph, _ = graph_of(with_gradients(attention, args), args)
+    made = unflatten(graph)
+    repeated = [
+        op for op in made.ops if op.kind == "broadcast_in_dim" and made.types[op.inputs[0]].rank
+    ]
+    assert not repeated and not [op for op in made.ops if op.kind == "reduce_sum"]
+
+
 def test_what_is_folded_and_read_so_stays():
     graph = parse("""
         in %0: f32[4, 6] 'x'

@@ -28,7 +28,8 @@ def promoted(one: Operand, other: Operand) -> str:
 
 _UNARY = {
     "abs": "abs", "acos": "acos", "asin": "asin", "atan": "atan", "ceil": "ceil", "cos": "cos", "cosh": "cosh",
-    "digamma": "digamma",    "erf": "erf", "erfc": "erfc", "exp": "exp", "exp2": "exp2", "expm1": "expm1", "floor": "floor", "lgamma": "lgamma",
+    "digamma": "digamma", "erf": "erf", "erfc": "erfc", "exp": "exp", "exp2": "exp2", "expm1": "expm1",
+    "floor": "floor", "lgamma": "lgamma",
     "log": "log", "log1p": "log1p", "log2": "log2", "neg": "neg", "rsqrt": "rsqrt", "sigmoid": "logistic",
     "sign": "sign", "sin": "sin", "sinh": "sinh", "sqrt": "sqrt", "tan": "tan", "tanh": "tanh",
 }  # fmt: skip
