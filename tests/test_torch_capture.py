@@ -257,6 +257,13 @@ def test_a_captured_step_is_planned(subject):
     assert plan.proof.status in ("optimal", "within_gap") and plan.estimate.step_seconds > 0
 
 
+def test_a_captured_step_is_planned_as_a_pipeline():
+    model = GPT(4)
+    captured = capture(model, token_loss, torch.optim.AdamW(model.parameters()), token_batch(16))
+    plan = plan_captured(captured, "1xh100x4", Request(pp=2), "gpt")
+    assert plan.pipeline is not None and len(plan.pipeline.stages) == 2
+
+
 # ---------------------------------------------------------------- what is refused
 
 

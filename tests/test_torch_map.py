@@ -115,6 +115,11 @@ SAMPLES: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
         "dilated": {"dilation": 2, "padding": 1, "groups": 1}, "grouped": {"groups": 2, "stride": 2, "padding": 1},
     }.items()),
     ("convolution of a line", lambda a, w: F.conv1d(a, w, stride=2), (x(2, 3, 9), x(5, 3, 3))),
+    (
+        "grouped products", lambda a, w: torch._grouped_mm(
+            a.bfloat16(), w.bfloat16(), offs=torch.tensor([3, 3, 8], dtype=torch.int32)
+        ), (x(8, 16), x(3, 16, 8)),
+    ),
     # by index
     ("embedding", lambda t, i: F.embedding(i, t), (x(10, 4), ids(10, 3, 5))),
     ("padded embedding", lambda t, i: F.embedding(i, t, padding_idx=2), (x(4, 4), ids(4, 3, 5))),

@@ -68,10 +68,6 @@ def leaves_with_names(tree: Any, root: str) -> tuple[list[tuple[str, Any]], Any]
     return [(".".join([root, *map(_word, path)]), leaf) for path, leaf in found], spec
 
 
-def leaves(tree: Any) -> list[Any]:
-    return pytree.tree_leaves(tree)
-
-
 def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
     return pytree.tree_map(function, tree)
 

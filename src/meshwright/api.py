@@ -121,7 +121,8 @@ def _planned(
     keep: Callable[[Frontier], None] | None = None,
 ) -> Plan:  # fmt: skip
     with worker_pool(where, request) as workers:
-        layers = unstack(captured) if request.pp != 1 else None
+        loops = any(op.kind == "scan" for op in captured.graph.ops)
+        layers = unstack(captured) if loops and request.pp != 1 else None
         if layers is not None and len(layers.inputs) == len(captured.graph.inputs):
             layers = None  # loops of one turn alone, which run as they are
         graph = captured.graph if layers is None else layers.captured.graph
