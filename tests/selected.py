@@ -155,6 +155,14 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "4-mesh1",
     ),
     "test_single.py::test_recomputing_changes_no_gradient": (),
+    "test_torch_capture.py::test_a_graph_takes_the_step_that_torch_takes": (
+        "perceptron-adam",
+        "gpt-adamw",
+        "llama-adamw",
+        "mixture-sgd",
+        "convnet-sgd",
+    ),
+    "test_torch_capture.py::test_repeated_layers_fold": ("Llama",),
     "test_torch_local.py::test_a_step_of_jax_gives_the_same_on_torch": (
         "deepseek-tiny",
         "gpt-tiny-scan",
