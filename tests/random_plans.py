@@ -11,6 +11,7 @@ from meshwright.backends.xla.capture import Captured
 from meshwright.ir.analysis.blocks import fold
 from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.composites.attention_op import AttentionKind, composed
+from meshwright.ir.errors import PlanError
 from meshwright.ir.mesh import Axis, Mesh
 from meshwright.ir.passes.recompute import Policy
 from meshwright.ir.plan import Plan
@@ -63,4 +64,4 @@ def _drawn(space: Space, rng: np.random.Generator) -> tuple[int, ...]:
                     able[other] = able[other] & np.isfinite(row)
         else:
             return tuple(choices)
-    raise AssertionError("no plan was drawn")
+    raise PlanError("no plan was drawn: nothing chosen so far goes with what is left.")

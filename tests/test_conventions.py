@@ -295,10 +295,10 @@ def test_numbers_in_a_filter_jitted_step_are_static():
 
 
 def test_a_number_in_the_state_keeps_its_weak_type_and_is_planned_once(monkeypatch):
-    from meshwright import api
+    from meshwright import planning
 
-    calls, search = [], api.search
-    monkeypatch.setattr(api, "search", lambda *a, **k: calls.append(1) or search(*a, **k))
+    calls, search = [], planning.search
+    monkeypatch.setattr(planning, "search", lambda *a, **k: calls.append(1) or search(*a, **k))
 
     def step(state, batch):
         loss = lambda p: jnp.mean((batch["x"] @ p["w"] - batch["y"]) ** 2)  # noqa: E731

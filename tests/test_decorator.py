@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import meshwright as mw
-from meshwright import api
+from meshwright import planning
 from meshwright.backends.xla.lower import Lowered
 from meshwright.backends.xla.rounding import Noise
 from meshwright.backends.xla.verify import Reference, verify_outputs
@@ -134,8 +134,8 @@ def test_a_step_that_is_jitted_already_keeps_its_options():
 
 def test_planned_and_compiled_once_per_shapes(monkeypatch):
     calls = []
-    search = api.search
-    monkeypatch.setattr(api, "search", lambda *a, **k: calls.append(1) or search(*a, **k))
+    search = planning.search
+    monkeypatch.setattr(planning, "search", lambda *a, **k: calls.append(1) or search(*a, **k))
     train = parallel()
     params, batch = arguments()
     for _ in range(3):

@@ -11,7 +11,12 @@ import meshwright as mw
 
 FOLDER = Path(__file__).parents[1] / "examples"
 NEEDS = {"haiku_transform": "haiku"}  # the others need what the zoo needs
-WAYS = ("command_line", "decorate", "pipeline")  # to use meshwright; the others are of libraries
+WAYS = (
+    "command_line",
+    "decorate",
+    "pipeline",
+    "pytorch",
+)  # to use meshwright; the others are of libraries
 HERE = [
     f.stem
     for f in sorted(FOLDER.glob("*.py"))

@@ -37,7 +37,7 @@ THIRD_PARTIES = {
     "backends/torch": {"numpy", "torch"},
     "backends/xla": {"numpy", "jax"},
     "models": {"numpy", "jax", "flax", "optax", "equinox", "torch"},
-    "front": {"numpy", "jax", "typer", "rich"},
+    "front": {"numpy", "jax", "torch", "typer", "rich"},
 }
 
 

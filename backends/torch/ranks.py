@@ -61,7 +61,7 @@ class Ranks:
     def __init__(
         self, program: AnyProgram, arrays: Mapping[int, Array], state: Sequence[tuple[int, int]]
     ):
-        self.deadline, self._outputs = deadline_seconds(), _outputs(program)
+        self.deadline, self._outputs = deadline_seconds(), outputs_of(program)
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
         store = str(Path(self._folder.name) / "ranks")
@@ -227,7 +227,7 @@ def _count(program: AnyProgram) -> int:
     return program.mesh.size if isinstance(program, LocalProgram) else program.rank_count
 
 
-def _outputs(program: AnyProgram) -> Sequence[tuple[RankMesh, Sharding]]:
+def outputs_of(program: AnyProgram) -> Sequence[tuple[RankMesh, Sharding]]:
     """Where each output lies, and how."""
     if isinstance(program, StagedProgram):
         return program.outputs
@@ -286,13 +286,7 @@ class _Rank:
         self, program: AnyProgram, arrays: Mapping[int, Array], state: Sequence[tuple[int, int]], rank: int,
     ):  # fmt: skip
         tensors = {value: tensor_of(array) for value, array in arrays.items()}
-        self.meetings = _meetings(program, rank)
-        if isinstance(program, LocalProgram):
-            [communicator] = self.meetings.values()
-            self.steps = WholeSteps(program, tensors, state, rank, communicator)
-        else:
-            meet = self.meetings.__getitem__
-            self.steps = PipelineSteps(program, tensors, state, rank, meet, ProcessPost())
+        self.steps, self.meetings = steps_of(program, tensors, state, rank)
 
     def give(self, inputs: Mapping[int, Array]) -> None:
         for position, array in inputs.items():
@@ -311,6 +305,19 @@ class _Rank:
 
     def met(self, _: None) -> list[tuple[str, Axes, int]]:
         return [each for meeting in self.meetings.values() for each in meeting.met]
+
+
+def steps_of(
+    program: AnyProgram, arrays: Mapping[int, torch.Tensor], state: Sequence[tuple[int, int]], rank: int
+) -> tuple[WholeSteps | PipelineSteps, dict[RankMesh, Recording]]:  # fmt: skip
+    """Step after step of a program in this process, one rank of `torch.distributed`'s default group, and its meetings.
+    All ranks call it alike."""
+    meetings = _meetings(program, rank)
+    if isinstance(program, LocalProgram):
+        [communicator] = meetings.values()
+        return WholeSteps(program, arrays, state, rank, communicator), meetings
+    meet = meetings.__getitem__
+    return PipelineSteps(program, arrays, state, rank, meet, ProcessPost()), meetings
 
 
 def _meetings(program: AnyProgram, rank: int) -> dict[RankMesh, Recording]:

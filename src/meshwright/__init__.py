@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import torch
     from .api import ParallelStep, RunningStep, lower, parallelize, plan
     from .backends.xla.user_kernels import kernel
     from .emulation import emulate
@@ -48,12 +49,15 @@ _HOMES = {
 __all__ = [
     "Cluster", "MeshwrightError", "ParallelStep", "Plan", "Request", "RunningStep", "__version__",
     "connect", "emulate", "kernel", "load_plan", "lower", "parallelize", "plan", "save_plan", "simulate",
+    "torch",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.import_module(".ir.version", __name__).VERSION
+    if name == "torch":
+        return importlib.import_module(".torch", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("Plan", "load_plan"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,17 @@ from .backends.xla.steps import step_name
 from .backends.xla.unstack import unstack
 from .collector import paused
 from .interrupts import heard
-from .ir.analysis.blocks import fold, told_statistics
-from .ir.analysis.cross_entropy import cross_entropies
 from .ir.cluster.cluster import Cluster
-from .ir.composites.attention_op import composed
-from .ir.errors import InfeasibleError, PlanError, UsageError
-from .ir.fingerprint import fingerprint
+from .ir.errors import PlanError, UsageError
 from .ir.plan import Plan
-from .ir.units import format_bytes
-from .ir.verify import verify as verify_graph
 from .parallel import ParallelStep, place
-from .planner.plans import search
 from .planner.request import Request
 from .planner.search.frontier import Frontier
-from .planner.search.workers import worker_pool
+from .planning import Unrolled, plan_graph
 from .running import RunningStep
 from .told import BatchArgs, batch_told
 from .tracing import Options, capture_call
 
-AGAIN = 10.0  # seconds, at most, of looking whether something fits with another loss
 REQUEST_KEYS = tuple(Request.__dataclass_fields__)
 
 
@@ -91,63 +82,13 @@ def plan_captured(
     keep: Callable[[Frontier], None] | None = None,
 ) -> Plan:  # fmt: skip
     """Plan a step that was captured before. `keep` is as for `planner.plans.search`."""
-    where = place(cluster, request)
-    request = request.on(where)
-    try:
-        return _planned(captured, where, request, name, tell, now, keep)
-    except InfeasibleError as error:
-        error.fix = _mended(captured, where, request, name, error.fix)
-        raise
-
-
-def _mended(
-    captured: Captured, where: Cluster, request: Request, name: str, fix: str | None
-) -> str | None:
-    """What to try where nothing fits: with logits never whole something may."""
-    if request.loss == "fused" or not cross_entropies(captured.graph):
-        return fix
-    fused = replace(request, loss="fused", time_limit=min(request.time_limit, AGAIN))
-    try:
-        found = _planned(captured, where, fused, name)
-    except PlanError:
-        return fix
-    peak = format_bytes(found.estimate.peak_bytes)
-    return f"loss=fused, with which a plan fits ({peak} per device); or {fix}"
-
-
-def _planned(
-    captured: Captured, where: Cluster, request: Request, name: str,
-    tell: Callable[[str], None] = lambda line: None, now: Callable[[str], None] = lambda line: None,
-    keep: Callable[[Frontier], None] | None = None,
-) -> Plan:  # fmt: skip
-    with worker_pool(where, request) as workers:
-        loops = any(op.kind == "scan" for op in captured.graph.ops)
-        layers = unstack(captured) if loops and request.pp != 1 else None
-        if layers is not None and len(layers.inputs) == len(captured.graph.inputs):
-            layers = None  # loops of one turn alone, which run as they are
-        graph = captured.graph if layers is None else layers.captured.graph
-        graph = composed(graph, request.execution.attention, where, request.loss)
-        verify_graph(graph)
-        known, apart = fingerprint(captured.graph), layers is not None
-        told = ("stacked parameters are held layer by layer", *layers.notes) if layers else ()
-
-        def kept(frontier: Frontier) -> None:
-            assert keep is not None
-            keep(frontier.model_copy(update={"unstacked": apart, "notes": told}))
-
-        same = {"name": name, "fingerprint": known, "tell": tell, "now": now}
-        folded = told_statistics(fold(graph), request.batch_stats)
-        found = search(folded, where, request, **same, keep=kept if keep else None, workers=workers)
-    if not apart:
-        return found
-    if found.pipeline is None:
-        whole = fold(composed(captured.graph, request.execution.attention, where, request.loss))
-        again = search(whole, where, request.flat, **same)
-        return again.model_copy(
-            update={"notes": tuple(dict.fromkeys((*again.notes, *found.notes)))}
-        )
-    pipeline = found.pipeline.model_copy(update={"unstacked": True})
-    return found.model_copy(update={"pipeline": pipeline, "notes": (*found.notes, *told)})
+    where, unrolled = place(cluster, request), None
+    if request.pp != 1 and any(op.kind == "scan" for op in captured.graph.ops):
+        layers = unstack(captured)
+        # loops of one turn alone run as they are
+        if layers is not None and len(layers.inputs) != len(captured.graph.inputs):
+            unrolled = Unrolled(layers.captured.graph, layers.notes)
+    return plan_graph(captured.graph, where, request, name, unrolled, tell, now, keep)
 
 
 def lower(

@@ -1,0 +1,192 @@
+"""PyTorch's front door: a model, its loss and its optimizer become a planned step over the ranks of a run.
+
+    import meshwright as mw
+
+    step = mw.torch.parallelize(model, loss, optimizer, batch)   # in every process of torchrun
+    for batch in loader:
+        print(step(batch))                                       # the loss of the whole batch
+    step.write_back()                                            # into the model and the optimizer, on every rank
+
+The step is captured without values, planned by the first process, and run by all of them: each holds its part of
+parameters and state. A run of one process plans for one device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from . import view  # noqa: F401  gives plans their looks
+from .backends.runtime.rendezvous import deadline_seconds
+from .backends.torch.capture import Captured, capture
+from .backends.torch.dtypes import array_of, tensor_of, torch_dtype
+from .backends.torch.lower import arrays_in, lower
+from .backends.torch.ranks import outputs_of, steps_of, together
+from .ir.cluster.cluster import Cluster
+from .ir.codec import parse_plan, sealed
+from .ir.errors import LoweringError, MeshwrightError
+from .ir.plan import Plan
+from .planner.request import Request, check_early
+from .planning import plan_graph
+
+
+def parallelize(
+    model: nn.Module,
+    loss: Callable[[nn.Module, Any], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    example_batch: Any,
+    *,
+    cluster: Cluster | str | Path | None = None,
+    plan: Plan | None = None,
+    request: Request | None = None,
+) -> TorchStep:
+    """Plan a training step and make this process one of its ranks.
+
+    Args:
+        model: on CPUs; all ranks begin with the same parameters.
+        loss: of (model, batch), a tensor of rank 0 over the whole batch.
+        optimizer: over the model's parameters; its options are fixed at capture.
+        example_batch: the whole batch, as every step is given it; dim 0 is cut where the plan does.
+        cluster: what to plan for, with a device for each process; by default as many CPUs.
+        plan: use this plan instead of searching for one.
+        request: pins and limits of the search.
+
+    Raises:
+        CaptureError, PlanError, LoweringError: the step cannot be captured, planned or run.
+    """
+    rank, world = _joined()
+    where = Cluster.parse(f"{world}xcpu" if cluster is None else cluster)
+    wanted = request or Request()
+    check_early(wanted, where)
+    captured = capture(model, loss, optimizer, example_batch)
+    name = type(model).__name__
+    if plan is None:
+        plan = _planned_once(captured, where, wanted, name, rank, world)
+    if plan.device_count != world:
+        raise LoweringError(
+            f"the plan is for {plan.device_count} devices, this run has {world} process{'es' * (world > 1)}.",
+            where=f"plan `{plan.name}`",
+            fix=f"torchrun --nproc-per-node {plan.device_count}, or a cluster of {world} devices",
+        )
+    return TorchStep(model, optimizer, captured, plan, rank, example_batch)
+
+
+class TorchStep:
+    """A planned step, of which this process is a rank. Call it with whole batches; it gives the loss.
+
+    Attributes:
+        plan: what was found; `print(step.plan)`.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, captured: Captured, plan: Plan, rank: int, batch: Any
+    ):  # fmt: skip
+        self.model, self.optimizer, self.captured, self.plan, self.rank = (
+            model,
+            optimizer,
+            captured,
+            plan,
+            rank,
+        )
+        graph = captured.graph
+        program = lower(plan, graph)
+        arrays = arrays_in(program, graph, captured.binding.arrays)
+        self._steps, _ = steps_of(program, arrays, graph.state, rank)
+        self._places = outputs_of(program)
+        self._batch = [
+            k for k, name in enumerate(graph.input_names) if name.partition(".")[0] == "batch"
+        ]
+        self._loss = graph.output_names.index("loss")
+        for position, tensor in enumerate(captured.inputs(model, optimizer, batch)):
+            self._steps.give(position, tensor)
+
+    def __call__(self, batch: Any) -> float:
+        """One step on a whole batch; the loss before its update.
+
+        Raises:
+            MismatchError: the batch has another tree or other shapes than the example.
+        """
+        given = self.captured.inputs(self.model, self.optimizer, batch)
+        for position in self._batch:
+            self._steps.give(position, given[position])
+        self._steps.run()
+        return float(self._whole(self._loss))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Parameters, buffers and optimizer state as whole tensors, by their unsharded names. All ranks call it."""
+        names = self.captured.graph.output_names
+        return {names[out]: self._whole(out) for _, out in self.captured.graph.state}
+
+    def write_back(self) -> None:
+        """Put what was trained into the model and the optimizer. All ranks call it."""
+        named = dict(self.model.named_parameters())
+        state = self.state()
+        with torch.no_grad():
+            for kind, tensors in (
+                ("parameters", named),
+                ("buffers", dict(self.model.named_buffers())),
+            ):
+                for name, tensor in tensors.items():
+                    if (found := state.get(f"{kind}.{name}")) is not None:
+                        tensor.copy_(found)
+        for name, tensor in state.items():
+            path, _, key = name.removeprefix("optimizer.").rpartition(".")
+            if not name.startswith("optimizer."):
+                continue
+            for parameter in [named[path]] if path else self._trained(named):
+                self.optimizer.state[parameter][key] = tensor.clone()
+
+    def _trained(self, named: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+        """Those whose optimizer counts steps."""
+        held = {name.removeprefix("parameters.") for name in self.captured.graph.output_names}
+        return [parameter for name, parameter in named.items() if name in held]
+
+    def _whole(self, position: int) -> torch.Tensor:
+        """A result as one tensor on every rank."""
+        held = self._steps.result(position)
+        mine = None if held is None else array_of(held)
+        place, layout = self._places[position]
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        parts: list[np.ndarray[Any, Any] | None] = [mine] * world
+        if world > 1:
+            dist.all_gather_object(parts, mine)
+        here = [part for rank in place.ranks if (part := parts[rank]) is not None]
+        whole = tensor_of(together(here, layout, place.mesh))
+        graph = self.captured.graph
+        dtype = torch_dtype(graph.types[graph.outputs[position]].dtype)
+        return whole if whole.dtype == dtype else whole.view(dtype)
+
+
+def _joined() -> tuple[int, int]:
+    """This process's rank and how many there are, in torch's default group, which torchrun's variables describe."""
+    if not dist.is_initialized():
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world == 1:
+            return 0, 1
+        dist.init_process_group("gloo", timeout=timedelta(seconds=deadline_seconds()))
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _planned_once(
+    captured: Captured, where: Cluster, request: Request, name: str, rank: int, world: int
+) -> Plan:
+    """The first process's plan, or its refusal, in all of them."""
+    told: list[Any] = [None]
+    if rank == 0:
+        try:
+            told = [sealed(plan_graph(captured.graph, where, request, name))]
+        except MeshwrightError as error:
+            told = [error]
+    if world > 1:
+        dist.broadcast_object_list(told)
+    if isinstance(told[0], MeshwrightError):
+        raise told[0]
+    return parse_plan(told[0], "the first process")

@@ -1,0 +1,108 @@
+"""`mw.torch.parallelize`: a model, its loss and its optimizer over the ranks of a run, as on one device."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import meshwright as mw  # noqa: E402
+from meshwright.ir.errors import LoweringError, MismatchError  # noqa: E402
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "pytorch.py"
+
+SCRIPT = """
+import copy, sys
+
+import torch
+
+import meshwright as mw
+from tests.torch_models import SUBJECTS
+
+case = SUBJECTS[sys.argv[1]]
+torch.manual_seed(0)
+model, batch = case.make(), case.batch(8)
+alone = copy.deepcopy(model)
+make = lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-5)
+optimizer, twin = make(model), make(alone)
+step = mw.torch.parallelize(model, case.loss, optimizer, batch, request=mw.Request(**eval(sys.argv[2])))
+for _ in range(3):
+    twin.zero_grad()
+    wanted = case.loss(alone, batch)
+    wanted.backward()
+    twin.step()
+    found = step(batch)
+    assert abs(found - wanted.item()) <= 2e-4 * abs(wanted.item()), (found, wanted.item())
+step.write_back()
+for (name, a), b in zip(model.named_parameters(), alone.parameters()):
+    assert torch.allclose(a, b, rtol=2e-3, atol=2e-4), (name, (a - b).abs().max())
+held, kept = optimizer.state_dict()["state"], twin.state_dict()["state"]
+assert held.keys() == kept.keys()
+for key in held:
+    assert held[key].keys() == kept[key].keys()
+    assert float(held[key]["step"]) == 3
+    assert torch.allclose(held[key]["exp_avg"], kept[key]["exp_avg"], rtol=2e-3, atol=2e-4)
+assert "jax" not in sys.modules
+print("same", step.plan.mesh)
+"""
+
+
+def ranks(count: int, *command: str) -> list[str]:
+    """What processes print that are ranks as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "OMP_NUM_THREADS": "1",
+    }
+    running = [
+        subprocess.Popen(
+            [sys.executable, *command], env={**os.environ, **shared, "RANK": str(rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=EXAMPLE.parents[1],
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=400) for process in running]
+    assert not any(process.returncode for process in running), [err[-2000:] for _, err in told]
+    return [out for out, _ in told]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gpt", {"mesh": (4,), "microbatches": 2}),
+        ("llama", {"mesh": (2, 2), "attention": "fused"}),
+        ("gpt", {"pp": 2, "microbatches": 4}),
+    ],
+)
+def test_four_ranks_train_as_one_process_and_give_the_model_back(name: str, words: dict[str, Any]):
+    told = ranks(4, "-c", SCRIPT, name, repr(words))
+    assert all(out.startswith("same") for out in told)
+
+
+def test_the_example_runs_under_torchruns_variables_and_alone():
+    first, *others = ranks(4, str(EXAMPLE))
+    assert "4 devices" in first and "proof" in first and not any(others)
+    [alone] = ranks(1, str(EXAMPLE))
+    assert first.splitlines()[-2:] == alone.splitlines()[-2:]
+
+
+def test_too_few_processes_and_other_batches_are_refused():
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = lambda model, batch: model(batch).square().mean()  # noqa: E731
+    with pytest.raises(LoweringError, match="the plan is for 4 devices, this run has 1 process"):
+        mw.torch.parallelize(model, loss, optimizer, torch.ones(8, 4), cluster="4xcpu")
+    step = mw.torch.parallelize(model, loss, optimizer, torch.ones(8, 4))
+    with pytest.raises(MismatchError):
+        step([torch.ones(8, 4)])
