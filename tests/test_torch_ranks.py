@@ -62,6 +62,22 @@ def test_three_steps_give_what_one_device_gives(words: dict[str, Any]):
         assert executed and executed == planned
 
 
+def test_a_users_file_may_be_called_as_one_of_pythons(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "json.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with ranks_of("dlrm-tiny", mesh=(4,)) as (captured, _, ranks):
+        ranks.give(dict(enumerate(drawn(captured.graph, 2))))
+        assert ranks.step() > 0
+
+
+def test_a_rank_that_dies_as_it_starts_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("meshwright.backends.torch.ranks._serve", os._exit)
+    with pytest.raises(ProcessError, match="rank 0 ended"), ranks_of("gpt-tiny", mesh=(4,)):
+        pass
+
+
 def test_a_rank_that_is_killed_ends_all_with_the_reason():
     with ranks_of("gpt-tiny", mesh=(4,)) as (captured, _, ranks):
         ranks.give(dict(enumerate(drawn(captured.graph, 2))))

@@ -12,11 +12,13 @@ what others waited for.
 from __future__ import annotations
 
 import multiprocessing
+import sys
+import sysconfig
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -67,15 +69,17 @@ class Ranks:
         store = str(Path(self._folder.name) / "ranks")
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
-        for rank in range(_count(program)):
-            mine, theirs = context.Pipe()
-            args = (rank, theirs, store, program, dict(arrays), tuple(state), self.deadline)
-            process = context.Process(target=_serve, args=args, daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(mine)
-            self._processes.append(process)
-        self._answers("the start")
+        with _library_first():
+            for rank in range(_count(program)):
+                mine, theirs = context.Pipe()
+                # What is large is sent after: a process that dies as it starts would never take it.
+                args = (rank, theirs, store, _count(program), self.deadline)
+                process = context.Process(target=_serve, args=args, daemon=True)
+                process.start()
+                theirs.close()
+                self._pipes.append(mine)
+                self._processes.append(process)
+        self._ask("start", (program, dict(arrays), tuple(state)))
 
     def give(self, inputs: Mapping[int, Array]) -> None:
         """Whole inputs by position, of which each rank keeps its part."""
@@ -203,6 +207,20 @@ class Ranks:
             process.join(_ENDING)
 
 
+@contextmanager
+def _library_first() -> Iterator[None]:
+    """Python's own modules before those of other folders: a child looks where its parent does, and a user's file may be
+    called as one of them."""
+    own = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib")}
+    own |= {str(Path(each) / "lib-dynload") for each in own}
+    before = list(sys.path)
+    sys.path.sort(key=lambda each: each not in own)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
 def _heard(pipe: Connection) -> tuple[bool, Any] | None:
     """Whether a rank did what it was asked, and the result or the error; None where it has ended."""
     try:
@@ -239,8 +257,7 @@ def outputs_of(program: AnyProgram) -> Sequence[tuple[RankMesh, Sharding]]:
 
 
 def _serve(
-    rank: int, pipe: Connection, store: str, program: AnyProgram, arrays: Mapping[int, Array],
-    state: Sequence[tuple[int, int]], deadline: float,
+    rank: int, pipe: Connection, store: str, count: int, deadline: float
 ) -> None:  # fmt: skip
     """Do what the asking process asks, until it ends."""
     try:
@@ -249,11 +266,10 @@ def _serve(
             "gloo",
             f"file://{store}",
             rank=rank,
-            world_size=_count(program),
+            world_size=count,
             timeout=timedelta(seconds=deadline),
         )
-        served = _Rank(program, arrays, state, rank)
-        pipe.send((True, None))
+        served = _Rank(rank)
         while True:
             try:
                 what, given = pipe.recv()
@@ -282,11 +298,18 @@ def _told(error: BaseException, rank: int) -> MeshwrightError:
 class _Rank:
     """What one rank does when it is asked."""
 
-    def __init__(
-        self, program: AnyProgram, arrays: Mapping[int, Array], state: Sequence[tuple[int, int]], rank: int,
-    ):  # fmt: skip
+    steps: WholeSteps | PipelineSteps
+    meetings: Mapping[RankMesh, Recording]
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def start(
+        self, given: tuple[AnyProgram, Mapping[int, Array], Sequence[tuple[int, int]]]
+    ) -> None:
+        program, arrays, state = given
         tensors = {value: tensor_of(array) for value, array in arrays.items()}
-        self.steps, self.meetings = steps_of(program, tensors, state, rank)
+        self.steps, self.meetings = steps_of(program, tensors, state, self.rank)
 
     def give(self, inputs: Mapping[int, Array]) -> None:
         for position, array in inputs.items():
