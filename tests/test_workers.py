@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from meshwright import api
+from meshwright import planning
 from meshwright.api import plan_captured
 from meshwright.ir.analysis.blocks import fold
 from meshwright.ir.cluster.cluster import Cluster
@@ -51,7 +51,7 @@ def planned(step, monkeypatch: pytest.MonkeyPatch, count: int, errors: Path):
         for each in kept:
             each.close()
 
-    monkeypatch.setattr(api, "worker_pool", worker_pool)
+    monkeypatch.setattr(planning, "worker_pool", worker_pool)
     told: list[str] = []
     request = Request(pp="auto", recompute="none", gap=0.001, time_limit=1e4)
     plan = plan_captured(step, EIGHT, request, "gpt-tiny", told.append)
