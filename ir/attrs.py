@@ -68,6 +68,10 @@ class Attributed:
         kept = tuple(each for each in found if isinstance(each, int))
         return kept if len(kept) == len(found) else self._wrong(name, "tuple of whole numbers")
 
+    def integer_rows(self, name: str) -> tuple[tuple[int, ...], ...]:
+        found = integer_rows(self.attr(name))
+        return self._wrong(name, "tuple of tuples of whole numbers") if found is None else found
+
     def _of_type(self, name: str, type_: type[_T], words: str) -> _T:
         found = self.attr(name)
         return found if isinstance(found, type_) else self._wrong(name, words)
@@ -75,6 +79,15 @@ class Attributed:
     def _wrong(self, name: str, words: str) -> NoReturn:
         what = f"attribute `{name}` of `{self.kind}` is {spelled(self.attr(name))}, no {words}."
         raise GraphError(what, where=self.where or None)
+
+
+def integer_rows(attr: Attr) -> tuple[tuple[int, ...], ...] | None:
+    """Tuples of whole numbers in a tuple, if it is that."""
+    if not isinstance(attr, tuple):
+        return None
+    rows = [tuple(n for n in row if isinstance(n, int)) for row in attr if isinstance(row, tuple)]
+    same = [len(row) for row in attr if isinstance(row, tuple)] == list(map(len, rows))
+    return tuple(rows) if same and len(rows) == len(attr) else None
 
 
 def real(value: float) -> Attr:

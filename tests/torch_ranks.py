@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from meshwright.backends.torch.collectives import part_of, places_of
+from meshwright.backends.torch.collectives import part, part_of, places_of
 from meshwright.backends.torch.local_step import LocalStep
 from meshwright.ir.local.program import LocalProgram
 from meshwright.ir.mesh import Mesh
@@ -79,7 +79,7 @@ def run_ranks(
         try:
             step = LocalStep(program, arrays, rank, InMemory(mesh, rank, board, barrier))
             given = [
-                cut(x, program.shards[v].sharding, mesh, rank)
+                part(x, program.shards[v].sharding, mesh, rank)
                 for x, v in zip(inputs, program.inputs, strict=True)
             ]
             found = step(*given)
@@ -98,23 +98,14 @@ def run_ranks(
     ]
 
 
-def cut(x: Any, layout: Sharding, mesh: Mesh, rank: int) -> Any:
-    """The part of a value that a rank has."""
-    place = places_of(mesh)[rank]
-    for dim, axes in enumerate(layout.dims):
-        size = x.shape[dim] // mesh.ways(axes)
-        x = x.narrow(dim, part_of(axes, place, mesh) * size, size)
-    return x
-
-
 def whole(parts: Sequence[Any], layout: Sharding, mesh: Mesh) -> Any:
     """What the ranks hold together."""
     shape = [n * mesh.ways(axes) for n, axes in zip(parts[0].shape, layout.dims, strict=True)]
     found, seen = torch.zeros(shape, dtype=parts[0].dtype), torch.zeros(shape, dtype=torch.bool)
-    for rank, part in enumerate(parts):
-        here, met = (cut(x, layout, mesh, rank) for x in (found, seen))
-        assert not met.any() or torch.equal(here.nan_to_num(), part.nan_to_num()), "copies differ"
-        here.copy_(part)
+    for rank, piece in enumerate(parts):
+        here, met = (part(x, layout, mesh, rank) for x in (found, seen))
+        assert not met.any() or torch.equal(here.nan_to_num(), piece.nan_to_num()), "copies differ"
+        here.copy_(piece)
         met.fill_(True)
     assert seen.all()
     return found

@@ -97,9 +97,9 @@ class PipelineDriver:
 
     def _messages(self) -> dict[tuple[Place, int], tuple[list[int], Channel]]:
         """(program, stage it sends to) -> which of its messages go there, and how."""
-        programs: dict[Place, StageProgram] = dict(self.passes)  # type: ignore[arg-type]
-        programs |= {
-            (k, p.fragment.stage): p for k, programs in enumerate(self.rounds) for p in programs
+        programs: dict[Place, StageProgram] = {
+            **self.passes,
+            **{(k, p.fragment.stage): p for k, each in enumerate(self.rounds) for p in each},
         }
         found = {}
         for key, program in programs.items():
@@ -123,9 +123,11 @@ class PipelineDriver:
     def events(self) -> list[Event]:
         """What all ranks do, in one common order."""
         routes: dict[tuple[Kind, int], list[int]] = {}
-        for (kind, stage), to in self.messages:
-            if kind in ("forward", "backward"):
-                routes.setdefault((kind, stage), []).append(to)  # type: ignore[arg-type]
+        kinds: tuple[Kind, ...] = ("forward", "backward")
+        for (place, stage), to in self.messages:
+            for kind in kinds:
+                if place == kind:
+                    routes.setdefault((kind, stage), []).append(to)
         return events(self.schedule, routes=routes)
 
     @cached_property

@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from math import prod
 
 import torch
 
 from ...ir.analysis.dealt import through
-from ...ir.attrs import Attr
 from ...ir.composites.bodies import LOSS, body_of
 from ...ir.composites.evenly import partners
+from ...ir.composites.free_dims import blocks_of, dims_of, place_of
 from ...ir.composites.loss_blocks import block_of, logits_in
 from ...ir.composites.online import body_parts
 from ...ir.graph import Op
@@ -33,7 +32,6 @@ from .emit import emitter
 from .shard import Part, View
 
 Tensor = torch.Tensor
-Dims = tuple[tuple[int, ...], ...]  # by dim of an array, the free dims that it is made of
 Cuts = Mapping[int, Part]
 Blocks = Sequence[tuple[int, int]]  # free dims and how many blocks each is taken in
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -44,9 +42,8 @@ class Body:
     """A composite's graph, with the dims of its values as free dims; keys are numbered after those."""
 
     def __init__(self, op: Op):
-        told = dict(op.attrs)
         self.op, self.graph, self.sizes = op, body_of(op.text("body")), op.integers("sizes")
-        self.operands, self.results = _dims(told["operands"]), _dims(told["results"])
+        self.operands, self.results = dims_of(op, "operands"), dims_of(op, "results")
         keys = (op.integer("keys"),) if op.has("keys") else ()
         self.dims = (*self.sizes, *keys)
         self.kept = op.integer("kept") if op.has("kept") else 0
@@ -71,23 +68,10 @@ class Body:
         """Free dims and the number of blocks of each, so that of `most` scores no more than `block` exist at a time:
         first those that most operands have, as they need no sums. The batch is left alone where microbatches cut it
         over time. Keys are cut in so many parts before."""
-        left = most // prod(cut.all_ways for cut in cuts.values()) // keys
-        lacking = {
-            d: sum(all(d not in dim for dim in dims) for dims in self.operands)
-            for d in range(len(self.sizes))
-            if d != self.vocabulary
-        }
-        found: list[tuple[int, int]] = []
-        for d in sorted(lacking, key=lambda d: (lacking[d], d)):
-            cut = cuts.get(d, Part(0, 1))
-            here, wanted = self.sizes[d] // cut.all_ways, -(-left // block)
-            if wanted <= 1 or cut.microbatches > 1:
-                continue
-            many = next((n for n in range(wanted, here) if here % n == 0), here)
-            if many > 1:
-                found.append((d, many))
-                left //= many
-        return found
+        timed = [d for d, cut in cuts.items() if cut.microbatches > 1]
+        ways = {d: cut.all_ways for d, cut in cuts.items()}
+        left_whole = (self.vocabulary, *timed)
+        return blocks_of(self.sizes, self.operands, ways, most // keys, block, left_whole)
 
     def by_blocks(
         self, operands: Sequence[Tensor], cuts: Cuts, blocks: Blocks, run: Callable[[Cuts], Run]
@@ -147,7 +131,7 @@ class Composite:
         self.sharing = joint.get("vocabulary", ())
         self.halves = None
         if even := joint.get("even", ()):
-            spans = tuple((first, end) for first, end in _dims((dict(op.attrs)["spans"],))[0])
+            spans = tuple((first, end) for first, end in op.integer_rows("spans"))
             rows = op.integer("rows")
             pairs = partners(spans, op.integer("blocks"), self.cuts[rows].ways)
             self.rows, self.halves = rows, Halves(communicator, even, pairs)
@@ -260,17 +244,6 @@ class Halves:
             return x
         first, second = x.chunk(2, at)
         return torch.cat([first, self.communicator.permute(second, pairs, self.axes)], at)
-
-
-def _dims(told: Attr) -> tuple[Dims, ...]:
-    """Of each array, by dim, the free dims that it is made of."""
-    assert isinstance(told, tuple)
-    return tuple(tuple(tuple(int(d) for d in dim) for dim in array) for array in told)  # type: ignore[union-attr, arg-type]
-
-
-def place_of(dims: Dims, dim: int) -> int | None:
-    """The dim of an array that a free dim is in."""
-    return next((k for k, d in enumerate(dims) if dim in d), None)
 
 
 def _nth(x: Tensor, dim: int, number: int, many: int) -> Tensor:

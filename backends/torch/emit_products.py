@@ -59,7 +59,7 @@ def _convolution(op: Op, view: View) -> Run:
     images, kernels, made = (op.integers(name) for name in ("lhs_spec", "rhs_spec", "out_spec"))
     strides, apart = op.integers("window_strides"), op.integers("rhs_dilation")
     between = [n - 1 for n in op.integers("lhs_dilation")]
-    edges = [(int(low), int(high)) for low, high in op.items("padding")]  # type: ignore[misc, union-attr, arg-type]
+    edges = [(low, high) for low, high in op.integer_rows("padding")]
     config = [(0, 0, 0), (0, 0, 0), *((*edge, n) for edge, n in zip(edges, between, strict=True))]
     convolve = _CONVOLUTIONS[len(strides)]
     by_feature, by_batch = op.integer("feature_group_count"), op.integer("batch_group_count")

@@ -124,7 +124,7 @@ class _Windows:
                     where=op.where or None,
                     fix="run the step with --backend xla",
                 )
-        self.padding = [(int(low), int(high), 0) for low, high in op.items("padding")]  # type: ignore[misc, union-attr, arg-type]
+        self.padding = [(low, high, 0) for low, high in op.integer_rows("padding")]
 
     def of(self, x: Tensor) -> tuple[Tensor, list[int]]:
         """The windows of what is padded already, and which dims they are."""

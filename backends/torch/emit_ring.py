@@ -18,12 +18,13 @@ from math import prod
 
 import torch
 
+from ...ir.composites.free_dims import Dims, place_of
 from ...ir.composites.online import Online, online_body
 from ...ir.composites.ring import first_reads, given, ring_of
 from ...ir.graph import Op
 from .collectives import Axes, Communicator, Pairs
 from .emit import emitter
-from .emit_composite import BLOCK, Body, Cuts, Dims, Halves, place_of, widened
+from .emit_composite import BLOCK, Body, Cuts, Halves, widened
 from .shard import Part, View
 
 Tensor = torch.Tensor

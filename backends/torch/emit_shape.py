@@ -90,18 +90,8 @@ def _tile(op: Op, view: View) -> Run:
 
 
 def _pad(op: Op, view: View) -> Run:
-    config = [tuple(map(_whole, each)) for each in map(_items, op.items("padding_config"))]
-    return lambda operands: [padded(operands[0], operands[1], config)]  # type: ignore[arg-type]
-
-
-def _items(value: object) -> Sequence[object]:
-    assert isinstance(value, tuple)
-    return value
-
-
-def _whole(value: object) -> int:
-    assert isinstance(value, int)
-    return value
+    config = [(low, high, between) for low, high, between in op.integer_rows("padding_config")]
+    return lambda operands: [padded(operands[0], operands[1], config)]
 
 
 def padded(x: Tensor, value: Tensor | float, config: Padding) -> Tensor:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial, reduce
-from math import prod
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from ...ir.analysis.dealt import through
 from ...ir.composites.attention_form import LSE
 from ...ir.composites.bodies import body_of
 from ...ir.composites.evenly import partners
+from ...ir.composites.free_dims import Dims, blocks_of, place_of
 from ...ir.composites.online import body_parts
 from ...ir.graph import Op
 from ...ir.rules import rule_of
@@ -39,7 +39,6 @@ from .shard import Arrays, Part, ShardPart, ShardWindow
 BLOCK = 1 << 20  # elements of scores that exist at a time, at most where dims can be cut so far
 RUNS, SHORTEST = 8, 128  # of queries that see keys of their own: at most so many, none shorter
 CHOICES = 8  # of keys for a run of which only the device knows which one it has, about
-Dims = tuple[tuple[int, ...], ...]  # by dim of an array, the free dims that it is made of
 
 
 def run_composite(
@@ -247,25 +246,12 @@ class CompositeBody:
         """Free dims and the number of blocks of each, so that scores are small; batch and heads come first, as
         they need no sums. The batch is left alone where microbatches cut it over time. Rows are cut into `runs`
         before, keys into so many. Of `most` scores a block has `block`, if this is said."""
-        left = (most or self.most) // prod(cut.ways for cut in cuts.values()) // keys
-        lacking = {
-            d: sum(all(d not in dim for dim in dims) for dims in self.operands)
-            for d in range(len(self.sizes))
-            if d != self.vocabulary
-        }
-        found = []
-        for d in sorted(lacking, key=lambda d: (lacking[d], d)):
-            here = self.sizes[d] // (cuts[d].ways if d in cuts else 1)
-            if runs and d == self.rows:
-                here, left = here // runs, left // runs
-            wanted = -(-left // (block or BLOCK))
-            if wanted <= 1 or (d in cuts and cuts[d].moment is not None):
-                continue
-            blocks = next((n for n in range(wanted, here) if here % n == 0), here)
-            if blocks > 1:
-                found.append((d, blocks))
-                left //= blocks
-        return found
+        timed = [d for d, cut in cuts.items() if cut.moment is not None]
+        return blocks_of(
+            self.sizes, self.operands, {d: cut.ways for d, cut in cuts.items()},
+            (most or self.most) // keys, block or BLOCK, (self.vocabulary, *timed),
+            {self.rows: runs} if runs and self.rows is not None else None,
+        )  # fmt: skip
 
 
 def body_for(op: Op) -> CompositeBody:
@@ -405,11 +391,6 @@ class Loop:
 def log_of_sum(total: Any, shift: Any = 0.0) -> jax.Array:
     """Of the exponentials of a row, from which `shift` was taken off before."""
     return jnp.log(total).astype(jnp.float32) + jnp.asarray(shift, jnp.float32)
-
-
-def place_of(dims: Dims, dim: int | None) -> int | None:
-    """The dim of an array that a free dim is in."""
-    return next((k for k, d in enumerate(dims) if dim in d), None)
 
 
 def _part(array: Any, at: int | None, number: Any, many: int) -> Any:

@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from ...ir.composites.bodies import LOSS
+from ...ir.composites.free_dims import place_of
 from ...ir.composites.loss_blocks import block_of, logits_in
 from ...ir.graph import Op
 from ...ir.rules import rule_of
 from ...ir.rules.rule import Rule
 from .dtypes import jax_dtype
 from .emit import emit
-from .emit_composite import Loop, body_for, held_operands, place_of
+from .emit_composite import Loop, body_for, held_operands
 from .joins import settle
 from .shard import Arrays, Part, ShardPart
 

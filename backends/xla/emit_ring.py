@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ...ir.composites.free_dims import Dims, place_of
 from ...ir.composites.online import Online, online_body
 from ...ir.composites.ring import Ring, first_reads, given, ring_of
 from ...ir.graph import Op
 from ...ir.rules.rule import Rule
 from .dtypes import jax_dtype
-from .emit_composite import CompositeBody, Dims, Halves, Loop, body_for, place_of, widened
+from .emit_composite import CompositeBody, Halves, Loop, body_for, widened
 from .shard import Arrays, ShardPart, ShardWindow
 
 UNROLLED = 8  # steps of a ring, at most, that a compiler sees side by side

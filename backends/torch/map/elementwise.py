@@ -17,11 +17,11 @@ from .builder import Builder, Operand, Value, maps
 
 def promoted(one: Operand, other: Operand) -> str:
     """The type that torch compares in: numbers of Python give way to tensors, those of rank 0 to others."""
-    first, second = (
+    operands: list[Any] = [
         torch.empty((1,) * len(o.shape), dtype=torch_dtype(o.dtype)) if isinstance(o, Value) else o
         for o in (one, other)
-    )
-    return dtype_name(torch.result_type(first, second))  # type: ignore[arg-type]  # numbers too
+    ]
+    return dtype_name(torch.result_type(*operands))
 
 
 # ---------------------------------------------------------------- of one operand
