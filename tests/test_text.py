@@ -198,6 +198,8 @@ def test_attributes_are_read_by_name_and_type():
         ("axes", (0, 1)),
         ("by", "<float>2.0"),
         ("mode", "clip"),
+        ("padding", ((0, 1), ())),
+        ("ragged", ((0, "x"), ())),
         ("reverse", True),
         ("sizes", (1, "x")),
     )
@@ -208,5 +210,9 @@ def test_attributes_are_read_by_name_and_type():
         op.integer("mode")
     with pytest.raises(GraphError, match=r"`sizes` of `sort` is \(1, 'x'\), no tuple of whole"):
         op.integers("sizes")
+    assert op.integer_rows("padding") == ((0, 1), ())
+    for name in ("ragged", "axes", "mode"):
+        with pytest.raises(GraphError, match="no tuple of tuples of whole numbers"):
+            op.integer_rows(name)
     with pytest.raises(GraphError, match=r"`sort` has no attribute `axis`(.|\n)*model.py:3"):
         op.integer("axis")

@@ -104,5 +104,17 @@ def test_too_few_processes_and_other_batches_are_refused():
     with pytest.raises(LoweringError, match="the plan is for 4 devices, this run has 1 process"):
         mw.torch.parallelize(model, loss, optimizer, torch.ones(8, 4), cluster="4xcpu")
     step = mw.torch.parallelize(model, loss, optimizer, torch.ones(8, 4))
-    with pytest.raises(MismatchError):
-        step([torch.ones(8, 4)])
+    before = step.state()
+    assert torch.equal(before["parameters.weight"], model.weight)
+    step.write_back()
+    assert step(torch.ones(8, 4)) > 0
+    assert not torch.equal(step.state()["parameters.weight"], before["parameters.weight"])
+    before = step.state()
+    for batch, told in (
+        ([torch.ones(8, 4)], "the batch is"),
+        (torch.ones(1, 4), r"`batch` is f32\[1, 4\], it was f32\[8, 4\]"),
+        (torch.ones(8, 4, dtype=torch.float64), r"`batch` is f64"),
+    ):
+        with pytest.raises(MismatchError, match=told):
+            step(batch)
+    assert all(torch.equal(step.state()[name], tensor) for name, tensor in before.items())

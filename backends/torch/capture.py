@@ -65,7 +65,8 @@ class Captured:
         """The graph's inputs as they are now; state that the optimizer has not begun is zeros.
 
         Raises:
-            MismatchError: the batch has another tree or other shapes than the example.
+            MismatchError: the batch has another tree than the example, or a tensor another shape or type than in the
+                capture.
         """
         tensors = _Tensors(model)
         state = {tensors.names[id(parameter)]: held for parameter, held in optimizer.state.items()}
@@ -81,10 +82,20 @@ class Captured:
             **{f"buffers.{name}": t for name, t in tensors.buffers.items()},
             **dict(leaves),
         }
-        return tuple(
+        found = tuple(
             given[name].detach() if name in given else self._kept(position, name, state)
             for position, name in enumerate(self.graph.input_names)
         )
+        for name, value, tensor in zip(
+            self.graph.input_names, self.graph.inputs, found, strict=True
+        ):
+            if (kind := type_of(tensor, f"`{name}`")) != self.graph.types[value]:
+                raise MismatchError(
+                    f"`{name}` is {kind}, it was {self.graph.types[value]} in the capture.",
+                    where="the arguments of the step",
+                    fix="batches like the example (the last one may be smaller: drop or pad it), or capture again",
+                )
+        return found
 
     def _kept(
         self, position: int, name: str, state: Mapping[str, Mapping[str, Any]]

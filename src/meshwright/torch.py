@@ -105,6 +105,7 @@ class TorchStep:
             k for k, name in enumerate(graph.input_names) if name.partition(".")[0] == "batch"
         ]
         self._loss = graph.output_names.index("loss")
+        self._example, self._ran = batch, False
         for position, tensor in enumerate(captured.inputs(model, optimizer, batch)):
             self._steps.give(position, tensor)
 
@@ -112,18 +113,22 @@ class TorchStep:
         """One step on a whole batch; the loss before its update.
 
         Raises:
-            MismatchError: the batch has another tree or other shapes than the example.
+            MismatchError: the batch has another tree, shapes or types than the example.
         """
         given = self.captured.inputs(self.model, self.optimizer, batch)
         for position in self._batch:
             self._steps.give(position, given[position])
         self._steps.run()
+        self._ran = True
         return float(self._whole(self._loss))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters, buffers and optimizer state as whole tensors, by their unsharded names. All ranks call it."""
-        names = self.captured.graph.output_names
-        return {names[out]: self._whole(out) for _, out in self.captured.graph.state}
+        names, pairs = self.captured.graph.output_names, self.captured.graph.state
+        if not self._ran:
+            given = self.captured.inputs(self.model, self.optimizer, self._example)
+            return {names[out]: given[into].clone() for into, out in pairs}
+        return {names[out]: self._whole(out) for _, out in pairs}
 
     def write_back(self) -> None:
         """Put what was trained into the model and the optimizer. All ranks call it."""
