@@ -17,7 +17,7 @@ Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "abs": torch.abs, "ceil": torch.ceil, "floor": torch.floor, "is_finite": torch.isfinite, "neg": torch.neg,
-    "not": torch.bitwise_not, "square": torch.square, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "exp": torch.exp,
+    "not": torch.bitwise_not, "square": torch.square, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt,
     "exp2": torch.exp2, "expm1": torch.expm1, "log": torch.log, "log1p": torch.log1p, "log2": torch.log2,
     "logistic": torch.sigmoid, "tanh": torch.tanh, "sin": torch.sin, "cos": torch.cos, "tan": torch.tan,
     "asin": torch.asin, "acos": torch.acos, "atan": torch.atan, "sinh": torch.sinh, "cosh": torch.cosh,
@@ -33,6 +33,8 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "one_minus_square": lambda x: 1 - x * x,
 }  # fmt: skip
 _IDENTITIES = ("copy", "name", "stop_gradient", "optimization_barrier", "device_put")
+_LEAST = -87.33  # whose exponential is a normal number, if hardly
+_NOTHING = torch.exp(torch.tensor(_LEAST)).item()
 # (exponent bits, mantissa bits) of the types that a value may be rounded to
 _PRECISIONS = {(8, 7): torch.bfloat16, (5, 10): torch.float16, (8, 23): torch.float32}
 
@@ -59,8 +61,24 @@ def _cube_root(op: Op, view: View) -> Run:
     return lambda operands: [operands[0].sign() * operands[0].abs().pow(1 / 3)]
 
 
+def _exp(op: Op, view: View) -> Run:
+    """In f32 on CPUs with 0 for what is below normal numbers, as XLA has it. MKL takes 5 ns for each element that ends
+    there, 16 ns where it is subnormal, and 1 ns for others, of which masks and losses have few (torch 2.13, EPYC)."""
+    if view.dtypes[0] != torch.float32:
+        return lambda operands: [torch.exp(operands[0])]
+
+    def run(operands: Sequence[Tensor]) -> list[Tensor]:
+        if operands[0].device.type != "cpu":
+            return [torch.exp(operands[0])]
+        return [torch.threshold_(operands[0].clamp(min=_LEAST).exp_(), _NOTHING, 0.0)]
+
+    return run
+
+
 def _integer_power(op: Op, view: View) -> Run:
     power = op.integer("y")
+    if power == 1:
+        return list
     return lambda operands: [operands[0].pow(power)]
 
 
@@ -143,7 +161,7 @@ def _log_sum_exp(op: Op, view: View) -> Run:
 ELEMENTWISE: dict[str, Callable[[Op, View], Run]] = {
     **{name: _function(name) for name in _FUNCTIONS},
     **dict.fromkeys(_IDENTITIES, _identity),
-    "div": _divide, "sign": _sign, "cbrt": _cube_root, "integer_pow": _integer_power, "round": _round,
+    "div": _divide, "exp": _exp, "sign": _sign, "cbrt": _cube_root, "integer_pow": _integer_power, "round": _round,
     "shift_right_logical": _shift_right_logical, "convert_element_type": _convert,
     "reduce_precision": _reduce_precision, "bitcast_convert_type": _bitcast, "select_n": _select,
     "log_sum_exp": _log_sum_exp,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from string import ascii_letters
 
 import torch
@@ -18,16 +19,30 @@ _CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3
 
 
 def _dot(op: Op, view: View) -> Run:
-    """Multiplied in the operands' type, or in that of the result where it is wider."""
+    """Multiplied in the operands' type, or in that of the result where it is wider; as one product of matrices, or of
+    stacks of them where there are batch dims."""
     sums = op.integers("lhs_contracting"), op.integers("rhs_contracting")
     batch = op.integers("lhs_batch"), op.integers("rhs_batch")
-    equation = _equation([len(dims) for dims in view.rule.operands], sums, batch)
-    dtype = view.dtypes[0]
+    free = [
+        [d for d in range(len(dims)) if d not in (*sums[side], *batch[side])]
+        for side, dims in enumerate(view.rule.operands)
+    ]
+    orders = (*batch[0], *free[0], *sums[0]), (*batch[1], *sums[1], *free[1])
+    stacks, dtype = len(batch[0]), view.dtypes[0]
+    multiply = torch.bmm if stacks else torch.mm
 
     def run(operands: Sequence[Tensor]) -> list[Tensor]:
         left, right = operands
         wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), dtype)
-        return [torch.einsum(equation, left.to(wide), right.to(wide)).to(dtype)]
+        left, right = left.to(wide).permute(orders[0]), right.to(wide).permute(orders[1])
+        first, last = stacks + len(free[0]), stacks + len(sums[1])
+        stack, rows, columns = left.shape[:stacks], left.shape[stacks:first], right.shape[last:]
+        heads = (prod(stack),) if stacks else ()
+        many, inner = prod(rows), prod(left.shape[first:])
+        found = multiply(
+            left.reshape(*heads, many, inner), right.reshape(*heads, inner, prod(columns))
+        )
+        return [found.view(*stack, *rows, *columns).to(dtype)]
 
     return run
 

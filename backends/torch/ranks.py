@@ -34,6 +34,7 @@ from ...ir.local.program import LocalProgram
 from ...ir.mesh import Mesh
 from ...ir.sharding import Sharding
 from ..runtime.rendezvous import deadline_seconds
+from .allocator import keep_freed_memory
 from .collectives import Axes, Communicator, ProcessGroups, Recording, part, part_of, places_of
 from .dtypes import array_of, tensor_of
 from .handover import ProcessPost, RankMesh
@@ -262,6 +263,7 @@ def _serve(
     """Do what the asking process asks, until it ends."""
     try:
         torch.set_num_threads(1)
+        keep_freed_memory()
         dist.init_process_group(
             "gloo",
             f"file://{store}",

@@ -26,6 +26,7 @@ from torch import nn
 
 from . import view  # noqa: F401  gives plans their looks
 from .backends.runtime.rendezvous import deadline_seconds
+from .backends.torch.allocator import keep_freed_memory
 from .backends.torch.capture import Captured, capture
 from .backends.torch.dtypes import array_of, tensor_of, torch_dtype
 from .backends.torch.lower import arrays_in, lower
@@ -96,6 +97,7 @@ class TorchStep:
             plan,
             rank,
         )
+        keep_freed_memory()
         graph = captured.graph
         program = lower(plan, graph)
         arrays = arrays_in(program, graph, captured.binding.arrays)
