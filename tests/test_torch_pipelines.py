@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Timer
@@ -22,14 +24,16 @@ torch = pytest.importorskip("torch")
 from meshwright.api import plan_captured  # noqa: E402
 from meshwright.backends.runtime.programs import Route  # noqa: E402
 from meshwright.backends.torch.collectives import part  # noqa: E402
-from meshwright.backends.torch.handover import Handover, RankMesh  # noqa: E402
+from meshwright.backends.torch.handover import Handover, RankMesh, pieces  # noqa: E402
 from meshwright.backends.torch.lower import arrays_in, lower  # noqa: E402
 from meshwright.backends.torch.lower_pipeline import StagedProgram  # noqa: E402
 from meshwright.backends.torch.ranks import Ranks  # noqa: E402
 from meshwright.backends.torch.replay import replay  # noqa: E402
 from meshwright.ir.cluster.cluster import Cluster  # noqa: E402
 from meshwright.ir.errors import LoweringError, ProcessError  # noqa: E402
+from meshwright.ir.local.pipeline import Move  # noqa: E402
 from meshwright.ir.mesh import Mesh  # noqa: E402
+from meshwright.ir.passes.localize_pipeline import localize_pipeline  # noqa: E402
 from meshwright.ir.pipeline.schedule import Schedule  # noqa: E402
 from meshwright.ir.plan import Plan  # noqa: E402
 from meshwright.ir.sharding import Sharding  # noqa: E402
@@ -223,7 +227,35 @@ def test_processes_that_meet_over_gloo_give_what_one_device_gives(processes: Ran
     for _ in range(STEPS):
         assert processes.step() > 0
     check_alike("gpt-tiny", processes.results(range(len(graph.outputs))))
-    assert processes.met()
+    for rank, met in enumerate(processes.met()):
+        kinds = [kind for kind, _, _ in met]
+        assert "all_reduce" in kinds
+        sent = Counter((kind, n) for kind, _, n in met if kind in ("send", "receive"))
+        assert sent and sent == handed(rank)
+
+
+def handed(rank: int) -> Counter[tuple[str, int]]:
+    """What one of four processes sends and takes in a step, as the program of the pipeline says."""
+    captured = captured_of("gpt-tiny")
+    plan = pipelined(stage_plan("gpt-tiny", (2,), 4), captured, interleaved(2, 4, 2))
+    program = localize_pipeline(plan, captured.graph)
+    found = Counter[tuple[str, int]]()
+    moves = [op for each in program.ranks for op in each.ops if isinstance(op, Move)]
+    for move in (move for move in moves if move.kind == "send"):
+        first = {stage: 2 * (stage % 2) for stage in range(4)}
+        ends = [RankMesh(program.meshes[s], first[s]) for s in (move.sender, move.receiver)]
+        kind = move.leaves.whole
+        shape = (len(move.values),) if len(move.values) > 1 else kind.shape
+        if move.leaves.time is not None:
+            shape = tuple(n // 4 if d == move.leaves.time else n for d, n in enumerate(shape))
+        if owed := move.leaves.sharding.partial:
+            shape = (program.meshes[move.sender].ways(owed), *shape)
+        route = Route(shape, kind.dtype, move.leaves.sharding, move.arrives.sharding)
+        for piece in pieces(route, *ends):
+            size = math.prod(end - begin for begin, end in piece.box) * 4
+            found["send", size] += piece.sender == rank != piece.receiver
+            found["receive", size] += piece.receiver == rank != piece.sender
+    return +found
 
 
 def test_a_rank_that_is_killed_ends_all_and_others_say_what_they_waited_for(processes: Ranks):

@@ -24,6 +24,7 @@ from meshwright.planner.request import Request  # noqa: E402
 
 from .test_cli import QUICK, run  # noqa: E402, F401
 from .test_torch_local import close, drawn, in_f32, tensors_of  # noqa: E402
+from .torch_ranks import meetings  # noqa: E402
 
 
 @contextmanager
@@ -55,11 +56,16 @@ def test_three_steps_give_what_one_device_gives(words: dict[str, Any]):
         for output, x, y in zip(graph.output_names, found, wanted, strict=True):
             close(x, y.numpy(), output)
         executed, planned = Counter[Any](), Counter[Any]()
-        for kind, axes, nbytes in ranks.met():
+        every = ranks.met()
+        for kind, axes, nbytes in every[0]:
             executed[kind, frozenset(axes)] += nbytes
         for each in plan.collectives:
             planned[each.kind, frozenset(each.axes)] += round(each.nbytes * each.count)
         assert executed and executed == planned
+        program = local_program(plan, graph)
+        assert not any(op.joint for op in program.walk())
+        for met in every:
+            assert Counter(met) == meetings(program)
 
 
 def test_a_users_file_may_be_called_as_one_of_pythons(

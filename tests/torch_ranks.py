@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
@@ -12,7 +13,7 @@ import torch
 
 from meshwright.backends.torch.collectives import part, part_of, places_of
 from meshwright.backends.torch.local_step import LocalStep
-from meshwright.ir.local.program import LocalProgram
+from meshwright.ir.local.program import COLLECTIVES, MICROBATCHES, LocalOp, LocalProgram
 from meshwright.ir.mesh import Mesh
 from meshwright.ir.sharding import Sharding
 
@@ -96,6 +97,26 @@ def run_ranks(
         whole([found[k] for found in results], program.shards[v].sharding, mesh)
         for k, v in enumerate(program.outputs)
     ]
+
+
+def meetings(program: LocalProgram) -> Counter[tuple[str, tuple[str, ...], int]]:
+    """What each rank meets for when it runs a program, as that says: kind, axes and bytes of the larger side."""
+    found = Counter[tuple[str, tuple[str, ...], int]]()
+
+    def walk(ops: Sequence[LocalOp], times: int) -> None:
+        for op in ops:
+            turns = {MICROBATCHES: program.microbatches}.get(op.kind, 1)
+            turns = op.integer("length") if op.kind == "scan" else turns
+            for region in op.regions:
+                walk(region.ops, times * turns)
+            if op.kind in COLLECTIVES:
+                sides = [
+                    sum(program.local(v).nbytes for v in side) for side in (op.inputs, op.outputs)
+                ]
+                found[op.kind, op.axes, max(sides)] += times
+
+    walk(program.ops, 1)
+    return found
 
 
 def whole(parts: Sequence[Any], layout: Sharding, mesh: Mesh) -> Any:

@@ -9,29 +9,30 @@ Parts of several axes are in the order in which an op names the axes, major to m
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 
-from ...ir.local.program import LocalOp
+from ...ir.local.program import COLLECTIVES, LocalOp
 from ...ir.mesh import Mesh
 from ...ir.sharding import Sharding
 
 Tensor = torch.Tensor
 Axes = tuple[str, ...]
 Pairs = Sequence[tuple[int, int]]
+Later = Callable[[], Any]  # waits for a meeting, and gives what it brings
 
 
 class Communicator(Protocol):
     """How ranks meet that differ in their place along some axes; every one of them calls alike."""
 
     def all_reduce(self, x: Tensor, reduction: str, axes: Axes) -> Tensor:
-        """`reduction`: "sum", "max" or "min"."""
+        """`reduction`: "sum", "max" or "min". `x` is given up: it may be written over."""
         ...
 
     def all_gather(self, x: Tensor, axes: Axes) -> list[Tensor]: ...
@@ -42,6 +43,15 @@ class Communicator(Protocol):
 
     def permute(self, x: Tensor, pairs: Pairs, axes: Axes) -> Tensor:
         """What the rank before has, by pairs of places along the axes: from, to."""
+        ...
+
+
+@runtime_checkable
+class Starting(Protocol):
+    """A communicator that need not be waited for."""
+
+    def start(self, kind: str, *given: Any) -> Later:
+        """Begin what the method called `kind` does. All ranks begin meetings in one order."""
         ...
 
 
@@ -113,34 +123,61 @@ class ProcessGroups:
                     )
 
     @meeting()
+    def start(self, kind: str, *given: Any) -> Later:
+        begin = {
+            "all_reduce": self._all_reduce, "all_gather": self._all_gather,
+            "reduce_scatter": self._reduce_scatter, "all_to_all": self._all_to_all,
+        }[kind]  # fmt: skip
+        work, result = begin(*given)
+
+        @meeting()
+        def wait() -> Any:
+            if work is not None:
+                work.wait()
+            return result()
+
+        return wait
+
     def all_reduce(self, x: Tensor, reduction: str, axes: Axes) -> Tensor:
-        found = x.clone(memory_format=torch.contiguous_format)
+        return self.start("all_reduce", x, reduction, axes)()
+
+    def all_gather(self, x: Tensor, axes: Axes) -> list[Tensor]:
+        return self.start("all_gather", x, axes)()
+
+    def reduce_scatter(self, parts: Sequence[Tensor], axes: Axes) -> Tensor:
+        return self.start("reduce_scatter", parts, axes)()
+
+    def all_to_all(self, parts: Sequence[Tensor], axes: Axes) -> list[Tensor]:
+        return self.start("all_to_all", parts, axes)()
+
+    def _all_reduce(self, x: Tensor, reduction: str, axes: Axes) -> tuple[dist.Work | None, Later]:
+        found = x.contiguous()
         how = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[
             reduction
         ]
-        dist.all_reduce(found, how, self._groups[axes])
-        return found
+        return dist.all_reduce(found, how, self._groups[axes], async_op=True), lambda: found
 
-    @meeting()
-    def all_gather(self, x: Tensor, axes: Axes) -> list[Tensor]:
-        x = x.contiguous()
-        found = [torch.empty_like(x) for _ in self._orders[axes]]
-        dist.all_gather(found, x, self._groups[axes])
-        return [found[k] for k in self._orders[axes]]
+    def _all_gather(self, x: Tensor, axes: Axes) -> tuple[dist.Work | None, Later]:
+        order = self._orders[axes]
+        found = x.new_empty((len(order) * x.numel(),))
+        work = dist.all_gather_single(
+            found, x.contiguous().flatten(), self._groups[axes], async_op=True
+        )
+        return work, lambda: [found.chunk(len(order))[k].view(x.shape) for k in order]
 
-    @meeting()
-    def reduce_scatter(self, parts: Sequence[Tensor], axes: Axes) -> Tensor:
-        given = self._by_rank(parts, axes)
-        found = torch.empty_like(given[0])
-        dist.reduce_scatter(found, given, group=self._groups[axes])
-        return found
+    def _reduce_scatter(
+        self, parts: Sequence[Tensor], axes: Axes
+    ) -> tuple[dist.Work | None, Later]:
+        given = torch.cat([part.flatten() for part in self._by_rank(parts, axes)])
+        found = given.new_empty((parts[0].numel(),))
+        work = dist.reduce_scatter_single(found, given, group=self._groups[axes], async_op=True)
+        return work, lambda: found.view(parts[0].shape)
 
-    @meeting()
-    def all_to_all(self, parts: Sequence[Tensor], axes: Axes) -> list[Tensor]:
+    def _all_to_all(self, parts: Sequence[Tensor], axes: Axes) -> tuple[dist.Work | None, Later]:
         given = torch.stack(self._by_rank(parts, axes))
         found = torch.empty_like(given)
-        dist.all_to_all_single(found, given, group=self._groups[axes])
-        return [found[k] for k in self._orders[axes]]
+        work = dist.all_to_all_single(found, given, group=self._groups[axes], async_op=True)
+        return work, lambda: [found[k] for k in self._orders[axes]]
 
     @meeting()
     def permute(self, x: Tensor, pairs: Pairs, axes: Axes) -> Tensor:
@@ -166,36 +203,55 @@ class ProcessGroups:
     def _by_rank(self, parts: Sequence[Tensor], axes: Axes) -> list[Tensor]:
         """Parts in the order of the group's ranks."""
         given = dict(zip(self._orders[axes], parts, strict=True))
-        return [given[k].contiguous() for k in range(len(parts))]
+        return [given[k] for k in range(len(parts))]
+
+
+Met = tuple[str, Axes, int]  # kind, axes, and bytes of the larger side on this rank
 
 
 @dataclass
 class Recording:
-    """Meets as another communicator does, and notes what met: kind, axes, and bytes of the larger side on this rank."""
+    """Meets as another communicator does, and notes what met."""
 
     within: Communicator
-    met: list[tuple[str, Axes, int]] = field(default_factory=list[tuple[str, Axes, int]])
+    met: list[Met] = field(default_factory=list[Met])
 
     def all_reduce(self, x: Tensor, reduction: str, axes: Axes) -> Tensor:
         self.met.append(("all_reduce", axes, x.nbytes))
         return self.within.all_reduce(x, reduction, axes)
 
     def all_gather(self, x: Tensor, axes: Axes) -> list[Tensor]:
-        found = self.within.all_gather(x, axes)
-        self.met.append(("all_gather", axes, sum(part.nbytes for part in found)))
-        return found
+        return self.start("all_gather", x, axes)()
 
     def reduce_scatter(self, parts: Sequence[Tensor], axes: Axes) -> Tensor:
-        self.met.append(("reduce_scatter", axes, sum(part.nbytes for part in parts)))
-        return self.within.reduce_scatter(parts, axes)
+        return self.start("reduce_scatter", parts, axes)()
 
     def all_to_all(self, parts: Sequence[Tensor], axes: Axes) -> list[Tensor]:
-        self.met.append(("all_to_all", axes, sum(part.nbytes for part in parts)))
-        return self.within.all_to_all(parts, axes)
+        return self.start("all_to_all", parts, axes)()
 
     def permute(self, x: Tensor, pairs: Pairs, axes: Axes) -> Tensor:
         self.met.append(("permute", axes, x.nbytes))
         return self.within.permute(x, pairs, axes)
+
+    def start(self, kind: str, *given: Any) -> Later:
+        """Noted when it has ended, as the sizes of what is gathered are known then."""
+        wait, axes = started(self.within, kind, *given), given[-1]
+
+        def noted() -> Any:
+            found = wait()
+            parts = {"all_reduce": [given[0]], "all_gather": found}.get(kind, given[0])
+            self.met.append((kind, axes, sum(part.nbytes for part in parts)))
+            return found
+
+        return noted
+
+
+def started(communicator: Communicator, kind: str, *given: Any) -> Later:
+    """A meeting that has begun; with a communicator that waits, one that has ended."""
+    if isinstance(communicator, Starting):
+        return communicator.start(kind, *given)
+    found = getattr(communicator, kind)(*given)
+    return lambda: found
 
 
 @dataclass(frozen=True)
@@ -208,14 +264,55 @@ class Shards:
     communicator: Communicator
 
     def run(self, op: LocalOp, operands: Sequence[Tensor], moment: int | None) -> list[Tensor]:
-        """Several operands travel end to end, as one array."""
-        if len(operands) == 1:
-            return [self._run(op, operands[0], moment)]
-        line = torch.cat([x.flatten() for x in operands])
-        parts = self._run(op, line, moment).split([x.numel() for x in operands])
-        return [part.reshape(x.shape) for part, x in zip(parts, operands, strict=True)]
+        if op.kind in COLLECTIVES:
+            return self.start(op, operands)()
+        return [self._moved(op, operands[0], moment)]
 
-    def _run(self, op: LocalOp, x: Tensor, moment: int | None) -> Tensor:
+    def start(self, op: LocalOp, operands: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Begin a collective. Several operands travel end to end, as one array."""
+        axes, ways = op.axes, self.mesh.ways(op.axes)
+        if not any(x.numel() for x in operands):
+            found = [_of_nothing(op, x, ways) for x in operands]
+            return lambda: found
+        sizes = [x.numel() for x in operands]
+        match op.kind:
+            case "all_reduce" if op.text("reduction") == "sum":
+                wait = started(self.communicator, "all_reduce", _line(operands), "sum", axes)
+                return lambda: _apart(wait(), sizes, [x.shape for x in operands])
+            case "all_reduce":
+                line = joined(_line(operands), op.text("reduction"), axes, self.communicator)
+                return lambda: _apart(line, sizes, [x.shape for x in operands])
+            case "all_gather":
+                return self._gathered(op, operands, sizes, ways)
+            case "reduce_scatter":
+                cut = [x.chunk(ways, op.integer("dim")) for x in operands]
+                shapes = [parts[0].shape for parts in cut]
+                whole = list(cut[0]) if len(cut) == 1 else [*map(_line, zip(*cut, strict=True))]
+                wait = started(self.communicator, "reduce_scatter", whole, axes)
+                return lambda: _apart(wait(), [n // ways for n in sizes], shapes)
+            case _:
+                assert op.kind == "all_to_all", op.kind
+                parts = operands[0].chunk(ways, op.integer("to"))
+                wait = started(self.communicator, "all_to_all", parts, axes)
+                return lambda: [torch.cat(list(wait()), op.integer("dim"))]
+
+    def _gathered(
+        self, op: LocalOp, operands: Sequence[Tensor], sizes: Sequence[int], ways: int
+    ) -> Callable[[], list[Tensor]]:
+        line, dim = operands[0] if len(operands) == 1 else _line(operands), op.integer("dim")
+        wait, shapes = (
+            started(self.communicator, "all_gather", line, op.axes),
+            [x.shape for x in operands],
+        )
+
+        def result() -> list[Tensor]:
+            ranks = [_apart(part, sizes, shapes) for part in wait()]
+            return [torch.cat(parts, dim) for parts in map(list, zip(*ranks, strict=True))]
+
+        return result
+
+    def _moved(self, op: LocalOp, x: Tensor, moment: int | None) -> Tensor:
+        """What needs no others."""
         match op.kind:
             case "take_microbatch":
                 assert moment is not None
@@ -224,44 +321,41 @@ class Shards:
                 )
             case "join_microbatches":
                 return join_microbatches(x, op.integer("dim"), op.integer("groups"))
-        axes, ways = op.axes, self.mesh.ways(op.axes)
-        mine = part_of(axes, self.place, self.mesh)
-        match op.kind:
             case "local_slice":
-                size = x.shape[op.integer("dim")] // ways
+                size = x.shape[op.integer("dim")] // self.mesh.ways(op.axes)
+                mine = part_of(op.axes, self.place, self.mesh)
                 return x.narrow(op.integer("dim"), mine * size, size)
-            case "keep_first":
-                return x if mine == 0 else torch.zeros_like(x)
-            case "all_reduce":
-                return joined(x, op.text("reduction"), axes, self.communicator)
-            case "all_gather":
-                parts = self.communicator.all_gather(x, axes) if x.numel() else [x] * ways
-                return torch.cat(parts, op.integer("dim"))
-            case "reduce_scatter":
-                parts = x.chunk(ways, op.integer("dim")) if x.numel() else ()
-                return (
-                    self.communicator.reduce_scatter(parts, axes)
-                    if parts
-                    else _emptied(x, op, ways)
-                )
             case _:
-                assert op.kind == "all_to_all", op.kind
-                parts = (
-                    x.chunk(ways, op.integer("to"))
-                    if x.numel()
-                    else [_emptied(x, op, ways, "to")] * ways
-                )
-                found = self.communicator.all_to_all(parts, axes) if x.numel() else parts
-                return torch.cat(list(found), op.integer("dim"))
+                assert op.kind == "keep_first", op.kind
+                first = part_of(op.axes, self.place, self.mesh) == 0
+                return x if first else torch.zeros_like(x)
 
 
-def _emptied(x: Tensor, op: LocalOp, ways: int, dim: str = "dim") -> Tensor:
-    """A part of nothing."""
-    return x.narrow(op.integer(dim), 0, x.shape[op.integer(dim)] // ways)
+def _line(operands: Sequence[Tensor]) -> Tensor:
+    """All elements end to end, in memory of their own."""
+    if len(operands) == 1:
+        return operands[0].clone(memory_format=torch.contiguous_format)
+    return torch.cat([x.flatten() for x in operands])
+
+
+def _apart(line: Tensor, sizes: Sequence[int], shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Arrays that lie end to end."""
+    pieces = [line] if len(sizes) == 1 else line.split(list(sizes))
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+
+def _of_nothing(op: LocalOp, x: Tensor, ways: int) -> Tensor:
+    """What a collective makes of arrays without elements."""
+    shape = list(x.shape)
+    if op.kind in ("all_gather", "all_to_all"):
+        shape[op.integer("dim")] *= ways
+    if op.kind in ("reduce_scatter", "all_to_all"):
+        shape[op.integer("dim" if op.kind == "reduce_scatter" else "to")] //= ways
+    return x.new_empty(shape)
 
 
 def joined(x: Tensor, reduction: str, axes: Axes, communicator: Communicator) -> Tensor:
-    """All parts joined: sums, extremes in which NaN stays, all and any."""
+    """All parts joined: sums, extremes in which NaN stays, all and any. What is given is given up."""
     if not x.numel():
         return x
     if reduction == "sum":

@@ -201,7 +201,7 @@ class Composite:
                 for value, x in zip(op.outputs, results, strict=True):
                     brought = over and value not in self.owed
                     values[value] = (
-                        joined(x, over, self.sharing, self.communicator) if brought else x
+                        joined(x.clone(), over, self.sharing, self.communicator) if brought else x
                     )
             return [values[v] for v in graph.outputs]
 

@@ -11,7 +11,7 @@ in front, cut over them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from ...ir.mesh import Mesh
 from ...ir.sharding import Sharding
 from ..runtime.programs import Route
-from .collectives import meeting, part_of, places_of
+from .collectives import Met, meeting, part_of, places_of
 from .dtypes import torch_dtype
 
 Tensor = torch.Tensor
@@ -67,6 +67,22 @@ class ProcessPost:
     @meeting()
     def receive(self, x: Tensor, since: int) -> Pending:
         return _Work(dist.irecv(x, since))
+
+
+@dataclass
+class RecordingPost:
+    """Hands on as another post does, and notes what: `send` or `receive`, and the bytes."""
+
+    within: Post
+    met: list[Met] = field(default_factory=list[Met])
+
+    def send(self, x: Tensor, to: int) -> Pending:
+        self.met.append(("send", (), x.nbytes))
+        return self.within.send(x, to)
+
+    def receive(self, x: Tensor, since: int) -> Pending:
+        self.met.append(("receive", (), x.nbytes))
+        return self.within.receive(x, since)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """A local program run by torch for one rank.
 
 Ops are looked up once, when the step is made; each run walks the list. A value is let go after its last reader. What
-travels is in the program as ops of its own (`ir/passes/localize.py`), so nothing is decided here.
+travels is in the program as ops of its own (`ir/passes/localize.py`), so nothing is decided here. A collective begins
+at its place, the same on all ranks, and is waited for in front of the first op that reads what it brings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -87,21 +89,34 @@ class LocalStep:
         last: dict[int, int] = {}
         for number, op in enumerate(ops):
             last |= dict.fromkeys((*op.inputs, *op.outputs, *_read_inside(op)), number)
-        kept = {*outputs, *outer, *self.constants}
+        kept, due = {*outputs, *outer, *self.constants}, _due(ops)
         steps = []
         for number, op in enumerate(ops):
             gone = tuple(v for v, end in last.items() if end == number and v not in kept)
-            steps.append((self._run_of(op, moment), op.inputs, op.outputs, gone))
+            call = self._begin(op) if op.kind in COLLECTIVES else self._run_of(op, moment)
+            steps.append((call, op.inputs, op.outputs, gone, due[number], op.kind in COLLECTIVES))
 
         def run(values: Values) -> list[Tensor]:
-            for call, inputs, results, gone in steps:
+            coming = dict[tuple[int, ...], Callable[[], Sequence[Tensor]]]()
+            for call, inputs, results, gone, waits, begins in steps:
+                for made in waits:
+                    values.update(zip(made, coming.pop(made)(), strict=True))
                 found = call([values[v] for v in inputs], values)
-                values.update(zip(results, found, strict=True))
+                if begins:
+                    coming[results] = found
+                else:
+                    values.update(zip(results, found, strict=True))
                 for value in gone:
-                    del values[value]
+                    values.pop(value, None)
+            for made in due[len(ops)]:
+                values.update(zip(made, coming.pop(made)(), strict=True))
             return [values[v] for v in outputs]
 
         return run
+
+    def _begin(self, op: LocalOp) -> Callable[[Sequence[Tensor], Values], Any]:
+        """A collective, whose results are waited for where they are read first."""
+        return lambda operands, _: self.shards.start(op, operands)
 
     def _run_of(self, op: LocalOp, moment: int | None) -> Run:
         match op.kind:
@@ -231,6 +246,18 @@ class LocalStep:
             return branches[min(max(int(operands[0]), 0), len(branches) - 1)](operands)
 
         return run
+
+
+def _due(ops: Sequence[LocalOp]) -> list[list[tuple[int, ...]]]:
+    """In front of each op, and at the end, the results of collectives to be waited for, in the order of these."""
+    reader = {
+        v: n for n, op in reversed([*enumerate(ops)]) for v in (*op.inputs, *_read_inside(op))
+    }
+    due: list[list[tuple[int, ...]]] = [[] for _ in range(len(ops) + 1)]
+    for op in ops:
+        if op.kind in COLLECTIVES:
+            due[min(reader.get(v, len(ops)) for v in op.outputs)].append(op.outputs)
+    return due
 
 
 def axes_met(program: LocalProgram) -> list[Axes]:

@@ -14,7 +14,7 @@ from ...ir.graph import Graph
 from ...ir.local.program import LocalProgram
 from ...ir.passes.contract import run_passes
 from ...ir.passes.localize import localize
-from ...ir.passes.order import PASSES
+from ...ir.passes.order import TORCH_PASSES
 from ...ir.plan import Plan
 from ...ir.plan_checks import check_decisions
 from ...ir.program import prepare
@@ -46,7 +46,7 @@ def local_program(plan: Plan, graph: Graph) -> LocalProgram:
     assert plan.pipeline is None
     program = prepare(fold(_as_planned(plan, graph)).whole, plan.recompute)
     check_decisions(plan, program.graph, program.value_tags)
-    return run_passes(localize(program, plan), PASSES)
+    return run_passes(localize(program, plan), TORCH_PASSES)
 
 
 def _as_planned(plan: Plan, graph: Graph) -> Graph:

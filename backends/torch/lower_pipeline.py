@@ -11,7 +11,7 @@ from ...ir.local.pipeline import PassProgram
 from ...ir.passes.contract import run_passes
 from ...ir.passes.decisions import Decisions
 from ...ir.passes.localize_pipeline import localize_pass
-from ...ir.passes.order import PASSES
+from ...ir.passes.order import TORCH_PASSES
 from ...ir.pipeline.borders import ProgramBorder, StageLayouts, borders
 from ...ir.pipeline.schedule import Schedule
 from ...ir.pipeline.staged import staged_step
@@ -113,7 +113,7 @@ def _check(plan: Plan) -> None:
 def _pass(layouts: StageLayouts, border: ProgramBorder) -> StagePass:
     fragment = border.fragment
     found = localize_pass(layouts, border, f"{fragment.kind} {fragment.stage}")
-    program = run_passes(found.program, PASSES, whole=False)
+    program = run_passes(found.program, TORCH_PASSES, whole=False)
     return StagePass(border, replace(found, program=program), layouts.timed(fragment))
 
 

@@ -35,9 +35,9 @@ from ...ir.mesh import Mesh
 from ...ir.sharding import Sharding
 from ..runtime.rendezvous import deadline_seconds
 from .allocator import keep_freed_memory
-from .collectives import Axes, Communicator, ProcessGroups, Recording, part, part_of, places_of
+from .collectives import Axes, Communicator, Met, ProcessGroups, Recording, part, part_of, places_of
 from .dtypes import array_of, tensor_of
-from .handover import ProcessPost, RankMesh
+from .handover import ProcessPost, RankMesh, RecordingPost
 from .local_step import LocalStep, axes_met
 from .lower_pipeline import StagedProgram
 from .pipeline import PipelineSteps
@@ -99,9 +99,10 @@ class Ranks:
             found.append(together([parts[rank][k] for rank in place.ranks], layout, place.mesh))
         return found
 
-    def met(self) -> list[tuple[str, tuple[str, ...], int]]:
-        """What the first rank met for in the last step: kind, axes, bytes of the larger side."""
-        return self._ask("met", None)[0]
+    def met(self) -> list[list[Met]]:
+        """What each rank met for in the last step: kind, axes, bytes of the larger side; sends and receives too, which
+        go along no axes."""
+        return self._ask("met", None)
 
     def __enter__(self) -> Ranks:
         return self
@@ -301,7 +302,7 @@ class _Rank:
     """What one rank does when it is asked."""
 
     steps: WholeSteps | PipelineSteps
-    meetings: Mapping[RankMesh, Recording]
+    met_by: Sequence[Recording | RecordingPost]
 
     def __init__(self, rank: int):
         self.rank = rank
@@ -311,15 +312,15 @@ class _Rank:
     ) -> None:
         program, arrays, state = given
         tensors = {value: tensor_of(array) for value, array in arrays.items()}
-        self.steps, self.meetings = steps_of(program, tensors, state, self.rank)
+        self.steps, self.met_by = steps_of(program, tensors, state, self.rank)
 
     def give(self, inputs: Mapping[int, Array]) -> None:
         for position, array in inputs.items():
             self.steps.give(position, tensor_of(array))
 
     def step(self, _: None) -> float:
-        for meeting in self.meetings.values():
-            meeting.met.clear()
+        for each in self.met_by:
+            each.met.clear()
         begin = time.perf_counter()
         self.steps.run()
         return time.perf_counter() - begin
@@ -328,21 +329,22 @@ class _Rank:
         parts = [self.steps.result(k) for k in positions]
         return [None if x is None else array_of(x) for x in parts]
 
-    def met(self, _: None) -> list[tuple[str, Axes, int]]:
-        return [each for meeting in self.meetings.values() for each in meeting.met]
+    def met(self, _: None) -> list[Met]:
+        return [met for each in self.met_by for met in each.met]
 
 
 def steps_of(
     program: AnyProgram, arrays: Mapping[int, torch.Tensor], state: Sequence[tuple[int, int]], rank: int
-) -> tuple[WholeSteps | PipelineSteps, dict[RankMesh, Recording]]:  # fmt: skip
-    """Step after step of a program in this process, one rank of `torch.distributed`'s default group, and its meetings.
-    All ranks call it alike."""
+) -> tuple[WholeSteps | PipelineSteps, list[Recording | RecordingPost]]:  # fmt: skip
+    """Step after step of a program in this process, one rank of `torch.distributed`'s default group, and what notes its
+    meetings. All ranks call it alike."""
     meetings = _meetings(program, rank)
     if isinstance(program, LocalProgram):
         [communicator] = meetings.values()
-        return WholeSteps(program, arrays, state, rank, communicator), meetings
-    meet = meetings.__getitem__
-    return PipelineSteps(program, arrays, state, rank, meet, ProcessPost()), meetings
+        return WholeSteps(program, arrays, state, rank, communicator), [communicator]
+    meet, post = meetings.__getitem__, RecordingPost(ProcessPost())
+    steps = PipelineSteps(program, arrays, state, rank, meet, post)
+    return steps, [*meetings.values(), post]
 
 
 def _meetings(program: AnyProgram, rank: int) -> dict[RankMesh, Recording]:

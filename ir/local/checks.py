@@ -4,8 +4,8 @@ fits                every value's dims divide over the axes that cut them, all o
                     the microbatches
 defined-once        no value is defined twice
 defined-before-use  an op reads only earlier values: of its own region, constants, and around `microbatches` all
-moves               a collective or slice leaves its operand's shard as its kind says; an all-reduce may have several
-                    operands, of one element type
+moves               a collective or slice leaves its operand's shard as its kind says; all-reduces, all-gathers and
+                    reduce-scatters may have several operands, of one element type
 follows-rule        operands and results of an op lie as its cuts and its rule say, and share their partial sums
 in-time             only inside `microbatches` is there a current microbatch
 same-branch         what decides a branch or whether a loop goes on is whole, so that collectives inside meet
@@ -21,7 +21,16 @@ from ..errors import GraphError
 from ..ops import CONTROL_FLOW
 from ..rules.rule import Dim, Rule
 from ..sharding import ReshardStep, Sharding, moved_to, replicated
-from .program import BARRIER, MICROBATCHES, ON_SHARDS, LocalOp, LocalProgram, LocalRegion, Shard
+from .program import (
+    BARRIER,
+    JOINED,
+    MICROBATCHES,
+    ON_SHARDS,
+    LocalOp,
+    LocalProgram,
+    LocalRegion,
+    Shard,
+)
 
 
 def verify_local(program: LocalProgram, whole: bool = True) -> None:
@@ -114,7 +123,7 @@ class _Check:
 
     def _moves(self, op: LocalOp) -> None:
         many, kinds = len(op.inputs), {self.shards[v].whole.dtype for v in op.inputs}
-        if many != len(op.outputs) or not many or (many > 1 and op.kind != "all_reduce"):
+        if many != len(op.outputs) or not many or (many > 1 and op.kind not in JOINED):
             raise _broken("moves", f"{op.kind} of {many} values gives {len(op.outputs)}", op)
         if len(kinds) > 1:
             raise _broken("moves", f"one {op.kind} of {' and '.join(sorted(kinds))}", op)

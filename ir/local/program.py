@@ -30,6 +30,7 @@ from ..rules.rule import Rule
 from ..sharding import Sharding
 
 COLLECTIVES = frozenset({"all_reduce", "all_gather", "reduce_scatter", "all_to_all"})
+JOINED = COLLECTIVES - {"all_to_all"}  # those that may have several operands
 ON_SHARDS = COLLECTIVES | {"local_slice", "keep_first", "take_microbatch", "join_microbatches"}
 MICROBATCHES, BARRIER = "microbatches", "optimization_barrier"
 INDENT = "  "
@@ -94,7 +95,8 @@ class LocalOp(Attributed):
         microbatches       groups, joins: its region, once per microbatch; its results are totals, one for each of
                            `joins`, then stacks of what each microbatch leaves
 
-    An all_reduce may have several operands of one element type, each with its own result: one collective for all.
+    An all_reduce, all_gather or reduce_scatter may have several operands of one element type, each with its own result:
+    one collective for all.
 
     `tag` is that of the op of the graph; `source` of the value that a collective brings, `reader` of what it brings it
     to: an op or a slot of the plan.

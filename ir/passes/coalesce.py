@@ -63,7 +63,7 @@ def _kind(program: LocalProgram, op: LocalOp) -> tuple[object, ...] | None:
 def _joined(ops: Sequence[LocalOp], alike: Sequence[LocalOp]) -> tuple[LocalOp, ...]:
     """The ops with those of `alike` that are ready together as one op, in front of the first reader."""
     made = {v: i for i, op in enumerate(ops) for v in op.outputs}
-    reader = {v: i for i, op in reversed([*enumerate(ops)]) for v in _reads(op)}
+    reader = {v: i for i, op in reversed([*enumerate(ops)]) for v in reads(op)}
     waiting = sorted(alike, key=lambda op: _first(op, reader, len(ops)))
     gone, put = set[int](), dict[int, LocalOp]()
     while waiting:
@@ -73,7 +73,7 @@ def _joined(ops: Sequence[LocalOp], alike: Sequence[LocalOp]) -> tuple[LocalOp, 
             (ready if made.get(op.inputs[0], -1) < place else late).append(op)
         if len(ready) > 1:
             gone.update(op.outputs[0] for op in ready)
-            put[place] = _one(ready)
+            put[place] = one_of(ready)
         waiting = late
     found = list[LocalOp]()
     for i, op in enumerate(ops):
@@ -87,13 +87,13 @@ def _first(op: LocalOp, reader: dict[int, int], end: int) -> int:
     return reader.get(op.outputs[0], end)
 
 
-def _reads(op: LocalOp) -> set[int]:
+def reads(op: LocalOp) -> set[int]:
     """Values that must be there before an op: its operands, and of those around it what its regions read."""
-    inside = (v for region in op.regions for each in region.ops for v in _reads(each))
+    inside = (v for region in op.regions for each in region.ops for v in reads(each))
     return {*op.inputs, *inside, *(v for region in op.regions for v in region.outputs)}
 
 
-def _one(ops: Sequence[LocalOp]) -> LocalOp:
+def one_of(ops: Sequence[LocalOp]) -> LocalOp:
     """In the order of their first readers, named after the first."""
     first, more = ops[0], f" and {len(ops) - 1} more"
     return replace(
