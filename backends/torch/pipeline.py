@@ -16,6 +16,7 @@ import torch
 
 from ..runtime.driver import PipelineDriver
 from ..runtime.programs import StageDevices, StageProgram
+from . import state as checkpoint
 from .collectives import Communicator
 from .dtypes import torch_dtype
 from .handover import Post, RankMesh
@@ -23,6 +24,7 @@ from .local_step import JOIN, LocalStep, start
 from .lower import arrays_in
 from .lower_pipeline import StagedProgram, StagePart, StagePass
 from .runtime import Held, RankDevices
+from .state import Shard
 
 Tensor = torch.Tensor
 
@@ -45,9 +47,10 @@ class PipelineSteps:
         self, program: StagedProgram, arrays: Mapping[int, Tensor], state: Sequence[tuple[int, int]], rank: int,
         meet: Callable[[RankMesh], Communicator], post: Post,
     ):  # fmt: skip
-        self.program, self.state = program, tuple(state)
+        self.program, self.state, self.rank = program, tuple(state), rank
+        self._next = dict(state)
         self.leaves: list[Any] = [None] * len(program.graph.inputs)
-        self.held: list[Held] = []
+        self._results: list[Held] = []
         passes = [_stage_program(program, each, arrays, rank, meet) for each in program.passes]
         updates = [p for p in passes if p.fragment.kind == "update"]
         count = len(program.stages)
@@ -60,8 +63,41 @@ class PipelineSteps:
 
     def give(self, position: int, whole: Tensor) -> None:
         """A whole input, which this rank keeps if one of its stages reads it."""
-        read = any(self.driver.here[stage] for stage in self.program.cut.homes[position])
-        self.leaves[position] = whole if read else None
+        self.leaves[position] = whole if self._reads(position) else None
+
+    def held(self, position: int) -> Shard | None:
+        """The part of an input of the next step that this rank holds, if it holds any."""
+        leaf = self.leaves[position]
+        if not isinstance(leaf, Held):
+            return None if leaf is None else checkpoint.whole(leaf)
+        if leaf.part is None:
+            return None
+        layout = self.program.outputs[self._next[position]][1]
+        return checkpoint.held(leaf.part, layout, leaf.ranks.mesh, self.rank - leaf.ranks.first)
+
+    def room(self, position: int) -> Shard | None:
+        """A place for what this rank is to hold of an input: state where the step leaves it, other inputs whole."""
+        graph = self.program.graph
+        kind = graph.types[graph.inputs[position]]
+        if position not in self._next:
+            return checkpoint.place(kind) if self._reads(position) else None
+        ranks, layout = self.program.outputs[self._next[position]]
+        if self.rank not in ranks.ranks:
+            return None
+        return checkpoint.room(kind, layout, ranks.mesh, self.rank - ranks.first)
+
+    def put(self, position: int, shard: Shard | None) -> None:
+        """An input as `room` said, filled."""
+        part = None if shard is None else shard.tensor
+        if position in self._next:
+            ranks, _ = self.program.outputs[self._next[position]]
+            self.leaves[position] = Held(ranks, part)
+        else:
+            self.leaves[position] = part
+
+    def _reads(self, position: int) -> bool:
+        """Whether a stage of this rank reads an input; one that no stage reads is kept by the first."""
+        return any(self.driver.here[stage] for stage in self.program.cut.homes[position] or (0,))
 
     def run(self) -> None:
         """One step.
@@ -71,13 +107,13 @@ class PipelineSteps:
         """
         found = self.driver.run(self.leaves)
         places = zip(self.program.outputs, found, strict=True)
-        self.held = [Held(ranks, part) for (ranks, _), part in places]
+        self._results = [Held(ranks, part) for (ranks, _), part in places]
         for into, out in self.state:
-            self.leaves[into] = self.held[out]
+            self.leaves[into] = self._results[out]
 
     def result(self, position: int) -> Tensor | None:
         """The part of an output of the last step that this rank holds."""
-        return self.held[position].part
+        return self._results[position].part
 
 
 def _stage_devices(stage: StagePart) -> StageDevices:

@@ -34,6 +34,7 @@ from ...ir.local.program import LocalProgram
 from ...ir.mesh import Mesh
 from ...ir.sharding import Sharding
 from ..runtime.rendezvous import deadline_seconds
+from . import state as checkpoint
 from .allocator import keep_freed_memory
 from .collectives import Axes, Communicator, Met, ProcessGroups, Recording, part, part_of, places_of
 from .dtypes import array_of, tensor_of
@@ -41,6 +42,7 @@ from .handover import ProcessPost, RankMesh, RecordingPost
 from .local_step import LocalStep, axes_met
 from .lower_pipeline import StagedProgram
 from .pipeline import PipelineSteps
+from .state import Name, Shard
 
 Array = np.ndarray[Any, Any]
 AnyProgram = LocalProgram | StagedProgram
@@ -98,6 +100,14 @@ class Ranks:
             place, layout = self._outputs[position]
             found.append(together([parts[rank][k] for rank in place.ranks], layout, place.mesh))
         return found
+
+    def save(self, folder: Path, names: Mapping[Name, int], others: Mapping[Name, Array]) -> None:
+        """Write inputs of the next step by name, each rank what it holds, and whole arrays beside them.
+
+        Raises:
+            UsageError, LoweringError: as `state.save`.
+        """
+        self._ask("save", (folder, dict(names), dict(others)))
 
     def met(self) -> list[list[Met]]:
         """What each rank met for in the last step: kind, axes, bytes of the larger side; sends and receives too, which
@@ -329,6 +339,12 @@ class _Rank:
         parts = [self.steps.result(k) for k in positions]
         return [None if x is None else array_of(x) for x in parts]
 
+    def save(self, given: tuple[Path, Mapping[Name, int], Mapping[Name, Array]]) -> None:
+        folder, names, others = given
+        leaves = {name: checkpoint.whole(tensor_of(array)) for name, array in others.items()}
+        found = {name: self.steps.held(position) for name, position in names.items()}
+        checkpoint.save(folder, leaves | {name: x for name, x in found.items() if x is not None})
+
     def met(self, _: None) -> list[Met]:
         return [met for each in self.met_by for met in each.met]
 
@@ -387,3 +403,18 @@ class WholeSteps:
 
     def result(self, position: int) -> torch.Tensor:
         return self.outputs[position]
+
+    def held(self, position: int) -> Shard:
+        """The part of an input of the next step that this rank holds."""
+        layout = self.program.shards[self.program.inputs[position]].sharding
+        return checkpoint.held(self.inputs[position], layout, self.program.mesh, self.rank)
+
+    def room(self, position: int) -> Shard:
+        """A place for what this rank is to hold of an input."""
+        shard = self.program.shards[self.program.inputs[position]]
+        return checkpoint.room(shard.whole, shard.sharding, self.program.mesh, self.rank)
+
+    def put(self, position: int, shard: Shard | None) -> None:
+        """An input as `room` said, filled."""
+        assert shard is not None
+        self.inputs[position] = shard.tensor

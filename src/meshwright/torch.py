@@ -26,14 +26,17 @@ from torch import nn
 
 from . import view  # noqa: F401  gives plans their looks
 from .backends.runtime.rendezvous import deadline_seconds
+from .backends.torch import state as checkpoint
 from .backends.torch.allocator import keep_freed_memory
 from .backends.torch.capture import Captured, capture
 from .backends.torch.dtypes import array_of, tensor_of, torch_dtype
+from .backends.torch.leaves import leaves_of
 from .backends.torch.lower import arrays_in, lower
 from .backends.torch.ranks import outputs_of, steps_of, together
 from .ir.cluster.cluster import Cluster
 from .ir.codec import parse_plan, sealed
 from .ir.errors import LoweringError, MeshwrightError
+from .ir.graph import TensorType
 from .ir.plan import Plan
 from .planner.request import Request, check_early
 from .planning import plan_graph
@@ -107,7 +110,7 @@ class TorchStep:
             k for k, name in enumerate(graph.input_names) if name.partition(".")[0] == "batch"
         ]
         self._loss = graph.output_names.index("loss")
-        self._example, self._ran = batch, False
+        self._leaves = leaves_of(captured, model)
         for position, tensor in enumerate(captured.inputs(model, optimizer, batch)):
             self._steps.give(position, tensor)
 
@@ -121,16 +124,43 @@ class TorchStep:
         for position in self._batch:
             self._steps.give(position, given[position])
         self._steps.run()
-        self._ran = True
         return float(self._whole(self._loss))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters, buffers and optimizer state as whole tensors, by their unsharded names. All ranks call it."""
-        names, pairs = self.captured.graph.output_names, self.captured.graph.state
-        if not self._ran:
-            given = self.captured.inputs(self.model, self.optimizer, self._example)
-            return {names[out]: given[into].clone() for into, out in pairs}
-        return {names[out]: self._whole(out) for _, out in pairs}
+        graph = self.captured.graph
+        return {graph.output_names[out]: self._gathered(into) for into, out in graph.state}
+
+    def save(self, folder: str | Path) -> None:
+        """Write parameters, buffers and optimizer state to a new folder, whole or not at all. All ranks call it, and
+        each writes what it holds, by `torch.distributed.checkpoint`.
+
+        Names and shapes are those of one device, as torch's own state dicts have them: `load` takes it under another
+        plan, by another number of ranks; plain torch takes "model" and "optimizer" of it.
+
+        Raises:
+            UsageError: there is something already.
+            LoweringError: it cannot be written.
+        """
+        found = {name: self._steps.held(position) for name, position in self._leaves.items()}
+        checkpoint.save(Path(folder), {name: x for name, x in found.items() if x is not None})
+
+    def load(self, folder: str | Path) -> None:
+        """Go on from what was saved, by this step or by another one of the same model and optimizer. All ranks call it.
+
+        Raises:
+            UsageError: no checkpoint is there.
+            MismatchError: a tensor is missing, has another shape or type, or has no place here; nothing is changed.
+            LoweringError: it cannot be read; nothing is changed.
+        """
+        graph = self.captured.graph
+        rooms = {position: self._steps.room(position) for position in self._leaves.values()}
+        named = {position: name for name, position in self._leaves.items()}
+        types = {name: graph.types[graph.inputs[k]] for name, k in self._leaves.items()}
+        wanted = {named[k]: shard for k, shard in rooms.items() if shard is not None}
+        checkpoint.load(Path(folder), types, wanted)
+        for position, shard in rooms.items():
+            self._steps.put(position, shard)
 
     def write_back(self) -> None:
         """Put what was trained into the model and the optimizer. All ranks call it."""
@@ -161,15 +191,38 @@ class TorchStep:
         held = self._steps.result(position)
         mine = None if held is None else array_of(held)
         place, layout = self._places[position]
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        parts: list[np.ndarray[Any, Any] | None] = [mine] * world
-        if world > 1:
-            dist.all_gather_object(parts, mine)
+        parts = _from_all(mine)
         here = [part for rank in place.ranks if (part := parts[rank]) is not None]
-        whole = tensor_of(together(here, layout, place.mesh))
         graph = self.captured.graph
-        dtype = torch_dtype(graph.types[graph.outputs[position]].dtype)
-        return whole if whole.dtype == dtype else whole.view(dtype)
+        return _typed(together(here, layout, place.mesh), graph.types[graph.outputs[position]])
+
+    def _gathered(self, position: int) -> torch.Tensor:
+        """An input of the next step as one tensor on every rank."""
+        held = self._steps.held(position)
+        mine = None if held is None else (held.offsets, array_of(held.tensor))
+        graph = self.captured.graph
+        kind, whole = graph.types[graph.inputs[position]], None
+        for offsets, array in filter(None, _from_all(mine)):
+            whole = np.empty(kind.shape, array.dtype) if whole is None else whole
+            ends = zip(offsets, array.shape, strict=True)
+            whole[tuple(slice(start, start + size) for start, size in ends)] = array
+        assert whole is not None
+        return _typed(whole, kind)
+
+
+def _from_all(mine: Any) -> list[Any]:
+    """What each rank gives."""
+    if not dist.is_initialized():
+        return [mine]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts
+
+
+def _typed(array: np.ndarray[Any, Any], kind: TensorType) -> torch.Tensor:
+    """An array as a tensor of its own, which it has the bits of."""
+    tensor, dtype = tensor_of(array), torch_dtype(kind.dtype)
+    return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
 
 def _joined() -> tuple[int, int]:

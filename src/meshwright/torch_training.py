@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,16 @@ import numpy as np
 from .backends.xla.dtypes import jax_dtype
 from .backends.xla.verify import verify_outputs
 from .emulation import check_room
-from .ir.errors import LoweringError, UsageError, VerificationError
+from .ir.errors import LoweringError, VerificationError
 from .ir.graph import TensorType
 from .ir.plan import Plan
 from .recipe import Made
+from .saved import Kept, check_torch, names_of, steps_taken
 from .training import Trained, loss_of, start, unsharded
 
 
 def train_on_torch(
-    plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, seed: int | None, emulated: bool
+    plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, seed: int | None, kept: Kept, emulated: bool
 ) -> Trained:  # fmt: skip
     """Train for some steps.
 
@@ -32,12 +32,7 @@ def train_on_torch(
         ProcessError: a rank ended, or did not answer by the deadline.
         UsageError: torch is not installed; text for a model that reads none; a step without a loss.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise UsageError(
-            "torch is not installed.",
-            where="--backend torch",
-            fix="pip install 'meshwright[torch]'",
-        )
+    check_torch("--backend torch")
     from .backends.torch.lower import arrays_in, lower
     from .backends.torch.ranks import Ranks
 
@@ -50,11 +45,11 @@ def train_on_torch(
     captured = made.capture(plan.pipeline is not None)
     graph, binding = captured.graph, captured.binding
     program = lower(plan, graph)
-    state, batches = start(made, data, seed)
+    state, batches, taken = kept.begin(*start(made, data, seed))
     first = next(batches)
     truth = unsharded(plan, made, captured, None, state, *first) if verify else None
-    leaves, results = jax.tree.leaves((state, *first)), Trained()
-    kept = len(jax.tree.leaves(state))
+    leaves, results = jax.tree.leaves((state, *first)), Trained(taken)
+    own = len(jax.tree.leaves(state))
     arrays = {value: np.asarray(array) for value, array in binding.arrays.items()}
     kinds = [graph.types[value] for value in graph.outputs]
     scalars = [k for k, kind in enumerate(kinds) if kind.size == 1]
@@ -63,7 +58,7 @@ def train_on_torch(
         for number in range(steps):
             if number:
                 batch = jax.tree.leaves(next(batches))
-                ranks.give(dict(enumerate(map(np.asarray, batch), start=kept)))
+                ranks.give(dict(enumerate(map(np.asarray, batch), start=own)))
             results.seconds.append(ranks.step())
             wanted = list(range(len(kinds))) if number == 0 and truth is not None else scalars
             found = dict(zip(wanted, ranks.results(wanted), strict=True))
@@ -78,7 +73,9 @@ def train_on_torch(
                     results.wrong = error
             results.losses.append(loss_of(out))
             if results.wrong is not None:
-                break
+                return results
+        if kept.save is not None:
+            ranks.save(kept.save, names_of(state), steps_taken(taken + steps))
     return results
 
 

@@ -28,6 +28,7 @@ from .ir.plan import Plan
 from .output import say
 from .pipeline_view import both_text, both_trace
 from .recipe import Made
+from .saved import Kept, save
 from .text_data import read_text
 from .together import same_start
 
@@ -36,12 +37,14 @@ Step = Callable[[Any, Any], tuple[Any, Any]]
 
 @dataclass
 class Trained:
-    """What training has shown: losses and seconds of each step, compilation left out of the first one's.
+    """What training has shown after some steps `taken` before: losses and seconds of each step, compilation left out of
+    the first one's.
 
     `passes` are those of one more step of a pipeline, recorded; `verified`: the first step equals the
     unsharded one; `wrong`: it does not, and nothing was trained after it.
     """
 
+    taken: int = 0
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     passes: list[Passed] = field(default_factory=list)
@@ -50,23 +53,26 @@ class Trained:
 
 
 def train(
-    plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, seed: int | None
-) -> Trained:
+    plan: Plan, made: Made, steps: int, data: Path | None, verify: bool, seed: int | None,
+    kept: Kept | None = None,
+) -> Trained:  # fmt: skip
     """Train for some steps; a pipeline takes one more, which is recorded.
 
     Raises:
         MismatchError, LoweringError: the plan is not for this step or these devices.
-        UsageError: text for a model that reads none; a step without a loss.
+        UsageError: text for a model that reads none; a step without a loss; nothing to go on from, or to save.
     """
     lowered = lower(plan, made.capture(plan.pipeline is not None))
     captured, apart = lowered.captured, lowered.apart
-    state, batches = start(made, data, seed)
+    kept = kept or Kept()
+    _check_saved(lowered, kept)
+    state, batches, taken = kept.begin(*start(made, data, seed))
     first = next(batches)
     truth = unsharded(plan, made, captured, apart, state, *first) if verify else None
     if apart is not None:
         leaves = apart.apart(jax.tree.leaves((state, *first)))
         state = jax.tree.unflatten(captured.binding.in_tree, leaves)[0][0]
-    results = Trained()
+    results = Trained(taken)
     if lowered.joint:
         same_start(lowered, jax.tree.leaves((state, *first)))
     else:
@@ -84,9 +90,27 @@ def train(
         results.losses.append(loss_of(out))
         if results.wrong is not None:
             break
+    if kept.save is not None and results.wrong is None:
+        whole = state if apart is None else _stacked(apart, (state, *first))
+        save(kept.save, whole, taken + len(results.losses))
     if isinstance(lowered, LoweredPipeline):
         results.passes = _recorded(lowered, jax.tree.leaves((state, *next(batches))))
     return results
+
+
+def _check_saved(lowered: AnyLowered, kept: Kept) -> None:
+    if lowered.joint and kept.save is not None:
+        raise UsageError(
+            "what several processes of jax share is not saved.",
+            where="--save",
+            fix="one process, or --backend torch, whose ranks each save their part",
+        )
+
+
+def _stacked(apart: Unstacked, pieces: Any) -> Any:
+    """The state as the user has it, layers stacked, which is the step's first argument."""
+    leaves = apart.whole(jax.tree.leaves(pieces))
+    return jax.tree.unflatten(apart.stacked.binding.in_tree, leaves)[0][0]
 
 
 def _verify(truth: Reference, out: Any, lowered: AnyLowered) -> VerificationError | None:
@@ -150,10 +174,11 @@ def show(plan: Plan, trained: Trained, trace: Path | None, as_json: bool) -> Non
         plan.batch is not None and plan.batch.statistics == "microbatch" and plan.microbatches > 1
     )
     how = ", run microbatch by microbatch" if apart else ""
+    first = trained.taken + 1
     for number, (loss, seconds) in enumerate(
-        zip(trained.losses, trained.seconds, strict=True), start=1
+        zip(trained.losses, trained.seconds, strict=True), start=first
     ):
-        same = f"  equals the unsharded step{how}" if number == 1 and trained.verified else ""
+        same = f"  equals the unsharded step{how}" if number == first and trained.verified else ""
         say(f"step {number:4d}  loss {loss:.4f}  {seconds * 1e3:.1f} ms{same}")
     if trained.passes:
         say(f"\n{both_text(plan, trained.passes)}")

@@ -42,6 +42,16 @@ def run(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare the first step with the unsharded step.")
     ] = False,
+    save: Annotated[
+        Path | None,
+        typer.Option(help="Write the state to this new folder after the last step; needs torch."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on from a folder that was saved, by any plan of this model, after its last batch."
+        ),
+    ] = None,
     emulate: Emulate = False,
     backend: Annotated[
         Backend,
@@ -87,6 +97,7 @@ def run(
     """
     from ..ir.codec import check_writable, load_plan
     from ..processes import set_deadline, take_devices
+    from ..saved import Kept, check_saving
     from ..seats import seat
     from ..together import same_command
     from ..torch_training import train_on_torch
@@ -94,6 +105,8 @@ def run(
 
     if trace is not None:
         check_writable(trace)
+    if save is not None:
+        check_saving(save)
     on_torch = backend is Backend.torch
     if on_torch:
         others = {"--coordinator": coordinator, "--processes": processes, "--process": process}
@@ -112,7 +125,7 @@ def run(
             "a plan or --model is needed; --pin and --global-batch go with --model.",
             fix="one of them",
         )
-    how = steps, data, verify, seed
+    how = steps, data, verify, seed, Kept(save, resume)
     if on_torch:
         set_deadline(deadline)
         trained = train_on_torch(found, step_of(found), *how, emulated=emulate or model is not None)
