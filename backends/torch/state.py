@@ -21,7 +21,10 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -31,6 +34,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
+    LoadPlanner,
     ReadItem,
     SavePlan,
     TensorWriteData,
@@ -149,7 +153,7 @@ def _end(folder: Path, beside: Path) -> None:
         beside.rename(folder)
 
 
-class _Saving(dcp.DefaultSavePlanner):
+class _Saving(DefaultSavePlanner):
     """Torch's own, of which a rank has parts of leaves."""
 
     def create_local_plan(self) -> SavePlan:
@@ -168,9 +172,12 @@ def _item(name: str, shard: Shard) -> WriteItem:
 
 
 def _write(folder: Path, tree: dict[str, Any]) -> None:
-    writer = dcp.FileSystemWriter(folder)
+    writer = FileSystemWriter(folder)
     _meet(
-        folder, lambda: dcp.save(tree, storage_writer=writer, planner=_Saving(), no_dist=_alone())
+        folder,
+        lambda: state_dict_saver.save(
+            tree, storage_writer=writer, planner=_Saving(), no_dist=_alone()
+        ),
     )
 
 
@@ -210,7 +217,7 @@ def load(folder: Path, types: Mapping[Name, TensorType], leaves: Leaves) -> None
     _read(folder, leaves)
 
 
-class _Loading(dcp.LoadPlanner):
+class _Loading(LoadPlanner):
     """Fills the part of each leaf that has a place on this rank from all saved parts that meet it."""
 
     def __init__(self, leaves: Mapping[str, Shard]):
@@ -252,15 +259,20 @@ class _Loading(dcp.LoadPlanner):
 
 def _read(folder: Path, leaves: Leaves) -> None:
     reader, planner = (
-        dcp.FileSystemReader(folder),
+        FileSystemReader(folder),
         _Loading({".".join(name): shard for name, shard in leaves.items()}),
     )
-    _meet(folder, lambda: dcp.load({}, storage_reader=reader, planner=planner, no_dist=_alone()))
+    _meet(
+        folder,
+        lambda: state_dict_loader.load(
+            {}, storage_reader=reader, planner=planner, no_dist=_alone()
+        ),
+    )
 
 
 def _metadata(folder: Path) -> Metadata:
     try:
-        return dcp.FileSystemReader(folder).read_metadata()
+        return FileSystemReader(folder).read_metadata()
     except FileNotFoundError as error:
         raise UsageError(
             "there is no checkpoint of torch.distributed.checkpoint.",
@@ -345,7 +357,7 @@ def _meet(folder: Path, do: Callable[[], _T]) -> _T:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             return do()
-    except dcp.CheckpointException as error:
+    except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         raise LoweringError(
             f"rank {rank} failed: {type(reason).__name__}: {_line(reason)}",
