@@ -21,6 +21,7 @@ from ....ir.fingerprint import digest_of
 from ....ir.graph import Constant, Op, TensorType
 from ....ir.ops import ELEMENTWISE
 from ..dtypes import dtype_name, torch_dtype
+from .counted import Counted, followed
 
 # Kinds of which XLA may be told how accurate they have to be.
 _ACCURATE = (
@@ -92,6 +93,7 @@ class Builder:
     _constants: dict[Any, Value] = field(default_factory=dict)
     _known: dict[Any, tuple[Value, ...]] = field(default_factory=dict)
     _free: set[int] = field(default_factory=set)  # values made of constants alone
+    counted: dict[int, Counted] = field(default_factory=dict)  # what is known of integers
 
     # ------------------------------------------------------------ values
 
@@ -120,8 +122,11 @@ class Builder:
     def _constant(self, key: Any, kind: TensorType, data: bool | int | float | str) -> Value:
         if key not in self._constants:
             self._constants[key] = self.value(kind)
-            self._free.add(self._constants[key].number)
-            self.constants.append(Constant(self._constants[key].number, data))
+            number = self._constants[key].number
+            self._free.add(number)
+            self.constants.append(Constant(number, data))
+            if isinstance(data, int):
+                self.counted[number] = Counted(int(data), ())
         return self._constants[key]
 
     def results(self) -> tuple[TensorType, ...]:
@@ -151,22 +156,80 @@ class Builder:
         The same op on the same operands is written once in a module: gradients compute again what its forward pass
         has. Not so masks and the like, which are made of constants alone, where they are read.
         """
-        kinds = (made,) if isinstance(made, TensorType) else tuple(made)
+        if isinstance(made, TensorType):
+            return (
+                self._folded(kind, inputs, made, attrs)
+                or self._append(kind, inputs, (made,), attrs)[0]
+            )
+        return self._append(kind, inputs, tuple(made), attrs)
+
+    def _append(
+        self, kind: str, inputs: Sequence[Value], kinds: tuple[TensorType, ...], attrs: Mapping[str, Attr]
+    ) -> tuple[Value, ...]:  # fmt: skip
         given = tuple(sorted({**DEFAULTS.get(kind, {}), **attrs}.items()))
         numbers = tuple(value.number for value in inputs)
         key = (self.module, kind, numbers, given, kinds)
-        if key not in self._known:
-            values = tuple(map(self.value, kinds))
-            results = tuple(value.number for value in values)
-            self.modules |= dict.fromkeys(results, self.module)
-            self.ops.append(Op(kind, numbers, results, given, where=self.where))
-            if not self._free.issuperset(numbers):
-                self._known[key] = values
-            else:
-                self._free.update(results)
+        if key in self._known:
+            return self._known[key]
+        values = tuple(map(self.value, kinds))
+        results = tuple(value.number for value in values)
+        self.modules |= dict.fromkeys(results, self.module)
+        self.ops.append(Op(kind, numbers, results, given, where=self.where))
+        if self._free.issuperset(numbers):
+            self._free.update(results)
         else:
-            values = self._known[key]
-        return values[0] if isinstance(made, TensorType) else values
+            self._known[key] = values
+        return values
+
+    # ------------------------------------------------------------ what counts
+
+    def _folded(
+        self, kind: str, inputs: Sequence[Value], made: TensorType, attrs: Mapping[str, Attr]
+    ) -> Value | None:
+        """A shorter way to what an op on integers or truth values makes, if there is one."""
+        operands = [(self.counted.get(value.number), value.type) for value in inputs]
+        found = followed(kind, {**DEFAULTS.get(kind, {}), **attrs}, operands, made)
+        if found is None:
+            return self._other_operand(kind, inputs, made)
+        several = len(found.moving) > 1
+        value = (
+            self._append(kind, inputs, (made,), attrs)[0] if several else self._count(found, made)
+        )
+        self.counted[value.number] = found
+        return value
+
+    def _count(self, found: Counted, made: TensorType) -> Value:
+        """What differs along one dim at most, of a number and an iota."""
+        if not found.moving:
+            return self._spread(self.number(found.start, made.dtype), made, ())
+        [dim] = found.moving
+        row = TensorType(made.dtype, (made.shape[dim],))
+        attrs: dict[str, Attr] = {"dimension": 0, "dtype": row.dtype, "shape": row.shape}
+        [value] = self._append("iota", [], (row,), attrs)
+        for kind, number, nothing in (("mul", found.steps[dim], 1), ("add", found.start, 0)):
+            if number != nothing:
+                operands = [value, self.number(number, row.dtype)]
+                [value] = self._append(kind, operands, (row,), {})
+        return self._spread(value, made, (dim,))
+
+    def _spread(self, value: Value, made: TensorType, dims: tuple[int, ...]) -> Value:
+        if value.type == made:
+            return value
+        attrs: dict[str, Attr] = {"shape": made.shape, "broadcast_dimensions": dims}
+        return self._append("broadcast_in_dim", [value], (made,), attrs)[0]
+
+    def _other_operand(self, kind: str, inputs: Sequence[Value], made: TensorType) -> Value | None:
+        """Of an op one of whose operands changes nothing: x and True, x + 0, a choice that is made."""
+        if kind == "select_n" and (which := self.counted.get(inputs[0].number)) is not None:
+            return None if which.moving else inputs[1 + which.start]
+        nothing = {"and": 1, "or": 0, "add": 0}.get(kind)
+        if nothing is None or (kind != "add" and made.dtype != "bool") or made.is_float:
+            return None
+        for value, other in (inputs, inputs[::-1]):
+            known = self.counted.get(other.number)
+            if known is not None and known == Counted(nothing, (0,) * other.type.rank):
+                return self.expand(value, made.shape)
+        return None
 
     def as_value(self, operand: Operand, dtype: str) -> Value:
         if isinstance(operand, Value):
@@ -323,6 +386,7 @@ class Builder:
 
 Mapping_ = Callable[..., Any]
 MAPPED: dict[Any, Mapping_] = {}
+OF_LIBRARIES: dict[str, Mapping_] = {}
 
 
 def maps(*names: str) -> Callable[[Mapping_], Mapping_]:
@@ -334,6 +398,16 @@ def maps(*names: str) -> Callable[[Mapping_], Mapping_]:
             op = getattr(getattr(torch.ops.aten, packet), overload)
             assert op not in MAPPED, name
             MAPPED[op] = function
+        return function
+
+    return registered
+
+
+def maps_library(name: str) -> Callable[[Mapping_], Mapping_]:
+    """Register a mapping for another library's operation by its name, as the library need not be there."""
+
+    def registered(function: Mapping_) -> Mapping_:
+        OF_LIBRARIES[name] = function
         return function
 
     return registered

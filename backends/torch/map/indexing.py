@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +26,62 @@ def index_select(b: Builder, x: Value, dim: int, ids: Value) -> Value:
 def _rows(b: Builder, x: Value, ids: Value, dim: int) -> Value:
     """What lies at `ids` along one dim; theirs take its place."""
     shape = (*x.shape[:dim], *ids.shape, *x.shape[dim + 1 :])
+    if (found := _in_order(b, x, {dim: ids}, dim, shape)) is not None:
+        return found
     inside = [d for d in range(len(shape)) if not dim <= d < dim + len(ids.shape)]
     sizes = tuple(1 if d == dim else n for d, n in enumerate(x.shape))
     return b.op(
         "gather", [x, _column(b, ids)], TensorType(x.dtype, shape), collapsed_slice_dims=(dim,),
         offset_dims=tuple(inside), slice_sizes=sizes, start_index_map=(dim,),
     )  # fmt: skip
+
+
+def _in_order(
+    b: Builder, x: Value, ids: Mapping[int, Value], first: int, shape: tuple[int, ...]
+) -> Value | None:
+    """A look-up by indices of one shape that count one by one, as a slice of each dim; nothing where they do not.
+
+    Dims of the indices are those from `first` on in the result, of this shape.
+    """
+    spans = {d: _span(b, each, x.shape[d]) for d, each in ids.items()}
+    moving = [span.dim for span in spans.values() if span is not None and span.dim is not None]
+    if None in spans.values() or len(set(moving)) < len(moving):
+        return None
+    rank = next(iter(ids.values())).type.rank
+    rest = iter([d for d in range(len(shape)) if not first <= d < first + rank])
+    places, gone = list[int](), list[int]()
+    for d in range(len(x.shape)):
+        span = spans.get(d)
+        if span is None:
+            places.append(next(rest))
+            continue
+        x = b.slice(x, d, span.start, span.start + span.many)
+        if span.dim is None:
+            gone.append(d)
+        else:
+            places.append(first + span.dim)
+    x = b.transpose(b.squeeze(x, gone), sorted(range(len(places)), key=places.__getitem__))
+    return x if x.shape == shape else b.broadcast(x, shape, sorted(places))
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Indices start, start + 1, ... along one of their dims, or one index alone."""
+
+    start: int
+    many: int
+    dim: int | None
+
+
+def _span(b: Builder, ids: Value, size: int) -> _Span | None:
+    """What indices are, if they count within a dim of this size."""
+    known = b.counted.get(ids.number)
+    if known is None or len(known.moving) > 1 or any(known.steps[d] != 1 for d in known.moving):
+        return None
+    low, high = known.range(ids.shape)
+    return (
+        _Span(low, high - low + 1, *(known.moving or (None,))) if low >= 0 and high < size else None
+    )
 
 
 def _column(b: Builder, ids: Value) -> Value:
@@ -56,6 +107,11 @@ def embedding_dense_backward(
         padded = b.elementwise("eq", ids, padding_idx, made="bool")
         mask = b.broadcast(padded, given.shape, range(len(ids.shape)))
         given = b.select(mask, 0, given, given.dtype)
+    elif (span := _span(b, ids, many)) is not None:
+        axes = [d for d in range(len(ids.shape)) if d != span.dim]
+        rows = b.reduce("reduce_sum", given, axes)
+        rows = rows if span.dim is not None else b.reshape(rows, (1, given.shape[-1]))
+        return b.pad(rows, [(span.start, many - span.start - span.many, 0), (0, 0, 0)])
     table = zeros_of(b, TensorType(given.dtype, (many, given.shape[-1])))
     return b.op(
         "scatter-add", [table, _column(b, ids), given], table.type, inserted_window_dims=(0,),
@@ -130,11 +186,14 @@ def _put_back(b: Builder, x: Value, part: Value, dims: Sequence[int]) -> Value:
 
 @maps("index.Tensor")
 def index(b: Builder, x: Value, given: Sequence[Value | None]) -> Value:
-    dims, ids = _indices(b, x, given)
-    first = _place(dims)
-    shared = ids.shape[:-1]
+    found = _indices(b, x, given)
+    dims, first = [*found], _place([*found])
+    shared = found[dims[0]].shape
     rest = [n for d, n in enumerate(x.shape) if d not in dims]
     shape = (*rest[:first], *shared, *rest[first:])
+    if (sliced := _in_order(b, x, found, first, shape)) is not None:
+        return sliced
+    ids = _columns(b, found)
     inside = [d for d in range(len(shape)) if not first <= d < first + len(shared)]
     return b.op(
         "gather", [x, ids], TensorType(x.dtype, shape), collapsed_slice_dims=tuple(sorted(dims)),
@@ -147,9 +206,9 @@ def index(b: Builder, x: Value, given: Sequence[Value | None]) -> Value:
 def index_put(
     b: Builder, x: Value, given: Sequence[Value | None], values: Value, accumulate: bool = False
 ) -> Value:
-    dims, ids = _indices(b, x, given)
-    first = _place(dims)
-    shared = ids.shape[:-1]
+    found = _indices(b, x, given)
+    dims, first = [*found], _place([*found])
+    ids, shared = _columns(b, found), found[dims[0]].shape
     rest = [n for d, n in enumerate(x.shape) if d not in dims]
     updates = b.expand(b.convert(values, x.dtype), (*rest[:first], *shared, *rest[first:]))
     inside = [d for d in range(len(updates.shape)) if not first <= d < first + len(shared)]
@@ -159,15 +218,17 @@ def index_put(
     )  # fmt: skip
 
 
-def _indices(b: Builder, x: Value, given: Sequence[Value | None]) -> tuple[list[int], Value]:
-    """Which dims are looked up, and a column of indices for each."""
-    dims = [d for d, ids in enumerate(given) if ids is not None]
-    found = [ids for ids in given if ids is not None]
+def _indices(b: Builder, x: Value, given: Sequence[Value | None]) -> dict[int, Value]:
+    """By which indices each dim is looked up, all of one shape and counted from the front."""
+    found = {d: ids for d, ids in enumerate(given) if ids is not None}
+    shape = tuple(torch.broadcast_shapes(*(ids.shape for ids in found.values())))
+    wide = {d: b.convert(b.expand(ids, shape), "s64") for d, ids in found.items()}
+    return {d: _from_end(b, ids, x.shape[d]) for d, ids in wide.items()}
 
-    shape = tuple(torch.broadcast_shapes(*(ids.shape for ids in found)))
-    wide = [b.convert(b.expand(ids, shape), "s64") for ids in found]
-    columns = [_column(b, _from_end(b, ids, x.shape[d])) for d, ids in zip(dims, wide, strict=True)]
-    return dims, b.concatenate(columns, len(shape))
+
+def _columns(b: Builder, found: Mapping[int, Value]) -> Value:
+    columns = [_column(b, ids) for ids in found.values()]
+    return b.concatenate(columns, len(columns[0].shape) - 1)
 
 
 def _place(dims: Sequence[int]) -> int:

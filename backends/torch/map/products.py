@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ....ir.graph import TensorType
-from .builder import Builder, Value, maps
+from .builder import Builder, Value, maps, maps_library
 
 
 @maps("mm.default")
@@ -62,17 +62,35 @@ def grouped_mm(
         raise b.refuse(
             "`grouped_mm` with a bias, or without offsets.", "torch.bmm, and add the bias"
         )
+    return b.convert(_grouped(b, x, y, offsets), b.made.dtype)
+
+
+@maps_library("transformers.grouped_mm_fallback.default")
+def transformers_grouped_mm(b: Builder, x: Value, y: Value, offsets: Value) -> Value:
+    return _grouped(b, x, y, offsets)
+
+
+@maps_library("transformers.grouped_mm_fallback_backward.default")
+def transformers_grouped_mm_backward(
+    b: Builder, x: Value, y: Value, offsets: Value, given: Value
+) -> tuple[Value, Value]:
+    of_x = _grouped(b, given, b.transpose(y, (0, 2, 1)), offsets)
+    return of_x, _grouped(b, b.transpose(x, (1, 0)), given, offsets)
+
+
+def _grouped(b: Builder, x: Value, y: Value, offsets: Value) -> Value:
     sizes = _differences(b, offsets)
     if len(y.shape) == 3:
-        given = {"lhs_contracting": (1,), "rhs_contracting": (1,), "rhs_group_dimensions": (0,)}
-        kind = TensorType(x.dtype, (x.shape[0], y.shape[2]))
-        found = b.op("ragged_dot_general", [x, y, sizes], kind, lhs_ragged_dimensions=(0,), **given)
-    else:
-        x = b.transpose(x, (1, 0))
-        given = {"lhs_contracting": (0,), "rhs_contracting": (0,), "rhs_group_dimensions": ()}
-        kind = TensorType(x.dtype, (sizes.shape[0], x.shape[1], y.shape[1]))
-        found = b.op("ragged_dot_general", [x, y, sizes], kind, lhs_ragged_dimensions=(0,), **given)
-    return b.convert(found, b.made.dtype)
+        return b.op(
+            "ragged_dot_general", [x, y, sizes], TensorType(x.dtype, (x.shape[0], y.shape[2])), lhs_contracting=(1,),
+            rhs_contracting=(1,), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,),
+        )  # fmt: skip
+    x = b.transpose(x, (1, 0))
+    kind = TensorType(x.dtype, (sizes.shape[0], x.shape[1], y.shape[1]))
+    return b.op(
+        "ragged_dot_general", [x, y, sizes], kind, lhs_contracting=(0,), rhs_contracting=(0,),
+        lhs_ragged_dimensions=(0,), rhs_group_dimensions=(),
+    )  # fmt: skip
 
 
 def _differences(b: Builder, offsets: Value) -> Value:

@@ -132,6 +132,28 @@ def prod_(b: Builder, x: Value, dims: Dims = None, keepdim: bool = False, **_: A
     return b.reduce("reduce_prod", b.convert(x, b.made.dtype), axes_of(x, dims), keepdim)
 
 
+@maps("histc.default")
+def histc(b: Builder, x: Value, bins: int = 100, min: float = 0, max: float = 0) -> Value:
+    """How many elements are in each of `bins` spans of one length; the last one has its end, none what is outside."""
+    if min == max:
+        raise b.refuse("`histc` takes its range from the values.", "histc(x, bins, min, max)")
+    flat = b.convert(
+        b.reshape(x, (prod(x.shape),)), "f32" if x.dtype in ("bf16", "f16") else x.dtype
+    )
+    part = b.elementwise("div", b.elementwise("sub", flat, min), float(max - min))
+    place = b.convert(b.elementwise("floor", b.elementwise("mul", part, float(bins))), "s64")
+    place = b.elementwise("min", place, bins - 1)
+    within = [
+        b.elementwise(kind, flat, end, made="bool") for kind, end in (("ge", min), ("le", max))
+    ]
+    place = b.select(b.elementwise("and", *within), place, -1, "s64")
+    shape = (flat.shape[0], bins)
+    there = b.elementwise(
+        "eq", b.broadcast(place, shape, (0,)), b.iota((bins,), 0, "s64"), made="bool"
+    )
+    return b.reduce("reduce_sum", b.convert(there, b.made.dtype), [0])
+
+
 def _running(kind: str) -> Callable[..., Value]:
     def mapped(b: Builder, x: Value, dim: int, **_: Any) -> Value:
         x = b.convert(x, b.made.dtype)

@@ -12,8 +12,9 @@ from torch.fx.node import map_arg
 
 from ....ir.errors import CaptureError
 from ..compat import is_bookkeeping, module_path, user_line
-from .builder import MAPPED, Builder, Value
+from .builder import MAPPED, OF_LIBRARIES, Builder, Value
 
+_EACH = "aten._foreach_"
 _RANDOM = frozenset({
     "bernoulli", "native_dropout", "normal_functional", "rand", "rand_like", "randint", "randint_like", "randn",
     "randn_like", "randperm", "multinomial", "exponential", "uniform",
@@ -52,13 +53,33 @@ def _call(b: Builder, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     if node.target is operator.getitem:
         return _taken(b, node, *args)
     b.results()  # raises where a value is complex
-    mapping = MAPPED.get(node.target)
+    kwargs: Any = map_arg(node.kwargs, values.__getitem__)
+    name = str(node.target)
+    if name.startswith(_EACH):
+        return _each(b, node, args, kwargs)
+    mapping = MAPPED.get(node.target) or OF_LIBRARIES.get(name)
     if mapping is None:
         raise _unmapped(b, node)
-    kwargs: Any = map_arg(node.kwargs, values.__getitem__)
     found = mapping(b, *args, **kwargs)
     _check(b, found)
     return found
+
+
+def _each(b: Builder, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """An operation on lists, `_foreach_mul`, as one on each tensor."""
+    packet, _, overload = str(node.target).removeprefix(_EACH).partition(".")
+    named = getattr(torch.ops.aten, packet, None)
+    wanted = ({"List": "Tensor", "ScalarList": "Scalar"}.get(overload, overload), "default")
+    found = [MAPPED[op] for name in wanted if (op := getattr(named, name, None)) in MAPPED]
+    if not found:
+        raise _unmapped(b, node)
+    results, made = b.result, list[Any]()
+    for k, result in enumerate(results):
+        b.result = result
+        here = [arg[k] if isinstance(arg, list | tuple) else arg for arg in args]
+        made.append(found[0](b, *here, **kwargs))
+        _check(b, made[-1])
+    return made
 
 
 def _taken(b: Builder, node: fx.Node, results: Sequence[Any], index: int) -> Any:
