@@ -19,7 +19,7 @@ from meshwright.ir.errors import LoweringError, MismatchError  # noqa: E402
 EXAMPLE = Path(__file__).parents[1] / "examples" / "pytorch.py"
 
 SCRIPT = """
-import copy, sys
+import copy, sys, warnings
 
 import torch
 
@@ -32,13 +32,22 @@ model, batch = case.make(), case.batch(8)
 alone = copy.deepcopy(model)
 make = lambda m: torch.optim.AdamW(m.parameters(), lr=1e-2, eps=1e-5)
 optimizer, twin = make(model), make(alone)
-step = mw.torch.parallelize(model, case.loss, optimizer, batch, request=mw.Request(**eval(sys.argv[2])))
+clip = lambda m: torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5)
+schedule = lambda o: torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=2)
+scheduler, other = schedule(optimizer), schedule(twin)
+step = mw.torch.parallelize(
+    model, case.loss, optimizer, batch, request=mw.Request(**eval(sys.argv[2])), before_update=clip
+)
+warnings.simplefilter("error")
 for _ in range(3):
     twin.zero_grad()
     wanted = case.loss(alone, batch)
     wanted.backward()
+    clip(alone)
     twin.step()
     found = step(batch)
+    scheduler.step()
+    other.step()
     assert abs(found - wanted.item()) <= 2e-4 * abs(wanted.item()), (found, wanted.item())
 step.write_back()
 for (name, a), b in zip(model.named_parameters(), alone.parameters()):

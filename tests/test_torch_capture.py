@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import pytest
@@ -48,8 +50,9 @@ def made(subject: str, optimizer: str = "adamw") -> tuple[Captured, nn.Module, A
 
 
 def differences(
-    captured: Captured, model: nn.Module, loss: Any, optimizer: Any, batch: Any
-) -> dict[str, float]:
+    captured: Captured, model: nn.Module, loss: Any, optimizer: Any, batch: Any,
+    before_update: Callable[[nn.Module], Any] = lambda model: None,
+) -> dict[str, float]:  # fmt: skip
     """Of each result of one step, how far the graph is from torch, which takes the step."""
     found = replay(
         captured.graph, captured.binding.arrays, captured.inputs(model, optimizer, batch)
@@ -57,6 +60,7 @@ def differences(
     optimizer.zero_grad()
     eager = loss(model, batch)
     eager.backward()
+    before_update(model)
     optimizer.step()
     after = captured.inputs(model, optimizer, batch)
     wanted = {**dict(zip(captured.graph.input_names, after, strict=True)), "loss": eager.detach()}
@@ -145,16 +149,101 @@ def test_activations_may_be_written_in_place():
     assert max(differences(captured, model, loss, optimizer, feature_batch()).values()) <= CLOSE
 
 
-def test_an_optimizer_under_a_scheduler_is_captured_at_the_rate_it_has():
+RATED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    **OPTIMIZERS,
+    "adamax": lambda p: torch.optim.Adamax(p, eps=1e-5, weight_decay=0.1),
+    "adadelta": lambda p: torch.optim.Adadelta(p, eps=1e-5),
+    "radam": lambda p: torch.optim.RAdam(p, eps=1e-5, decoupled_weight_decay=True),
+    "tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-3), eps=1e-5),
+}
+
+
+@pytest.mark.parametrize("optimizer", RATED)
+def test_rates_change_from_step_to_step(optimizer):
+    """As under a scheduler whose warm-up begins with 0."""
     model = Perceptron()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    optimizer.step()
-    scheduler.step()
+    chosen = RATED[optimizer](model.parameters())
+    group = chosen.param_groups[0]
+    usual, group["lr"] = group["lr"], 0.0
+    captured = capture(model, class_loss, chosen, feature_batch())
+    assert captured.binding.rates == {"optimizer.lr": 0}
+    for share in (0, 0.5, 1, 0.3):
+        group["lr"] = usual * share
+        off = differences(captured, model, class_loss, chosen, feature_batch())
+        assert max(off.values()) <= CLOSE, off
+
+
+def test_groups_have_rates_of_their_own():
+    model = Perceptron()
+    groups = [{"params": [p], "lr": 0.1 * (k + 1)} for k, p in enumerate(model.parameters())]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
     captured = capture(model, class_loss, optimizer, feature_batch())
-    assert (
-        max(differences(captured, model, class_loss, optimizer, feature_batch()).values()) <= CLOSE
+    assert list(captured.binding.rates) == [f"optimizer.{k}.lr" for k in range(4)]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, [lambda step, k=k: 0.5 ** (k * step) for k in range(4)]
     )
+    for _ in range(2):
+        off = differences(captured, model, class_loss, optimizer, feature_batch())
+        assert max(off.values()) <= CLOSE
+        scheduler.step()
+
+
+def test_other_options_stay_as_they_were():
+    captured, model, optimizer = made("perceptron", "sgd")
+    optimizer.param_groups[0]["momentum"] = 0.5
+    with pytest.raises(MismatchError, match=r"`momentum` of the optimizer is 0.5, it was 0.9"):
+        captured.inputs(model, optimizer, feature_batch())
+
+
+def test_an_update_that_is_not_linear_in_the_rate_is_refused():
+    class Squared(torch.optim.SGD):
+        def step(self, closure=None):  # type: ignore[override]
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.add_(parameter.grad, alpha=-(group["lr"] ** 2))
+
+    model = Perceptron()
+    optimizer = Squared(model.parameters(), lr=0.1)
+    assert "-0.0625, -0.25 and -1.0 at rates" in refused(class_loss, model, optimizer=optimizer)
+
+
+CLIPS: dict[str, Callable[[nn.Module], Any]] = {
+    "norm": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.1),
+    "norm of some": lambda model: nn.utils.clip_grad_norm_(model.h.parameters(), 0.1, foreach=True),
+    "norm that is small": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1e3),
+    "largest": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type=inf),
+    "values": lambda model: nn.utils.clip_grad_value_(model.parameters(), 0.01),
+    "none": lambda model: [p.grad.mul_(0.5) for p in model.parameters()],
+}
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_gradients_are_changed_before_the_update(clip):
+    torch.manual_seed(0)
+    model, change = GPT(), CLIPS[clip]
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    captured = capture(model, token_loss, optimizer, token_batch(), change)
+    for _ in range(2):
+        off = differences(captured, model, token_loss, optimizer, token_batch(), change)
+        assert max(off.values()) <= CLOSE, off
+    assert all(p.grad is None or p.grad.device.type == "cpu" for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: nn.utils.clip_grad_norm_(m.parameters(), 1.0, error_if_nonfinite=True), "error_if_nonfinite=False"),
+        (lambda m: nn.utils.clip_grad_norm_(m.parameters(), 1.0, norm_type=3), "norm of order 3"),
+        (lambda m: setattr(m[0].weight, "grad", None), "`0.weight` is taken away"),
+        (lambda m: m[0].weight.grad.mul_(2) if m[0].weight.grad.sum() > 0 else None, "decides in Python by a value"),
+    ],
+)  # fmt: skip
+def test_changes_of_gradients_that_are_refused(change, words):
+    model = Perceptron()
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(CaptureError, match=words):
+        capture(model, class_loss, optimizer, feature_batch(), change)
+    assert all(p.grad is None for p in model.parameters())
 
 
 # ---------------------------------------------------------------- what they are called
@@ -176,7 +265,8 @@ def test_what_is_carried_is_every_tensor_that_a_step_changes():
     graph = captured.graph
     pairs = {graph.input_name(i): graph.output_name(o) for i, o in graph.state}
     assert all(before == after for before, after in pairs.items())
-    assert {name for name in graph.input_names if not name.startswith("batch")} == pairs.keys()
+    carried = {name for name in graph.input_names if not name.startswith("batch")}
+    assert carried - captured.binding.rates.keys() == pairs.keys()
     assert graph.donated == {i for i, _ in graph.state}
 
 
@@ -237,12 +327,15 @@ def test_attention_and_losses_are_found(subject):
     assert len(cross_entropies(captured.graph)) == 1
 
 
-@pytest.mark.parametrize("model", [GPT, Llama])
-def test_repeated_layers_fold(model):
+@pytest.mark.parametrize(
+    ("model", "clip"), [pytest.param(GPT, "norm", id="GPT"), pytest.param(Llama, None, id="Llama")]
+)
+def test_repeated_layers_fold(model, clip):
     def small(layers: int) -> int:
         torch.manual_seed(0)
-        deep = model(layers)
-        captured = capture(deep, token_loss, torch.optim.AdamW(deep.parameters()), token_batch())
+        deep, change = model(layers), CLIPS[clip] if clip else None
+        optimizer = torch.optim.AdamW(deep.parameters())
+        captured = capture(deep, token_loss, optimizer, token_batch(), change)
         return len(fold(captured.graph).small.ops)
 
     assert small(9) == small(7)
@@ -383,10 +476,11 @@ def test_an_optimizer_whose_first_step_differs_is_refused_until_it_was_taken():
     )
 
 
-def test_a_rate_in_a_tensor_is_refused():
+def test_an_option_in_a_tensor_is_refused():
     model = Perceptron()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.1))
-    assert "option `lr` of AdamW is a tensor" in refused(class_loss, model, optimizer=optimizer)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.5)
+    optimizer.param_groups[0]["momentum"] = torch.tensor(0.1)
+    assert "option `momentum` of SGD is a tensor" in refused(class_loss, model, optimizer=optimizer)
 
 
 def test_numbers_in_a_batch_are_refused():

@@ -25,15 +25,17 @@ import torch
 from torch import nn
 
 from ...ir.errors import CaptureError, MismatchError
-from ...ir.graph import Batch, Graph
+from ...ir.graph import Batch, Graph, TensorType
 from ...ir.passes.dead import drop_dead_ops
 from . import compat
 from .decompose import rewrite, table
 from .dtypes import torch_dtype
+from .gradients import Change, changed
 from .map import Builder, Value, type_of, write
-from .optimizer import STEP, Update
+from .optimizer import RATE, STEP, Update, options_of
 from .unflatten import unflatten
 
+NO_RATE = 1e-30  # for a rate of 0: Adam, as it is traced, divides by the rate, and no parameter moves by so little
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 
 
@@ -45,11 +47,15 @@ class Binding:
         arrays: constants that are not plain numbers, by value id.
         tied: other paths of a parameter or buffer -> the path that it is named by.
         batch_tree: the tree of the batch; its leaves are inputs in order.
+        rates: inputs that are learning rates -> of which group of the optimizer.
+        options: of its groups, all others: as they were, and are to stay.
     """
 
     arrays: Mapping[int, torch.Tensor]
     tied: Mapping[str, str]
     batch_tree: Any
+    rates: Mapping[str, int]
+    options: Mapping[tuple[int, str], Any]
 
 
 @dataclass(frozen=True)
@@ -65,9 +71,10 @@ class Captured:
         """The graph's inputs as they are now; state that the optimizer has not begun is zeros.
 
         Raises:
-            MismatchError: the batch has another tree than the example, or a tensor another shape or type than in the
-                capture.
+            MismatchError: the batch has another tree than the example, a tensor another shape or type than in the
+                capture, or the optimizer other options.
         """
+        self._check_options(optimizer)
         tensors = _Tensors(model)
         state = {tensors.names[id(parameter)]: held for parameter, held in optimizer.state.items()}
         leaves, tree = compat.leaves_with_names(batch, "batch")
@@ -81,6 +88,10 @@ class Captured:
             **{f"parameters.{name}": t for name, t in tensors.parameters.items()},
             **{f"buffers.{name}": t for name, t in tensors.buffers.items()},
             **dict(leaves),
+            **{
+                name: torch.tensor(float(optimizer.param_groups[group][RATE]) or NO_RATE)
+                for name, group in self.binding.rates.items()
+            },
         }
         found = tuple(
             given[name].detach() if name in given else self._kept(position, name, state)
@@ -97,6 +108,16 @@ class Captured:
                 )
         return found
 
+    def _check_options(self, optimizer: torch.optim.Optimizer) -> None:
+        now = options_of(optimizer)
+        for (group, name), value in self.binding.options.items():
+            if now.get((group, name)) != value:
+                raise MismatchError(
+                    f"`{name}` of the optimizer is {now.get((group, name))}, it was {value} in the capture.",
+                    where=f"{type(optimizer).__name__}, group {group}",
+                    fix=f"only `{RATE}` may change between steps (schedules: cycle_momentum=False), or capture again",
+                )
+
     def _kept(
         self, position: int, name: str, state: Mapping[str, Mapping[str, Any]]
     ) -> torch.Tensor:
@@ -112,16 +133,18 @@ class Captured:
 
 
 def capture(
-    model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, example_batch: Any
-) -> Captured:
+    model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, example_batch: Any,
+    before_update: Change | None = None,
+) -> Captured:  # fmt: skip
     """Trace a training step and convert it.
 
     Args:
         model: its parameters and buffers may be on the meta device; it is left as it was.
         loss: of (model, batch), a tensor of rank 0.
-        optimizer: its options are numbers fixed in the graph, the learning rate too.
+        optimizer: its learning rates are inputs, its other options numbers fixed in the graph.
         example_batch: a tensor, or tensors in a dict, list, tuple or dataclass that torch knows as a tree. Dim 0 of
             the first that has dims is the batch, and of all others in which it has the same size.
+        before_update: of the model, whose parameters have their gradients; it may change these, as clipping does.
 
     Raises:
         CaptureError: the step cannot be traced, leaves a trainable parameter without a gradient, or does something
@@ -133,8 +156,8 @@ def capture(
     _check_devices(tensors, leaves)
     names = {id(t): name for name, t in tensors.parameters.items()}
     update = Update(optimizer, names)
-    joint = _joint(model, loss, tensors, example_batch)
-    return _Step(tensors, update, dict(leaves), joint).captured(tree)
+    joint, change = _joint(model, loss, tensors, example_batch, before_update)
+    return _Step(tensors, update, dict(leaves), joint, change).captured(tree)
 
 
 class _Tensors:
@@ -176,14 +199,23 @@ class _Stepping(nn.Module):
         return found
 
 
-def _joint(model: nn.Module, loss: Loss, tensors: _Tensors, batch: Any) -> compat.Joint:
+def _joint(
+    model: nn.Module, loss: Loss, tensors: _Tensors, batch: Any, before_update: Change | None
+) -> tuple[compat.Joint, Any]:
+    """Forward and backward, and what is done with gradients."""
     mode = compat.fakes()
     with _faked(model, mode), mode:
         given = compat.mapped(lambda leaf: compat.fake_like(mode, leaf), batch)
         whole = _Stepping(model, loss)
         try:
             opened = compat.exported(whole, (given,), rewrite)
-            return compat.joint(opened, (given,), table())
+            joint = compat.joint(opened, (given,), table())
+            if before_update is None:
+                return joint, None
+            named = {
+                tensors.paths[name]: p for name, p in model.named_parameters() if p.requires_grad
+            }
+            return joint, changed(named, model, before_update)
         except CaptureError:
             raise
         except Exception as error:
@@ -227,8 +259,10 @@ class _Step:
         update: Update,
         batch: Mapping[str, torch.Tensor],
         joint: compat.Joint,
+        change: Any,
     ):
         self.tensors, self.update, self.batch, self.joint = tensors, update, batch, joint
+        self.change = change
         self.b = Builder()
         self.inputs: dict[str, Value] = {}
         self.outputs: dict[str, Value] = {}
@@ -257,7 +291,9 @@ class _Step:
             drop_dead_ops(graph), [value.number for value in gradients.values()], self.b.modules
         )
         arrays = {v: array for v, array in self.b.arrays.items() if v in graph.constant_ids}
-        return Captured(graph, Binding(arrays, self.tensors.tied, tree))
+        return Captured(
+            graph, Binding(arrays, self.tensors.tied, tree, self.update.rates, self.update.fixed)
+        )
 
     def _define_inputs(self) -> None:
         b = self.b
@@ -271,6 +307,8 @@ class _Step:
                 kept = _state_name(name, key)
                 if kept not in self.inputs:
                     self.inputs[kept] = b.value(kind)
+        for name in self.update.rates:
+            self.inputs[name] = b.value(TensorType("f32", ()))
         for name, tensor in self.batch.items():
             self.inputs[name] = b.value(type_of(tensor, f"`{name}`"))
 
@@ -317,16 +355,28 @@ class _Step:
                 where="the model's trainable parameters",
                 fix="requires_grad_(False) for what is not trained, or a loss that depends on it",
             )
+        if self.change is not None:
+            gradients = self._changed({name: gradients[name] for name in trainable})
         new: dict[str, Value] = {}
+        rates = {group: self.inputs[name] for name, group in self.update.rates.items()}
         for name, leaf in self.update.leaves.items():
             state = {key: self.inputs[_state_name(name, key)] for key in leaf.kept}
             found = self.update.write(
-                self.b, leaf, self.inputs[f"parameters.{name}"], gradients[name], state
-            )
+                self.b, leaf, self.inputs[f"parameters.{name}"], gradients[name], state, rates.get(leaf.group)
+            )  # fmt: skip
             new[f"parameters.{name}"] = found[0]
             new |= {_state_name(name, key): value for key, value in found[1].items()}
         made = {**self.outputs, **new}
         self.outputs = {name: made[name] for name in (*self.inputs, "loss") if name in made}
+
+    def _changed(self, gradients: Mapping[str, Value]) -> dict[str, Value]:
+        """Gradients after what is done with them before the update."""
+        graph = self.change.graph
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        [output] = [node for node in graph.nodes if node.op == "output"]
+        self.b.where = self.b.module = "before_update"
+        values = write(self.b, self.change, dict(zip(inputs, gradients.values(), strict=True)))
+        return dict(zip(gradients, (values[node] for node in output.args[0]), strict=True))
 
     def _batch(self, names: tuple[str, ...]) -> Batch | None:
         """Dim 0 of the first array, and of all with as many rows."""

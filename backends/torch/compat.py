@@ -4,6 +4,8 @@ FakeTensorMode                      tensors that have a type and no values; torc
 aot_export_joint_with_descriptors   forward and backward as one graph, whose ends say of which parameter they are
 core_aten_decompositions            operations as others of a smaller set
 TracerBase._filter_traceback_frames which lines of the user's a node remembers
+clip_grad._get_total_norm           the norm of all gradients together
+Optimizer._opt_called               whether it took a step
 make_fx                             a function of tensors as a graph
 pytree                              trees of tensors as leaves, with the path of each
 """
@@ -163,6 +165,18 @@ def compiling() -> Iterator[None]:
     """As `torch.compile` sees it: optimizers then leave counts of steps in tensors, on CPUs too."""
     with mock.patch("torch.compiler.is_compiling", return_value=True):
         yield
+
+
+@contextlib.contextmanager
+def norm_of_all(ours: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Within, `clip_grad_norm_` measures gradients by a function of ours, however it was imported."""
+    with mock.patch("torch.nn.utils.clip_grad._get_total_norm", ours):
+        yield
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """As its own step does: schedulers warn where they are ahead of it."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def is_bookkeeping(node: torch.fx.Node) -> bool:

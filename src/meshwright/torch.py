@@ -29,6 +29,7 @@ from .backends.runtime.rendezvous import deadline_seconds
 from .backends.torch import state as checkpoint
 from .backends.torch.allocator import keep_freed_memory
 from .backends.torch.capture import Captured, capture
+from .backends.torch.compat import mark_stepped
 from .backends.torch.dtypes import array_of, tensor_of, torch_dtype
 from .backends.torch.leaves import leaves_of
 from .backends.torch.lower import arrays_in, lower
@@ -51,17 +52,21 @@ def parallelize(
     cluster: Cluster | str | Path | None = None,
     plan: Plan | None = None,
     request: Request | None = None,
+    before_update: Callable[[nn.Module], Any] | None = None,
 ) -> TorchStep:
     """Plan a training step and make this process one of its ranks.
 
     Args:
         model: on CPUs; all ranks begin with the same parameters.
         loss: of (model, batch), a tensor of rank 0 over the whole batch.
-        optimizer: over the model's parameters; its options are fixed at capture.
+        optimizer: over the model's parameters; its learning rates are read at each step, so that a scheduler may
+            change them, its other options are fixed at capture.
         example_batch: the whole batch, as every step is given it; dim 0 is cut where the plan does.
         cluster: what to plan for, with a device for each process; by default as many CPUs.
         plan: use this plan instead of searching for one.
         request: pins and limits of the search.
+        before_update: of the model, whose parameters have their gradients as `.grad`; it may change them:
+            `lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)`. It is called once, at capture.
 
     Raises:
         CaptureError, PlanError, LoweringError: the step cannot be captured, planned or run.
@@ -70,7 +75,7 @@ def parallelize(
     where = Cluster.parse(f"{world}xcpu" if cluster is None else cluster)
     wanted = request or Request()
     check_early(wanted, where)
-    captured = capture(model, loss, optimizer, example_batch)
+    captured = capture(model, loss, optimizer, example_batch, before_update)
     name = type(model).__name__
     if plan is None:
         plan = _planned_once(captured, where, wanted, name, rank, world)
@@ -106,8 +111,10 @@ class TorchStep:
         arrays = arrays_in(program, graph, captured.binding.arrays)
         self._steps, _ = steps_of(program, arrays, graph.state, rank)
         self._places = outputs_of(program)
-        self._batch = [
-            k for k, name in enumerate(graph.input_names) if name.partition(".")[0] == "batch"
+        self._given = [  # at each step
+            k
+            for k, name in enumerate(graph.input_names)
+            if name.partition(".")[0] == "batch" or name in captured.binding.rates
         ]
         self._loss = graph.output_names.index("loss")
         self._leaves = leaves_of(captured, model)
@@ -115,15 +122,16 @@ class TorchStep:
             self._steps.give(position, tensor)
 
     def __call__(self, batch: Any) -> float:
-        """One step on a whole batch; the loss before its update.
+        """One step on a whole batch, at the learning rates that the optimizer has now; the loss before its update.
 
         Raises:
-            MismatchError: the batch has another tree, shapes or types than the example.
+            MismatchError: the batch has another tree, shapes or types than the example; or the optimizer other options.
         """
         given = self.captured.inputs(self.model, self.optimizer, batch)
-        for position in self._batch:
+        for position in self._given:
             self._steps.give(position, given[position])
         self._steps.run()
+        mark_stepped(self.optimizer)
         return float(self._whole(self._loss))
 
     def state(self) -> dict[str, torch.Tensor]:
