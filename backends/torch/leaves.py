@@ -34,6 +34,8 @@ def leaves_of(captured: Captured, model: nn.Module) -> dict[Name, int]:
     found: dict[Name, int] = {}
     for position, name in enumerate(graph.input_names):
         kind, _, path = name.partition(".")
+        if name in captured.binding.rates:
+            continue  # a schedule's, not the step's
         if kind == "optimizer":
             found |= dict.fromkeys(_of_optimizer(path, trained), position)
         elif kind in ("parameters", "buffers"):
