@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .capture import Captured
-from .state import Name
+from .held import Name
 
 
 def leaves_of(captured: Captured, model: nn.Module) -> dict[Name, int]:

@@ -16,15 +16,15 @@ import torch
 
 from ..runtime.driver import PipelineDriver
 from ..runtime.programs import StageDevices, StageProgram
-from . import state as checkpoint
+from . import held
 from .collectives import Communicator
 from .dtypes import torch_dtype
 from .handover import Post, RankMesh
+from .held import Shard
 from .local_step import JOIN, LocalStep, start
 from .lower import arrays_in
 from .lower_pipeline import StagedProgram, StagePart, StagePass
 from .runtime import Held, RankDevices
-from .state import Shard
 
 Tensor = torch.Tensor
 
@@ -69,22 +69,22 @@ class PipelineSteps:
         """The part of an input of the next step that this rank holds, if it holds any."""
         leaf = self.leaves[position]
         if not isinstance(leaf, Held):
-            return None if leaf is None else checkpoint.whole(leaf)
+            return None if leaf is None else held.whole(leaf)
         if leaf.part is None:
             return None
         layout = self.program.outputs[self._next[position]][1]
-        return checkpoint.held(leaf.part, layout, leaf.ranks.mesh, self.rank - leaf.ranks.first)
+        return held.held(leaf.part, layout, leaf.ranks.mesh, self.rank - leaf.ranks.first)
 
     def room(self, position: int) -> Shard | None:
         """A place for what this rank is to hold of an input: state where the step leaves it, other inputs whole."""
         graph = self.program.graph
         kind = graph.types[graph.inputs[position]]
         if position not in self._next:
-            return checkpoint.place(kind) if self._reads(position) else None
+            return held.place(kind) if self._reads(position) else None
         ranks, layout = self.program.outputs[self._next[position]]
         if self.rank not in ranks.ranks:
             return None
-        return checkpoint.room(kind, layout, ranks.mesh, self.rank - ranks.first)
+        return held.room(kind, layout, ranks.mesh, self.rank - ranks.first)
 
     def put(self, position: int, shard: Shard | None) -> None:
         """An input as `room` said, filled."""

@@ -34,15 +34,15 @@ from ...ir.local.program import LocalProgram
 from ...ir.mesh import Mesh
 from ...ir.sharding import Sharding
 from ..runtime.rendezvous import deadline_seconds
-from . import state as checkpoint
+from . import held
 from .allocator import keep_freed_memory
 from .collectives import Axes, Communicator, Met, ProcessGroups, Recording, part, part_of, places_of
 from .dtypes import array_of, tensor_of
 from .handover import ProcessPost, RankMesh, RecordingPost
+from .held import Name, Shard
 from .local_step import LocalStep, axes_met
 from .lower_pipeline import StagedProgram
 from .pipeline import PipelineSteps
-from .state import Name, Shard
 
 Array = np.ndarray[Any, Any]
 AnyProgram = LocalProgram | StagedProgram
@@ -340,10 +340,12 @@ class _Rank:
         return [None if x is None else array_of(x) for x in parts]
 
     def save(self, given: tuple[Path, Mapping[Name, int], Mapping[Name, Array]]) -> None:
+        from .state import save  # which imports much that a step needs not
+
         folder, names, others = given
-        leaves = {name: checkpoint.whole(tensor_of(array)) for name, array in others.items()}
+        leaves = {name: held.whole(tensor_of(array)) for name, array in others.items()}
         found = {name: self.steps.held(position) for name, position in names.items()}
-        checkpoint.save(folder, leaves | {name: x for name, x in found.items() if x is not None})
+        save(folder, leaves | {name: x for name, x in found.items() if x is not None})
 
     def met(self, _: None) -> list[Met]:
         return [met for each in self.met_by for met in each.met]
@@ -407,12 +409,12 @@ class WholeSteps:
     def held(self, position: int) -> Shard:
         """The part of an input of the next step that this rank holds."""
         layout = self.program.shards[self.program.inputs[position]].sharding
-        return checkpoint.held(self.inputs[position], layout, self.program.mesh, self.rank)
+        return held.held(self.inputs[position], layout, self.program.mesh, self.rank)
 
     def room(self, position: int) -> Shard:
         """A place for what this rank is to hold of an input."""
         shard = self.program.shards[self.program.inputs[position]]
-        return checkpoint.room(shard.whole, shard.sharding, self.program.mesh, self.rank)
+        return held.room(shard.whole, shard.sharding, self.program.mesh, self.rank)
 
     def put(self, position: int, shard: Shard | None) -> None:
         """An input as `room` said, filled."""

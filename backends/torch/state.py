@@ -14,7 +14,6 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,54 +44,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from ...ir.errors import LoweringError, MeshwrightError, MismatchError, ProcessError, UsageError
 from ...ir.graph import TensorType
-from ...ir.mesh import Mesh
-from ...ir.sharding import Sharding
-from .collectives import part_of, places_of
-from .dtypes import dtype_name, torch_dtype
+from .dtypes import dtype_name
+from .held import Name, Shard
 
-Name = tuple[str, ...]  # of a leaf, from the outermost key inward
-Leaves = Mapping[Name, "Shard"]
+Leaves = Mapping[Name, Shard]
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The part of a leaf that a rank holds: `tensor`, which begins at `offsets` of a whole of this `shape`."""
-
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    tensor: torch.Tensor
-
-    @property
-    def chunk(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(torch.Size(self.offsets), self.tensor.size())
-
-
-def whole(tensor: torch.Tensor) -> Shard:
-    """A leaf that lies here whole."""
-    return Shard(tuple(tensor.shape), (0,) * tensor.dim(), tensor)
-
-
-def place(kind: TensorType) -> Shard:
-    """A place for a leaf that is to lie here whole."""
-    return whole(torch.empty(kind.shape, dtype=torch_dtype(kind.dtype)))
-
-
-def held(tensor: torch.Tensor, layout: Sharding, mesh: Mesh, rank: int) -> Shard:
-    """What a rank of a mesh holds of a leaf that lies so."""
-    place = places_of(mesh)[rank]
-    dims = [*zip(tensor.shape, layout.dims, strict=True)]
-    return Shard(
-        tuple(size * mesh.ways(axes) for size, axes in dims),
-        tuple(size * part_of(axes, place, mesh) for size, axes in dims),
-        tensor,
-    )
-
-
-def room(kind: TensorType, layout: Sharding, mesh: Mesh, rank: int) -> Shard:
-    """A place for what a rank of a mesh is to hold."""
-    shape = layout.local_shape(kind.shape, mesh)
-    return held(torch.empty(shape, dtype=torch_dtype(kind.dtype)), layout, mesh, rank)
 
 
 # ---------------------------------------------------------------- out
@@ -164,10 +120,14 @@ class _Saving(DefaultSavePlanner):
         return self.state_dict[index.fqn].tensor
 
 
+def _chunk(shard: Shard) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(shard.offsets), shard.tensor.size())
+
+
 def _item(name: str, shard: Shard) -> WriteItem:
     properties = TensorProperties.create_from_tensor(shard.tensor)
-    data = TensorWriteData(shard.chunk, properties, torch.Size(shard.shape))
-    index = MetadataIndex(name, shard.chunk.offsets)
+    data = TensorWriteData(_chunk(shard), properties, torch.Size(shard.shape))
+    index = MetadataIndex(name, _chunk(shard).offsets)
     return WriteItem(index, WriteItemType.SHARD, tensor_data=data)
 
 
@@ -234,7 +194,7 @@ class _Loading(LoadPlanner):
         for name, shard in self.leaves.items():
             leaf = self.saved[name]
             assert isinstance(leaf, TensorStorageMetadata)
-            items += create_read_items_for_chunk_list(name, leaf, [shard.chunk])
+            items += create_read_items_for_chunk_list(name, leaf, [_chunk(shard)])
         return LoadPlan(items)
 
     def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:

@@ -22,7 +22,7 @@ from .ir.errors import UsageError
 from .ir.graph import TensorType
 
 if TYPE_CHECKING:
-    from .backends.torch.state import Name
+    from .backends.torch.held import Name
 
 
 def check_torch(where: str) -> None:
@@ -86,7 +86,8 @@ def save(folder: Path, state: Any, steps: int) -> None:
         LoweringError: it cannot be written, or torch has no such type.
     """
     from .backends.torch.dtypes import tensor_of
-    from .backends.torch.state import save, whole
+    from .backends.torch.held import whole
+    from .backends.torch.state import save
 
     leaves = map(np.asarray, jax.tree.leaves(state))
     arrays = dict(zip(names_of(state), leaves, strict=True))
@@ -103,7 +104,8 @@ def resume(folder: Path, state: Any) -> tuple[Any, int]:
     """
     check_torch("--resume")
     from .backends.torch.dtypes import array_of
-    from .backends.torch.state import load, place
+    from .backends.torch.held import place
+    from .backends.torch.state import load
 
     leaves, tree = jax.tree.flatten(state)
     like = dict(zip(names_of(state), map(_array, leaves), strict=True)) | steps_taken(0)

@@ -26,7 +26,6 @@ from torch import nn
 
 from . import view  # noqa: F401  gives plans their looks
 from .backends.runtime.rendezvous import deadline_seconds
-from .backends.torch import state as checkpoint
 from .backends.torch.allocator import keep_freed_memory
 from .backends.torch.capture import Captured, capture
 from .backends.torch.compat import mark_stepped
@@ -150,8 +149,10 @@ class TorchStep:
             UsageError: there is something already.
             LoweringError: it cannot be written.
         """
+        from .backends.torch.state import save  # which imports much that a step needs not
+
         found = {name: self._steps.held(position) for name, position in self._leaves.items()}
-        checkpoint.save(Path(folder), {name: x for name, x in found.items() if x is not None})
+        save(Path(folder), {name: x for name, x in found.items() if x is not None})
 
     def load(self, folder: str | Path) -> None:
         """Go on from what was saved, by this step or by another one of the same model and optimizer. All ranks call it.
@@ -161,12 +162,14 @@ class TorchStep:
             MismatchError: a tensor is missing, has another shape or type, or has no place here; nothing is changed.
             LoweringError: it cannot be read; nothing is changed.
         """
+        from .backends.torch.state import load
+
         graph = self.captured.graph
         rooms = {position: self._steps.room(position) for position in self._leaves.values()}
         named = {position: name for name, position in self._leaves.items()}
         types = {name: graph.types[graph.inputs[k]] for name, k in self._leaves.items()}
         wanted = {named[k]: shard for k, shard in rooms.items() if shard is not None}
-        checkpoint.load(Path(folder), types, wanted)
+        load(Path(folder), types, wanted)
         for position, shard in rooms.items():
             self._steps.put(position, shard)
 
