@@ -6,7 +6,7 @@ The samples are those of `op_samples`. `vocabulary()` must be covered, so a kind
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations, product
 from typing import Any
 
@@ -76,6 +76,20 @@ def ways_to_cut(rule: Rule) -> Iterator[Ways]:
     yield from (((f, 2),) for f in even)
     yield from (((f, 4),) for f in even if rule.factors[f].size % 4 == 0)
     yield from (((f, 2), (g, 2)) for f, g in combinations(even, 2))
+
+
+def some_ways(rule: Rule) -> Iterator[Ways]:
+    """Every factor in 2 alone, and the first with the last."""
+    even = [ways for ways in ways_to_cut(rule) if len(ways) == 1 and ways[0][1] == 2]
+    yield from even
+    if len(even) > 1:
+        yield (*even[0], *even[-1])
+
+
+WAYS = [
+    pytest.param(some_ways, id="some"),
+    pytest.param(ways_to_cut, id="every", marks=pytest.mark.slow),
+]
 
 
 def places(ways: Ways) -> list[tuple[int, ...]]:
@@ -163,10 +177,11 @@ def describe(sample: Sample) -> str:
     return f"{sample.op.kind}({types}) {dict(sample.op.attrs)}\n{sample.rule}"
 
 
+@pytest.mark.parametrize("ways", WAYS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_shards_combine_to_the_whole_result(name: str):
+def test_shards_combine_to_the_whole_result(name: str, ways: Callable[[Rule], Iterator[Ways]]):
     for one in family(name):
-        check_cuts(one, list(ways_to_cut(one.rule)), jit=True)
+        check_cuts(one, list(ways(one.rule)), jit=True)
 
 
 def test_shards_need_no_jit():

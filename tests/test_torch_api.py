@@ -87,21 +87,29 @@ def ranks(count: int, *command: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("count", "name", "words"),
     [
-        ("gpt", {"mesh": (4,), "microbatches": 2}),
-        ("llama", {"mesh": (2, 2), "attention": "fused"}),
-        ("gpt", {"pp": 2, "microbatches": 4}),
+        pytest.param(2, "gpt", {"pp": 2, "microbatches": 4}, id="two stages"),
+        *(
+            pytest.param(4, name, words, id=words_, marks=pytest.mark.slow)
+            for words_, name, words in (
+                ("data parallel", "gpt", {"mesh": (4,), "microbatches": 2}),
+                ("two axes", "llama", {"mesh": (2, 2), "attention": "fused"}),
+                ("stages of two", "gpt", {"pp": 2, "microbatches": 4}),
+            )
+        ),
     ],
 )
-def test_four_ranks_train_as_one_process_and_give_the_model_back(name: str, words: dict[str, Any]):
-    told = ranks(4, "-c", SCRIPT, name, repr(words))
+def test_ranks_train_as_one_process_and_give_the_model_back(
+    count: int, name: str, words: dict[str, Any]
+):
+    told = ranks(count, "-c", SCRIPT, name, repr(words))
     assert all(out.startswith("same") for out in told)
 
 
 def test_the_example_runs_under_torchruns_variables_and_alone():
-    first, *others = ranks(4, str(EXAMPLE))
-    assert "4 devices" in first and "proof" in first and not any(others)
+    first, *others = ranks(2, str(EXAMPLE))
+    assert "2 devices" in first and "proof" in first and not any(others)
     [alone] = ranks(1, str(EXAMPLE))
     assert first.splitlines()[-2:] == alone.splitlines()[-2:]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from meshwright.ir.graph import Op  # noqa: E402
 from meshwright.ir.rules.rule import Factor, Rule  # noqa: E402
 
 from .op_samples import FAMILIES, Sample, family  # noqa: E402
-from .test_rules import check, combine, cut_operands, host, places, ways_to_cut  # noqa: E402
+from .test_rules import WAYS, Ways, check, combine, cut_operands, host, places  # noqa: E402
 
 # What torch has no type or function for, or nobody trains with
 LEFT_OUT = {
@@ -55,8 +56,11 @@ def run(sample: Sample, operands: Any, cuts: dict[int, Part]) -> list[np.ndarray
     return [back(each) for each in found]
 
 
+@pytest.mark.parametrize("ways_of", WAYS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_ops_give_what_they_give_on_jax_however_they_are_cut(name: str):
+def test_ops_give_what_they_give_on_jax_however_they_are_cut(
+    name: str, ways_of: Callable[[Rule], Iterator[Ways]]
+):
     met = set[str]()
     for one in family(name):
         if one.op.kind in LEFT_OUT or has_words(one):
@@ -69,7 +73,7 @@ def test_ops_give_what_they_give_on_jax_however_they_are_cut(name: str):
             torch.equal(a.nan_to_num(), given(b).nan_to_num())
             for a, b in zip(before, one.operands, strict=True)
         )
-        for ways in ways_to_cut(one.rule):
+        for ways in ways_of(one.rule):
             shards = {
                 place: run(
                     one, cut_operands(one, dict(_parts(ways, place))), dict(_parts(ways, place))

@@ -68,7 +68,9 @@ class Ranks:
     ):
         self.deadline, self._outputs = deadline_seconds(), outputs_of(program)
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        # Ranks begin as copies of one process that has imported all this, and runs no thread.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         store = str(Path(self._folder.name) / "ranks")
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
