@@ -1,4 +1,4 @@
-"""A composite (attention, cross-entropy, their gradients) on one shard's part: its body, block by block.
+"""A composite (attention, cross-entropy, their gradients) on one shard's part: by a kernel, or else block by block.
 
     for block of heads:  scores = q[block] · kᵀ;  ...;  o[block] = weights · v
 
@@ -26,6 +26,7 @@ from ...ir.graph import Op
 from ...ir.ops import LOSSES
 from ...ir.rules import rule_of
 from ...ir.rules.rule import Rule
+from .attention_kernels import attention_kernel
 from .collectives import Axes, Communicator, Pairs, joined
 from .dtypes import torch_dtype
 from .emit import emitter
@@ -130,6 +131,7 @@ class Composite:
         self.cuts = self.body.cuts(view)
         self.sharing = joint.get("vocabulary", ())
         self.halves = None
+        self.kernel = None if joint else attention_kernel(op, self.cuts)
         if even := joint.get("even", ()):
             spans = tuple((first, end) for first, end in op.integer_rows("spans"))
             rows = op.integer("rows")
@@ -153,7 +155,9 @@ class Composite:
 
     def __call__(self, operands: Sequence[Tensor]) -> list[Tensor]:
         body = self.body
-        if self.halves is not None:
+        if self.kernel is not None and operands[0].device.type == "cpu":
+            found = self.kernel(operands)
+        elif self.halves is not None:
             found = self._evenly(self.halves, operands)
         else:
             found = body.by_blocks(operands, self.cuts, self.blocks, self._run)
