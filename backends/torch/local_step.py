@@ -30,11 +30,14 @@ from .emit import emitter
 from .emit_composite import Composite
 from .emit_reductions import highest, lowest
 from .emit_ring import RingAttention
+from .flat import Together, flattened
 from .shard import Part, View
 
 Tensor = torch.Tensor
 Values = dict[int, Tensor]
 Run = Callable[[Sequence[Tensor], Values], Sequence[Tensor]]
+Flats = dict[tuple[int, ...], Tensor]  # what lies end to end
+Call = Callable[[Sequence[Tensor], Values, Flats], Any]
 
 JOIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.add, "max": torch.maximum, "min": torch.minimum, "and": torch.logical_and, "or": torch.logical_or,
@@ -86,37 +89,48 @@ class LocalStep:
         self, ops: Sequence[LocalOp], outputs: Sequence[int], moment: int | None, outer: frozenset[int] = frozenset()
     ) -> Callable[[Values], list[Tensor]]:  # fmt: skip
         """Runs some ops on known values, of which it lets go those of its own that nobody reads any more."""
+        kept = {*outputs, *outer, *self.constants}
+        entries = flattened(self.program, ops, _read, kept)
         last: dict[int, int] = {}
-        for number, op in enumerate(ops):
-            last |= dict.fromkeys((*op.inputs, *op.outputs, *_read_inside(op)), number)
-        kept, due = {*outputs, *outer, *self.constants}, _due(ops)
-        steps = []
-        for number, op in enumerate(ops):
+        for number, each in enumerate(entries):
+            last |= dict.fromkeys((*_read(each), *each.outputs), number)
+        due, steps = _due(entries), []
+        for number, each in enumerate(entries):
             gone = tuple(v for v, end in last.items() if end == number and v not in kept)
-            call = self._begin(op) if op.kind in COLLECTIVES else self._run_of(op, moment)
-            steps.append((call, op.inputs, op.outputs, gone, due[number], op.kind in COLLECTIVES))
+            begins = isinstance(each, LocalOp) and each.kind in COLLECTIVES
+            steps.append(
+                (self._call(each, moment), each.inputs, each.outputs, gone, due[number], begins)
+            )
 
         def run(values: Values) -> list[Tensor]:
             coming = dict[tuple[int, ...], Callable[[], Sequence[Tensor]]]()
+            flats: Flats = {}
             for call, inputs, results, gone, waits, begins in steps:
                 for made in waits:
                     values.update(zip(made, coming.pop(made)(), strict=True))
-                found = call([values[v] for v in inputs], values)
+                found = call([values[v] for v in inputs], values, flats)
                 if begins:
                     coming[results] = found
                 else:
                     values.update(zip(results, found, strict=True))
                 for value in gone:
                     values.pop(value, None)
-            for made in due[len(ops)]:
+            for made in due[len(steps)]:
                 values.update(zip(made, coming.pop(made)(), strict=True))
             return [values[v] for v in outputs]
 
         return run
 
-    def _begin(self, op: LocalOp) -> Callable[[Sequence[Tensor], Values], Any]:
-        """A collective, whose results are waited for where they are read first."""
-        return lambda operands, _: self.shards.start(op, operands)
+    def _call(self, each: LocalOp | Together, moment: int | None) -> Call:
+        if isinstance(each, Together):
+            one = self._run_of(each.ops[0], moment)
+            return lambda operands, values, flats: each.run(
+                lambda given: one(given, values), operands, flats
+            )
+        if each.kind in COLLECTIVES:  # what it gives is waited for where it is read first
+            return lambda operands, values, flats: self.shards.start(each, operands)
+        run = self._run_of(each, moment)
+        return lambda operands, values, flats: run(operands, values)
 
     def _run_of(self, op: LocalOp, moment: int | None) -> Run:
         match op.kind:
@@ -248,16 +262,18 @@ class LocalStep:
         return run
 
 
-def _due(ops: Sequence[LocalOp]) -> list[list[tuple[int, ...]]]:
-    """In front of each op, and at the end, the results of collectives to be waited for, in the order of these."""
-    reader = {
-        v: n for n, op in reversed([*enumerate(ops)]) for v in (*op.inputs, *_read_inside(op))
-    }
-    due: list[list[tuple[int, ...]]] = [[] for _ in range(len(ops) + 1)]
-    for op in ops:
-        if op.kind in COLLECTIVES:
-            due[min(reader.get(v, len(ops)) for v in op.outputs)].append(op.outputs)
+def _due(entries: Sequence[LocalOp | Together]) -> list[list[tuple[int, ...]]]:
+    """In front of each, and at the end, the results of collectives to be waited for, in the order of these."""
+    reader = {v: n for n, each in reversed([*enumerate(entries)]) for v in _read(each)}
+    due: list[list[tuple[int, ...]]] = [[] for _ in range(len(entries) + 1)]
+    for each in entries:
+        if isinstance(each, LocalOp) and each.kind in COLLECTIVES:
+            due[min(reader.get(v, len(entries)) for v in each.outputs)].append(each.outputs)
     return due
+
+
+def _read(each: LocalOp | Together) -> tuple[int, ...]:
+    return (*each.inputs, *(_read_inside(each) if isinstance(each, LocalOp) else ()))
 
 
 def axes_met(program: LocalProgram) -> list[Axes]:
