@@ -399,11 +399,6 @@ def test_indexing_by_truth_values_is_refused():
     )
 
 
-def test_dropout_is_refused():
-    model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.1), nn.Linear(16, 10))
-    assert "draws random numbers" in refused(class_loss, model)
-
-
 def test_writing_over_a_parameter_is_refused():
     def loss(model: nn.Module, batch: Any) -> Any:
         model[0].weight.mul_(2)

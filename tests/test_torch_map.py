@@ -64,6 +64,7 @@ SAMPLES: list[tuple[str, Callable[..., Any], tuple[Any, ...]]] = [
     ("an integer and a real", lambda a: (a * 0.5, a + 1, a / 3), (ids(9, 5),)),
     *((f"power {n}", lambda a, n=n: a**n, (above(4, 6),)) for n in (2, 3, -2, 0.5, -0.5, 1.7)),
     ("powers", lambda a, b: (0.9**a, a**b), (above(6), above(6))),
+    ("shifts", lambda a: (a >> 2, a << 3, torch.bitwise_right_shift(a, 1)), (ids(90, 9) - 40,)),
     ("clamp", lambda a: (a.clamp(-0.5, 0.5), a.clamp_min(0.1), a.clamp(max=0.2)), (x(4, 6),)),
     ("where", lambda a, b: torch.where(a > 0, b, 1.0), (x(4, 6), x(6))),
     ("masked fill", lambda a, b: a.masked_fill(b > 0, -1.0), (x(4, 6), x(6))),

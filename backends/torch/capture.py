@@ -29,12 +29,14 @@ from ...ir.graph import Batch, Graph, TensorType
 from ...ir.passes.dead import drop_dead_ops
 from . import compat
 from .decompose import rewrite, table
+from .drawn import SEED, signed
 from .dtypes import torch_dtype
 from .gradients import Change, changed
 from .map import Builder, Value, type_of, write
 from .optimizer import RATE, STEP, Update, options_of
 from .unflatten import unflatten
 
+RANDOM = "random.seed"  # the input, and carried
 NO_RATE = 1e-30  # for a rate of 0: Adam, as it is traced, divides by the rate, and no parameter moves by so little
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -49,6 +51,7 @@ class Binding:
         batch_tree: the tree of the batch; its leaves are inputs in order.
         rates: inputs that are learning rates -> of which group of the optimizer.
         options: of its groups, all others: as they were, and are to stay.
+        seed: of random numbers in the first step, if it draws any.
     """
 
     arrays: Mapping[int, torch.Tensor]
@@ -56,6 +59,7 @@ class Binding:
     batch_tree: Any
     rates: Mapping[str, int]
     options: Mapping[tuple[int, str], Any]
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Captured:
             **{f"parameters.{name}": t for name, t in tensors.parameters.items()},
             **{f"buffers.{name}": t for name, t in tensors.buffers.items()},
             **dict(leaves),
+            RANDOM: torch.tensor(signed(self.binding.seed), dtype=torch.int32),
             **{
                 name: torch.tensor(float(optimizer.param_groups[group][RATE]) or NO_RATE)
                 for name, group in self.binding.rates.items()
@@ -134,7 +139,7 @@ class Captured:
 
 def capture(
     model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, example_batch: Any,
-    before_update: Change | None = None,
+    before_update: Change | None = None, seed: int = 0,
 ) -> Captured:  # fmt: skip
     """Trace a training step and convert it.
 
@@ -145,6 +150,7 @@ def capture(
         example_batch: a tensor, or tensors in a dict, list, tuple or dataclass that torch knows as a tree. Dim 0 of
             the first that has dims is the batch, and of all others in which it has the same size.
         before_update: of the model, whose parameters have their gradients; it may change these, as clipping does.
+        seed: of random numbers; the graph does not depend on it.
 
     Raises:
         CaptureError: the step cannot be traced, leaves a trainable parameter without a gradient, or does something
@@ -157,7 +163,7 @@ def capture(
     names = {id(t): name for name, t in tensors.parameters.items()}
     update = Update(optimizer, names)
     joint, change = _joint(model, loss, tensors, example_batch, before_update)
-    return _Step(tensors, update, dict(leaves), joint, change).captured(tree)
+    return _Step(tensors, update, dict(leaves), joint, change).captured(tree, seed)
 
 
 class _Tensors:
@@ -267,7 +273,7 @@ class _Step:
         self.inputs: dict[str, Value] = {}
         self.outputs: dict[str, Value] = {}
 
-    def captured(self, tree: Any) -> Captured:
+    def captured(self, tree: Any, seed: int) -> Captured:
         self._define_inputs()
         gradients = self._write_joint()
         self._write_update(gradients)
@@ -292,7 +298,8 @@ class _Step:
         )
         arrays = {v: array for v, array in self.b.arrays.items() if v in graph.constant_ids}
         return Captured(
-            graph, Binding(arrays, self.tensors.tied, tree, self.update.rates, self.update.fixed)
+            graph,
+            Binding(arrays, self.tensors.tied, tree, self.update.rates, self.update.fixed, seed),
         )
 
     def _define_inputs(self) -> None:
@@ -307,6 +314,8 @@ class _Step:
                 kept = _state_name(name, key)
                 if kept not in self.inputs:
                     self.inputs[kept] = b.value(kind)
+        if any(end.role == "buffer" and end.name == SEED for end, _ in self.joint.inputs):
+            self.inputs[RANDOM] = b.value(TensorType("s32", ()))
         for name in self.update.rates:
             self.inputs[name] = b.value(TensorType("f32", ()))
         for name, tensor in self.batch.items():
@@ -321,7 +330,7 @@ class _Step:
                 case "parameter":
                     known[node] = self.inputs[f"parameters.{self._path(end)}"]
                 case "buffer":
-                    known[node] = self.inputs[f"buffers.{self._path(end)}"]
+                    known[node] = self.inputs[self._buffer(end)]
                 case "tangent":
                     known[node] = self.b.number(1, type_of(node.meta["val"]).dtype)
                 case _:
@@ -339,10 +348,13 @@ class _Step:
                         else found
                     )
                 case "mutated":
-                    self.outputs[f"buffers.{self._path(end)}"] = values[node]
+                    self.outputs[self._buffer(end)] = values[node]
                 case _:
                     self.outputs["loss"] = values[node]
         return gradients
+
+    def _buffer(self, end: compat.End) -> str:
+        return RANDOM if end.name == SEED else f"buffers.{self._path(end)}"
 
     def _path(self, end: compat.End) -> str:
         return self.tensors.paths[str(end.name).removeprefix("model.")]

@@ -104,12 +104,10 @@ class Joint:
 def exported(
     module: nn.Module, args: tuple[Any, ...], prepare: Callable[[torch.fx.GraphModule], None]
 ) -> torch.fx.GraphModule:
-    """The module as `torch.export` sees it, on which `prepare` may write."""
+    """The module as `torch.export` sees it, on which `prepare` may write, and on the parts that it calls."""
     with mock.patch.object(TracerBase, "_filter_traceback_frames", _user_frames):
         found = torch.export.export(module, args, strict=False).module(check_guards=False)
-    for part in found.modules():
-        if isinstance(part, torch.fx.GraphModule):
-            prepare(part)
+    prepare(found)
     return found
 
 

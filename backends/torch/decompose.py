@@ -12,6 +12,7 @@ import torch
 
 from ...ir.errors import CaptureError
 from . import compat
+from .drawn import dropout, seeded
 
 _MORE = (
     "native_layer_norm", "_native_batch_norm_legit_functional",
@@ -37,17 +38,20 @@ def table() -> dict[Any, Any]:
     return compat.decompositions(_MORE, _KEPT)
 
 
-def rewrite(graph: torch.fx.GraphModule) -> None:
+def rewrite(root: torch.fx.GraphModule) -> None:
     """Write attention as products around a softmax: CPU and GPU have fused forms of it, which planning cannot see.
-    And one-hot labels as a comparison, without torch's check of their values.
+    One-hot labels as a comparison, without torch's check of their values. And random numbers as functions of a seed.
 
     Raises:
         CaptureError: an operation makes a shape of values.
     """
-    for node in graph.graph.nodes:
-        _check_shape(node)
-        node.target = _OURS.get(node.target, node.target)
-    graph.recompile()
+    seeded(root)
+    for part in root.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                _check_shape(node)
+                node.target = _OURS.get(node.target, node.target)
+            part.recompile()
 
 
 def _check_shape(node: torch.fx.Node) -> None:
@@ -70,11 +74,12 @@ def _is_truth(ids: Any) -> bool:
 
 def attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None,
-    dropout: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+    seed: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """What `torch.nn.functional.scaled_dot_product_attention` computes, of [..., heads, position, width].
 
-    Weights of a query whose keys are all masked are 0, as there.
+    Weights of a query whose keys are all masked are 0, as there. Dropout has a seed (`drawn.py`).
     """
     if enable_gqa:
         key, value = (
@@ -90,7 +95,7 @@ def attention(
         weights = torch.where(mask.any(-1, keepdim=True), weights, 0.0)
     else:
         weights = torch.softmax(scores if mask is None else scores + mask, -1)
-    return torch.matmul(torch.dropout(weights, dropout, dropout > 0), value)
+    return torch.matmul(weights if seed is None else dropout(seed, weights, dropout_p), value)
 
 
 def one_hot(ids: torch.Tensor, classes: int = -1) -> torch.Tensor:

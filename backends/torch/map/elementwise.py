@@ -108,6 +108,7 @@ def copy(b: Builder, target: Value, source: Value, non_blocking: bool = False) -
 _BINARY = {"mul": "mul", "atan2": "atan2", "maximum": "max", "minimum": "min"}
 _COMPARED = {"eq": "eq", "ne": "ne", "lt": "lt", "le": "le", "gt": "gt", "ge": "ge"}
 _BITWISE = {"bitwise_and": "and", "bitwise_or": "or", "bitwise_xor": "xor"}
+_SHIFTS = {"left": "shift_left", "right": "shift_right_arithmetic"}
 _LOGICAL = {"logical_and": "and", "logical_or": "or", "logical_xor": "xor"}
 
 
@@ -144,6 +145,9 @@ for _name, _kind in _COMPARED.items():
     maps(f"{_name}.Tensor", f"{_name}.Scalar")(_compared(_kind))
 for _name, _kind in _BITWISE.items():
     maps(f"{_name}.Tensor", f"{_name}.Scalar")(_binary(_kind))
+for _name, _kind in _SHIFTS.items():
+    maps(f"__{_name[0]}shift__.Scalar", f"__{_name[0]}shift__.Tensor")(_binary(_kind))
+    maps(f"bitwise_{_name}_shift.Tensor", f"bitwise_{_name}_shift.Tensor_Scalar")(_binary(_kind))
 for _name, _kind in _LOGICAL.items():
     maps(f"{_name}.default")(_logical(_kind))
 

@@ -16,8 +16,8 @@ from .builder import MAPPED, OF_LIBRARIES, Builder, Value
 
 _EACH = "aten._foreach_"
 _RANDOM = frozenset({
-    "bernoulli", "native_dropout", "normal_functional", "rand", "rand_like", "randint", "randint_like", "randn",
-    "randn_like", "randperm", "multinomial", "exponential", "uniform",
+    "alpha_dropout", "bernoulli", "bernoulli_", "native_dropout", "normal", "normal_functional", "randint",
+    "randint_like", "randperm", "multinomial", "exponential", "uniform",
 })  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def _unmapped(b: Builder, node: fx.Node) -> CaptureError:
     if packet in _RANDOM:
         return b.refuse(
             f"the step draws random numbers (`{name}`), which a sharded step would draw differently.",
-            "model.eval(), a dropout of 0, or random numbers drawn with the batch",
+            "dropout, torch.rand, torch.randn or torch.bernoulli, or random numbers drawn with the batch",
         )
     return b.refuse(
         f"`{name}` is no operation that can be planned yet.",
