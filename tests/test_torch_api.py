@@ -114,6 +114,26 @@ def test_the_example_runs_under_torchruns_variables_and_alone():
     assert first.splitlines()[-2:] == alone.splitlines()[-2:]
 
 
+DRAWS = """
+import os, torch
+import meshwright as mw
+
+torch.manual_seed(0)
+model, batch = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5)), torch.ones(8, 8)
+torch.manual_seed(int(os.environ["RANK"]))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+step = mw.torch.parallelize(model, lambda model, batch: model(batch).square().mean(), optimizer, batch)
+print([f"{step(batch):.5f}" for _ in range(3)])
+"""
+
+
+def test_ranks_draw_by_the_seed_of_the_first():
+    one, other = ranks(2, "-c", DRAWS)
+    [alone] = ranks(1, "-c", DRAWS)
+    assert one == other == alone
+    assert len(set(eval(one))) == 3
+
+
 def test_too_few_processes_and_other_batches_are_refused():
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -4,6 +4,7 @@ parameters.h.0.weight              ("model", "h.0.weight"), and again under ever
 buffers.bn.running_mean            ("model", "bn.running_mean")
 optimizer.h.0.weight.exp_avg       ("optimizer", "state", "h.0.weight", "exp_avg")
 optimizer.step                     ("optimizer", "state", ..., "step") of every trained parameter
+random.seed                        ("random", "seed")
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def leaves_of(captured: Captured, model: nn.Module) -> dict[Name, int]:
             found |= {("model", each): position for each in paths}
             if not paths and position in changed:
                 found[kind, path] = position
+        elif kind == "random":
+            found[kind, path] = position
     return found
 
 

@@ -33,6 +33,7 @@ from .backends.torch.dtypes import array_of, tensor_of, torch_dtype
 from .backends.torch.leaves import leaves_of
 from .backends.torch.lower import arrays_in, lower
 from .backends.torch.ranks import outputs_of, steps_of, together
+from .collector import paused
 from .ir.cluster.cluster import Cluster
 from .ir.codec import parse_plan, sealed
 from .ir.errors import LoweringError, MeshwrightError
@@ -52,6 +53,7 @@ def parallelize(
     plan: Plan | None = None,
     request: Request | None = None,
     before_update: Callable[[nn.Module], Any] | None = None,
+    seed: int | None = None,
 ) -> TorchStep:
     """Plan a training step and make this process one of its ranks.
 
@@ -66,6 +68,7 @@ def parallelize(
         request: pins and limits of the search.
         before_update: of the model, whose parameters have their gradients as `.grad`; it may change them:
             `lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)`. It is called once, at capture.
+        seed: of random numbers, as dropout's: the same on every layout. By default torch's of the first process.
 
     Raises:
         CaptureError, PlanError, LoweringError: the step cannot be captured, planned or run.
@@ -74,7 +77,9 @@ def parallelize(
     where = Cluster.parse(f"{world}xcpu" if cluster is None else cluster)
     wanted = request or Request()
     check_early(wanted, where)
-    captured = capture(model, loss, optimizer, example_batch, before_update)
+    first = _told_by_first(torch.initial_seed() if seed is None else seed, world)
+    with paused():
+        captured = capture(model, loss, optimizer, example_batch, before_update, first)
     name = type(model).__name__
     if plan is None:
         plan = _planned_once(captured, where, wanted, name, rank, world)
@@ -256,8 +261,15 @@ def _planned_once(
             told = [sealed(plan_graph(captured.graph, where, request, name))]
         except MeshwrightError as error:
             told = [error]
+    found = _told_by_first(told[0], world)
+    if isinstance(found, MeshwrightError):
+        raise found
+    return parse_plan(found, "the first process")
+
+
+def _told_by_first(mine: Any, world: int) -> Any:
+    """What the first process has, in all of them."""
+    told = [mine]
     if world > 1:
         dist.broadcast_object_list(told)
-    if isinstance(told[0], MeshwrightError):
-        raise told[0]
-    return parse_plan(told[0], "the first process")
+    return told[0]
