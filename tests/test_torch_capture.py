@@ -207,6 +207,10 @@ def test_an_update_that_is_not_linear_in_the_rate_is_refused():
     assert "-0.0625, -0.25 and -1.0 at rates" in refused(class_loss, model, optimizer=optimizer)
 
 
+def of_model(change: Any) -> Any:
+    return change and (lambda model, _: change(model))
+
+
 CLIPS: dict[str, Callable[[nn.Module], Any]] = {
     "norm": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.1),
     "norm of some": lambda model: nn.utils.clip_grad_norm_(model.h.parameters(), 0.1, foreach=True),
@@ -222,7 +226,7 @@ def test_gradients_are_changed_before_the_update(clip):
     torch.manual_seed(0)
     model, change = GPT(), CLIPS[clip]
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    captured = capture(model, token_loss, optimizer, token_batch(), change)
+    captured = capture(model, token_loss, optimizer, token_batch(), of_model(change))
     for _ in range(2):
         off = differences(captured, model, token_loss, optimizer, token_batch(), change)
         assert max(off.values()) <= CLOSE, off
@@ -242,7 +246,7 @@ def test_changes_of_gradients_that_are_refused(change, words):
     model = Perceptron()
     optimizer = torch.optim.SGD(model.parameters())
     with pytest.raises(CaptureError, match=words):
-        capture(model, class_loss, optimizer, feature_batch(), change)
+        capture(model, class_loss, optimizer, feature_batch(), of_model(change))
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -335,7 +339,7 @@ def test_repeated_layers_fold(model, clip):
         torch.manual_seed(0)
         deep, change = model(layers), CLIPS[clip] if clip else None
         optimizer = torch.optim.AdamW(deep.parameters())
-        captured = capture(deep, token_loss, optimizer, token_batch(), change)
+        captured = capture(deep, token_loss, optimizer, token_batch(), of_model(change))
         return len(fold(captured.graph).small.ops)
 
     assert small(9) == small(7)

@@ -149,7 +149,7 @@ def capture(
         optimizer: its learning rates are inputs, its other options numbers fixed in the graph.
         example_batch: a tensor, or tensors in a dict, list, tuple or dataclass that torch knows as a tree. Dim 0 of
             the first that has dims is the batch, and of all others in which it has the same size.
-        before_update: of the model, whose parameters have their gradients; it may change these, as clipping does.
+        before_update: of (model, batch), where parameters have their gradients; it may change these, as clipping does.
         seed: of random numbers; the graph does not depend on it.
 
     Raises:
@@ -221,7 +221,7 @@ def _joint(
             named = {
                 tensors.paths[name]: p for name, p in model.named_parameters() if p.requires_grad
             }
-            return joint, changed(named, model, before_update)
+            return joint, changed(named, model, given, before_update)
         except CaptureError:
             raise
         except Exception as error:

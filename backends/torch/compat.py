@@ -26,8 +26,8 @@ import torch
 from torch import nn
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.proxy import TracerBase
 from torch.utils import _pytree as pytree
 
@@ -170,6 +170,20 @@ def norm_of_all(ours: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Within, `clip_grad_norm_` measures gradients by a function of ours, however it was imported."""
     with mock.patch("torch.nn.utils.clip_grad._get_total_norm", ours):
         yield
+
+
+def is_fake(tensor: Any) -> bool:
+    return isinstance(tensor, FakeTensor)
+
+
+def untraced() -> contextlib.AbstractContextManager[Any]:
+    """Within, what runs is in no graph."""
+    return disable_proxy_modes_tracing()
+
+
+def is_alias(one: Any, other: torch.Tensor) -> bool:
+    """Whether both are one tensor, up to `detach`."""
+    return isinstance(one, torch.Tensor) and torch._C._is_alias_of(one, other)  # type: ignore[attr-defined]
 
 
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:

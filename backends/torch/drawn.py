@@ -189,10 +189,9 @@ def _chained(part: fx.GraphModule, seed: fx.Node) -> fx.Node:
             continue
         with graph.inserting_before(node):
             seed = graph.call_function(next_seed, (seed,))
-            if inner:
-                own = graph.call_function(_apart, (seed,))
         if inner:
-            node.args = (*node.args, own)
+            with graph.inserting_before(node):
+                node.args = (*node.args, graph.call_function(_apart, (seed,)))
             _chain_of_its_own(inner[0])
         elif node.target == aten.scaled_dot_product_attention.default:
             node.kwargs = {**node.kwargs, "seed": seed}

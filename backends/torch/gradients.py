@@ -1,6 +1,8 @@
 """What a step does with gradients before its update, as clipping them: traced with the gradients as arguments.
 
-changed(model, lambda model: clip_grad_norm_(model.parameters(), 1.0), mode)     (gradients) -> (gradients)
+changed(parameters, model, batch, lambda model, batch: clip_grad_norm_(model.parameters(), 1.0))
+
+is (gradients) -> (gradients).
 """
 
 from __future__ import annotations
@@ -17,32 +19,47 @@ from ...ir.errors import CaptureError
 from . import compat
 from .decompose import table
 
-Change = Callable[[nn.Module], Any]
+Change = Callable[[nn.Module, Any], Any]
 
 
-def changed(parameters: Mapping[str, nn.Parameter], model: nn.Module, change: Change) -> Any:
+def changed(
+    parameters: Mapping[str, nn.Parameter], model: nn.Module, batch: Any, change: Change
+) -> Any:
     """The graph of what `change` makes of the gradients of these parameters, in their order.
 
     Args:
-        parameters, model: without values.
+        parameters, model, batch: without values.
 
     Raises:
-        CaptureError: it takes a gradient away.
+        CaptureError: it takes a gradient away, or makes it of something else than gradients.
     """
 
     def run(*gradients: torch.Tensor) -> list[torch.Tensor]:
         for parameter, gradient in zip(parameters.values(), gradients, strict=True):
             parameter.grad = gradient.clone()  # what it is given stays
-        change(model)
+        change(model, batch)
         return [_left(name, parameter) for name, parameter in parameters.items()]
 
     examples = [torch.empty_like(parameter).detach() for parameter in parameters.values()]
     try:
         with compat.norm_of_all(total_norm):
-            return compat.traced(run, examples, table())
+            traced = compat.traced(run, examples, table())
+        traced.graph.eliminate_dead_code()
+        _check_constants(traced)
+        return traced
     finally:
         for parameter in parameters.values():
             parameter.grad = None
+
+
+def _check_constants(traced: torch.fx.GraphModule) -> None:
+    for node in traced.graph.nodes:
+        if node.op == "get_attr" and compat.is_fake(getattr(traced, str(node.target))):
+            raise CaptureError(
+                "gradients are changed by what is made of parameters or the batch.",
+                where=compat.user_line(node) or "the change of gradients",
+                fix="changes that depend on gradients alone, as clipping; or the same as a part of the loss",
+            )
 
 
 def _left(name: str, parameter: nn.Parameter) -> torch.Tensor:

@@ -13,6 +13,7 @@ parameters and state. A run of one process plans for one device.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -32,11 +33,12 @@ from .backends.torch.compat import mark_stepped
 from .backends.torch.dtypes import array_of, tensor_of, torch_dtype
 from .backends.torch.leaves import leaves_of
 from .backends.torch.lower import arrays_in, lower
+from .backends.torch.plain import PlainStep
 from .backends.torch.ranks import outputs_of, steps_of, together
 from .collector import paused
 from .ir.cluster.cluster import Cluster
 from .ir.codec import parse_plan, sealed
-from .ir.errors import LoweringError, MeshwrightError
+from .ir.errors import LoweringError, MeshwrightError, MismatchError
 from .ir.graph import TensorType
 from .ir.plan import Plan
 from .planner.request import Request, check_early
@@ -73,13 +75,75 @@ def parallelize(
     Raises:
         CaptureError, PlanError, LoweringError: the step cannot be captured, planned or run.
     """
+    change = None if before_update is None else lambda model, _: before_update(model)
+    given = cluster, plan, request, seed
+    return _parallelized(model, loss, optimizer, example_batch, change, *given)
+
+
+def step(
+    function: Callable[[nn.Module, torch.optim.Optimizer, Any], Any] | None = None,
+    *,
+    cluster: Cluster | str | Path | None = None,
+    plan: Plan | None = None,
+    request: Request | None = None,
+    seed: int | None = None,
+) -> Any:
+    """A decorator: a step function of (model, optimizer, batch) is planned at its first call and run by all ranks.
+
+    It calls `backward` and `optimizer.step()` once each, may change gradients between, and returns its loss. It is run
+    without values, at the first call: nothing else that it does in Python happens at later ones.
+
+    Args: as for `parallelize`.
+
+    Raises:
+        CaptureError, PlanError, LoweringError: at the first call: it cannot be captured, planned or run.
+    """
+
+    def decorated(function: Callable[..., Any]) -> StepFunction:
+        return StepFunction(function, (cluster, plan, request, seed))
+
+    return decorated if function is None else decorated(function)
+
+
+class StepFunction:
+    """A decorated step function; after its first call `planned` is the `TorchStep` that it became."""
+
+    def __init__(self, function: Callable[..., Any], options: tuple[Any, ...]):
+        functools.update_wrapper(self, function)
+        self.function, self.options = function, options
+        self.planned: TorchStep | None = None
+
+    def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> float:
+        """One step; the loss before its update.
+
+        Raises:
+            MismatchError: the model or the optimizer are not those of the first call.
+        """
+        if self.planned is None:
+            parts = PlainStep(self.function, optimizer)
+            self.planned = _parallelized(
+                model, parts.loss, optimizer, batch, parts.change, *self.options
+            )
+        if model is not self.planned.model or optimizer is not self.planned.optimizer:
+            raise MismatchError(
+                "the model or the optimizer are not those of the first call.",
+                where=f"`{self.function.__name__}`",
+                fix="the same objects at each call, or another decorated function for others",
+            )
+        return self.planned(batch)
+
+
+def _parallelized(
+    model: nn.Module, loss: Callable[..., Any], optimizer: torch.optim.Optimizer, example_batch: Any, change: Any,
+    cluster: Cluster | str | Path | None, plan: Plan | None, request: Request | None, seed: int | None,
+) -> TorchStep:  # fmt: skip
     rank, world = _joined()
     where = Cluster.parse(f"{world}xcpu" if cluster is None else cluster)
     wanted = request or Request()
     check_early(wanted, where)
     first = _told_by_first(torch.initial_seed() if seed is None else seed, world)
     with paused():
-        captured = capture(model, loss, optimizer, example_batch, before_update, first)
+        captured = capture(model, loss, optimizer, example_batch, change, first)
     name = type(model).__name__
     if plan is None:
         plan = _planned_once(captured, where, wanted, name, rank, world)
