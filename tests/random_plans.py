@@ -19,7 +19,7 @@ from meshwright.ir.program import prepare
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra.layouts import Layouts
 from meshwright.planner.intra.space import Space, build
-from meshwright.planner.report.of_plan import slots_of
+from meshwright.planner.report.chosen import slots_of
 from meshwright.planner.request import Request
 
 CLUSTER = "8xcpu"

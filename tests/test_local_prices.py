@@ -8,6 +8,7 @@ from math import isclose
 
 import pytest
 
+from meshwright import pricing
 from meshwright.api import plan_captured
 from meshwright.backends.xla.capture import capture
 from meshwright.ir.analysis.blocks import fold
@@ -21,6 +22,8 @@ from meshwright.models import build
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra.layouts import Layouts
 from meshwright.planner.intra.space import build as build_space
+from meshwright.planner.jobs.pinned import Parallelism, Pinned
+from meshwright.planner.report.chosen import prices_of
 from meshwright.planner.report.instructions import PlanDecisions
 from meshwright.planner.report.local_prices import LocalPrices
 from meshwright.planner.request import Request
@@ -115,3 +118,37 @@ def test_tables_and_programs_of_stages_cost_the_same(name, microbatches):
     choices = (0,) * len(space.nodes)
     prices = LocalPrices(localize(program, plan), space, cost, plan.strategies)
     assert isclose(sum(seconds(prices)), space.serial(choices), rel_tol=1e-9)
+
+
+JOB = pricing.Shape("llama", 4, 272, 8, 8, 500, 1024, 256)  # 500 does not divide over 16
+MIXTURE = pricing.Shape("mixtral", 4, 256, 8, 8, 512, 1024, 256, experts=pricing.Experts(8, 2, 512))
+
+
+@pytest.mark.parametrize(
+    "shape, parallelism",
+    [
+        (JOB, Parallelism(dp=16, zero=3)),
+        (JOB, Parallelism(tp=2, cp=4, cp_kind="a2a")),
+        (JOB, Parallelism(tp=2, dp=4, zero=1, sequence_parallel=True)),
+        (MIXTURE, Parallelism(dp=4, ep=4, tp=2, zero=2)),
+    ],
+    ids=lambda each: (
+        each.family if isinstance(each, pricing.Shape) else f"zero{each.zero}-cp{each.cp}"
+    ),
+)
+def test_tables_and_programs_of_jobs_cost_the_same(shape, parallelism):
+    """Of what travels: dims that do not divide, and axes that cut a dim in another order than the mesh's, included."""
+    cost = Roofline(Cluster.parse("b200x8"), fused_attention=True)
+    program = pricing._program(shape, parallelism.dp, "none", "fused", "plain")
+    pinned = Pinned(program, parallelism)
+    space = build_space(
+        program, 1, cost, Layouts(cost.collectives(pinned.mesh)), pinned, dealt=True
+    )
+    choices = (0,) * len(space.nodes)
+    computed = sum(
+        float(own[0] - (space.settled[tag][0] if tag in space.settled else 0.0)) * space.runs[tag]
+        for tag, own in space.own.items()
+    )
+    orders = {op.tag: order for op in program.graph.ops if (order := pinned.order(op))}
+    moved, _ = seconds(prices_of(space, choices, cost, orders))
+    assert moved > 0 and isclose(moved, space.serial(choices) - computed, rel_tol=1e-9)

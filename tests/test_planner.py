@@ -26,11 +26,12 @@ from meshwright.planner.intra.layouts import Layouts
 from meshwright.planner.intra.solve import data_parallel, live_of, solve_space
 from meshwright.planner.intra.space import Space
 from meshwright.planner.intra.space import build as build_space
-from meshwright.planner.jobs.sent import moves, settlements
 from meshwright.planner.memory.ledger import Ledger
 from meshwright.planner.memory.lifetimes import lifetimes
 from meshwright.planner.memory.storage import storage_of
 from meshwright.planner.problem import Problem
+from meshwright.planner.report.chosen import prices_of
+from meshwright.planner.report.moves import find_collectives
 from meshwright.planner.request import Request
 from meshwright.planner.search.candidates import Candidate
 from meshwright.planner.search.meshes import finest, mesh_of, meshes, other_groups
@@ -231,9 +232,8 @@ def test_the_estimate_is_the_sum_of_its_parts():
         total = problem.cost(choices)
         if np.isinf(total):
             continue
-        entries = [each for item in space.transfers for each in moves(space, choices, item, {})]
-        entries += [each for _, each in settlements(space, choices)]
-        moved = sum(each.seconds for each in entries)
+        sent = find_collectives(prices_of(space, choices, Roofline(CLUSTER)))
+        moved = sum(each.seconds for each in sent)
         alone = unlinked.cost(choices)
         assert total - moved == pytest.approx(alone, rel=1e-6, abs=1e-12)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
+from typing import Protocol
 
 from ..errors import LoweringError
 from ..graph import Graph, Op
 from ..local.program import BARRIER
+from ..mesh import Axis, Mesh
 from ..ops import ADDITION
-from ..plan import Plan
+from ..plan import Layout
 from ..program import Program
 from ..rules import rule_of
 from ..rules.rule import NONE, Strategy, result_sharding
@@ -30,18 +33,41 @@ def end_tag(op: Op, k: int) -> str:
     return f"{op.tag}/in{consts + k}" if k < carry else f"{op.tag}/out{k}"
 
 
+class Decided(Protocol):
+    """What was decided of a step: a plan, or the like of one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def mesh(self) -> Mesh: ...
+
+    @property
+    def microbatches(self) -> int: ...
+
+    @property
+    def strategies(self) -> Mapping[str, tuple[int, ...]]:
+        """By op tag, what each axis of the mesh does."""
+        ...
+
+    @property
+    def slots(self) -> Mapping[str, Layout]: ...
+
+
 class Decisions:
     """A plan's decisions on a prepared program.
 
     Args:
         holds: let sums that blocks hand to each other, and gathers of each pass, be held by barriers.
         groups: into how many runs of neighbours the batch is dealt to microbatches, if not as the plan's mesh needs.
+        orders: by op tag, the axes in the order in which they cut a dim there, major to minor, if not the mesh's.
     """
 
     def __init__(
-        self, plan: Plan, program: Program, holds: bool = False, groups: int | None = None
-    ):
-        self.plan, self.program, self.holds = plan, program, holds
+        self, plan: Decided, program: Program, holds: bool = False, groups: int | None = None,
+        orders: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+    ):  # fmt: skip
+        self.plan, self.program, self.holds, self.orders = plan, program, holds, orders
         self.graph: Graph = program.graph
         self.mesh, self.types, self.tags = plan.mesh, program.graph.types, program.value_tags
         self.time = (
@@ -65,8 +91,14 @@ class Decisions:
             )
         return self.plan.slots[tag].sharding
 
-    def strategy(self, op: Op) -> Strategy:
-        return Strategy(self.plan.strategies.get(op.tag, (NONE,) * len(self.mesh.axes)))
+    def cut(self, op: Op) -> tuple[Strategy, Mesh]:
+        """An op's strategy, and the mesh, whose axes stand in the order in which they cut a dim of the op."""
+        codes = self.plan.strategies.get(op.tag, (NONE,) * len(self.mesh.axes))
+        if not (order := self.orders.get(op.tag)):
+            return Strategy(codes), self.mesh
+        by_axis = dict(zip(self.mesh.names, codes, strict=True))
+        mesh = Mesh(tuple(Axis(name, self.mesh.sizes[name]) for name in order))
+        return Strategy(tuple(by_axis[name] for name in order)), mesh
 
     def input_layouts(self) -> list[Sharding]:
         return [self.slot(self.tags[v]) for v in self.graph.inputs]
@@ -77,26 +109,37 @@ class Decisions:
         return [
             self.slot(self.tags[source[position]])
             if position in source
-            else Sharding(self._left_as[value].dims)
+            else Sharding(self._left_as(value).dims)
             for position, value in enumerate(self.graph.outputs)
         ]
 
     @cached_property
-    def _left_as(self) -> dict[int, Sharding]:
-        """The layout in which the step's inputs, constants and top-level ops leave each value."""
+    def _given(self) -> dict[int, Sharding]:
+        """The layouts of inputs and constants."""
         layouts = dict(zip(self.graph.inputs, self.input_layouts(), strict=True))
-        layouts |= {c.value: replicated(self.types[c.value].rank) for c in self.graph.constants}
-        for op in self.graph.ops:
-            for k, value in enumerate(op.outputs):
-                layouts[value] = self.leaves(op, k, layouts)
-        return layouts
+        return layouts | {
+            c.value: replicated(self.types[c.value].rank) for c in self.graph.constants
+        }
+
+    @cached_property
+    def _made(self) -> dict[int, tuple[Op, int]]:
+        """The op that makes a value, and which of its results it is."""
+        return {v: (op, k) for op in self.graph.ops for k, v in enumerate(op.outputs)}
+
+    def _left_as(self, value: int) -> Sharding:
+        """The layout in which the step's inputs, constants and top-level ops leave a value."""
+        if value in self._given:
+            return self._given[value]
+        op, k = self._made[value]
+        held = op.inputs[k : k + 1] if op.kind == BARRIER else ()
+        return self.leaves(op, k, {v: self._left_as(v) for v in held})
 
     def leaves(self, op: Op, k: int, layouts: Mapping[int, Sharding]) -> Sharding:
         """How an op leaves a result, from how its operands lie."""
         if op.kind == BARRIER:
             return layouts[op.inputs[k]]
         if not op.regions:
-            return result_sharding(rule_of(op, self.types), self.strategy(op), self.mesh, k)
+            return result_sharding(rule_of(op, self.types), *self.cut(op), k)
         end = self.slot(end_tag(op, k))
         return stacked(end) if op.kind == "scan" and k >= op.loop_inputs[1] else end
 

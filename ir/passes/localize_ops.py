@@ -19,7 +19,7 @@ from ..local.program import (
 )
 from ..ops import COMPOSITES, LOSSES
 from ..rules import rule_of
-from ..rules.rule import Rule, Strategy, operand_sharding, result_sharding, settled_axes
+from ..rules.rule import Rule, operand_sharding, result_sharding, settled_axes
 from ..sharding import ReshardStep, Sharding, moved_to, replicated, reshard
 from .decisions import Decisions, end_tag, stacked
 from .microbatch import AVERAGED, ESTIMATED, TimeAxis, time_factor
@@ -175,8 +175,8 @@ class Writer:
                 values = [scope.names[v] for v in op.inputs]
                 scope.names |= zip(op.outputs, self.barrier(values, _told(op, here)), strict=True)
             elif op.kind == "copy":
-                rule, strategy = rule_of(op, self.types), self.of.strategy(op)
-                scope.names[op.outputs[0]] = self._operands(op, rule, strategy, scope, here)[0]
+                rule = rule_of(op, self.types)
+                [scope.names[op.outputs[0]]] = self._operands(op, rule, scope, here)
             else:
                 self._op(op, scope, here)
 
@@ -184,13 +184,13 @@ class Writer:
         return self.put(BARRIER, values, [self.shards[v] for v in values], {}, op)
 
     def _op(self, op: Op, scope: Scope, phase: str) -> None:
-        rule, strategy = rule_of(op, self.types), self.of.strategy(op)
+        rule, (strategy, mesh) = rule_of(op, self.types), self.of.cut(op)
         now = time_factor(op, rule, self.split) if scope.timed else None
-        operands = self._operands(op, rule, strategy, scope, phase)
+        operands = self._operands(op, rule, scope, phase)
         shards = [
             Shard(
                 self.types[value],
-                result_sharding(rule, strategy, self.mesh, k),
+                result_sharding(rule, strategy, mesh, k),
                 time=next((d for d, each in enumerate(rule.results[k]) if now in each), None),
             )
             for k, value in enumerate(op.outputs)
@@ -199,11 +199,10 @@ class Writer:
         attrs = dict(op.attrs)
         if op.kind in (ESTIMATED, AVERAGED):
             attrs["microbatches"] = self.plan.microbatches if scope.timed else 1
-        settled = settled_axes(rule, strategy, self.mesh)
+        settled = settled_axes(rule, strategy, mesh)
         partial = [_partial(shard, settled) for shard in shards]
-        cuts = replace(
-            told, cuts=self._cuts(rule, strategy, now), joint=self._joint(op, rule, strategy)
-        )
+        codes = dict(zip(mesh.names, strategy.axes, strict=True))
+        cuts = replace(told, cuts=_cuts(rule, codes, now), joint=_joint(op, rule, codes))
         made = self.put(op.kind, operands, partial, attrs, cuts)
         for value, local, shard in zip(op.outputs, made, shards, strict=True):
             for reduction, axes in settled.items():
@@ -213,23 +212,24 @@ class Writer:
                 [local] = self.barrier([local], told)
             scope.names[value] = local
 
-    def _operands(
-        self, op: Op, rule: Rule, strategy: Strategy, scope: Scope, phase: str
-    ) -> list[int]:
-        wanted = [operand_sharding(rule, strategy, self.mesh, k) for k in range(len(op.inputs))]
+    def _operands(self, op: Op, rule: Rule, scope: Scope, phase: str) -> list[int]:
+        cut = self.of.cut(op)
+        wanted = [operand_sharding(rule, *cut, k) for k in range(len(op.inputs))]
         now = time_factor(op, rule, self.split) if scope.timed else None
         tied = self.tied(op, dict(zip(op.inputs, wanted, strict=True)), scope, phase)
         found, why = list[int](), for_reader(op.tag, phase, op.count)
         for k, value in enumerate(op.inputs):
-            local, told = (
-                tied.get(value, scope.names[value]),
-                replace(why, source=self.of.tags[value]),
-            )
-            if now is None or value in self.split:
-                found.append(self.bring(local, wanted[k], told))
-            else:
+            local = tied.get(value, scope.names[value])
+            all_of_it = now is not None and value not in self.split
+            if not all_of_it and self.shards[local].sharding == wanted[k]:
+                found.append(local)
+                continue
+            told = replace(why, source=self.of.tags[value])
+            if all_of_it:
                 dim = next((d for d, each in enumerate(rule.operands[k]) if now in each), None)
                 found.append(self.now(local, wanted[k], dim, told))
+            else:
+                found.append(self.bring(local, wanted[k], told))
         return found
 
     def tied(
@@ -251,29 +251,6 @@ class Writer:
     def _gathers(self, value: int, layout: Sharding, scope: Scope) -> bool:
         steps = reshard(self.shards[scope.names[value]].sharding, layout) or ()
         return self.types[value].dtype != "key" and any(step.kind == "all_gather" for step in steps)
-
-    def _cuts(self, rule: Rule, strategy: Strategy, now: int | None) -> tuple[FactorCut, ...]:
-        """Which part of each factor a device has."""
-        axes: dict[int, tuple[str, ...]] = {} if now is None else {now: ()}
-        for name, code in zip(self.mesh.names, strategy.axes, strict=True):
-            for factor in rule.cut_by(code):
-                axes[factor] = (*axes.get(factor, ()), name)
-        return tuple(FactorCut(f, names, f == now) for f, names in sorted(axes.items()))
-
-    def _joint(
-        self, op: Op, rule: Rule, strategy: Strategy
-    ) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """Axes whose devices work out a composite together."""
-        found: dict[str, tuple[str, ...]] = {}
-        vocabulary = dict(op.attrs).get("vocabulary") if op.kind in LOSSES else None
-        for name, code in zip(self.mesh.names, strategy.axes, strict=True):
-            if op.kind not in COMPOSITES:
-                continue
-            if (joint := rule.joint(code)) is not None:
-                found[joint.how] = (*found.get(joint.how, ()), name)
-            if vocabulary is not None and vocabulary in rule.cut_by(code):
-                found["vocabulary"] = (*found.get("vocabulary", ()), name)
-        return tuple(sorted(found.items()))
 
     # ------------------------------------------------------------ the time axis
 
@@ -403,6 +380,29 @@ class _Loop:
         if not inner.timed or value in split or op.kind != "cond" or result not in split:
             return self.writer.bring(local, end, why)
         return self.writer.now(local, end, split[result], why)
+
+
+def _cuts(rule: Rule, codes: Mapping[str, int], now: int | None) -> tuple[FactorCut, ...]:
+    """Which part of each factor a device has; `codes` are what each axis cuts, major to minor."""
+    axes: dict[int, tuple[str, ...]] = {} if now is None else {now: ()}
+    for name, code in codes.items():
+        for factor in rule.cut_by(code):
+            axes[factor] = (*axes.get(factor, ()), name)
+    return tuple(FactorCut(f, names, f == now) for f, names in sorted(axes.items()))
+
+
+def _joint(op: Op, rule: Rule, codes: Mapping[str, int]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Axes whose devices work out a composite together."""
+    if op.kind not in COMPOSITES:
+        return ()
+    found: dict[str, tuple[str, ...]] = {}
+    vocabulary = dict(op.attrs).get("vocabulary") if op.kind in LOSSES else None
+    for name, code in codes.items():
+        if (joint := rule.joint(code)) is not None:
+            found[joint.how] = (*found.get(joint.how, ()), name)
+        if vocabulary is not None and vocabulary in rule.cut_by(code):
+            found["vocabulary"] = (*found.get("vocabulary", ()), name)
+    return tuple(sorted(found.items()))
 
 
 def _told(op: Op, phase: str) -> LocalOp:

@@ -99,10 +99,8 @@ class StageLayouts:
             return sent
         if reader is None:
             return replicated(self.decisions.types[value].rank)
-        rule, strategy = rule_of(reader, self.decisions.types), self.decisions.strategy(reader)
-        return Sharding(
-            operand_sharding(rule, strategy, self.decisions.mesh, reader.inputs.index(value)).dims
-        )
+        rule, operand = rule_of(reader, self.decisions.types), reader.inputs.index(value)
+        return Sharding(operand_sharding(rule, *self.decisions.cut(reader), operand).dims)
 
     def joins(self, fragment: Fragment, value: int) -> bool:
         """Whether a fragment takes what all microbatches made of a value; the step's inputs are whole as they are."""

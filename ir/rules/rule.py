@@ -156,8 +156,9 @@ def _codes(rule: Rule, dims: tuple[Dim, ...], strategy: Strategy) -> tuple[int, 
 
 def _sums(rule: Rule, code: int, result: int) -> bool:
     """Whether a result is summed over what a code cuts; other results of the op may have it as a dim."""
-    cut, here = rule.cut_by(code), {f for dim in rule.results[result] for f in dim}
-    return here.isdisjoint(cut) and any(rule.factors[f].reduction == "sum" for f in cut)
+    cut = rule.cut_by(code)
+    summed = any(rule.factors[f].reduction == "sum" for f in cut)
+    return summed and not any(f in dim for dim in rule.results[result] for f in cut)
 
 
 def settled_axes(rule: Rule, strategy: Strategy, mesh: Mesh) -> dict[str, tuple[str, ...]]:

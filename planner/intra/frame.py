@@ -22,6 +22,7 @@ from ...ir.rules.rule import NONE, Rule, Strategy
 from ...ir.sharding import Sharding, replicated
 from ..cost.kernels import Kernels
 from .catalogue import StrategyTable
+from .inside import may_send
 from .layouts import Layouts
 from .outline import Decides, Free, How, Named, Outline, Reading, Slot, outline_of
 from .strategies import Splits
@@ -167,8 +168,6 @@ class Frame:
     def _one_of(self, form: int, group: list[Decides]) -> CostClass:
         op, rule, taken = group[0].op, group[0].rule, self.taken[group[0].op.tag]
         timed = np.array(group[0].timed)
-        settles = any(factor.reduction not in ("", "sum") for factor in rule.factors)
-        settles = settles or bool(rule.joints) or op.has("joined")
         return CostClass(
             [s.op.tag for s in group],
             form,
@@ -177,7 +176,7 @@ class Frame:
             taken.numbers,
             timed[:, None],
             taken.cuts,
-            settles,
+            may_send(op, rule),
         )
 
     @cached_property

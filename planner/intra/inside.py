@@ -35,6 +35,12 @@ class Sent:
     hides: bool = False
 
 
+def may_send(op: Op, rule: Rule) -> bool:
+    """Whether an op sends something by itself under some strategy."""
+    reduces = any(factor.reduction not in ("", "sum") for factor in rule.factors)
+    return reduces or bool(rule.joints) or op.has("joined")
+
+
 def sent_inside(op: Op, rule: Rule, strategy: Strategy, mesh: Mesh) -> list[Sent]:
     """All that one run of an op sends by itself."""
     results = range(len(rule.operands), len(rule.operands) + len(rule.results))

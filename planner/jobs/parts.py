@@ -16,13 +16,14 @@ from typing import Literal
 
 import numpy as np
 
-from ...ir.analysis.roles import Role, roles
+from ...ir.analysis.roles import Role
 from ...ir.composites.bodies import FORWARD
 from ...ir.graph import Op
 from ...ir.ops import COMPOSITES, CONTRACTIONS
 from ...ir.plan import Collective
 from ...ir.program import Program
 from ...ir.rules import rule_of
+from ...ir.sharding import Sharding
 from ..cost.flop import flop
 from ..cost.kernels import FREE, kernels_of
 from ..cost.model import CostModel
@@ -32,9 +33,9 @@ from ..memory.ledger import Ledger
 from ..memory.lifetimes import lifetimes, ticks_of
 from ..memory.lives import Lifetimes
 from ..memory.storage import storage_of
-from ..report.moves import spoken
+from ..report.chosen import prices_of
 from .pinned import STATE_AXES, Parallelism, Pinned
-from .sent import moves, settlements
+from .sendings import sendings
 
 Place = Literal["embedding", "layer", "head"]
 GRADIENT = 4  # bytes per accumulated gradient: fp32, as Megatron-LM and PyTorch FSDP keep them
@@ -207,22 +208,21 @@ class _Sorting:
         """What several ops read in one layout travels once per pass; what an all-to-all brought
         is as large as what it took, so the backward pass finds it kept. Sums of what the update makes (a norm of all
         gradients) wait for the gradients, and hide behind nothing."""
-        names, origin = spoken(self.space), self._origins()
-        seen: set[tuple[str, int, str]] = set()
-        for item in self.space.transfers:
-            reader = item.reader if item.reader in self.phase else item.source.rpartition(":")[0]
-            entries = moves(self.space, self.choices, item, names)
-            swapped = all(entry.kind == "all_to_all" for entry in entries)
-            key = origin(item.source), int(item.wanted[0]), "" if swapped else item.phase
-            for entry in entries if key not in seen else ():
-                self._add(
-                    entry,
-                    self._payer(item.source, reader, entry),
-                    self._kind(item.source, item.phase),
-                )
+        origin, seen = self._origins(), set[tuple[str, Sharding, str]]()
+        orders = {op.tag: order for op in self.graph.ops if (order := self.pinned.order(op))}
+        for each in sendings(prices_of(self.space, self.choices, self.cost, orders)):
+            if each.wanted is None:
+                for entry in each.entries:
+                    self._add(entry, each.reader, "exchange")
+                continue
+            maker = each.source.rpartition(":")[0]
+            reader = each.reader if each.reader in self.phase else maker
+            swapped = all(entry.kind == "all_to_all" for entry in each.entries)
+            key = origin(each.source), each.wanted, "" if swapped else each.phase
+            for entry in each.entries if key not in seen else ():
+                payer = self._payer(each.source, reader, entry)
+                self._add(entry, payer, self._kind(each.source, each.phase))
             seen.add(key)
-        for op, entry in settlements(self.space, self.choices):
-            self._add(entry, op.tag, "exchange")
 
     def _origins(self) -> Callable[[str], str]:
         """Leads a value's tag to what it is a copy of: made for one pass, held by a barrier, or made
@@ -318,7 +318,7 @@ class _Sorting:
     def _roles(self) -> dict[int, Role]:
         """Roles of the inputs. What the forward pass does not read is no parameter, whatever its dims look like:
         moments of a table of positions have a row for each place of the one sequence that a rank has."""
-        known = roles(self.graph)
+        known = dict(self.pinned.roles)
         unread = [
             p
             for p, role in known.items()

@@ -157,9 +157,11 @@ class Pinned:
         self.runs = runs
         self.mesh = parallelism.mesh
         self.types, self.tags = self.graph.types, program.value_tags
+        self._rules: dict[int, Rule] = {}
         self.phase_of = {
             op.tag: phase for op, phase in zip(self.graph.ops, program.phases, strict=True)
         }
+        self.roles = roles(self.graph)
         self.batch = followed(self.graph, example_dims(self.graph))
         self.positions = Positions(self.graph)
         self.attention = Attention(program)
@@ -218,13 +220,13 @@ class Pinned:
         """Axes over which a product owes a sum."""
         if op.kind != "dot_general":
             return frozenset()
-        rule = rule_of(op, self.types)
+        rule = self._rule(op)
         return result_sharding(rule, self.strategy(op, rule), self.mesh, 0).partial
 
     def _as_left(self, op: Op, rule: Rule) -> Strategy:
         """A gradient owes its sum to the update, but for ZeRO-2 and 3: these keep the shard that the state has."""
         maker = self._makers[op.inputs[0]]
-        made = rule_of(maker, self.types)
+        made = self._rule(maker)
         which = maker.outputs.index(op.inputs[0])
         layout = result_sharding(made, self.strategy(maker, made), self.mesh, which)
         found = follow(rule, 0, layout, self.mesh.names)
@@ -233,6 +235,12 @@ class Pinned:
         settled = layout.partial.intersection(STATE_AXES) if kept else frozenset[str]()
         codes = zip(self.mesh.names, found.axes, strict=True)
         return Strategy(tuple(kept[0] if axis in settled else code for axis, code in codes))
+
+    def _rule(self, op: Op) -> Rule:
+        """The same as `rule_of`, kept: every tracker asks for it."""
+        if id(op) not in self._rules:
+            self._rules[id(op)] = rule_of(op, self.types)
+        return self._rules[id(op)]
 
     @cached_property
     def _makers(self) -> dict[int, Op]:
@@ -293,8 +301,7 @@ class Pinned:
             return True
         readers = self._readers.get(op.outputs[0], ()) if op.kind == "copy" else ()
         return any(
-            reader.kind == "dot_general"
-            and self._shares(self.tensor, reader, rule_of(reader, self.types))
+            reader.kind == "dot_general" and self._shares(self.tensor, reader, self._rule(reader))
             for reader in readers
         )
 
@@ -350,9 +357,9 @@ class Pinned:
     ) -> Examples:
         """Dims of state inputs that `seed(tag, shape)` names, followed through these phases and
         back from the optimizer to the gradients it reads."""
-        found, known = Examples(self.types), roles(self.graph)
+        found = Examples(self.types)
         for position, value in enumerate(self.graph.inputs):
-            if known.get(position) in ("parameter", "optimizer"):
+            if self.roles.get(position) in ("parameter", "optimizer"):
                 dims = seed(self.graph.input_tags[position], self.types[value].shape)
                 if dims:
                     found.dims[value] = dict(dims)
@@ -374,7 +381,7 @@ class Pinned:
         for op, phase in zip(reversed(self.graph.ops), reversed(self.program.phases), strict=True):
             if phase != "update" or op.regions or op.kind == "optimization_barrier":
                 continue
-            rule = rule_of(op, self.types)
+            rule = self._rule(op)
             if rule.opaque:
                 continue
             for value, mine in self._read_alike(found, op, rule):
@@ -396,7 +403,7 @@ class Pinned:
             if op.kind != "dot_general" and found.dims.keys().isdisjoint(op.outputs):
                 continue
             if op.kind == "dot_general" or op.kind in PASSING:
-                for value, mine in self._read_alike(found, op, rule_of(op, self.types)):
+                for value, mine in self._read_alike(found, op, self._rule(op)):
                     maker = self._makers.get(value)
                     if value not in found.dims and maker is not None and maker.kind in PASSING:
                         found.dims[value] = mine
@@ -404,7 +411,7 @@ class Pinned:
     def _follow_readers(self, found: Examples) -> None:
         """What scalars and constants make (the mask of a dropout) is made in the shards that its readers want."""
         for op in reversed(self.graph.ops):
-            rule = rule_of(op, self.types)
+            rule = self._rule(op)
             if rule.opaque or op.regions:
                 continue
             for value, mine in self._read_alike(found, op, rule):

@@ -15,7 +15,7 @@ from ...ir.rules.rule import Strategy
 from ..cost.kernels import kernels_of
 from ..cost.model import CostModel
 from ..cost.ways import Ways
-from ..intra.inside import Inside, Sent
+from ..intra.inside import Inside, Sent, may_send
 from ..intra.outline import often
 from ..intra.space import Space
 from ..intra.uneven import ring_work, unevenness
@@ -62,9 +62,14 @@ class LocalPrices:
         return op.tag in self.space.own and op.kind not in (*COLLECTIVES, *CONTROL_FLOW)
 
     def nbytes(self, op: LocalOp) -> float:
-        """Of a collective: of the larger of its operand and result."""
-        larger = max((*op.inputs, *op.outputs), key=lambda v: self.local.local(v).size)
-        return self.prices.wire_bytes(self.local.local(larger))
+        """Of a collective: of the larger of its operand and result. Of dims that do not divide, as of others."""
+        return max(map(self._held_bytes, (*op.inputs, *op.outputs)))
+
+    def _held_bytes(self, value: int) -> float:
+        """What one device holds of a value."""
+        shard = self.local.shards[value]
+        many = self.local.microbatches if shard.time is not None else 1
+        return self.prices.wire_bytes(shard.whole) / (shard.sharding.ways(self.local.mesh) * many)
 
     def move(self, op: LocalOp) -> float:
         """Of what brings a value to another layout; programs are read in order, as several steps may follow."""
@@ -109,6 +114,8 @@ class LocalPrices:
 
     def inside(self, op: LocalOp) -> list[tuple[Sent, float, float]]:
         """What a composite sends while it runs, its bytes and its seconds; the rest is there as ops."""
+        if not may_send(self.graph_ops[op.tag], self.local.rule(op)):
+            return []
         inside = self._inside(op)
         if not (sent := inside.sent()):
             return []

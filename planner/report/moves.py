@@ -59,7 +59,7 @@ def find_collectives(
     names = spoken(prices.space)
     for op, runs in prices.runs():
         for entry in sent_by(prices, op, runs, names):
-            _count(found, repeated(entry, often.get(op.reader or op.tag, 1)))
+            count_entry(found, repeated(entry, often.get(op.reader or op.tag, 1)))
     return sorted(found.values(), key=lambda c: -c.seconds)
 
 
@@ -95,7 +95,8 @@ def repeated(entry: Collective, times: int) -> Collective:
     return entry.model_copy(update={"count": entry.count * times, "seconds": entry.seconds * times})
 
 
-def _count(found: dict[object, Collective], entry: Collective) -> None:
+def count_entry(found: dict[object, Collective], entry: Collective) -> None:
+    """Add a communication to those found, its count and seconds to those of an equal one."""
     key = (entry.kind, entry.axes, entry.nbytes, entry.what, entry.phase)
     old = found.get(key)
     if old is not None:

@@ -17,8 +17,9 @@ from ..pipeline.single import exchanges, memory_by_cause, once_alike, price_sing
 from ..problem import Problem
 from ..request import ProgramKind
 from ..trace import Trace
+from .chosen import slots_of
 from .moves import repeated
-from .of_plan import collectives_of, flop_of, notes_of, opaque_of, proof_of, slots_of, tensors_of
+from .of_plan import collectives_of, flop_of, notes_of, opaque_of, proof_of, tensors_of
 from .usage import axis_uses
 
 BESIDES = (  # whatever the meshes of stages

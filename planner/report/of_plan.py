@@ -19,7 +19,7 @@ from ...ir.ops import ATTENTION, CONTRACTIONS, LOSSES
 from ...ir.passes.batch_stats import statistics_of
 from ...ir.passes.localize import localize
 from ...ir.passes.microbatch import Refusal
-from ...ir.plan import EXACT, Collective, Estimate, Layout, Plan, PlannedBatch, Proof, Tensor
+from ...ir.plan import EXACT, Collective, Estimate, Plan, PlannedBatch, Proof, Tensor
 from ...ir.rules import rule_of
 from ...ir.sharding import Sharding
 from ...ir.units import counted
@@ -34,6 +34,7 @@ from ..search.candidates import Candidate, SearchResult
 from ..search.meshes import some_groups
 from ..solver.onehot import relative_gap
 from ..trace import Trace
+from .chosen import slots_of
 from .local_prices import LocalPrices
 from .moves import find_collectives, spoken
 from .usage import axis_uses
@@ -104,14 +105,6 @@ def collectives_of(
     """All that a plan sends, whose layouts were chosen from a space; `often` as `find_collectives` takes it."""
     local = localize(space.program, plan)
     return find_collectives(LocalPrices(local, space, cost, plan.strategies), often)
-
-
-def slots_of(space: Space, choices: tuple[int, ...]) -> dict[str, Layout]:
-    return {
-        node.tag: Layout.of(choice)
-        for node, index in zip(space.nodes, choices, strict=True)
-        if isinstance(choice := node.choices[index], Sharding)
-    }
 
 
 def _estimate(found: SearchResult, communication: float) -> Estimate:
