@@ -84,7 +84,7 @@ class Running:
     @property
     def medians(self) -> dict[str, float]:
         clock, busy, host = (statistics.median(each) for each in zip(*self.times, strict=True))
-        many = len(self.lowered.driver.events) if isinstance(self.lowered, LoweredPipeline) else 1
+        many = len(self.lowered.driver.turns) if isinstance(self.lowered, LoweredPipeline) else 1
         return {"seconds": clock, "busy": busy, "host": host, "instructions": many}
 
 

@@ -16,8 +16,11 @@ from meshwright.backends.runtime.programs import StageDevices, StageProgram
 from meshwright.backends.runtime.recorder import Recorder
 from meshwright.ir.errors import ProcessError
 from meshwright.ir.graph import Graph, Op, TensorType
+from meshwright.ir.local.pipeline import Move, RankOp, RankProgram, Run, StageInput
+from meshwright.ir.local.program import Shard
 from meshwright.ir.pipeline.borders import Message
-from meshwright.ir.pipeline.schedule import in_flight
+from meshwright.ir.pipeline.instructions import events
+from meshwright.ir.pipeline.schedule import Schedule, in_flight
 from meshwright.ir.pipeline.stages import Fragment, Stages
 from meshwright.ir.sharding import replicated
 from meshwright.planner.pipeline.schedules import one_f_one_b
@@ -127,14 +130,18 @@ class Layers:
             Message((value,), size, "f64", replicated(2), {to: replicated(2)})
             for value, to in fragment.sends
         )
-        return StageProgram(fragment, (), fragment.takes, frozenset(), messages, call)
 
-    def passes(self, s: int) -> dict:
+        def run(*operands):
+            token, totals, gives, sent, results = call(*operands)
+            return token, totals, gives, sent[: len(messages)], results
+
+        return StageProgram(fragment, (), fragment.takes, frozenset(), messages, run)
+
+    def passes(self, s: int) -> dict[str, StageProgram]:
         last = s == self.count - 1
         gradient = () if last else (self.gradient[s + 1],)
         here = () if s == 0 else (self.x[s],)
         found = [
-            (None, self.fragment("prepare", s)),
             (forward, self.fragment(
                 "forward", s, (self.x[s], self.w[s]), gives=(self.x[s + 1],),
                 sends=() if last else ((self.x[s + 1], s + 1),),
@@ -144,24 +151,38 @@ class Layers:
                 sends=() if s == 0 else ((self.gradient[s], s - 1),), drops=(*here, self.x[s + 1], *gradient),
             )),
         ]  # fmt: skip
-        return {(f.kind, s): self.program(call, f) for call, f in found}
+        each = {f"{f.kind} {s}": self.program(call, f) for call, f in found}
+        late = self.fragment("update", s, (self.w[s], self.total[s]), results=(s,))
+        return each | {f"update 0 {s}": self.program(update, late)}
+
+    def ranks(self, schedule: Schedule) -> list[RankProgram]:
+        """A stage on each rank."""
+        whole, rows = (TensorType("f64", (n, WIDTH)) for n in (WIDTH, ROWS))
+        shard, moved = Shard(whole, replicated(2)), Shard(rows, replicated(2), time=0)
+        inputs = [[StageInput(self.w[s], s, shard)] for s in range(self.count)]
+        inputs[0].append(StageInput(self.x[0], 0, Shard(rows, replicated(2))))
+        ops: list[list[RankOp]] = [[] for _ in inputs]
+        for event in events(schedule):
+            (rank, each), *others = event
+            if each.what in ("forward", "backward"):
+                ops[rank].append(Run(f"{each.what} {each.stage}", each.microbatch))
+            for there, _ in others:
+                phase = "forward" if each.what == "send-activation" else "backward"
+                value = self.x[each.other] if phase == "forward" else self.gradient[each.stage]
+                ends = (value,), each.stage, each.other
+                for kind, here, other in (("send", rank, there), ("receive", there, rank)):
+                    move = Move(kind, phase, *ends, other, moved, moved, each.microbatch)
+                    ops[here].append(move)
+        for s, found in enumerate(ops):
+            found.append(Run(f"update 0 {s}"))
+        return [RankProgram(tuple(i), tuple(o)) for i, o in zip(inputs, ops, strict=True)]
 
     def driver(self, devices: NumpyDevices, meshes) -> PipelineDriver:
         each = range(self.count)
-        passes = {key: program for s in each for key, program in self.passes(s).items()}
-        updates = [
-            self.program(
-                update, self.fragment("update", s, (self.w[s], self.total[s]), results=(s,))
-            )
-            for s in each
-        ]
+        passes = {name: program for s in each for name, program in self.passes(s).items()}
         inputs = (self.x[0], *self.w[: self.count])
         types = {v: TensorType("f64", (WIDTH, WIDTH)) for v in inputs}
-        of = lambda kind: tuple(passes[kind, s].fragment for s in each)  # noqa: E731
-        cut = Stages(
-            of("prepare"), of("forward"), of("backward"), (), (tuple(p.fragment for p in updates),),
-            homes=((0,), *((s,) for s in each)), ends=tuple(each),
-        )  # fmt: skip
+        cut = Stages((), (), (), (), (), homes=((0,), *((s,) for s in each)), ends=tuple(each))
         stages = [
             StageDevices(
                 meshes[s], dict.fromkeys(inputs, replicated(2)), {}, (self.total[s],),
@@ -171,7 +192,8 @@ class Layers:
         ]  # fmt: skip
         schedule = one_f_one_b(self.count, MICROBATCHES)
         graph = Graph(types, inputs, (), tuple(each))
-        return PipelineDriver(devices, schedule, graph, cut, stages, passes, [updates], True)
+        ranks = self.ranks(schedule)
+        return PipelineDriver(devices, schedule, ranks, graph, cut, stages, passes, True)
 
 
 def drivers(stages: int, processes: int) -> tuple[list[PipelineDriver], dict]:
@@ -239,7 +261,10 @@ def test_a_late_process_is_named_with_the_instruction_that_waits(monkeypatch, at
     monkeypatch.setattr(rendezvous, "leave", leave)
     with pytest.raises(ProcessError):
         driver.run(leaves(2))
-    assert said[0].what == "rank 0 at 0RECV_B0<1 waited 1 s for process 1."
+    assert (
+        said[0].what
+        == "rank 0 at `receive backward v7 from stage 1 of rank 1 to stage 0 microbatch 0` waited 1 s for process 1."
+    )
     assert said[0].where == "process 0 of 2" and "MESHWRIGHT_DEADLINE=SECONDS" in said[0].fix
 
 
@@ -248,7 +273,8 @@ def test_a_process_that_ended_is_named_with_the_instruction_that_failed(at_exit)
     mailboxes[frozenset({2}), frozenset({3})].put(GONE)
     with pytest.raises(ProcessError) as found:
         driver.run(leaves(4))
-    assert found.value.what == "rank 3 at 3RECV_F0<2 failed while it waited for process 2."
+    waits = "receive forward v3 from stage 2 of rank 2 to stage 3 microbatch 0"
+    assert found.value.what == f"rank 3 at `{waits}` failed while it waited for process 2."
     assert (
         at_exit
         and found.value.origin == "the peer is gone"

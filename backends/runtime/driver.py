@@ -1,12 +1,12 @@
 """Run a step as a pipeline of stages, each on devices of its own, from one process or from several.
 
-    driver = PipelineDriver(devices, schedule, graph, cut, stages, passes, rounds, in_turn=False)
+    driver = PipelineDriver(devices, schedule, ranks, graph, cut, stages, passes, in_turn=False)
     results = driver.run(leaves)
 
-The driver walks the events of all ranks in their common order and dispatches what its process takes part in.
-Dispatch is asynchronous: programs of different devices run side by side, and a program starts when its operands
-have arrived. A forward result lives until the last pass that reads it; gradients are added up on the devices;
-the optimizer runs once, in rounds.
+The driver walks the programs of all ranks (`ir/local/pipeline.py`), the same that `show --program` prints, in one
+common order and dispatches what its process takes part in. Dispatch is asynchronous: programs of different devices
+run side by side, and a program starts when its operands have arrived. A forward result lives until the last pass
+that reads it; gradients are added up on the devices; the optimizer runs once, in rounds.
 
 With several processes each calls the same step. Arrays of the host are the same in all of them.
 """
@@ -17,13 +17,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ...ir.graph import Graph
-from ...ir.pipeline.instructions import MOVES, PASSES, Event, Instruction, events
-from ...ir.pipeline.schedule import Kind, Schedule, Step
+from ...ir.local.pipeline import Move, RankProgram, Run, name_rank_op
+from ...ir.local.turns import Turns, answer
+from ...ir.pipeline.borders import Message
+from ...ir.pipeline.schedule import Schedule, Step
 from ...ir.pipeline.stages import Stages
 from ...ir.sharding import replicated
 from .devices import Devices
@@ -32,11 +34,9 @@ from .rendezvous import Rendezvous
 
 Watch = Callable[[int, Step, Sequence[Any], Any, float | None], None]
 Store = dict[int, Any]
-Place = tuple[str | int, int]  # a pass and its stage, or a round of updates and its stage
-KINDS: dict[str, Kind] = {  # instruction -> the pass that it is, or whose result it sends
-    "forward": "forward", "backward": "backward", "input-grad": "backward", "weight-grad": "weight",
-    "send-activation": "forward", "send-gradient": "backward",
-}  # fmt: skip
+Moves = tuple[Move, ...]  # from one stage to another, of one microbatch
+Part = Literal["start", "passes", "updates"]  # of what a rank does in a step
+PARTS: dict[str, Part] = {"start": "start", "prepare": "start", "update": "updates"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,19 @@ class Channel:
     processes: frozenset[int]
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What comes next in the common order, and `what` to say of this process if it waits there in vain.
+
+    Of a send and its receive it is the send, whose rank it is; `channel` is the way of moves.
+    """
+
+    rank: int
+    op: Run | Moves
+    what: str
+    channel: Channel | None = None
+
+
 @dataclass(eq=False)
 class PipelineDriver:
     """A pipelined step on flat leaves; each result lies on the devices of its stage.
@@ -55,21 +68,22 @@ class PipelineDriver:
     and microbatch, for the ranks of this process. `watch(rank, step, taken, token, began)` is told of each
     pass of this process when it is dispatched, with what it takes of its microbatch; the token is ready when
     the pass is done. `began` is the clock (`time.perf_counter`) before its dispatch if all was there by then.
+    A step of a schedule may be two passes.
 
     Args:
+        ranks: what each rank runs.
         graph: of the step, prepared, with the numbers of values that the programs know.
-        passes: by kind and stage.
-        rounds: of updates, each with a program per stage.
+        passes: by name.
         in_turn: of what several processes run together, wait for each before the next.
     """
 
     devices: Devices
     schedule: Schedule
+    ranks: Sequence[RankProgram]
     graph: Graph
     cut: Stages
     stages: Sequence[StageDevices]
-    passes: Mapping[tuple[str, int], StageProgram]
-    rounds: Sequence[Sequence[StageProgram]]
+    passes: Mapping[str, StageProgram]
     in_turn: bool
     watch: Watch | None = None
     peaks: list[int] = field(default_factory=list)
@@ -78,12 +92,12 @@ class PipelineDriver:
         self.owners = [self.devices.processes_of(stage.mesh) for stage in self.stages]
         self.here = [self.devices.process in owners for owners in self.owners]
         self.rendezvous = Rendezvous(self.devices, self.in_turn)
-        self.late = [
-            {v for p in programs for v in p.fragment.takes}
-            for programs in zip(*self.rounds, strict=True)
-        ]
-        self.messages = self._messages()
+        self.late: list[set[int]] = [set() for _ in self.stages]
+        for program in self.passes.values():
+            if program.fragment.kind == "update":
+                self.late[program.fragment.stage].update(program.fragment.takes)
         self.copies: dict[tuple[int, int, tuple[int, ...]], Channel] = {}
+        self.turns = self._turns()
 
     @cached_property
     def moments(self) -> list[Sequence[Any]]:
@@ -95,23 +109,43 @@ class PipelineDriver:
             for stage, here in zip(self.stages, self.here, strict=True)
         ]
 
-    def _messages(self) -> dict[tuple[Place, int], tuple[list[int], Channel]]:
-        """(program, stage it sends to) -> which of its messages go there, and how."""
-        programs: dict[Place, StageProgram] = {
-            **self.passes,
-            **{(k, p.fragment.stage): p for k, each in enumerate(self.rounds) for p in each},
+    @cached_property
+    def messages(self) -> dict[tuple[int, tuple[int, ...]], Message]:
+        """By the stage that sends and the values."""
+        return {
+            (program.fragment.stage, message.values): message
+            for program in self.passes.values()
+            for message in program.messages
         }
-        found = {}
-        for key, program in programs.items():
-            for to in sorted({stage for message in program.messages for stage in message.arrivals}):
-                sent = [k for k, message in enumerate(program.messages) if to in message.arrivals]
-                messages = [program.messages[k] for k in sent]
-                routes = [Route(p.shape, p.dtype, p.leaves, p.arrivals[to]) for p in messages]
-                found[key, to] = sent, self._channel(routes, key[1], to)
-        assert not any(kind == "weight" for (kind, _), _ in found), (
-            "gradients of weights leave with the updates"
-        )
-        return found
+
+    def _turns(self) -> list[Turn]:
+        """The common order; the way of what moves is the same for all microbatches."""
+        turns, channels = list[Turn](), dict[object, Channel]()
+        for rank, op in Turns(self.ranks):
+            if isinstance(op, Run):
+                turns.append(Turn(rank, op, f"rank {rank} at `{name_rank_op(op)}`"))
+                continue
+            first = op[0]
+            way = first.phase, first.sender, first.receiver, *(move.values for move in op)
+            if way not in channels:
+                routes = [self._route(move) for move in op]
+                channels[way] = self._channel(routes, first.sender, first.receiver)
+            turns.append(Turn(rank, op, self._told(rank, first), channels[way]))
+        return turns
+
+    def _told(self, rank: int, move: Move) -> str:
+        """At what a rank of this process is: the receiving one, if it is here."""
+        if move.rank is not None and self.here[move.receiver]:
+            return f"rank {move.rank} at `{name_rank_op(answer(move, rank))}`"
+        return f"rank {rank} at `{name_rank_op(move)}`"
+
+    def _route(self, move: Move) -> Route:
+        arrives = move.arrives.sharding
+        if move.phase == "start":
+            kind = move.leaves.whole
+            return Route(kind.shape, kind.dtype, move.leaves.sharding, arrives)
+        message = self.messages[move.sender, move.values]
+        return Route(message.shape, message.dtype, message.leaves, message.arrivals[move.receiver])
 
     def _channel(self, routes: Sequence[Route], sender: int, receiver: int) -> Channel:
         transfer = self.devices.transfer(
@@ -120,20 +154,18 @@ class PipelineDriver:
         return Channel(transfer, frozenset(self.owners[sender] | self.owners[receiver]))
 
     @cached_property
-    def events(self) -> list[Event]:
-        """What all ranks do, in one common order."""
-        routes: dict[tuple[Kind, int], list[int]] = {}
-        kinds: tuple[Kind, ...] = ("forward", "backward")
-        for (place, stage), to in self.messages:
-            for kind in kinds:
-                if place == kind:
-                    routes.setdefault((kind, stage), []).append(to)
-        return events(self.schedule, routes=routes)
-
-    @cached_property
     def order(self) -> list[tuple[int, Step]]:
-        """All passes in the order of their dispatch."""
-        return [(rank, _step(each)) for ((rank, each), *_) in self.events if each.what in PASSES]
+        """All steps of the schedule in the order of their dispatch."""
+        runs = ((turn.rank, turn.op) for turn in self.turns if isinstance(turn.op, Run))
+        return [*dict.fromkeys((r, step) for r, run in runs if (step := self.step_of(run)))]
+
+    def step_of(self, run: Run) -> Step | None:
+        """The step of the schedule that a pass is part of: gradients of weights may be of a whole backward step."""
+        fragment = self.passes[run.name].fragment
+        if run.microbatch is None or fragment.kind in ("prepare", "update"):
+            return None
+        step = Step(fragment.kind, fragment.stage, run.microbatch)
+        return step if step in self.schedule.rank_of else step._replace(kind="backward")
 
     @cached_property
     def joint(self) -> bool:
@@ -148,29 +180,29 @@ class PipelineDriver:
     # ------------------------------------------------------------ inputs
 
     def placed(self, leaves: Sequence[Any]) -> list[Store]:
-        """Per stage the inputs that it reads, on its devices."""
+        """Per stage the inputs that it has at the start, on its devices. What only the first of those processes can
+        read, it hands to the others."""
         stores = [Store() for _ in self.stages]
+        by_value = dict(zip(self.graph.inputs, leaves, strict=True))
+        homes = dict(zip(self.graph.inputs, self.cut.homes, strict=True))
         moves: dict[tuple[int, int], list[int]] = {}
-        put: list[list[tuple[int, Any]]] = [[] for _ in self.stages]
-        for leaf, value, where in zip(leaves, self.graph.inputs, self.cut.homes, strict=True):
-            home, *others = where
-            there = self.joint and self.devices.lies_on(leaf, self.stages[home].mesh)
-            for stage in where[:1] if there else where:
-                put[stage].append((value, leaf))
-            for stage in others if there else ():
-                moves.setdefault((home, stage), []).append(value)
-        for stage, found in enumerate(put):
+        put: list[list[int]] = [[] for _ in self.stages]
+        for each in (each for rank in self.ranks for each in rank.inputs):
+            home, leaf = homes[each.value][0], by_value[each.value]
+            alone = self.joint and self.devices.lies_on(leaf, self.stages[home].mesh)
+            if alone and each.stage != home:
+                moves.setdefault((home, each.stage), []).append(each.value)
+            else:
+                put[each.stage].append(each.value)
+        for stage, values in enumerate(put):
             if self.here[stage]:
-                stores[stage] |= self._put(stage, found)
-        for (home, stage), values in moves.items():
+                to = self.stages[stage]
+                given, layouts = [by_value[v] for v in values], [to.inputs[v] for v in values]
+                arrays = self.devices.place(given, to.mesh, layouts)
+                stores[stage] |= zip(values, arrays, strict=True)
+        for (home, stage), values in sorted(moves.items()):
             self._copy(home, stage, values, stores)
         return stores
-
-    def _put(self, stage: int, found: Sequence[tuple[int, Any]]) -> Store:
-        to, values = self.stages[stage], [value for value, _ in found]
-        layouts = [to.inputs[value] for value in values]
-        arrays = self.devices.place([leaf for _, leaf in found], to.mesh, layouts)
-        return dict(zip(values, arrays, strict=True))
 
     def _copy(self, home: int, stage: int, values: list[int], stores: list[Store]) -> None:
         """Inputs from the stage where they lie to another that reads them too."""
@@ -212,15 +244,12 @@ class PipelineDriver:
         return call()[0] if len(group) == 1 else self.rendezvous.run(what, group, call)
 
 
-def _step(each: Instruction) -> Step:
-    return Step(KINDS[each.what], each.stage, each.microbatch)
-
-
 @dataclass
 class StepRun:
     """One step on its way: `steady` lives for the step, `flight` for one microbatch on one stage.
 
-    `leaving` is what passes made for stages of other ranks that have not come to take it.
+    `leaving` is what passes made for other stages that have not come to take it: by the stage that made it, the
+    values, the microbatch and the stage that takes it.
     """
 
     driver: PipelineDriver
@@ -231,9 +260,10 @@ class StepRun:
         self.flight = [
             [Store() for _ in range(driver.schedule.microbatches)] for _ in driver.stages
         ]
-        self.leaving: dict[tuple[Place, int, int], list[Any]] = {}
+        self.leaving: dict[tuple[int, tuple[int, ...], int | None, int], Any] = {}
         self.pieces: list[dict[int, list[Any]]] = [{} for _ in driver.stages]
-        self.begun: list[set[tuple[int, int]]] = [set() for _ in driver.schedule.orders]
+        self.begun: list[set[tuple[int, int]]] = [set() for _ in driver.ranks]
+        self.part: list[Part] = ["start" for _ in driver.ranks]
         self.sums: list[Store] = [
             self._zeros(s) if driver.here[s] else {} for s in range(len(driver.stages))
         ]
@@ -246,117 +276,78 @@ class StepRun:
 
     def step(self) -> list[Any]:
         """The step's results, as far as they lie in this process; None for others."""
-        driver = self.driver
-        for stage in range(len(driver.stages)):
-            if driver.here[stage]:
-                self._prepare(stage)
-        for event in driver.events:
-            rank, each = event[0]
-            if each.what in PASSES:
-                self._pass(rank, _step(each))
-            elif each.what in MOVES:
-                self._move(event)
-        self._settle()
-        results: list[Any] = [None] * len(driver.cut.ends)
-        for number, programs in enumerate(driver.rounds):
-            for program in programs:
-                self._update(number, program, results)
+        results: list[Any] = [None] * len(self.driver.cut.ends)
+        for turn in self.driver.turns:
+            if isinstance(turn.op, Run):
+                self._run(turn, turn.op, results)
+            else:
+                self._move(turn, turn.op)
         return results
 
-    def _prepare(self, stage: int) -> None:
-        driver = self.driver
-        program, store = driver.passes["prepare", stage], self.steady[stage]
-        if program.fragment.gives:
-            kept = [store[v] for v in program.keeps]
-            _, _, gives, _, _ = driver.call(
-                program, f"stage {stage} at its start", driver.moments[stage][0], [], kept
-            )
-            store |= zip(program.fragment.gives, gives, strict=True)
-        store |= {v: store[source] for v, source in driver.stages[stage].same.items()}
+    def _come_to(self, rank: int, part: Part) -> None:
+        """What a rank does between the parts of its step."""
+        if part != "start" and self.part[rank] == "start":
+            for stage in filter(self.driver.here.__getitem__, self.driver.schedule.held[rank]):
+                store, same = self.steady[stage], self.driver.stages[stage].same
+                store |= {v: store[source] for v, source in same.items()}
+        if part == "updates" and self.part[rank] != "updates":
+            for stage in self.driver.schedule.held[rank]:
+                self._settle(stage)
+        self.part[rank] = part
 
-    def _pass(self, rank: int, step: Step) -> None:
-        """Dispatch a pass, then let go of what it was the last to read.
+    # ------------------------------------------------------------ passes
 
-        Where some microbatches of a schedule have weight passes, a backward step without one is both programs.
-        """
-        driver, told = self.driver, None
-        if not driver.here[step.stage]:
+    def _run(self, turn: Turn, run: Run, results: list[Any]) -> None:
+        program = self.driver.passes[run.name]
+        kind = program.fragment.kind
+        self._come_to(turn.rank, PARTS.get(kind, "passes"))
+        if not self.driver.here[program.fragment.stage]:
             return
-        both = driver.schedule.splits and driver.schedule.whole(step)
-        for each in (step, step._replace(kind="weight")) if both else (step,):
-            program, flight = (
-                driver.passes[each.kind, step.stage],
-                self.flight[step.stage][step.microbatch],
-            )
-            if program.fragment.ops:
-                taken, token, began = self._dispatch(program, rank, each)
-                told = (taken, token, began) if told is None else (told[0], token, told[2])
-            for value in program.fragment.drops:
-                flight.pop(value, None)
-        if driver.watch is not None and told is not None:
-            driver.watch(rank, step, *told)
-        self._count(rank, step)
+        if kind == "prepare":
+            self._prepare(program, turn.what)
+        elif kind == "update":
+            self._update(program, turn.what, results)
+        else:
+            self._pass(turn, run, program)
 
-    def _dispatch(
-        self, program: StageProgram, rank: int, step: Step
-    ) -> tuple[Sequence[Any], Any, float | None]:
-        """What a pass takes of its microbatch, its token, and the clock before it if all was there by then."""
-        driver, (_, stage, m), fragment = self.driver, step, program.fragment
+    def _prepare(self, program: StageProgram, what: str) -> None:
+        stage, driver = program.fragment.stage, self.driver
+        kept = [self.steady[stage][v] for v in program.keeps]
+        _, _, gives, _, _ = driver.call(program, what, driver.moments[stage][0], [], kept)
+        self.steady[stage] |= zip(program.fragment.gives, gives, strict=True)
+
+    def _pass(self, turn: Turn, run: Run, program: StageProgram) -> None:
+        """Dispatch a pass, then let go of what it was the last to read."""
+        driver, fragment, m = self.driver, program.fragment, run.microbatch
+        assert m is not None
+        stage, step = fragment.stage, driver.step_of(run)
+        assert step is not None
         flight, sums, store = self.flight[stage][m], self.sums[stage], self.steady[stage]
         taken = [flight[v] if v in flight else store[v] for v in program.keeps]
         totals = [sums.pop(v) for v in fragment.totals]
-        what, moving = f"rank {rank} at {step}", [flight[v] for v in program.keeps if v in flight]
+        moving = [flight[v] for v in program.keeps if v in flight]
         began = (
             perf_counter()
             if driver.watch is not None and all(map(driver.devices.is_ready, moving))
             else None
         )
         token, totals, gives, sent, _ = driver.call(
-            program, what, driver.moments[stage][m], totals, taken
+            program, turn.what, driver.moments[stage][m], totals, taken
         )
         sums |= zip(fragment.totals, totals, strict=True)
         flight |= zip(fragment.gives, gives, strict=True)
-        self._leave(program, rank, step, sent)
-        return moving, token, began
+        self._leave(program, sent, m)
+        for value in fragment.drops:
+            flight.pop(value, None)
+        if driver.watch is not None:
+            driver.watch(turn.rank, step, moving, token, began)
+        self._count(turn.rank, step)
 
-    def _leave(self, program: StageProgram, rank: int, step: Step, sent: Sequence[Any]) -> None:
-        """What a pass sends: at once to stages of its rank, else when the schedule says so."""
-        key, driver = (step.kind, step.stage), self.driver
-        for to in {stage for message in program.messages for stage in message.arrivals}:
-            indices, channel = driver.messages[key, to]
-            arrays = [sent[k] for k in indices]
-            if to in driver.schedule.held[rank]:
-                found = driver.carry(channel, arrays, f"rank {rank} at {step}")
-                self._arrived(program, indices, found, self.flight[to][step.microbatch])
-            else:
-                self.leaving[key, step.microbatch, to] = arrays
-
-    def _move(self, event: Event) -> None:
-        """A send and its receive."""
-        (rank, send), (there, receive) = event
-        key, m, to = (KINDS[send.what], send.stage), send.microbatch, send.other
-        driver, arrays = self.driver, self.leaving.pop((key, m, to), None)
-        indices, channel = driver.messages[key, to]
-        what = f"rank {there} at {receive}" if driver.here[to] else f"rank {rank} at {send}"
-        found = driver.carry(channel, arrays, what)
-        self._arrived(driver.passes[key], indices, found, self.flight[to][m])
-
-    def _arrived(
-        self,
-        program: StageProgram,
-        indices: Sequence[int],
-        found: Sequence[Any] | None,
-        store: Store,
-    ) -> None:
-        for k, array in zip(indices, found or (), strict=found is not None):
-            values = program.messages[k].values
-            store.update(
-                zip(
-                    values,
-                    [array] if len(values) == 1 else self.driver.devices.scalars(array),
-                    strict=True,
-                )
-            )
+    def _leave(self, program: StageProgram, sent: Sequence[Any], microbatch: int | None) -> None:
+        """What a pass sends waits for its moves."""
+        for message, array in zip(program.messages, sent, strict=True):
+            for to in message.arrivals:
+                self.leaving[program.fragment.stage, message.values, microbatch, to] = array
 
     def _count(self, rank: int, step: Step) -> None:
         begun = self.begun[rank]
@@ -366,37 +357,50 @@ class StepRun:
             begun.discard((step.stage, step.microbatch))
         self.driver.peaks[rank] = max(self.driver.peaks[rank], len(begun))
 
-    def _settle(self) -> None:
-        """What the passes leave for the updates: totals, and values of each microbatch; the rest is let go of."""
-        for stage, (steady, sums) in enumerate(zip(self.steady, self.sums, strict=True)):
-            steady |= sums
-            sums.clear()
-            for flight in self.flight[stage]:
-                for value, array in flight.items():
-                    self.pieces[stage].setdefault(value, []).append(array)
-                flight.clear()
-            steady |= {v: arrays[-1] for v, arrays in self.pieces[stage].items()}
-            late = self.driver.late[stage]
-            for value in steady.keys() - late:
-                del steady[value]
-            for value in self.pieces[stage].keys() - late:
-                del self.pieces[stage][value]
+    # ------------------------------------------------------------ moves
 
-    def _update(self, number: int, program: StageProgram, results: list[Any]) -> None:
-        fragment, stage, driver = program.fragment, program.fragment.stage, self.driver
-        if not (fragment.ops or fragment.results or program.messages):
-            return
-        sent = self._updated(program, results) if driver.here[stage] else None
-        for to in sorted({s for message in program.messages for s in message.arrivals}):
-            indices, channel = driver.messages[(number, stage), to]
-            arrays = None if sent is None else [sent[k] for k in indices]
-            found = driver.carry(
-                channel, arrays, f"the update of stage {to}, for what stage {stage} sends,"
+    def _move(self, turn: Turn, moves: Moves) -> None:
+        """What one stage hands to another: a copy, or a send and its receive."""
+        driver, first = self.driver, moves[0]
+        assert turn.channel is not None
+        for rank in (turn.rank, *([] if first.rank is None else [first.rank])):
+            self._come_to(rank, PARTS.get(first.phase, "passes"))
+        arrays = [self._left(move) for move in moves] if driver.here[first.sender] else None
+        found = driver.carry(turn.channel, arrays, turn.what)
+        store = self.steady[first.receiver]
+        if first.microbatch is not None:
+            store = self.flight[first.receiver][first.microbatch]
+        for move, array in zip(moves, found or (), strict=found is not None):
+            several = len(move.values) > 1
+            store |= zip(
+                move.values, driver.devices.scalars(array) if several else [array], strict=True
             )
-            self._arrived(program, indices, found, self.steady[to])
 
-    def _updated(self, program: StageProgram, results: list[Any]) -> Sequence[Any]:
-        """Run a program of a round; what it sends."""
+    def _left(self, move: Move) -> Any:
+        if move.phase == "start":
+            return self.steady[move.sender][move.values[0]]
+        return self.leaving.pop((move.sender, move.values, move.microbatch, move.receiver))
+
+    # ------------------------------------------------------------ updates
+
+    def _settle(self, stage: int) -> None:
+        """What the passes leave for the updates: totals, and values of each microbatch; the rest is let go of."""
+        steady, sums, pieces = self.steady[stage], self.sums[stage], self.pieces[stage]
+        steady |= sums
+        sums.clear()
+        for flight in self.flight[stage]:
+            for value, array in flight.items():
+                pieces.setdefault(value, []).append(array)
+            flight.clear()
+        steady |= {v: arrays[-1] for v, arrays in pieces.items()}
+        late = self.driver.late[stage]
+        for value in steady.keys() - late:
+            del steady[value]
+        for value in pieces.keys() - late:
+            del pieces[value]
+
+    def _update(self, program: StageProgram, what: str, results: list[Any]) -> None:
+        """Run a program of a round."""
         fragment, stage, driver = program.fragment, program.fragment.stage, self.driver
         store = self.steady[stage]
         kept = [self.pieces[stage][v] if v in program.joins else store[v] for v in program.keeps]
@@ -404,11 +408,10 @@ class StepRun:
         for value in fragment.drops:
             store.pop(value, None)
             self.pieces[stage].pop(value, None)
-        what = f"the update of stage {stage}"
         _, _, gives, sent, made = driver.call(
             program, what, driver.moments[stage][0], given_up, kept
         )
         store |= zip(fragment.gives, gives, strict=True)
+        self._leave(program, sent, None)
         for position, array in zip(fragment.results, made, strict=True):
             results[position] = array
-        return sent

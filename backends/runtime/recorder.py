@@ -76,6 +76,7 @@ class Recorder:
             self.driver.devices.wait(taken)
             ready = (began or perf_counter()) - self._begin
             self.driver.devices.wait(token)
+            ready, _ = self._seen.get(step, (ready, ready))  # of two passes the first
             self._seen[step] = (ready, perf_counter() - self._begin)
             del heard, taken, token
 

@@ -1,7 +1,7 @@
 """Programs that several processes run together: one order, one at a time, and none waited for without end.
 
     rendezvous = Rendezvous(processes, in_turn=False, deadline=60)
-    result = rendezvous.run("rank 1 at 1RECV_F0<0", {0, 1}, call)      # call() -> (result, token)
+    result = rendezvous.run("rank 1 at `forward 1 microbatch 0`", {0, 1}, call)      # call() -> (result, token)
 
 All processes dispatch such programs in the same order. On GPUs that is enough: a device runs what it is
 given in order. On CPUs it is not: programs whose operands are ready run side by side, in any order, and then

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from ...ir.errors import LoweringError
 from ...ir.graph import Graph, TensorType
-from ...ir.local.pipeline import PassProgram
+from ...ir.local.pipeline import PassProgram, RankProgram
 from ...ir.passes.contract import run_passes
 from ...ir.passes.decisions import Decisions
-from ...ir.passes.localize_pipeline import localize_pass
+from ...ir.passes.localize_pipeline import localize_pass, pass_names, pipeline_program
 from ...ir.passes.order import TORCH_PASSES
 from ...ir.pipeline.borders import ProgramBorder, StageLayouts, borders
 from ...ir.pipeline.schedule import Schedule
@@ -45,9 +45,13 @@ class StagePart:
 
 @dataclass(frozen=True)
 class StagedProgram:
-    """A step as the programs of pipeline stages. `outputs`: the ranks and the layout of each result."""
+    """A step as the programs of pipeline stages, and in which order each rank of the pipeline runs them.
+
+    `outputs`: the ranks and the layout of each result.
+    """
 
     schedule: Schedule
+    ranks: tuple[RankProgram, ...]
     graph: Graph
     cut: Stages
     stages: tuple[StagePart, ...]
@@ -78,7 +82,11 @@ def lower_pipeline(plan: Plan, graph: Graph) -> StagedProgram:
     for number, each in enumerate(layouts):
         each.know_inputs(step.inputs_of(number))
     found = borders(layouts, step.cut, frozenset())
-    passes = tuple(_pass(layouts[border.fragment.stage], border) for border in found)
+    passes = tuple(
+        _pass(layouts[border.fragment.stage], border, name)
+        for border, name in zip(found, pass_names(found), strict=True)
+    )
+    program = pipeline_program(step, layouts, found, [each.program for each in passes])
     assert plan.pipeline is not None
     meshes = [
         RankMesh(part.mesh, plan.pipeline.first[rank])
@@ -90,7 +98,7 @@ def lower_pipeline(plan: Plan, graph: Graph) -> StagedProgram:
     outputs = tuple((meshes[s], layouts[s].ends(o)) for o, s in enumerate(step.cut.ends))
     groups = layouts[0].decisions.groups
     return StagedProgram(
-        step.schedule, step.program.graph, step.cut, stages, passes, outputs, groups
+        step.schedule, program.ranks, step.program.graph, step.cut, stages, passes, outputs, groups
     )
 
 
@@ -110,11 +118,10 @@ def _check(plan: Plan) -> None:
         )
 
 
-def _pass(layouts: StageLayouts, border: ProgramBorder) -> StagePass:
-    fragment = border.fragment
-    found = localize_pass(layouts, border, f"{fragment.kind} {fragment.stage}")
+def _pass(layouts: StageLayouts, border: ProgramBorder, name: str) -> StagePass:
+    found = localize_pass(layouts, border, name)
     program = run_passes(found.program, TORCH_PASSES, whole=False)
-    return StagePass(border, replace(found, program=program), layouts.timed(fragment))
+    return StagePass(border, replace(found, program=program), layouts.timed(border.fragment))
 
 
 def _part(

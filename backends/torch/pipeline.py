@@ -51,14 +51,11 @@ class PipelineSteps:
         self._next = dict(state)
         self.leaves: list[Any] = [None] * len(program.graph.inputs)
         self._results: list[Held] = []
-        passes = [_stage_program(program, each, arrays, rank, meet) for each in program.passes]
-        updates = [p for p in passes if p.fragment.kind == "update"]
-        count = len(program.stages)
         self.driver = PipelineDriver(
-            RankDevices(rank, program.rank_count, post), program.schedule, program.graph, program.cut,
+            RankDevices(rank, program.rank_count, post), program.schedule, program.ranks, program.graph, program.cut,
             [_stage_devices(stage) for stage in program.stages],
-            {(p.fragment.kind, p.fragment.stage): p for p in passes if p.fragment.kind != "update"},
-            [updates[i : i + count] for i in range(0, len(updates), count)], in_turn=False,
+            {each.program.name: _stage_program(program, each, arrays, rank, meet) for each in program.passes},
+            in_turn=False,
         )  # fmt: skip
 
     def give(self, position: int, whole: Tensor) -> None:

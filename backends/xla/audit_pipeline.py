@@ -101,8 +101,7 @@ class _Walk:
             driver,
             devices=_Shapes(),
             stages=[replace(s, zeros=partial(_zeros, s.zeros)) for s in driver.stages],
-            passes={key: self._compiling(program) for key, program in driver.passes.items()},
-            rounds=[[self._compiling(program) for program in each] for each in driver.rounds],
+            passes={name: self._compiling(program) for name, program in driver.passes.items()},
         )
         stores = driver.placed(self.lowered.captured.binding.in_avals)
         self.inputs = [{id(each): each for each in store.values()} for store in stores]
@@ -139,7 +138,7 @@ class _Walk:
                 now.sums[each],
                 now.pieces[each],
             ]
-        arrays += [found for ((_, origin), _, _), found in now.leaving.items() if origin in held]
+        arrays += [array for (origin, *_), array in now.leaving.items() if origin in held]
         parts = {
             "held": _bytes(jax.tree.leaves(arrays)), "temporaries": float(stats.temp_size_in_bytes),
             "results": float(stats.output_size_in_bytes - stats.alias_size_in_bytes),

@@ -54,11 +54,11 @@ class StagePrograms:
         found = localize_pass(self.layouts, border, name)
         return replace(found, program=run_passes(found.program, PASSES, whole=False))
 
-    def build(self, border: ProgramBorder, name: str) -> StageProgram:
-        """Jit a fragment."""
+    def build(self, border: ProgramBorder, local: PassProgram) -> StageProgram:
+        """Jit what one device runs of a fragment."""
         fragment, messages = border.fragment, border.messages
         gone, kept = border.donates, border.keeps
-        body = _Body(self, border, self.pass_program(border, name).program)
+        body = _Body(self, border, local.program)
         ins = (
             PartitionSpec(),
             [*body.total_specs, *self._specs(gone)],
@@ -167,18 +167,16 @@ def _entering(array: Any, layout: Sharding) -> Any:
 
 def link(
     stages: Sequence[StagePrograms], cut: Stages, donated: frozenset[int]
-) -> tuple[dict[tuple[str, int], StageProgram], list[list[StageProgram]]]:
-    """Build all programs of a step: those of passes by (kind, stage), and the rounds of updates."""
+) -> tuple[list[PassProgram], dict[str, StageProgram]]:
+    """What one device runs of each fragment of a step, and all of them as programs, by name."""
     own = donated - _shared(stages, cut)
     found = borders([stage.layouts for stage in stages], cut, own)
-    names = pass_names(found)
-    built = [
-        stages[each.fragment.stage].build(each, name)
-        for each, name in zip(found, names, strict=True)
-    ]
-    passes = {(p.fragment.kind, p.fragment.stage): p for p in built if p.fragment.kind != "update"}
-    flat = [p for p in built if p.fragment.kind == "update"]
-    return passes, [flat[i : i + len(stages)] for i in range(0, len(flat), len(stages))]
+    passes, programs = list[PassProgram](), dict[str, StageProgram]()
+    for border, name in zip(found, pass_names(found), strict=True):
+        stage = stages[border.fragment.stage]
+        passes.append(stage.pass_program(border, name))
+        programs[name] = stage.build(border, passes[-1])
+    return passes, programs
 
 
 def _shared(stages: Sequence[StagePrograms], cut: Stages) -> set[int]:

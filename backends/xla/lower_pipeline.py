@@ -40,8 +40,7 @@ def lower_pipeline(
     }
     inputs = step.program.graph.inputs
     donated = frozenset(inputs[k] for k in captured.graph.donated & alone)
-    passes, rounds = link(stages, step.cut, donated)
-    return LoweredPipeline(plan, captured, step, stages, passes, rounds)
+    return LoweredPipeline(plan, captured, step, stages, *link(stages, step.cut, donated))
 
 
 def _stages(step: StagedStep, captured: Captured, devices: Any) -> list[StagePrograms]:

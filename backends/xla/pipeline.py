@@ -17,8 +17,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from ...ir.local.pipeline import PipelineProgram
-from ...ir.passes.localize_pipeline import pass_names, pipeline_program
+from ...ir.local.pipeline import PassProgram, PipelineProgram
+from ...ir.passes.localize_pipeline import pipeline_program
 from ...ir.pipeline.schedule import Schedule
 from ...ir.pipeline.staged import StagedStep
 from ...ir.pipeline.stages import Stages
@@ -43,19 +43,24 @@ class LoweredPipeline:
     captured: Captured
     step: StagedStep
     stages: Sequence[StagePrograms]
-    passes: Mapping[tuple[str, int], StageProgram]
-    rounds: Sequence[Sequence[StageProgram]]
+    local: Sequence[PassProgram]
+    passes: Mapping[str, StageProgram]  # the same as jitted programs, by name
     apart: Unstacked | None = None  # how the user's leaves were taken apart, layer by layer
 
     def __post_init__(self) -> None:
         totals = [
-            [v for (_, s), p in self.passes.items() if s == stage for v in p.fragment.totals]
+            [
+                v
+                for p in self.passes.values()
+                if p.fragment.stage == stage
+                for v in p.fragment.totals
+            ]
             for stage in range(self.cut.count)
         ]
         places = [stage.devices(own) for stage, own in zip(self.stages, totals, strict=True)]
         self.driver = PipelineDriver(
-            JaxDevices(), self.schedule, self.stages[0].local.graph, self.cut, places,
-            self.passes, self.rounds, on_cpus(self.stages[0].mesh),
+            JaxDevices(), self.schedule, self.program.ranks, self.stages[0].local.graph, self.cut, places,
+            self.passes, on_cpus(self.stages[0].mesh),
         )  # fmt: skip
 
     @property
@@ -68,14 +73,9 @@ class LoweredPipeline:
 
     @cached_property
     def program(self) -> PipelineProgram:
-        """What each rank runs: its passes as they run, sends and receives."""
-        borders = [*self.passes.values(), *(p for programs in self.rounds for p in programs)]
-        passes = [
-            self.stages[border.fragment.stage].pass_program(border, name)
-            for border, name in zip(borders, pass_names(borders), strict=True)
-        ]
+        """What each rank runs."""
         layouts = [stage.layouts for stage in self.stages]
-        return pipeline_program(self.step, layouts, borders, passes)
+        return pipeline_program(self.step, layouts, [*self.passes.values()], self.local)
 
     # ------------------------------------------------------------ as `Lowered`
 

@@ -191,7 +191,17 @@ def _input(found: PipelineProgram, each: StageInput) -> str:
 
 
 def show_rank_op(found: PipelineProgram, op: RankOp) -> str:
-    """`forward 0 microbatch 1`, or a send, receive or copy."""
+    """`forward 0 microbatch 1`, or a send, receive or copy with its types."""
+    if isinstance(op, Run):
+        return name_rank_op(op)
+    types = dict.fromkeys(
+        (_typed(found, op.sender, op.leaves), _typed(found, op.receiver, op.arrives))
+    )
+    return f"{name_rank_op(op)}: {' as '.join(types)}"
+
+
+def name_rank_op(op: RankOp) -> str:
+    """The same without types."""
     time = "" if op.microbatch is None else f" microbatch {op.microbatch}"
     if isinstance(op, Run):
         return op.name + time
@@ -201,10 +211,7 @@ def show_rank_op(found: PipelineProgram, op: RankOp) -> str:
     if op.kind == "receive":
         sender += f" of rank {op.rank}"
     values = " ".join(_values(op.values))
-    types = dict.fromkeys(
-        (_typed(found, op.sender, op.leaves), _typed(found, op.receiver, op.arrives))
-    )
-    return f"{op.kind} {op.phase} {values} from {sender} to {receiver}{time}: {' as '.join(types)}"
+    return f"{op.kind} {op.phase} {values} from {sender} to {receiver}{time}"
 
 
 def _typed(found: PipelineProgram, stage: int, shard: Shard) -> str:

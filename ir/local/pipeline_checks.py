@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import combinations, zip_longest
 
 from ..errors import GraphError
 from .checks import verify_local
 from .pipeline import Move, PassProgram, PipelineProgram, RankOp, Run, show_rank_op
 from .program import Shard, show_shard
+from .turns import Turns, answer
 
 
 def verify_pipeline(program: PipelineProgram) -> None:
@@ -49,7 +49,7 @@ def _check_pass(program: PipelineProgram, each: PassProgram) -> None:
 
 def _check_meetings(program: PipelineProgram, a: int, b: int) -> None:
     for mine, theirs in zip_longest(_moves(program, a, b), _moves(program, b, a)):
-        if mine is None or theirs is None or _answer(mine, a) != theirs:
+        if mine is None or theirs is None or answer(mine, a) != theirs:
             found = [
                 f"rank {r} comes to {_shown(program, op)}" for r, op in ((a, mine), (b, theirs))
             ]
@@ -58,11 +58,6 @@ def _check_meetings(program: PipelineProgram, a: int, b: int) -> None:
 
 def _moves(program: PipelineProgram, rank: int, other: int) -> Iterator[Move]:
     return (op for op in program.ranks[rank].ops if isinstance(op, Move) and op.rank == other)
-
-
-def _answer(move: Move, rank: int) -> Move:
-    """What the other rank does at a rank's send or receive."""
-    return replace(move, kind="receive" if move.kind == "send" else "send", rank=rank)
 
 
 # ---------------------------------------------------------------- once
@@ -92,42 +87,24 @@ class _Walk:
     """All ranks side by side, with what each stage has so far."""
 
     def __init__(self, program: PipelineProgram):
-        self.program = program
+        self.program, self.turns = program, Turns(program.ranks)
         self.has: list[dict[Place, Shard]] = [{} for _ in program.meshes]
         self.sent: list[dict[Place, Shard]] = [{} for _ in program.meshes]
         self.totals = {each.name: {v for v, _ in each.totals} for each in program.passes}
-        self.place = [0] * len(program.ranks)
         for rank in program.ranks:
             for each in rank.inputs:
                 self.has[each.stage][each.value, None] = each.shard
 
     def run(self) -> None:
-        ranks = range(len(self.program.ranks))
-        while any(self._step(rank) for rank in ranks):
-            pass
-        if stuck := [rank for rank in ranks if self._next(rank) is not None]:
-            found = [f"rank {rank} at {_shown(self.program, self._next(rank))}" for rank in stuck]
-            raise _broken("ends", f"ranks wait for ever: {', '.join(found)}", "the pipeline")
-
-    def _next(self, rank: int) -> RankOp | None:
-        ops = self.program.ranks[rank].ops
-        return ops[self.place[rank]] if self.place[rank] < len(ops) else None
-
-    def _step(self, rank: int) -> bool:
-        """Do what comes next, if all who take part have come to it."""
-        op = self._next(rank)
-        if op is None:
-            return False
-        if isinstance(op, Move):
-            if op.rank is not None:
-                if self._next(op.rank) != _answer(op, rank):
-                    return False
-                self.place[op.rank] += 1
-            self._move(op)
-        else:
-            self._pass(op)
-        self.place[rank] += 1
-        return True
+        for _, found in self.turns:
+            if isinstance(found, Run):
+                self._pass(found)
+            else:
+                for move in found:
+                    self._move(move)
+        waiting = [(r, self.turns.next(r)) for r in range(len(self.program.ranks))]
+        if stuck := [f"rank {r} at {_shown(self.program, op)}" for r, op in waiting if op]:
+            raise _broken("ends", f"ranks wait for ever: {', '.join(stuck)}", "the pipeline")
 
     def _move(self, move: Move) -> None:
         for value in move.values:
