@@ -129,6 +129,23 @@ def test_show_prints_what_each_rank_of_a_pipeline_runs(run, model, unstacked):
     assert len(program.ranks) == 2 and "\nrank 1 {" in out and "\n  send forward v" in out
 
 
+def test_a_pipeline_is_simulated_on_a_changed_cluster(run):
+    """From what its ranks run; nothing changed, the step is within a tenth of what the plan says."""
+    code, _, err = run("plan", "--model", "gpt-tiny-scan", *TWO_STAGES, "--schedule", "1f1b")
+    assert code == 0, err
+    seconds = []
+    for change in (("--overlap", "none"), ("--set", "device.memory_bandwidth=1 GB/s")):
+        code, out, err = run("simulate", "p.json", *change, "--format", "json")
+        assert code == 0, err
+        found = json.loads(out)
+        assert len(found["ranks"]) == 2
+        seconds.append(found["seconds"])
+    assert seconds[0] == pytest.approx(found["planned"], rel=0.1)
+    assert seconds[1] > 1.5 * seconds[0]
+    code, out, _ = run("simulate", "p.json", "--set", "device.memory_bandwidth=1 GB/s")
+    assert code == 0 and "rank 1" in out and "the plan says" in out
+
+
 def test_show_says_that_a_single_program_is_not_printed(run):
     code, _, err = run("plan", "--model", "gpt-tiny", *TWO_STAGES, "--program", "single")
     assert code == 0, err

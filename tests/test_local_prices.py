@@ -17,8 +17,10 @@ from meshwright.ir.composites.attention_op import composed
 from meshwright.ir.errors import InfeasibleError
 from meshwright.ir.local.program import ON_SHARDS
 from meshwright.ir.passes.localize import localize
+from meshwright.ir.passes.localize_pipeline import localize_pipeline
 from meshwright.ir.program import prepare
 from meshwright.models import build
+from meshwright.pipeline_view import simulated
 from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra.layouts import Layouts
 from meshwright.planner.intra.space import build as build_space
@@ -26,6 +28,7 @@ from meshwright.planner.jobs.pinned import Parallelism, Pinned
 from meshwright.planner.report.chosen import prices_of
 from meshwright.planner.report.instructions import PlanDecisions
 from meshwright.planner.report.local_prices import LocalPrices
+from meshwright.planner.report.pipeline_prices import PipelinePrices, simulate_pipeline
 from meshwright.planner.request import Request
 
 from .pipelines import captured_of
@@ -118,6 +121,36 @@ def test_tables_and_programs_of_stages_cost_the_same(name, microbatches):
     choices = (0,) * len(space.nodes)
     prices = LocalPrices(localize(program, plan), space, cost, plan.strategies)
     assert isclose(sum(seconds(prices)), space.serial(choices), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name, overlap",
+    [
+        ("llama-tiny", "none"),
+        *(pytest.param(n, o, marks=pytest.mark.slow) for n in ALIKE for o in ("none", "all")),
+    ],
+)
+def test_ranks_of_a_pipeline_take_what_the_tables_say(name, overlap):
+    """Passes, moves and the order of both. The tables take gradients that cross for as large as results, which they are
+    where nothing hides; exchanges of updates they count by units of the model."""
+    captured = captured_of(name)
+    request = Request(
+        pp=2, microbatches=4, recompute="none", overlap=overlap, schedule="1f1b", program="stages"
+    )
+    plan = plan_captured(captured, "8xh100", request, name)
+    graph = composed(captured.graph, plan.attention, plan.cluster)
+    small = prepare(fold(graph).small, plan.recompute, in_stages=True)
+    given = plan, localize_pipeline(plan, graph), small, Roofline(Cluster.parse("8xh100"))
+    stages = PipelinePrices(*given, plan.overlap).stages()
+    for work, told in zip(stages, plan.pipeline.stages, strict=True):
+        assert isclose(work.forward.seconds, told.forward_seconds, rel_tol=1e-9)
+        assert isclose(work.whole, told.backward_seconds, rel_tol=1e-9)
+    if overlap != "none":
+        return
+    run = simulate_pipeline(*given, plan.overlap).run
+    passes = max(end for task, end in zip(run.tasks, run.end, strict=True) if task.kind != "update")
+    by_plan = [each for each in simulated(plan).slices if each.kind != "update"]
+    assert isclose(passes, max(each.start + each.seconds for each in by_plan), rel_tol=1e-9)
 
 
 JOB = pricing.Shape("llama", 4, 272, 8, 8, 500, 1024, 256)  # 500 does not divide over 16

@@ -264,7 +264,9 @@ def test_a_rank_that_is_killed_ends_all_and_others_say_what_they_waited_for(proc
     Timer(1.0, os.kill, (processes._processes[2].pid, signal.SIGKILL)).start()
     with pytest.raises(ProcessError, match="rank 2 ended by signal 9") as found:
         processes.step()
-    assert re.match(r"rank \d at `[^`]+` failed while it waited for process", str(found.value.origin))
+    assert re.match(
+        r"rank \d at `[^`]+` failed while it waited for process", str(found.value.origin)
+    )
     for process in processes._processes:
         process.join(10)
         assert not process.is_alive()

@@ -65,8 +65,14 @@ def staged_step(plan: Plan, graph: Graph) -> StagedStep:
     cuts = [stage.cut for stage in pipeline.stages]
     cut = cut_stages(program, whole, cuts, plan.microbatches, schedule.splits)
     _check_ranks(schedule)
-    parts = tuple(plan.model_copy(update=_own_decisions(stage)) for stage in pipeline.stages)
-    return StagedStep(plan, schedule, program, cut, parts, _groups(plan, pipeline, program))
+    parts, groups = stage_plans(plan), _groups(plan, pipeline, program)
+    return StagedStep(plan, schedule, program, cut, parts, groups)
+
+
+def stage_plans(plan: Plan) -> tuple[Plan, ...]:
+    """Of each stage, the plan with the stage's mesh and decisions."""
+    stages = plan.pipeline.stages if plan.pipeline else ()
+    return tuple(plan.model_copy(update=_own_decisions(stage)) for stage in stages)
 
 
 def _check_ranks(schedule: Schedule) -> None:

@@ -14,6 +14,7 @@ from .ir.composites.attention_op import composed
 from .ir.errors import MismatchError, UsageError
 from .ir.execution import Execution
 from .ir.fingerprint import fingerprint
+from .ir.graph import Graph
 from .ir.local.pipeline import PipelineProgram
 from .ir.local.program import LocalProgram
 from .ir.passes.localize import localize
@@ -26,6 +27,7 @@ from .planner.cost.bands import band_of, told, weakest
 from .planner.cost.model import Roofline
 from .planner.pipeline.timeline import Timeline
 from .planner.report.instructions import Simulation, simulate_plan
+from .planner.report.pipeline_prices import PipelineSimulation, simulate_pipeline
 from .planner.request import Request, check_overlap
 from .tracing import Options
 
@@ -40,9 +42,9 @@ class Simulated:
 
     plan: Plan
     cluster: Cluster
-    result: Simulation
+    result: Simulation | PipelineSimulation
     band: str
-    hangs_on: str
+    hangs_on: str  # empty for pipelines
     execution: Execution
 
     @property
@@ -73,7 +75,7 @@ def simulate(
     overlap: str | None = None,
     **options: Any,
 ) -> Simulated:
-    """Simulate one step of a plan.
+    """Simulate one step of a plan, op by op as its local program has them.
 
     Args:
         plan: as made or loaded.
@@ -87,30 +89,50 @@ def simulate(
         MismatchError: the plan was made for another step, or the cluster has another size.
     """
     where = plan.cluster if cluster is None else Cluster.parse(cluster)
-    if plan.pipeline is not None:
-        raise UsageError(
-            "a pipeline is simulated from the seconds in its plan alone.", where=f"plan `{plan.name}`",
-            fix="meshwright simulate PLAN without --set and --overlap; or plan for the changed cluster",
-        )  # fmt: skip
-    if where.size != plan.mesh.size:
+    if where.size != plan.device_count:
         raise MismatchError(
-            f"the plan is for {counted(plan.mesh.size, 'device')}, the cluster has {where.size}.",
+            f"the plan is for {counted(plan.device_count, 'device')}, the cluster has {where.size}.",
             where=f"cluster {where.name}", fix="a cluster of as many devices, or plan again",
         )  # fmt: skip
     for path, value in (changes or {}).items():
         where = where.with_(path, value)
-    if where.size != plan.mesh.size:
+    if where.size != plan.device_count:
         raise MismatchError(
-            f"a change of size needs a new plan: {counted(plan.mesh.size, 'device')} became {where.size}.",
+            f"a change of size needs a new plan: {counted(plan.device_count, 'device')} became {where.size}.",
             where="changes", fix="meshwright plan",
         )  # fmt: skip
-    program = prepared(plan, step, args, options)
     beside = plan.overlap if overlap is None else Request(overlap=overlap).execution.overlap
     check_overlap(beside, where)
+    execution = Execution(plan.attention, beside, plan.loss)
+    if plan.pipeline is not None:
+        _check_stages(plan, "simulated op by op")
+        graph = _staged_graph(plan, _captured(plan, step, args, options))
+        small = prepare(fold(graph).small, plan.recompute, in_stages=True)
+        ranks = localize_pipeline(plan, graph)
+        found = simulate_pipeline(plan, ranks, small, Roofline(where), beside)
+        return Simulated(plan, where, found, told(where), "", execution)
+    program = prepared(plan, step, args, options)
     result = simulate_plan(plan, program, Roofline(where), beside)
     hangs_on = weakest(where, plan.mesh, result.compute, result.collectives)
-    execution = Execution(plan.attention, beside, plan.loss)
     return Simulated(plan, where, result, told(where), hangs_on, execution)
+
+
+def _check_stages(plan: Plan, what: str) -> None:
+    """Refuse a pipeline as a single program, which is no program of each rank."""
+    if plan.pipeline is not None and plan.pipeline.program == "single":
+        raise UsageError(
+            f"a pipeline as a single program is not {what} yet.", where=f"plan `{plan.name}`",
+            fix="a plan made with --program stages, which has passes, sends and receives",
+        )  # fmt: skip
+
+
+def _staged_graph(plan: Plan, captured: Captured) -> Graph:
+    """The step of a plan with a pipeline, its layers apart and with its batch, attention and losses as planned."""
+    assert plan.pipeline is not None
+    if plan.pipeline.unstacked:
+        captured = unstack(captured).captured
+    graph = composed(captured.graph, plan.attention, plan.cluster, plan.loss)
+    return graph if plan.batch is None else replace(graph, batch=plan.batch.known)
 
 
 def local_program(
@@ -127,17 +149,8 @@ def local_program(
     """
     if plan.pipeline is None:
         return localize(prepared(plan, step, args, options), plan)
-    if plan.pipeline.program == "single":
-        raise UsageError(
-            "a pipeline as a single program is not printed yet.", where=f"plan `{plan.name}`",
-            fix="a plan made with --program stages, which prints its passes, sends and receives",
-        )  # fmt: skip
-    captured = _captured(plan, step, args, options)
-    if plan.pipeline.unstacked:
-        captured = unstack(captured).captured
-    graph = composed(captured.graph, plan.attention, plan.cluster, plan.loss)
-    graph = graph if plan.batch is None else replace(graph, batch=plan.batch.known)
-    return localize_pipeline(plan, graph)
+    _check_stages(plan, "printed")
+    return localize_pipeline(plan, _staged_graph(plan, _captured(plan, step, args, options)))
 
 
 def prepared(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Program:

@@ -29,6 +29,7 @@ def simulate(
 ) -> None:
     """Simulate a step of a saved plan, with communication beside computation where the plan assumes it."""
     from ..ir.codec import check_writable, load_plan, write_whole
+    from ..planner.report.pipeline_prices import PipelineSimulation
     from ..simulation import simulate as run
 
     if trace is not None:
@@ -40,6 +41,9 @@ def simulate(
     found = run(loaded, changes=asked, overlap=overlap)
     if trace is not None:
         write_whole(trace, json.dumps(found.timeline.perfetto()))
+    if isinstance(found.result, PipelineSimulation):
+        _say_changed(found, format)
+        return
     if format is Format.json:
         say(json.dumps(_simulated(found), indent=1))
         return
@@ -106,6 +110,35 @@ def _simulate_pipeline(plan: Any, trace: Path | None, format: Format) -> None:
         say(
             f"rank {row['rank']:<3} busy {format_seconds(row['busy'])}, span {format_seconds(row['span'])}, "
             f"idle in it {row['idle']:.1%}, memory {format_bytes(row['peak_bytes'])}"
+        )
+
+
+def _say_changed(found: Any, format: Format) -> None:
+    """A pipeline on a changed cluster, op by op."""
+    from ..pipeline_view import LEGEND
+
+    result, planned, run = found.result, found.plan.estimate.step_seconds, found.result.run
+    ranks = [
+        {"rank": rank, "busy": run.busy(rank), "idle": run.idle(rank)}
+        for rank in sorted({task.device for task in run.tasks})
+    ]
+    if format is Format.json:
+        data = {
+            "seconds": found.seconds, "overlap": found.execution.overlap, "between": found.between,
+            "serial": result.serial, "planned": planned, "ranks": ranks, "band": found.band,
+        }  # fmt: skip
+        say(json.dumps(data, indent=1))
+        return
+    say(
+        f"step           {format_seconds(found.seconds)}{likely(found.between)}; {found.execution.beside}"
+    )
+    say(f"unoverlapped   {format_seconds(result.serial)}; the plan says {format_seconds(planned)}")
+    say(f"error          {found.band}")
+    say(found.timeline.text())
+    say(LEGEND)
+    for each in ranks:
+        say(
+            f"rank {each['rank']:<3} busy {format_seconds(each['busy'])}, idle {format_seconds(each['idle'])}"
         )
 
 
