@@ -112,6 +112,77 @@ def test_there_are_no_import_cycles():
     list(TopologicalSorter(graph).static_order())
 
 
+# ---------------------------------------------------------------- one place decides where a collective goes
+
+DECIDE = {"reshard", "operand_sharding", "result_sharding", "side_sharding", "settled_axes"}
+EMIT = {  # file -> what tells it to send
+    "backends/torch/collectives.py": "ops of the local program",
+    "backends/torch/handover.py": "moves of the rank programs",
+    "backends/xla/collectives.py": "ops of the local program",
+    "backends/xla/emit_composite.py": "joints of an op of the local program",
+    "backends/xla/emit_ring.py": "joints of an op of the local program",
+    "backends/xla/everywhere.py": "results that all processes shall read",
+    "backends/xla/handover.py": "moves of the rank programs",
+    "backends/xla/joins.py": "ops of the local program",
+    "backends/xla/measure.py": "measurements",
+    "backends/xla/microbench.py": "measurements",
+    "backends/xla/single.py": "the schedule of a pipeline as a single program",
+}
+SENDS = {
+    "jax.lax": {
+        *("psum", "psum_scatter", "pmax", "pmin", "pmean", "ppermute", "pshuffle", "pbroadcast"),
+        *("all_gather", "all_to_all"),
+    },
+    "torch.distributed": {
+        *("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "broadcast"),
+        *("reduce_scatter_tensor", "all_to_all", "all_to_all_single"),
+        *("send", "recv", "isend", "irecv", "P2POp"),
+    },
+}
+CALLED = {"jax.lax": "lax", "torch.distributed": "dist"}
+
+
+def _names(file: Path) -> set[str]:
+    """What a file names, by import or else."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.alias):
+            found.add(node.name)
+    return found
+
+
+def _sends(file: Path) -> bool:
+    """Whether a file names a collective of jax or torch."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        for module, names in SENDS.items():
+            imported = isinstance(node, ast.ImportFrom) and node.module == module
+            if imported and names & {alias.name for alias in node.names}:
+                return True
+            by_name = isinstance(node, ast.Attribute) and node.attr in names
+            if by_name and ast.unparse(node.value).rpartition(".")[2] == CALLED[module]:
+                return True
+    return False
+
+
+def test_only_localizing_decides_where_a_collective_goes():
+    """Backends neither compare layouts nor ask how an op wants its operands; within `ir` one pass brings values from
+    one layout to another. A pipeline as a single program is run in pieces: `backends/xla/single.py` says at which
+    borders of passes values are brought to another layout, how they get there the localizer does."""
+    for file in sources():
+        name = file.relative_to(ROOT)
+        if name.parts[0] == "backends":
+            assert not DECIDE & _names(file), f"{name} decides: {DECIDE & _names(file)}"
+        elif name.parts[0] == "ir" and "reshard" in _names(file):
+            assert name.match("ir/passes/localize*.py") or name == Path("ir/sharding.py"), name
+
+
+def test_what_sends_is_told_to():
+    found = {str(file.relative_to(ROOT)) for file in sources() if _sends(file)}
+    assert found == EMIT.keys()
+
+
 def test_links_lead_to_the_real_folders():
     for name in ("ir", "planner", "backends", "models"):
         link = ROOT / "src" / "meshwright" / name
