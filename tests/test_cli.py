@@ -134,15 +134,15 @@ def test_a_pipeline_is_simulated_on_a_changed_cluster(run):
     code, _, err = run("plan", "--model", "gpt-tiny-scan", *TWO_STAGES, "--schedule", "1f1b")
     assert code == 0, err
     seconds = []
-    for change in (("--overlap", "none"), ("--set", "device.memory_bandwidth=1 GB/s")):
+    for change in (("--overlap", "none"), ("--set", "device.memory_bandwidth=0.1 GB/s")):
         code, out, err = run("simulate", "p.json", *change, "--format", "json")
         assert code == 0, err
         found = json.loads(out)
         assert len(found["ranks"]) == 2
         seconds.append(found["seconds"])
     assert seconds[0] == pytest.approx(found["planned"], rel=0.1)
-    assert seconds[1] > 1.5 * seconds[0]
-    code, out, _ = run("simulate", "p.json", "--set", "device.memory_bandwidth=1 GB/s")
+    assert seconds[1] > 3 * seconds[0]
+    code, out, _ = run("simulate", "p.json", "--set", "device.memory_bandwidth=0.1 GB/s")
     assert code == 0 and "rank 1" in out and "the plan says" in out
 
 
