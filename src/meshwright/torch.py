@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,8 @@ def _parallelized(
     rank, world = _joined()
     where = Cluster.parse(f"{world}xcpu" if cluster is None else cluster)
     wanted = request or Request()
+    if wanted.pp != 1 and wanted.program is None:
+        wanted = replace(wanted, program="stages")  # what torch runs
     check_early(wanted, where)
     first = _told_by_first(torch.initial_seed() if seed is None else seed, world)
     with paused():
