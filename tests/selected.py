@@ -37,6 +37,17 @@ SELECTED: dict[str, tuple[str, ...]] = {
     ),
     "test_context_parallel.py::test_rows_dealt_out_evenly_in_layers": ("{'recompute': 'full'}",),
     "test_conventions.py::test_nnx_objects_are_updated_in_place_as_by_nnx_jit": ("jit",),
+    "test_crossings.py::test_a_model_of_torch_trains_on_xla_as_in_torch": (
+        "gpt, eight devices",
+        "convnet",
+    ),
+    "test_crossings.py::test_an_operation_of_torch_does_the_same_on_xla": (
+        "isfinite",
+        "log2",
+        "grouped products",
+        "largest",
+        "running",
+    ),
     "test_equality.py::test_recompute_and_microbatches_change_no_result": (
         "gpt-tiny-scan-selective",
     ),

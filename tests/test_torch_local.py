@@ -125,7 +125,16 @@ PLANS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("how", PLANS)
 @pytest.mark.parametrize(
-    "name", ["gpt-tiny", "llama-tiny", "mixtral-tiny", "wrn-tiny", "dlrm-tiny"]
+    "name",
+    [
+        "gpt-tiny",
+        "llama-tiny",
+        "mixtral-tiny",
+        "deepseek-tiny",
+        "vit-tiny",
+        "wrn-tiny",
+        "dlrm-tiny",
+    ],
 )
 def test_planned_steps_give_what_one_device_gives(name: str, how: str, fused: bool):
     if (name, how) == ("wrn-tiny", "microbatches"):

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from .backends.torch.ranks import outputs_of, steps_of, together
 from .collector import paused
 from .ir.cluster.cluster import Cluster
 from .ir.codec import parse_plan, sealed
-from .ir.errors import LoweringError, MeshwrightError, MismatchError
+from .ir.errors import LoweringError, MeshwrightError, MismatchError, UsageError
 from .ir.graph import TensorType
 from .ir.plan import Plan
 from .planner.request import Request, check_early
@@ -57,8 +57,9 @@ def parallelize(
     request: Request | None = None,
     before_update: Callable[[nn.Module], Any] | None = None,
     seed: int | None = None,
+    backend: Literal["torch", "xla"] = "torch",
 ) -> TorchStep:
-    """Plan a training step and make this process one of its ranks.
+    """Plan a training step and make this process one of its ranks, or with XLA run it on the devices of this process.
 
     Args:
         model: on CPUs; all ranks begin with the same parameters.
@@ -66,19 +67,21 @@ def parallelize(
         optimizer: over the model's parameters; its learning rates are read at each step, so that a scheduler may
             change them, its other options are fixed at capture.
         example_batch: the whole batch, as every step is given it; dim 0 is cut where the plan does.
-        cluster: what to plan for, with a device for each process; by default as many CPUs.
+        cluster: what to plan for, with a device for each process; by default as many CPUs. For XLA by default the
+            devices that jax sees.
         plan: use this plan instead of searching for one.
         request: pins and limits of the search.
         before_update: of the model, whose parameters have their gradients as `.grad`; it may change them:
             `lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)`. It is called once, at capture.
         seed: of random numbers, as dropout's: the same on every layout. By default torch's of the first process.
+        backend: "xla" compiles the step for all devices of this one process, by jax.
 
     Raises:
         CaptureError, PlanError, LoweringError: the step cannot be captured, planned or run.
     """
     change = None if before_update is None else lambda model, _: before_update(model)
     given = cluster, plan, request, seed
-    return _parallelized(model, loss, optimizer, example_batch, change, *given)
+    return _parallelized(model, loss, optimizer, example_batch, change, *given, backend)
 
 
 def step(
@@ -137,9 +140,17 @@ class StepFunction:
 def _parallelized(
     model: nn.Module, loss: Callable[..., Any], optimizer: torch.optim.Optimizer, example_batch: Any, change: Any,
     cluster: Cluster | str | Path | None, plan: Plan | None, request: Request | None, seed: int | None,
+    backend: Literal["torch", "xla"] = "torch",
 ) -> TorchStep:  # fmt: skip
     rank, world = _joined()
-    where = Cluster.parse(f"{world}xcpu" if cluster is None else cluster)
+    if backend == "xla" and world > 1:
+        raise UsageError(
+            f"XLA runs a torch step in one process, this run has {world}.",
+            where='backend="xla"',
+            fix="python, without torchrun; or backend='torch'",
+        )
+    local = Cluster.local() if backend == "xla" and cluster is None else f"{world}xcpu"
+    where = Cluster.parse(local if cluster is None else cluster)
     wanted = request or Request()
     if wanted.pp != 1 and wanted.program is None:
         wanted = replace(wanted, program="stages")  # what torch runs
@@ -150,13 +161,13 @@ def _parallelized(
     name = type(model).__name__
     if plan is None:
         plan = _planned_once(captured, where, wanted, name, rank, world)
-    if plan.device_count != world:
+    if backend == "torch" and plan.device_count != world:
         raise LoweringError(
             f"the plan is for {plan.device_count} devices, this run has {world} process{'es' * (world > 1)}.",
             where=f"plan `{plan.name}`",
             fix=f"torchrun --nproc-per-node {plan.device_count}, or a cluster of {world} devices",
         )
-    return TorchStep(model, optimizer, captured, plan, rank, example_batch)
+    return TorchStep(model, optimizer, captured, plan, rank, example_batch, backend)
 
 
 class TorchStep:
@@ -167,7 +178,8 @@ class TorchStep:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, captured: Captured, plan: Plan, rank: int, batch: Any
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, captured: Captured, plan: Plan, rank: int, batch: Any,
+        backend: Literal["torch", "xla"] = "torch",
     ):  # fmt: skip
         self.model, self.optimizer, self.captured, self.plan, self.rank = (
             model,
@@ -176,12 +188,18 @@ class TorchStep:
             plan,
             rank,
         )
-        keep_freed_memory()
         graph = captured.graph
-        program = lower(plan, graph)
-        arrays = arrays_in(program, graph, captured.binding.arrays)
-        self._steps, _ = steps_of(program, arrays, graph.state, rank)
-        self._places = outputs_of(program)
+        if backend == "xla":
+            from .torch_on_xla import XlaSteps
+
+            self._steps = XlaSteps(plan, captured)
+            self._places = self._steps.places
+        else:
+            keep_freed_memory()
+            program = lower(plan, graph)
+            arrays = arrays_in(program, graph, captured.binding.arrays)
+            self._steps, _ = steps_of(program, arrays, graph.state, rank)
+            self._places = outputs_of(program)
         self._given = [  # at each step
             k
             for k, name in enumerate(graph.input_names)

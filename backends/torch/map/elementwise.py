@@ -114,7 +114,8 @@ _LOGICAL = {"logical_and": "and", "logical_or": "or", "logical_xor": "xor"}
 
 def _binary(kind: str) -> Callable[..., Value]:
     def mapped(b: Builder, x: Operand, y: Operand) -> Value:
-        return b.elementwise(kind, x, y, dtype=b.made.dtype)
+        made = "and" if kind == "mul" and b.made.dtype == "bool" else kind
+        return b.elementwise(made, x, y, dtype=b.made.dtype)
 
     return mapped
 
