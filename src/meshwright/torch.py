@@ -14,6 +14,7 @@ parameters and state. A run of one process plans for one device.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,7 +40,13 @@ from .backends.torch.ranks import outputs_of, steps_of, together
 from .collector import paused
 from .ir.cluster.cluster import Cluster
 from .ir.codec import parse_plan, sealed
-from .ir.errors import LoweringError, MeshwrightError, MismatchError, UsageError
+from .ir.errors import (
+    LoweringError,
+    MeshwrightError,
+    MismatchError,
+    MissingDependencyError,
+    UsageError,
+)
 from .ir.graph import TensorType
 from .ir.plan import Plan
 from .planner.request import Request, check_early
@@ -143,12 +150,8 @@ def _parallelized(
     backend: Literal["torch", "xla"] = "torch",
 ) -> TorchStep:  # fmt: skip
     rank, world = _joined()
-    if backend == "xla" and world > 1:
-        raise UsageError(
-            f"XLA runs a torch step in one process, this run has {world}.",
-            where='backend="xla"',
-            fix="python, without torchrun; or backend='torch'",
-        )
+    if backend == "xla":
+        _check_xla(world)
     local = Cluster.local() if backend == "xla" and cluster is None else f"{world}xcpu"
     where = Cluster.parse(local if cluster is None else cluster)
     wanted = request or Request()
@@ -324,6 +327,21 @@ def _typed(array: np.ndarray[Any, Any], kind: TensorType) -> torch.Tensor:
     """An array as a tensor of its own, which it has the bits of."""
     tensor, dtype = tensor_of(array), torch_dtype(kind.dtype)
     return tensor if tensor.dtype == dtype else tensor.view(dtype)
+
+
+def _check_xla(world: int) -> None:
+    if world > 1:
+        raise UsageError(
+            f"XLA runs a torch step in one process, this run has {world}.",
+            where='backend="xla"',
+            fix="python, without torchrun; or backend='torch'",
+        )
+    if importlib.util.find_spec("jax") is None:
+        raise MissingDependencyError(
+            "jax is not installed, by which XLA is reached.",
+            where='backend="xla"',
+            fix="pip install 'meshwright[jax,torch]'",
+        )
 
 
 def _joined() -> tuple[int, int]:
