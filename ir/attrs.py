@@ -1,26 +1,40 @@
-"""Attributes: read by name and type; their values, plain, hashable, JSON-able, equal where they mean the same; and how
-texts write these.
+"""Attributes: read by name and type; their values, plain, hashable, equal where they mean the same; and how texts and
+JSON write these.
 
-kept           written
-2              2
-0.5            0.5
-"<float>2.0"   2.0      Python calls 2.0 == 2 == True equal; these must differ
-"<float>nan"   nan      is not equal to itself, and no JSON
-(0, "f32")     (0, 'f32')
+value           in texts       in JSON
+2               2              2
+real(2.0)       2.0            2.0                 is not 2
+real(-0.0)      -0.0           -0.0                is not 0.0
+real(nan)       nan            {"float": "nan"}    is itself
+(0, "f32")      (0, 'f32')     [0, "f32"]
 """
 
 from __future__ import annotations
 
 import ast
-from math import isfinite
-from typing import NoReturn, TypeAlias, TypeVar
+from math import isfinite, isnan
+from struct import pack
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from .errors import GraphError
+from .unchecked import is_dict, is_list
 
 _T = TypeVar("_T")
+_FLOAT = "float"  # of numbers that JSON does not have: {"float": "nan"}
 Attr: TypeAlias = "bool | int | float | str | tuple[Attr, ...] | None"
 
-_FLOAT = "<float>"
+
+class Real(float):
+    """A real number that equals only floats of the same bits: Python calls 2.0 == 2 == True and 0.0 == -0.0, and no
+    nan equal to itself."""
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, float) and pack("d", self) == pack("d", other)
+
+    def __hash__(self) -> int:
+        return 0 if isnan(self) else float.__hash__(self)
 
 
 class Attributed:
@@ -90,18 +104,13 @@ def integer_rows(attr: Attr) -> tuple[tuple[int, ...], ...] | None:
     return tuple(rows) if same and len(rows) == len(attr) else None
 
 
-def real(value: float) -> Attr:
-    """A real number as it is kept."""
-    return value if isfinite(value) and value != int(value) else f"{_FLOAT}{value!r}"
+def real(value: float) -> Real:
+    """A real number as attributes keep it; all nans as one."""
+    return Real("nan" if isnan(value) else value)
 
 
 def number(attr: Attr) -> float | None:
     """The number that an attribute is, if it is one."""
-    if isinstance(attr, str) and attr.startswith(_FLOAT):
-        try:
-            return float(attr.removeprefix(_FLOAT))
-        except ValueError:
-            return None
     return float(attr) if isinstance(attr, int | float) and not isinstance(attr, bool) else None
 
 
@@ -109,7 +118,7 @@ def spelled(attr: Attr) -> str:
     """As texts write it."""
     if isinstance(attr, tuple):
         return f"({', '.join(map(spelled, attr))}{',' * (len(attr) == 1)})"
-    return repr(attr) if not isinstance(attr, str) or number(attr) is None else repr(number(attr))
+    return repr(attr)
 
 
 def spelled_all(attrs: tuple[tuple[str, Attr], ...]) -> str:
@@ -145,3 +154,29 @@ def _read(node: ast.expr) -> Attr:
             return value
         case _:
             raise ValueError(ast.dump(node))
+
+
+def to_json(attr: Attr) -> Any:
+    """As JSON has it, which knows no nan and no infinity."""
+    if isinstance(attr, tuple):
+        return [*map(to_json, attr)]
+    if isinstance(attr, float) and not isfinite(attr):
+        return {_FLOAT: repr(attr)}
+    return attr
+
+
+def from_json(value: Any) -> Attr:
+    """What `to_json` gave.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if is_list(value):
+        return tuple(map(from_json, value))
+    if is_dict(value):
+        if value.keys() != {_FLOAT} or value[_FLOAT] not in ("nan", "inf", "-inf"):
+            raise ValueError(f"{value} is no attribute")
+        return real(float(value[_FLOAT]))
+    if not isinstance(value, bool | int | float | str | None):
+        raise ValueError(f"{value} is no attribute")
+    return real(value) if isinstance(value, float) else value

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from .attrs import Attr
+from .attrs import from_json, to_json
 from .errors import GraphError, MeshwrightError, MismatchError, PlanError
 from .files import PLAN, read_object, read_text
 from .fingerprint import fingerprint
@@ -25,10 +25,11 @@ from .graph import Batch, Constant, Graph, Op, Region, TensorType
 from .mistakes import in_words
 from .plan import PLAN_VERSION, Plan
 from .plan_checks import check_plan
-from .unchecked import is_list
 from .verify import verify
 
-GRAPH_VERSION = 2  # 2: dimension numbers and precision as attributes of their own
+GRAPH_VERSION = (
+    3  # 2: dimension numbers as attributes of their own; 3: attributes in words of no framework
+)
 CHECKSUM = "checksum"
 
 # ---------------------------------------------------------------- plans
@@ -195,7 +196,7 @@ def dump_graph(graph: Graph) -> str:
             "fingerprint": fingerprint(graph),
             "types": [[value, kind.dtype, kind.shape] for value, kind in graph.types.items()],
             "inputs": graph.inputs,
-            "constants": [[c.value, c.data] for c in graph.constants],
+            "constants": [[c.value, to_json(c.data)] for c in graph.constants],
             "ops": [_op_out(op) for op in graph.ops],
             "outputs": graph.outputs,
             "input_names": graph.input_names,
@@ -205,7 +206,8 @@ def dump_graph(graph: Graph) -> str:
             "input_tags": graph.input_tags,
             "input_counts": graph.input_counts,
             "batch": graph.batch and [*astuple(graph.batch)],
-        }
+        },
+        allow_nan=False,
     )
 
 
@@ -238,7 +240,7 @@ def _graph_in(data: dict[str, Any]) -> Graph:
         inputs=tuple(data["inputs"]),
         ops=tuple(_op_in(op) for op in data["ops"]),
         outputs=tuple(data["outputs"]),
-        constants=tuple(Constant(value, number) for value, number in data["constants"]),
+        constants=tuple(Constant(value, _number_in(number)) for value, number in data["constants"]),
         input_names=tuple(data["input_names"]),
         output_names=tuple(data["output_names"]),
         state=tuple((a, b) for a, b in data["state"]),
@@ -265,7 +267,7 @@ def _op_out(op: Op) -> dict[str, Any]:
     """Fields at their defaults are left out."""
     found: dict[str, Any] = {"kind": op.kind, "in": op.inputs, "out": op.outputs}
     if op.attrs:
-        found["attrs"] = dict(op.attrs)
+        found["attrs"] = {name: to_json(value) for name, value in op.attrs}
     if op.regions:
         found["regions"] = [
             {"in": r.inputs, "ops": [_op_out(inner) for inner in r.ops], "out": r.outputs}
@@ -287,7 +289,7 @@ def _op_in(data: dict[str, Any]) -> Op:
         kind=data["kind"],
         inputs=tuple(data["in"]),
         outputs=tuple(data["out"]),
-        attrs=tuple((name, _attr(value)) for name, value in data.get("attrs", {}).items()),
+        attrs=tuple((name, from_json(value)) for name, value in data.get("attrs", {}).items()),
         regions=tuple(regions),
         where=data.get("where", ""),
         tag=data.get("tag", ""),
@@ -295,5 +297,8 @@ def _op_in(data: dict[str, Any]) -> Op:
     )
 
 
-def _attr(value: Any) -> Attr:
-    return tuple(map(_attr, value)) if is_list(value) else value
+def _number_in(data: Any) -> bool | int | float | str:
+    found = from_json(data)
+    if found is None or isinstance(found, tuple):
+        raise ValueError(f"{data} is no constant")
+    return float(found) if isinstance(found, float) else found

@@ -4,7 +4,8 @@
     reshape        forwarding, alias, view; linear
     dot_general    kernel, contraction, summing; linear in either operand
 
-How an op's dims belong together is told by its rule (`rules/`), which also depends on attributes and types. A kind that
+Which attributes a kind has says `attributes.py`. How an op's dims belong together is told by its rule (`rules/`), which
+also depends on attributes and types. A kind that
 is not listed is opaque: nothing is known of it, so it has no trait.
 
     elementwise     an element of the result is made of those at its place; parameters know nothing of shapes
@@ -85,7 +86,6 @@ _ROWS: tuple[tuple[str, str, Linear], ...] = (
     ("broadcast_in_dim transpose", "forwarding view", FIRST),
     ("rev slice split unstack", "view", FIRST),
     ("optimization_barrier", "alias view", ALL),
-    ("device_put", "", ALL),
     ("concatenate", "movement", ALL),
     ("dynamic_slice", "movement", FIRST),
     ("dynamic_update_slice", "movement kernel", ((0, 1),)),

@@ -23,7 +23,9 @@ from .pipeline.schedule import Schedule, read_schedule
 from .sharding import Sharding
 from .units import counted
 
-PLAN_VERSION = 2  # 2: graphs have dimension numbers and precision as attributes of their own
+PLAN_VERSION = (
+    3  # 3: graphs, to whose fingerprints plans belong, have attributes in words of no framework
+)
 EXACT = (
     1e-6  # a gap up to which a plan is optimal: rounding of sums of seconds, and where solvers stop
 )

@@ -6,7 +6,7 @@
     region-arity        operands, regions and results of loops and branches agree in number and type
     state-pairs         a state input and the output that carries it on have equal types
     positions           donated inputs, names, tags and batch dims belong to inputs and outputs that exist
-    attributes          attributes are sorted by name, and plain data
+    attributes          attributes are sorted by name, those of the kind, and of the sort that it says (`attributes.py`)
 
 And of one that is cut over time (`verify_time`):
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from .attributes import unfit
 from .errors import GraphError
 from .graph import Graph, Op, TensorType
 from .passes.microbatch import TimeAxis
@@ -174,6 +175,9 @@ class _Check:
         names = [name for name, _ in op.attrs]
         if names != sorted(set(names)):
             raise _broken("attributes", f"attributes {names} are not sorted", op)
+        for name, value in op.attrs:
+            if (wrong := unfit(op.kind, name, value)) is not None:
+                raise _broken("attributes", wrong, op)
 
     def _state(self) -> None:
         graph = self.graph

@@ -362,7 +362,6 @@ def _rest() -> Iterator[tuple[Any, ...]]:
     yield grad(lambda x: lax.top_k(x, 2)[0]), normal(4, 8)
     yield lambda x: lax.approx_max_k(x, 2), normal(4, 8)
     yield grad(lambda x, y: lax.optimization_barrier((x, y))[0]), normal(4, 8), normal(2)
-    yield bind("device_put", **device_put_params()), normal(4, 8)
     key = jax.random.key(0)
     keys = jax.random.split(key, 4)
     yield lambda k: (jax.random.bits(k, (4, 8)), jax.random.split(k)), key
@@ -393,11 +392,6 @@ scaled_by_hand = by_hand(
 def layer_norm(x: Any, scale: Any) -> Any:
     centred = x - x.mean(-1, keepdims=True)
     return scale * centred * lax.rsqrt(centred.var(-1, keepdims=True) + 1e-5)
-
-
-def device_put_params() -> dict[str, Any]:
-    [eqn] = jax.make_jaxpr(jax.device_put)(1.0).eqns
-    return eqn.params
 
 
 FAMILIES = {

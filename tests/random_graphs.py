@@ -107,15 +107,14 @@ class _Drawing:
             case 4 if len(shape) == 2:
                 axis = 1 if kept else rng.randrange(2)
                 kind = rng.choice(["reduce_sum", "reduce_max"])
-                extra = {"out_sharding": None} if kind == "reduce_sum" else {}
-                made = self.add(kind, [x], (shape[1 - axis],), axes=(axis,), **extra)
+                made = self.add(kind, [x], (shape[1 - axis],), axes=(axis,))
             case 5 if len(shape) == 2 and not kept:
                 made = self.add("transpose", [x], shape[::-1], permutation=(1, 0))
             case 6 if not kept:
                 full = (*shape, rng.choice(SIZES))
                 made = self.spread(x, full, (0,)) if len(shape) == 1 else x
             case 7 if not kept:
-                told = {"dimension": 0, "shape": shape, "dtype": "f32", "sharding": None}
+                told = {"dimension": 0, "shape": shape, "dtype": "f32"}
                 counted = self.add("iota", [], shape, **told)
                 made = self.add("add", [x, counted], shape)
             case _:
@@ -124,9 +123,7 @@ class _Drawing:
             self.examples.add(made)
 
     def spread(self, x: int, shape: tuple[int, ...], dims: tuple[int, ...]) -> int:
-        return self.add(
-            "broadcast_in_dim", [x], shape, broadcast_dimensions=dims, shape=shape, sharding=None
-        )
+        return self.add("broadcast_in_dim", [x], shape, broadcast_dimensions=dims, shape=shape)
 
     def product(self, x: int, kept: bool) -> int:
         rows, width = self.types[x].shape
@@ -143,9 +140,7 @@ class _Drawing:
             lhs_contracting=(1,),
             rhs_batch=(),
             rhs_contracting=(0,),
-            precision=None,
-            preferred_element_type="f32",
-            out_sharding=None,
+            out_dtype="f32",
         )
 
 

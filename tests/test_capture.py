@@ -252,6 +252,14 @@ def test_a_placement_of_the_users_own_is_refused():
     assert "`sharding_constraint`" in refusal(step, f32(4))
 
 
+def test_a_result_that_the_user_places_is_refused():
+    axis = jax.sharding.AxisType.Explicit
+    there = jax.sharding.AbstractMesh((2,), ("x",), axis_types=(axis,))
+    rows = jax.sharding.NamedSharding(there, jax.sharding.PartitionSpec("x"))
+    step = lambda x: jax.lax.broadcast_in_dim(x.sum(), (4,), (), out_sharding=rows)  # noqa: E731
+    assert "`broadcast_in_dim(sharding=...)`" in refusal(step, f32(4))
+
+
 def test_a_leaf_that_is_no_array_is_refused_by_its_path():
     text = refusal(lambda batch: batch["x"], {"x": f32(4), "name": "train"})
     assert "'train' is a str, not an array." in text

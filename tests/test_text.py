@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from meshwright import models
 from meshwright.backends.xla.capture import capture
 from meshwright.ir.analysis.blocks import fold
-from meshwright.ir.attrs import number, read_all, real, spelled_all
+from meshwright.ir.attrs import from_json, number, read_all, real, spelled_all
 from meshwright.ir.codec import CHECKSUM, _digest, dump_graph, load_graph, load_plan, save_plan
 from meshwright.ir.errors import GraphError, MismatchError, PlanError
 from meshwright.ir.graph import Graph, Op, TensorType
@@ -74,9 +74,29 @@ def test_attributes_survive_text_and_json(value):
     told = (("told", value),)
     assert repr(read_all(spelled_all(told))) == repr(told)
     graph = Graph(
-        {v: TensorType("f32", ()) for v in (0, 1)}, (0,), (Op("sin", (0,), (1,), told),), (1,)
+        {v: TensorType("f32", ()) for v in (0, 1)},
+        (0,),
+        (Op("a kind of theirs", (0,), (1,), told),),
+        (1,),
     )
     assert load_graph(dump_graph(graph)).ops[0].attrs == told
+
+
+def test_attributes_are_equal_where_they_are_of_one_type_and_the_same_bits():
+    kept = [2, real(2.0), real(0.0), real(-0.0), 0, real(float("nan")), real(float("inf")), "2.0"]
+    assert len({*kept}) == len(kept)
+    assert all((a == b) == (k == n) for k, a in enumerate(kept) for n, b in enumerate(kept))
+    again = [real(float(repr(value))) for value in kept if isinstance(value, float)]
+    assert again == [value for value in kept if isinstance(value, float)]
+    assert (
+        (real(float("nan")),) == (real(-float("nan")),) and real(2.0) == 2.0 and real(2.0) + 1 == 3
+    )
+
+
+@pytest.mark.parametrize("text", ['{"float": "2"}', '{"nan": 1}', "{}"])
+def test_json_that_is_no_attribute_is_refused(text):
+    with pytest.raises(ValueError, match="no attribute"):
+        from_json(json.loads(text))
 
 
 def test_numbers_are_written_as_numbers():
@@ -110,6 +130,9 @@ def test_text_that_is_wrong_is_named_with_its_line(line, complaint):
         ("region-arity", "%5: f32[8, 4] = tanh", "%5: f32[8, 5] = tanh"),
         ("state-pairs", "%7: f32[16, 4]", "%7: bf16[16, 4]"),
         ("attributes", "num_carry=1, num_consts=0", "num_consts=0, num_carry=1"),
+        ("attributes", "tanh %4", "tanh %4 (axis=1)"),
+        ("attributes", "lhs_contracting=(1,)", "lhs_contracting=1"),
+        ("attributes", "reverse=False", "reverse=0"),
     ],
 )
 def test_a_broken_law_is_named(law, old, new):
@@ -196,7 +219,7 @@ def test_damaged_plans_are_refused_by_name(small_plan, tmp_path):
 def test_attributes_are_read_by_name_and_type():
     attrs = (
         ("axes", (0, 1)),
-        ("by", "<float>2.0"),
+        ("by", real(2.0)),
         ("mode", "clip"),
         ("padding", ((0, 1), ())),
         ("ragged", ((0, "x"), ())),

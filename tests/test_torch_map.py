@@ -258,7 +258,7 @@ def test_repeated_keys_are_not_made():
 def test_what_is_folded_and_read_so_stays():
     graph = parse("""
         in %0: f32[4, 6] 'x'
-        %1: f32[8, 3] = reshape %0 (dimensions=None, new_sizes=(8, 3), sharding=None)
+        %1: f32[8, 3] = reshape %0 (new_sizes=(8, 3))
         out %1 'y'
     """)
     assert [op.kind for op in unflatten(graph).ops] == ["reshape"]
@@ -267,9 +267,9 @@ def test_what_is_folded_and_read_so_stays():
 def test_values_that_are_to_stay_as_they_were_do():
     graph = parse("""
         in %0: f32[4, 8, 2] 'x'
-        %1: f32[32, 2] = reshape %0 (dimensions=None, new_sizes=(32, 2), sharding=None)
+        %1: f32[32, 2] = reshape %0 (new_sizes=(32, 2))
         %2: f32[32, 2] = neg %1
-        %3: f32[32, 2] = exp %2 (accuracy=None)
+        %3: f32[32, 2] = exp %2
         out %3 'y'
     """)
     assert [op.kind for op in unflatten(graph).ops] == ["neg", "exp", "reshape"]

@@ -32,7 +32,7 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "clamp": lambda low, x, high: torch.minimum(torch.maximum(x, low), high),
     "one_minus_square": lambda x: 1 - x * x,
 }  # fmt: skip
-_IDENTITIES = ("copy", "name", "stop_gradient", "optimization_barrier", "device_put")
+_IDENTITIES = ("copy", "name", "stop_gradient", "optimization_barrier")
 _LEAST = -87.33  # whose exponential is a normal number, if hardly
 _NOTHING = torch.exp(torch.tensor(_LEAST)).item()
 # (exponent bits, mantissa bits) of the types that a value may be rounded to
@@ -83,7 +83,7 @@ def _integer_power(op: Op, view: View) -> Run:
 
 
 def _round(op: Op, view: View) -> Run:
-    if "EVEN" in str(op.attr("rounding_method")):
+    if op.text("rounding_method") == "to_nearest_even":
         return lambda operands: [operands[0].round()]
     away = lambda x: torch.where(x.frac().abs() == 0.5, x + x.sign() / 2, x.round())  # noqa: E731
     return lambda operands: [away(operands[0])]

@@ -93,7 +93,7 @@ def _in_windows(op: Op, view: View) -> Run:
 
 def _select_and_scatter(op: Op, view: View) -> Run:
     """The gradient of a largest (or least) element of windows: each goes to the first such element of its window."""
-    windows, largest = _Windows(op), "ge" in op.text("select_prim")
+    windows, largest = _Windows(op), op.text("select") == "ge"
 
     def run(operands: Sequence[Tensor]) -> list[Tensor]:
         source, x = operands

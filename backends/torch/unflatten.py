@@ -349,9 +349,8 @@ def _slice(work: Rewriting, op: Op) -> list[View]:
     def attrs(layout: Layout) -> dict[str, Attr]:
         found = [cuts[d] if d in touched else (0, layout.sizes[d][n], 1) for d, n in layout.order]
         first, last, steps = (tuple(column) for column in zip(*found, strict=True))
-        return {
-            "start_indices": first, "limit_indices": last, "strides": steps if op.has("strides") else None,
-        }  # fmt: skip
+        told = {"strides": steps} if op.has("strides") else {}
+        return {"start_indices": first, "limit_indices": last, **told}
 
     return _along(work, op, touched, attrs)
 

@@ -31,7 +31,7 @@ from .batching_dims import with_batching_dims
 from .calls import Ends
 from .carried import carried_state
 from .joined import JaxprBody, joined
-from .params import attrs_of, dtype_name, marks_of
+from .params import attrs_of, dtype_name, kept, marks_of, placed_by
 from .trace import Traced, trace
 
 Bound = tuple[Any, dict[str, Any]]  # a jax primitive and its parameters
@@ -238,10 +238,12 @@ class _Conversion:
         kind, params = eqn.primitive.name, eqn.params
         if params.get("branches_platforms") is not None:
             kind = "platform_dependent"  # has no regions, as a `cond` has
+        if name := placed_by(params):
+            raise _placement(f"{kind}({name}=...)", where or self._line(eqn))
         attrs = self.attrs(kind, params)
         if marks := marks_of(eqn):
             attrs = tuple(sorted((*attrs, *marks)))
-        self.bound.setdefault((kind, attrs), (eqn.primitive, params))
+        self.bound.setdefault((kind, attrs), (eqn.primitive, kept(kind, params)))
         results = [self.value(var.aval) for var in eqn.outvars]
         self.ops.append(
             Op(kind, tuple(operands), tuple(results), attrs, where=where or self._line(eqn))

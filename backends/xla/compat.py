@@ -94,8 +94,20 @@ def coordination() -> Coordination | None:
     )
 
 
+UPDATES: dict[str, Callable[..., jax.Array]] = {
+    "scatter-add": lax.scatter_add, "scatter-sub": lax.scatter_sub, "scatter-mul": lax.scatter_mul,
+    "scatter-max": lax.scatter_max, "scatter-min": lax.scatter_min,
+}  # fmt: skip
+
+
 def bind(primitive: Any, operands: Sequence[Any], params: dict[str, Any]) -> list[jax.Array]:
-    """Apply a primitive found in a jaxpr. Its parameters there aren't always those of `bind`."""
+    """Apply a primitive found in a jaxpr. Its parameters there aren't always those of `bind`.
+
+    Updates are added, multiplied and so on by a program of the type of what they are applied to, which jax makes.
+    """
+    if primitive.name in UPDATES:
+        own = {k: v for k, v in params.items() if k not in ("update_jaxpr", "update_consts")}
+        return [UPDATES[primitive.name](*operands, **own)]
     found = primitive.get_bind_params(params)
     functions, given = found if isinstance(found, tuple) else ((), found)
     made = primitive.bind(*functions, *operands, **given)

@@ -1,18 +1,20 @@
-"""A jax equation's parameters as attributes: plain, sorted, hashable, JSON-able.
+"""A jax equation's parameters as attributes, in the words of `ir/attributes.py`: plain, sorted, hashable.
 
-    {"axes": (np.int64(0),), "out_sharding": None}  ->  (("axes", (0,)), ("out_sharding", None))
+    {"axes": (np.int64(0),), "out_sharding": None}  ->  (("axes", (0,)),)
 
-Equal attributes mean equal parameters, so a backend may key its binding by them:
+Equal attributes mean equal parameters, so a backend may key its binding by them (`kept` says what it binds):
 
-    dtype                  its short name, "bf16"; "<key>key<fry>" for PRNG keys
+    None                   is not said; so is a sharding that names no mesh, as jax's transposition rules leave behind
+    dtype                  its short name, "bf16"
     dimension numbers      an attribute for each field, as StableHLO has them: `lhs_contracting`, `start_index_map`, ...
-    enum                   "Class.NAME"; what an index out of range does: "clip", "fill_or_drop", "promise_in_bounds";
-                           precision of products: "high", or an algorithm, "bf16_bf16_f32"
+    enum                   its name: "clip", "to_nearest_even"; an algorithm for products: "bf16_bf16_f32"
     named tuple            a plain tuple of its fields
-    float                  itself; integral, negative zero or not finite: "<float>2.0", "<float>nan"
-                           (Python calls 2.0 == 2 == True equal; attributes must not)
-    sharding               None where it names no mesh, as jax's transposition rules leave behind
-    text                   itself; "<str>..." where it could be mistaken for one of the above
+    jaxpr                  a digest of its content
+
+Kinds that are not in the vocabulary are opaque, and what their attributes hold is only told apart:
+
+    enum                   "Class.NAME"
+    text                   itself; "<str>..." where it could be mistaken for one of the others
     jaxpr, array, object   "<kind>digest" of the content if it has one, else of the object itself
 """
 
@@ -32,9 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...ir.attrs import Attr, real
-from ...ir.ops import CONTRACTIONS, INDEXED
+from ...ir.ops import CONTRACTIONS, KINDS
 from ...ir.rules.random import DRAWN
-from .compat import is_vacant
+from .compat import UPDATES, is_vacant
 from .user_kernels import UserFunction
 
 _SHORT = {
@@ -54,14 +56,50 @@ def dtype_name(dtype: Any) -> str:
     return _SHORT.get(name, name)
 
 
+# What the vocabulary calls a parameter where jax's name for it is another.
+_NAMES = {
+    ("dot_general", "preferred_element_type"): "out_dtype",
+    ("ragged_dot_general", "preferred_element_type"): "out_dtype",
+    ("conv_general_dilated", "preferred_element_type"): "out_dtype",
+    ("select_and_scatter_add", "select_prim"): "select",
+    ("select_and_gather_add", "select_prim"): "select",
+}
+_UNSAID = ("update_consts", "update_jaxpr", "weak_type")  # see `kept`
+
+
 def attrs_of(primitive_name: str, params: Mapping[str, Any]) -> tuple[tuple[str, Attr], ...]:
-    """The parameters of one equation of `primitive_name`, sorted by name."""
+    """The parameters of one equation of `primitive_name` that say something, sorted by name."""
     fields = dict[str, Any]()
     for name, value in params.items():
         fields |= _numbers(primitive_name, name, value) or {name: value}
-    return tuple(
-        sorted((name, _field(primitive_name, name, value)) for name, value in fields.items())
+    if primitive_name in KINDS:
+        fields = {name: value for name, value in fields.items() if name not in _UNSAID}
+    if primitive_name == "scatter" and (program := params["update_jaxpr"]) is not None:
+        consts = repr(_attr(tuple(params["update_consts"])))
+        fields["update"] = _hash(_jaxpr(program) + consts.encode())
+    found = (
+        (_NAMES.get((primitive_name, name), name), _field(primitive_name, name, value))
+        for name, value in fields.items()
     )
+    return tuple(sorted((name, value) for name, value in found if value is not None))
+
+
+def kept(kind: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters without what changes nothing: whether a type is jax's for plain numbers, which results get back at
+    the end, and programs that jax makes of the kind."""
+    found = dict(params)
+    if kind == "convert_element_type":
+        found["weak_type"] = False
+    if kind in UPDATES:
+        found |= {"update_jaxpr": None, "update_consts": ()}
+    return found
+
+
+def placed_by(params: Mapping[str, Any]) -> str | None:
+    """The parameter by which an equation places its result itself, if it does."""
+    names = ("sharding", "out_sharding")
+    told = (name for name in names if params.get(name) is not None)
+    return next((name for name in told if not is_vacant(params[name])), None)
 
 
 def _numbers(kind: str, name: str, value: Any) -> dict[str, Any]:
@@ -85,10 +123,23 @@ def _numbers(kind: str, name: str, value: Any) -> dict[str, Any]:
 
 def _field(kind: str, name: str, value: Any) -> Attr:
     """A parameter in words of no framework, where there are some."""
-    if kind in INDEXED and isinstance(value, jax.lax.GatherScatterMode):
-        return value.name.lower()
+    if kind not in KINDS:
+        return _attr(value)
     if kind in CONTRACTIONS and name == "precision":
         return _precision(value)
+    match value:
+        case str():
+            return value
+        case enum.Enum():
+            return value.name.lower()
+        case jax.lax.Tolerance():
+            return (real(value.atol), real(value.rtol), value.ulps)
+        case jax.extend.core.Primitive() | UserFunction():
+            return value.name
+    if _is_prng_impl(value):
+        return value.name
+    if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+        return _hash(_jaxpr(value))
     return _attr(value)
 
 

@@ -46,7 +46,7 @@ def _with_attrs(kind: str, params: dict[str, Any], attrs: Attrs) -> dict[str, An
         )
         return {**params, "dimension_numbers": (contracting, batch)}
     before = dict(attrs_of(kind, params))
-    return {**params, **{name: value for name, value in attrs if value != before.get(name, value)}}
+    return {**params, **{name: value for name, value in attrs if before.get(name) != value}}
 
 
 _EXAMPLES: Mapping[str, Any] = {

@@ -245,4 +245,4 @@ def _without(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
 
 
 def _broadcast(shape: tuple[int, ...], dims: tuple[int, ...]) -> Attrs:
-    return (("broadcast_dimensions", dims), ("shape", shape), ("sharding", None))
+    return (("broadcast_dimensions", dims), ("shape", shape))

@@ -76,9 +76,7 @@ def _rule(
 
 
 def _written(call: OpCall) -> Rule:
-    if call.kind not in WRITERS or any(
-        call.attrs.get(name) is not None for name in ("sharding", "out_sharding")
-    ):
+    if call.kind not in WRITERS:
         raise Unusual
     rule = WRITERS[call.kind](call)
     if not (_fits(rule, rule.operands, call.operands) and _fits(rule, rule.results, call.results)):

@@ -97,7 +97,7 @@ def gather(call: OpCall) -> Rule:
 
 def _fills_zero(call: OpCall) -> bool:
     """Whether an id out of range yields something that adds up to itself over shards."""
-    given = call.attrs["fill_value"]
+    given = call.attrs.get("fill_value")
     fill = nan if given is None else number(given)
     return call.attrs["mode"] != "fill_or_drop" or (fill is not None and (fill == 0 or isnan(fill)))
 
@@ -107,6 +107,7 @@ def scatter(call: OpCall) -> Rule:
     """Index dims of a sum are reduced: the first shard keeps the operand, the others start from 0.
     For max and min all keep it. Setting and multiplying have no such reduction: whole."""
     require(call.attrs["mode"] in _MODES and call.operands[1].dtype in INTEGERS)
+    require("update" not in call.attrs)
     factors = Factors()
     window = scatter_window(call)
     reduction = _SCATTERED.get(call.kind, "")

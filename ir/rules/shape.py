@@ -19,7 +19,9 @@ def reshape(call: OpCall) -> Rule:
     `dimensions` is the order in which the operand's dims are read.
     """
     shape = call.operands[0].shape
-    order = range(len(shape)) if call.attrs["dimensions"] is None else call.integers("dimensions")
+    order = (
+        range(len(shape)) if call.attrs.get("dimensions") is None else call.integers("dimensions")
+    )
     factors = Factors()
     read = tuple(shape[d] for d in order)
     before, after = common_factors(factors, read, call.results[0].shape)
@@ -184,7 +186,7 @@ def slice_(call: OpCall) -> Rule:
     """Dims taken in full, in order, are parallel; the others whole."""
     shape = call.operands[0].shape
     starts, limits = call.integers("start_indices"), call.integers("limit_indices")
-    strides = call.attrs["strides"]
+    strides = call.attrs.get("strides")
     steps = (1,) * len(shape) if strides is None else call.integers("strides")
     cuts = zip(starts, limits, steps, strict=True)
     return _window(call, [cut == (0, size, 1) for cut, size in zip(cuts, shape, strict=True)])

@@ -23,35 +23,18 @@ from ....ir.ops import ELEMENTWISE
 from ..dtypes import dtype_name, torch_dtype
 from .counted import Counted, followed
 
-# Kinds of which XLA may be told how accurate they have to be.
-_ACCURATE = (
-    "cbrt", "cos", "exp", "exp2", "expm1", "log", "log1p", "log2", "logistic", "rsqrt", "sin", "sqrt", "tan", "tanh",
-)  # fmt: skip
-# What attributes a kind has besides those that a mapping gives, as every front end writes them.
+# What else the kinds say that a mapping leaves unsaid.
 DEFAULTS: Mapping[str, Mapping[str, Attr]] = {
-    **{kind: {"accuracy": None} for kind in _ACCURATE},
-    "mul": {"out_dtype": None},
-    "convert_element_type": {"sharding": None, "weak_type": False},
-    "reshape": {"dimensions": None, "sharding": None},
-    "broadcast_in_dim": {"sharding": None},
-    "iota": {"sharding": None},
-    "slice": {"strides": None},
-    "reduce_sum": {"out_sharding": None},
-    "dot_general": {"lhs_batch": (), "rhs_batch": (), "out_sharding": None, "precision": None},
-    "ragged_dot_general": {
-        "group_offset": None, "lhs_batch": (), "rhs_batch": (), "out_sharding": None, "precision": None,
-        "preferred_element_type": None,
-    },
-    "conv_general_dilated": {
-        "batch_group_count": 1, "out_sharding": None, "precision": None, "preferred_element_type": None,
-    },
+    "dot_general": {"lhs_batch": (), "rhs_batch": ()},
+    "ragged_dot_general": {"lhs_batch": (), "rhs_batch": ()},
+    "conv_general_dilated": {"batch_group_count": 1},
     "gather": {
-        "fill_value": None, "indices_are_sorted": False, "mode": "promise_in_bounds", "operand_batching_dims": (),
+        "indices_are_sorted": False, "mode": "promise_in_bounds", "operand_batching_dims": (),
         "start_indices_batching_dims": (), "unique_indices": False,
     },
     **{kind: {
         "indices_are_sorted": False, "mode": "promise_in_bounds", "operand_batching_dims": (),
-        "scatter_indices_batching_dims": (), "unique_indices": False, "update_consts": (), "update_jaxpr": None,
+        "scatter_indices_batching_dims": (), "unique_indices": False,
     } for kind in ("scatter", "scatter-add", "scatter-max", "scatter-min")},
     "cumsum": {"reverse": False}, "cumprod": {"reverse": False}, "cummax": {"reverse": False},
     "sort": {"is_stable": True, "num_keys": 1},
@@ -310,7 +293,7 @@ class Builder:
         shape[dim] = max(0, -(-(stop - start) // step))
         return self.op(
             "slice", [value], TensorType(value.dtype, tuple(shape)), start_indices=tuple(starts),
-            limit_indices=tuple(limits), strides=None if step == 1 else tuple(strides),
+            limit_indices=tuple(limits), **({} if step == 1 else {"strides": tuple(strides)}),
         )  # fmt: skip
 
     def squeeze(self, value: Value, dims: Sequence[int]) -> Value:
@@ -375,7 +358,7 @@ class Builder:
         return self.op(
             "dot_general", [left, right], TensorType(left.dtype, shape),
             lhs_contracting=tuple(contracting[0]), rhs_contracting=tuple(contracting[1]),
-            lhs_batch=tuple(batch[0]), rhs_batch=tuple(batch[1]), preferred_element_type=left.dtype,
+            lhs_batch=tuple(batch[0]), rhs_batch=tuple(batch[1]), out_dtype=left.dtype,
         )  # fmt: skip
 
     # ------------------------------------------------------------ what is refused

@@ -48,7 +48,7 @@ for _name, _kind in _UNARY.items():
 
 @maps("round.default")
 def round_(b: Builder, x: Value) -> Value:
-    return b.op("round", [x], x.type, rounding_method="RoundingMethod.TO_NEAREST_EVEN")
+    return b.op("round", [x], x.type, rounding_method="to_nearest_even")
 
 
 @maps("reciprocal.default")

@@ -63,9 +63,7 @@ def max_pool_backward(
     kernel = _pairs(kernel)
     _undilated(b, dilation)
     windows = _windows(b, x, kernel, _pairs(stride, kernel), _pairs(padding), given.shape)
-    return b.op(
-        "select_and_scatter_add", [given, x], x.type, select_prim="<primitive>ge", **windows
-    )
+    return b.op("select_and_scatter_add", [given, x], x.type, select="ge", **windows)
 
 
 def _undilated(b: Builder, dilation: Sizes) -> None:
