@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .backends.xla.capture import Captured
+from .graph_file import is_graph_file
 from .ir.errors import UsageError
 from .ir.files import MIB, FileKind, is_file, read_bytes
 from .models import Example, ModelError, build
@@ -73,6 +74,11 @@ def make(recipe: Recipe) -> Made:
             "the plan's recipe names no model.", fix="plan again; plans are not edited by hand"
         )
     model = str(recipe["model"])
+    if is_graph_file(model):
+        raise UsageError(
+            f"{model:.200} is a graph, which says nothing of the arrays that a run needs.",
+            fix="a plan of the model itself; graphs are planned, simulated and shown",
+        )
     if ".py:" in model:
         return _from_file(model, options, recipe)
     if model.endswith(".py"):

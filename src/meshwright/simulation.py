@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .backends.xla.capture import Captured
-from .backends.xla.unstack import unstack
+from .graph_file import graph_of, is_graph_file
 from .ir.analysis.blocks import fold
 from .ir.cluster.cluster import Cluster
 from .ir.composites.attention_op import composed
@@ -29,7 +28,9 @@ from .planner.pipeline.timeline import Timeline
 from .planner.report.instructions import Simulation, simulate_plan
 from .planner.report.pipeline_prices import PipelineSimulation, simulate_pipeline
 from .planner.request import Request, check_overlap
-from .tracing import Options
+
+if TYPE_CHECKING:
+    from .backends.xla.capture import Captured
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def simulate(
     execution = Execution(plan.attention, beside, plan.loss)
     if plan.pipeline is not None:
         _check_stages(plan, "simulated op by op")
-        graph = _staged_graph(plan, _captured(plan, step, args, options))
+        graph = _staged_graph(plan, step, args, options)
         small = prepare(fold(graph).small, plan.recompute, in_stages=True)
         ranks = localize_pipeline(plan, graph)
         found = simulate_pipeline(plan, ranks, small, Roofline(where), beside)
@@ -126,12 +127,12 @@ def _check_stages(plan: Plan, what: str) -> None:
         )  # fmt: skip
 
 
-def _staged_graph(plan: Plan, captured: Captured) -> Graph:
+def _staged_graph(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Graph:
     """The step of a plan with a pipeline, its layers apart and with its batch, attention and losses as planned."""
     assert plan.pipeline is not None
-    if plan.pipeline.unstacked:
-        captured = unstack(captured).captured
-    graph = composed(captured.graph, plan.attention, plan.cluster, plan.loss)
+    graph = composed(
+        _graph(plan, step, args, options, plan.pipeline.unstacked), plan.attention, plan.cluster, plan.loss
+    )  # fmt: skip
     return graph if plan.batch is None else replace(graph, batch=plan.batch.known)
 
 
@@ -150,7 +151,7 @@ def local_program(
     if plan.pipeline is None:
         return localize(prepared(plan, step, args, options), plan)
     _check_stages(plan, "printed")
-    return localize_pipeline(plan, _staged_graph(plan, _captured(plan, step, args, options)))
+    return localize_pipeline(plan, _staged_graph(plan, step, args, options))
 
 
 def prepared(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Program:
@@ -160,27 +161,42 @@ def prepared(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, An
         UsageError: there is no step.
         MismatchError: the plan was made for another one.
     """
-    captured = _captured(plan, step, args, options)
-    folded = fold(composed(captured.graph, plan.attention, plan.cluster, plan.loss))
+    graph = _graph(plan, step, args, options)
+    folded = fold(composed(graph, plan.attention, plan.cluster, plan.loss))
     program = prepare(folded.small, plan.recompute)
     check_decisions(plan, program.graph, program.value_tags)
     return program
 
 
-def _captured(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Captured:
-    """The step, as it was captured for the plan."""
-    captured = _traced(plan, step, args, options)
-    if fingerprint(captured.graph) != plan.graph:
+def _graph(
+    plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any], unstacked: bool = False
+) -> Graph:
+    """The step as it was captured for the plan, or as it is with its layers taken apart."""
+    model = str((plan.recipe or {}).get("model", ""))
+    if step is None and is_graph_file(model):
+        found, captured = graph_of(plan.recipe or {}), None
+    else:
+        captured = _traced(plan, step, args, options)
+        found = captured.graph
+    if fingerprint(found) != plan.graph:
         raise MismatchError(
             f"the plan was made for another step than `{plan.name}` is now.",
             where="graph fingerprint", fix="plan again",
         )  # fmt: skip
-    return captured
+    if not unstacked or captured is None:
+        return found
+    from .backends.xla.unstack import unstack
+
+    layers = unstack(captured)
+    assert layers is not None, plan.name
+    return layers.captured.graph
 
 
 def _traced(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Captured:
     stages = plan.pipeline is not None
     if step is not None:
+        from .tracing import Options
+
         given = {key: options.pop(key) for key in Options.__dataclass_fields__ if key in options}
         return Options.of(step, given).capture(step, args, options, stages)
     if not plan.recipe:

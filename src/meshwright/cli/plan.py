@@ -8,6 +8,8 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from ..ir.errors import UsageError
+from ..ir.graph import Graph
 from ..ir.units import counted, parse_bytes
 from .options import Format, FormatOption, app
 from .replan import print_plan, save_frontier
@@ -19,7 +21,10 @@ def plan(
         str, typer.Option(help="8xcpu, 4xh100x8@ib400, v5p-256, a YAML file; see `clusters`.")
     ],
     model: Annotated[
-        str, typer.Option(help="A model of the zoo (see `models`), or FILE.py:FUNCTION.")
+        str,
+        typer.Option(
+            help="A model of the zoo (see `models`), FILE.py:FUNCTION, or a FILE.graph.json from --save-graph."
+        ),
     ],
     global_batch: Annotated[
         int | None, typer.Option("--global-batch", "--batch", help="Examples per step.")
@@ -106,6 +111,10 @@ def plan(
         Path | None,
         typer.Option(help="Save what `replan` needs when devices are lost or gained; with --pp."),
     ] = None,
+    save_graph: Annotated[
+        Path | None,
+        typer.Option(help="Also save the graph of the step, to be planned where jax is missing."),
+    ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Print all rows of every table.")
     ] = False,
@@ -115,18 +124,20 @@ def plan(
 
     Ctrl-C ends the search with the best plan so far and its gap.
     """
-    from ..emulation import trace_on_cpu
+    from ..graph_file import check_graph_place, graph_of, is_graph_file, name_of
     from ..ir.cluster.cluster import Cluster
     from ..ir.codec import check_writable, save_plan
     from ..planner.request import Request, parse_mesh, parse_pp
-    from ..recipe import make
 
     options = {
         "batch": global_batch, "seq": seq, "layers": layers, "optimizer": optimizer, "dtype": dtype,
         "batch_argnums": batch_argnums,
     }  # fmt: skip
     recipe = {"model": model, **{k: v for k, v in options.items() if v is not None}}
-    trace_on_cpu()
+    if not is_graph_file(model):
+        from ..emulation import trace_on_cpu
+
+        trace_on_cpu()
     where = Cluster.parse(cluster)
     if profile is not None:
         where = where.with_profile(profile)
@@ -148,14 +159,30 @@ def plan(
         seed=seed,
         search=cast(Any, search),
     )
-    made = make(recipe)
-    place = output or Path(f"{made.name}.plan.json")
+    if is_graph_file(model):
+        if save_graph is not None:
+            raise UsageError(
+                f"{model:.200} is a saved graph already.", where="--save-graph", fix="leave it out"
+            )
+        made, name = graph_of(recipe), name_of(model)
+    else:
+        from ..recipe import make
+
+        made = make(recipe)
+        name = made.name
+    place = output or Path(f"{name}.plan.json")
     for written in (place, frontier or place):
         check_writable(written)
+    if save_graph is not None:
+        check_graph_place(save_graph)
     if frontier is not None and request.pp == 1:
         save_frontier([], recipe, frontier)
     kept: list[Any] = []
-    found = searched(made, where, request, kept.append).model_copy(update={"recipe": recipe})
+    if isinstance(made, Graph):
+        found = searched_graph(made, name, where, request, kept.append)
+    else:
+        found = searched(made, where, request, kept.append, save_graph)
+    found = found.model_copy(update={"recipe": recipe})
     save_plan(found, place)
     print_plan(found, format, everything)
     print(f"saved to {place}", file=sys.stderr)
@@ -163,9 +190,34 @@ def plan(
         save_frontier(kept, recipe, frontier)
 
 
-def searched(made: Any, where: Any, request: Any, keep: Any = None) -> Any:
+def searched_graph(graph: Graph, name: str, where: Any, request: Any, keep: Any = None) -> Any:
+    """Plan a saved graph, telling stderr what happens.
+
+    Raises:
+        UsageError: a pipeline is asked for, and the graph has loops, of which only whole steps can be taken apart.
+    """
+    from ..planner.request import check_early
+    from ..planning import plan_graph
+    from ..progress import Progress
+
+    check_early(request, where)
+    if request.pp != 1 and any(op.kind == "scan" for op in graph.ops):
+        raise UsageError(
+            "the graph has loops over layers, which stages cannot be made of.",
+            where=name,
+            fix="--pp 1; the model itself where jax is installed; or a model without `scan`",
+        )
+    with Progress() as progress:
+        progress.say(f"searching plans for {counted(where.size, 'device')} (Ctrl-C: best so far)")
+        return plan_graph(graph, where, request, name, None, progress.line, progress.now, keep)
+
+
+def searched(
+    made: Any, where: Any, request: Any, keep: Any = None, save_graph: Path | None = None
+) -> Any:
     """Trace and plan, telling stderr what happens."""
     from ..api import plan_captured
+    from ..graph_file import save_graph as write_graph
     from ..planner.request import check_early
     from ..progress import Progress
 
@@ -173,5 +225,7 @@ def searched(made: Any, where: Any, request: Any, keep: Any = None) -> Any:
     with Progress() as progress:
         progress.say(f"tracing {made.name}")
         captured = made.capture(request.pp != 1)
+        if save_graph is not None:
+            write_graph(captured.graph, save_graph)
         progress.say(f"searching plans for {counted(where.size, 'device')} (Ctrl-C: best so far)")
         return plan_captured(captured, where, request, made.name, progress.line, progress.now, keep)
