@@ -224,12 +224,20 @@ def load_graph(text: str) -> Graph:
             what = f"the graph has format {data['version']!r}, this reads {GRAPH_VERSION}."
             raise GraphError(what, fix="capture the step again")
         graph = _graph_in(data)
-    except (ValueError, KeyError, TypeError) as error:
+        verify(graph)
+        known = fingerprint(graph) == data["fingerprint"]
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         if isinstance(error, GraphError):
             raise
-        raise GraphError(f"this is no graph: {error!r}.") from error
-    verify(graph)
-    if fingerprint(graph) != data["fingerprint"]:
+        raise GraphError(f"this is no graph: {type(error).__name__}: {error!s:.200}.") from error
+    if not known:
         raise GraphError("the graph is not the one its fingerprint names.", fix="capture it again")
     return graph
 

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from meshwright.graph_file import graph_of
 from meshwright.ir.cluster.cluster import Cluster
 from meshwright.ir.codec import check_writable, load_plan, write_whole
 from meshwright.ir.errors import ClusterError, MeshwrightError, PlanError, UsageError
@@ -23,7 +24,8 @@ from meshwright.text_data import read_text
 READERS = {
     "plan": load_plan, "cluster.yaml": Cluster.parse, "profile": load_profile, "frontier": load_frontier,
     "graph": lambda path: iopddl.read(path), "schedule.csv": lambda path: study(str(path), SIZE, Seconds(), Memory()),
-    "text": read_text, "train.py": lambda path: make({"model": f"{path}:make"}),
+    "text": read_text, "a.graph.json": lambda path: graph_of({"model": str(path)}),
+    "train.py": lambda path: make({"model": f"{path}:make"}),
 }  # fmt: skip
 SIZE = Size(None, None, None)
 
