@@ -229,10 +229,10 @@ def test_a_product_of_folded_dims_keeps_them_apart():
     graph = parse("""
         in %0: f32[4, 8, 64] 'x'
         in %1: f32[16, 64] 'w'
-        %2: f32[32, 64] = reshape %0 (dimensions=None, new_sizes=(32, 64), sharding=None)
+        %2: f32[32, 64] = reshape %0 (new_sizes=(32, 64))
         %3: f32[64, 16] = transpose %1 (permutation=(1, 0))
         %4: f32[32, 16] = dot_general %2 %3 (lhs_batch=(), lhs_contracting=(1,), rhs_batch=(), rhs_contracting=(0,))
-        %5: f32[4, 8, 16] = reshape %4 (dimensions=None, new_sizes=(4, 8, 16), sharding=None)
+        %5: f32[4, 8, 16] = reshape %4 (new_sizes=(4, 8, 16))
         out %5 'y'
     """)
     [op] = unflatten(graph).ops

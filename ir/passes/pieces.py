@@ -209,7 +209,6 @@ class PieceScope:
                     where,
                     start_indices=start,
                     limit_indices=limit,
-                    strides=None,
                 )
             pieces.append(self.make("squeeze", [taken], flat, where, dimensions=(dim,)))
         return Stack(dim, tuple(pieces))
