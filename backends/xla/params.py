@@ -11,7 +11,8 @@ Equal attributes mean equal parameters, so a backend may key its binding by them
     named tuple            a plain tuple of its fields
     jaxpr                  a digest of its content
 
-Kinds that are not in the vocabulary are opaque, and what their attributes hold is only told apart:
+Kinds that are not in the vocabulary are opaque. What their attributes hold is only told apart, but for `flop` and
+`nbytes`, which kernels of jax may state (exponentials count as one each):
 
     enum                   "Class.NAME"
     text                   itself; "<str>..." where it could be mistaken for one of the others
@@ -74,6 +75,9 @@ def attrs_of(primitive_name: str, params: Mapping[str, Any]) -> tuple[tuple[str,
         fields |= _numbers(primitive_name, name, value) or {name: value}
     if primitive_name in KINDS:
         fields = {name: value for name, value in fields.items() if name not in _UNSAID}
+    if (told := params.get("cost_estimate")) is not None:
+        fields["flop"] = float(told.flops + told.transcendentals)
+        fields["nbytes"] = float(told.bytes_accessed)
     if primitive_name == "scatter" and (program := params["update_jaxpr"]) is not None:
         consts = repr(_attr(tuple(params["update_consts"])))
         fields["update"] = _hash(_jaxpr(program) + consts.encode())

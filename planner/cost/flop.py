@@ -21,7 +21,6 @@ from ...ir.graph import Op, TensorType
 from ...ir.ops import COMPOSITES, CONTRACTIONS, DECOMPOSITIONS
 from ...ir.rules import rule_of, vocabulary
 from ...ir.rules.rule import Rule
-from ...ir.rules.user_kernel import KIND as USERS
 
 KNOWN = vocabulary()
 SQUARE = {
@@ -52,16 +51,9 @@ def flop(op: Op, rule: Rule, types: Mapping[int, TensorType]) -> float:
 
 
 def told_cost(op: Op) -> tuple[float, float] | None:
-    """FLOP and bytes moved, where the kernel's author wrote them down (exponentials count as one each)."""
-    if op.kind == USERS:
-        return op.real("flop"), op.real("nbytes")
-    told = dict(op.attrs).get("cost_estimate")
-    if not isinstance(told, tuple) or len(told) < 4 or told[0] != "<CostEstimate>":
-        return None
-    flops, exponentials, nbytes = (
-        float(n) if isinstance(n, int | float) else 0.0 for n in told[1:4]
-    )
-    return flops + exponentials, nbytes
+    """FLOP and bytes moved, where the kernel's author wrote them down."""
+    stated = op.has("flop") and op.has("nbytes")
+    return (op.real("flop"), op.real("nbytes")) if stated else None
 
 
 def is_counted(op: Op) -> bool:
