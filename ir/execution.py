@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from .composites.attention_op import AttentionKind
 from .composites.losses import LossKind
 from .errors import PlanError, did_you_mean
-from .execution_model import execution_model
+from .execution_model import Backend, execution_model
 
 OverlapKind = Literal["parameters", "gradients", "tensor", "stages"]
 OVERLAPS: tuple[OverlapKind, ...] = get_args(OverlapKind)
@@ -64,14 +64,14 @@ class Execution:
         return f"{named} run beside computation{rest}"
 
 
-def usual_execution(kinds: Iterable[str]) -> Execution:
-    """What is assumed of the runtime unless said otherwise, by the kinds of a cluster's devices.
+def usual_execution(kinds: Iterable[str], backend: Backend = "xla") -> Execution:
+    """What is assumed of a backend's runtime unless said otherwise, by the kinds of a cluster's devices.
 
     A scheduler that overlaps moves what does not wait for a layer beside it: gathers of weights, reductions of
     gradients, and sends. Exchanges within layers wait for products and products for them; they hide where these are cut
     in chunks, which XLA does for some only, so they are not counted on.
     """
-    models = [execution_model(kind) for kind in kinds]
+    models = [execution_model(kind, backend) for kind in kinds]
     fused = all(model.fuses_attention for model in models)
     return Execution(
         "fused" if fused else "plain", USUAL if all(model.overlaps for model in models) else ()

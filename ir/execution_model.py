@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
-Backend = Literal["xla", "framework"]
+PlanBackend = Literal["xla", "torch"]  # ours, which run plans
+Backend = Literal[PlanBackend, "framework"]
+BACKENDS: tuple[PlanBackend, ...] = get_args(PlanBackend)
 AttentionKernel = Literal["cuDNN", "splash attention"]
 
 
@@ -31,6 +33,8 @@ class ExecutionModel:
         widened: element types that products read, and collectives carry, as f32; what is made in them is rounded and
             stored, not made again.
         eager_schedule: what needs inputs and constants alone is made at the start of a program.
+        runs_ops_alone: the host runs op by op: each op stores its result, a value is let go after its last reader, and
+            no memory is written over; else a program is compiled, and its buffers are laid out beforehand.
         adds_in_products: a product adds to the sum of a weight's gradient; else what it adds is stored beside the sum.
         gradient_buffers: gradients lie in buffers that a step begins with, as wide as a job says, which are set to zero
             and scaled; else they lie where the backward pass makes them, and microbatches are added up in fp32.
@@ -43,6 +47,7 @@ class ExecutionModel:
         joins_all_reduces: all-reduces of gradients and metrics become one.
         one_process: devices of one host are threads of one process, which meet once for a collective of any kind.
         ring_latency: gathers and reduce-scatters take the latency of every hop of a ring; else that of a tree.
+        dispatch_seconds: of the host, to run an op, where it runs op by op.
         instruction_seconds: of the host, to dispatch an instruction of a pipeline (a pass, or a send with its receive).
         shard_seconds: of the host, for each shard of what a forward pass leaves for later, which passes give and take.
         dispatches_beside: the host dispatches while devices work; else before.
@@ -54,6 +59,7 @@ class ExecutionModel:
     lone_reductions: bool
     widened: frozenset[str]
     eager_schedule: bool
+    runs_ops_alone: bool
     adds_in_products: bool
     gradient_buffers: bool
     f32_as_tf32: bool
@@ -64,14 +70,20 @@ class ExecutionModel:
     joins_all_reduces: bool
     one_process: bool
     ring_latency: bool
+    dispatch_seconds: float
     instruction_seconds: float
     shard_seconds: float
     dispatches_beside: bool
 
 
 def execution_model(kind: str, backend: Backend = "xla") -> ExecutionModel:
-    """Of a backend on a kind of device, as clusters call it."""
+    """Of a backend on a kind of device, as clusters call it, which is one of `runs_on`."""
     return _MODELS[backend][kind]
+
+
+def runs_on(backend: Backend) -> frozenset[str]:
+    """The kinds of devices that a backend runs on."""
+    return frozenset(_MODELS[backend])
 
 
 # XLA on TPUs, jax 0.10.2.
@@ -91,6 +103,7 @@ _TPU = ExecutionModel(
     lone_reductions=False,
     widened=frozenset(),
     eager_schedule=False,
+    runs_ops_alone=False,
     adds_in_products=True,
     gradient_buffers=False,
     f32_as_tf32=False,
@@ -101,6 +114,7 @@ _TPU = ExecutionModel(
     joins_all_reduces=False,
     one_process=False,
     ring_latency=False,
+    dispatch_seconds=0.0,
     instruction_seconds=230e-6,
     shard_seconds=2e-6,
     dispatches_beside=True,
@@ -158,7 +172,25 @@ def _as_framework(xla: ExecutionModel) -> ExecutionModel:
     )
 
 
+# Our torch backend (`backends/torch/local_step.py`) on CPUs: an op of the local program is a call of torch.
+_TORCH_CPU = replace(
+    _TPU,
+    fuses_into_readers=False,
+    runs_ops_alone=True,
+    adds_in_products=False,
+    fuses_attention=False,
+    attention_kernel=None,
+    overlaps=False,
+    dispatch_seconds=15e-6,
+    dispatches_beside=False,
+)
+_TORCH = {"cpu": _TORCH_CPU}
+
 _XLA = {"cpu": _CPU, "cuda": _CUDA, "rocm": _ROCM, "tpu": _TPU}
 _MODELS: Mapping[Backend, Mapping[str, ExecutionModel]] = MappingProxyType(
-    {"xla": _XLA, "framework": {kind: _as_framework(model) for kind, model in _XLA.items()}}
+    {
+        "xla": _XLA,
+        "torch": _TORCH,
+        "framework": {kind: _as_framework(model) for kind, model in _XLA.items()},
+    }
 )

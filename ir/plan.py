@@ -16,12 +16,13 @@ from .cluster.cluster import Cluster
 from .composites.attention_op import AttentionKind
 from .composites.losses import LossKind
 from .execution import Execution, OverlapKind
+from .execution_model import PlanBackend
 from .graph import Batch, Graph
 from .mesh import Mesh
 from .passes.recompute import Policy
 from .pipeline.schedule import Schedule, read_schedule
 from .sharding import Sharding
-from .units import counted
+from .units import counted, format_bytes, format_seconds
 
 PLAN_VERSION = (
     3  # 3: graphs, to whose fingerprints plans belong, have attributes in words of no framework
@@ -270,6 +271,7 @@ class Plan(_Part):
     graph: str  # fingerprint of the captured graph
     cluster: Cluster
     mesh: Mesh
+    backend: PlanBackend = "xla"  # whose seconds and bytes these are; older files do not say it
     microbatches: int
     recompute: Policy
     attention: AttentionKind = "plain"
@@ -296,6 +298,17 @@ class Plan(_Part):
     def execution(self) -> Execution:
         """What its seconds assume of the runtime."""
         return Execution(self.attention, self.overlap, self.loss)
+
+    def read_elsewhere(self, backend: PlanBackend) -> str:
+        """What is to be said where another backend runs it; nothing where its own does. It runs all the same, as a plan
+        names shardings and operations, and both backends run these."""
+        if backend == self.backend:
+            return ""
+        seconds, memory = self.estimate.step_seconds, self.estimate.peak_bytes
+        return (
+            f"planned for {self.backend}, run by {backend}: the {format_seconds(seconds)} and {format_bytes(memory)} "
+            f"predicted are those of {self.backend}"
+        )
 
     @property
     def device_count(self) -> int:

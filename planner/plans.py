@@ -10,10 +10,10 @@ from ..ir.analysis.blocks import Folded
 from ..ir.cluster.cluster import Cluster
 from ..ir.errors import PlanError
 from ..ir.plan import Plan
-from .cost.model import CostModel, Roofline
+from .cost.model import CostModel
 from .pipeline.search import Pipelines
 from .pipeline.unequal import Unequal
-from .problem import Problem
+from .problem import Problem, cost_of
 from .refusal import refusal
 from .report.of_pipeline import Alternative, ProgramChoice, passed_over
 from .report.of_plan import BESIDES, write_plan
@@ -59,7 +59,7 @@ def search(
             )  # fmt: skip
         islands = Islands(folded, cluster, request, name, fingerprint, tell, now)
         return islands.run(_on_equal_devices)
-    cost = cost or Roofline(cluster, exchanges=request.program != "single")
+    cost = cost or cost_of(cluster, request)
     problem = Problem(folded, cluster, request, cost, name, fingerprint)
     return _on_equal_devices(problem, Trace(request.time_limit, tell, now), keep, workers)
 

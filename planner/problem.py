@@ -7,6 +7,7 @@ from functools import cached_property
 
 from ..ir.analysis.blocks import Folded
 from ..ir.cluster.cluster import Cluster
+from ..ir.execution_model import execution_model
 from ..ir.mesh import Mesh
 from ..ir.passes.recompute import POLICIES, Policy
 from ..ir.program import Program, prepare
@@ -14,6 +15,20 @@ from .cost.model import CostModel, Roofline
 from .intra.catalogue import Catalogue
 from .intra.layouts import Layouts
 from .request import Request
+
+
+def cost_of(cluster: Cluster, request: Request) -> Roofline:
+    """Prices on a cluster of what a request's backend makes of a step."""
+    alone = all(
+        execution_model(device.kind, request.backend).runs_ops_alone
+        for device in cluster.devices.values()
+    )
+    return Roofline(
+        cluster,
+        fusion="eager" if alone else "all",
+        exchanges=request.program != "single",
+        backend=request.backend,
+    )
 
 
 @dataclass(frozen=True)
@@ -81,8 +96,7 @@ class Problem:
 
     def on_cluster(self, cluster: Cluster, request: Request) -> Problem:
         """The same step on another cluster; programs and what their decisions may be are shared."""
-        cost = Roofline(cluster, exchanges=request.program != "single")
-        return replace(self, cluster=cluster, request=request, cost=cost)
+        return replace(self, cluster=cluster, request=request, cost=cost_of(cluster, request))
 
     def asking(self, **changes: object) -> Problem:
         """The same step on the same cluster, with another request."""

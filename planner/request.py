@@ -15,7 +15,7 @@ from ..ir.composites.attention_op import AttentionKind
 from ..ir.composites.losses import LossKind
 from ..ir.errors import PlanError, UsageError, did_you_mean
 from ..ir.execution import OVERLAPS, WITHIN, Execution, OverlapKind, parse_overlap, usual_execution
-from ..ir.execution_model import execution_model
+from ..ir.execution_model import BACKENDS, PlanBackend, execution_model, runs_on
 from ..ir.mistakes import Mistakes
 from ..ir.passes.microbatch import Refusal, TimeAxis
 from ..ir.passes.recompute import POLICIES, Policy
@@ -56,6 +56,8 @@ class Request:
                   reductions), "tensor" (exchanges within layers), with a pipeline "stages" (sends between these);
                   several joined by a comma, "all" or "none"; attention and overlap, if not given, are what the
                   cluster's devices do (`ir.execution.usual_execution`)
+    backend       what runs the plan: "xla", or "torch", a process for each device; prices and memory are of it, on
+                  another backend a plan runs too, but takes other seconds and bytes
     search        "exact" proves its plans; "mcmc" is FlexFlow's, for comparison, and proves nothing
     """
 
@@ -76,6 +78,7 @@ class Request:
     gap: float | None = None
     seed: int = 0
     search: Searcher = "exact"
+    backend: PlanBackend = "xla"
 
     @property
     def good_enough(self) -> float:
@@ -92,12 +95,15 @@ class Request:
 
     def on(self, cluster: Cluster) -> Request:
         """The same, with what the devices of a cluster usually do where nothing is said."""
-        usual = usual_execution(device.kind for device in cluster.devices.values())
+        kinds = [device.kind for device in cluster.devices.values()]
+        usual = usual_execution(kinds, self.backend)
         beside = tuple(kind for kind in usual.overlap if kind in self._known)
         if self.search != "exact":
             beside = ()  # chains of moves know no windows
         overlap = beside if self.overlap is None else self.overlap
-        return replace(self, attention=self.attention or usual.attention, overlap=overlap)
+        program = "stages" if self.backend == "torch" and self.pp != 1 else self.program
+        attention = self.attention or usual.attention
+        return replace(self, attention=attention, overlap=overlap, program=program)
 
     @property
     def _known(self) -> tuple[OverlapKind, ...]:
@@ -132,6 +138,7 @@ class Request:
                 did_you_mean(str(self.attention), get_args(AttentionKind)),
             ),
             ("loss", get_args(LossKind), did_you_mean(str(self.loss), get_args(LossKind))),
+            ("backend", BACKENDS, did_you_mean(str(self.backend), BACKENDS)),
             ("search", get_args(Searcher), did_you_mean(str(self.search), get_args(Searcher))),
             ("recompute", (None, *POLICIES), did_you_mean(str(self.recompute), POLICIES)),
         ):
@@ -175,7 +182,8 @@ def check_early(request: Request, cluster: Cluster) -> None:
         PlanError: the field, its value, and values that would do.
     """
     _check_pipeline(request)
-    check_overlap(request.execution.overlap, cluster)
+    _check_backend(request.backend, cluster)
+    check_overlap(request.execution.overlap, cluster, request.backend)
     if (
         len(cluster.groups) > 1
     ):  # of unlike devices each group is planned for, and stages are not equal
@@ -191,11 +199,28 @@ def check_early(request: Request, cluster: Cluster) -> None:
         _check_mesh(request.mesh, cluster, int(request.pp))
 
 
-def check_overlap(overlap: Sequence[OverlapKind], cluster: Cluster) -> None:
-    """Refuse communication beside computation on devices that do one after the other."""
-    if overlap and not all(execution_model(d.kind).overlaps for d in cluster.devices.values()):
-        what = f"{'+'.join(overlap)} on {cluster.name}, as XLA's CPU backend computes and communicates in turn"
-        _refuse("overlap", what, "overlap=none, or a cluster of GPUs or TPUs")
+def _check_backend(backend: PlanBackend, cluster: Cluster) -> None:
+    """Refuse a backend that runs on none of the kind of a cluster's devices."""
+    for device in cluster.devices.values():
+        if device.kind not in runs_on(backend):
+            known = " or ".join(sorted(runs_on(backend)))
+            what = f"{backend} on {cluster.name}: it does not run on {device.name}, which is {device.kind}"
+            _refuse("backend", what, f"backend=xla, or a cluster of {known} devices")
+
+
+def check_overlap(
+    overlap: Sequence[OverlapKind], cluster: Cluster, backend: PlanBackend = "xla"
+) -> None:
+    """Refuse communication beside computation where one is done after the other."""
+    kinds = [device.kind for device in cluster.devices.values()]
+    if overlap and not all(execution_model(kind, backend).overlaps for kind in kinds):
+        torch = backend == "torch"
+        which = "our torch backend" if torch else "XLA's CPU backend"
+        what = (
+            f"{'+'.join(overlap)} on {cluster.name}, as {which} computes and communicates in turn"
+        )
+        fix = "backend=xla on GPUs or TPUs" if torch else "a cluster of GPUs or TPUs"
+        _refuse("overlap", what, f"overlap=none, or {fix}")
 
 
 def check(request: Request, cluster: Cluster, time: TimeAxis | Refusal) -> None:
@@ -307,6 +332,8 @@ def _check_pipeline(request: Request) -> None:
         _refuse(name, f"{getattr(request, name)} without a pipeline", "pp of 2 or more, or auto")
     if request.chunks is not None:
         _check_chunks(request.chunks, request.schedule)
+    if request.program == "single" and request.backend == "torch":
+        _refuse("program", "single with backend=torch", "program=stages, or backend=xla")
     if request.program == "single" and request.microbatches == 1:
         _refuse("microbatches", "1 with program=single", "2 or more")
     if request.program == "single" and request.schedule not in (None, "gpipe"):

@@ -19,7 +19,7 @@ import torch
 from ...ir.analysis.dealt import through
 from ...ir.composites.bodies import LOSS, body_of
 from ...ir.composites.evenly import partners
-from ...ir.composites.free_dims import blocks_of, dims_of, place_of
+from ...ir.composites.free_dims import BLOCK, blocks_of, dims_of, place_of
 from ...ir.composites.loss_blocks import block_of, logits_in
 from ...ir.composites.online import body_parts
 from ...ir.graph import Op
@@ -36,7 +36,6 @@ Tensor = torch.Tensor
 Cuts = Mapping[int, Part]
 Blocks = Sequence[tuple[int, int]]  # free dims and how many blocks each is taken in
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
-BLOCK = 1 << 20  # scores that exist at a time, at most where dims can be cut so far
 
 
 class Body:
@@ -190,23 +189,27 @@ class Composite:
 
     def _made(self, cuts: Cuts) -> Run:
         graph, numbers, steps = self.body.graph, self.body.numbers, []
-        for op in graph.ops:
+        last = {v: number for number, op in enumerate(graph.ops) for v in (*op.inputs, *op.outputs)}
+        for number, op in enumerate(graph.ops):
             rule, here = self.body.rule_and_cuts(op, cuts)
             wide = op.kind == "dot_general" and not self.summed.isdisjoint(op.outputs)
             dtypes = tuple(torch.float32 if wide else self.body.dtype(v) for v in op.outputs)
-            steps.append(
-                (op, emitter(op, View(rule, here, dtypes)), self._reduction(rule, here, cuts))
-            )
+            call = emitter(op, View(rule, here, dtypes))
+            gone = [v for v, end in last.items() if end == number and v not in graph.outputs]
+            steps.append((op, call, self._reduction(rule, here, cuts), gone))
 
         def run(operands: Sequence[Tensor]) -> list[Tensor]:
             values = numbers | dict(zip(graph.inputs, operands, strict=True))
-            for op, call, over in steps:
+            for op, call, over, gone in steps:
                 results = call([values[v] for v in op.inputs])
                 for value, x in zip(op.outputs, results, strict=True):
                     brought = over and value not in self.owed
                     values[value] = (
                         joined(x.clone(), over, self.sharing, self.communicator) if brought else x
                     )
+                del results
+                for value in gone:
+                    del values[value]
             return [values[v] for v in graph.outputs]
 
         return run

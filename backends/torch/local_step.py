@@ -205,12 +205,10 @@ class LocalStep:
             stacks: list[list[Tensor]] = [[] for _ in region.outputs[len(joins) :]]
             for block in blocks:
                 found = block({v: known[v] for v in outside} | self.constants)
-                totals = [
-                    JOIN[join](total, part.to(total.dtype))
-                    for join, total, part in zip(joins, totals, found, strict=False)
-                ]
-                for stack, part in zip(stacks, found[len(joins) :], strict=True):
-                    stack.append(part)
+                for stack in reversed(stacks):
+                    stack.append(found.pop())
+                for number in reversed(range(len(joins))):  # each part is let go once it is in
+                    totals[number] = added(joins[number], totals[number], found.pop())
             narrow = [total.to(dtype) for total, dtype in zip(totals, dtypes, strict=True)]
             return [*narrow, *map(torch.stack, stacks)]
 
@@ -319,6 +317,13 @@ def start(reduction: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if dtype == torch.bool:
         return torch.full(shape, reduction in ("and", "min"), dtype=dtype)
     return torch.full(shape, lowest(dtype) if reduction == "max" else highest(dtype), dtype=dtype)
+
+
+def added(join: str, total: Tensor, part: Tensor) -> Tensor:
+    """A total of microbatches so far, which is written over where it can be, and the part of one more."""
+    if join == "sum":
+        return total.add_(part)
+    return JOIN[join](total, part.to(total.dtype))
 
 
 def _scaled(total: Tensor, number: Tensor, divide: bool) -> Tensor:

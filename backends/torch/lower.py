@@ -58,7 +58,7 @@ def _as_planned(plan: Plan, graph: Graph) -> Graph:
             where=f"plan `{plan.name}`, mesh {plan.mesh}",
             fix="plan this step again, with the shapes and options it will run with",
         )
-    graph = composed(graph, plan.attention, plan.cluster, plan.loss)
+    graph = composed(graph, plan.attention, plan.cluster, plan.loss, plan.backend)
     return graph if plan.batch is None else replace(graph, batch=plan.batch.known)
 
 

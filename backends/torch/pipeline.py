@@ -112,6 +112,11 @@ class PipelineSteps:
         """The part of an output of the last step that this rank holds."""
         return self._results[position].part
 
+    def living(self) -> list[Tensor]:
+        """What is there between two steps."""
+        parts = [x.part if isinstance(x, Held) else x for x in (*self.leaves, *self.held)]
+        return [x for x in parts if isinstance(x, Tensor)]
+
 
 def _stage_devices(stage: StagePart) -> StageDevices:
     def zeros() -> list[Tensor]:

@@ -42,6 +42,7 @@ from .handover import ProcessPost, RankMesh, RecordingPost
 from .held import Name, Shard
 from .local_step import LocalStep, axes_met
 from .lower_pipeline import StagedProgram
+from .memory import LiveStorages
 from .pipeline import PipelineSteps
 
 Array = np.ndarray[Any, Any]
@@ -93,6 +94,10 @@ class Ranks:
     def step(self) -> float:
         """One step; the seconds that the slowest rank took."""
         return max(self._ask("step", None))
+
+    def peak(self) -> int:
+        """One step more, in which memory is counted: bytes on the rank that takes most, at its fullest moment."""
+        return max(self._ask("peak", None))
 
     def results(self, positions: Sequence[int]) -> list[Array]:
         """Outputs of the last step as whole arrays; those of types that numpy has not as the bits of their elements."""
@@ -337,6 +342,11 @@ class _Rank:
         self.steps.run()
         return time.perf_counter() - begin
 
+    def peak(self, _: None) -> int:
+        with LiveStorages(self.steps.living()) as live:
+            self.step(None)
+        return live.peak
+
     def results(self, positions: Sequence[int]) -> list[Array | None]:
         parts = [self.steps.result(k) for k in positions]
         return [None if x is None else array_of(x) for x in parts]
@@ -422,3 +432,7 @@ class WholeSteps:
         """An input as `room` said, filled."""
         assert shard is not None
         self.inputs[position] = shard.tensor
+
+    def living(self) -> list[torch.Tensor]:
+        """What is there between two steps."""
+        return [*self.inputs.values(), *self.outputs, *self.local.constants.values()]

@@ -25,7 +25,7 @@ from ...ir.analysis.dealt import through
 from ...ir.composites.attention_form import LSE
 from ...ir.composites.bodies import body_of
 from ...ir.composites.evenly import partners
-from ...ir.composites.free_dims import Dims, blocks_of, place_of
+from ...ir.composites.free_dims import BLOCK, Dims, blocks_of, place_of
 from ...ir.composites.online import body_parts
 from ...ir.graph import Op
 from ...ir.rules import rule_of
@@ -36,7 +36,6 @@ from .dtypes import jax_dtype
 from .emit import emit
 from .shard import Arrays, Part, ShardPart, ShardWindow
 
-BLOCK = 1 << 20  # elements of scores that exist at a time, at most where dims can be cut so far
 RUNS, SHORTEST = 8, 128  # of queries that see keys of their own: at most so many, none shorter
 CHOICES = 8  # of keys for a run of which only the device knows which one it has, about
 

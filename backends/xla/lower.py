@@ -217,7 +217,7 @@ def _weakly(
 
 def _as_planned(plan: Plan, captured: Captured) -> Captured:
     """The step with the batch that the plan was made for, which may have been told, and attention as planned."""
-    graph = composed(captured.graph, plan.attention, plan.cluster, plan.loss)
+    graph = composed(captured.graph, plan.attention, plan.cluster, plan.loss, plan.backend)
     return replace(
         captured, graph=graph if plan.batch is None else replace(graph, batch=plan.batch.known)
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..cluster.cluster import Cluster
-from ..execution_model import AttentionKernel, execution_model
+from ..execution_model import AttentionKernel, Backend, execution_model
 from ..graph import Op
 from .attention_form import BACKWARD, Form, Unreadable, form_of
 
@@ -29,10 +29,10 @@ _PRODUCTS, _FORWARD_AGAIN = (
 )  # of a gradient; of the forward pass, where its results are not handed on
 
 
-def has_kernels(cluster: Cluster) -> bool:
-    """Whether any of its devices runs attention by a kernel."""
+def has_kernels(cluster: Cluster, backend: Backend = "xla") -> bool:
+    """Whether a backend runs attention by a kernel on any of its devices."""
     kinds = {device.kind for device in cluster.devices.values()}
-    return any(execution_model(kind).attention_kernel for kind in kinds)
+    return any(execution_model(kind, backend).attention_kernel for kind in kinds)
 
 
 def form_for(op: Op, kernel: AttentionKernel | None) -> Form | None:

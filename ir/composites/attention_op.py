@@ -22,6 +22,7 @@ from ..analysis.attention import Attention, attentions
 from ..analysis.dealt import complete, followed
 from ..attrs import Attr
 from ..cluster.cluster import Cluster
+from ..execution_model import Backend
 from ..graph import Graph, Op, TensorType
 from ..text import show
 from .attention_form import LSE, Unreadable, form_of, with_residuals
@@ -40,16 +41,17 @@ def composed(
     attention: AttentionKind,
     cluster: Cluster | None = None,
     loss: LossKind = "plain",
+    backend: Backend = "xla",
 ) -> Graph:
-    """The graph with its attention and losses as asked for; without a cluster for devices that have kernels. Under
-    "ring" gradients are handed what rings would work out again."""
+    """The graph with its attention and losses as asked for, for a backend on a cluster; without one, for devices that
+    have kernels. Under "ring" gradients are handed what rings would work out again."""
     if loss == "fused":
         graph = with_losses(graph)
     if attention == "plain":
         return graph
     if attention == "ring":
         return with_sums_kept(with_attention(graph, for_kernels=False))
-    return with_attention(graph, cluster is None or has_kernels(cluster))
+    return with_attention(graph, cluster is None or has_kernels(cluster, backend))
 
 
 def with_attention(graph: Graph, for_kernels: bool = True) -> Graph:

@@ -11,6 +11,8 @@ from ..graph import Op
 
 Dims = tuple[tuple[int, ...], ...]  # by dim of an array, the free dims that it is made of
 
+BLOCK = 1 << 20  # elements of scores that exist at a time, at most where dims can be cut so far
+
 
 def dims_of(op: Op, sides: str) -> tuple[Dims, ...]:
     """Of a composite's "operands" or "results".

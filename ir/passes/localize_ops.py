@@ -424,15 +424,16 @@ def _partial(shard: Shard, settled: Mapping[str, tuple[str, ...]]) -> Shard:
 
 
 def _late(ops: Sequence[Op], time: TimeAxis) -> set[int]:
-    """Positions of ops that need something the body made."""
-    made: set[int] = set()
+    """Positions of ops after the body: all but what the body needs, so that nothing else lives through it."""
+    needed = {v for i, op in enumerate(ops) if i in time.body for v in op.inputs}
     late: set[int] = set()
-    for i, op in enumerate(ops):
+    for i, op in reversed([*enumerate(ops)]):
         if i in time.body:
-            made.update(op.outputs)
-        elif not made.isdisjoint(op.inputs):
+            continue
+        if needed.isdisjoint(op.outputs):
             late.add(i)
-            made.update(op.outputs)
+        else:
+            needed.update(op.inputs)
     return late
 
 

@@ -36,7 +36,7 @@ def attention_seconds(
     """
     pairs = pairs_kept(op) * flop
     kernel = None if op.has("round") else model.attention_kernel
-    if kernel and reason_against(op, kernel):
+    if model.runs_ops_alone or (kernel and reason_against(op, kernel)):
         moved = device.stream_seconds(pairs_kept(op) * _scores_moved(op.text("body")))
         return pairs / (peak * device.efficiency) + moved
     return products_made(op, kernel) * pairs / (peak * device.attention_efficiency)

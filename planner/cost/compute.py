@@ -18,7 +18,7 @@ from ...ir.analysis.attention import Attention
 from ...ir.cluster.cluster import Device
 from ...ir.execution_model import ExecutionModel
 from ...ir.graph import Op, TensorType
-from ...ir.ops import COMPOSITES, CONTRACTIONS, DECOMPOSITIONS, INDEXED, LOSSES
+from ...ir.ops import COMPOSITES, CONTRACTIONS, DECOMPOSITIONS, INDEXED, LOSSES, VIEWS
 from ...ir.rules.rule import Rule
 from ...ir.rules.user_kernel import KIND as USERS
 from .attention import ROWS, attention_seconds, attention_tail
@@ -48,12 +48,12 @@ def op_seconds(
     arithmetic it pays the part by which the chain's arithmetic exceeds the chain's memory
     traffic, so that a chain takes the larger of the two.
     """
-    terms = fused_terms(op, types, device, kernels)
+    terms = fused_terms(op, types, device, kernels, model)
     if terms is not None:
         return terms.fixed + _cut(terms.sides, ways)
     if op.kind in CONTRACTIONS:
         narrow = None if kernels.attention(op) else products
-        seconds = device.launch + np.maximum(
+        seconds = start_seconds(device, model) + np.maximum(
             device.stream_seconds(_cut(_moved(op, types, kernels), ways)),
             _product_seconds(op, rule, types, device, ways, kernels, model, narrow),
         )
@@ -63,10 +63,10 @@ def op_seconds(
     if op.kind in COMPOSITES:
         moved = device.stream_seconds(_cut(_moved(op, types, kernels), ways))
         seconds = _composite_seconds(op, rule, types, device, model) / ways.work
-        launch = device.launch * ways.launches
+        launch = start_seconds(device, model) * ways.launches
         return launch + np.maximum(moved, seconds * attention_tail(op, device, ways.work))
     arithmetic = _beside_products(op, rule, types, device, model) / ways.work
-    return device.launch + np.maximum(
+    return start_seconds(device, model) + np.maximum(
         device.stream_seconds(_cut(_touched(op, types, kernels), ways)), arithmetic
     )
 
@@ -102,12 +102,19 @@ class Terms:
     work: float = 0.0
 
 
+def start_seconds(device: Device, model: ExecutionModel) -> float:
+    """Until an op's kernel runs: the device's launch, or the host's dispatch where the host runs op by op."""
+    alone = model.runs_ops_alone and not model.dispatches_beside
+    return model.dispatch_seconds if alone else device.launch
+
+
 def fused_terms(
-    op: Op, types: Mapping[int, TensorType], device: Device, kernels: Kernels
+    op: Op, types: Mapping[int, TensorType], device: Device, kernels: Kernels, model: ExecutionModel
 ) -> Terms | None:
     """Of an op that runs within a fused chain or costs nothing; None for kernels of their own."""
+    start = start_seconds(device, model)
     if op.kind in FREE or (kernels.inside.keys() >= {*op.outputs} and op.kind not in CONTRACTIONS):
-        return Terms(0.0, {})
+        return Terms(start if model.runs_ops_alone and op.kind in VIEWS else 0.0, {})
     if is_kernel(op):
         return None
     first, many, sides = op.outputs[0], len(op.inputs), (*op.inputs, *op.outputs)
@@ -120,7 +127,7 @@ def fused_terms(
     excess = max(0.0, 1 - memory / arithmetic) if arithmetic else 0.0
     largest = max(range(len(sides)), key=lambda k: types[sides[k]].size)
     found[largest] += excess * work(op, types) / device.vector_flops
-    fixed = device.launch * (not kernels.ends.isdisjoint(op.outputs))
+    fixed = start * (model.runs_ops_alone or not kernels.ends.isdisjoint(op.outputs))
     return Terms(fixed, {k: seconds for k, seconds in found.items() if seconds})
 
 
@@ -138,35 +145,40 @@ def least_terms(
     A product whose operands are cut smaller never reaches a larger share of the peak than
     the whole one does, all multiprocessors busy.
     """
-    fused = fused_terms(op, types, device, kernels)
+    fused = fused_terms(op, types, device, kernels, model)
     if fused is not None:
         return fused
     if op.kind in LOSSES:
-        return Terms(device.launch, {}, least_loss_seconds(op, device, model, products))
+        return Terms(
+            start_seconds(device, model), {}, least_loss_seconds(op, device, model, products)
+        )
     if op.kind in COMPOSITES:
-        return Terms(device.launch, {}, _composite_seconds(op, rule, types, device, model))
+        return Terms(
+            start_seconds(device, model), {}, _composite_seconds(op, rule, types, device, model)
+        )
     if op.kind not in CONTRACTIONS:
         touched, arithmetic = (
             _touched(op, types, kernels),
             _beside_products(op, rule, types, device, model),
         )
         if arithmetic > device.stream_seconds(sum(touched.values())):
-            return Terms(device.launch, {}, arithmetic)
+            return Terms(start_seconds(device, model), {}, arithmetic)
         return Terms(
-            device.launch, {k: device.stream_seconds(nbytes) for k, nbytes in touched.items()}
+            start_seconds(device, model),
+            {k: device.stream_seconds(nbytes) for k, nbytes in touched.items()},
         )
     if (within := kernels.attention(op)) is not None:
         rate = (
             peak_of(device, multiplied_as(op, types, device, model)) * device.attention_efficiency
         )
-        return Terms(device.launch, {}, flop(op, rule, types) * within.share / rate)
+        return Terms(start_seconds(device, model), {}, flop(op, rule, types) * within.share / rate)
     share, total = device.efficiency, flop(op, rule, types)
     if op.kind != "conv_general_dilated":
         left, right, result = (types[v].size for v in (*op.inputs[:2], *op.outputs))
         terms = total / 2
         share = float(product_share(terms / right, terms / left, terms / result, ENDLESS, device))
     return Terms(
-        device.launch,
+        start_seconds(device, model),
         {},
         total / (peak_of(device, products or multiplied_as(op, types, device, model)) * share),
     )

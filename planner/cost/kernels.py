@@ -39,10 +39,9 @@ FREE = ALIASES | {"copy", "broadcast_in_dim"}  # no kernel
 # Ops that never follow another's layout: they do real work, or a layout of their own is the point.
 LEADERS = KERNELS | MOVEMENT
 
-Fusion = Literal[
-    "all", "layers", "none"
-]  # what a compiler fuses: all, repeated layers alone, nothing
-FUSIONS: tuple[Fusion, ...] = ("all", "layers", "none")
+# What a compiler fuses: all, repeated layers alone, nothing but the optimizer, nothing at all.
+Fusion = Literal["all", "layers", "none", "eager"]
+FUSIONS: tuple[Fusion, ...] = ("all", "layers", "none")  # of jobs
 # Arithmetic per element of a fused op, in simple operations; one where not listed.
 # Measured on one x86 core with XLA's vectorised expansions: exp and tanh take 10 to
 # 20 times a multiplication, division and roots about 4 times.
@@ -112,15 +111,15 @@ def kernels_of(
 
 
 def _written(program: Program, fusion: Fusion) -> frozenset[int]:
-    """Results of forward and backward ops that run by themselves; the optimizer is one kernel always."""
+    """Results of ops that run by themselves; the optimizer is one kernel, but where nothing is."""
     if fusion == "all":
         return frozenset()
     free = free_values(program)
     return frozenset(
         v
         for op, phase in zip(program.graph.ops, program.phases, strict=True)
-        if phase in ("forward", "backward")
-        and (fusion == "none" or not _in_block(op))
+        if (fusion == "eager" or phase in ("forward", "backward"))
+        and (fusion in ("none", "eager") or not _in_block(op))
         and op.kind not in FREE | VIEWS  # run by themselves they move nothing
         for v in op.outputs
         if v not in free

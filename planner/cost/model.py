@@ -115,7 +115,7 @@ class Roofline:
         self, op: Op, types: Mapping[int, TensorType], kernels: Kernels
     ) -> Terms | None:
         """The same of an op within a fused chain, before anything is chosen; None for kernels of their own."""
-        return fused_terms(op, types, self.device, kernels)
+        return fused_terms(op, types, self.device, kernels, self.execution_model)
 
     def least_terms(
         self, op: Op, rule: Rule, types: Mapping[int, TensorType], kernels: Kernels

@@ -38,7 +38,7 @@ def solve_overlapped(
     """
     multipliers = np.zeros(MANY) if start is None else start
     if space.windows is None:
-        return solve(space), multipliers
+        return _with_host(solve(space), space.host_seconds), multipliers
     met: list[Timed] = []
     best: Solution | None = None
     bound, kept = -inf, multipliers
@@ -65,6 +65,12 @@ def solve_overlapped(
         multipliers = following
     assert best is not None
     return _told(best, bound, gap), kept
+
+
+def _with_host(found: Solution, host: float) -> Solution:
+    """A step ends no sooner than the host has dispatched it."""
+    seconds = None if found.objective is None else max(found.objective, host)
+    return replace(found, objective=seconds, lower_bound=max(found.lower_bound, host))
 
 
 def _told(best: Solution, bound: float, gap: float) -> Solution:

@@ -63,6 +63,7 @@ class Space:
     # How often each reading happens per step.
     read: np.ndarray = field(default_factory=lambda: np.zeros(0))
     windows: Windows | None = None  # None: nothing overlaps
+    host_seconds: float = 0.0  # of a host that dispatches op by op beside its device
     overlap: tuple[OverlapKind, ...] = ()
 
     @property
@@ -104,7 +105,8 @@ class Space:
     def seconds(self, choices: Sequence[int]) -> float:
         """Of a step under choices, with what overlaps."""
         timed = self.timed(choices)
-        return self.serial(choices) if timed is None else timed.seconds
+        found = self.serial(choices) if timed is None else timed.seconds
+        return max(found, self.host_seconds)
 
     def serial(self, choices: Sequence[int]) -> float:
         """Of a step under choices if nothing overlaps, or of what bounds it if prices are scaled."""
@@ -263,6 +265,9 @@ class _Prices:
         space.moved = frame.changes.seconds(
             self.layouts, [space.bytes_of(each.value) for each in frame.changes.changes]
         )
+        model = self.cost.execution_model
+        if model.runs_ops_alone and model.dispatches_beside:
+            space.host_seconds = model.dispatch_seconds * sum(space.runs.values())
         counted = space.counting(runs, space.read)
         space.nodes, space.edges = counted.nodes, counted.edges
 

@@ -11,14 +11,13 @@ from ...ir.errors import PlanError
 from ...ir.execution import OverlapKind
 from ...ir.passes.recompute import Policy
 from ...ir.plan import Plan
-from ..cost.model import Roofline
 from ..intra.layouts import Layouts
 from ..intra.solve import Answer
 from ..intra.space import build
 from ..memory.ledger import Ledger
 from ..memory.lifetimes import lifetimes
 from ..memory.storage import storage_of
-from ..problem import Problem
+from ..problem import Problem, cost_of
 from ..report.of_plan import write_plan
 from ..request import Request, check
 from ..search.candidates import Best, Candidate, SearchResult
@@ -59,7 +58,7 @@ def fixed_plan(
         loss=loss,
         overlap=overlap,
     )
-    problem = Problem(folded, cluster, request, Roofline(cluster), name, fingerprint)
+    problem = Problem(folded, cluster, request, cost_of(cluster, request), name, fingerprint)
     program, trace = problem.program(recompute), Trace(request.time_limit)
     check(request, cluster, program.time)
     pinned = Pinned(program, parallelism, runs=True)

@@ -18,11 +18,12 @@ from math import ceil
 
 from ...ir.analysis.refusals import Refusal
 from ...ir.composites.bodies import body_of
+from ...ir.composites.free_dims import BLOCK
 from ...ir.composites.loss_blocks import hidden_in, is_of_tokens, logits_in, most_logits
 from ...ir.execution import OverlapKind
 from ...ir.execution_model import ExecutionModel
 from ...ir.graph import ITEM_BYTES, Graph, Op
-from ...ir.ops import LOSSES
+from ...ir.ops import COMPOSITES, LOSSES
 from ...ir.passes.copies import settles
 from ...ir.passes.microbatch import TimeAxis
 from ...ir.program import Program
@@ -94,7 +95,8 @@ class _Analysis:
         self.spans: list[Span] = []  # one per top-level op
         self.bounds: list[tuple[int, int]] = []  # ticks of each top-level op
         self.position: dict[int, int] = {}  # value -> top-level op that makes it
-        self.losses: list[tuple[Op, int, int]] = []  # each with its ticks
+        self.blocks: list[tuple[Op, int, int]] = []  # what runs block by block, with its ticks
+        self.alone = storage.model.runs_ops_alone
 
     def run(self) -> Lifetimes:
         ticks = self._tick()
@@ -155,8 +157,8 @@ class _Analysis:
                 end = self._visit(inner, end)
             for value in (*region.inputs, *region.outputs):
                 self.used[value].append(end - 1)
-        if op.kind in LOSSES:
-            self.losses.append((op, tick, end - 1))
+        if op.kind in (COMPOSITES if self.alone else LOSSES):
+            self.blocks.append((op, tick, end - 1))
         for value in op.outputs:
             self.defined[value] = tick
             self.used[value].append(end - 1)
@@ -262,6 +264,8 @@ class _Analysis:
             yield Segment(value, 0, last_tick, span.count, span.count)
             return
         first, last = self._across_time(value, start, end)
+        if self.alone and value in self._added_up:  # what one microbatch adds, until its end
+            yield from self._weighted(value, start, self._leave, span)
         if (first, last) != (start, end):
             yield from self._through_loop(value, first, last, span)
         elif value in self.storage.early:
@@ -284,17 +288,23 @@ class _Analysis:
     def _through_loop(self, value: int, start: int, end: int, own: Span) -> Iterator[Segment]:
         """What every microbatch needs: all layers are alive from the loop's start, or from
         where they are made before it, to the loop's end; then until they are read."""
-        many, leave = own.count, max(self.spans[p].end for p in self.time.body)  # type: ignore[union-attr]
+        many, leave = own.count, self._leave
         if start >= own.start and own.end < leave:
             yield Segment(value, start, own.end, 1, many)
             start = own.end + 1
         yield Segment(value, start, leave, many, many)
         yield from self._until_read(value, leave + 1, end, many)
 
+    @cached_property
+    def _leave(self) -> int:
+        """The last tick of the loop over microbatches."""
+        return max(self.spans[p].end for p in self.time.body)  # type: ignore[union-attr]
+
     def _blocks(self) -> Iterator[Segment]:
-        """What losses hold while they run, told as so many of their results."""
-        for op, start, end in self.losses:
-            for result, many in _held_within(op, self.storage.model):
+        """What ops hold while they run block by block, told as so many of their results."""
+        for op, start, end in self.blocks:
+            held = _held_within if op.kind in LOSSES else _held_by_attention
+            for result, many in held(op, self.storage.model):
                 yield Segment(op.outputs[result], start, end, many, many)
 
     def _until_read(self, value: int, start: int, end: int, many: int) -> Iterator[Segment]:
@@ -354,6 +364,8 @@ class _Analysis:
 
     @cached_property
     def _donated_outputs(self) -> frozenset[int]:
+        if self.alone:
+            return frozenset()
         return frozenset(
             self.graph.outputs[o] for i, o in self.graph.state if i in self.graph.donated
         )
@@ -361,6 +373,8 @@ class _Analysis:
     @cached_property
     def _own_results(self) -> frozenset[int]:
         """New state that is written over nothing: XLA gives results memory of their own for the whole step."""
+        if self.alone:
+            return frozenset()
         new = {self.graph.outputs[o] for _, o in self.graph.state} - self._donated_outputs
         return frozenset(v for v in new if self._phase(v) == "update")
 
@@ -447,6 +461,29 @@ def ticks_of(op: Op) -> int:
 
 
 @lru_cache(maxsize=64)
+def _held_by_attention(op: Op, model: ExecutionModel) -> tuple[tuple[int, int], ...]:
+    """What attention holds beside its operands and results: of a block, what its body stores of the size of scores.
+
+    Leaves out: devices that have all scores in less than a block hold less.
+    """
+    graph = body_of(op.text("body"))
+    scores = max(kind.size for kind in graph.types.values() if kind.is_float)
+    block = _block_of(graph, scores, op.where, model) * min(1.0, BLOCK / scores)
+    largest = max(graph.outputs, key=lambda v: graph.types[v].nbytes)
+    many = ceil(block / graph.types[largest].nbytes)
+    return ((graph.outputs.index(largest), many),)
+
+
+def _block_of(graph: Graph, size: int, where: str, model: ExecutionModel) -> float:
+    """The most bytes of values so large or larger that a body stores at a time."""
+    alone = Program(graph, ("forward",) * len(graph.ops), Refusal("a body", where))
+    lives = lifetimes(alone, 1, {}, storage_of(alone, model))
+    large = [v for v in lives.causes if graph.types[v].size >= size and v not in graph.inputs]
+    sizes = {v: lives.scale[v] * graph.types[v].nbytes * (v in large) for v in lives.causes}
+    return float(lives.profile(sizes).max())
+
+
+@lru_cache(maxsize=64)
 def _held_within(op: Op, model: ExecutionModel) -> tuple[tuple[int, int], ...]:
     """What a loss holds beside its operands and results: a block of what its body stores for each logit, as so many
     times a result that has all tokens; the sum so far of a weight's gradient, in fp32, and what one block adds unless
@@ -455,12 +492,8 @@ def _held_within(op: Op, model: ExecutionModel) -> tuple[tuple[int, int], ...]:
     Leaves out: devices that share so much of the vocabulary that one block has all their logits hold less.
     """
     graph, logits, hidden = body_of(op.text("body")), logits_in(op), hidden_in(op)
-    alone = Program(graph, ("forward",) * len(graph.ops), Refusal("a body", op.where))
-    lives = lifetimes(alone, 1, {}, storage_of(alone, model))
-    large = [v for v in lives.causes if graph.types[v].size >= logits and v not in graph.inputs]
-    sizes = {v: lives.scale[v] * graph.types[v].nbytes * (v in large) for v in lives.causes}
     share = min(1.0, float(most_logits(hidden)) / logits)
-    block = float(lives.profile(sizes).max()) * share
+    block = _block_of(graph, logits, op.where, model) * share
     results, found = [graph.types[v] for v in graph.outputs], list[tuple[int, int]]()
     of_tokens = [k for k in range(len(results)) if is_of_tokens(op, k)]
     if of_tokens:

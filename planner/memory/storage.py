@@ -7,7 +7,8 @@ stores its result: the readers make it again from what it was made of.
              └─────── mul ────┘               and tanh, which is dear; `add` is made again
 
 Stored are borders of kernels, results of dear ops and reductions, and what a barrier holds; a
-reshape shows its operand. A backend that does not fuse so stores whatever a kernel leaves.
+reshape shows its operand. A backend that does not fuse so stores whatever a kernel leaves, and one that runs op by op
+what each op does (`by_op.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ...ir.passes.copies import settles
 from ...ir.passes.microbatch import TimeAxis
 from ...ir.program import Program
 from ..cost.kernels import Kernels, is_kernel, kernels_of
+from .by_op import shown_by
 
 DEAR = REDUCTIONS | TRANSCENDENTAL | DIVISION | {"copy"}
 
@@ -55,6 +57,12 @@ def storage_of(program: Program, model: ExecutionModel, kernels: Kernels | None 
     Args:
         kernels: of the program, where they are not fused into their readers; as they are by default if None.
     """
+    if model.runs_ops_alone:
+        shown = shown_by(program)
+        made = {value: frozenset((root,)) for value, root in shown.items()}
+        every = {v for visit in program.graph.visits for v in (*visit.op.inputs, *visit.op.outputs)}
+        kept = (every | {*program.graph.inputs} | {*program.graph.outputs}) - made.keys()
+        return Storage(model, frozenset(kept - {*program.graph.constant_ids}), made, {}, {})
     if not model.fuses_into_readers:
         return Storage(model, (kernels or kernels_of(program)).kept, {}, {}, {})
     return _Analysis(program, kernels_of(program, joined=True), model).run()

@@ -115,6 +115,7 @@ def write_pipeline(
         graph=problem.fingerprint,
         cluster=cluster,
         mesh=space.mesh,
+        backend=problem.request.backend,
         microbatches=space.microbatches,
         recompute=problem.policy_of(space.program),
         attention=problem.request.execution.attention,

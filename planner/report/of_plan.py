@@ -71,6 +71,7 @@ def write_plan(
         graph=problem.fingerprint,
         cluster=problem.cluster,
         mesh=space.mesh,
+        backend=problem.request.backend,
         microbatches=best.candidate.microbatches,
         recompute=best.candidate.policy,
         attention=problem.request.execution.attention,

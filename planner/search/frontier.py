@@ -31,12 +31,11 @@ from ...ir.passes.recompute import Policy
 from ...ir.plan import Plan, PlannedBatch
 from ...ir.units import counted, format_bytes
 from ...ir.version import VERSION
-from ..cost.model import Roofline
 from ..pipeline.choices import Choices, PipelineConfig
 from ..pipeline.points import Point
 from ..pipeline.search import Pipelines
 from ..pipeline.units import Units
-from ..problem import Problem
+from ..problem import Problem, cost_of
 from ..report.of_pipeline import LEFT_OUT
 from ..request import Request, check_overlap
 from ..trace import Trace
@@ -274,10 +273,10 @@ class _Replanning:
             known = next(iter(self.searches.values()), None)
             request = Request(**{**self.frontier.request, "program": "stages"})  # type: ignore[arg-type]
             if known is None:
-                check_overlap(request.execution.overlap, where)
+                check_overlap(request.execution.overlap, where, request.backend)
                 folded = Folded(self.small, self.small, ())
                 name, mark = self.frontier.name, self.frontier.fingerprint
-                problem = Problem(folded, where, request, Roofline(where), name, mark)
+                problem = Problem(folded, where, request, cost_of(where, request), name, mark)
             else:
                 problem = known.problem.on_cluster(where, request)
             found = Pipelines(problem, Trace(request.time_limit))

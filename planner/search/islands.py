@@ -32,7 +32,6 @@ from ...ir.pipeline.schedule import in_flight
 from ...ir.plan import Plan
 from ...ir.units import counted, format_bytes, format_seconds
 from ..cost.least import least_work
-from ..cost.model import Roofline
 from ..pipeline.choices import PipelineConfig
 from ..pipeline.dealing import deal
 from ..pipeline.priced import Place, Priced, Pricing
@@ -41,7 +40,7 @@ from ..pipeline.search import Pipelines
 from ..pipeline.stage_layouts import StageLayouts
 from ..pipeline.units import Units, runs_of
 from ..pipeline.watched import Watched
-from ..problem import Problem
+from ..problem import Problem, cost_of
 from ..report.of_pipeline import BESIDES, Rank, by_stages, write_pipeline
 from ..request import Request, check
 from ..trace import Trace
@@ -147,7 +146,7 @@ class Islands:
             if found:
                 found.append(found[0].on_cluster(part, request))
                 continue
-            cost = Roofline(part)
+            cost = cost_of(part, request)
             found.append(Problem(self.folded, part, request, cost, self.name, self.fingerprint))
         return found
 

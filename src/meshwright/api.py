@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,8 @@ def lower(
     inner = Options.of(step, given).peel(step)
     with calling(inner, args, options) as call:
         captured = capture_call(call, plan.pipeline is not None)
+        if elsewhere := plan.read_elsewhere("xla"):
+            warnings.warn(elsewhere, stacklevel=2)
         return RunningStep(lower_plan(plan, captured, devices), inner, call.inner)
 
 
@@ -142,6 +145,8 @@ def parallelize(
         raise UsageError(
             f"parallelize takes a function, not {step!r}.", fix="@mw.parallelize above a def"
         )
+    if plan is not None and (elsewhere := plan.read_elsewhere("xla")):
+        warnings.warn(elsewhere, stacklevel=2)
     if plan is not None and batch_argnums is not None:
         raise UsageError(
             "a plan says what its batch is.",
@@ -158,6 +163,12 @@ def parallelize(
         "static_argnums": static_argnums, "static_argnames": static_argnames,
         "donate_argnums": donate_argnums, "donate_argnames": donate_argnames,
     }  # fmt: skip
+    if request.get("backend", "xla") != "xla":
+        raise UsageError(
+            f"parallelize runs a step on xla, not {request['backend']!r}.",
+            where=step_name(step),
+            fix="mw.torch.parallelize, or meshwright run --backend torch",
+        )
     wrapped = ParallelStep(
         step,
         cluster,

@@ -83,7 +83,7 @@ def _planned(
     notes = ("stacked parameters are held layer by layer", *unrolled.notes) if unrolled else ()
     graph = whole if unrolled is None else unrolled.graph
     with worker_pool(where, request) as workers:
-        graph = composed(graph, attention, where, request.loss)
+        graph = composed(graph, attention, where, request.loss, request.backend)
         verify_graph(graph)
 
         def kept(frontier: Frontier) -> None:
@@ -97,7 +97,10 @@ def _planned(
         return found
     if found.pipeline is None:
         again = search(
-            fold(composed(whole, attention, where, request.loss)), where, request.flat, **same
+            fold(composed(whole, attention, where, request.loss, request.backend)),
+            where,
+            request.flat,
+            **same,
         )
         return again.model_copy(
             update={"notes": tuple(dict.fromkeys((*again.notes, *found.notes)))}

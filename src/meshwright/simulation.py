@@ -23,8 +23,8 @@ from .ir.plan_checks import check_decisions
 from .ir.program import Program, prepare
 from .ir.units import counted
 from .planner.cost.bands import band_of, told, weakest
-from .planner.cost.model import Roofline
 from .planner.pipeline.timeline import Timeline
+from .planner.problem import cost_of
 from .planner.report.instructions import Simulation, simulate_plan
 from .planner.report.pipeline_prices import PipelineSimulation, simulate_pipeline
 from .planner.request import Request, check_overlap
@@ -103,17 +103,18 @@ def simulate(
             where="changes", fix="meshwright plan",
         )  # fmt: skip
     beside = plan.overlap if overlap is None else Request(overlap=overlap).execution.overlap
-    check_overlap(beside, where)
+    check_overlap(beside, where, plan.backend)
     execution = Execution(plan.attention, beside, plan.loss)
+    cost = cost_of(where, Request(backend=plan.backend))
     if plan.pipeline is not None:
         _check_stages(plan, "simulated op by op")
         graph = _staged_graph(plan, step, args, options)
         small = prepare(fold(graph).small, plan.recompute, in_stages=True)
         ranks = localize_pipeline(plan, graph)
-        found = simulate_pipeline(plan, ranks, small, Roofline(where), beside)
+        found = simulate_pipeline(plan, ranks, small, cost, beside)
         return Simulated(plan, where, found, told(where), "", execution)
     program = prepared(plan, step, args, options)
-    result = simulate_plan(plan, program, Roofline(where), beside)
+    result = simulate_plan(plan, program, cost, beside)
     hangs_on = weakest(where, plan.mesh, result.compute, result.collectives)
     return Simulated(plan, where, result, told(where), hangs_on, execution)
 
@@ -130,9 +131,8 @@ def _check_stages(plan: Plan, what: str) -> None:
 def _staged_graph(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Graph:
     """The step of a plan with a pipeline, its layers apart and with its batch, attention and losses as planned."""
     assert plan.pipeline is not None
-    graph = composed(
-        _graph(plan, step, args, options, plan.pipeline.unstacked), plan.attention, plan.cluster, plan.loss
-    )  # fmt: skip
+    graph = _graph(plan, step, args, options, plan.pipeline.unstacked)
+    graph = composed(graph, plan.attention, plan.cluster, plan.loss, plan.backend)
     return graph if plan.batch is None else replace(graph, batch=plan.batch.known)
 
 
@@ -162,7 +162,7 @@ def prepared(plan: Plan, step: Any, args: tuple[Any, ...], options: dict[str, An
         MismatchError: the plan was made for another one.
     """
     graph = _graph(plan, step, args, options)
-    folded = fold(composed(graph, plan.attention, plan.cluster, plan.loss))
+    folded = fold(composed(graph, plan.attention, plan.cluster, plan.loss, plan.backend))
     program = prepare(folded.small, plan.recompute)
     check_decisions(plan, program.graph, program.value_tags)
     return program

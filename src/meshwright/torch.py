@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -77,7 +78,7 @@ def parallelize(
         cluster: what to plan for, with a device for each process; by default as many CPUs. For XLA by default the
             devices that jax sees.
         plan: use this plan instead of searching for one.
-        request: pins and limits of the search.
+        request: pins and limits of the search, which is for `backend`.
         before_update: of the model, whose parameters have their gradients as `.grad`; it may change them:
             `lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)`. It is called once, at capture.
         seed: of random numbers, as dropout's: the same on every layout. By default torch's of the first process.
@@ -154,9 +155,9 @@ def _parallelized(
         _check_xla(world)
     local = Cluster.local() if backend == "xla" and cluster is None else f"{world}xcpu"
     where = Cluster.parse(local if cluster is None else cluster)
-    wanted = request or Request()
+    wanted = replace(request or Request(), backend=backend)
     if wanted.pp != 1 and wanted.program is None:
-        wanted = replace(wanted, program="stages")  # what torch runs
+        wanted = replace(wanted, program="stages")  # what steps of torch run as
     check_early(wanted, where)
     first = _told_by_first(torch.initial_seed() if seed is None else seed, world)
     with paused():
@@ -164,6 +165,8 @@ def _parallelized(
     name = type(model).__name__
     if plan is None:
         plan = _planned_once(captured, where, wanted, name, rank, world)
+    elif rank == 0 and (elsewhere := plan.read_elsewhere(backend)):
+        warnings.warn(elsewhere, stacklevel=2)
     if backend == "torch" and plan.device_count != world:
         raise LoweringError(
             f"the plan is for {plan.device_count} devices, this run has {world} process{'es' * (world > 1)}.",

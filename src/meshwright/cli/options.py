@@ -57,6 +57,11 @@ class Format(StrEnum):
     json = "json"
 
 
+class Backend(StrEnum):
+    xla = "xla"
+    torch = "torch"
+
+
 FormatOption = Annotated[Format, typer.Option("--format", help="How results are printed.")]
 PlanFile = Annotated[Path, typer.Argument(help="A plan written by `meshwright plan`.")]
 Emulate = Annotated[

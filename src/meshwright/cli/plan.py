@@ -11,7 +11,7 @@ import typer
 from ..ir.errors import UsageError
 from ..ir.graph import Graph
 from ..ir.units import counted, parse_bytes
-from .options import Format, FormatOption, app
+from .options import Backend, Format, FormatOption, app
 from .replan import print_plan, save_frontier
 
 
@@ -103,6 +103,10 @@ def plan(
         str,
         typer.Option(help="exact, or mcmc: FlexFlow's search, for comparison; it proves nothing."),
     ] = "exact",
+    backend: Annotated[
+        Backend,
+        typer.Option(help="What runs the plan: jax's XLA, or torch, a process for each device."),
+    ] = Backend.xla,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Where to save; MODEL.plan.json if not given."),
@@ -158,6 +162,7 @@ def plan(
         gap=gap,
         seed=seed,
         search=cast(Any, search),
+        backend=backend.value,
     )
     if is_graph_file(model):
         if save_graph is not None:

@@ -5,20 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..ir.errors import LoweringError, UsageError
-from .options import Emulate, Format, FormatOption, app
+from .options import Backend, Emulate, Format, FormatOption, app
 from .plan import searched
-
-
-class Backend(StrEnum):
-    xla = "xla"
-    torch = "torch"
 
 
 @app.command()
@@ -54,9 +48,11 @@ def run(
     ] = None,
     emulate: Emulate = False,
     backend: Annotated[
-        Backend,
-        typer.Option(help="What runs the step: jax's XLA, or torch, a process for each device."),
-    ] = Backend.xla,
+        Backend | None,
+        typer.Option(
+            help="What runs the step: xla, or torch, a process for each device; by default what the plan is for."
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -107,15 +103,19 @@ def run(
         check_writable(trace)
     if save is not None:
         check_saving(save)
-    on_torch = backend is Backend.torch
-    if on_torch:
-        others = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-        _check_alone(others | {"--trace": trace})
+    others = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    alone = others | {"--trace": trace}
     if model is not None and plan is None:
-        found = _plan_here(model, devices, pin or [], global_batch)
+        here = Backend.xla if backend is None else backend
+        if here is Backend.torch:
+            _check_alone(alone)
+        found = _plan_here(model, devices, pin or [], global_batch, here)
     elif plan is not None and not (model or pin or global_batch):
         found = load_plan(plan)
-        if not on_torch:
+        here = Backend(found.backend) if backend is None else backend
+        if here is Backend.torch:
+            _check_alone(alone)
+        else:
             place = seat(coordinator, processes, process)
             take_devices(found, emulate, place, deadline)
             said = {"steps": steps, "seed": seed or 0, "verify": verify, "emulate": emulate}
@@ -125,8 +125,10 @@ def run(
             "a plan or --model is needed; --pin and --global-batch go with --model.",
             fix="one of them",
         )
+    if elsewhere := found.read_elsewhere(here.value):
+        print(elsewhere, file=sys.stderr)
     how = steps, data, verify, seed, Kept(save, resume)
-    if on_torch:
+    if here is Backend.torch:
         set_deadline(deadline)
         trained = train_on_torch(found, step_of(found), *how, emulated=emulate or model is not None)
     else:
@@ -144,7 +146,7 @@ def _check_alone(given: dict[str, Any]) -> None:
     named = [name for name, value in given.items() if value is not None]
     if named:
         raise UsageError(
-            f"{', '.join(named)} goes with --backend xla; the ranks of --backend torch are processes of this host.",
+            f"{', '.join(named)} goes with --backend xla; the ranks of torch are processes of this host.",
             fix="leave it out",
         )
 
@@ -163,7 +165,9 @@ def running(plan: Any) -> Iterator[None]:
         ) from error  # fmt: skip
 
 
-def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> Any:
+def _plan_here(
+    model: str, devices: int, pins: list[str], batch: int | None, backend: Backend
+) -> Any:
     from dataclasses import replace
 
     from ..emulation import check_room, emulate
@@ -172,7 +176,7 @@ def _plan_here(model: str, devices: int, pins: list[str], batch: int | None) -> 
     from ..recipe import make
     from ..view.text import plan_head
 
-    request = request_of(pins)
+    request = replace(request_of(pins), backend=backend.value)
     if request.pp != 1 and request.program is None:
         request = replace(request, program="stages")  # whose passes have a timeline to show
     emulate(devices)

@@ -91,7 +91,8 @@ def _head(plan: Plan) -> str:
 
 
 def _assumed(plan: Plan) -> list[str]:
-    return [] if plan.execution == Execution() else [f"assumes {plan.execution}"]
+    assumed = [] if plan.execution == Execution() else [f"assumes {plan.execution}"]
+    return [*([] if plan.backend == "xla" else [f"run by {plan.backend}"]), *assumed]
 
 
 def _parts_of_step(plan: Plan) -> list[tuple[str, str]]:

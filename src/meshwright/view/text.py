@@ -52,6 +52,7 @@ def plan_head(plan: Plan) -> str:
         [
             f"{plan.name} on {plan.cluster.name}: {counted(plan.device_count, 'device')} as {_shape(plan)}",
             f"  plan    {'; '.join(words(plan))}",
+            *([] if plan.backend == "xla" else ["  backend torch, a process for each device"]),
             *([] if plan.execution == Execution() else [f"  assumes {plan.execution}"]),
             f"  step    {format_seconds(e.step_seconds)} predicted: {_parts_of_step(plan)}; "
             f"{format_flops(rate / plan.device_count)} per device",
