@@ -20,6 +20,19 @@ BACKENDS: tuple[PlanBackend, ...] = get_args(PlanBackend)
 AttentionKernel = Literal["cuDNN", "splash attention"]
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessMeeting:
+    """How processes of one host hand values on through its memory, as against what threads of one process reach.
+
+    Attributes:
+        share: of the fabric's bandwidth.
+        hop_bytes: a hop takes as long as so many bytes: it is work of processors, and slower where ranks share them.
+    """
+
+    share: float
+    hop_bytes: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionModel:
     """What a backend does with a program on one kind of device.
@@ -46,6 +59,7 @@ class ExecutionModel:
         exchanges_parts: an all-to-all sends and takes an array per device, beside the whole that is made of them.
         joins_all_reduces: all-reduces of gradients and metrics become one.
         one_process: devices of one host are threads of one process, which meet once for a collective of any kind.
+        meeting: of processes that meet through the memory of their host; None where they have a fabric of their own.
         ring_latency: gathers and reduce-scatters take the latency of every hop of a ring; else that of a tree.
         dispatch_seconds: of the host, to run an op, where it runs op by op.
         instruction_seconds: of the host, to dispatch an instruction of a pipeline (a pass, or a send with its receive).
@@ -69,6 +83,7 @@ class ExecutionModel:
     exchanges_parts: bool
     joins_all_reduces: bool
     one_process: bool
+    meeting: ProcessMeeting | None
     ring_latency: bool
     dispatch_seconds: float
     instruction_seconds: float
@@ -113,6 +128,7 @@ _TPU = ExecutionModel(
     exchanges_parts=False,
     joins_all_reduces=False,
     one_process=False,
+    meeting=None,
     ring_latency=False,
     dispatch_seconds=0.0,
     instruction_seconds=230e-6,
@@ -172,7 +188,21 @@ def _as_framework(xla: ExecutionModel) -> ExecutionModel:
     )
 
 
-# Our torch backend (`backends/torch/local_step.py`) on CPUs: an op of the local program is a call of torch.
+# Our torch backend on CPUs, torch 2.13: each op of a local program is a call of torch (`backends/torch/local_step.py`).
+# What is said of it follows from that file, and `benchmarks/torch_predictions.py` measures it: peaks of memory that
+# are counted storage by storage, processor time of steps, and gloo's collectives.
+#   widened              torch's products and gloo's sums take bf16 as it is
+#   redone_inside        recomputed ops are ops like all others
+#   adds_in_products     microbatches are added up after they have run
+#   fuses_attention      a composite runs the ops of its body, block by block: no time is saved
+#   overlaps             every collective is waited for at once
+#   joins_all_reduces    small ones alone, by the coalesce pass, of which prices know nothing
+#   exchanges_parts      all_to_all stacks what it sends, and takes as much (`backends/torch/collectives.py`)
+#   meeting              all kinds on 2 and 4 ranks of 2 cores: 0.22 to 0.41 of the fabric's bandwidth, 108 to 198 KB
+#                        for a hop (benchmarks/results/torch_predictions.json)
+#   dispatch_seconds     DISPATCH
+#   instruction_seconds  taken from XLA's, whose driver of pipelines is the same (`backends/runtime/driver.py`);
+#   and shard_seconds    not measured on torch
 _TORCH_CPU = replace(
     _TPU,
     fuses_into_readers=False,
@@ -181,10 +211,17 @@ _TORCH_CPU = replace(
     fuses_attention=False,
     attention_kernel=None,
     overlaps=False,
-    dispatch_seconds=15e-6,
+    exchanges_parts=True,
+    meeting=ProcessMeeting(share=0.3, hop_bytes=150e3),
+    dispatch_seconds=4e-6,
     dispatches_beside=False,
 )
-_TORCH = {"cpu": _TORCH_CPU}
+
+# The same on GPUs of NVIDIA, with NCCL. Our ranks do not run there yet; nothing is measured.
+#   dispatch_seconds     as on CPUs: the host does the same
+#   dispatches_beside    kernels are queued: a step takes as long as its device or its host, whichever is slower
+_TORCH_CUDA = replace(_TORCH_CPU, meeting=None, ring_latency=True, dispatches_beside=True)
+_TORCH = {"cpu": _TORCH_CPU, "cuda": _TORCH_CUDA}
 
 _XLA = {"cpu": _CPU, "cuda": _CUDA, "rocm": _ROCM, "tpu": _TPU}
 _MODELS: Mapping[Backend, Mapping[str, ExecutionModel]] = MappingProxyType(

@@ -8,16 +8,18 @@ from typing import get_args
 import pytest
 
 from meshwright.ir.cluster.parts import Device
-from meshwright.ir.execution_model import Backend, ExecutionModel, execution_model
+from meshwright.ir.execution_model import Backend, ExecutionModel, execution_model, runs_on
 
 ROOT = Path(__file__).parents[1]
 KINDS = get_args(Device.model_fields["kind"].annotation)
 
 
 @pytest.mark.parametrize("backend", get_args(Backend))
-def test_a_backend_has_a_model_of_each_kind_of_device(backend):
-    models = [execution_model(kind, backend) for kind in KINDS]
+def test_a_backend_has_a_model_of_each_kind_of_device_that_it_runs_on(backend):
+    kinds = runs_on(backend)
+    models = [execution_model(kind, backend) for kind in kinds]
     assert len(set(models)) > 1 and all(hash(model) is not None for model in models)
+    assert kinds == ({"cpu", "cuda"} if backend == "torch" else {*KINDS})
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(ExecutionModel)])

@@ -25,6 +25,7 @@ from meshwright.planner.cost.model import Roofline
 from meshwright.planner.intra.layouts import Layouts
 from meshwright.planner.intra.space import build as build_space
 from meshwright.planner.jobs.pinned import Parallelism, Pinned
+from meshwright.planner.problem import cost_of
 from meshwright.planner.report.chosen import prices_of
 from meshwright.planner.report.instructions import PlanDecisions
 from meshwright.planner.report.local_prices import LocalPrices
@@ -72,16 +73,41 @@ CASES = [
 
 @pytest.mark.parametrize("name, mesh, microbatches, squeezed", CASES)
 def test_tables_and_programs_cost_the_same(name, mesh, microbatches, squeezed):
+    check_prices(name, mesh, microbatches, squeezed, "xla")
+
+
+@pytest.mark.parametrize(
+    "name, microbatches, squeezed",
+    [
+        ("llama-tiny", 4, True),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("gpt-tiny", 1, False), ("mixtral-tiny", 4, True), ("vit-tiny", 4, False))
+        ),
+    ],
+)
+def test_tables_and_programs_that_torch_runs_op_by_op_cost_the_same(name, microbatches, squeezed):
+    check_prices(name, (4, 2), microbatches, squeezed, "torch")
+
+
+def check_prices(name, mesh, microbatches, squeezed, backend):
     captured = captured_of(name)
     attention = "fused" if squeezed else "plain"
-    request = Request(mesh=mesh, microbatches=microbatches, attention=attention, overlap="none")
+    request = Request(
+        mesh=mesh,
+        microbatches=microbatches,
+        attention=attention,
+        overlap="none",
+        backend=backend,
+    )
     plan = plan_captured(captured, "8xh100", request, name)
     if squeezed:
         tight = replace(request, memory=0.55 * plan.estimate.peak_bytes)
         with suppress(InfeasibleError):
             plan = plan_captured(captured, "8xh100", tight, name)
-    cost = Roofline(Cluster.parse("8xh100"))
-    program = prepare(fold(composed(captured.graph, attention, plan.cluster)).small, plan.recompute)
+    cost = cost_of(Cluster.parse("8xh100"), request)
+    graph = composed(captured.graph, attention, plan.cluster, backend=backend)
+    program = prepare(fold(graph).small, plan.recompute)
     layouts = Layouts(cost.collectives(plan.mesh))
     space = build_space(program, plan.microbatches, cost, layouts, PlanDecisions(plan))
     choices = (0,) * len(space.nodes)

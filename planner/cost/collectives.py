@@ -9,7 +9,8 @@ of all tiers add up to its fixed part.
     all_to_all                   every rank sends to every other, each over its own link
     permute                      every rank sends to one other, over the farthest tier: its own link
 
-Devices that are threads of one process meet once for a collective of any kind (`_in_one_process`).
+Devices that are threads of one process meet once for a collective of any kind (`_in_one_process`); those that are
+processes of one host, without wires of their own, hand on through its memory (`_between_processes`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from math import ceil, log2
 
 from ...ir.cluster.cluster import Cluster
 from ...ir.errors import PlanError, did_you_mean
-from ...ir.execution_model import Backend, ExecutionModel, execution_model
+from ...ir.execution_model import Backend, ExecutionModel, ProcessMeeting, execution_model
 from ...ir.graph import ITEM_BYTES, TensorType
 from ...ir.mesh import Mesh
 from ...ir.sharding import ReshardStep, Sharding
@@ -99,13 +100,19 @@ class Collectives:
             return FREE
         if self.execution_model.one_process and self.cluster.hosts == 1:
             return _in_one_process(kind, levels)
+        meeting = self.execution_model.meeting
+        if meeting is not None and self.cluster.hosts == 1:
+            return _between_processes(kind, levels, meeting)
         prices = {
             "all_reduce": self._all_reduce, "all_to_all": _all_to_all, "permute": _permute
         }  # fmt: skip
         return prices.get(kind, self._ring)(levels)
 
     def _measured(self, kind: str, axes: tuple[str, ...]) -> LinearTime | None:
-        """What a profile says of groups that lie like this; axes next to each other are one group."""
+        """What a profile says of groups that lie like this; axes next to each other are one group. Profiles measure
+        XLA's collectives, which are not those of processes that meet through memory."""
+        if self.execution_model.meeting is not None:
+            return None
         strides = sorted((self.mesh.stride(name), self.mesh.sizes[name]) for name in axes)
         size = stride = 1
         for step, n in strides:
@@ -183,6 +190,32 @@ def _in_one_process(kind: str, levels: tuple[Level, ...]) -> LinearTime:
     n, bandwidth = levels[-1].inside, min(level.bandwidth for level in levels)
     copies = kind in ("all_gather", "permute")
     return LinearTime(_tree_hops(levels), (0.75 if copies else 2 * (n - 1) / n) / bandwidth)
+
+
+def _between_processes(kind: str, levels: tuple[Level, ...], meeting: ProcessMeeting) -> LinearTime:
+    """Processes of one host, by gloo's algorithms and the way our backend uses them:
+
+        all_reduce       2 (n - 1) (hop + size / n / bandwidth)     a ring
+        all_gather       (n - 1) (hop + size / n / bandwidth)       a ring
+        all_to_all       log2(n) hop + (n - 1) / n * size / bandwidth
+        reduce_scatter   an all_to_all; sums are added to it as bytes that are read
+        permute          hop + size / bandwidth
+
+    Source: gloo/allreduce.cc and allgather.cc; `benchmarks/torch_predictions.py`.
+    """
+    n = levels[-1].inside
+    bandwidth = min(level.bandwidth for level in levels) * meeting.share
+    hop, ring = meeting.hop_bytes / bandwidth, (n - 1) / n / bandwidth
+    match kind:
+        case "all_reduce":
+            return LinearTime(2 * (n - 1) * hop, 2 * ring)
+        case "all_gather":
+            return LinearTime((n - 1) * hop, ring)
+        case "permute":
+            return LinearTime(hop, 1 / bandwidth)
+        case _:
+            added = meeting.share / bandwidth if kind == "reduce_scatter" else 0.0
+            return LinearTime(ceil(log2(n)) * hop, ring + added)
 
 
 def _all_to_all(levels: tuple[Level, ...]) -> LinearTime:
