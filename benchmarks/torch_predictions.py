@@ -1,14 +1,14 @@
 """What plans for torch predict beside what its ranks do: memory, processor time and seconds of steps.
 
-    python benchmarks/torch_predictions.py --models gpt-tiny,llama-tiny --ranks 1,2,4 -o benchmarks/results/torch_predictions.json
+    python benchmarks/torch_predictions.py --ranks 1,2,4 -o benchmarks/results/torch_predictions.json
 
 First this machine's figures, on one thread: products, memory, arithmetic and dispatch, in processor seconds, and gloo's
 collectives between 2 and 4 ranks, the fastest of many. A plan is for devices that are as fast, or, where ranks are more
 than processors, for their share of them. Then each model is planned freely and pinned to a layout, and run:
 
     memory    bytes of all storages that live at a time, of the fullest rank, against the plan's peak
-    compute   processor seconds of a step of all ranks, less what they spend in collectives as these were measured,
-              against the plan's seconds of computation
+    compute   processor seconds of a step of a rank, gloo's threads included, against the plan's seconds of
+              computation; on one rank there is nothing else
     step      the fastest of some steps by the clock, against the plan's seconds; on a machine with other work this is
               above what the ranks alone would take
 """
@@ -241,9 +241,11 @@ def captured_of(name: str, **recipe: int) -> tuple[Made, Any]:
 
 def line(point: Point) -> str:
     peak, compute, step = (a / b - 1 for a, b in (point.peak, point.compute, point.step))
+    name = f"{point.model:13} {point.ranks} ranks {point.layout:12}"
     return (
-        f"{point.model:13} {point.ranks} ranks {point.layout:12} memory {point.peak[1] / 1e6:6.2f} MB {peak:+6.1%}  "
-        f"compute {point.compute[1] * 1e3:6.1f} ms {compute:+5.0%}  step {point.step[1] * 1e3:6.1f} ms {step:+5.0%}  {point.plan}"
+        f"{name} memory {point.peak[1] / 1e6:6.2f} MB {peak:+6.1%}  "
+        f"compute {point.compute[1] * 1e3:6.1f} ms {compute:+5.0%}  "
+        f"step {point.step[1] * 1e3:6.1f} ms {step:+5.0%}  {point.plan}"
     )
 
 

@@ -57,7 +57,7 @@ class ExecutionModel:
             block by block. None: every attention is priced as by a kernel that takes it.
         overlaps: communication that does not wait for a layer runs beside computation.
         exchanges_parts: an all-to-all sends and takes an array per device, beside the whole that is made of them.
-        joins_all_reduces: all-reduces of gradients and metrics become one.
+        joined: kinds of collectives of which those of gradients, new parameters and metrics become few.
         one_process: devices of one host are threads of one process, which meet once for a collective of any kind.
         meeting: of processes that meet through the memory of their host; None where they have a fabric of their own.
         ring_latency: gathers and reduce-scatters take the latency of every hop of a ring; else that of a tree.
@@ -81,7 +81,7 @@ class ExecutionModel:
     attention_kernel: AttentionKernel | None
     overlaps: bool
     exchanges_parts: bool
-    joins_all_reduces: bool
+    joined: frozenset[str]
     one_process: bool
     meeting: ProcessMeeting | None
     ring_latency: bool
@@ -126,7 +126,7 @@ _TPU = ExecutionModel(
     attention_kernel="splash attention",
     overlaps=True,
     exchanges_parts=False,
-    joins_all_reduces=False,
+    joined=frozenset(),
     one_process=False,
     meeting=None,
     ring_latency=False,
@@ -157,7 +157,7 @@ _CUDA = replace(_ROCM, attention_kernel="cuDNN", f32_as_tf32=True)
 #                        gradients of convolutions, are made at once
 #   overlaps             thunks run in order
 #   exchanges_parts      seen in buffers of compiled programs
-#   joins_all_reduces    29 to 97 of gradients and metrics are 1 in each compiled program (`meshwright audit`)
+#   joined               29 to 97 of gradients and metrics are 1 in each compiled program (`meshwright audit`)
 #   dispatches_beside    the host's work takes the cores that its devices are
 _CPU = replace(
     _TPU,
@@ -169,7 +169,7 @@ _CPU = replace(
     attention_kernel=None,
     overlaps=False,
     exchanges_parts=True,
-    joins_all_reduces=True,
+    joined=frozenset({"all_reduce"}),
     one_process=True,
     dispatches_beside=False,
 )
@@ -195,8 +195,9 @@ def _as_framework(xla: ExecutionModel) -> ExecutionModel:
 #   redone_inside        recomputed ops are ops like all others
 #   adds_in_products     microbatches are added up after they have run
 #   fuses_attention      a composite runs the ops of its body, block by block: no time is saved
-#   overlaps             every collective is waited for at once
-#   joins_all_reduces    small ones alone, by the coalesce pass, of which prices know nothing
+#   overlaps             collectives begin early and are waited for late, but gloo's threads take the processors that
+#                        ranks compute on
+#   joined               buckets (`ir/passes/bucket.py`)
 #   exchanges_parts      all_to_all stacks what it sends, and takes as much (`backends/torch/collectives.py`)
 #   meeting              all kinds on 2 and 4 ranks of 2 cores: 0.22 to 0.41 of the fabric's bandwidth, 108 to 198 KB
 #                        for a hop (benchmarks/results/torch_predictions.json)
@@ -212,6 +213,7 @@ _TORCH_CPU = replace(
     attention_kernel=None,
     overlaps=False,
     exchanges_parts=True,
+    joined=frozenset({"all_reduce", "reduce_scatter", "all_gather"}),
     meeting=ProcessMeeting(share=0.3, hop_bytes=150e3),
     dispatch_seconds=4e-6,
     dispatches_beside=False,

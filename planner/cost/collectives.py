@@ -74,8 +74,7 @@ class Collectives:
 
         A single number (a loss, a norm) comes after the gradients and pays its own.
         """
-        gradients = kind == "all_reduce" and phase == "update" and bool(source.dims)
-        return gradients and self.execution_model.joins_all_reduces
+        return kind in self.execution_model.joined and phase == "update" and bool(source.dims)
 
     def line(self, kind: str, axes: tuple[str, ...]) -> LinearTime:
         """Seconds of one collective, as a line in the bytes of the larger local side."""
