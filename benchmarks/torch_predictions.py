@@ -21,7 +21,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import active_children
 from pathlib import Path
@@ -212,8 +212,7 @@ def _spent() -> float:
 
 def compare(
     models: Sequence[str], counts: Sequence[int], seen: Figures, layouts: Sequence[str]
-) -> list[Point]:
-    found = []
+) -> Iterator[Point]:
     for name in models:
         made, captured = captured_of(name)
         alone = captured_of(name, batch=1) if "one example" in layouts else (made, captured)
@@ -229,9 +228,7 @@ def compare(
                 request = Request(backend="torch", **pins)
                 plan = plan_captured(step[1], where, request, name)
                 free = free or plan.estimate.peak_bytes
-                found.append(measured(*step, name, layout, plan))
-                print(line(found[-1]), flush=True)
-    return found
+                yield measured(*step, name, layout, plan)
 
 
 def captured_of(name: str, **recipe: int) -> tuple[Made, Any]:
@@ -261,14 +258,15 @@ def main() -> None:
     counts = [int(each) for each in given.ranks.split(",")]
     load, seen = os.getloadavg()[0], figures()
     rows = [row for ranks in counts if ranks > 1 for row in collectives(ranks)]
-    points = compare(given.models.split(","), counts, seen, given.layouts.split(","))
-    if given.output is not None:
-        found = {
-            "machine": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} processors",
-            "torch": torch.__version__, "load": [load, os.getloadavg()[0]], "figures": asdict(seen),
-            "collectives": rows, "points": [asdict(point) for point in points],
-        }  # fmt: skip
-        given.output.write_text(json.dumps(found, indent=1) + "\n")
+    found: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} processors",
+        "torch": torch.__version__, "load": load, "figures": asdict(seen), "collectives": rows, "points": [],
+    }  # fmt: skip
+    for point in compare(given.models.split(","), counts, seen, given.layouts.split(",")):
+        print(line(point), flush=True)
+        found["points"].append(asdict(point) | {"load": os.getloadavg()[0]})
+        if given.output is not None:
+            given.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

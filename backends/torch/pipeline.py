@@ -114,7 +114,7 @@ class PipelineSteps:
 
     def living(self) -> list[Tensor]:
         """What is there between two steps."""
-        parts = [x.part if isinstance(x, Held) else x for x in (*self.leaves, *self.held)]
+        parts = [x.part if isinstance(x, Held) else x for x in (*self.leaves, *self._results)]
         return [x for x in parts if isinstance(x, Tensor)]
 
 

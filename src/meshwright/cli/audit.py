@@ -33,6 +33,12 @@ def audit(
     from ..view import audit_text
 
     found = load_plan(plan)
+    if found.backend != "xla":
+        raise UsageError(
+            f"the plan is for {found.backend}, and an audit compiles for xla, which does other things.",
+            where=f"plan `{found.name}`",
+            fix="plan with --backend xla",
+        )
     if topology is None:
         take_devices(found, emulate)
         devices = None
