@@ -201,7 +201,9 @@ def _as_framework(xla: ExecutionModel) -> ExecutionModel:
 #   exchanges_parts      all_to_all stacks what it sends, and takes as much (`backends/torch/collectives.py`)
 #   meeting              all kinds on 2 and 4 ranks of 2 cores: 0.22 to 0.41 of the fabric's bandwidth, 108 to 198 KB
 #                        for a hop (benchmarks/results/torch_predictions.json)
-#   dispatch_seconds     DISPATCH
+#   dispatch_seconds     processor time of steps on one rank, over their ops, less the work predicted: 7.9 us of
+#                        gpt-tiny with one example (2819 ops, 23.7 ms), 8.1 of vit-tiny (2058 ops, 18.8 ms), on 2 cores
+#                        of an EPYC; an op without work takes 3 to 5, but emitters call torch several times for some
 #   instruction_seconds  taken from XLA's, whose driver of pipelines is the same (`backends/runtime/driver.py`);
 #   and shard_seconds    not measured on torch
 _TORCH_CPU = replace(
@@ -215,7 +217,7 @@ _TORCH_CPU = replace(
     exchanges_parts=True,
     joined=frozenset({"all_reduce", "reduce_scatter", "all_gather"}),
     meeting=ProcessMeeting(share=0.3, hop_bytes=150e3),
-    dispatch_seconds=4e-6,
+    dispatch_seconds=8e-6,
     dispatches_beside=False,
 )
 

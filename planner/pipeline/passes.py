@@ -296,9 +296,10 @@ class Passes:
                         v, part.start, self.parts[self._last[v]].end, self.many[v], self.many[v]
                     )
 
-    @staticmethod
-    def _renewed(part: _Pass, value: int) -> bool:
-        """New state is written over donated old state."""
+    def _renewed(self, part: _Pass, value: int) -> bool:
+        """New state is written over donated old state, but where ops run alone."""
+        if self.execution_model.runs_ops_alone:
+            return False
         graph = part.program.graph
         return any(graph.outputs[o] == value for i, o in graph.state if i in graph.donated)
 
