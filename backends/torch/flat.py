@@ -24,8 +24,9 @@ from .emit_elementwise import ELEMENTWISE
 Tensor = torch.Tensor
 Column = tuple[int, ...]  # values of ops that are one, in the order of these
 # Elements up to which an array joins others. An op takes 4 us to call and 0.1 ns for an element in the caches; an
-# operand that comes from elsewhere is copied once, in 0.2 ns (gpt-tiny, 2 cores of an EPYC, torch 2.13).
-SMALL = 2**14
+# operand that comes from elsewhere is copied once, in 0.2 ns (gpt-tiny, 2 cores of an EPYC, torch 2.13), so up to 2**14
+# pays. But the copies are beside what they are of, which no plan counts: of biases and norms they are next to nothing.
+SMALL = 2**10
 _BROADCAST = "broadcast_in_dim"
 _JOINED = (frozenset(ELEMENTWISE) | {_BROADCAST}) - {"bitcast_convert_type"}
 

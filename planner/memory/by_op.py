@@ -20,7 +20,7 @@ from ...ir.program import Program
 
 Sizes = tuple[int, ...]
 # A result is its operand, whatever the strides.
-_SAME = frozenset({"name", "stop_gradient", "optimization_barrier", "device_put"})
+_SAME = frozenset({"name", "stop_gradient", "optimization_barrier"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def _strides(op: Op, strides: Sizes, source: TensorType, made: TensorType) -> Si
             dims = op.integers("broadcast_dimensions")
             spread = {d: k for k, d in enumerate(dims) if source.shape[k] == made.shape[d]}
             return tuple(strides[spread[d]] if d in spread else 0 for d in range(len(made.shape)))
-        case "reshape" if op.has("dimensions") and op.attr("dimensions") is not None:
+        case "reshape" if op.has("dimensions"):
             return None
         case "reshape" | "squeeze":
             return strides_as(source.shape, strides, made.shape)
