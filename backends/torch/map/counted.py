@@ -195,7 +195,7 @@ def _slice(attrs: Attrs, operands: Operands, _: TensorType) -> Counted | None:
     one = operands[0][0]
     if one is None:
         return None
-    firsts, strides = attrs["start_indices"], attrs["strides"] or (1,) * len(one.steps)
+    firsts, strides = attrs["start_indices"], attrs.get("strides", (1,) * len(one.steps))
     return Counted(
         one.start + sum(step * first for step, first in zip(one.steps, firsts, strict=True)),
         tuple(step * stride for step, stride in zip(one.steps, strides, strict=True)),
