@@ -4,9 +4,9 @@
     reshape        forwarding, alias, view; linear
     dot_general    kernel, contraction, summing; linear in either operand
 
-Which attributes a kind has says `attributes.py`. How an op's dims belong together is told by its rule (`rules/`), which
-also depends on attributes and types. A kind that
-is not listed is opaque: nothing is known of it, so it has no trait.
+`attribute_table.py` says which attributes a kind has. How an op's dims belong together is told by its rule (`rules/`),
+which also depends on attributes and types. A kind that is not listed is opaque: nothing is known of it, so it has no
+trait.
 
     elementwise     an element of the result is made of those at its place; parameters know nothing of shapes
     transcendental  elementwise, a series per element: many multiplications

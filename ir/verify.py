@@ -6,7 +6,7 @@
     region-arity        operands, regions and results of loops and branches agree in number and type
     state-pairs         a state input and the output that carries it on have equal types
     positions           donated inputs, names, tags and batch dims belong to inputs and outputs that exist
-    attributes          attributes are sorted by name, those of the kind, and of the sort that it says (`attributes.py`)
+    attributes          attributes are sorted by name, and such as the kind may have (`attribute_table.py`)
 
 And of one that is cut over time (`verify_time`):
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from .attributes import unfit
+from .attribute_table import unfit
 from .errors import GraphError
 from .graph import Graph, Op, TensorType
 from .passes.microbatch import TimeAxis

@@ -25,7 +25,7 @@ from meshwright.backends.xla.capture import capture
 from meshwright.backends.xla.emit import ShardPart
 from meshwright.backends.xla.params import attrs_of, kept
 from meshwright.backends.xla.replay import Walk
-from meshwright.ir.attributes import unfit
+from meshwright.ir.attribute_table import unfit
 from meshwright.ir.attrs import from_json, real, to_json
 from meshwright.ir.graph import Op, TensorType
 from meshwright.ir.ops import COMPOSITES

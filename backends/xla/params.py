@@ -1,4 +1,4 @@
-"""A jax equation's parameters as attributes, in the words of `ir/attributes.py`: plain, sorted, hashable.
+"""A jax equation's parameters as attributes, in the words of `ir/attribute_table.py`: plain, sorted, hashable.
 
     {"axes": (np.int64(0),), "out_sharding": None}  ->  (("axes", (0,)),)
 

@@ -34,8 +34,8 @@ from ..memory.lifetimes import lifetimes, ticks_of
 from ..memory.lives import Lifetimes
 from ..memory.storage import storage_of
 from ..report.chosen import prices_of
+from .communication import communications
 from .pinned import STATE_AXES, Parallelism, Pinned
-from .sendings import sendings
 
 Place = Literal["embedding", "layer", "head"]
 GRADIENT = 4  # bytes per accumulated gradient: fp32, as Megatron-LM and PyTorch FSDP keep them
@@ -210,7 +210,7 @@ class _Sorting:
         gradients) wait for the gradients, and hide behind nothing."""
         origin, seen = self._origins(), set[tuple[str, Sharding, str]]()
         orders = {op.tag: order for op in self.graph.ops if (order := self.pinned.order(op))}
-        for each in sendings(prices_of(self.space, self.choices, self.cost, orders)):
+        for each in communications(prices_of(self.space, self.choices, self.cost, orders)):
             if each.wanted is None:
                 for entry in each.entries:
                     self._add(entry, each.reader, "exchange")

@@ -13,7 +13,7 @@ from ..report.moves import count_entry, sent_by, spoken
 
 
 @dataclass
-class Sending:
+class Communication:
     """What it takes to bring a value to a reader as it is `wanted`, in all layers alike; or what an op sends by
     itself, where that is None."""
 
@@ -28,9 +28,9 @@ class Sending:
         return list(self.found.values())
 
 
-def sendings(prices: LocalPrices) -> list[Sending]:
+def communications(prices: LocalPrices) -> list[Communication]:
     """All that a local program sends, in order."""
-    found: dict[tuple[str, str, Sharding | None], Sending] = {}
+    found: dict[tuple[str, str, Sharding | None], Communication] = {}
     names, shards = spoken(prices.space), prices.local.shards
     brought = set[tuple[object, ...]]()
     for chain, runs in _chains(prices):
@@ -38,7 +38,7 @@ def sendings(prices: LocalPrices) -> list[Sending]:
         moves = first.kind in ON_SHARDS and bool(first.reader)
         wanted = shards[chain[-1].outputs[0]].sharding if moves else None
         key = first.source, first.reader or first.tag, wanted
-        each = found.setdefault(key, Sending(*key[:2], first.phase, wanted))
+        each = found.setdefault(key, Communication(*key[:2], first.phase, wanted))
         entries = [entry for op in chain for entry in sent_by(prices, op, runs, names)]
         once = (*first.inputs, *key)  # an op may read one value twice
         if moves and once in brought:
