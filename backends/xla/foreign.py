@@ -17,11 +17,13 @@ import jax
 import numpy as np
 from jax import lax
 
-from ...ir.attrs import Attr, number
+from ...ir.attribute_table import ATTRIBUTES
+from ...ir.attrs import Attr
 from ...ir.errors import LoweringError
 from ...ir.graph import Graph, Op
-from ...ir.ops import COMPOSITES
+from ...ir.ops import COMPOSITES, KINDS
 from .capture import Binding, Bound, Captured
+from .compat import UPDATES
 from .dtypes import jax_dtype
 
 Attrs = tuple[tuple[str, Attr], ...]
@@ -51,7 +53,7 @@ def adopted(graph: Graph, arrays: Mapping[int, np.ndarray[Any, Any]]) -> Capture
 def _bound(op: Op) -> Bound:
     """The primitive of an op, and its parameters."""
     if op.kind in _FUNCTIONS:
-        return _Function(_FUNCTIONS[op.kind]), _params(op)
+        return _Function(op.kind, _FUNCTIONS[op.kind]), _params(op)
     primitive = getattr(lax, f"{op.kind}_p", None)
     if primitive is None or op.regions or op.kind in COMPOSITES:
         raise LoweringError(
@@ -66,6 +68,7 @@ def _bound(op: Op) -> Bound:
 class _Function:
     """Stands for a primitive that has no public name, or whose parameters depend on the types of its operands."""
 
+    name: str
     function: Callable[..., Any]
     multiple_results = False
 
@@ -76,30 +79,47 @@ class _Function:
         return self.function(*operands, **params)
 
 
-_UPDATES: Mapping[str, Callable[..., Any]] = {
-    "scatter": lax.scatter,
-    "scatter-add": lax.scatter_add,
-    "scatter-max": lax.scatter_max,
-    "scatter-min": lax.scatter_min,
-}
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    **_UPDATES,
-    "log2": lambda x, accuracy: lax.log(x) / np.log(2).astype(x.dtype),
+    **UPDATES,
+    "scatter": lax.scatter,
+    "log2": lambda x: lax.log(x) / np.log(2).astype(x.dtype),
     "ragged_dot_general": lax.ragged_dot_general,
 }
 
 _NUMBERS: Mapping[str, Any] = {
     "gather": lax.GatherDimensionNumbers,
     "conv_general_dilated": lax.ConvDimensionNumbers,
-    **dict.fromkeys(_UPDATES, lax.ScatterDimensionNumbers),
+    **dict.fromkeys((*UPDATES, "scatter"), lax.ScatterDimensionNumbers),
 }
-_DTYPES = ("dtype", "new_dtype", "index_dtype", "out_dtype", "preferred_element_type")
+_DTYPES = ("dtype", "new_dtype", "index_dtype", "out_dtype")
+# What jax calls an attribute.
+_NAMES = {"out_dtype": "preferred_element_type", "select": "select_prim"}
+# What jax wants to be told of a kind, where attributes leave it out.
+_UNSAID: Mapping[str, Mapping[str, Any]] = {
+    "broadcast_in_dim": {"sharding": None},
+    "conv_general_dilated": {
+        "precision": None,
+        "preferred_element_type": None,
+        "out_sharding": None,
+    },
+    "convert_element_type": {"weak_type": False, "sharding": None},
+    "dot_general": {"precision": None, "preferred_element_type": None, "out_sharding": None},
+    "gather": {"fill_value": None},
+    "iota": {"sharding": None},
+    "reduce_sum": {"out_sharding": None},
+    "reshape": {"dimensions": None, "sharding": None},
+    "slice": {"strides": None},
+    **{
+        kind: {"accuracy": None}
+        for kind in KINDS
+        if "accuracy" in ATTRIBUTES[kind] and kind != "log2"
+    },
+}
 
 
 def _params(op: Op) -> dict[str, Any]:
-    given = {name: _param(name, attr) for name, attr in op.attrs}
-    if op.kind in _UPDATES:
-        del given["update_jaxpr"], given["update_consts"]  # which the function makes
+    told = {_NAMES.get(name, name): _param(name, attr) for name, attr in op.attrs}
+    given = {**_UNSAID.get(op.kind, {}), **told}
     if op.kind in ("dot_general", "ragged_dot_general"):
         numbers = _numbers_of_product(op.kind, given)
         return given | numbers
@@ -122,6 +142,8 @@ def _numbers_of_product(kind: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _param(name: str, attr: Attr) -> Any:
+    if name == "precision" and isinstance(attr, tuple):
+        return tuple(_param(name, each) for each in attr)
     if not isinstance(attr, str):
         return attr
     if name in _DTYPES:
@@ -132,10 +154,8 @@ def _param(name: str, attr: Attr) -> Any:
         case "precision":
             return lax.Precision[attr.upper()]
         case "rounding_method":
-            return lax.RoundingMethod[attr.rpartition(".")[2]]
-        case "select_prim":
-            return {"<primitive>ge": lax.ge_p, "<primitive>le": lax.le_p}[attr]
+            return lax.RoundingMethod[attr.upper()]
+        case "select":
+            return {"ge": lax.ge_p, "le": lax.le_p}[attr]
         case _:
-            found = number(attr)
-            assert found is not None, (name, attr)
-            return found
+            return attr
