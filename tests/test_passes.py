@@ -199,8 +199,8 @@ def test_what_is_not_ready_together_or_not_alike_stays_apart(text):
         ("all_reduce %0 %1", "all_reduce %0", "all_reduce of 1 values gives 2"),
         (
             "all_reduce %0 %1 (axes=('x',), reduction='sum')",
-            "slice %0 %1 (axes=('x',), dim=0)",
-            "slice of 2 values gives 2",
+            "local_slice %0 %1 (axes=('x',), dim=0)",
+            "local_slice of 2 values gives 2",
         ),
         (
             "%1: f32[4] @ [-] partial x",
