@@ -5,12 +5,10 @@ By file and test: the ids of the cases to run, none where the whole test is left
 
 SELECTED: dict[str, tuple[str, ...]] = {
     "test_agreement.py::test_a_number_given_twice_ends_all": (),
-    "test_agreement.py::test_a_process_alone_ends_at_the_deadline": ("0",),
+    "test_agreement.py::test_a_process_alone_ends_at_the_deadline": (),
     "test_all_kinds.py::test_a_few_equal_the_unsharded_step": ("81",),
-    "test_anytime.py::test_an_interrupt_ends_the_search_at_once": (
-        "0.5",
-        "3.0",
-    ),
+    "test_anytime.py::test_an_interrupt_ends_the_search_at_once": ("0.5",),
+    "test_anytime.py::test_chains_meet_most_optima_of_small_problems": (),
     "test_anytime.py::test_small_contest_graphs_are_proven": ("example",),
     "test_attention_kernels.py::test_rows_of_a_causal_attention_on_devices_of_their_own": (
         "in order",
@@ -21,6 +19,7 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "gpt-tiny-options0",
         "llama-tiny-scan-options3",
     ),
+    "test_compiled.py::test_two_processes_may_fill_the_cache_at_once": (),
     "test_composites.py::test_fused_steps_equal_plain_jax_on_eight_devices": (
         "grouped, causal-2x4",
         "bias, dropout-2x4",
@@ -30,12 +29,15 @@ SELECTED: dict[str, tuple[str, ...]] = {
     "test_composites.py::test_fused_steps_in_stages": (
         "{'microbatches': 4, 'program': 'stages', 'schedule': 'zb-h1'}",
     ),
+    "test_context_parallel.py::test_one_program_for_all_stages_exchanges_no_rows": (),
     "test_context_parallel.py::test_rows_cut_over_devices_equal_one_device": (
         "biased-2x4-even",
         "documents-8-even",
         "windowed-8-rows",
     ),
     "test_context_parallel.py::test_rows_dealt_out_evenly_in_layers": ("{'recompute': 'full'}",),
+    "test_convention_refusals.py::test_what_a_library_caches_is_no_store_of_the_users": (),
+    "test_conventions.py::test_a_model_with_its_optimizer_inside_cached_and_partial": (),
     "test_conventions.py::test_nnx_objects_are_updated_in_place_as_by_nnx_jit": ("jit",),
     "test_crossings.py::test_a_model_of_torch_trains_on_xla_as_in_torch": (
         "gpt, eight devices",
@@ -62,22 +64,25 @@ SELECTED: dict[str, tuple[str, ...]] = {
     ),
     "test_frontier.py::test_a_plan_made_anew_equals_the_unsharded_step": (),
     "test_frontier.py::test_as_fast_as_a_search_of_the_same_hosts": (),
+    "test_frontier.py::test_devices_are_not_left_spare_where_all_are_faster": (),
     "test_frontier.py::test_pins_hold_and_devices_of_a_host_that_are_spare_are_told": (),
     "test_frontier.py::test_the_clock_has_no_part_in_a_plan_made_anew": (),
+    "test_frontier.py::test_what_cannot_be_planned_anew": (),
     "test_indexing.py::test_ids_find_their_places_however_an_op_is_cut": ("scatter-add-fill",),
     "test_islands.py::test_every_combination_looked_at_is_no_better": (),
+    "test_islands.py::test_over_a_link_too_slow_one_kind_works_alone": (),
     "test_islands.py::test_requests_that_unlike_devices_cannot_meet": (),
-    "test_key_spans.py::test_leaving_keys_out_changes_nothing": (
-        "documents of 32",
-        "dropout",
-    ),
+    "test_jobs.py::test_leading_layers_are_on_the_first_stage": (),
+    "test_key_spans.py::test_leaving_keys_out_changes_nothing": ("documents of 32",),
+    "test_limited.py::test_as_fast_as_published_zero_bubble_schedules": ("1",),
+    "test_limited.py::test_one_stage_per_rank_is_nearly_always_the_optimum": (),
+    "test_limited.py::test_two_stages_per_rank_are_near_the_optimum": (),
     "test_local_prices.py::test_tables_and_programs_cost_the_same": (
         "mixtral-tiny-2x2x2-4-squeezed",
     ),
     "test_localize.py::test_a_pipeline_has_a_program_for_each_pass": ("schedule1",),
     "test_localize.py::test_programs_of_plans_keep_every_law": ("mixtral-tiny-mesh3-1-fused",),
     "test_losses.py::test_fused_steps_equal_plain_jax_on_eight_devices": (
-        "optax, integers-2x2x2-vvb",
         "log_softmax, take_along_axis-4x2-vt",
         "tied, bias-8-b",
     ),
@@ -94,6 +99,10 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "gpt-tiny-selective",
         "gpt-tiny-scan-full",
         "wrn-tiny-elementwise",
+    ),
+    "test_mixtures.py::test_every_way_to_write_experts_equals_one_device": (
+        "looked_up",
+        "grouped",
     ),
     "test_mixtures.py::test_experts_beside_data_parallelism_equal_one_device": (),
     "test_models.py::test_experts_looked_up_agree_with_one_hot_products": ("some dropped",),
@@ -115,19 +124,16 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "dlrm-tiny",
         "wrn-tiny",
     ),
-    "test_overlap.py::test_the_simulator_and_the_windows_agree_on_fsdp": (
-        "60GB/s-0.03-1",
-        "20GB/s-0.02-4",
-    ),
+    "test_overlap.py::test_no_plan_of_a_mesh_is_faster_than_its_bound": (),
+    "test_overlap.py::test_the_simulator_and_the_windows_agree_on_fsdp": ("60GB/s-0.03-1",),
     "test_pipeline_bounds.py::test_no_cut_of_any_layouts_is_faster_than_the_bounds": (
         "9-2",
         "16-2",
     ),
-    "test_pipeline_bounds.py::test_no_cut_that_fits_is_faster_than_the_bound_by_cases": (
-        "18-4-all",
-    ),
+    "test_pipeline_bounds.py::test_no_cut_that_fits_is_faster_than_the_bound_by_cases": (),
     "test_pipeline_bounds.py::test_what_does_not_fit_says_nothing_of_more_microbatches": (),
     "test_pipeline_buffers.py::test_arrays_of_forward_passes_alive_at_once_are_those_in_flight": (),
+    "test_pipeline_buffers.py::test_the_bytes_of_a_rank_are_those_of_its_microbatches_in_flight": (),
     "test_pipeline_matrix.py::test_a_few_equal_one_device": ("gpt-tiny-zb-h1-fsdp",),
     "test_pipeline_matrix.py::test_planned_parts_equal_one_device": (),
     "test_pipeline_view.py::test_recorded_passes_keep_the_order_of_ranks_and_of_data": ("1f1b",),
@@ -135,6 +141,7 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "searched",
     ),
     "test_pipeline_xla.py::test_every_schedule_makes_the_same_gradients": ("zero bubble",),
+    "test_pipeline_xla.py::test_scalars_cross_together": (),
     "test_pipelined_overlap.py::test_no_cut_of_any_layouts_is_faster_than_the_bounds": (
         "all-mesh1-2-2",
         "parameters,gradients-mesh2-1-2",
@@ -152,13 +159,11 @@ SELECTED: dict[str, tuple[str, ...]] = {
     "test_pipelines.py::test_a_search_for_a_better_order_that_finds_no_room_ends_no_search_that_has_a_plan": (
         "1",
     ),
-    "test_pipelines.py::test_all_units_together_cost_what_the_step_costs": (
-        "gpt3-1.3b-elementwise",
-        "gpt3-1.3b-full",
-    ),
-    "test_pipelines.py::test_any_number_of_stages_per_rank_runs": ("2-3-6",),
+    "test_pipelines.py::test_all_units_together_cost_what_the_step_costs": ("gpt3-1.3b-full",),
+    "test_pipelines.py::test_any_number_of_stages_per_rank_runs": (),
     "test_pipelines.py::test_memory_that_a_refusal_names_is_enough": (),
     "test_pipelines.py::test_no_number_of_stages_per_rank_is_faster_than_the_one_that_is_chosen": (),
+    "test_pipelines.py::test_reordered_passes_fit": (),
     "test_pipelines.py::test_where_orders_of_passes_decide_they_are_looked_for_beside_plans_without_a_pipeline": (),
     "test_plan_checks.py::test_decisions_that_do_not_fit_the_step_are_refused": (
         "slots-<lambda>-dims",
@@ -173,10 +178,11 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "tp1-pp1-dp1-cp2-zero1-llama",
     ),
     "test_processes.py::test_a_stack_of_layers_lies_on_the_processes_of_its_stages": (),
+    "test_processes.py::test_in_python_the_first_process_plans_and_all_run": (),
     "test_public_styles.py::test_a_module_and_a_flag_as_static_arguments": (),
+    "test_public_styles.py::test_adversaries_with_batch_norm_over_a_named_axis_of_vmap": (),
     "test_random_programs.py::test_pipelines_equal_plain_jax": ("0",),
     "test_random_programs.py::test_steps_equal_plain_jax": (
-        "1",
         "3",
         "5",
     ),
@@ -187,6 +193,14 @@ SELECTED: dict[str, tuple[str, ...]] = {
     ),
     "test_ring.py::test_a_ring_equals_one_device": ("documents-8-ring",),
     "test_ring.py::test_rings_in_a_loop_of_layers_computed_again": (),
+    "test_roles.py::test_forward_ends_before_backward_starts": (
+        "gpt remat",
+        "llama",
+        "mixtral",
+        "wrn",
+        "gpt scan",
+        "dlrm",
+    ),
     "test_saved.py::test_it_costs_what_one_program_costs": (
         "gpt-tiny",
         "llama-tiny",
@@ -201,6 +215,8 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "stages",
         "flat",
     ),
+    "test_single.py::test_hosts_dispatch_side_by_side_beside_accelerators_and_before_cpus": (),
+    "test_single.py::test_layers_that_pipelines_may_halve_stay_whole": (),
     "test_single.py::test_recomputing_changes_no_gradient": (),
     "test_single.py::test_state_lies_as_with_programs_of_stages_and_either_takes_the_other_on": (),
     "test_stacked.py::test_three_steps_give_what_plain_jax_gives": (
@@ -213,6 +229,9 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "dlrm-tiny",
         "gpt-tiny-scan",
     ),
+    "test_text.py::test_every_rule_of_the_zoo_fits": (),
+    "test_torch_api.py::test_ranks_draw_by_the_seed_of_the_first": (),
+    "test_torch_api.py::test_the_example_runs_under_torchruns_variables_and_alone": (),
     "test_torch_capture.py::test_a_captured_step_is_planned": (
         "mixture",
         "convnet",
@@ -223,14 +242,15 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "convnet-sgd",
     ),
     "test_torch_capture.py::test_attention_and_losses_are_found": ("llama",),
+    "test_torch_capture.py::test_gradients_are_changed_before_the_update": (
+        "norm",
+        "values",
+    ),
     "test_torch_capture.py::test_products_keep_batch_sequence_and_heads_apart": ("llama",),
     "test_torch_capture.py::test_repeated_layers_fold": ("Llama",),
-    "test_torch_local.py::test_a_step_of_jax_gives_the_same_on_torch": (
-        "deepseek-tiny",
-        "wrn-tiny",
-    ),
+    "test_torch_drawn.py::test_every_layout_has_the_masks_of_one_process": ("words1",),
+    "test_torch_local.py::test_a_step_of_jax_gives_the_same_on_torch": ("deepseek-tiny",),
     "test_torch_local.py::test_planned_steps_give_what_one_device_gives": (
-        "gpt-tiny-2x2x2-True",
         "mixtral-tiny-squeezed-True",
     ),
     "test_torch_local.py::test_rows_of_attention_cut_over_ranks_equal_one_device": (
@@ -249,6 +269,7 @@ SELECTED: dict[str, tuple[str, ...]] = {
         "zb-h1",
     ),
     "test_torch_ranks.py::test_three_steps_give_what_one_device_gives": ("words1",),
+    "test_torch_state.py::test_run_goes_on_on_other_devices_and_another_backend": (),
     "test_truth.py::test_a_layout_costs_the_same_as_a_plan_and_as_a_job": (
         "gpt3-1.3b-a100x8-16-2048-layout4-full-1",
     ),
@@ -256,6 +277,7 @@ SELECTED: dict[str, tuple[str, ...]] = {
     "test_truth.py::test_no_given_layout_is_faster_than_the_bound_of_its_mesh": (
         "gpt2-sizes2-2-none-all",
     ),
+    "test_truth.py::test_no_layout_of_long_sequences_is_priced_below_what_is_proven": (),
     "test_unstack.py::test_a_scanned_model_folds_as_small_as_an_unrolled_one": (
         "False-llama-tiny",
         "True-gpt-tiny",
@@ -263,4 +285,5 @@ SELECTED: dict[str, tuple[str, ...]] = {
     "test_unstack.py::test_models_of_the_zoo_train_alike": ("llama-tiny-scan-sgd-False",),
     "test_verify.py::test_rounding_that_adam_magnifies_is_no_alarm": (),
     "test_view.py::test_notebooks_run_from_top_to_bottom": (),
+    "test_workers.py::test_bounds_of_a_worker_are_those_of_the_search": (),
 }
